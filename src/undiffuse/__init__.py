@@ -1,0 +1,1 @@
+"""Diffusion models with a likelihood you can publish."""

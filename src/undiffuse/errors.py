@@ -1,0 +1,55 @@
+"""What can go wrong, as one tree. Every error is one line: ``error[CODE] path: cause. What to do.``
+
+    UndiffuseError
+    ├── ConfigError      exit 2   a flag, a configuration or a combination that cannot work
+    ├── DataError        exit 3   the user's data
+    ├── CheckpointError  exit 4   a file or folder that should hold a model
+    ├── NonFiniteError   exit 5   numbers that are no longer numbers
+    └── ResourceError    exit 6   disk, memory, locks
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class UndiffuseError(Exception):
+    """Base of all errors that a user can mend.
+
+    ``code`` names the kind in capitals (``TRUNCATED``), ``where`` the file, flag or field,
+    ``cause`` what is wrong with it and ``fix`` what to do; both are sentences without a full stop.
+    """
+
+    exit_code = 1
+
+    def __init__(self, code: str, where: str | Path, cause: str, fix: str) -> None:
+        self.code, self.where, self.cause, self.fix = code, printable(str(where)), printable(cause), printable(fix)
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        return f"error[{self.code}] {self.where}: {self.cause}. {self.fix}."
+
+
+class ConfigError(UndiffuseError):
+    exit_code = 2
+
+
+class DataError(UndiffuseError):
+    exit_code = 3
+
+
+class CheckpointError(UndiffuseError):
+    exit_code = 4
+
+
+class NonFiniteError(UndiffuseError):
+    exit_code = 5
+
+
+class ResourceError(UndiffuseError):
+    exit_code = 6
+
+
+def printable(text: str) -> str:
+    """``text`` on one line of a terminal: control and direction characters are shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() if not 0xD800 <= ord(c) < 0xE000 else f"\\x{ord(c) - 0xDC00:02x}" for c in text)
