@@ -1,11 +1,11 @@
 """What can go wrong, as one tree. Every error is one line: ``error[CODE] path: cause. What to do.``
 
-    UndiffuseError
-    ├── ConfigError      exit 2   a flag, a configuration or a combination that cannot work
-    ├── DataError        exit 3   the user's data
-    ├── CheckpointError  exit 4   a file or folder that should hold a model
-    ├── NonFiniteError   exit 5   numbers that are no longer numbers
-    └── ResourceError    exit 6   disk, memory, locks
+UndiffuseError
+├── ConfigError      exit 2   a flag, a configuration or a combination that cannot work
+├── DataError        exit 3   the user's data
+├── CheckpointError  exit 4   a file or folder that should hold a model
+├── NonFiniteError   exit 5   numbers that are no longer numbers
+└── ResourceError    exit 6   disk, memory, locks
 """
 
 from __future__ import annotations
@@ -52,4 +52,4 @@ class ResourceError(UndiffuseError):
 
 def printable(text: str) -> str:
     """``text`` on one line of a terminal: control and direction characters are shown as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() if not 0xD800 <= ord(c) < 0xE000 else f"\\x{ord(c) - 0xDC00:02x}" for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

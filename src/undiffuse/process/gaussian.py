@@ -1,0 +1,150 @@
+"""The Gaussians of the forward and the reverse process, as functions of two noise levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from undiffuse.errors import ConfigError
+from undiffuse.process.level import NoiseLevel, frac, like, log_var_large, log_var_small
+
+Variance = str | Callable[[NoiseLevel, NoiseLevel], Tensor]
+"""``"small"``, ``"large"``, ``"learned"``, or a function of (t, s) that gives the log-variance."""
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian; ``log_var`` broadcasts to ``mean``. All results are per element, in nats."""
+
+    mean: Tensor
+    log_var: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """x = mean + exp(log_var/2) noise."""
+        return self.mean + torch.exp(0.5 * self.log_var) * noise
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) = −½ (log 2π + log_var + (x − mean)² exp(−log_var))."""
+        return -0.5 * (math.log(2 * math.pi) + self.log_var + (x - self.mean) ** 2 * torch.exp(-self.log_var))
+
+    def kl(self, other: Gaussian) -> Tensor:
+        """KL(self to other) = ½ (expm1(d) − d + (mean − mean')² exp(−log_var')), d = log_var − log_var'."""
+        d = self.log_var - other.log_var
+        return 0.5 * (torch.expm1(d) - d + (self.mean - other.mean) ** 2 * torch.exp(-other.log_var))
+
+    def bin_log_prob(self, edges: tuple[Tensor, Tensor]) -> Tensor:
+        """log(Φ((high − mean)/std) − Φ((low − mean)/std)) in float64, for bins of any width.
+
+        ``edges`` = (low, high), low < high, each of ``mean``'s shape, possibly infinite. A bin above
+        the mean is mirrored, so that both values of log Φ are taken where it keeps its digits:
+        log(e^b − e^a) = b + log(−expm1(a − b)).
+        """
+        mean = self.mean.double()
+        scale = torch.exp(-0.5 * self.log_var.double())
+        low, high = (_standard(edge.to(mean), mean, scale) for edge in edges)
+        above = low > 0
+        low, high = torch.where(above, -high, low), torch.where(above, -low, high)
+        a, b = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+        return b + torch.log(-torch.expm1(a - b))
+
+
+def _standard(edge: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """(edge − mean) scale, with an infinite edge far outside so that it has a gradient, 0."""
+    finite = torch.isfinite(edge)
+    inside = (torch.where(finite, edge, torch.zeros_like(edge)) - mean) * scale
+    return torch.where(finite, inside, torch.sign(edge) * 1e15)
+
+
+class PredictionLike(Protocol):
+    """What `reverse` reads of a denoiser's prediction."""
+
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def nu(self) -> Tensor | None: ...
+
+
+def diffuse(x: Tensor, level: NoiseLevel, eps: Tensor) -> Tensor:
+    """x_t = alpha x + sigma eps, of ``x``'s shape [Ho20 eq. 4]."""
+    at = level.like(x)
+    return at.alpha * x + at.sigma * eps
+
+
+def forward(x_s: Tensor, s: NoiseLevel, t: NoiseLevel) -> Gaussian:
+    """q(x_t given x_s) = N((alpha_t/alpha_s) x_s, sigma_t² frac), s cleaner than t [Ho20 eq. 2]."""
+    return Gaussian(like(t.alpha / s.alpha, x_s) * x_s, like(log_var_large(t, s), x_s))
+
+
+def posterior_scales(t: NoiseLevel, s: NoiseLevel) -> tuple[Tensor, Tensor]:
+    """(A, B) of the posterior mean A x_t + B x: A = (alpha_t/alpha_s)(sigma_s/sigma_t)², B = alpha_s frac."""
+    return (t.alpha / s.alpha) * (s.sigma / t.sigma) ** 2, s.alpha * frac(t, s)
+
+
+def posterior(x_t: Tensor, x: Tensor, t: NoiseLevel, s: NoiseLevel) -> Gaussian:
+    """q(x_s given x_t, x) = N((alpha_t/alpha_s)(sigma_s²/sigma_t²) x_t + alpha_s frac x, sigma_s² frac) [Ho20 eq. 7].
+
+    Where sigma_s is 0 the mean is x, and the log-variance `NoiseLevel.floor` (see `log_var_small`).
+    """
+    a, b = posterior_scales(t, s)
+    return Gaussian(like(a, x_t) * x_t + like(b, x_t) * x, like(log_var_small(t, s), x_t))
+
+
+def reverse(
+    prediction: PredictionLike,
+    x_t: Tensor,
+    t: NoiseLevel,
+    s: NoiseLevel,
+    variance: Variance = "small",
+    first_large: str = "beta",
+) -> Gaussian:
+    """p(x_s given x_t): the posterior at the predicted x, with a chosen variance [Ho20 eq. 11, §3.2].
+
+    ``variance`` is ``"small"`` (sigma_s² frac), ``"large"`` (sigma_t² frac, Ho's beta_t), ``"learned"``
+    (the prediction's ``nu`` between their logs) [Nichol21 eq. 15], or a function of (t, s) that gives
+    the log-variance, of any shape that broadcasts to ``x_t``. ``first_large="clipped"`` takes the small
+    one at the step that ends in data, as improved-diffusion does. Raises `ConfigError`.
+    """
+    a, b = posterior_scales(t, s)
+    mean = like(a, x_t) * x_t + like(b, x_t) * prediction.x
+    return Gaussian(mean, step_log_var(x_t, t, s, variance, prediction.nu, first_large))
+
+
+def step_log_var(
+    x_t: Tensor,
+    t: NoiseLevel,
+    s: NoiseLevel,
+    variance: Variance = "small",
+    nu: Tensor | None = None,
+    first_large: str = "beta",
+) -> Tensor:
+    """The log-variance of the reverse step from t to s in ``x_t``'s dtype; see `reverse`."""
+    if callable(variance):
+        log_var = variance(t, s).to(x_t)
+        return like(log_var, x_t) if log_var.ndim <= 1 and log_var.shape == t.t.shape else log_var
+    small, large = log_var_small(t, s), log_var_large(t, s)
+    if variance == "small":
+        return like(small, x_t)
+    if variance == "large":
+        if first_large not in ("beta", "clipped"):
+            raise ConfigError(
+                "FIRST_LARGE",
+                repr(first_large),
+                "not a way to treat the first large variance",
+                "Use 'beta' or 'clipped'",
+            )
+        return like(large if first_large == "beta" else torch.where(s.sigma > 0, large, small), x_t)
+    if variance == "learned":
+        if nu is None:
+            raise ConfigError(
+                "VARIANCE",
+                "variance='learned'",
+                "this model does not predict a variance",
+                "Use 'small' or 'large', or train with a learned variance",
+            )
+        return nu * like(large, x_t) + (1 - nu) * like(small, x_t)
+    raise ConfigError(
+        "VARIANCE", f"variance={variance!r}", "unknown", "Use 'small', 'large', 'learned' or a function of (t, s)"
+    )

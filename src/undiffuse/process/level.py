@@ -1,0 +1,67 @@
+"""A noise level is a pair (alpha, sigma): x_t = alpha x + sigma eps. Everything else follows from it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class NoiseLevel(NamedTuple):
+    """One noise level, or a batch of them: float64 on the CPU, of shape () or (B,).
+
+    ``t`` in [0, 1] (0 data, 1 noise); ``alpha`` and ``sigma`` are scales; ``log_snr`` is
+    log(alpha²/sigma²). Variance-preserving schedules give ``log_alpha`` too, from which the last
+    digits of `frac` come. ``floor`` is what the log of the small variance becomes in a step that ends
+    at this level where its sigma is 0: the value of the chain's next noisier step.
+    """
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    log_snr: Tensor
+    log_alpha: Tensor | None = None
+    floor: Tensor | None = None
+
+    def like(self, x: Tensor) -> NoiseLevel:
+        """The level in ``x``'s dtype (float32 at least), on its device, shaped to broadcast to it."""
+        return NoiseLevel(*(None if v is None else like(v, x) for v in self))  # type: ignore[arg-type]
+
+    def take(self, items: Tensor | slice | int) -> NoiseLevel:
+        """The levels of some ``items`` of a batch."""
+        return NoiseLevel(*(None if v is None else v[items] for v in self))  # type: ignore[arg-type]
+
+
+def like(value: Tensor, x: Tensor) -> Tensor:
+    """``value`` in ``x``'s dtype (float32 at least) and on its device; (B,) becomes (B, 1, ..., 1)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    value = value.to(device=x.device, dtype=dtype)
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
+
+
+def frac(t: NoiseLevel, s: NoiseLevel) -> Tensor:
+    """frac = −expm1(log_snr_t − log_snr_s), the share of the cleaner variance that a step from t removes.
+
+    In [0, 1] for ``s`` cleaner than ``t``; 1 where s has sigma 0. It is the posterior variance over
+    sigma_s², and beta_t/(1 − alpha_bar_t) for neighbours of a table [VDM21 eq. 31; Ho20 eq. 7]. On
+    variance-preserving levels it is formed as −expm1(2 Δ log alpha)/sigma_t², to the last digits.
+    """
+    if t.log_alpha is not None and s.log_alpha is not None:
+        return -torch.expm1(2 * (t.log_alpha - s.log_alpha)) / t.sigma**2
+    return -torch.expm1(t.log_snr - s.log_snr)
+
+
+def log_var_large(t: NoiseLevel, s: NoiseLevel) -> Tensor:
+    """log(sigma_t² frac), the log-variance of q(x_t given x_s): log beta_t in a table [Ho20 eq. 2, §3.2]."""
+    return 2 * torch.log(t.sigma) + torch.log(frac(t, s))
+
+
+def log_var_small(t: NoiseLevel, s: NoiseLevel) -> Tensor:
+    """log(sigma_s² frac), the posterior log-variance [Ho20 eq. 7]; ``s.floor`` where sigma_s is 0.
+
+    Without a floor (a chain of one step) it is the large one there: log beta_1.
+    """
+    log_frac = torch.log(frac(t, s))
+    floor = 2 * torch.log(t.sigma) + log_frac if s.floor is None else s.floor
+    return torch.where(s.sigma > 0, 2 * torch.log(s.sigma) + log_frac, floor)

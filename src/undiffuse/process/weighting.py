@@ -1,0 +1,107 @@
+"""Weights of the loss, each one formula in the frame of eps: w(t, s) ‖eps − ε̂‖².
+
+A weight says how much a noise level counts; how often it is visited is the density of times
+(`undiffuse.process.times`), and the two are apart. `Target.weight` moves a weight to another frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from undiffuse.errors import ConfigError
+from undiffuse.process.gaussian import Variance, step_log_var
+from undiffuse.process.level import NoiseLevel, frac
+
+
+def simple(t: NoiseLevel) -> Tensor:
+    """w = 1 [Ho20 eq. 14]."""
+    return torch.ones_like(t.alpha)
+
+
+def bound(t: NoiseLevel, s: NoiseLevel, variance: Variance = "small") -> Tensor:
+    """w = ½ (alpha_s frac sigma_t/alpha_t)² exp(−log_var), the bound's own, nats [Ho20 eq. 12].
+
+    For the small variance it is ½ expm1(log_snr_s − log_snr_t) [VDM21 eq. 14]; as Ho writes it,
+    beta_t²/(2 σ² (1 − beta_t)(1 − alpha_bar_t)). One step's term; a chain sums them.
+    """
+    shift = s.alpha * frac(t, s) * t.sigma / t.alpha
+    return 0.5 * shift**2 * torch.exp(-step_log_var(t.alpha, t, s, variance))
+
+
+def truncated_snr(t: NoiseLevel) -> Tensor:
+    """w = max(1, exp(−log_snr)), max(SNR, 1) on x [Salimans22 §4]."""
+    return torch.clamp(torch.exp(-t.log_snr), min=1.0)
+
+
+def min_snr(t: NoiseLevel, limit: float = 5.0) -> Tensor:
+    """w = min(1, limit exp(−log_snr)), min(SNR, limit) on x [Hang23 §3.4]."""
+    return torch.clamp(limit * torch.exp(-t.log_snr), max=1.0)
+
+
+def p2(t: NoiseLevel, k: float = 1.0, power: float = 1.0) -> Tensor:
+    """w = (k + exp(log_snr))^−power [Choi22 eq. 8]."""
+    return (k + torch.exp(t.log_snr)) ** -power
+
+
+def edm(t: NoiseLevel, sigma_data: float = 1.0) -> Tensor:
+    """w = 1 + exp(−log_snr)/sigma_data²: weight 1 in the frame of EDM's F [Karras22 table 1].
+
+    With sigma_data = 1 on variance-preserving levels it is weight 1 in the frame of v.
+    """
+    return 1 + torch.exp(-t.log_snr) / sigma_data**2
+
+
+def sigmoid(t: NoiseLevel, bias: float = 2.0) -> Tensor:
+    """w = sigmoid(bias − log_snr) [Kingma23 §5; Hoogeboom24 §3.1]."""
+    return torch.sigmoid(bias - t.log_snr)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A named weight with its settings; called as w(t, s), float64 of ``t``'s shape."""
+
+    name: str
+    rule: Callable[..., Tensor]
+    pair: bool = False
+    settings: tuple[tuple[str, float], ...] = ()
+
+    def __call__(self, t: NoiseLevel, s: NoiseLevel | None = None) -> Tensor:
+        if not self.pair:
+            return self.rule(t, **dict(self.settings))
+        if s is None:
+            raise ConfigError(
+                "WEIGHT",
+                self.name,
+                "this weight is defined between two levels, and only one was given",
+                "Pass s, the level that the step ends at",
+            )
+        return self.rule(t, s, **dict(self.settings))
+
+
+WEIGHTS = {
+    "simple": Weight("simple", simple),
+    "bound": Weight("bound", bound, pair=True),
+    "truncated_snr": Weight("truncated_snr", truncated_snr),
+    "min_snr": Weight("min_snr", min_snr),
+    "p2": Weight("p2", p2),
+    "edm": Weight("edm", edm),
+    "sigmoid": Weight("sigmoid", sigmoid),
+}
+
+
+def build(name: str, **settings: float) -> Weight:
+    """The weight called ``name``, with its settings. Raises `ConfigError`."""
+    if name not in WEIGHTS:
+        raise ConfigError("WEIGHT", repr(name), "no such weight", f"Use one of {', '.join(WEIGHTS)}")
+    row = WEIGHTS[name]
+    allowed = row.rule.__code__.co_varnames[2 if row.pair else 1 : row.rule.__code__.co_argcount]
+    for key in settings:
+        if key not in allowed:
+            raise ConfigError(
+                "WEIGHT", f"weight {name!r}", f"no setting {key!r}", f"It has {', '.join(allowed) or 'none'}"
+            )
+    return Weight(row.name, row.rule, row.pair, tuple(settings.items()))

@@ -1,0 +1,85 @@
+"""Sampling: one loop that walks the noise levels, for every solver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from undiffuse.denoiser import Denoiser
+from undiffuse.process.gaussian import forward
+from undiffuse.process.level import NoiseLevel
+from undiffuse.process.schedule import Schedule, chain
+from undiffuse.randomness import Noise
+from undiffuse.solvers.solver import Solver
+
+
+class Step(NamedTuple):
+    """A state of the trajectory: ``x`` (B, ...) at ``level``, after ``done`` steps."""
+
+    done: int
+    level: NoiseLevel
+    x: Tensor
+
+
+def trajectory(
+    denoise: Denoiser, solver: Solver, levels: Sequence[NoiseLevel], x: Tensor, noise: Noise
+) -> Iterator[Step]:
+    """Each state from ``x`` (B, ...) at levels[0] down to levels[-1], len(levels) of them.
+
+    ``noise(draws)`` gives the step's fresh numbers (draws, B, ...). Keep the last for a sample.
+    """
+    levels = list(levels)
+    state = solver.init(x, levels)
+    yield Step(0, levels[0], x)
+    for done, (t, s) in enumerate(pairwise(levels), start=1):
+        x, state = solver.step(denoise, x, t, s, state, noise(solver.draws))
+        yield Step(done, s, x)
+
+
+def forward_trajectory(x: Tensor, levels: Sequence[NoiseLevel], noise: Noise) -> Iterator[Step]:
+    """The whole chain q(x_1..x_T|x) drawn step by step, from data (levels[-1]) up to levels[0] [Ho20 eq. 2].
+
+    ``x`` is the state at levels[-1]; ``noise(1)`` gives each step's numbers.
+    """
+    upward = list(levels)[::-1]
+    yield Step(0, upward[0], x)
+    for done, (s, t) in enumerate(pairwise(upward), start=1):
+        x = forward(x, s, t).sample(noise(1)[0])
+        yield Step(done, t, x)
+
+
+def grid(schedule: Schedule, steps: int | None = None, times: Sequence[float] | None = None) -> list[NoiseLevel]:
+    """The levels of a chain of ``steps`` equal steps in t from 1 to 0, or at explicit falling ``times``.
+
+    On a table the times fall on its own grid t = k/T, rounded where ``steps`` does not divide T, so
+    that the network meets only levels that it knows; ``steps`` is at most T, and T by default (1000
+    on functions of time). Raises ValueError.
+    """
+    if times is not None:
+        return chain(schedule, times)
+    T = schedule.steps
+    steps = steps or T or 1000
+    if steps < 1 or (T is not None and steps > T):
+        raise ValueError(f"the number of steps must be from 1 to {T or 'any'}, got {steps}")
+    t = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
+    return chain(schedule, t if T is None else (t * T).round() / T)
+
+
+def prior_sample(level: NoiseLevel, noise: Tensor) -> Tensor:
+    """x_T ~ N(0, I), or N(0, sigma_T²) where the schedule does not preserve variance, from ``noise`` (B, ...)."""
+    return noise * prior_scale(level)
+
+
+def prior_scale(level: NoiseLevel) -> float:
+    """The standard deviation of the model's prior at ``level``: 1, or sigma_T where alpha² + sigma² is not 1."""
+    preserving = abs(float(level.alpha**2 + level.sigma**2) - 1) < 1e-6
+    return 1.0 if preserving else float(level.sigma)
+
+
+def to_data(x: Tensor, level: NoiseLevel) -> Tensor:
+    """x/alpha at the last level of a chain, its estimate of the data (alpha is 1 where sigma is 0)."""
+    return x / float(level.alpha)

@@ -1,0 +1,34 @@
+"""What a solver is: one pure step between two noise levels."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from undiffuse.denoiser import Denoiser
+from undiffuse.process.level import NoiseLevel
+
+State = tuple[Tensor, ...]
+
+
+class Solver(Protocol):
+    """``order`` (declared; strong where ``draws`` is 0, else weak; None without one), network ``calls`` and
+    noises (``draws``) a step. Branches on Python integers only, never on the values of tensors."""
+
+    @property
+    def order(self) -> int | None: ...
+    @property
+    def calls(self) -> int: ...
+    @property
+    def draws(self) -> int: ...
+
+    def init(self, x: Tensor, levels: list[NoiseLevel]) -> State:
+        """What the solver remembers between steps, tensors of fixed shape."""
+        ...
+
+    def step(
+        self, denoise: Denoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, state: State, noise: Tensor
+    ) -> tuple[Tensor, State]:
+        """(x_s, state) from ``x_t`` (B, ...) with ``noise`` (draws, B, ...)."""
+        ...
