@@ -1,0 +1,153 @@
+"""An array in memory as a data set: what its type and shape mean, checked."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from undiffuse.data.dataset import Dataset, chunks
+from undiffuse.data.problems import Refused
+from undiffuse.errors import ConfigError
+
+LAYOUTS = ("ND", "NHW", "NCL", "NLC", "NCHW", "NHWC", "NCDHW", "NDHWC")
+
+
+def from_array(
+    values: np.ndarray,
+    labels: np.ndarray | None = None,
+    *,
+    name: str = "array",
+    layout: str | None = None,
+    levels: int | None = None,
+) -> Dataset:
+    """``values`` as a data set, checked.
+
+    Integers have levels: 2 for bool, 256 for uint8, 65536 for uint16, else the largest value + 1, unless
+    ``levels`` says how many. Floats are continuous and become float32. ``layout`` is one of LAYOUTS; without
+    it two dimensions are ND, three of uint8, uint16 or bool NHW, four NCHW, five NCDHW. DataError with code
+    DTYPE, RANGE, NON_FINITE, SHAPE or LABELS; ConfigError for an unknown layout or number of levels.
+    """
+    check_options(layout, levels)
+    try:
+        return dataset_from(name, np.asarray(values), labels, layout, levels, [])
+    except Refused as refused:
+        raise refused.at(name) from None
+
+
+def check_options(layout: str | None, levels: int | None) -> None:
+    """Raise ConfigError for an unknown layout or number of levels."""
+    if layout is not None and layout not in LAYOUTS:
+        raise ConfigError("OPTION", "layout", f"{layout!r} is unknown", f"Give one of {', '.join(LAYOUTS)}")
+    if levels is not None and (type(levels) is not int or not 2 <= levels <= 65536):
+        raise ConfigError("OPTION", "levels", f"{levels!r} is no number of levels", "Give a number from 2 to 65536")
+
+
+def dataset_from(
+    name: str,
+    values: np.ndarray,
+    labels: np.ndarray | None,
+    layout: str | None,
+    levels: int | None,
+    notes: list[str],
+) -> Dataset:
+    """``from_array`` after ``check_options``, with Refused in place of DataError and ``notes`` to begin with."""
+    values = _channels_first(values, layout, notes)
+    if values.dtype.kind in "biu":
+        values, levels = _whole(values, levels, notes)
+    elif values.dtype.kind == "f" and values.dtype.itemsize <= 8:
+        if levels is not None:
+            raise Refused("DTYPE", f"{values.dtype} values have no levels", "Save whole numbers as integers")
+        values = _continuous(values, notes)
+    else:
+        raise Refused("DTYPE", f"values of type {values.dtype} are not taken")
+    labels, classes = _labels(labels, len(values)) if labels is not None else (None, ())
+    return Dataset(name, values, levels, labels, classes, tuple(notes))
+
+
+def _channels_first(values: np.ndarray, layout: str | None, notes: list[str]) -> np.ndarray:
+    """(N, D) or (N, C, *size), a view; notes what was moved or added."""
+    shape = "x".join(map(str, values.shape))
+    if layout is None:
+        small = values.dtype.kind == "b" or values.dtype.name in ("uint8", "uint16")
+        layout = {2: "ND", 3: "NHW" if small else None, 4: "NCHW", 5: "NCDHW"}.get(values.ndim)
+        if values.ndim == 3 and layout is None:
+            fix = "Give layout NHW (grey images), NCL or NLC (sequences)"
+            raise Refused("SHAPE", f"{shape} could be images without channels or sequences with them", fix)
+        if values.ndim == 4 and values.shape[3] <= 4 < values.shape[1]:
+            fix = "Give layout NHWC (or NCHW if it is that)"
+            raise Refused("SHAPE", f"{shape} looks like NHWC, channels last", fix)
+    if layout is None or len(layout) != values.ndim:
+        raise Refused("SHAPE", f"{shape} has {values.ndim} dimensions" + (f", {layout} not" if layout else ""))
+    if not values.size:
+        raise Refused("SHAPE", f"{shape} holds no values", "Give at least one item")
+    if layout.endswith("C"):
+        notes.append("channels moved from last to first")
+        return np.moveaxis(values, -1, 1)
+    if layout == "NHW":
+        notes.append("one channel added")
+        return values[:, None]
+    return values
+
+
+def _whole(values: np.ndarray, levels: int | None, notes: list[str]) -> tuple[np.ndarray, int]:
+    """(values as uint8 or uint16, levels)."""
+    low = min(int(chunk.min()) for chunk in chunks(values))
+    high = max(int(chunk.max()) for chunk in chunks(values))
+    seen = f"values run from {low} to {high}"
+    if levels is None:
+        levels = {"bool": 2, "uint8": 256, "uint16": 65536}.get(values.dtype.name)
+        if levels is None:
+            levels = high + 1
+            notes.append(f"{seen}: {levels} levels")
+    if low < 0 or high >= levels or not 2 <= levels <= 65536:
+        raise Refused("RANGE", f"{seen}; whole numbers must lie in 0 .. levels - 1, with 2 to 65536 levels")
+    packed = np.dtype(np.uint8 if levels <= 256 else np.uint16)
+    if values.dtype.newbyteorder("=") != packed:
+        notes.append(f"stored as {packed}, from {values.dtype.name}")
+    return _packed(values, packed), levels
+
+
+def _continuous(values: np.ndarray, notes: list[str]) -> np.ndarray:
+    """Finite float32 values."""
+    whole, start, low, high = True, 0, math.inf, -math.inf
+    if values.dtype.itemsize != 4:
+        notes.append(
+            f"stored as float32, {'rounded' if values.dtype.itemsize == 8 else 'exactly'}, from {values.dtype.name}"
+        )
+    with np.errstate(over="ignore"):
+        values = _packed(values, np.dtype(np.float32))
+    for chunk in chunks(values):
+        if len(bad := np.argwhere(~np.isfinite(chunk))):
+            index = (start + int(bad[0, 0]), *map(int, bad[0, 1:]))
+            raise Refused("NON_FINITE", f"the value at {index} is {chunk[tuple(bad[0])]} (in float32, channels first)")
+        start += len(chunk)
+        whole = whole and bool((chunk == np.rint(chunk)).all())
+        low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
+    if whole:
+        notes.append(
+            f"all values are whole numbers from {low:g} to {high:g}, taken as continuous because stored as floats"
+        )
+    return values
+
+
+def _packed(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """C-contiguous and of ``dtype``, copied only if it is not so already."""
+    return values if values.dtype == dtype and values.flags.c_contiguous else np.ascontiguousarray(values, dtype)
+
+
+def _labels(labels: np.ndarray, count: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(N,) int64 labels and the numbers as names; Refused unless they are 0 .. K − 1 without a gap."""
+    labels = np.asarray(labels)
+    if labels.shape != (count,):
+        hint = "; it looks like one-hot, take its argmax" if labels.ndim == 2 and len(labels) == count else ""
+        raise Refused("LABELS", f"their shape is {labels.shape}, for {count} items{hint}")
+    if labels.dtype.kind not in "biu":
+        raise Refused("LABELS", f"they are {labels.dtype}, not whole numbers")
+    if len(bad := np.flatnonzero(labels < 0)):
+        raise Refused("LABELS", f"{len(bad)} are negative, first at {', '.join(map(str, bad[:5]))}")
+    used = np.unique(labels)
+    if int(used[-1]) != len(used) - 1:
+        gaps = np.flatnonzero(used != np.arange(len(used)))[0]
+        raise Refused("LABELS", f"they go up to {used[-1]}, but {gaps} and maybe others have no item")
+    return labels.astype(np.int64), tuple(str(k) for k in range(len(used)))

@@ -1,0 +1,166 @@
+"""What every source of data becomes: one packed array that says what was done to it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from undiffuse.errors import ConfigError, DataError
+
+CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Split:
+    """Three increasing index arrays, int64, that share no item and together hold all."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """N items in one array, channels first, in the type that they are stored in.
+
+    ``values`` (N, C, *size) or (N, D): uint8 or uint16 for data with ``levels`` (whole numbers in
+    0 .. levels − 1), float32 for continuous data (``levels`` None). ``labels`` (N,) int64 in
+    0 .. len(classes) − 1, or None. ``notes`` are sentences that say what was seen and done. Items from
+    ``test_from`` on are an official test part. ValueError where these do not fit each other: the loaders
+    (and ``from_array``) are what checks a person's data.
+    """
+
+    name: str
+    values: np.ndarray
+    levels: int | None
+    labels: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    test_from: int | None = None
+
+    def __post_init__(self) -> None:
+        kinds = ("float32",) if self.levels is None else ("uint8",) if self.levels <= 256 else ("uint16",)
+        if self.values.ndim < 2 or not self.values.size or self.values.dtype.name not in kinds:
+            raise ValueError(f"no data of {self.levels} levels: {self.values.dtype} {self.values.shape}")
+        if self.labels is not None and (self.labels.shape != (len(self),) or self.labels.dtype != np.int64):
+            raise ValueError(f"labels must be ({len(self)},) int64, not {self.labels.shape} {self.labels.dtype}")
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """(C, *size) or (D,)."""
+        return self.values.shape[1:]
+
+    def noted(self, *notes: str) -> Dataset:
+        """The same data with ``notes`` added; hashes already worked out are kept."""
+        other = copy.copy(self)
+        object.__setattr__(other, "notes", (*self.notes, *notes))
+        return other
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """(N,) uint64: the first eight bytes of BLAKE2b over each item's own bytes and nothing else."""
+        hashes = b"".join(hashlib.blake2b(_bytes(item), digest_size=8).digest() for item in self.values)
+        return np.frombuffer(hashes, "<u8").astype(np.uint64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 in hex over type, shape, levels, labels and bytes: equal for equal data and no other."""
+        head = (self.values.dtype.name, self.values.shape, self.levels, self.labels is not None)
+        digest = hashlib.sha256(json.dumps(head).encode())
+        if self.labels is not None:
+            digest.update(_bytes(self.labels))
+        for chunk in chunks(self.values):
+            digest.update(_bytes(chunk))
+        return digest.hexdigest()
+
+    def split(self, held_out: float = 0.1) -> Split:
+        """Train, validation and test parts, each item's part decided by its own content.
+
+        The digest is a number u in [0, 1): u < ``held_out`` is test, u >= 1 − ``held_out`` validation. So
+        equal items share a part, order and labels do not matter, and an item that is added moves no other;
+        only where a part would be empty does the distinct item nearest to it step in. An official test part
+        stays as it is. ``held_out=0`` leaves all else in train. ConfigError unless 0 <= held_out < 0.5;
+        DataError (TOO_FEW_ITEMS) where there are fewer distinct items than parts to fill.
+        """
+        if not 0 <= held_out < 0.5:
+            raise ConfigError("HELD_OUT", "held_out", f"{held_out} is no share", "Give a number from 0 to below 0.5")
+        ours = slice(0, self.test_from)
+        distinct, rank = np.unique(self.digests[ours], return_inverse=True)
+        u = (distinct >> np.uint64(11)) * 2.0**-53
+        least = int(held_out > 0)
+        least_test = least if self.test_from is None else 0
+        if len(distinct) < 1 + least + least_test:
+            raise DataError(
+                "TOO_FEW_ITEMS",
+                self.name,
+                f"{len(distinct)} distinct items cannot fill {1 + least + least_test} parts",
+                "Give more items, or held_out=0 to train on all of them and measure nothing",
+            )
+        wanted = int((u < held_out).sum()) if least_test else 0
+        tests = min(max(wanted, least_test), len(distinct) - 1 - least)
+        validations = min(max(int((u >= 1 - held_out).sum()), least), len(distinct) - 1 - tests)
+        is_test, is_validation = rank < tests, rank >= len(distinct) - validations
+        official = np.arange(len(rank), len(self))
+        return Split(
+            train=np.flatnonzero(~is_test & ~is_validation),
+            validation=np.flatnonzero(is_validation),
+            test=np.concatenate([np.flatnonzero(is_test), official]),
+        )
+
+    def moments(self, items: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std) of each channel over the ``items``, (C,) each, summed in float64.
+
+        std = sqrt(mean of squares about the mean). A channel that never changes has std 1, so that it can
+        still be standardised; the notes of ``observed`` say which those are.
+        """
+        first = self.values[(slice(1), slice(None), *(slice(1),) * (self.values.ndim - 2))].astype(np.float64)
+        axes = (0, *range(2, self.values.ndim))
+        count = len(items) * math.prod(self.item_shape[1:])
+
+        def average(function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+            total = np.zeros_like(first)
+            for start in range(0, len(items), CHUNK):
+                chunk = self.values[items[start : start + CHUNK]].astype(np.float64)
+                total += function(chunk).sum(axes, keepdims=True)
+            return total / count
+
+        mean = first + average(lambda v: v - first)
+        std = np.sqrt(average(lambda v: (v - mean) ** 2))
+        return tuple(mean.ravel().tolist()), tuple(np.where(std > 0, std, 1.0).ravel().tolist())
+
+
+def observed(data: Dataset) -> Dataset:
+    """The same data, noted: items that are equal, channels that never change, a single item."""
+    notes = ["there is only one item"] if len(data) == 1 else []
+    if repeats := len(data) - len(np.unique(data.digests)):
+        notes.append(f"{repeats} of {len(data)} items repeat another one exactly")
+    if len(still := _constant_channels(data.values)):
+        first, more = ", ".join(map(str, still[:5])), f" and {len(still) - 5} more" if len(still) > 5 else ""
+        notes.append(f"the same value everywhere in channel {first}{more}")
+    return data.noted(*notes)
+
+
+def _constant_channels(values: np.ndarray) -> np.ndarray:
+    first = values[(slice(1), slice(None), *(slice(1),) * (values.ndim - 2))]
+    axes = (0, *range(2, values.ndim))
+    return np.flatnonzero(np.logical_and.reduce([(chunk == first).all(axes) for chunk in chunks(values)]))
+
+
+def chunks(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Consecutive pieces of at most CHUNK items, so that a memory-mapped array is read piece by piece."""
+    return (values[start : start + CHUNK] for start in range(0, len(values), CHUNK))
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return little.reshape(-1).view(np.uint8).data

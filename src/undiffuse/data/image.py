@@ -1,0 +1,213 @@
+"""One image file's bytes to an array: strict, from an allow-list of formats, with a record of what was done."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+
+from undiffuse.data.problems import Refused
+from undiffuse.errors import ConfigError
+
+MAX_PIXELS = 64_000_000
+FORMATS = {"PNG": ".png .apng", "JPEG": ".jpg .jpeg .jpe .jfif", "WEBP": ".webp", "BMP": ".bmp .dib"}
+FORMATS |= {"TIFF": ".tif .tiff", "GIF": ".gif"}
+REFUSED_SUFFIXES = frozenset({".svg", ".psd", ".eps", ".fpx", ".pdf", ".ico", ".heic", ".heif", ".avif", ".jp2"})
+SUFFIXES = REFUSED_SUFFIXES | {suffix for suffixes in FORMATS.values() for suffix in suffixes.split()}
+
+_OURS = [(b"\x89PNG\r\n\x1a\n", "PNG"), (b"\xff\xd8\xff", "JPEG"), (b"GIF8", "GIF"), (b"BM", "BMP")]
+_OURS += [(start, "TIFF") for start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")]
+_THEIRS = [(b"8BPS", "PSD"), (b"%PDF", "PDF"), (b"%!PS", "EPS"), (b"\xc5\xd0\xd3\xc6", "EPS")]
+_THEIRS += [(b"\0\0\1\0", "ICO"), (b"\xd0\xcf\x11\xe0", "FPX"), (b"\0\0\0\x0cjP", "JPEG 2000")]
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """What may be done to every image beside decoding it; by default nothing but compositing over white.
+
+    ``size``: pixels a side to resize squares to; ``crop``: cut the centre square out first; ``channels``:
+    1 or 3 to convert to; ``background``: colour under transparent pixels, a name or "#rrggbb".
+    """
+
+    size: int | None = None
+    crop: bool = False
+    channels: int | None = None
+    background: str = "white"
+
+    def __post_init__(self) -> None:
+        if self.size is not None and (type(self.size) is not int or not 1 <= self.size <= 8000):
+            raise ConfigError("OPTION", "size", f"{self.size!r} is no side in pixels", "Give a number from 1 to 8000")
+        if self.channels not in (None, 1, 3):
+            raise ConfigError("OPTION", "channels", f"{self.channels!r} is neither 1 nor 3", "Give 1 (grey) or 3 (RGB)")
+        _ = self.colour
+
+    @property
+    def colour(self) -> tuple[int, int, int]:
+        """``background`` as red, green and blue; ConfigError for what is no opaque colour."""
+        try:
+            colour = ImageColor.getrgb(self.background)
+        except ValueError:
+            colour = ()
+        if len(colour) != 3:
+            fix = 'Give an opaque one, as "white" or "#ffffff"'
+            raise ConfigError("OPTION", "background", f"{self.background!r} is no colour", fix)
+        return colour
+
+
+class Picture(NamedTuple):
+    pixels: np.ndarray  # (C, H, W) uint8 or uint16
+    levels: int  # 2, 256 or 65536
+    did: tuple[str, ...]  # what was done, each a phrase that notes can count
+
+
+def decode(data: bytes, suffix: str, prepare: Prepare) -> Picture:
+    """The picture in ``data``, upright and opaque; ``suffix`` is only compared with what it turns out to be.
+
+    Raises Refused for everything that is not one whole still image of an allowed format.
+    """
+    kind = sniff(data)
+    did = [] if suffix.lower() in FORMATS[kind].split() else [f"{kind} whatever the name ends in"]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", DeprecationWarning)
+            with Image.open(BytesIO(data), formats=[kind]) as image:
+                _check_header(image, data, kind)
+                _check_whole(data, kind)
+                image.load()
+                _check_values(image)
+                did += ["first picture of a multi-picture JPEG"] * (image.format == "MPO")
+                did += ["colour profile ignored"] * ("icc_profile" in image.info)
+                did += ["turned upright as its EXIF orientation says"] * (image.getexif().get(0x0112, 1) != 1)
+                pixels, levels, done = _opaque(ImageOps.exif_transpose(image), prepare.colour)
+    except (Refused, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Refused("TOO_MANY_PIXELS", str(error).split(",")[0]) from error
+    except Exception as error:  # decoders raise whatever they like
+        _check_whole(data, kind)
+        text = "not a header that can be read" if isinstance(error, UnidentifiedImageError) else str(error)
+        if "MAX_TEXT" in text or "too large for" in text:
+            raise Refused(
+                "TOO_LARGE_METADATA", "its text or profile blocks are larger than the image may be"
+            ) from error
+        raise Refused("TRUNCATED" if "truncated" in text.lower() else "CORRUPT", text.rstrip(".")) from error
+    return _prepared(pixels, levels, [*did, *done], prepare)
+
+
+def sniff(data: bytes) -> str:
+    """The format that the first bytes show, one of FORMATS; Refused for everything else."""
+    if not data:
+        raise Refused("EMPTY_FILE", "holds no bytes")
+    for start, kind in _OURS:
+        if data.startswith(start):
+            return kind
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    for start, kind in _THEIRS:
+        if data.startswith(start):
+            raise Refused("FORMAT_NOT_ALLOWED", f"is a {kind} file")
+    if data[4:8] == b"ftyp":
+        brand = "AVIF" if data[8:12] in (b"avif", b"avis") else "HEIC or other ISO media"
+        raise Refused("FORMAT_NOT_ALLOWED", f"is an {brand} file" if brand == "AVIF" else f"is a {brand} file")
+    text = data[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith(b"version https://git-lfs"):
+        raise Refused("LFS_POINTER", "is a Git LFS pointer, not the image itself")
+    if b"<svg" in text:
+        raise Refused("FORMAT_NOT_ALLOWED", "is an SVG file")
+    html = ", it looks like HTML" if text.startswith((b"<!doctype", b"<html")) else ""
+    raise Refused("NOT_AN_IMAGE", f"no image format begins like this{html}")
+
+
+def _check_header(image: Image.Image, data: bytes, kind: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise Refused("TOO_MANY_PIXELS", f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+    if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+        raise Refused(*("MULTIPAGE", f"{frames} pages") if kind == "TIFF" else ("ANIMATED", f"{frames} frames"))
+    deep = data[24] == 16 if kind == "PNG" else kind == "TIFF" and ";16" in str(getattr(image, "tile", ""))
+    if image.mode == "I" or (deep and not image.mode.startswith("I;16")):
+        raise Refused("UNSUPPORTED_DEPTH", "more than 8 bits in several channels, or 32-bit integers")
+    if image.mode.startswith("I;16") and image.has_transparency_data:
+        raise Refused("UNSUPPORTED_DEPTH", "16 bits with transparency")
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "F") and not image.mode.startswith("I;16"):
+        raise Refused("UNSUPPORTED_COLOUR", f"its colours are {image.mode}")
+
+
+def _check_whole(data: bytes, kind: str) -> None:
+    """Raise Refused where a JPEG has no end, or where a PNG has none or a block's check sum is wrong."""
+    if kind == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        raise Refused("TRUNCATED", f"the JPEG's end is missing after {len(data):,} bytes")
+    at, name = 8, b""
+    while kind == "PNG" and name != b"IEND":
+        length = int.from_bytes(data[at : at + 4])
+        if (missing := at + 12 + length - len(data)) > 0:
+            raise Refused("TRUNCATED", f"at least {missing:,} bytes are missing after {len(data):,}")
+        name = data[at + 4 : at + 8]
+        if struct.pack(">I", zlib.crc32(memoryview(data)[at + 4 : at + 8 + length])) != data[at + 8 + length :][:4]:
+            raise Refused("CORRUPT", f"wrong check sum in block {name.decode('latin1')}")
+        at += 12 + length
+
+
+def _check_values(image: Image.Image) -> None:
+    if image.mode == "F":
+        if bad := int((~np.isfinite(np.asarray(image))).sum()):
+            raise Refused("NON_FINITE", f"{bad} pixels are NaN or infinite")
+        raise Refused("NEEDS_RANGE", "holds floating-point pixels, whose range an image file does not say")
+
+
+def _opaque(image: Image.Image, background: tuple[int, int, int]) -> tuple[np.ndarray, int, list[str]]:
+    """(H, W, C) pixels, levels, what was done: palettes looked up, transparency composited, nothing rescaled."""
+    if image.mode.startswith("I;16"):
+        return np.asarray(image).astype(np.uint16)[..., None], 65536, []
+    if not image.has_transparency_data:
+        if image.mode == "1":
+            return np.asarray(image).astype(np.uint8)[..., None], 2, []
+        flat = np.asarray(image.convert("RGB") if image.mode in ("P", "PA") else image)
+        return flat.reshape(*flat.shape[:2], -1), 256, []
+    grey = image.mode in ("L", "LA") and len(set(background)) == 1
+    layers = np.asarray(image.convert("LA" if grey else "RGBA")).astype(np.int32)
+    colour, alpha = layers[..., :-1], layers[..., -1:]
+    if (alpha == 255).all():
+        return colour.astype(np.uint8), 256, ["alpha channel, opaque everywhere, dropped"]
+    below = np.array(background[:1] if grey else background)
+    mixed = (colour * alpha + below * (255 - alpha) + 127) // 255
+    return mixed.astype(np.uint8), 256, ["transparency composited over the background"]
+
+
+def _prepared(pixels: np.ndarray, levels: int, did: list[str], prepare: Prepare) -> Picture:
+    """Crop, convert and resize as asked, and record each where it changed something."""
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    if prepare.crop and height != width:
+        top, left = (height - side) // 2, (width - side) // 2
+        pixels = pixels[top : top + side, left : left + side]
+        did.append("centre square cut out")
+    elif prepare.size and height != width:
+        raise Refused("ASPECT", f"{width} x {height} pixels are no square to resize")
+    if levels == 2 and (prepare.channels or prepare.size):
+        pixels, levels = pixels * np.uint8(255), 256
+        did.append("two levels spread to 0 and 255")
+    if prepare.channels == 1 and pixels.shape[2] == 3:
+        pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+        did.append("RGB made grey (ITU-R 601 luma)")
+    elif prepare.channels == 3 and pixels.shape[2] == 1:
+        pixels = pixels.repeat(3, axis=2)
+        did.append("grey repeated as RGB")
+    if prepare.size and side != prepare.size:
+        if side * 4 < prepare.size:
+            raise Refused("TOO_SMALL", f"{side} pixels a side are under a quarter of {prepare.size}")
+        pixels = np.stack([_resized(pixels[..., c], prepare.size) for c in range(pixels.shape[2])], axis=2)
+        did.append(f"{'enlarged' if side < prepare.size else 'reduced'} to {prepare.size} x {prepare.size}")
+    return Picture(np.ascontiguousarray(pixels.transpose(2, 0, 1)), levels, tuple(did))
+
+
+def _resized(plane: np.ndarray, side: int) -> np.ndarray:
+    """One channel resized with a Hamming window, whose weights are all positive: nothing can overshoot."""
+    small = Image.fromarray(plane.astype(np.float32)).resize((side, side), Image.Resampling.HAMMING)
+    return np.rint(np.asarray(small)).astype(plane.dtype)
