@@ -1,0 +1,196 @@
+"""Closed forms in float64: what a perfect network would say, and what the process does to known data.
+
+Everything here is written from the definition x_t = alpha x + sigma eps, without the package's own formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from undiffuse.conditioning import Condition
+from undiffuse.denoiser import Prediction
+from undiffuse.process.level import NoiseLevel
+from undiffuse.process.schedule import Schedule
+
+
+def gaussian_log_prob(x: Tensor, mean: Tensor | float, var: Tensor | float) -> Tensor:
+    """log N(x; mean, var) per element."""
+    return -0.5 * (torch.log(2 * math.pi * torch.as_tensor(var)) + (x - mean) ** 2 / var)
+
+
+def gaussian_kl(mean: Tensor, var: Tensor, mean2: Tensor, var2: Tensor) -> Tensor:
+    """KL(N(mean, var) to N(mean2, var2)) per element, nats."""
+    return 0.5 * (torch.log(var2 / var) - 1 + (var + (mean - mean2) ** 2) / var2)
+
+
+class Mixture:
+    """Σ_k weights_k N(means_k, covs_k): ``means`` (K, *shape); ``covs`` (K, *shape) of variances or (K, D, D)."""
+
+    def __init__(self, weights: Tensor, means: Tensor, covs: Tensor) -> None:
+        means = torch.as_tensor(means, dtype=torch.float64)
+        covs = torch.as_tensor(covs, dtype=torch.float64)
+        self.weights = torch.as_tensor(weights, dtype=torch.float64) / torch.as_tensor(weights).sum()
+        self.shape = means.shape[1:]
+        self.means = means.flatten(1)
+        D = self.means.shape[1]
+        if covs.shape == means.shape:
+            self.values, self.vectors = covs.flatten(1), torch.eye(D, dtype=torch.float64).expand(len(means), D, D)
+        else:
+            self.values, self.vectors = torch.linalg.eigh(covs)
+            self.values = self.values.clamp(min=0)
+
+    def _at(self, x_t: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """alpha, sigma (B or 1, 1, 1); residuals in each component's eigenbasis (B, K, D), their variances, log w_k."""
+        alpha, sigma = (v.detach().double().cpu().reshape(-1, 1, 1) for v in (level.alpha, level.sigma))
+        x = x_t.double().flatten(1)[:, None]
+        residual = torch.einsum("bkd,kde->bke", x - alpha * self.means, self.vectors)
+        variance = alpha**2 * self.values + sigma**2
+        log_w = torch.log(self.weights) + gaussian_log_prob(residual, 0.0, variance).sum(-1)
+        return alpha, sigma, residual, variance, log_w
+
+    def log_density(self, x_t: Tensor, level: NoiseLevel) -> Tensor:
+        """log q(x_t), (B,) nats."""
+        return torch.logsumexp(self._at(x_t, level)[-1], dim=1)
+
+    def _mean(self, share: Tensor, log_w: Tensor) -> Tensor:
+        return torch.einsum("bk,bke,kde->bd", torch.softmax(log_w, 1), share, self.vectors)
+
+    def score(self, x_t: Tensor, level: NoiseLevel) -> Tensor:
+        """∇ log q(x_t), of x_t's shape."""
+        _, _, residual, variance, log_w = self._at(x_t, level)
+        return self._mean(-residual / variance, log_w).reshape(x_t.shape)
+
+    def predict(self, x_t: Tensor, level: NoiseLevel) -> Prediction:
+        """E[x|x_t] and E[eps|x_t], float64."""
+        alpha, sigma, residual, variance, log_w = self._at(x_t, level)
+        x = torch.softmax(log_w, 1) @ self.means + self._mean(alpha * self.values / variance * residual, log_w)
+        eps = self._mean(sigma / variance * residual, log_w)
+        return Prediction(x.reshape(x_t.shape), eps.reshape(x_t.shape))
+
+    def denoiser(self, schedule: Schedule, nu: float | Tensor | None = None) -> ExactDenoiser:
+        """The perfect network; ``nu`` is what it says of its variance."""
+        return ExactDenoiser(self, schedule, nu)
+
+    def velocity(self, x_t: Tensor, level: NoiseLevel, alpha_rate: float, sigma_rate: float) -> Tensor:
+        """dx_t/dt of the probability flow, alpha' x̂ + sigma' ε̂."""
+        x, eps, _ = self.predict(x_t, level)
+        return alpha_rate * x + sigma_rate * eps
+
+    def cdf(self, x_t: Tensor, level: NoiseLevel) -> Tensor:
+        """P(X_t ≤ x_t) of one-dimensional data, of x_t's shape."""
+        std = torch.sqrt(level.alpha**2 * self.values[:, 0] + level.sigma**2)
+        z = (x_t[..., None] - level.alpha * self.means[:, 0]) / std
+        return (self.weights * torch.special.ndtr(z)).sum(-1)
+
+    def flow(self, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
+        """Where the probability flow carries x_t: one-dimensional data keep their quantile."""
+        assert self.means.shape[1] == 1
+        goal = self.cdf(x_t, t)
+        reach = 50 * (s.alpha * (self.means.abs().max() + self.values.max().sqrt()) + s.sigma)
+        low, high = -reach.expand(x_t.shape), reach.expand(x_t.shape)
+        for _ in range(100):
+            middle = (low + high) / 2
+            below = self.cdf(middle, s) < goal
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+    def mean(self) -> Tensor:
+        return (self.weights @ self.means).reshape(self.shape)
+
+    def covariance(self) -> Tensor:
+        """(D, D)."""
+        within = torch.einsum("k,kde,ke,kfe->df", self.weights, self.vectors, self.values, self.vectors)
+        centred = self.means - self.weights @ self.means
+        return within + torch.einsum("k,kd,ke->de", self.weights, centred, centred)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """(n, *shape) draws of the data."""
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        z = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
+        x = self.means[k] + torch.einsum("nde,ne->nd", self.vectors[k], self.values[k].sqrt() * z)
+        return x.reshape(n, *self.shape)
+
+
+class MixtureData(Mixture):
+    """A mixture of Gaussians, diagonal or full."""
+
+
+class EmpiricalData(Mixture):
+    """The ``points`` (n, *shape) themselves, equally likely: what a network that remembers them says."""
+
+    def __init__(self, points: Tensor) -> None:
+        points = torch.as_tensor(points, dtype=torch.float64)
+        super().__init__(torch.ones(len(points)), points, torch.zeros_like(points))
+
+
+class GaussianData(Mixture):
+    """N(mean, cov): ``cov`` of ``mean``'s shape holds variances, else it is (D, D)."""
+
+    def __init__(self, mean: Tensor, cov: Tensor) -> None:
+        self.m = torch.as_tensor(mean, dtype=torch.float64)
+        self.cov = torch.as_tensor(cov, dtype=torch.float64)
+        super().__init__(torch.ones(1), self.m[None], self.cov[None])
+
+    def flow(self, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
+        """alpha_s m + √(V_s/V_t)(x_t − alpha_t m) along each axis of the covariance, V = alpha² var + sigma²."""
+        V_t, V_s = (v.alpha**2 * self.values[0] + v.sigma**2 for v in (t, s))
+        axes, m = self.vectors[0], self.means[0]
+        x_s = s.alpha * m + ((x_t.double().flatten(1) - t.alpha * m) @ axes * torch.sqrt(V_s / V_t)) @ axes.T
+        return x_s.reshape(x_t.shape)
+
+    def marginal_var(self, level: NoiseLevel) -> Tensor:
+        """alpha² var + sigma² of independent dimensions, of the item's shape."""
+        return level.alpha**2 * self.cov + level.sigma**2
+
+    def reverse_log_var(self, t: NoiseLevel, s: NoiseLevel) -> Tensor:
+        """log var(x_s|x_t) = log(V_s (V_t − c² V_s)/V_t), c = alpha_t/alpha_s, of independent dimensions."""
+        if t.alpha.ndim:
+            t, s = (level.like(torch.empty(len(t.alpha), *self.shape, dtype=torch.float64)) for level in (t, s))
+        V_t, V_s, c = self.marginal_var(t), self.marginal_var(s), t.alpha / s.alpha
+        return torch.log(V_s * (t.sigma**2 - c**2 * s.sigma**2) / V_t)
+
+    def loss_minimum(self, level: NoiseLevel) -> Tensor:
+        """min E‖eps − ε̂‖² per dimension, the mean of alpha² var/(alpha² var + sigma²)."""
+        signal = level.alpha[..., None] ** 2 * self.values[0]
+        return (signal / (signal + level.sigma[..., None] ** 2)).mean(-1)
+
+    def entropy(self) -> Tensor:
+        """Of the data, nats per item."""
+        return 0.5 * torch.log(2 * math.pi * math.e * self.values[0]).sum()
+
+
+@dataclass(frozen=True)
+class ExactDenoiser:
+    data: Mixture
+    schedule: Schedule
+    nu: float | Tensor | None = None
+
+    def __call__(
+        self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, to: NoiseLevel | None = None
+    ) -> Prediction:
+        x, eps, _ = (None if v is None else v.to(x_t.dtype) for v in self.data.predict(x_t, level))
+        nu = None if self.nu is None else torch.as_tensor(self.nu, dtype=x_t.dtype).expand(x_t.shape)
+        return Prediction(x, eps, nu)
+
+
+@dataclass
+class Spy:
+    """A denoiser that records the arguments of its calls."""
+
+    denoise: Callable[..., Prediction]
+
+    def __post_init__(self) -> None:
+        self.seen: list[tuple] = []
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.denoise.schedule
+
+    def __call__(self, x_t, level, cond=None, to=None) -> Prediction:
+        self.seen.append((x_t, level, cond, to))
+        return self.denoise(x_t, level, cond, to)
