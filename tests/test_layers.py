@@ -22,7 +22,7 @@ LAYERS = {
     "mathematics": {"process"},
     "parts": {"networks", "codec", "conditioning", "data"},
     "algorithms": {"denoiser", "loss", "sample", "solvers", "likelihood", "guidance", "distill", "randomness"},
-    "assembly": {"config", "diffusion", "checkpoint"},
+    "assembly": {"config", "presets", "diffusion", "checkpoint"},
     "applications": {"train", "metrics", "interop"},
     "faces": {"cli", "report", "studio", "__main__"},
 }
