@@ -1,0 +1,147 @@
+"""Pictures: what is drawn where, read back from the pixels and from the figures' own data."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from undiffuse.errors import ConfigError, DataError, NonFiniteError
+from undiffuse.report.pictures import WIDTH, bits_per_step, grid, strip, training_curve
+
+RNG = np.random.default_rng(0)
+
+
+def pixels(picture):
+    return np.asarray(picture)
+
+
+def test_grid_enlarges_and_places_every_pixel():
+    values = RNG.integers(0, 17, (6, 1, 8, 8))
+    shown = pixels(grid(torch.from_numpy(values), 17, columns=3))
+    assert shown.shape == (2 + 2 * 66, 2 + 3 * 66, 3)
+    for i in range(6):
+        top, left = 2 + i // 3 * 66, 2 + i % 3 * 66
+        tile = shown[top : top + 64, left : left + 64]
+        np.testing.assert_array_equal(tile[4::8, 4::8, 0], np.round(values[i, 0] * 255 / 16))
+        assert (tile.reshape(8, 8, 8, 8, 3).std((1, 3)) == 0).all()
+    assert (shown[:2] == 255).all()
+    assert (shown[66:68] == 255).all()
+
+
+def test_clipping_and_sixteen_bits():
+    values = np.array([-5.0, 0.0, 65535.0, 70000.0, 32768.0]).reshape(5, 1, 1, 1)
+    assert pixels(grid(values, 65536, columns=5, scale=1))[2, 2::3, 0].tolist() == [0, 0, 255, 255, 128]
+    assert pixels(grid(values[:3] - 7, columns=3, scale=1))[2, 2::3, 0].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    [
+        ([9], [(9, 9, 9)]),
+        ([1, 2, 3], [(1, 2, 3)]),
+        ([10, 20, 30, 255], [(10, 20, 30)]),
+        ([10, 20, 30, 0], [(255, 255, 255)]),
+        ([1, 2], [(1, 1, 1), (2, 2, 2)]),
+        ([1, 2, 3, 4, 5], [(i, i, i) for i in range(1, 6)]),
+    ],
+)
+def test_channels(channels, expected):
+    shown = pixels(grid(np.reshape(channels, (1, -1, 1, 1)), 256, scale=1))
+    gap = 2 if len(expected) == 1 else 8
+    assert [tuple(p) for p in shown[gap, gap:-gap:2].tolist()] == expected
+
+
+def test_volumes_show_the_three_middle_slices():
+    volume = RNG.integers(0, 256, (1, 1, 3, 4, 5))
+    shown = pixels(grid(volume, 256, scale=1))[8:-8, 8:-8, 0]
+    across_d, across_h, across_w = volume[0, 0, 1], volume[0, 0, :, 2], volume[0, 0, :, :, 2]
+    np.testing.assert_array_equal(shown[:, :5], across_d)
+    np.testing.assert_array_equal(shown[:3, 6:11], across_h)
+    np.testing.assert_array_equal(shown[:3, 12:], across_w)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (64, 1, 8, 8),
+        (100, 1, 28, 28),
+        (64, 3, 32, 32),
+        (30, 3, 256, 256),
+        (9, 4, 8, 80),
+        (5, 7, 64, 64),
+        (1, 3, 900, 900),
+    ],
+)
+def test_pictures_fit_a_page(shape):
+    values = np.zeros(shape)
+    assert grid(values, 256).width <= WIDTH
+    assert grid(values[:4], 256, columns=1).width <= WIDTH
+
+
+def test_strip_has_a_row_an_item_a_column_a_level_and_captions():
+    frames = RNG.integers(0, 256, (5, 3, 1, 8, 8))
+    shown = pixels(strip(frames, ["∞", "4.0", "0.0", "−4.0", "−9.0"], 256))
+    assert shown.shape == (2 + 3 * 66 + 22, 2 + 5 * 66, 3)
+    np.testing.assert_array_equal(
+        shown[2 + 66 + 4 : 2 + 66 + 64 : 8, 2 + 3 * 66 + 4 : 2 + 3 * 66 + 64 : 8, 0], frames[3, 1, 0]
+    )
+    captions = shown[2 + 3 * 66 :]
+    for i in range(5):
+        assert (captions[:, 2 + i * 66 : 66 + i * 66] < 128).any()
+        assert (captions[:, 66 + i * 66 : 68 + i * 66] == 255).all()
+
+
+def test_strip_keeps_long_captions_apart():
+    frames = np.zeros((3, 1, 1, 8, 8))
+    assert strip(frames, ["a caption of many letters"] * 3, 2).width > 3 * 140
+    assert strip(np.zeros((30, 2, 3, 32, 32)), ["1"] * 30, 256).width <= WIDTH
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 40), (300, 2)])
+def test_lines_and_points_draw_something(shape):
+    shown = pixels(grid(RNG.normal(size=shape)))
+    assert shown.ndim == 3
+    assert ((shown[..., 2] > 150) & (shown[..., 0] < 80)).sum() > 50  # the first colour, a blue
+
+
+def test_bits_per_step_shows_the_parts_and_their_sum():
+    figure = bits_per_step(torch.tensor([-np.inf, -5.0, 0.0, 5.0]), [0.1, 0.2, 0.4, 0.3], prior=0.001, decoder=0.5)
+    (axes,) = figure.axes
+    assert axes.get_title(loc="left") == "1.501 bits per dimension"
+    assert "prior 0.001" in axes.texts[0].get_text()
+    assert "4 steps 1.000" in axes.texts[0].get_text()
+    assert "decoder 0.500" in axes.texts[0].get_text()
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [(-5, 0.2), (0, 0.4), (5, 0.3)])
+
+
+def test_training_curve_draws_what_is_there(tmp_path):
+    losses = [{"step": i, "loss": 1 / (1 + i)} for i in range(200)]
+    bounds = [{"step": 100, "bits_per_dim": 2.5, "stderr": 0.1}, {"step": 200, "bits_per_dim": 2.25}]
+    both = training_curve(losses + bounds)
+    assert [axes.get_ylabel() for axes in both.axes] == ["training loss", "held-out bits per dimension"]
+    assert both.axes[1].get_title(loc="right") == "best 2.250 at step 200"
+    raw, smooth = both.axes[0].lines
+    assert len(raw.get_xdata()) == 200
+    np.testing.assert_allclose(smooth.get_xydata()[10], (12, np.mean([1 / (1 + i) for i in range(10, 14)])))
+    assert len(training_curve(iter(losses[:1])).axes) == len(training_curve(bounds).axes) == 1
+    both.savefig(tmp_path / "curve.png")
+    assert both.canvas.manager is None  # pyplot does not know of it
+
+
+def test_refusals(monkeypatch):
+    for bad in (np.zeros((2, 3)), np.zeros(4)):
+        with pytest.raises(DataError, match="SHAPE"):
+            grid(bad)
+    with pytest.raises(DataError, match="EMPTY"):
+        grid(np.zeros((0, 1, 8, 8)))
+    with pytest.raises(NonFiniteError):
+        grid(np.full((1, 1, 2, 2), np.nan), 256)
+    with pytest.raises(DataError, match="2 captions"):
+        strip(np.zeros((3, 1, 1, 2, 2)), ["a", "b"])
+    with pytest.raises(DataError, match="EMPTY"):
+        training_curve([{"step": 1}])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"undiffuse\[report\]"):
+        grid(np.zeros((3, 2)))
+    grid(np.zeros((3, 1, 2, 2)), 2)  # grids need no matplotlib
