@@ -48,7 +48,7 @@ def load(source: str | Path, *, folder: str | Path | None = None, **options: Any
     if path.suffix.lower() in (*SUFFIXES, *PICKLES) and os.path.lexists(name) and not path.is_dir():
         _only(given, ARRAY_OPTIONS, "an array file")
         return observed(load_array(path, **given))
-    if os.path.lexists(name) or len(path.parts) > 1 or path.suffix:
+    if os.path.lexists(name) or os.sep in name or path.suffix:
         _only(given, FOLDER_OPTIONS, "a folder of images")
         return observed(load_folder(path, Prepare(**given)))
     close = difflib.get_close_matches(name.lower(), BUILTIN, cutoff=0.5)

@@ -126,7 +126,9 @@ def _read_safetensors(path: Path, start: bytes) -> Read:
             notes = ["bfloat16 widened to float32"] if file.get_slice(values).get_dtype() == "BF16" else []
             read = [file.get_tensor(name) for name in (values, labels) if name]
     except SafetensorError as error:
-        raise _no_array(start, f"a safetensors header ({error})") from error
+        if "not fully covered" in str(error):
+            raise Refused("SIZE_MISMATCH", "its header promises another number of bytes than are there") from error
+        raise _no_array(start, "a safetensors header") from error
     arrays = [(t.float() if t.dtype == torch.bfloat16 else t).numpy() for t in read]
     return arrays[0], arrays[1] if labels else None, notes
 

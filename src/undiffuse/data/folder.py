@@ -41,7 +41,9 @@ def load_folder(folder: str | Path, prepare: Prepare = Prepare()) -> Dataset:  #
     root = Path(folder)
     if not root.is_dir():
         fix = "Give a folder of images, an array file or the name of a built-in set"
-        raise ConfigError("NOT_A_DIRECTORY", root, "is a file" if root.exists() else "there is no such folder", fix)
+        raise ConfigError(
+            "NOT_A_DIRECTORY", root, "is a file" if root.exists() else "there is no such file or folder", fix
+        )
     scan = _scan(root)
     if not scan.files and not scan.problems:
         seen = _left_aside(scan) or ["it is empty"]

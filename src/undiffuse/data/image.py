@@ -80,11 +80,12 @@ def decode(data: bytes, suffix: str, prepare: Prepare) -> Picture:
             with Image.open(BytesIO(data), formats=[kind]) as image:
                 _check_header(image, data, kind)
                 _check_whole(data, kind)
+                turned = getattr(image, "tag_v2", {}).get(0x0112, 1) != 1  # Pillow turns TIFFs while it loads them
                 image.load()
                 _check_values(image)
                 did += ["first picture of a multi-picture JPEG"] * (image.format == "MPO")
                 did += ["colour profile ignored"] * ("icc_profile" in image.info)
-                did += ["turned upright as its EXIF orientation says"] * (image.getexif().get(0x0112, 1) != 1)
+                did += ["turned upright as its EXIF orientation says"] * (turned or image.getexif().get(0x0112, 1) != 1)
                 pixels, levels, done = _opaque(ImageOps.exif_transpose(image), prepare.colour)
     except (Refused, MemoryError):
         raise

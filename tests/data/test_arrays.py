@@ -1,0 +1,260 @@
+import io
+import pickle
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from undiffuse.data import from_array, load
+from undiffuse.errors import ConfigError, DataError
+
+SMALL = np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "shape", "dtype", "levels"),
+    [
+        (SMALL, {}, (2, 3, 2, 2), "uint8", 256),
+        (SMALL, {"levels": 24}, (2, 3, 2, 2), "uint8", 24),
+        (SMALL.astype(np.int64), {}, (2, 3, 2, 2), "uint8", 24),
+        (SMALL.astype(">i4") * 100, {}, (2, 3, 2, 2), "uint16", 2301),
+        (SMALL.astype(">u2"), {}, (2, 3, 2, 2), "uint16", 65536),
+        (SMALL > 7, {}, (2, 3, 2, 2), "uint8", 2),
+        (SMALL[:, 0], {}, (2, 1, 2, 2), "uint8", 256),
+        (SMALL.reshape(2, 12), {}, (2, 12), "uint8", 256),
+        (SMALL.reshape(2, 3, 4), {"layout": "NLC"}, (2, 4, 3), "uint8", 256),
+        (SMALL.reshape(2, 3, 4) / 7, {"layout": "NCL"}, (2, 3, 4), "float32", None),
+        (SMALL.reshape(1, 2, 3, 2, 2) / 7, {}, (1, 2, 3, 2, 2), "float32", None),
+        (SMALL.astype(np.float16) / 8, {}, (2, 3, 2, 2), "float32", None),
+        (np.asfortranarray(SMALL.astype(">f8")), {}, (2, 3, 2, 2), "float32", None),
+    ],
+)
+def test_what_arrays_become(values, options, shape, dtype, levels):
+    data = from_array(values, **options)
+    assert (data.values.shape, data.values.dtype.name, data.levels) == (shape, dtype, levels)
+    assert data.values.flags.c_contiguous
+    expected = np.moveaxis(values, -1, 1) if options.get("layout") == "NLC" else values
+    np.testing.assert_array_equal(data.values.reshape(-1), expected.astype(dtype).reshape(-1))
+    changed = values.dtype.newbyteorder("=").name != dtype or values.shape != shape
+    assert bool(data.notes) == changed or "whole numbers" in data.notes[-1]
+
+
+def test_channels_last_is_moved_only_when_asked():
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 6, 3), np.uint8)
+    with pytest.raises(DataError, match=r"^error\[SHAPE\] array: 4x8x6x3 looks like NHWC"):
+        from_array(images)
+    data = from_array(images, layout="NHWC")
+    np.testing.assert_array_equal(data.values, images.transpose(0, 3, 1, 2))
+    assert data.notes == ("channels moved from last to first",)
+    assert from_array(images, layout="NCHW").item_shape == (8, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "code"),
+    [
+        (np.zeros((4, 8, 8)), {}, "SHAPE"),
+        (np.zeros(4), {}, "SHAPE"),
+        (np.zeros(()), {}, "SHAPE"),
+        (np.zeros((1,) * 6), {}, "SHAPE"),
+        (np.zeros((0, 4)), {}, "SHAPE"),
+        (np.zeros((4, 0)), {}, "SHAPE"),
+        (np.zeros((4, 4)), {"layout": "NCHW"}, "SHAPE"),
+        (np.array([[0.0, np.nan]]), {}, "NON_FINITE"),
+        (np.array([[0.0, 1e300]]), {}, "NON_FINITE"),
+        (np.array([[0, -1]]), {}, "RANGE"),
+        (np.array([[0, 65536]]), {}, "RANGE"),
+        (np.array([[0, 17]], np.uint8), {"levels": 17}, "RANGE"),
+        (np.array([[0, 0]]), {}, "RANGE"),
+        (np.array([[1j]]), {}, "DTYPE"),
+        (np.array([["a"]]), {}, "DTYPE"),
+        (np.array([["2020-01-01"]], "M8[D]"), {}, "DTYPE"),
+        (np.array([[None]]), {}, "DTYPE"),
+        (np.zeros((2, 2)), {"levels": 4}, "DTYPE"),
+    ],
+)
+def test_arrays_that_are_refused(values, options, code):
+    with pytest.raises(DataError) as caught:
+        from_array(values, **options)
+    assert caught.value.code == code
+
+
+def test_non_finite_names_the_first():
+    values = np.zeros((5000, 2, 2, 3), np.float32)
+    values[4999, 1, 0, 2] = np.inf
+    values[4999, 1, 1, 0] = np.nan
+    with pytest.raises(DataError, match=r"the value at \(4999, 1, 0, 2\) is inf"):
+        from_array(values)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([0, 2, 0], "go up to 2, but 1"),
+        ([0, -1, -1], "2 are negative, first at 1, 2"),
+        ([0.0, 1.0, 0.0], "float64"),
+        ([0, 1], "for 3 items"),
+        (np.eye(3, dtype=int), "one-hot"),
+        ([0, 1, 10**12], "go up to 1000000000000"),
+    ],
+)
+def test_labels_that_are_refused(labels, words):
+    with pytest.raises(DataError, match=words) as caught:
+        from_array(np.eye(3, dtype=np.uint8), labels)
+    assert caught.value.code == "LABELS"
+
+
+@pytest.mark.parametrize("options", [{"layout": "HWC"}, {"levels": 1}, {"levels": 65537}])
+def test_options_that_are_refused(options):
+    with pytest.raises(ConfigError, match=r"^error\[OPTION\]"):
+        from_array(SMALL, **options)
+
+
+@pytest.mark.parametrize("names", [("images", "labels"), ("x", "y"), ("data", "y"), ("anything", "labels")])
+def test_files_hold_the_same_as_memory(tmp_path, names):
+    labels = np.array([1, 0])
+    expected = from_array(SMALL, labels)
+    np.savez(tmp_path / "a.npz", **dict(zip(names, (SMALL, labels), strict=True)))
+    np.savez_compressed(tmp_path / "b.npz", **dict(zip(names, (SMALL, labels), strict=True)))
+    save_file(
+        {name: torch.from_numpy(a) for name, a in zip(names, (SMALL, labels), strict=True)}, tmp_path / "c.safetensors"
+    )
+    for name in ("a.npz", "b.npz", "c.safetensors"):
+        data = load(tmp_path / name)
+        assert data.fingerprint == expected.fingerprint
+        assert data.classes == ("0", "1")
+        assert data.name == name[0]
+
+
+def test_npy_stays_on_disk_when_it_is_final(tmp_path):
+    np.save(tmp_path / "d.npy", SMALL)
+    data = load(str(tmp_path / "d.npy"))
+    assert not data.values.flags.owndata
+    assert not data.values.flags.writeable
+    assert data.fingerprint == from_array(SMALL).fingerprint
+
+
+def test_bfloat16_is_widened(tmp_path):
+    save_file({"x": torch.tensor([[0.5, -0.25]], dtype=torch.bfloat16)}, tmp_path / "a.safetensors")
+    data = load(tmp_path / "a.safetensors")
+    assert data.values.tolist() == [[0.5, -0.25]]
+    assert "bfloat16 widened to float32" in data.notes
+
+
+class Canary:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('the canary ran')",)
+
+
+def npy_bytes(array, **replace):
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=True)
+    data = stream.getvalue()
+    for old, new in replace.values():
+        assert old in data
+        data = data.replace(old, new.ljust(len(old)) if len(new) <= len(old) else new)
+    return data
+
+
+def shape_header(shape):
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    header = header.ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+
+
+def zip_bytes(*members, compression=zipfile.ZIP_STORED):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    return stream.getvalue()
+
+
+def encrypted(data):
+    """The same archive with every member's encryption flag set."""
+    data = bytearray(data)
+    for mark, offset in ((b"PK\1\2", 8), (b"PK\3\4", 6)):
+        data[data.index(mark) + offset] |= 1
+    return bytes(data)
+
+
+def corrupted(data):
+    at = data.index(b"\x93NUMPY") + 130
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+NPY = npy_bytes(SMALL)
+OBJECTS = npy_bytes(np.array([Canary()], dtype=object))
+PICKLE = pickle.dumps(Canary())
+
+
+def torch_pickle():
+    stream = io.BytesIO()
+    torch.save({"x": torch.zeros(2)}, stream)
+    return stream.getvalue()
+
+
+BAD_FILES = [
+    ("objects.npy", OBJECTS, "PICKLE_REFUSED"),
+    ("pickle.npy", PICKLE, "PICKLE_REFUSED"),
+    ("pickle.npz", PICKLE, "PICKLE_REFUSED"),
+    ("pickle.safetensors", PICKLE, "PICKLE_REFUSED"),
+    ("pickle.pt", PICKLE, "PICKLE_REFUSED"),
+    ("torch.npy", torch_pickle(), "PICKLE_REFUSED"),
+    ("torch.npz", torch_pickle(), "PICKLE_REFUSED"),
+    ("torch.safetensors", torch_pickle(), "PICKLE_REFUSED"),
+    ("objects.npz", zip_bytes(("x.npy", OBJECTS)), "PICKLE_REFUSED"),
+    ("empty.npy", b"", "EMPTY_FILE"),
+    ("promise.npy", shape_header("(400000000000,)") + bytes(16), "SIZE_MISMATCH"),
+    ("promise.npz", zip_bytes(("x.npy", shape_header("(400000000000,)") + bytes(16))), "SIZE_MISMATCH"),
+    ("huge.npy", shape_header(f"({2**80},)") + bytes(16), "SIZE_MISMATCH"),
+    ("negative.npy", shape_header("(-1, 4)") + bytes(16), "BAD_HEADER"),
+    ("words.npy", shape_header("words") + bytes(16), "BAD_HEADER"),
+    ("cut.npy", NPY[:-5], "TRUNCATED"),
+    ("header-cut.npy", NPY[:50], "BAD_HEADER"),
+    ("magic-cut.npy", NPY[:7], "BAD_HEADER"),
+    ("long.npy", NPY + b"more", "SIZE_MISMATCH"),
+    ("version.npy", NPY[:6] + b"\x09\x00" + NPY[8:], "BAD_HEADER"),
+    ("none.npy", shape_header("(0, 4)"), "SHAPE"),
+    ("text.npy", b"1, 2, 3\n", "BAD_HEADER"),
+    ("text.npz", b"1, 2, 3\n", "BAD_HEADER"),
+    ("text.safetensors", b"1, 2, 3\n and more", "BAD_HEADER"),
+    ("bomb.npz", zip_bytes(("x.npy", bytes(1 << 25)), compression=zipfile.ZIP_DEFLATED), "ZIP_BOMB"),
+    ("evil.npz", zip_bytes(("../../x.npy", NPY)), "BAD_ARCHIVE"),
+    ("root.npz", zip_bytes(("/x.npy", NPY)), "BAD_ARCHIVE"),
+    ("encrypted.npz", encrypted(zip_bytes(("x.npy", NPY))), "BAD_ARCHIVE"),
+    ("flipped.npz", corrupted(zip_bytes(("x.npy", NPY))), "BAD_ARCHIVE"),
+    ("cut.npz", zip_bytes(("x.npy", NPY))[:-30], "BAD_ARCHIVE"),
+    ("several.npz", zip_bytes(("a.npy", NPY), ("b.npy", NPY)), "NO_ARRAY"),
+    ("nothing.npz", zip_bytes(), "NO_ARRAY"),
+    ("labels.npz", zip_bytes(("x.npy", NPY), ("y.npy", npy_bytes(np.arange(3)))), "LABELS"),
+    ("objects-y.npz", zip_bytes(("x.npy", NPY), ("y.npy", OBJECTS)), "PICKLE_REFUSED"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "code"), BAD_FILES, ids=[name for name, *_ in BAD_FILES])
+def test_array_files_that_are_refused(tmp_path, name, content, code):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load(path)
+    assert caught.value.code == code
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"error[{code}] {path}: ")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_members_of_one_name(tmp_path):
+    (tmp_path / "a.npz").write_bytes(zip_bytes(("x.npy", NPY), ("x.npy", NPY)))
+    with pytest.raises(DataError, match=r"^error\[BAD_ARCHIVE\]"):
+        load(tmp_path / "a.npz")
+
+
+def test_truncated_safetensors(tmp_path):
+    save_file({"x": torch.zeros(8, 8)}, tmp_path / "a.safetensors")
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(whole[:-9])
+    with pytest.raises(DataError, match=r"^error\[SIZE_MISMATCH\]"):
+        load(tmp_path / "a.safetensors")

@@ -1,0 +1,457 @@
+import io
+import os
+import socket
+import struct
+import threading
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from undiffuse.data import BadFiles, Prepare, load, load_folder
+from undiffuse.errors import ConfigError, DataError
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (5, 5, 3), np.uint8)
+GREY = RNG.integers(0, 256, (5, 5), np.uint8)
+
+
+def save(path, array, mode=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = array if isinstance(array, Image.Image) else Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(path, **options)
+    return path
+
+
+def one(folder):
+    """The only image of ``folder``, (C, H, W), with its levels and notes."""
+    data = load(folder)
+    assert len(data) == 1
+    return data.values[0], data.levels, " | ".join(data.notes)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tiff", "a.webp", "a.JPG", "a.Png", "a.gif"])
+def test_six_formats_keep_their_pixels(tmp_path, name):
+    pixels = np.full((5, 5, 3), 128, np.uint8) if name in ("a.JPG", "a.gif") else RGB
+    save(tmp_path / name, pixels, lossless=True)
+    values, levels, notes = one(tmp_path)
+    np.testing.assert_array_equal(values, pixels.transpose(2, 0, 1))
+    assert levels == 256
+    assert "images:" not in notes
+
+
+def test_sixteen_bits_are_kept(tmp_path):
+    grey = np.array([[0, 1, 255], [256, 40000, 65535]], np.uint16)
+    save(tmp_path / "a.png", grey)
+    save(tmp_path / "b.tif", grey)
+    big = Image.frombytes("I;16B", (3, 2), grey.astype(">u2").tobytes())
+    save(tmp_path / "c.tif", big)
+    data = load(tmp_path)
+    assert (data.levels, data.values.dtype) == (65536, np.uint16)
+    for values in data.values:
+        np.testing.assert_array_equal(values[0], grey)
+
+
+def test_sixteen_bits_are_resized_without_overshoot(tmp_path):
+    edge = np.repeat(np.array([0, 65535], np.uint16), 4)[None].repeat(8, 0)
+    save(tmp_path / "a.png", edge)
+    values = load(tmp_path, size=4).values[0, 0]
+    assert (values[:, 0] == 0).all()
+    assert (values[:, -1] == 65535).all()
+    assert values.dtype == np.uint16
+
+
+def test_one_bit_has_two_levels(tmp_path):
+    save(tmp_path / "a.png", GREY > 100)
+    values, levels, _ = one(tmp_path)
+    np.testing.assert_array_equal(values[0], GREY > 100)
+    assert levels == 2
+    spread = load(tmp_path, channels=3)
+    np.testing.assert_array_equal(spread.values[0], np.broadcast_to(255 * (GREY > 100), (3, 5, 5)))
+    assert "1 of 1 images: two levels spread to 0 and 255" in spread.notes
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_palettes_are_looked_up_exactly(tmp_path, bits):
+    index = (GREY.astype(int) % 2**bits).astype(np.uint8)
+    image = Image.fromarray(index, "L").convert("L")
+    image.putpalette(RNG.integers(0, 256, 3 * 2**bits).tolist())
+    colours = np.array(image.getpalette()).reshape(-1, 3)
+    save(tmp_path / "a.png", image, bits=bits)
+    np.testing.assert_array_equal(one(tmp_path)[0], colours[index].transpose(2, 0, 1))
+
+
+def composited(colour, alpha, below):
+    """round(colour alpha/255 + below (1 − alpha/255)), halves up, in exact integers."""
+    colour, alpha = colour.astype(int), alpha.astype(int)[..., None]
+    return (2 * (colour * alpha + np.array(below) * (255 - alpha)) + 255) // 510
+
+
+@pytest.mark.parametrize(("background", "below"), [("white", (255, 255, 255)), ("#102030", (16, 32, 48))])
+def test_transparency_is_composited(tmp_path, background, below):
+    save(tmp_path / "a.png", np.dstack([RGB, GREY]))
+    data = load(tmp_path, background=background)
+    np.testing.assert_array_equal(data.values[0], composited(RGB, GREY, below).transpose(2, 0, 1))
+    assert "1 of 1 images: transparency composited over the background" in data.notes
+    assert f"the background is {background}" in data.notes
+
+
+def test_hidden_colour_never_shows(tmp_path):
+    save(tmp_path / "a.png", np.dstack([RGB, np.zeros_like(GREY)]))
+    palette = Image.fromarray(GREY % 4).convert("L")
+    palette.putpalette([9, 9, 9, 80, 0, 0, 0, 80, 0, 0, 0, 80])
+    save(tmp_path / "b.png", palette, transparency=bytes([0, 0, 0, 0]))
+    save(tmp_path / "c.gif", palette, transparency=0)
+    save(tmp_path / "d.png", RGB, transparency=tuple(RGB[0, 0].tolist()))
+    data = load(tmp_path)
+    assert (data.values[:2] == 255).all()
+    assert (data.values[2][:, GREY % 4 == 0] == 255).all()
+    assert (data.values[3][:, 0, 0] == 255).all()
+    np.testing.assert_array_equal(data.values[3][:, 1:], RGB.transpose(2, 0, 1)[:, 1:])
+
+
+def test_grey_with_alpha_stays_grey(tmp_path):
+    alpha = RNG.integers(0, 256, (5, 5), np.uint8)
+    save(tmp_path / "a.png", Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(alpha)]))
+    expected = composited(GREY[..., None], alpha, (255,)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(one(tmp_path)[0], expected)
+    assert load(tmp_path, background="red").item_shape == (3, 5, 5)
+    save(tmp_path / "a.png", np.dstack([RGB, np.full_like(GREY, 255)]))
+    assert "opaque everywhere, dropped" in one(tmp_path)[2]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+def test_all_eight_orientations_are_the_same_picture(tmp_path, suffix):
+    upright = RNG.integers(0, 256, (4, 6, 3), np.uint8)
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }
+    for orientation, pixels in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        save(tmp_path / f"{orientation}{suffix}", np.ascontiguousarray(pixels), exif=exif, lossless=True)
+    data = load(tmp_path)
+    for values in data.values:
+        np.testing.assert_array_equal(values, upright.transpose(2, 0, 1))
+    assert any(note.startswith("7 of 8 images: turned upright") for note in data.notes)
+
+
+def test_crop_size_and_channels_are_done_and_noted(tmp_path):
+    wide = RNG.integers(0, 256, (4, 8, 3), np.uint8)
+    save(tmp_path / "a.png", wide)
+    np.testing.assert_array_equal(load(tmp_path, crop=True).values[0], wide[:, 2:6].transpose(2, 0, 1))
+    data = load(tmp_path, crop=True, size=2, channels=1)
+    assert data.item_shape == (1, 2, 2)
+    kinds = ["RGB made grey (ITU-R 601 luma)", "centre square cut out", "reduced to 2 x 2"]
+    assert data.notes == (*(f"1 of 1 images: {kind}" for kind in kinds), "there is only one item")
+    assert "1 of 1 images: enlarged to 7 x 7" in load(tmp_path, crop=True, size=7).notes
+    flat = load(tmp_path, crop=True, channels=1).values[0, 0] - wide[:, 2:6] @ [0.299, 0.587, 0.114]
+    assert abs(flat).max() <= 0.51
+
+
+def test_resizing_keeps_constant_images(tmp_path):
+    save(tmp_path / "a.png", np.full((50, 50, 3), (0, 77, 255), np.uint8))
+    for size in (7, 25, 90):
+        assert (load(tmp_path, size=size).values[0].reshape(3, -1) == np.array([[0], [77], [255]])).all()
+
+
+def test_sub_folders_are_classes(tmp_path):
+    for name in ("b/1.png", "a/2.png", "a/deep/0.png", "c/3.png"):
+        save(tmp_path / name, RNG.integers(0, 256, (5, 5, 3), np.uint8))
+    (tmp_path / ".git").mkdir()
+    data = load(tmp_path)
+    assert data.classes == ("a", "b", "c")
+    assert data.labels.tolist() == [0, 0, 1, 2]
+    assert data.notes == ("1 hidden or system files ignored", "3 classes from sub-folders: a (2), b (1), c (1)")
+    save(tmp_path / "loose.png", RGB)
+    data = load(tmp_path)
+    assert data.labels is None
+    assert "no labels: 1 images lie outside sub-folders" in data.notes
+
+
+def test_one_sub_folder_is_no_class(tmp_path):
+    save(tmp_path / "images" / "a.png", RGB)
+    data = load(tmp_path)
+    assert data.labels is None
+    assert "no labels: all images are in one sub-folder" in data.notes
+
+
+def test_what_is_left_aside_is_counted(tmp_path):
+    save(tmp_path / "a.png", RGB)
+    save(tmp_path / "A.PNG", RGB)  # 50: names that differ in case only
+    save(tmp_path / "b.jpg", RGB, format="PNG")  # 9: content decides
+    (tmp_path / "x.jpg").mkdir()  # 47
+    for name in ("._a.jpg", ".DS_Store", "Thumbs.db"):
+        (tmp_path / name).write_bytes(b"junk")
+    (tmp_path / "image").write_bytes(b"")
+    (tmp_path / "read\nme.txt").write_bytes(b"")
+    data = load(tmp_path)
+    assert len(data) == 3
+    assert data.notes == (
+        "2 files ignored (not named as images): image, read\\nme.txt",
+        "3 hidden or system files ignored",
+        "1 of 3 images: PNG whatever the name ends in",
+        "2 of 3 items repeat another one exactly",
+    )
+
+
+def test_odd_names_work(tmp_path):
+    names = ["\u00e9.png", "e\u0301.png", "\u202egnp.png", "new\nline.png", "l" * 251 + ".png"]
+    raw = [os.fsencode(name) for name in names] + [b"\xff\xfe.png"]
+    for name in raw:
+        save(tmp_path / "0.png", RGB)
+        os.rename(tmp_path / "0.png", os.path.join(os.fsencode(tmp_path), name))
+    data = load(tmp_path)
+    assert len(data) == len(raw)
+    for name in raw:
+        os.truncate(os.path.join(os.fsencode(tmp_path), name), 0)
+    with pytest.raises(BadFiles) as caught:
+        load(tmp_path)
+    for problem in caught.value.problems:
+        assert str(BadFiles([problem])).isprintable()
+
+
+def test_directory_links_end(tmp_path):
+    save(tmp_path / "a" / "0.png", RGB)
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "self").symlink_to(tmp_path / "a")
+    (tmp_path / "0link").symlink_to(tmp_path / "a")
+    save(tmp_path / "b" / "0.png", RGB)
+    with pytest.raises(BadFiles, match="EMPTY_CLASS"):
+        load(tmp_path)
+    (tmp_path / "0link").unlink()
+    assert load(tmp_path).classes == ("a", "b")
+
+
+def test_links_out_of_the_folder_are_followed_and_noted(tmp_path):
+    save(tmp_path / "away" / "a.png", RGB)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a.png").symlink_to(tmp_path / "away" / "a.png")
+    assert "1 links followed to files outside the folder" in load(tmp_path / "here").notes
+
+
+def png_header(width, height, bits, colour, *blocks):
+    def block(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(block(n, d) for n, d in [(b"IHDR", head), *blocks, (b"IEND", b"")])
+
+
+def encoded(array, form, **options):
+
+    stream = io.BytesIO()
+    image = array if isinstance(array, Image.Image) else Image.fromarray(array)
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def frames(form, **options):
+    images = [Image.fromarray(RNG.integers(0, 256, (5, 5, 3), np.uint8)) for _ in range(3)]
+    return encoded(images[0], form, save_all=True, append_images=images[1:], **options)
+
+
+def flipped(data, at):
+    return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+
+
+def exif_jpeg():
+    """A JPEG with a small one in its Exif block, cut within its own pixels."""
+    thumb = encoded(RGB, "JPEG")
+    exif = b"Exif\0\0" + thumb
+    return encoded(RNG.integers(0, 256, (64, 64, 3), np.uint8), "JPEG", exif=exif)
+
+
+BIG = RNG.integers(0, 256, (64, 64, 3), np.uint8)
+PNG, JPEG = encoded(BIG, "PNG"), encoded(BIG, "JPEG")
+ROW16 = zlib.compress(b"\0" + bytes(6))
+BITS = zlib.compress(bytes(1251 * 10000), 9)
+BAD_IMAGES = [
+    ("half.jpg", JPEG[: len(JPEG) // 2], "TRUNCATED"),
+    ("end.jpg", JPEG[:-1], "TRUNCATED"),
+    ("end-with-thumbnail.jpg", exif_jpeg()[:-1], "TRUNCATED"),
+    ("head.jpg", JPEG[:30], "TRUNCATED CORRUPT"),
+    ("half.png", PNG[: len(PNG) // 2], "TRUNCATED"),
+    ("end.png", PNG[:-12], "TRUNCATED"),
+    ("head.png", PNG[:20], "TRUNCATED"),
+    ("crc.png", flipped(PNG, len(PNG) // 2), "CORRUPT"),
+    ("head-crc.png", flipped(PNG, 20), "CORRUPT"),
+    ("half.webp", encoded(BIG, "WEBP")[:400], "TRUNCATED CORRUPT"),
+    ("half.bmp", encoded(BIG, "BMP")[:4000], "TRUNCATED"),
+    ("half.gif", encoded(BIG, "GIF")[:1500], "TRUNCATED"),
+    ("half.tif", encoded(BIG, "TIFF")[:4000], "TRUNCATED CORRUPT"),
+    ("empty.png", b"", "EMPTY_FILE"),
+    ("text.jpg", b"shopping list", "NOT_AN_IMAGE"),
+    ("page.png", b"\n<!DOCTYPE html><title>404", "NOT_AN_IMAGE"),
+    ("lfs.png", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "LFS_POINTER"),
+    ("moving.gif", frames("GIF"), "ANIMATED"),
+    ("moving.webp", frames("WEBP"), "ANIMATED"),
+    ("moving.png", frames("PNG"), "ANIMATED"),
+    ("pages.tif", frames("TIFF"), "MULTIPAGE"),
+    ("a.svg", b"<?xml version='1.0'?><svg></svg>", "FORMAT_NOT_ALLOWED"),
+    ("a.psd", b"8BPS\0\1", "FORMAT_NOT_ALLOWED"),
+    ("eps.png", b"%!PS-Adobe-3.0 EPSF", "FORMAT_NOT_ALLOWED"),
+    ("a.pdf", b"%PDF-1.4", "FORMAT_NOT_ALLOWED"),
+    ("a.ico", encoded(RGB, "ICO"), "FORMAT_NOT_ALLOWED"),
+    ("a.heic", b"\0\0\0\x18ftypheic", "FORMAT_NOT_ALLOWED"),
+    ("avif.jpg", b"\0\0\0\x18ftypavif", "FORMAT_NOT_ALLOWED"),
+    ("bomb.png", png_header(10000, 10000, 1, 0, (b"IDAT", BITS)), "TOO_MANY_PIXELS"),
+    ("giant.png", png_header(2**31 - 1, 2**31 - 1, 8, 2, (b"IDAT", b"")), "TOO_MANY_PIXELS"),
+    ("large.png", png_header(9000, 9000, 8, 2, (b"IDAT", b"")), "TOO_MANY_PIXELS"),
+    ("text.png", png_header(1, 1, 8, 0, (b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 25)))), "TOO_LARGE_METADATA"),
+    ("deep.png", png_header(1, 1, 16, 2, (b"IDAT", ROW16)), "UNSUPPORTED_DEPTH"),
+    ("deep-alpha.png", png_header(1, 1, 16, 4, (b"IDAT", zlib.compress(bytes(5)))), "UNSUPPORTED_DEPTH"),
+    ("int.tif", encoded(np.zeros((4, 4), np.int32), "TIFF"), "UNSUPPORTED_DEPTH"),
+    ("float.tif", encoded(np.zeros((4, 4), np.float32), "TIFF"), "NEEDS_RANGE"),
+    ("nan.tif", encoded(np.full((4, 4), np.nan, np.float32), "TIFF"), "NON_FINITE"),
+    ("cmyk.jpg", encoded(Image.fromarray(BIG).convert("CMYK"), "JPEG"), "UNSUPPORTED_COLOUR"),
+    ("lab.tif", encoded(Image.new("LAB", (4, 4)), "TIFF"), "UNSUPPORTED_COLOUR"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "codes"), BAD_IMAGES, ids=[name for name, *_ in BAD_IMAGES])
+def test_images_that_are_refused(tmp_path, capfd, name, content, codes):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(BadFiles) as caught:
+        load(tmp_path)
+    assert caught.value.code in codes.split()
+    assert str(caught.value).startswith(f"error[{caught.value.code}] {path}: ")
+    assert "\n" not in str(caught.value)
+    assert [problem[:2] for problem in caught.value.problems] == [(path, caught.value.code)]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_every_problem_is_told_at_once(tmp_path):
+    for name, content, _ in BAD_IMAGES:
+        (tmp_path / name).write_bytes(content)
+    save(tmp_path / "good.png", RGB)
+    (tmp_path / "link.png").symlink_to(tmp_path / "nothing.png")
+    (tmp_path / "self.png").symlink_to(tmp_path / "self.png")
+    with pytest.raises(BadFiles, match=rf"and {len(BAD_IMAGES) + 1} more: \d+ ") as caught:
+        load(tmp_path)
+    found = {problem.path.name: problem.code for problem in caught.value.problems}
+    assert all(found[name] in codes.split() for name, _, codes in BAD_IMAGES)
+    assert (found["link.png"], found["self.png"]) == ("BROKEN_LINK", "BROKEN_LINK")
+
+
+def test_pipes_and_sockets_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "null.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(tmp_path / "b.png"))
+        found = []
+
+        def attempt():
+            try:
+                load(tmp_path)
+            except BadFiles as error:
+                found.extend(problem.code for problem in error.problems)
+
+        thread = threading.Thread(target=attempt, daemon=True)
+        thread.start()
+        thread.join(5)
+    assert found == ["NOT_A_REGULAR_FILE"] * 3
+    os.mkfifo(tmp_path / "a.npy")
+    with pytest.raises(DataError, match="NOT_A_REGULAR_FILE"):
+        load(tmp_path / "a.npy")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_files_and_folders_that_may_not_be_read(tmp_path):
+    save(tmp_path / "a.png", RGB).chmod(0)
+    (tmp_path / "folder").mkdir(mode=0)
+    with pytest.raises(BadFiles) as caught:
+        load(tmp_path)
+    assert [problem.code for problem in caught.value.problems] == ["PERMISSION", "PERMISSION"]
+
+
+def test_permission_errors_are_problems(tmp_path, monkeypatch):
+    def deny(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = save(tmp_path / "a.png", RGB)
+    monkeypatch.setattr("pathlib.Path.read_bytes", deny)
+    with pytest.raises(BadFiles) as caught:
+        load(tmp_path)
+    assert [problem[:2] for problem in caught.value.problems] == [(path, "PERMISSION")]
+
+
+@pytest.mark.parametrize(
+    ("second", "code"),
+    [
+        (np.zeros((5, 6, 3), np.uint8), "MIXED_SIZES"),
+        (np.zeros((5, 5), np.uint8), "MIXED_CHANNELS"),
+        (np.zeros((5, 5), np.uint16), "MIXED_CHANNELS"),
+    ],
+)
+def test_images_that_do_not_fit_together(tmp_path, second, code):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / name, RGB)
+    path = save(tmp_path / "0.png", second)
+    with pytest.raises(BadFiles) as caught:
+        load(tmp_path)
+    assert caught.value.code == code
+    assert [problem[:2] for problem in caught.value.problems] == [(path, code)]
+    assert "in 2, as a.png" in str(caught.value)
+
+
+def test_mixed_depths(tmp_path):
+    save(tmp_path / "a.png", GREY)
+    save(tmp_path / "b.png", GREY > 9)
+    with pytest.raises(BadFiles, match=r"^error\[MIXED_DEPTH\]"):
+        load(tmp_path)
+    assert load(tmp_path, channels=1).levels == 256
+
+
+def test_shapes_that_cannot_be_resized(tmp_path):
+    save(tmp_path / "a.png", np.zeros((1, 500), np.uint8))
+    save(tmp_path / "b.png", np.zeros((1, 1), np.uint8))
+    with pytest.raises(BadFiles) as caught:
+        load(tmp_path, size=8)
+    assert [problem.code for problem in caught.value.problems] == ["ASPECT", "TOO_SMALL"]
+
+
+def test_folders_without_images(tmp_path):
+    with pytest.raises(DataError, match=r"^error\[NO_IMAGES\] .*it is empty"):
+        load(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(DataError, match=r"^error\[NO_IMAGES\] .*1 files ignored .*notes.txt"):
+        load(tmp_path)
+    with pytest.raises(ConfigError, match=r"^error\[NOT_A_DIRECTORY\] .*is a file"):
+        load_folder(tmp_path / "notes.txt")
+    with pytest.raises(ConfigError, match=r"^error\[NOT_A_DIRECTORY\] .*no such file or folder"):
+        load(tmp_path / "nothing")
+
+
+def test_a_class_without_images(tmp_path):
+    save(tmp_path / "cats" / "a.png", RGB)
+    (tmp_path / "dogs").mkdir()
+    with pytest.raises(BadFiles, match=rf"^error\[EMPTY_CLASS\] {tmp_path}/dogs: "):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"size": 0}, {"size": 2.0}, {"channels": 2}, {"background": "whiteish"}])
+def test_options_that_are_refused(options):
+    with pytest.raises(ConfigError, match=r"^error\[OPTION\]"):
+        Prepare(**options)
+
+
+def test_transparent_backgrounds_are_refused():
+    with pytest.raises(ConfigError, match=r"^error\[OPTION\]"):
+        Prepare(background="#11223344")
+
+
+def test_colour_profiles_are_ignored_aloud(tmp_path):
+    save(tmp_path / "a.png", RGB, icc_profile=b"broken")
+    values, _, notes = one(tmp_path)
+    np.testing.assert_array_equal(values, RGB.transpose(2, 0, 1))
+    assert "1 of 1 images: colour profile ignored" in notes
