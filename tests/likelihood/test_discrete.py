@@ -1,0 +1,336 @@
+"""The variational bound against closed forms and a recursion in Ho's notation."""
+
+import math
+from functools import partial
+from itertools import pairwise, product
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from oracles import GaussianData, Spy, gaussian_kl, gaussian_log_prob
+from strategies import chains, gaussians
+
+from undiffuse.conditioning import Condition
+from undiffuse.denoiser import Prediction
+from undiffuse.likelihood import NLL, concatenate, nll, prior_kl, step_nll, stratify, vlb
+from undiffuse.process import schedule as S
+from undiffuse.process.gaussian import Gaussian
+from undiffuse.sample import grid
+
+tensor = partial(torch.tensor, dtype=torch.float64)
+MEAN = tensor([[0.5, -1.0, 0.0], [2.0, -0.3, 0.1]])
+VAR = tensor([[0.01, 4.0, 1.0], [0.25, 0.01, 0.6]])
+DATA = GaussianData(MEAN, VAR)
+X = torch.stack([MEAN + VAR.sqrt(), MEAN - VAR.sqrt(), MEAN + 3 * VAR.sqrt() * tensor([1.0, -1.0, 0.5])])
+
+
+def analytic(denoise, x, levels, **settings) -> NLL:
+    """The bound with the expectation over every eps taken exactly: its terms are quadratic in each number."""
+    sign = torch.tensor([1.0, -1.0], dtype=x.dtype).repeat_interleave(len(x)).reshape(-1, *[1] * (x.ndim - 1))
+    both = vlb(denoise, torch.cat([x, x]), levels, lambda n: sign.expand(n, -1, *x.shape[1:]), **settings)
+    prior, steps, decoder, per_step = (
+        v.reshape(2, len(x), *v.shape[1:]).mean(0) for v in (both.prior, both.steps, both.decoder, both.per_step)
+    )
+    return nll(prior, steps, decoder, both.calls, per_step)
+
+
+def flat(values: torch.Tensor) -> torch.Tensor:
+    return values.flatten(1).sum(1)
+
+
+CHAINS = {  # the chain of T steps, and the standard deviation of the default prior
+    "linear": (lambda T: grid(S.linear(), T), 1.0),
+    "linear, every step": (lambda T: grid(S.linear(T), T), 1.0),
+    "quadratic, sub-grid": (lambda T: grid(S.quadratic(100), T), 1.0),
+    "cosine": (lambda T: grid(S.cosine(T)), 1.0),
+    "zero terminal": (lambda T: grid(S.Tabulated([*[0.1] * (T - 1), 1.0])), 1.0),
+    "sigmoid": (lambda T: grid(S.Sigmoid(), T), 1.0),
+    "flow": (lambda T: grid(S.Flow(), T), 1.0),
+    "flow, from 0.9": (lambda T: grid(S.Flow(), times=np.linspace(0.9, 0, T + 1).tolist()), 0.9),
+    "linear log-SNR": (lambda T: grid(S.LinearLogSNR(), T), 1.0),
+    "exploding": (lambda T: grid(S.VarianceExploding(), T), 50.0),
+    "flow between": (lambda T: grid(S.Flow(), times=np.linspace(0.9, 0.05, T + 1).tolist()), 0.9),
+    "uneven": (lambda T: grid(S.LinearLogSNR(), times=np.linspace(1, 0.1, T + 1) ** 2), 1.0),
+}
+
+
+def closed_form(x, levels):
+    """What the bound is with the exact reverse process: −log p(x) where the chain ends in data.
+
+    A chain that stays finite decodes by N(z_0/alpha_0, sigma_0²/alpha_0²), which is not p(x|z_0). Its path
+    costs KL(q(z_0|x) to q(z_0)), however many steps it has, and its decoder ½ log(2πe sigma_0²/alpha_0²).
+    """
+    end = levels[-1]
+    if end.sigma == 0:
+        return -flat(gaussian_log_prob(x, MEAN, VAR))
+    path = gaussian_kl(end.alpha * x, end.sigma**2 + 0 * x, end.alpha * MEAN, DATA.marginal_var(end))
+    return flat(path + 0.5 * torch.log(2 * math.pi * math.e * end.sigma**2 / end.alpha**2))
+
+
+@pytest.mark.parametrize("T", [1, 4, 16, 64])
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_bound_of_the_exact_reverse_process_is_exact(name, T):
+    make, scale = CHAINS[name]
+    levels = make(T)
+    denoise = DATA.denoiser(S.Flow())
+    top = levels[0]
+    marginal = Gaussian((top.alpha * MEAN)[None], torch.log(DATA.marginal_var(top))[None])
+    exact = analytic(denoise, X, levels, variance=DATA.reverse_log_var, prior=marginal)
+    assert float((exact.total - closed_form(X, levels)).abs().max()) < 1e-8 * 6
+
+    at_one_std = X[:2]  # quadratic in x too: ± one standard deviation is the average over the data
+    usual = analytic(denoise, at_one_std, levels, variance=DATA.reverse_log_var).total.mean()
+    gap = gaussian_kl(top.alpha * MEAN, DATA.marginal_var(top), 0 * MEAN, torch.full_like(MEAN, scale**2)).sum()
+    entropy = DATA.entropy() if levels[-1].sigma == 0 else closed_form(at_one_std, levels).mean()
+    assert abs(float(usual - entropy - gap)) < 1e-8 * 6
+
+
+@pytest.mark.parametrize("variance", ["small", "large", "learned"])
+@hypothesis_settings(max_examples=60)
+@given(levels=chains(), data=gaussians(), shift=st.floats(-1, 1), nu=st.floats(-1, 2))
+def test_the_bound_bounds(levels, data, shift, nu, variance):
+    def wrong(x_t, level, cond=None, to=None):
+        x, eps, _ = data.predict(x_t, level)
+        return Prediction(x + shift, eps, torch.full_like(x, nu))
+
+    x = torch.stack([data.m + data.cov.sqrt(), data.m - data.cov.sqrt()])
+    bound = analytic(wrong, x, levels, variance=variance).total.mean()
+    assert bound > data.entropy() - 1e-9
+
+
+@pytest.mark.parametrize("name", ["linear log-SNR", "exploding", "flow between"])
+def test_steps_fall_to_the_continuous_bound(name):
+    x = X[:2]
+    make, _ = CHAINS[name]
+    runs = [analytic(DATA.denoiser(S.Flow()), x, make(T)) for T in (25, 50, 100, 200)]
+    values = tensor([float(run.steps.mean()) for run in runs])
+    ends = make(1)
+    noise, clean = (0.5 * torch.log(DATA.marginal_var(v) / v.sigma**2).sum() for v in ends)
+    excess = values - (clean - noise)  # I(x; z_0) − I(x; z_1)
+    assert bool((excess > 0).all())
+    assert bool((values.diff() < 0).all())
+    ratios = excess[:-1] / excess[1:]
+    assert bool(((ratios > 1.6) & (ratios < 2.4)).all())
+
+
+# --- each term by hand -------------------------------------------------------------------------------------------
+
+
+class Affine:
+    """A denoiser that is wrong in a known way: ε̂ = 0.6 x_t − 0.2, nu = 0.3."""
+
+    schedule = S.Flow()
+
+    def __call__(self, x_t, level, cond=None, to=None):
+        at, eps = level.like(x_t), 0.6 * x_t - 0.2
+        return Prediction((x_t - at.sigma * eps) / at.alpha, eps, torch.full_like(x_t, 0.3))
+
+
+def ho_terms(alpha_bar, x, noise, variance, first_large="beta"):
+    """[L_0, .., L_{N−1}] per element [Ho20 eq. 5, 8]: ᾱ from the first step's to the last's; noise[0] is step 1's."""
+    alpha_bar = np.concatenate([[1.0], alpha_bar])
+    beta = np.concatenate([[np.nan], 1 - alpha_bar[1:] / alpha_bar[:-1]])
+    small = [np.nan, *(beta[t] * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) for t in range(1, len(beta)))]
+    small[1] = small[2] if len(small) > 2 else beta[1]
+    terms = []
+    for t in range(1, len(beta)):
+        x_t = np.sqrt(alpha_bar[t]) * x + np.sqrt(1 - alpha_bar[t]) * noise[t - 1]
+        mean = (x_t - beta[t] / np.sqrt(1 - alpha_bar[t]) * (0.6 * x_t - 0.2)) / np.sqrt(1 - beta[t])
+        big = small[1] if first_large == "clipped" and t == 1 else beta[t]
+        var = {"small": small[t], "large": big, "learned": big**0.3 * small[t] ** 0.7}[variance]
+        if t == 1:
+            terms.append((mean, var))
+            continue
+        ahead = np.sqrt(1 - beta[t]) * (1 - alpha_bar[t - 1]) * x_t + np.sqrt(alpha_bar[t - 1]) * beta[t] * x
+        gap = ahead / (1 - alpha_bar[t]) - mean
+        terms.append(0.5 * (np.log(var / small[t]) - 1 + (small[t] + gap**2) / var))
+    return terms
+
+
+HAND = {
+    "all": (np.linspace(0.01, 0.3, 7), range(8)),
+    "sub-grid": (np.linspace(1e-4, 0.02, 1000), [0, 1, 40, 555, 990, 1000]),
+    "one step": (np.array([0.7]), range(2)),
+}
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize(
+    ("variance", "first_large"),
+    [("small", "beta"), ("large", "beta"), ("large", "clipped"), ("learned", "beta")],
+)
+@pytest.mark.parametrize("name", HAND)
+def test_each_term_in_the_notation_of_ho(name, variance, first_large, discrete):
+    beta, kept = HAND[name]
+    kept = list(kept)
+    schedule = S.Tabulated(beta)
+    levels = grid(schedule, times=[k / len(beta) for k in kept[::-1]])
+    x = X.clamp(-1, 1)
+    edges = (torch.where(x <= -1, -math.inf, x - 0.02), torch.where(x >= 1, math.inf, x + 0.02))
+    noise = np.random.default_rng(0).normal(size=(len(kept) - 1, *x.shape))
+    fresh = iter(torch.from_numpy(noise))
+    result = vlb(
+        Affine(),
+        x,
+        levels,
+        lambda n: next(fresh)[None],
+        variance=variance,
+        first_large=first_large,
+        edges=edges if discrete else None,
+    )
+    alpha_bar = np.cumprod(1 - beta)[[k - 1 for k in kept[1:]]]
+    terms = ho_terms(alpha_bar, x.numpy(), noise, variance, first_large)
+    mean, var = terms[0]
+    if discrete:
+        terms[0] = -bin_log_prob(mean, np.sqrt(var), *(e.numpy() for e in edges))
+    else:
+        terms[0] = 0.5 * (np.log(2 * np.pi * var) + (x.numpy() - mean) ** 2 / var)
+    expected = np.stack([term.reshape(len(x), -1).sum(1) for term in terms], 1)
+    np.testing.assert_allclose(result.per_step, expected, rtol=1e-9, atol=1e-13)
+    np.testing.assert_allclose(result.decoder, expected[:, 0], rtol=1e-9, atol=1e-13)
+    np.testing.assert_allclose(result.steps, expected[:, 1:].sum(1), rtol=1e-9, atol=1e-300)
+    top = alpha_bar[-1]
+    prior = 0.5 * (-top - np.log(1 - top) + top * x.numpy() ** 2)
+    np.testing.assert_allclose(result.prior, prior.reshape(len(x), -1).sum(1), rtol=1e-9)
+    np.testing.assert_allclose(result.total, result.prior + result.steps + result.decoder, rtol=0, atol=0)
+    assert result.calls == len(kept) - 1
+
+
+def bin_log_prob(mean, std, low, high):
+    def one(m, a, b):
+        with mpmath.workdps(60):
+            below, above = (mpmath.ncdf((mpmath.mpf(float(e)) - m) / std) for e in (a, b))
+            return float(mpmath.log(above - below))
+
+    return np.vectorize(one)(mean, low, high)
+
+
+def test_decoder_of_a_chain_that_stays_finite():
+    levels = grid(S.Flow(), times=[0.9, 0.5, 0.2])
+    x = X.clamp(-1, 1)
+    edges = (torch.where(x <= -1, -math.inf, x - 0.02), torch.where(x >= 1, math.inf, x + 0.02))
+    eps = iter(torch.randn(6, *X.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    result = vlb(Affine(), x, levels, lambda n: next(eps)[None], edges=edges)
+    last = torch.randn(6, *X.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[2]
+    expected = -bin_log_prob((x + 0.25 * last).numpy(), 0.25, *(e.numpy() for e in edges))
+    np.testing.assert_allclose(result.decoder, expected.reshape(3, -1).sum(1), rtol=1e-9)
+    assert result.per_step.shape == (3, 2)
+    assert not result.per_step.isnan().any()
+    torch.testing.assert_close(result.per_step.sum(1), result.steps)
+
+
+# --- strata --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: grid(S.cosine(7)), lambda: grid(S.LinearLogSNR(), 7)])
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 7])
+def test_strata_are_unbiased(make, m):
+    levels, eps = make(), 0.3 * torch.ones(1, dtype=torch.float64)
+    exact = vlb(Affine(), X, levels, lambda n: eps.expand(n, *X.shape))
+    ends = [round(7 * j / m) for j in range(m + 1)]
+    choices = list(product(*(range(a + 1, b + 1) for a, b in pairwise(ends))))
+    seen = []
+    for choice in choices:
+        strata = [torch.full((len(X),), k) for k in choice]
+        part = vlb(Affine(), X, levels, lambda n: eps.expand(n, *X.shape), strata=strata)
+        seen.append(torch.stack([part.prior, part.steps, part.decoder, part.total]))
+        assert part.calls == m
+        drawn = torch.zeros(7, dtype=torch.bool)
+        drawn[[k - 1 for k in choice]] = True
+        assert torch.equal(part.per_step.isnan(), ~drawn.expand(len(X), 7))
+        torch.testing.assert_close(part.per_step[:, drawn], exact.per_step[:, drawn], rtol=1e-13, atol=0)
+    expected = torch.stack([exact.prior, exact.steps, exact.decoder, exact.total])
+    torch.testing.assert_close(torch.stack(seen).mean(0), expected, rtol=1e-12, atol=0)
+
+
+def test_items_may_be_on_different_steps():
+    levels, eps = grid(S.linear(5)), tensor([0.3])
+    edges = (X - 0.1, X + 0.1)
+    noise = lambda n: eps.expand(n, *X.shape)  # noqa: E731
+    exact = vlb(Affine(), X, levels, noise, edges=edges)
+    mixed = vlb(Affine(), X, levels, noise, edges=edges, strata=[torch.tensor([1, 4, 2])])
+    assert torch.equal(mixed.per_step.isfinite().nonzero(), torch.tensor([[0, 0], [1, 3], [2, 1]]))
+    assert torch.equal(mixed.decoder, 5 * torch.stack([exact.per_step[0, 0], *torch.zeros(2, dtype=torch.float64)]))
+    expected = 5 * torch.stack([exact.per_step[0, 0], exact.per_step[1, 3], exact.per_step[2, 1]])
+    torch.testing.assert_close(mixed.steps + mixed.decoder, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(("N", "m"), [(7, 3), (8, 4), (1000, 7), (1, 1), (5, 5)])
+def test_stratify_draws_each_step_of_a_stratum_alike(N, m):
+    fine = 840  # a multiple of the strata's sizes, so that u = (i + ½)/fine meets each step equally often
+    u = ((torch.arange(fine, dtype=torch.float64) + 0.5) / fine).expand(m, fine)
+    strata = stratify(N, m, u)
+    ends = [round(N * j / m) for j in range(m + 1)]
+    assert len(strata) == m
+    for a, b, k in zip(ends[:-1], ends[1:], strata, strict=True):
+        assert k.dtype == torch.int64
+        counts = torch.bincount(k - a - 1, minlength=b - a)
+        assert len(counts) == b - a
+        assert int(counts.max() - counts.min()) <= (0 if fine % (b - a) == 0 else 1)
+    almost = stratify(N, m, torch.full((m, 1), 1 - 2.0**-53, dtype=torch.float64))
+    assert [int(k) for k in almost] == ends[1:]
+    assert int(stratify(N, m, torch.ones(m, 1))[-1]) == N  # float32 numbers just below 1 may round
+
+
+# --- what is handed on, and the result -----------------------------------------------------------------------------
+
+
+def test_the_denoiser_sees_level_condition_aim_and_dtype():
+    spy, levels = Spy(DATA.denoiser(S.Flow())), grid(S.linear(3))
+    cond = Condition(label=torch.arange(3))
+    noise = torch.full((1, *X.shape), 0.5)
+    single = vlb(spy, X.float(), levels, lambda n: noise[:n], cond=cond)
+    for k, (x_t, level, told, to) in enumerate(spy.seen, start=1):
+        t, s = levels[3 - k], levels[4 - k]
+        assert (x_t.dtype, told) == (torch.float32, cond)
+        assert torch.equal(level.alpha, t.alpha.expand(3))
+        assert torch.equal(level.log_snr, t.log_snr.expand(3))
+        assert torch.equal(to.sigma, s.sigma.expand(3))
+        torch.testing.assert_close(x_t, (t.alpha * X + t.sigma * 0.5).float())
+    assert len(spy.seen) == 3
+    double = vlb(DATA.denoiser(S.Flow()), X, levels, lambda n: noise[:n].double())
+    for field in ("prior", "steps", "decoder", "per_step", "stderr"):
+        assert getattr(single, field).dtype == torch.float64
+        torch.testing.assert_close(getattr(single, field), getattr(double, field), rtol=1e-4, atol=1e-6)
+
+
+def test_prior_kl_defaults():
+    vp, ve = S.LinearLogSNR()(1.0), S.VarianceExploding(0.01, 50.0)(1.0)
+    for level, scale in ((vp, 1.0), (ve, 50.0), (S.Flow()(0.25), 0.25)):
+        expected = gaussian_kl(level.alpha * X, level.sigma**2 + 0 * X, 0 * X, scale**2 + 0 * X)
+        torch.testing.assert_close(prior_kl(X, level), expected, rtol=1e-9, atol=1e-13)
+    batch = S.LinearLogSNR()(tensor([0.2, 0.6, 1.0]))
+    own = Gaussian(X + 1, torch.zeros_like(X) + 0.4)
+    for i in range(3):
+        alone = prior_kl(X[i : i + 1], batch.take(i), Gaussian(own.mean[i], own.log_var[i]))
+        torch.testing.assert_close(prior_kl(X, batch, own)[i : i + 1], alone, rtol=1e-14, atol=0)
+
+
+def test_gradients_are_finite_in_a_batch_that_mixes_decoder_and_steps():
+    levels = grid(S.linear())
+    t, s = (
+        type(levels[0])(*(torch.stack(v) for v in zip(*pair, strict=True))) for pair in (levels[-4:-1], levels[-3:])
+    )
+    x = X.clamp(-1, 1)
+    edges = (torch.where(x <= -1, -math.inf, x - 1 / 255), torch.where(x >= 1, math.inf, x + 1 / 255))
+    nu = torch.full_like(x, 0.5, requires_grad=True)
+    mean = (x + 3).requires_grad_()  # so far off that a bin's probability is not a normal number
+    terms = step_nll(Prediction(mean, x, nu), x, x, t, s, "learned", edges=edges)
+    terms.sum().backward()
+    assert all(bool(v.isfinite().all()) for v in (terms, mean.grad, nu.grad))
+
+
+def test_result():
+    levels, eps = grid(S.cosine(4)), 0.2 * torch.ones(1, dtype=torch.float64)
+    run = lambda x: vlb(Affine(), x, levels, lambda n: eps.expand(n, *x.shape))  # noqa: E731
+    whole, parts = run(X), concatenate([run(X[:1]), run(X[1:])])
+    for field in NLL._fields:
+        torch.testing.assert_close(getattr(parts, field), getattr(whole, field), rtol=1e-14, atol=0)
+    assert float(whole.stderr) == pytest.approx(np.std(whole.total.numpy(), ddof=1) / math.sqrt(3))
+    assert run(X[:1]).stderr.isnan()
+    assert run(X[:2]).stderr.isfinite()
+    torch.testing.assert_close(whole.bits_per_dim(6), whole.total / 6 / math.log(2))
