@@ -117,7 +117,8 @@ class NetworkDenoiser:
             return None
         steps = self.schedule.steps
         assert steps is not None
-        return self.schedule(((level.t * steps).ceil() - 1).clamp(min=0) / steps)
+        k = (level.t * steps - 1e-6).ceil()  # (k/T) T may round to more than k
+        return self.schedule((k - 1).clamp(min=0) / steps)
 
     def outputs(self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None) -> tuple[Tensor, Tensor | None]:
         """(y, nu) as the network says them, in float32 at least."""
