@@ -404,6 +404,31 @@ def test_images_that_do_not_fit_together(tmp_path, second, code):
     assert "in 2, as a.png" in str(caught.value)
 
 
+def test_files_beyond_all_measure_are_not_read(tmp_path):
+    with (tmp_path / "a.png").open("wb") as stream:
+        stream.truncate(513 << 20)
+    with pytest.raises(BadFiles, match=r"^error\[TOO_LARGE\]"):
+        load(tmp_path)
+
+
+def test_a_multi_picture_jpeg_gives_its_first(tmp_path):
+    second = Image.fromarray(RGB[::-1])
+    save(tmp_path / "a.jpg", RGB, format="MPO", save_all=True, append_images=[second])
+    save(tmp_path / "b" / "b.jpg", RGB)
+    data = load(tmp_path)
+    np.testing.assert_array_equal(data.values[0], data.values[1])
+    assert "1 of 2 images: first picture of a multi-picture JPEG" in data.notes
+
+
+def test_a_broken_class_is_told_once(tmp_path):
+    save(tmp_path / "a" / "0.png", RGB)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "0.png").symlink_to("nothing")
+    with pytest.raises(BadFiles) as caught:
+        load(tmp_path)
+    assert [problem.code for problem in caught.value.problems] == ["BROKEN_LINK"]
+
+
 def test_mixed_depths(tmp_path):
     save(tmp_path / "a.png", GREY)
     save(tmp_path / "b.png", GREY > 9)

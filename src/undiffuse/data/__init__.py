@@ -45,7 +45,7 @@ def load(source: str | Path, *, folder: str | Path | None = None, **options: Any
         raise ConfigError("OPTION", "folder", "only fashion-mnist is looked for in a folder", "Leave it out")
     if len(os.fsencode(name)) > 4096:
         raise Refused("PATH_TOO_LONG", "more than 4096 bytes").at(name[:40] + "...")
-    if path.suffix.lower() in (*SUFFIXES, *PICKLES) and os.path.lexists(name) and not path.is_dir():
+    if path.suffix.lower() in (*SUFFIXES, *PICKLES) and os.path.lexists(name) and not os.path.isdir(name):
         _only(given, ARRAY_OPTIONS, "an array file")
         return observed(load_array(path, **given))
     if os.path.lexists(name) or os.sep in name or path.suffix:

@@ -39,10 +39,10 @@ def load_folder(folder: str | Path, prepare: Prepare = Prepare()) -> Dataset:  #
     is wrong with all together (NO_IMAGES, MIXED_SIZES, MIXED_CHANNELS, MIXED_DEPTH); ResourceError (MEMORY).
     """
     root = Path(folder)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         fix = "Give a folder of images, an array file or the name of a built-in set"
         raise ConfigError(
-            "NOT_A_DIRECTORY", root, "is a file" if root.exists() else "there is no such file or folder", fix
+            "NOT_A_DIRECTORY", root, "is a file" if os.path.exists(root) else "there is no such file or folder", fix
         )
     scan = _scan(root)
     if not scan.files and not scan.problems:

@@ -172,11 +172,11 @@ def _opaque(image: Image.Image, background: tuple[int, int, int]) -> tuple[np.nd
         flat = np.asarray(image.convert("RGB") if image.mode in ("P", "PA") else image)
         return flat.reshape(*flat.shape[:2], -1), 256, []
     grey = image.mode in ("L", "LA") and len(set(background)) == 1
-    layers = np.asarray(image.convert("LA" if grey else "RGBA")).astype(np.int32)
+    layers = np.asarray(image.convert("LA" if grey else "RGBA")).astype(np.uint16)  # 255 * 255 + 127 fits
     colour, alpha = layers[..., :-1], layers[..., -1:]
     if (alpha == 255).all():
         return colour.astype(np.uint8), 256, ["alpha channel, opaque everywhere, dropped"]
-    below = np.array(background[:1] if grey else background)
+    below = np.array(background[:1] if grey else background, np.uint16)
     mixed = (colour * alpha + below * (255 - alpha) + 127) // 255
     return mixed.astype(np.uint8), 256, ["transparency composited over the background"]
 
