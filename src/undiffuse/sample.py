@@ -62,7 +62,7 @@ def grid(schedule: Schedule, steps: int | None = None, times: Sequence[float] | 
     if times is not None:
         return chain(schedule, times)
     T = schedule.steps
-    steps = steps or T or 1000
+    steps = (T or 1000) if steps is None else steps
     if steps < 1 or (T is not None and steps > T):
         raise ValueError(f"the number of steps must be from 1 to {T or 'any'}, got {steps}")
     t = torch.arange(steps, -1, -1, dtype=torch.float64) / steps

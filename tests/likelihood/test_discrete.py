@@ -90,7 +90,7 @@ def test_the_bound_of_the_exact_reverse_process_is_exact(name, T):
 
 
 @pytest.mark.parametrize("variance", ["small", "large", "learned"])
-@hypothesis_settings(max_examples=60)
+@hypothesis_settings(max_examples=40)
 @given(levels=chains(), data=gaussians(), shift=st.floats(-1, 1), nu=st.floats(-1, 2))
 def test_the_bound_bounds(levels, data, shift, nu, variance):
     def wrong(x_t, level, cond=None, to=None):
@@ -311,10 +311,7 @@ def test_prior_kl_defaults():
 
 
 def test_gradients_are_finite_in_a_batch_that_mixes_decoder_and_steps():
-    levels = grid(S.linear())
-    t, s = (
-        type(levels[0])(*(torch.stack(v) for v in zip(*pair, strict=True))) for pair in (levels[-4:-1], levels[-3:])
-    )
+    t, s = (S.linear()(tensor(k) / 1000) for k in ([3, 2, 1], [2, 1, 0]))
     x = X.clamp(-1, 1)
     edges = (torch.where(x <= -1, -math.inf, x - 1 / 255), torch.where(x >= 1, math.inf, x + 1 / 255))
     nu = torch.full_like(x, 0.5, requires_grad=True)

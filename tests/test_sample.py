@@ -1,0 +1,200 @@
+"""The loop that walks the levels, its grids and its randomness."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracles import GaussianData, MixtureData, Spy
+
+from undiffuse.process import schedule as S
+from undiffuse.process.gaussian import forward
+from undiffuse.randomness import ItemNoise, generator
+from undiffuse.sample import Step, forward_trajectory, grid, prior_sample, prior_scale, to_data, trajectory
+from undiffuse.solvers import DDIM, Ancestral
+
+f64 = torch.float64
+DATA = GaussianData(torch.tensor([0.5, -1.0]), torch.tensor([0.04, 2.0]))
+
+
+class Recorder:
+    """A solver that returns what it was given: x + 1, its state counted, its noise kept."""
+
+    order, calls, draws = None, 0, 2
+
+    def __init__(self):
+        self.steps = []
+
+    def init(self, x, levels):
+        self.start = (x, levels)
+        return (torch.zeros(()),)
+
+    def step(self, denoise, x_t, t, s, state, noise):
+        self.steps.append((denoise, t, s, state[0].item(), noise))
+        return x_t + 1, (state[0] + 1,)
+
+
+def test_trajectory_is_a_lazy_walk_from_noise_to_data():
+    solver, levels, x = Recorder(), grid(S.Flow(), 3), torch.zeros(5, 2)
+    asked = []
+
+    def noise(draws):
+        asked.append(draws)
+        return torch.full((draws, 5, 2), float(len(asked)))
+
+    walk = trajectory("denoiser", solver, tuple(levels), x, noise)
+    assert not hasattr(solver, "start")
+    first = next(walk)
+    assert isinstance(first, Step)
+    assert (first.done, first.level, first.x) == (0, levels[0], x)
+    assert asked == solver.steps == []
+    assert solver.start == (x, levels)
+    second = next(walk)
+    assert (second.done, second.level, second.x[0, 0].item(), asked) == (1, levels[1], 1.0, [2])
+    rest = list(walk)
+    assert [(step.done, step.level, step.x[0, 0].item()) for step in rest] == [(2, levels[2], 2.0), (3, levels[3], 3.0)]
+    assert asked == [2, 2, 2]
+    for k, (denoise, t, s, state, fresh) in enumerate(solver.steps):
+        assert (denoise, t, s, state, fresh[0, 0, 0].item()) == ("denoiser", levels[k], levels[k + 1], k, k + 1.0)
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 50])
+def test_grids_of_a_table_fall_on_it(T):
+    schedule = S.linear_rescaled(T)
+    for steps in range(1, T + 1):
+        times = torch.stack([level.t for level in grid(schedule, steps)])
+        k = times * T
+        assert len(times) == steps + 1
+        assert torch.equal(times, k.round() / T)
+        assert (times[0], times[-1]) == (1, 0)
+        assert bool((times.diff() < 0).all())
+        ideal = np.linspace(T, 0, steps + 1)
+        assert float((k - torch.from_numpy(ideal)).abs().max()) <= 0.5 + 1e-9
+    assert len(grid(schedule)) == T + 1
+
+
+def test_grids_of_functions_and_explicit_times():
+    levels = grid(S.Flow(), 4)
+    assert [float(level.t) for level in levels] == [1, 0.75, 0.5, 0.25, 0]
+    assert [float(level.sigma) for level in levels] == [1, 0.75, 0.5, 0.25, 0]
+    assert len(grid(S.LinearLogSNR())) == 1001
+    assert [float(v.t) for v in grid(S.linear(10), steps=3, times=[0.9, 0.2])] == [0.9, 0.2]
+    assert levels[-1].floor is not None
+    assert len(grid(S.Flow(), 1)) == 2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settings", "words"),
+    [
+        (S.linear(10), {"steps": 11}, "from 1 to 10, got 11"),
+        (S.linear(10), {"steps": 0}, "from 1 to 10, got 0"),
+        (S.Flow(), {"steps": 0}, "from 1 to any, got 0"),
+        (S.Flow(), {"times": [0.5, 0.5]}, "falling"),
+        (S.Flow(), {"times": [0.5]}, "at least two"),
+        (S.Flow(), {"times": [1.5, 0.5]}, r"\[0, 1\]"),
+    ],
+)
+def test_grids_that_cannot_be(schedule, settings, words):
+    with pytest.raises(ValueError, match=words):
+        grid(schedule, **settings)
+
+
+@pytest.mark.parametrize("schedule", [S.linear(6), S.Flow(), S.VarianceExploding(), S.cosine(6)])
+def test_forward_trajectory_is_the_marginal(schedule):
+    """As an affine map of (x, z_1..z_T) the chain's every state is q(x_t|x) [Ho20 eq. 4]."""
+    levels = grid(schedule, 6)
+    base = levels[-1]
+    fresh = torch.eye(7, dtype=f64)[1:].unsqueeze(-1)  # item k has z_k = 1; item 0 has x = 1
+    start = torch.zeros(7, 1, dtype=f64)
+    start[0] = 1
+    numbers = iter(fresh)
+    walk = forward_trajectory(start, levels, lambda n: next(numbers)[None].expand(n, 7, 1))
+    states = list(walk)
+    assert next(numbers, None) is None
+    assert [step.done for step in states] == list(range(7))
+    for step, level in zip(states, levels[::-1], strict=True):
+        assert step.level is level
+        ratio = level.alpha / base.alpha
+        variance = level.sigma**2 - ratio**2 * base.sigma**2
+        assert float(step.x[0]) == pytest.approx(float(ratio), rel=1e-12, abs=1e-12)
+        assert float((step.x[1:] ** 2).sum()) == pytest.approx(float(variance), rel=1e-12, abs=1e-15)
+        assert bool((step.x[1 + step.done :] == 0).all())
+
+
+def test_forward_trajectory_is_lazy_and_uses_each_noise_once():
+    levels = grid(S.linear(3))
+    x = torch.ones(2, 1, dtype=f64)
+    noise = ItemNoise(0, range(2), [1], dtype=f64)
+    walk = forward_trajectory(x, levels, lambda n: noise(n))
+    assert next(walk).x is x
+    again = ItemNoise(0, range(2), [1], dtype=f64)
+    state = x
+    for step, s, t in zip(walk, levels[:0:-1], levels[-2::-1], strict=True):
+        state = forward(state, s, t).sample(again(1)[0])
+        assert torch.equal(step.x, state)
+
+
+def test_priors():
+    noise = torch.randn(4, 2, generator=generator(0, "test", 0))
+    for level, scale in (
+        (S.cosine(10)(1.0), 1.0),
+        (S.LinearLogSNR()(1.0), 1.0),
+        (S.VarianceExploding(0.01, 50)(1.0), 50.0),
+        (S.VarianceExploding(0.01, 0.5)(1.0), 0.5),
+        (S.Flow()(0.75), 0.75),
+        (S.Flow()(1.0), 1.0),
+    ):
+        assert prior_scale(level) == pytest.approx(scale, rel=1e-12)
+        torch.testing.assert_close(prior_sample(level, noise), scale * noise)
+    almost = S.Flow()(1.0)._replace(alpha=torch.tensor(0.0012, dtype=f64))  # alpha² + sigma² = 1 + 1.44e-6
+    assert prior_scale(almost._replace(sigma=torch.tensor(0.999999, dtype=f64))) == 1
+    assert prior_scale(almost._replace(sigma=torch.tensor(1.000001, dtype=f64))) == 1.000001
+
+
+def test_to_data_undoes_the_last_scale():
+    x = torch.tensor([[0.5, -0.25]])
+    assert torch.equal(to_data(x, S.linear(5)(0.0)), x)
+    assert torch.equal(to_data(x, S.Flow()(0.5)), torch.tensor([[1.0, -0.5]]))
+    assert to_data(x, S.Flow()(0.5)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("solver", [Ancestral(), DDIM(), DDIM(0.5)])
+def test_an_item_is_the_same_in_any_batch(solver):
+    """Noise bit for bit, the sample to 1e-4 in float32."""
+    data = MixtureData(torch.ones(2), torch.tensor([[1.0, 0.5], [-1.0, 0.0]]), torch.full((2, 2), 0.1))
+    schedule = S.cosine(20)
+    levels = grid(schedule)
+
+    def run(items):
+        noise = ItemNoise(7, items, [2])
+        spy = Spy(data.denoiser(schedule))
+        *_, last = trajectory(spy, solver, levels, prior_sample(levels[0], noise(1)[0]), noise)
+        assert len(spy.seen) == 20
+        assert last.x.dtype == spy.seen[0][0].dtype == torch.float32
+        return to_data(last.x, last.level)
+
+    whole = run(range(6))
+    for items in ([4], [5, 1], [0, 2, 3]):
+        torch.testing.assert_close(run(items), whole[items], rtol=0, atol=1e-4)
+        for draws in (1, 3):
+            assert torch.equal(ItemNoise(7, items, [2])(draws), ItemNoise(7, range(6), [2])(draws)[:, items])
+    assert len({tuple(row.tolist()) for row in whole}) == 6
+
+
+def test_exact_samples_have_the_moments_of_the_data():
+    """The ancestral map of the exact denoiser with its optimal variance keeps mean and variance, by probing."""
+    schedule = S.Flow()
+    levels = grid(schedule, 5)
+    x = torch.zeros(13, 2, dtype=f64)
+    x[1, 0] = x[2, 1] = 1
+    fresh = torch.zeros(5, 13, 2, dtype=f64)
+    for k in range(5):
+        fresh[k, 3 + 2 * k, 0] = fresh[k, 4 + 2 * k, 1] = 1
+    numbers = iter(fresh)
+    solver = Ancestral(variance=DATA.reverse_log_var)
+    *_, last = trajectory(DATA.denoiser(schedule), solver, levels, x, lambda n: next(numbers)[None])
+    torch.testing.assert_close(last.x[0], DATA.m)
+    effects = last.x[1:] - last.x[0]
+    marginal = DATA.cov - DATA.reverse_log_var(*levels[-2:]).exp()  # no noise in the last step
+    torch.testing.assert_close((effects**2).sum(0), marginal)
+    assert math.isclose(float(effects[-2:].abs().max()), 0.0)
