@@ -12,7 +12,7 @@ from undiffuse.conditioning import Condition
 from undiffuse.denoiser import Denoiser, Prediction
 from undiffuse.likelihood.nll import NLL, nll
 from undiffuse.process.gaussian import Gaussian, Variance, diffuse, posterior, reverse
-from undiffuse.process.level import NoiseLevel, like
+from undiffuse.process.level import NoiseLevel, like, stack
 from undiffuse.randomness import Noise
 from undiffuse.sample import prior_scale
 
@@ -43,7 +43,7 @@ def vlb(
     each for its stratum's size. Terms are float64 nats; the network sees ``x``'s dtype.
     """
     N = len(levels) - 1
-    ladder = _stack(levels)
+    ladder = stack(levels)
     data = x.double()
     ends_in_data = float(levels[-1].sigma) == 0
     if strata is None:
@@ -119,9 +119,3 @@ def _log_prob(p: Gaussian, x: Tensor, edges: Edges | None) -> Tensor:
 def flat_sum(values: Tensor) -> Tensor:
     """Sum over all but the first dimension."""
     return values.flatten(1).sum(1)
-
-
-def _stack(levels: Sequence[NoiseLevel]) -> NoiseLevel:
-    columns = [None if levels[0][i] is None else torch.stack([level[i] for level in levels]) for i in range(5)]  # type: ignore[arg-type]
-    floor = levels[-1].floor
-    return NoiseLevel(*columns, None if floor is None else floor.expand(len(levels)))  # type: ignore[arg-type]

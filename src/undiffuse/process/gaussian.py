@@ -122,8 +122,10 @@ def step_log_var(
 ) -> Tensor:
     """The log-variance of the reverse step from t to s in ``x_t``'s dtype; see `reverse`."""
     if callable(variance):
-        log_var = variance(t, s).to(x_t)
-        return like(log_var, x_t) if log_var.ndim <= 1 and log_var.shape == t.t.shape else log_var
+        log_var = variance(t, s)
+        if log_var.shape == t.t.shape:
+            return like(log_var, x_t)
+        return log_var.to(x_t.device, torch.promote_types(x_t.dtype, torch.float32))
     small, large = log_var_small(t, s), log_var_large(t, s)
     if variance == "small":
         return like(small, x_t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,43 +13,55 @@ class NoiseLevel(NamedTuple):
     """One noise level, or a batch of them: float64 on the CPU, of shape () or (B,).
 
     ``t`` in [0, 1] (0 data, 1 noise); ``alpha`` and ``sigma`` are scales; ``log_snr`` is
-    log(alpha²/sigma²). Variance-preserving schedules give ``log_alpha`` too, from which the last
-    digits of `frac` come. ``floor`` is what the log of the small variance becomes in a step that ends
-    at this level where its sigma is 0: the value of the chain's next noisier step.
+    log(alpha²/sigma²). ``floor`` is what the log of the small variance becomes in a step that ends
+    at this level where its sigma is 0: the value of the chain's next noisier step. ``between`` is its
+    schedule's own formula of `frac` for two times, which keeps the digits that a difference of
+    log-SNRs loses.
     """
 
     t: Tensor
     alpha: Tensor
     sigma: Tensor
     log_snr: Tensor
-    log_alpha: Tensor | None = None
     floor: Tensor | None = None
+    between: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def like(self, x: Tensor) -> NoiseLevel:
         """The level in ``x``'s dtype (float32 at least), on its device, shaped to broadcast to it."""
-        return NoiseLevel(*(None if v is None else like(v, x) for v in self))  # type: ignore[arg-type]
+        return NoiseLevel(*(like(v, x) if isinstance(v, Tensor) else v for v in self))  # type: ignore[arg-type]
 
     def take(self, items: Tensor | slice | int) -> NoiseLevel:
         """The levels of some ``items`` of a batch."""
-        return NoiseLevel(*(None if v is None else v[items] for v in self))  # type: ignore[arg-type]
+        return NoiseLevel(*(v[items] if isinstance(v, Tensor) else v for v in self))  # type: ignore[arg-type]
+
+
+def stack(levels: Sequence[NoiseLevel]) -> NoiseLevel:
+    """The batch of a chain's single ``levels``, with the floor of its last."""
+    t, alpha, sigma, log_snr = (torch.stack(column) for column in zip(*(level[:4] for level in levels), strict=True))
+    floor = levels[-1].floor
+    floor = None if floor is None else floor.expand(len(levels))
+    return NoiseLevel(t, alpha, sigma, log_snr, floor, levels[0].between)
 
 
 def like(value: Tensor, x: Tensor) -> Tensor:
-    """``value`` in ``x``'s dtype (float32 at least) and on its device; (B,) becomes (B, 1, ..., 1)."""
+    """``value`` in ``x``'s dtype (float32 at least) and on its device; (B,) becomes (B, 1, ..., 1), () (1, ..., 1).
+
+    Not even () stays without dimensions: torch would compute in a bfloat16 ``x``'s dtype then.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     value = value.to(device=x.device, dtype=dtype)
-    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
 
 
 def frac(t: NoiseLevel, s: NoiseLevel) -> Tensor:
     """frac = −expm1(log_snr_t − log_snr_s), the share of the cleaner variance that a step from t removes.
 
     In [0, 1] for ``s`` cleaner than ``t``; 1 where s has sigma 0. It is the posterior variance over
-    sigma_s², and beta_t/(1 − alpha_bar_t) for neighbours of a table [VDM21 eq. 31; Ho20 eq. 7]. On
-    variance-preserving levels it is formed as −expm1(2 Δ log alpha)/sigma_t², to the last digits.
+    sigma_s², and beta_t/(1 − alpha_bar_t) for neighbours of a table [VDM21 eq. 31; Ho20 eq. 7]. Two
+    levels of one schedule take its own formula, `NoiseLevel.between`.
     """
-    if t.log_alpha is not None and s.log_alpha is not None:
-        return -torch.expm1(2 * (t.log_alpha - s.log_alpha)) / t.sigma**2
+    if t.between is not None and t.between == s.between:
+        return t.between(t.t, s.t).clamp(max=1)
     return -torch.expm1(t.log_snr - s.log_snr)
 
 

@@ -43,8 +43,8 @@ class Schedule(Protocol):
         ...
 
 
-def _double(value: Tensor | float) -> Tensor:
-    return torch.as_tensor(value).detach().to(device="cpu", dtype=torch.float64)
+def _double(value: Tensor | float | Sequence[float]) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
 
 
 def _time(t: Tensor | float) -> Tensor:
@@ -56,20 +56,20 @@ def _time(t: Tensor | float) -> Tensor:
 
 def preserving(t: Tensor, log_snr: Tensor) -> NoiseLevel:
     """The variance-preserving level of a ``log_snr``: alpha² = sigmoid(log_snr), sigma² = sigmoid(−log_snr)."""
-    log_alpha = 0.5 * logsigmoid(log_snr)
-    return NoiseLevel(t, torch.exp(log_alpha), torch.exp(0.5 * logsigmoid(-log_snr)), log_snr, log_alpha)
+    return NoiseLevel(t, torch.exp(0.5 * logsigmoid(log_snr)), torch.exp(0.5 * logsigmoid(-log_snr)), log_snr)
 
 
 class Tabulated:
     """The chain of anybody's ``beta`` (T,), each in (0, 1), the last possibly 1 [Ho20 eq. 2, 4].
 
-    alpha_bar_t = Π(1 − beta_i) is summed in the log domain with compensation; between the grid's
-    times t = k/T log alpha_bar is linear, that is, beta's rate is constant. log_snr is +inf at t = 0.
+    alpha_bar_t = Π(1 − beta_i) is summed in the log domain with compensation, and what the sum loses
+    is kept for `between`; between the grid's times t = k/T log alpha_bar is linear, that is, beta's
+    rate is constant. log_snr is +inf at t = 0.
     Raises `ConfigError`.
     """
 
     def __init__(self, beta: Tensor | Sequence[float]) -> None:
-        beta = _double(torch.as_tensor(beta, dtype=torch.float64))
+        beta = _double(beta)
         if beta.ndim != 1 or not 1 <= len(beta) <= 1_000_000:
             raise ConfigError(
                 "SCHEDULE",
@@ -88,57 +88,59 @@ class Tabulated:
                 "Mend the table, or use a schedule that fits this T (linear_rescaled, cosine)",
             )
         self.beta, self.steps, self.t_min = beta, len(beta), 1.0 / len(beta)
-        self._log_alpha_bar = _compensated_cumsum(torch.log1p(-beta))
-        if self.steps == 1:
-            self._floor = torch.log(beta[0])
-        else:
-            second, first = (
-                self._level(torch.tensor(2.0) / self.steps, 2),
-                self._level(torch.tensor(1.0) / self.steps, 1),
-            )
-            self._floor = 2 * torch.log(first.sigma) + torch.log(frac(second, first))
+        self._log_alpha_bar, self._lost = _compensated_cumsum(torch.log1p(-beta))
+        variance = -torch.expm1(self._log_alpha_bar)
+        self._floor = torch.log(beta[0] if self.steps == 1 else beta[1] * variance[1] / variance[2])
 
-    def _level(self, t: Tensor, k: int) -> NoiseLevel:
-        return self._from_log_alpha_bar(t.double(), self._log_alpha_bar[k])
+    def _position(self, t: Tensor) -> Tensor:
+        position = t * self.steps
+        nearest = position.round()
+        return torch.where((position - nearest).abs() < 1e-9 * self.steps, nearest, position)
 
-    def _from_log_alpha_bar(self, t: Tensor, log_alpha_bar: Tensor, floor: Tensor | None = None) -> NoiseLevel:
-        variance = -torch.expm1(log_alpha_bar)
-        log_snr = log_alpha_bar - torch.log(variance)
-        return NoiseLevel(t, torch.exp(0.5 * log_alpha_bar), torch.sqrt(variance), log_snr, 0.5 * log_alpha_bar, floor)
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log alpha_bar at ``t``, and what its rounding lost."""
+        position = self._position(t)
+        below = position.floor().long()
+        above, on = (below + 1).clamp(max=self.steps), position == below
+        low, high = self._log_alpha_bar[below], self._log_alpha_bar[above]
+        return torch.where(on, low, low + (position - below) * (high - low)), self._lost[below] * on
 
     def __call__(self, t: Tensor | float) -> NoiseLevel:
         t = _time(t)
-        position = t * self.steps
-        nearest = position.round()
-        position = torch.where((position - nearest).abs() < 1e-9 * self.steps, nearest, position)
-        k = position.floor().long().clamp(max=self.steps - 1)
-        below, above = self._log_alpha_bar[k], self._log_alpha_bar[k + 1]
-        share = position - k
-        log_alpha_bar = torch.where(share == 1, above, torch.where(share == 0, below, below + share * (above - below)))
-        return self._from_log_alpha_bar(t, log_alpha_bar, self._floor.expand(t.shape))
+        log_alpha_bar, _ = self._at(t)
+        variance = -torch.expm1(log_alpha_bar)
+        log_snr, floor = log_alpha_bar - torch.log(variance), self._floor.expand(t.shape)
+        return NoiseLevel(t, torch.exp(0.5 * log_alpha_bar), torch.sqrt(variance), log_snr, floor, self.between)
+
+    def between(self, t: Tensor, s: Tensor) -> Tensor:
+        """frac = −expm1(log alpha_bar_t − log alpha_bar_s)/(1 − alpha_bar_t)."""
+        (at_t, lost_t), (at_s, lost_s) = self._at(t), self._at(s)
+        return torch.expm1(at_t - at_s + (lost_t - lost_s)) / torch.expm1(at_t)
 
     def inverse(self, log_snr: Tensor | float) -> Tensor:
         depth = -logsigmoid(_double(log_snr))
         grid = -self._log_alpha_bar
         k = (torch.searchsorted(grid, depth.contiguous()) - 1).clamp(0, self.steps - 1)
-        return ((k + (depth - grid[k]) / (grid[k + 1] - grid[k])) / self.steps).clamp(0, 1)
+        share = torch.where(depth == grid[k + 1], 1, (depth - grid[k]) / (grid[k + 1] - grid[k]))
+        return ((k + share) / self.steps).clamp(0, 1)
 
     def log_snr_rate(self, t: Tensor | float) -> Tensor:
-        k = (_time(t) * self.steps).ceil().long().clamp(min=1)
-        slope = (self._log_alpha_bar[k] - self._log_alpha_bar[k - 1]) * self.steps
-        return slope / self(t).sigma ** 2
+        level = self(t)
+        k = self._position(level.t).ceil().long().clamp(min=1)
+        return torch.log1p(-self.beta[k - 1]) * self.steps / level.sigma**2
 
 
-def _compensated_cumsum(terms: Tensor) -> Tensor:
-    """0 and the running sums of ``terms``, each correct to its last digit or two (Neumaier)."""
-    sums, total, lost = [0.0], 0.0, 0.0
+def _compensated_cumsum(terms: Tensor) -> tuple[Tensor, Tensor]:
+    """0 and the running sums of ``terms``, rounded, and what the rounding lost of each (Neumaier)."""
+    sums, total, lost = [(0.0, 0.0)], 0.0, 0.0
     for term in terms.tolist():
         new = total + term
         if math.isfinite(new):
             lost += (total - new) + term if abs(total) >= abs(term) else (term - new) + total
-        total = new
-        sums.append(total + lost)
-    return torch.tensor(sums, dtype=torch.float64)
+        total, rounded = new, new + lost
+        sums.append((rounded, total - rounded + lost if math.isfinite(new) else 0.0))
+    high, low = torch.tensor(sums, dtype=torch.float64).unbind(1)
+    return high, low
 
 
 def _length(T: int) -> int:
@@ -194,7 +196,10 @@ class LinearLogSNR:
 
     def __call__(self, t: Tensor | float) -> NoiseLevel:
         t = _time(t)
-        return preserving(t, self.high + (self.low - self.high) * t)
+        return preserving(t, self.high + (self.low - self.high) * t)._replace(between=self.between)
+
+    def between(self, t: Tensor, s: Tensor) -> Tensor:
+        return -torch.expm1((self.low - self.high) * (t - s))
 
     def inverse(self, log_snr: Tensor | float) -> Tensor:
         return ((_double(log_snr) - self.high) / (self.low - self.high)).clamp(0, 1)
@@ -221,18 +226,28 @@ class Sigmoid:
         _descending(self.start, self.end, "start", "end")
         _descending(0.0, self.width, "0", "width")
 
+    def _halves(self) -> tuple[float, float, float]:
+        a, b = self.start / (2 * self.width), self.end / (2 * self.width)
+        return b - a, a, b
+
     def __call__(self, t: Tensor | float) -> NoiseLevel:
         t = _time(t)
-        h, a, b = (self.end - self.start) / (2 * self.width), self.start / (2 * self.width), self.end / (2 * self.width)
-        under = torch.cosh(a + (b - a) * t) * math.sinh(h)
+        h, a, b = self._halves()
+        under = torch.cosh(a + h * t) * math.sinh(h)
         # sigmoid(p) − sigmoid(q) = sinh((p − q)/2)/(2 cosh(p/2) cosh(q/2)), for signal and noise alike
         signal = torch.sinh(h * (1 - t)) * math.cosh(a) / under
         noise = (1 - self.keep) * torch.sinh(h * t) * math.cosh(b) / under
         signal = self.keep + (1 - self.keep) * signal
         log_signal = torch.where(noise < 0.5, torch.log1p(-noise), torch.log(signal))
-        return NoiseLevel(
-            t, torch.exp(0.5 * log_signal), torch.sqrt(noise), log_signal - torch.log(noise), 0.5 * log_signal
-        )
+        log_snr = log_signal - torch.log(noise)
+        return NoiseLevel(t, torch.exp(0.5 * log_signal), torch.sqrt(noise), log_snr, between=self.between)
+
+    def between(self, t: Tensor, s: Tensor) -> Tensor:
+        """frac = (alpha_s² − alpha_t²)/(alpha_s sigma_t)², the difference as a product."""
+        at_t, at_s, (h, a, b) = self(t), self(s), self._halves()
+        under = math.sinh(h) * torch.cosh(a + h * t) * torch.cosh(a + h * s)
+        fall = (1 - self.keep) * math.cosh(a) * math.cosh(b) * torch.sinh(h * (t - s)) / under
+        return fall / (at_s.alpha * at_t.sigma) ** 2
 
     def inverse(self, log_snr: Tensor | float) -> Tensor:
         noise = torch.sigmoid(-_double(log_snr)) / (1 - self.keep)
@@ -264,7 +279,10 @@ class VarianceExploding:
     def __call__(self, t: Tensor | float) -> NoiseLevel:
         t = _time(t)
         log_sigma = math.log(self.sigma_min) + math.log(self.sigma_max / self.sigma_min) * t
-        return NoiseLevel(t, torch.ones_like(t), torch.exp(log_sigma), -2 * log_sigma)
+        return NoiseLevel(t, torch.ones_like(t), torch.exp(log_sigma), -2 * log_sigma, between=self.between)
+
+    def between(self, t: Tensor, s: Tensor) -> Tensor:
+        return -torch.expm1(2 * math.log(self.sigma_max / self.sigma_min) * (s - t))
 
     def inverse(self, log_snr: Tensor | float) -> Tensor:
         t = (-0.5 * _double(log_snr) - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
@@ -283,7 +301,11 @@ class Flow:
 
     def __call__(self, t: Tensor | float) -> NoiseLevel:
         t = _time(t)
-        return NoiseLevel(t, 1 - t, t, 2 * (torch.log1p(-t) - torch.log(t)))
+        return NoiseLevel(t, 1 - t, t, 2 * (torch.log1p(-t) - torch.log(t)), between=self.between)
+
+    def between(self, t: Tensor, s: Tensor) -> Tensor:
+        """frac = 1 − ((1 − t) s/((1 − s) t))², the difference of squares as a product."""
+        return (t - s) * (t + s - 2 * t * s) / ((1 - s) * t) ** 2
 
     def inverse(self, log_snr: Tensor | float) -> Tensor:
         return torch.sigmoid(-0.5 * _double(log_snr))

@@ -104,10 +104,11 @@ class LogNormalSigma:
     def log_prob(self, t: Tensor) -> Tensor:
         low, high = self._range()
         t = t.double()
-        z = (-0.5 * self.schedule(t).log_snr - self.mean) / self.std
+        at = t.clamp(self.schedule.t_min, 1.0)
+        z = (-0.5 * self.schedule(at).log_snr - self.mean) / self.std
         density = -0.5 * (z**2 + math.log(2 * math.pi)) - math.log(self.std) - torch.log(high - low)
-        inside = (t >= self.schedule.t_min) & (t <= 1)
-        return torch.where(inside, density + torch.log(-0.5 * self.schedule.log_snr_rate(t)), -math.inf)
+        inside = (t == at) & torch.isfinite(z)
+        return torch.where(inside, density + torch.log(-0.5 * self.schedule.log_snr_rate(at)), -math.inf)
 
 
 def build(name: str, schedule: Schedule, T: int, **settings: float) -> Times:
