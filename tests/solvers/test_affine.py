@@ -188,13 +188,13 @@ def test_every_step_of_a_long_table_is_finite(eta):
 
 def test_ancestral_step_in_the_formula_of_ho():
     """x_{t−1} = (x_t − β ε̂/√(1−ᾱ))/√(1−β) + σ z [Ho20 eq. 11 and algorithm 2]."""
-    schedule = S.linear(50)
-    beta = np.linspace(1e-4, 0.02, 50)
+    schedule = S.linear(20)
+    levels, beta = grid(schedule)[::-1], np.linspace(1e-4, 0.02, 20)
     alpha_bar = np.cumprod(1 - beta)
     data = GaussianData(torch.from_numpy(MEAN), torch.from_numpy(COVS["full"]))
     x, z = torch.from_numpy(np.array([[0.3, 1.0, -2.0, 0.1]])), torch.from_numpy(np.array([[1.0, 0.2, -0.5, 2.0]]))
-    for t in range(1, 51):
-        to, level = grid(schedule, 50)[::-1][t - 1 : t + 1]
+    for t in range(1, 21):
+        to, level = levels[t - 1 : t + 1]
         eps = data.predict(x, level).eps.numpy()
         b, bar = beta[t - 1], alpha_bar[t - 1]
         mean = (x.numpy() - b / np.sqrt(1 - bar) * eps) / np.sqrt(1 - b)
