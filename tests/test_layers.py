@@ -23,8 +23,8 @@ LAYERS = {
     "parts": {"networks", "codec", "conditioning", "data"},
     "algorithms": {"denoiser", "loss", "sample", "solvers", "likelihood", "guidance", "distill", "randomness"},
     "assembly": {"config", "presets", "diffusion", "checkpoint"},
-    "applications": {"train", "metrics", "interop"},
-    "faces": {"cli", "report", "studio", "__main__"},
+    "applications": {"train", "metrics", "interop", "report"},
+    "faces": {"cli", "studio", "__main__"},
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 ORDER = list(LAYERS)

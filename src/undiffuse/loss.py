@@ -68,7 +68,7 @@ def hybrid(
     share: float = 0.001,
     edges: Edges | None = None,
 ) -> Tensor:
-    """L_simple + share · T · L_{t−1}, the latter with a learned variance and no gradient to the mean [Nichol21 eq. 16]."""
+    """L_simple + share · T · L_{t−1}, the latter with learned variance, no gradient to the mean [Nichol21 eq. 16]."""
     still = Prediction(prediction.x.detach(), prediction.eps.detach(), prediction.nu)
     return simple(prediction, eps) + share * steps * bound_term(still, x, x_t, t, s, "learned", edges)
 

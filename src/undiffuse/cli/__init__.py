@@ -1,0 +1,61 @@
+"""The command line: faces only, no mathematics. Every error is one line; exit codes are in `undiffuse.errors`."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import click
+import typer
+
+from undiffuse.cli.app import app
+from undiffuse.errors import UndiffuseError
+from undiffuse.train import Interrupted
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns (to the shell: exits with) its code.
+
+    0 done, 2 usage or configuration, 3 data, 4 checkpoint, 5 non-finite numbers, 6 resources, 130 and 143 signals.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        app(arguments, prog_name="undiffuse", standalone_mode=False)
+        code = 0
+    except click.exceptions.NoArgsIsHelpError as shown:
+        print(shown.format_message() if shown.ctx is None else shown.ctx.get_help())
+        code = 2
+    except click.ClickException as error:
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "undiffuse"
+        cause = error.format_message().replace("\n", " ").rstrip(".")
+        code = _report(f"error[USAGE] {command}: {cause}. See '{command} --help'.", 2, debug)
+    except (click.Abort, KeyboardInterrupt):
+        code = _report("stopped at once; the last checkpoint is whole", 130, debug)
+    except Interrupted as stopped:
+        code = _report("stopped; all is saved, and the same command goes on from here", stopped.exit_code, False)
+    except UndiffuseError as error:
+        code = _report(str(error), error.exit_code, debug)
+    except MemoryError:
+        code = _report("error[MEMORY] undiffuse: out of memory. Use a smaller batch.", 6, debug)
+    except OSError as error:
+        place = error.filename or "undiffuse"
+        code = _report(
+            f"error[SYSTEM] {place}: {error.strerror or error}. Check the disk and the rights there.", 6, debug
+        )
+    except typer.Exit as done:
+        code = done.exit_code
+    return code
+
+
+def _report(line: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(line, file=sys.stderr)
+    return code
+
+
+def run() -> None:
+    """The entry point of the installed command."""
+    sys.exit(main())

@@ -134,7 +134,7 @@ class Dataset:
                 total += function(chunk).sum(axes, keepdims=True)
             return total / count
 
-        mean = first + average(lambda v: v - first)
+        mean = first + average(lambda v: v - first)  # exact where nothing changes, however many are summed
         std = np.sqrt(average(lambda v: (v - mean) ** 2))
         return tuple(mean.ravel().tolist()), tuple(np.where(std > 0, std, 1.0).ravel().tolist())
 

@@ -30,6 +30,10 @@ class NLL(NamedTuple):
         """prior + steps + decoder, (B,) nats."""
         return self.prior + self.steps + self.decoder
 
+    def cpu(self) -> NLL:
+        """The same on the CPU."""
+        return NLL(*(part.cpu() for part in self[:4]), self.calls, self.per_step.cpu())
+
     def bits_per_dim(self, dims: int) -> Tensor:
         """The total in bits per dimension, (B,), for items of ``dims`` numbers."""
         return self.total / (dims * math.log(2))

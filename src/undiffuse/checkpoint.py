@@ -1,0 +1,139 @@
+"""A checkpoint: one safetensors file that describes itself. Nothing in it is ever executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from undiffuse import codec as codecs
+from undiffuse.config import ModelConfig, from_dict
+from undiffuse.diffusion import Diffusion, describe
+from undiffuse.errors import CheckpointError, ConfigError
+
+FORMAT = 1
+"""Raised when a file of this version can no longer be read by older releases."""
+
+
+def save(diffusion: Diffusion, path: str | Path) -> None:
+    """Writes the model's weights and its whole description to ``path``, whole or not at all."""
+    text = json.dumps(describe(diffusion), sort_keys=True)
+    write_tensors(Path(path), diffusion.network.state_dict(), {"undiffuse": str(FORMAT), "model": text})
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Diffusion:
+    """The model of a checkpoint file or of a run folder, ready to use. Raises `CheckpointError`."""
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "model.safetensors").is_file():
+            unfinished = (path / "checkpoints").is_dir()
+            fix = (
+                "Its training has not come so far: train on"
+                if unfinished
+                else "Name a run folder or a .safetensors file"
+            )
+            raise CheckpointError("NO_MODEL", path, "no model.safetensors in this folder", fix)
+        path = path / "model.safetensors"
+    tensors, metadata = read_tensors(path)
+    described = _described(path, metadata)
+    try:
+        config = from_dict(ModelConfig, described["config"], "model")
+        diffusion = Diffusion(
+            config, tuple(described["item_shape"]), codecs.from_dict(described["codec"]), described["info"]
+        )
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        cause = f"its description is not one that this version understands ({error})"
+        raise CheckpointError("DESCRIPTION", path, cause[:300], "Use the version that wrote it") from None
+    fit_tensors(path, diffusion.network.state_dict(), tensors)
+    diffusion.network.load_state_dict(tensors)
+    return diffusion.to(device).eval()
+
+
+def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    version = metadata.get("undiffuse", "")
+    if not version.isdigit() or "model" not in metadata:
+        raise CheckpointError(
+            "NOT_OURS",
+            path,
+            "these weights were not written by undiffuse",
+            "Name a run folder or its model.safetensors",
+        )
+    if int(version) > FORMAT:
+        raise CheckpointError(
+            "FORMAT", path, f"it has format {version}, and this version reads up to {FORMAT}", "Update undiffuse"
+        )
+    return json.loads(metadata["model"])
+
+
+def fit_tensors(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raises `CheckpointError` naming the first tensor that is missing, unknown, misshapen or not finite."""
+    again = "The file is damaged or belongs to another model: use an older checkpoint"
+    for name in sorted(set(wanted) | set(found)):
+        if name not in found:
+            raise CheckpointError("TENSOR", path, f"the tensor {name!r} is missing", again)
+        if name not in wanted:
+            raise CheckpointError("TENSOR", path, f"the tensor {name!r} does not belong to this model", again)
+        if wanted[name].shape != found[name].shape:
+            cause = f"the tensor {name!r} has the shape {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+            raise CheckpointError("TENSOR", path, cause, again)
+        if not torch.isfinite(found[name]).all():
+            raise CheckpointError("NON_FINITE", path, f"the tensor {name!r} holds numbers that are not finite", again)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file with the sha256 of its tensors, written beside ``path`` and moved there when durable."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(held, partial, metadata={**metadata, "sha256": digest(held)})
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a file that `write_tensors` wrote. Raises `CheckpointError`."""
+    if not path.is_file():
+        raise CheckpointError("NOT_FOUND", path, "no such file", "Name a run folder or a .safetensors file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        cause = f"not a whole safetensors file ({error})"
+        raise CheckpointError("DAMAGED", path, cause[:300], "Use an older checkpoint, or copy the file again") from None
+    if "undiffuse" in metadata and metadata.get("sha256") != digest(tensors):
+        raise CheckpointError(
+            "DAMAGED",
+            path,
+            "its contents do not match its own sha256",
+            "Use an older checkpoint, or copy the file again",
+        )
+    return tensors, metadata
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes, in the order of names."""
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in ``folder`` durable, where the system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,238 @@
+"""The commands. Each reads its flags, calls the library, prints what it did and where it put it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from undiffuse import checkpoint, presets
+from undiffuse import config as configuration
+from undiffuse import data as datasets
+from undiffuse.cli.evaluate import evaluate_model
+from undiffuse.diffusion import describe
+from undiffuse.errors import ConfigError
+from undiffuse.report import pictures, table
+from undiffuse.report.files import write_samples
+from undiffuse.train import Run, fit
+
+app = typer.Typer(
+    help="Diffusion models with a likelihood you can publish: train, sample, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console(highlight=False, soft_wrap=True)
+
+DataArgument = Annotated[
+    str, typer.Argument(help="A folder of images, an array file, or a built-in set (digits, ...).", metavar="DATA")
+]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder, or its model.safetensors.", metavar="RUN")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Folder = Annotated[Path | None, typer.Option(help="Where the files of fashion-mnist lie.")]
+Size = Annotated[int | None, typer.Option(help="Resize images to this many pixels a side.")]
+Crop = Annotated[bool, typer.Option("--crop", help="Crop images to a square in their middle first.")]
+Channels = Annotated[int | None, typer.Option(help="Convert images to 1 (grey), 3 (RGB) or 4 (RGBA) channels.")]
+Layout = Annotated[str | None, typer.Option(help="The order of an array's dimensions, such as NHWC.")]
+Levels = Annotated[int | None, typer.Option(help="How many levels the whole numbers of an array have.")]
+
+
+@app.command()
+def train(
+    data: DataArgument,
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/DATA if not given.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Train for about so long; the decay is fitted to it.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Train for so many optimiser steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Device = "auto",
+    preset: Annotated[str | None, typer.Option(help=f"A recipe: {', '.join(presets.PRESETS)}.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file with tables [model] and [train], over the preset.")
+    ] = None,
+    init: Annotated[Path | None, typer.Option(help="Start from the weights of this run or checkpoint.")] = None,
+    folder: Folder = None,
+    size: Size = None,
+    crop: Crop = False,
+    channels: Channels = None,
+    layout: Layout = None,
+    levels: Levels = None,
+) -> None:
+    """Train a model on DATA; goes on where an unfinished run stopped."""
+    device = _device(device)
+    if minutes is not None and steps is not None:
+        raise ConfigError("USAGE", "--minutes, --steps", "both say when to stop", "Give one of them")
+    options = {"folder": folder, "size": size, "crop": crop, "channels": channels, "layout": layout, "levels": levels}
+    dataset = datasets.load(data, **options)
+    _say_notes(dataset)
+    name = preset or presets.choose(dataset.item_shape, dataset.levels, device)
+    recipe = presets.get(name)
+    if config is not None:
+        recipe = configuration.read(config, recipe)
+    chosen = replace(recipe.train, seed=seed)
+    if minutes is not None or steps is not None:
+        chosen = replace(chosen, minutes=minutes, steps=steps)
+    elif chosen.minutes is None and chosen.steps is None:
+        chosen = replace(chosen, minutes=10.0)
+    chosen = replace(chosen)  # checks the numbers again
+    run = Run(out or Path("runs") / Path(data.rstrip("/")).name.split(".")[0])
+    if run.finished:
+        console.print(f"{run.folder} is a finished run already; give --out another folder to train again", markup=False)
+        return
+    length = f"{chosen.minutes:g} minutes" if chosen.minutes else f"{chosen.steps:,} steps"
+    console.print(f"recipe {name!r}, {length}, into {run.folder}", markup=False)
+    fit(replace(recipe, train=chosen), dataset, run.folder, device, init=init)
+    console.print(f"done: {run.folder}/model.safetensors, pictures in {run.pictures}", markup=False)
+    console.print(f"next: undiffuse sample {run.folder}   undiffuse evaluate {run.folder} {data}", markup=False)
+
+
+@app.command()
+def sample(
+    run: RunArgument,
+    n: Annotated[int, typer.Option(help="How many samples.", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="Item i is a function of (seed, i) alone.")] = 0,
+    steps: Annotated[int, typer.Option(help="Steps of the solver.", min=1)] = 100,
+    solver: Annotated[str, typer.Option(help="ddim (deterministic) or ancestral.")] = "ddim",
+    batch: Annotated[int, typer.Option(help="Samples at a time; changes no result.", min=1)] = 64,
+    out: Annotated[Path | None, typer.Option(help="Where to put them; a folder in the run if not given.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Draw samples from a trained model: single files, a grid, an array, and a manifest of seeds."""
+    model = checkpoint.load(run, _device(device))
+    steps = min(steps, model.steps)
+    folder = out or _beside(run) / "samples" / f"{solver}-{steps}-seed-{seed}"
+    began = time.perf_counter()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("sampling", total=n * steps)
+        values = model.sample(n, seed, solver, steps, batch, lambda done: bar.advance(task, done))
+    seconds = time.perf_counter() - began
+    manifest = {"model": str(run), "seed": seed, "items": list(range(n)), "solver": solver, "steps": steps}
+    grid = write_samples(folder, values.numpy(), model.info.get("levels"), manifest)
+    console.print(
+        f"{n} samples by {solver} in {steps} steps, {seconds:.1f} s ({n / seconds:.1f} a second)", markup=False
+    )
+    console.print(f"grid: {grid}", markup=False)
+    console.print(f"all of them: {folder}/samples.npz, seeds in {folder}/manifest.json", markup=False)
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    data: DataArgument,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="test, validation, train or all; the held-out test part of the model's own data, all of others."
+        ),
+    ] = None,
+    items: Annotated[int | None, typer.Option(help="At most so many items.", min=2)] = None,
+    draws: Annotated[int | None, typer.Option(help="Steps of the chain evaluated for each item.", min=1)] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Walk every step of the chain for every item.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where to put the results; the run folder if not given.")] = None,
+    device: Device = "auto",
+    folder: Folder = None,
+    size: Size = None,
+    crop: Crop = False,
+    channels: Channels = None,
+    layout: Layout = None,
+    levels: Levels = None,
+) -> None:
+    """Measure the variational bound of a model on DATA, in bits per dimension with standard errors."""
+    model = checkpoint.load(run, _device(device))
+    options = {"folder": folder, "size": size, "crop": crop, "channels": channels, "layout": layout, "levels": levels}
+    dataset = datasets.load(data, **options)
+    place = out or _beside(run)
+    evaluate_model(model, dataset, place, part=part, items=items, draws=draws, exact=exact, seed=seed, console=console)
+
+
+@app.command()
+def inspect(
+    run: RunArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole description as JSON.")] = False,
+) -> None:
+    """Say what a model is: network, process, data and training."""
+    model = checkpoint.load(run)
+    described = describe(model)
+    if as_json:
+        print(json.dumps(described, indent=1))
+        return
+    ends = [float(model.levels[0].log_snr), float(model.levels[-1].log_snr)]
+    facts: dict[str, Any] = {
+        "items": f"{'×'.join(map(str, model.item_shape))}, {model.info.get('levels') or 'continuous'} levels",
+        "data": f"{model.info.get('name', 'unknown')} ({model.info.get('items', '?')} items)",
+        "parameters": f"{sum(p.numel() for p in model.network.parameters()):,}",
+        **{key: _settings(getattr(model.config, key)) for key in ("network", "schedule", "target", "weight", "times")},
+        "preconditioning": _settings(model.config.preconditioning),
+        "chain": f"{model.steps} steps, log-SNR {ends[0]:.2f} to {ends[1]:.2f}, variance {model.config.variance}",
+        "trained": ", ".join(
+            f"{k} {v}"
+            for k, v in model.info.items()
+            if k in ("steps", "seconds", "seed", "batch", "precision", "torch")
+        ),
+        "notes": "; ".join(model.info.get("notes", [])) or "none",
+    }
+    table.render([{"": key, "model": value} for key, value in facts.items()], str(run))
+
+
+@app.command()
+def check(
+    data: DataArgument,
+    out: Annotated[Path | None, typer.Option(help="Write a contact sheet to this PNG file.")] = None,
+    folder: Folder = None,
+    size: Size = None,
+    crop: Crop = False,
+    channels: Channels = None,
+    layout: Layout = None,
+    levels: Levels = None,
+) -> None:
+    """Show what the software sees in DATA: items, sizes, levels, labels, duplicates, the held-out split."""
+    options = {"folder": folder, "size": size, "crop": crop, "channels": channels, "layout": layout, "levels": levels}
+    dataset = datasets.load(data, **options)
+    split = dataset.split() if len(dataset) > 2 else None
+    facts: dict[str, Any] = {
+        "items": f"{len(dataset):,} of {'×'.join(map(str, dataset.item_shape))}",
+        "values": "continuous" if dataset.levels is None else f"{dataset.levels} levels",
+        "labels": ", ".join(dataset.classes[:12]) + (" ..." if len(dataset.classes) > 12 else "") or "none",
+        "split": "none"
+        if split is None
+        else f"{len(split.train):,} train, {len(split.validation):,} validation, {len(split.test):,} test",
+        "fingerprint": dataset.fingerprint[:16],
+    }
+    table.render([{"": key, "data": value} for key, value in facts.items()], data)
+    _say_notes(dataset)
+    if out is not None:
+        pictures.grid(dataset.values[:64], dataset.levels).save(out)
+        console.print(f"contact sheet: {out}", markup=False)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ConfigError("DEVICE", f"--device {name}", "unknown", "Use auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("DEVICE", "--device cuda", "this machine has no GPU that torch can use", "Use --device cpu")
+    return name
+
+
+def _say_notes(dataset: datasets.Dataset) -> None:
+    for note in dataset.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def _beside(run: Path) -> Path:
+    return run if run.is_dir() else run.parent
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    named = dict(settings)
+    kind = named.pop("name", None) or named.pop("kind", "")
+    return f"{kind} {', '.join(f'{k}={v}' for k, v in named.items())}".strip()

@@ -1,0 +1,155 @@
+"""Configuration is data: frozen dataclasses, a strict loader, JSON in the checkpoint and TOML for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from undiffuse.errors import ConfigError
+
+Settings = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model is. Each part is a row of its table by ``name`` (a network by ``kind``) with its settings.
+
+    ``steps`` is T of the chain that the bound and the samplers walk (a table's own T must be equal);
+    ``loss`` is ``matching`` (the weighted loss in the frame of the target), ``hybrid`` (with a learned
+    variance) or ``bound``; ``variance`` is the reverse process's.
+    """
+
+    network: Settings = field(default_factory=lambda: {"kind": "unet"})
+    schedule: Settings = field(default_factory=lambda: {"name": "linear_log_snr"})
+    target: Settings = field(default_factory=lambda: {"name": "v"})
+    weight: Settings = field(default_factory=lambda: {"name": "edm"})
+    times: Settings = field(default_factory=lambda: {"name": "uniform"})
+    preconditioning: Settings = field(default_factory=lambda: {"scale": "none", "time": "log_snr"})
+    steps: int = 1000
+    loss: str = "matching"
+    variance: str = "small"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How it is trained. Lengths of time are in optimiser steps unless they say minutes.
+
+    The learning rate rises over ``warmup`` steps, stays, and falls linearly to 0 over the last ``decay``
+    share of the run, which ends after ``steps`` steps or about ``minutes`` minutes. ``ema`` is the length of
+    the average of weights as a share of the run (a power-function profile). ``precision`` is ``auto``,
+    ``float32`` or ``bfloat16``; ``flip`` mirrors images at random and is off unless asked for.
+    """
+
+    batch: int = 128
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup: int = 100
+    decay: float = 0.4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0
+    ema: float = 0.05
+    steps: int | None = None
+    minutes: float | None = None
+    seed: int = 0
+    precision: str = "auto"
+    flip: bool = False
+    held_out: float = 0.1
+    previews: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "accumulate"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _require(
+            self.batch % self.accumulate == 0, "accumulate", self.accumulate, f"must divide the batch, {self.batch}"
+        )
+        _require(self.lr > 0, "lr", self.lr, "must be above 0")
+        _require(0 <= self.decay <= 1, "decay", self.decay, "must be a share of the run, in [0, 1]")
+        _require(0 < self.ema < 0.28, "ema", self.ema, "must be a share of the run, between 0 and 0.28")
+        _require(self.clip > 0, "clip", self.clip, "must be above 0")
+        for name in ("steps", "minutes"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "must be above 0")
+        _require(self.precision in ("auto", "float32", "bfloat16"), "precision", self.precision, "unknown")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole recipe; `undiffuse.presets` holds named ones."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def _require(good: bool, name: str, value: object, cause: str) -> None:
+    if not good:
+        raise ConfigError("CONFIG", f"train.{name} = {value!r}", cause, "Change this setting")
+
+
+def to_dict(config: Any) -> Settings:
+    """A configuration as plain data, ready for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(kind: type[T], data: object, where: str = "config") -> T:
+    """The configuration of ``kind`` that ``data`` says; an unknown key or a wrong type is a `ConfigError`."""
+    if not isinstance(data, dict):
+        raise ConfigError(
+            "CONFIG", where, f"expected a table of settings, got {type(data).__name__}", "Write it as a table"
+        )
+    hints = typing.get_type_hints(kind)
+    for key in data:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, 1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"It has {', '.join(hints)}"
+            raise ConfigError("CONFIG", f"{where}.{key}", "no such setting", hint.rstrip("?"))
+    return kind(**{key: _value(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+def _value(hint: Any, value: object, where: str) -> Any:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    if origin is types.UnionType:
+        if value is None and type(None) in options:
+            return None
+        return _value(next(o for o in options if o is not type(None)), value, where)
+    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(options):
+        return tuple(_value(o, v, f"{where}[{i}]") for i, (o, v) in enumerate(zip(options, value, strict=True)))
+    if origin is dict and isinstance(value, dict):
+        return {str(k): v for k, v in value.items()}
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    name = getattr(hint, "__name__", str(hint))
+    raise ConfigError("CONFIG", where, f"expected {name}, got {value!r}"[:200], "Correct the value")
+
+
+def read(path: Path, base: Config) -> Config:
+    """The recipe of a TOML (or JSON) file with tables ``model`` and ``train``, over ``base``. Raises `ConfigError`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ConfigError("CONFIG", path, f"cannot be read as a recipe ({error})"[:300], "Give a TOML file") from None
+    merged = to_dict(base)
+    for section, settings in data.items():
+        merged[section] = (
+            {**merged[section], **settings} if isinstance(settings, dict) and section in merged else settings
+        )
+    return from_dict(Config, merged, path.name)
+
+
+def replace_train(config: Config, **settings: Any) -> Config:
+    """The recipe with some settings of its training changed."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **settings))

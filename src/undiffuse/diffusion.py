@@ -1,0 +1,257 @@
+"""A model: network, schedule, target and codec together. It is what a checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from undiffuse import codec as codecs
+from undiffuse import loss as losses
+from undiffuse import networks, solvers
+from undiffuse.codec import Codec
+from undiffuse.conditioning import Condition
+from undiffuse.config import ModelConfig
+from undiffuse.denoiser import Clipped, Denoiser, NetworkDenoiser, Preconditioning
+from undiffuse.errors import ConfigError
+from undiffuse.likelihood import NLL, concatenate, stratify, vlb
+from undiffuse.process import schedule as schedules
+from undiffuse.process import target as targets
+from undiffuse.process import times, weighting
+from undiffuse.process.gaussian import diffuse
+from undiffuse.process.level import NoiseLevel
+from undiffuse.randomness import ItemNoise, generator
+from undiffuse.sample import Step, grid, prior_sample, to_data, trajectory
+
+
+class Diffusion(nn.Module):
+    """A diffusion model over items of ``item_shape``, (C, ...) or (D,), in the units of ``codec``.
+
+    Built from a `ModelConfig`; raises `ConfigError` where its parts do not fit together. ``info`` is what
+    else the checkpoint says: the data's name and fingerprint, the steps trained.
+    """
+
+    def __init__(
+        self, config: ModelConfig, item_shape: tuple[int, ...], codec: Codec, info: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.codec, self.info = config, codec, dict(info or {})
+        self.item_shape: tuple[int, ...] = tuple(item_shape)
+        self.schedule = _part(schedules.build, config.schedule)
+        self.target = _part(targets.build, config.target)
+        self.weight = _part(weighting.build, config.weight)
+        self.steps = config.steps
+        if self.schedule.steps not in (None, self.steps):
+            fix = "Give the same number to both"
+            raise ConfigError("CONFIG", "model.steps", f"{self.steps}, but the schedule has {self.schedule.steps}", fix)
+        self.times = times.build(**config.times, schedule=self.schedule, T=self.steps)
+        self.levels = grid(self.schedule, self.steps)
+        self._check()
+        self.learned_variance = config.variance == "learned"
+        channels = self.item_shape[0]
+        outputs = channels * (2 if self.learned_variance else 1)
+        shape: dict[str, int] = {"dims": len(self.item_shape) - 1} if len(self.item_shape) > 1 else {}
+        self.network = networks.build(**config.network, **shape, channels=channels, out_channels=outputs)
+        self.autocast: torch.dtype | None = None
+
+    def _check(self) -> None:
+        config = self.config
+        if config.loss not in ("matching", "hybrid", "bound"):
+            raise ConfigError(
+                "CONFIG", f"model.loss = {config.loss!r}", "unknown", "Use 'matching', 'hybrid' or 'bound'"
+            )
+        if config.variance not in ("small", "large", "learned"):
+            fix = "Use 'small', 'large' or 'learned'"
+            raise ConfigError("CONFIG", f"model.variance = {config.variance!r}", "unknown", fix)
+        if (config.loss == "hybrid") != (config.variance == "learned") and config.loss != "bound":
+            cause = f"loss {config.loss!r} does not train variance {config.variance!r}"
+            raise ConfigError("CONFIG", "model.loss", cause, "Use 'hybrid' or 'bound' with 'learned', else 'matching'")
+        for t, s in zip(self.levels[:-1], self.levels[1:], strict=True):
+            self.target.check(t, s if self.target.pair else None)
+
+    @property
+    def dims(self) -> int:
+        """Numbers an item has."""
+        return math.prod(self.item_shape)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def preconditioning(self) -> Preconditioning:
+        return Preconditioning(**{"steps": self.steps, **self.config.preconditioning})
+
+    def denoiser(self, network: nn.Module | None = None) -> NetworkDenoiser:
+        """The network (or another in its place) as a denoiser."""
+        return NetworkDenoiser(
+            network or self.network,
+            self.schedule,
+            self.target,
+            self.preconditioning(),
+            self.learned_variance,
+            self.autocast,
+        )
+
+    def loss(
+        self,
+        values: Tensor,
+        u: Tensor,
+        eps: Tensor,
+        z: Tensor | None = None,
+        cond: Condition | None = None,
+        network: nn.Module | None = None,
+    ) -> Tensor:
+        """The training loss of each item, (B,), per dimension.
+
+        ``values`` (B, *item_shape) as the data hold them; ``u`` (B,) uniform numbers for the times, ``eps``
+        noise of their shape, ``z`` more of it for the target ``previous``.
+        """
+        x = self.codec.encode(values).to(self.device)
+        t = self.schedule(self.times.sample(u))
+        s = self._cleaner(t)
+        x_t = diffuse(x, t, eps)
+        denoise = self.denoiser(network)
+        if self.config.loss == "matching":
+            y, _ = denoise.outputs(x_t, t, cond)
+            w = self.weight(t, s) if not self.weight.pair else self.weight(t, s) * self.steps
+            return losses.matching(y, self.target, x, eps, w, t, s, z)
+        prediction, edges = denoise(x_t, t, cond, s), self._edges(x)
+        if self.config.loss == "hybrid":
+            return losses.hybrid(prediction, eps, x, x_t, t, s, self.steps, edges=edges)
+        return self.steps * losses.bound_term(prediction, x, x_t, t, s, self.config.variance, edges)
+
+    def _cleaner(self, t: NoiseLevel) -> NoiseLevel:
+        """The level one step of the chain below ``t``: the next of a table, 1/T less in continuous time."""
+        return self.schedule((t.t - 1 / self.steps).clamp(min=0))._replace(floor=self._floor(t))
+
+    def _floor(self, t: NoiseLevel) -> Tensor | None:
+        floor = self.levels[-1].floor
+        return None if floor is None else floor.expand(t.t.shape)
+
+    def _edges(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        return self.codec.edges(x)
+
+    @torch.no_grad()
+    def trajectory(
+        self,
+        items: range,
+        seed: int = 0,
+        solver: str | solvers.Solver = "ddim",
+        steps: int | None = 50,
+        clip: bool | None = None,
+        cond: Condition | None = None,
+    ) -> Iterator[Step]:
+        """The states of ``items`` from noise to data; item i's noise is a function of (seed, i) alone.
+
+        x is in the codec's units. ``clip`` keeps x̂ in [−1, 1], by default for data with levels.
+        """
+        if isinstance(solver, str):
+            solver = solvers.build(solver, **({"variance": self.config.variance} if solver == "ancestral" else {}))
+        levels = grid(self.schedule, min(steps or self.steps, self.steps))
+        noise = ItemNoise(seed, items, self.item_shape, device=self.device)
+        denoise: Denoiser = self.denoiser()
+        if clip if clip is not None else isinstance(self.codec, codecs.Pixels):
+            denoise = Clipped(denoise)
+        told = denoise if cond is None else _Told(denoise, cond)
+        return trajectory(told, solver, levels, prior_sample(levels[0], noise(1)[0]), noise)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        solver: str | solvers.Solver = "ddim",
+        steps: int | None = 50,
+        batch: int = 64,
+        progress: Callable[[int], None] | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """n samples as data values (n, *item_shape), items ``first`` and on; the same for any ``batch``.
+
+        ``progress`` is called with the number of finished item-steps.
+        """
+        self.eval()
+        parts = []
+        for start in range(first, first + n, batch):
+            items = range(start, min(start + batch, first + n))
+            state = None
+            for state in self.trajectory(items, seed, solver, steps):
+                if progress and state.done:
+                    progress(len(items))
+            assert state is not None
+            parts.append(self.codec.decode(to_data(state.x, state.level)).cpu())
+        return torch.cat(parts) if parts else torch.empty(0, *self.item_shape)
+
+    @torch.no_grad()
+    def nll(
+        self,
+        values: Tensor,
+        seed: int = 0,
+        draws: int | None = None,
+        batch: int = 256,
+        progress: Callable[[int], None] | None = None,
+        first: int = 0,
+    ) -> NLL:
+        """The variational bound on −log p of each item, nats, with its parts.
+
+        ``values`` (n, *item_shape) as the data hold them. ``draws`` steps an item are evaluated, one in each of
+        as many equal strata of the chain, or every step if None. Item i's noise is a function of (seed,
+        first + i). Discrete data get the probability of their bin, continuous data a density.
+        """
+        self.eval()
+        parts = []
+        for start in range(0, len(values), batch):
+            chunk = values[start : start + batch]
+            items = range(first + start, first + start + len(chunk))
+            x = self.codec.encode(chunk).to(self.device)
+            strata = None
+            if draws is not None and draws < self.steps:
+                u = torch.stack([torch.rand(draws, generator=generator(seed, "strata", i)) for i in items], 1)
+                strata = stratify(self.steps, draws, u)
+            noise = ItemNoise(seed, items, self.item_shape, "bound", self.device)
+            part = vlb(
+                self.denoiser(),
+                x,
+                self.levels,
+                noise,
+                variance=self.config.variance,
+                edges=self._edges(x),
+                strata=strata,
+            )
+            decoder = part.decoder - self.codec.log_abs_det(self.item_shape)
+            parts.append(part._replace(decoder=decoder).cpu())
+            if progress:
+                progress(len(chunk))
+        return concatenate(parts)
+
+
+class _Told:
+    """A denoiser that is always told the same condition."""
+
+    def __init__(self, denoise: Denoiser, cond: Condition) -> None:
+        self.denoise, self.cond, self.schedule = denoise, cond, denoise.schedule
+
+    def __call__(
+        self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, to: NoiseLevel | None = None
+    ) -> Any:
+        return self.denoise(x_t, level, self.cond, to)
+
+
+def _part(build: Callable[..., Any], settings: dict[str, Any]) -> Any:
+    if "name" not in settings:
+        raise ConfigError("CONFIG", f"model: {settings!r}", "this part has no name", "Give its name")
+    return build(**settings)
+
+
+def describe(diffusion: Diffusion) -> dict[str, Any]:
+    """All that is needed to build it again, but for the weights, as plain data."""
+    return {
+        "config": asdict(diffusion.config),
+        "item_shape": list(diffusion.item_shape),
+        "codec": codecs.to_dict(diffusion.codec),
+        "info": diffusion.info,
+    }

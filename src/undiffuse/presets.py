@@ -1,0 +1,82 @@
+"""Whole recipes by name: the network of `networks.presets` with the process and the training that suit it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from undiffuse.config import Config, ModelConfig, TrainConfig
+from undiffuse.errors import ConfigError
+from undiffuse.networks.presets import PRESETS as NETWORKS
+
+
+def _recipe(network: str, train: TrainConfig | None = None, **model: object) -> Config:
+    kind, settings = NETWORKS[network]
+    return Config(ModelConfig(network={"kind": kind, **settings}, **model), train or TrainConfig())  # type: ignore[arg-type]
+
+
+PRESETS: dict[str, Config] = {
+    "digits": _recipe(
+        "digits",
+        TrainConfig(batch=128, lr=2e-3, ema=0.05),
+        schedule={"name": "linear_log_snr", "high": 9.0, "low": -5.0},
+    ),
+    "cpu-small": _recipe("cpu-small", TrainConfig(batch=128, lr=1e-3, ema=0.05)),
+    "gpu": _recipe("gpu", TrainConfig(batch=256, lr=3e-4, warmup=1000, ema=0.05)),
+    "ddpm-cifar10": _recipe(
+        "ddpm-cifar10",
+        TrainConfig(batch=128, lr=2e-4, warmup=5000, decay=0.0, betas=(0.9, 0.999), ema=0.05, steps=800_000, flip=True),
+        schedule={"name": "linear", "T": 1000},
+        target={"name": "eps"},
+        weight={"name": "simple"},
+        times={"name": "steps"},
+        preconditioning={"scale": "none", "time": "step"},
+        variance="large",
+    ),
+    "vector": _recipe(
+        "vector",
+        TrainConfig(batch=512, lr=1e-3, ema=0.05),
+        schedule={"name": "linear_log_snr", "high": 10.0, "low": -6.0},
+    ),
+    "series": _recipe("series", TrainConfig(batch=64, lr=1e-3)),
+    "volume": _recipe("volume", TrainConfig(batch=16, lr=1e-3)),
+}
+
+
+def choose(item_shape: tuple[int, ...], levels: int | None, device: str) -> str:
+    """The preset that suits data of ``item_shape`` on ``device``: by its dimensions and size."""
+    match len(item_shape):
+        case 1:
+            return "vector"
+        case 2:
+            return "series"
+        case 4:
+            return "volume"
+    if max(item_shape[1:]) <= 12:
+        return "digits"
+    return "gpu" if device == "cuda" else "cpu-small"
+
+
+def get(name: str) -> Config:
+    """The recipe called ``name``. Raises `ConfigError`."""
+    if name not in PRESETS:
+        raise ConfigError("PRESET", repr(name), "no such preset", f"Use one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def fitted(config: Config, levels: int | None) -> Config:
+    """The recipe with the clean end of a default log-SNR schedule fitted to data of so many ``levels``.
+
+    At ``high`` the noise is a twelfth of a bin's width at 256 levels or fewer steps away: log-SNR grows by
+    2 log(levels/256) from 13.3. Other schedules, and continuous data, stay as they are.
+    """
+    schedule = config.model.schedule
+    if levels is None or schedule.get("name") != "linear_log_snr" or "high" in schedule:
+        return config
+    return replace(config, model=replace(config.model, schedule={**schedule, "high": clean_end(levels)}))
+
+
+def clean_end(levels: int) -> float:
+    """log-SNR at which 2.6 standard deviations of noise fill half a bin: 13.3 for 256 levels [VDM21 app. I.2]."""
+    from math import log
+
+    return round(13.3 + 2 * log(levels / 256), 3)

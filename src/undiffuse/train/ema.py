@@ -1,0 +1,41 @@
+"""The average of weights that samples and likelihoods use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def exponent(length: float) -> float:
+    """The p whose profile τ^p on [0, 1] has the std √((p+1)/((p+2)²(p+3))) = ``length`` [Karras24 eq. 3]."""
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        wide = ((middle + 1) / ((middle + 2) ** 2 * (middle + 3))) ** 0.5 > length
+        low, high = (middle, high) if wide else (low, middle)
+    return (low + high) / 2
+
+
+class Average:
+    """A float32 average whose k-th step moves it by 1 − (1 − 1/k)^(p+1) towards the weights [Karras24 eq. 2].
+
+    A power-function profile: its length is a share of the whole run so far, so it needs no warm-up and starts as the first weights.
+    """
+
+    def __init__(self, network: nn.Module, length: float) -> None:
+        self.power = exponent(length) + 1
+        self.mean = {name: tensor.detach().float().clone() for name, tensor in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Takes in the weights after the optimiser's ``step``-th step, counted from 1."""
+        move = 1 - (1 - 1 / step) ** self.power
+        for name, tensor in network.state_dict().items():
+            self.mean[name].lerp_(tensor.float(), move)
+
+    def copy_to(self, network: nn.Module) -> None:
+        """Loads the average into ``network``, in its own dtypes."""
+        network.load_state_dict(self.mean)
+
+    def load(self, mean: dict[str, Tensor]) -> None:
+        self.mean = {name: tensor.float() for name, tensor in mean.items()}

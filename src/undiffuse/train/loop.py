@@ -1,0 +1,246 @@
+"""Training: from data and a recipe to a run folder that holds everything."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from undiffuse.checkpoint import fit_tensors, load
+from undiffuse.codec import codec_for
+from undiffuse.config import Config, TrainConfig
+from undiffuse.data import Dataset
+from undiffuse.diffusion import Diffusion
+from undiffuse.errors import ConfigError, NonFiniteError
+from undiffuse.presets import fitted
+from undiffuse.process.times import low_discrepancy
+from undiffuse.randomness import generator
+from undiffuse.train import state
+from undiffuse.train.ema import Average
+from undiffuse.train.run import Run, describe
+from undiffuse.train.watch import Watch
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved. ``exit_code`` is 128 + the signal."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+
+
+def fit(
+    config: Config,
+    data: Dataset,
+    out: str | Path,
+    device: str = "auto",
+    init: str | Path | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Trains on ``data`` into the run folder ``out`` and returns it; goes on where an unfinished run stopped.
+
+    ``init`` is a run or checkpoint whose weights it starts from.
+
+    Every random number is a function of (seed, purpose, step): nothing that looks (sampling, measuring,
+    saving) changes what is trained. Raises `ConfigError`, `DataError`, `CheckpointError`, `NonFiniteError`
+    (exit 5), and `Interrupted` after a signal, when all is saved.
+    """
+    settings = config.train
+
+    # Where it runs, and what it is
+    accelerator = Accelerator(cpu=device == "cpu", gradient_accumulation_steps=1)
+    split = data.split(settings.held_out)
+    config = fitted(config, data.levels)
+    codec = codec_for(data, None if data.levels is not None else data.moments(split.train))
+    torch.manual_seed(settings.seed)
+    diffusion = Diffusion(config.model, data.item_shape, codec, describe(data) | {"held_out": settings.held_out}).to(
+        accelerator.device
+    )
+    settings = replace(settings, precision=precision_of(settings.precision, accelerator.device))
+    diffusion.autocast = torch.bfloat16 if settings.precision == "bfloat16" else None
+    network = in_fast_layout(diffusion.network, data.item_shape)
+    if init is not None:
+        network.load_state_dict(weights_of(init, network))
+    network.train()
+    optimiser = torch.optim.AdamW(
+        network.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
+    average = Average(network, settings.ema)
+
+    # Where it stands
+    run = Run(out)
+    run.open(replace(config, train=settings), data)
+    progress, damaged = state.read_latest(run.checkpoints, network, average, optimiser)
+    plan(progress, settings)
+    smooth = deepcopy(diffusion)
+    watch = Watch(run, smooth, data, split, settings, progress, quiet or not accelerator.is_main_process)
+    for line in damaged:
+        watch.say(line)
+    parallel, optimiser = accelerator.prepare(network, optimiser)
+
+    # The loop
+    with stopping_signals() as asked, watch:
+        while progress.last_step is None or progress.step < progress.last_step:
+            began = time.perf_counter()
+            step = progress.step
+            torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed() + accelerator.process_index)
+            values, u, eps, z = global_batch(data, split.train, settings, step)
+            mine = shares(settings, accelerator.num_processes, accelerator.process_index)
+            total = 0.0
+            for part in mine:
+                loss = diffusion.loss(
+                    values[part],
+                    u[part],
+                    eps[part].to(diffusion.device),
+                    z[part].to(diffusion.device),
+                    network=parallel,
+                ).mean()
+                accelerator.backward(loss / len(mine))
+                total += float(loss.detach()) / len(mine)
+            norm = float(accelerator.clip_grad_norm_(parallel.parameters(), settings.clip) or 0.0)
+            if not math.isfinite(norm):
+                fix = "Lower train.lr, or use precision = 'float32'; the last checkpoint is good"
+                raise NonFiniteError("NON_FINITE", run.folder, f"the gradient of step {step + 1} is not finite", fix)
+            for group in optimiser.param_groups:
+                group["lr"] = settings.lr * rate(progress, settings)
+            optimiser.step()
+            optimiser.zero_grad()
+            progress.step += 1
+            average.update(network, progress.step)
+
+            progress.seconds += time.perf_counter() - began
+            plan(progress, settings)
+            watch.step(total, norm, settings.lr * rate(progress, settings))
+            if watch.due() or asked:
+                began = time.perf_counter()
+                average.copy_to(smooth.network)
+                if accelerator.is_main_process:
+                    state.write(run.checkpoints, progress, network, average, optimiser)
+                    if not asked:
+                        watch.look()
+                progress.seconds += time.perf_counter() - began
+                if asked:
+                    raise Interrupted(asked[0])
+
+        # The end
+        average.copy_to(smooth.network)
+        if accelerator.is_main_process:
+            watch.finish()
+    return run.folder
+
+
+def global_batch(
+    data: Dataset, items: np.ndarray, settings: TrainConfig, step: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(values, u, eps, z) of a step's whole batch, functions of (seed, step) alone."""
+    order = batch_order(len(items), settings.batch, settings.seed, step)
+    values = torch.from_numpy(np.ascontiguousarray(data.values[np.sort(items[order])]))
+    g = generator(settings.seed, "train", step)
+    u = low_discrepancy(torch.rand((), generator=g, dtype=torch.float64), settings.batch)
+    u = u[torch.randperm(settings.batch, generator=g)]
+    eps, z = torch.randn(2, *values.shape, generator=g)
+    if settings.flip:
+        mirrored = torch.rand(settings.batch, generator=g) < 0.5
+        values = torch.where(mirrored.view(-1, *[1] * (values.ndim - 1)), values.flip(-1), values)
+    return values, u, eps, z
+
+
+def batch_order(n: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """The step's places in the list of items: epochs are permutations of their own, laid end to end."""
+    places = []
+    for epoch in range(step * batch // n, ((step + 1) * batch - 1) // n + 1):
+        order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
+        places.append(order[max(step * batch - epoch * n, 0) : (step + 1) * batch - epoch * n])
+    return np.concatenate(places)
+
+
+def shares(settings: TrainConfig, processes: int, index: int) -> list[slice]:
+    """This process's micro-batches of the global batch."""
+    if settings.batch % (processes * settings.accumulate):
+        fix = "Choose a batch that they divide"
+        cause = f"{processes} processes times accumulate = {settings.accumulate} do not divide the batch"
+        raise ConfigError("BATCH", f"train.batch = {settings.batch}", cause, fix)
+    size = settings.batch // processes // settings.accumulate
+    first = index * settings.batch // processes
+    return [slice(first + i * size, first + (i + 1) * size) for i in range(settings.accumulate)]
+
+
+def plan(progress: state.Progress, settings: TrainConfig) -> None:
+    """Fixes where the decay starts and the run ends: from ``steps``, or, when it is time to decay, from the clock."""
+    if progress.last_step is not None:
+        return
+    if settings.steps is not None:
+        progress.last_step = settings.steps
+        progress.decay_from = round(settings.steps * (1 - settings.decay))
+    elif settings.minutes is not None:
+        budget = 60 * settings.minutes
+        if progress.step > 0 and progress.seconds >= (1 - settings.decay) * budget:
+            remaining = max(budget - progress.seconds, 0) * progress.step / progress.seconds
+            progress.decay_from = progress.step
+            progress.last_step = progress.step + max(round(remaining), 1)
+
+
+def rate(progress: state.Progress, settings: TrainConfig) -> float:
+    """The share of the full learning rate for the step to come: a linear rise, a plateau, a linear fall to 0."""
+    rise = min(1.0, (progress.step + 1) / settings.warmup) if settings.warmup else 1.0
+    if progress.last_step is None or progress.decay_from is None or progress.last_step <= progress.decay_from:
+        return rise
+    fall = (progress.last_step - progress.step) / (progress.last_step - progress.decay_from)
+    return min(rise, max(fall, 0.0), 1.0)
+
+
+def precision_of(asked: str, device: torch.device) -> str:
+    """``auto`` made definite: bfloat16 where the device multiplies matrices in it, else float32."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return (
+        "bfloat16"
+        if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        else "float32"
+    )
+
+
+def in_fast_layout(network: torch.nn.Module, item_shape: tuple[int, ...]) -> torch.nn.Module:
+    """Channels last for images on a GPU; on a processor it costs the norms more than it saves (docs/networks-notes.md)."""
+    if next(network.parameters()).device.type == "cuda" and len(item_shape) == 3:
+        return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return network
+
+
+def weights_of(init: str | Path, network: torch.nn.Module) -> dict[str, Tensor]:
+    """The weights of another model, if they fit ``network``. Raises `CheckpointError`."""
+    weights = load(init).network.state_dict()
+    fit_tensors(Path(init), network.state_dict(), weights)
+    return weights
+
+
+@contextmanager
+def stopping_signals() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM write their number into; the second one stops at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

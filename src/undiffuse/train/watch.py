@@ -1,0 +1,172 @@
+"""Looking at a run as it goes: a bar, measurements on fixed noise, pictures. It changes nothing that is trained."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from undiffuse.checkpoint import save
+from undiffuse.config import TrainConfig
+from undiffuse.data import Dataset, Split
+from undiffuse.diffusion import Diffusion
+from undiffuse.errors import ConfigError
+from undiffuse.report import pictures
+from undiffuse.train import state
+from undiffuse.train.run import Run
+
+HELD_OUT_ITEMS, HELD_OUT_DRAWS = 128, 16
+SHOWN, SHOWN_STEPS = 64, 25
+
+
+@dataclass
+class Watch:
+    """``smooth`` is the model with the averaged weights, the only one that is looked at."""
+
+    run: Run
+    smooth: Diffusion
+    data: Dataset
+    split: Split
+    settings: TrainConfig
+    progress: state.Progress
+    quiet: bool = False
+    records: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.records = self.run.read_metrics(self.progress.step)
+        self.console = Console(quiet=self.quiet, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
+        self.bar = Progress(*columns, console=self.console, transient=True, refresh_per_second=2)
+        self.losses: list[float] = []
+        self.since = time.perf_counter()
+        self.looked = self._share()
+        self.bound = math.nan
+
+    def __enter__(self) -> Watch:
+        if self.console.is_terminal:
+            self.bar.start()
+        began = "training goes on" if self.progress.step else "training"
+        parameters = sum(p.numel() for p in self.smooth.network.parameters())
+        shape = "×".join(map(str, self.data.item_shape))
+        self.say(
+            f"{began} on {len(self.split.train):,} items of {self.data.name}, {shape}: "
+            f"{parameters / 1e6:.2f} M parameters, {self.settings.precision}, batch {self.settings.batch}"
+        )
+        self.task = self.bar.add_task("training", total=1.0, status="")
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.bar.stop()
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self.console.print(line, soft_wrap=True, markup=False)
+
+    def step(self, loss: float, norm: float, lr: float) -> None:
+        """Takes note of a step; writes a record each fifty."""
+        self.losses.append(loss)
+        if len(self.losses) < 50 and self._share() < 1:
+            return
+        now = time.perf_counter()
+        images = len(self.losses) * self.settings.batch / (now - self.since)
+        mean = sum(self.losses) / len(self.losses)
+        left = self.progress.seconds * (1 / max(self._share(), 1e-9) - 1)
+        self.records.append(
+            {
+                "step": self.progress.step,
+                "seconds": round(self.progress.seconds, 2),
+                "loss": mean,
+                "gradient_norm": norm,
+                "lr": lr,
+                "items_per_second": round(images, 1),
+            }
+        )
+        status = f"step {self.progress.step:,} · loss {mean:.4f} · {images:,.0f} items/s · {_clock(left)} left"
+        self.bar.update(self.task, completed=self._share(), status=status)
+        self.losses, self.since = [], now
+
+    def _share(self) -> float:
+        """How much of the run is done, in [0, 1]."""
+        if self.progress.last_step:
+            by_steps = self.progress.step / self.progress.last_step
+            return by_steps if self.settings.minutes is None else min(1.0, max(by_steps, self._by_clock()))
+        return self._by_clock()
+
+    def _by_clock(self) -> float:
+        return min(1.0, self.progress.seconds / (60 * self.settings.minutes)) if self.settings.minutes else 0.0
+
+    def due(self) -> bool:
+        """Whether it is time to look: ``previews`` times a run, the last at its end, which `finish` does."""
+        share = self._share()
+        due = int(share * self.settings.previews) > int(self.looked * self.settings.previews) and share < 1
+        if due:
+            self.looked = share
+        return due
+
+    def look(self) -> None:
+        """The held-out bound on fixed noise, a grid of samples, and the model so far."""
+        self.smooth.info.update(self._trained())
+        save(self.smooth, self.run.model)
+        mean, stderr = self._measure()
+        self.records.append(
+            {
+                "step": self.progress.step,
+                "seconds": round(self.progress.seconds, 2),
+                "bits_per_dim": mean,
+                "stderr": stderr,
+            }
+        )
+        self._draw(f"samples-{self.progress.step:08d}.png")
+        self.run.write_metrics(self.records)
+        unit = "bits/dim"
+        self.say(
+            f"{_clock(self.progress.seconds):>8}  step {self.progress.step:>7,}  "
+            f"loss {self._last('loss'):.4f}  held out ≤ {mean:.3f} ± {stderr:.3f} {unit}  "
+            f"{self._last('items_per_second'):,.0f} items/s"
+        )
+        self.since = time.perf_counter()
+
+    def finish(self) -> None:
+        """The last look, the pictures of the finished model, and the mark that it is one."""
+        self.look()
+        self._draw("samples.png")
+        try:
+            pictures.training_curve(self.records).savefig(self.run.pictures / "training.png", dpi=150)
+        except ConfigError:
+            self.say("no training curve: matplotlib is not installed (pip install 'undiffuse[report]')")
+        self.run.finish()
+
+    def _measure(self) -> tuple[float, float]:
+        items = self.split.validation[:HELD_OUT_ITEMS]
+        if len(items) == 0:
+            return math.nan, math.nan
+        values = torch.from_numpy(self.data.values[items])
+        result = self.smooth.nll(values, seed=0, draws=HELD_OUT_DRAWS, batch=HELD_OUT_ITEMS)
+        bits = result.bits_per_dim(self.smooth.dims)
+        return float(bits.mean()), float(result.stderr) / (self.smooth.dims * math.log(2))
+
+    def _draw(self, name: str) -> None:
+        samples = self.smooth.sample(SHOWN, seed=0, steps=SHOWN_STEPS)
+        pictures.grid(samples.numpy(), self.data.levels).save(self.run.pictures / name)
+
+    def _trained(self) -> dict[str, object]:
+        return {
+            "steps": self.progress.step,
+            "seconds": round(self.progress.seconds, 1),
+            "seed": self.settings.seed,
+            "batch": self.settings.batch,
+            "precision": self.settings.precision,
+            "torch": torch.__version__,
+        }
+
+    def _last(self, key: str) -> float:
+        return next((r[key] for r in reversed(self.records) if key in r), math.nan)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
