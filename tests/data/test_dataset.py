@@ -55,9 +55,10 @@ def test_the_part_is_the_digest_itself():
             assert low <= int.from_bytes(digest, "little") / 2**64 < high
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_three_items_fill_three_parts(seed):
-    split = random_set(3, seed).split()
+@pytest.mark.parametrize("share", [0.1, 0.49])
+@pytest.mark.parametrize("seed", range(10))
+def test_three_items_fill_three_parts(seed, share):
+    split = random_set(3, seed).split(share)
     assert [len(split.train), len(split.validation), len(split.test)] == [1, 1, 1]
 
 
