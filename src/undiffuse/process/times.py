@@ -34,6 +34,10 @@ def low_discrepancy(u: Tensor, n: int) -> Tensor:
     return (u.double() + torch.arange(n, dtype=torch.float64) / n) % 1.0
 
 
+def _constant(log_prob: float, where: Tensor) -> Tensor:
+    return torch.where(where, torch.tensor(log_prob, dtype=torch.float64), -math.inf)
+
+
 @dataclass(frozen=True)
 class Uniform:
     """t uniform on [low, high]."""
@@ -46,7 +50,7 @@ class Uniform:
 
     def log_prob(self, t: Tensor) -> Tensor:
         inside = (t >= self.low) & (t <= self.high)
-        return torch.where(inside, -math.log(self.high - self.low), -math.inf).double()
+        return _constant(-math.log(self.high - self.low), inside)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Steps:
     def log_prob(self, t: Tensor) -> Tensor:
         k = t.double() * self.T
         on_grid = ((k - k.round()).abs() < 1e-6) & (k > 0.5) & (k < self.T + 0.5)
-        return torch.where(on_grid, -math.log(self.T), -math.inf).double()
+        return _constant(-math.log(self.T), on_grid)
 
 
 @dataclass(frozen=True)

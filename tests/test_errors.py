@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import pytest
+
+from undiffuse import errors
+
+CODES = {
+    errors.UndiffuseError: 1,
+    errors.ConfigError: 2,
+    errors.DataError: 3,
+    errors.CheckpointError: 4,
+    errors.NonFiniteError: 5,
+    errors.ResourceError: 6,
+}
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_every_error_is_one_line_with_an_exit_code(kind):
+    error = kind("SHORT", Path("runs/a"), "it ends early", "Copy it again")
+    assert str(error) == "error[SHORT] runs/a: it ends early. Copy it again."
+    assert error.args == (str(error),)
+    assert (error.code, error.where, error.cause, error.fix) == ("SHORT", "runs/a", "it ends early", "Copy it again")
+    assert error.exit_code == CODES[kind]
+    assert isinstance(error, errors.UndiffuseError)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, ü, 語, ᾱ", "plain, ü, 語, ᾱ"),
+        ("a\nb\tc\r", "a\\nb\\tc\\r"),
+        ("\x1b[31mred\x07", "\\x1b[31mred\\x07"),
+        ("\u202egnp.exe", "\\u202egnp.exe"),  # right to left
+        ("\u200b\u2028", "\\u200b\\u2028"),
+        ("bad \udc80 byte", "bad \\udc80 byte"),
+    ],
+)
+def test_nothing_in_a_message_reaches_the_terminal_as_a_control(text, shown):
+    assert errors.printable(text) == shown
+    line = str(errors.DataError("X", text, text, text))
+    assert line == f"error[X] {shown}: {shown}. {shown}."
+    assert line.isprintable()
+    line.encode()
