@@ -54,7 +54,7 @@ class Diffusion(nn.Module):
         self.learned_variance = config.variance == "learned"
         channels = self.item_shape[0]
         outputs = channels * (2 if self.learned_variance else 1)
-        shape: dict[str, int] = {"dims": len(self.item_shape) - 1} if len(self.item_shape) > 1 else {}
+        shape: dict[str, Any] = {"dims": len(self.item_shape) - 1} if len(self.item_shape) > 1 else {}
         self.network = networks.build(**config.network, **shape, channels=channels, out_channels=outputs)
         self.autocast: torch.dtype | None = None
 

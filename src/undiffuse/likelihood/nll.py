@@ -32,7 +32,8 @@ class NLL(NamedTuple):
 
     def cpu(self) -> NLL:
         """The same on the CPU."""
-        return NLL(*(part.cpu() for part in self[:4]), self.calls, self.per_step.cpu())
+        prior, steps, decoder, stderr = (part.cpu() for part in self[:4])
+        return NLL(prior, steps, decoder, stderr, self.calls, self.per_step.cpu())
 
     def bits_per_dim(self, dims: int) -> Tensor:
         """The total in bits per dimension, (B,), for items of ``dims`` numbers."""

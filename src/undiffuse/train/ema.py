@@ -19,7 +19,8 @@ def exponent(length: float) -> float:
 class Average:
     """A float32 average whose k-th step moves it by 1 − (1 − 1/k)^(p+1) towards the weights [Karras24 eq. 2].
 
-    A power-function profile: its length is a share of the whole run so far, so it needs no warm-up and starts as the first weights.
+    A power-function profile: its length is a share of the run so far, so it needs no warm-up and begins with
+    the weights after the first step.
     """
 
     def __init__(self, network: nn.Module, length: float) -> None:

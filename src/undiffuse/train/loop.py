@@ -212,7 +212,7 @@ def precision_of(asked: str, device: torch.device) -> str:
 
 
 def in_fast_layout(network: torch.nn.Module, item_shape: tuple[int, ...]) -> torch.nn.Module:
-    """Channels last for images on a GPU; on a processor it costs the norms more than it saves (docs/networks-notes.md)."""
+    """Channels last for images on a GPU; on a processor the norms lose more than the convolutions gain by it."""
     if next(network.parameters()).device.type == "cuda" and len(item_shape) == 3:
         return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return network

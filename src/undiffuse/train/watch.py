@@ -19,8 +19,9 @@ from undiffuse.report import pictures
 from undiffuse.train import state
 from undiffuse.train.run import Run
 
-HELD_OUT_ITEMS, HELD_OUT_DRAWS = 128, 16
-SHOWN, SHOWN_STEPS = 64, 25
+HELD_OUT_ITEMS, HELD_OUT_DRAWS = 64, 8
+SHOWN, SHOWN_STEPS = 36, 12
+LAST_DRAWS, LAST_SHOWN, LAST_STEPS = 32, 64, 100
 
 
 @dataclass
@@ -107,11 +108,11 @@ class Watch:
             self.looked = share
         return due
 
-    def look(self) -> None:
+    def look(self, draws: int = HELD_OUT_DRAWS) -> None:
         """The held-out bound on fixed noise, a grid of samples, and the model so far."""
         self.smooth.info.update(self._trained())
         save(self.smooth, self.run.model)
-        mean, stderr = self._measure()
+        mean, stderr = self._measure(draws)
         self.records.append(
             {
                 "step": self.progress.step,
@@ -132,25 +133,25 @@ class Watch:
 
     def finish(self) -> None:
         """The last look, the pictures of the finished model, and the mark that it is one."""
-        self.look()
-        self._draw("samples.png")
+        self.look(LAST_DRAWS)
+        self._draw("samples.png", LAST_SHOWN, LAST_STEPS)
         try:
             pictures.training_curve(self.records).savefig(self.run.pictures / "training.png", dpi=150)
         except ConfigError:
             self.say("no training curve: matplotlib is not installed (pip install 'undiffuse[report]')")
         self.run.finish()
 
-    def _measure(self) -> tuple[float, float]:
+    def _measure(self, draws: int) -> tuple[float, float]:
         items = self.split.validation[:HELD_OUT_ITEMS]
         if len(items) == 0:
             return math.nan, math.nan
         values = torch.from_numpy(self.data.values[items])
-        result = self.smooth.nll(values, seed=0, draws=HELD_OUT_DRAWS, batch=HELD_OUT_ITEMS)
+        result = self.smooth.nll(values, seed=0, draws=draws, batch=HELD_OUT_ITEMS)
         bits = result.bits_per_dim(self.smooth.dims)
         return float(bits.mean()), float(result.stderr) / (self.smooth.dims * math.log(2))
 
-    def _draw(self, name: str) -> None:
-        samples = self.smooth.sample(SHOWN, seed=0, steps=SHOWN_STEPS)
+    def _draw(self, name: str, n: int = SHOWN, steps: int = SHOWN_STEPS) -> None:
+        samples = self.smooth.sample(n, seed=0, steps=steps)
         pictures.grid(samples.numpy(), self.data.levels).save(self.run.pictures / name)
 
     def _trained(self) -> dict[str, object]:
