@@ -332,13 +332,13 @@ def test_images_that_are_refused(tmp_path, capfd, name, content, codes):
 
 @pytest.mark.parametrize("missing", [1, 2])
 def test_a_jpeg_without_its_end_is_truncated(tmp_path, missing):
-    """Pillow alone lets some of these pass, as their bits happen to fall."""
-    for seed in range(10):
-        pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
+    """Pillow alone lets about one in twenty pass, as their bits happen to fall."""
+    for seed in range(200):
+        pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
         (tmp_path / f"{seed}.jpg").write_bytes(encoded(pixels, "JPEG")[:-missing])
     with pytest.raises(BadFiles) as caught:
         load(tmp_path)
-    assert [problem.code for problem in caught.value.problems] == ["TRUNCATED"] * 10
+    assert [problem.code for problem in caught.value.problems] == ["TRUNCATED"] * 200
 
 
 def test_every_problem_is_told_at_once(tmp_path):

@@ -100,8 +100,6 @@ def _check_members(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo]
     for name, info in members.items():
         if name.startswith("/") or ".." in Path(name).parts or "\\" in name:
             raise Refused("BAD_ARCHIVE", f"the member {name} points out of it")
-        if info.flag_bits & 1:
-            raise Refused("BAD_ARCHIVE", f"the member {name} is encrypted")
         if info.file_size > MAX_BYTES or info.file_size > max(1 << 24, 200 * info.compress_size):
             raise Refused(
                 "ZIP_BOMB", f"the member {name} unpacks from {info.compress_size:,} to {info.file_size:,} bytes"
