@@ -108,8 +108,12 @@ def test_forward_trajectory_is_the_marginal(schedule):
     start = torch.zeros(7, 1, dtype=f64)
     start[0] = 1
     numbers = iter(fresh)
-    walk = forward_trajectory(start, levels, lambda n: next(numbers)[None].expand(n, 7, 1))
-    states = list(walk)
+
+    def noise(draws):
+        assert draws == 1
+        return next(numbers)[None].expand(1, 7, 1)
+
+    states = list(forward_trajectory(start, levels, noise))
     assert next(numbers, None) is None
     assert [step.done for step in states] == list(range(7))
     for step, level in zip(states, levels[::-1], strict=True):

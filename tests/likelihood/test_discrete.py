@@ -42,6 +42,17 @@ def flat(values: torch.Tensor) -> torch.Tensor:
     return values.flatten(1).sum(1)
 
 
+def feed(numbers):
+    """Noise that gives each of ``numbers`` once, one a step."""
+    fresh = iter(numbers)
+
+    def noise(draws):
+        assert draws == 1
+        return next(fresh)[None]
+
+    return noise
+
+
 CHAINS = {  # the chain of T steps, and the standard deviation of the default prior
     "linear": (lambda T: grid(S.linear(), T), 1.0),
     "linear, every step": (lambda T: grid(S.linear(T), T), 1.0),
@@ -176,12 +187,11 @@ def test_each_term_in_the_notation_of_ho(name, variance, first_large, discrete):
     x = X.clamp(-1, 1)
     edges = (torch.where(x <= -1, -math.inf, x - 0.02), torch.where(x >= 1, math.inf, x + 0.02))
     noise = np.random.default_rng(0).normal(size=(len(kept) - 1, *x.shape))
-    fresh = iter(torch.from_numpy(noise))
     result = vlb(
         Affine(),
         x,
         levels,
-        lambda n: next(fresh)[None],
+        feed(torch.from_numpy(noise)),
         variance=variance,
         first_large=first_large,
         edges=edges if discrete else None,
@@ -217,10 +227,9 @@ def test_decoder_of_a_chain_that_stays_finite():
     levels = grid(S.Flow(), times=[0.9, 0.5, 0.2])
     x = X.clamp(-1, 1)
     edges = (torch.where(x <= -1, -math.inf, x - 0.02), torch.where(x >= 1, math.inf, x + 0.02))
-    eps = iter(torch.randn(6, *X.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
-    result = vlb(Affine(), x, levels, lambda n: next(eps)[None], edges=edges)
-    last = torch.randn(6, *X.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[2]
-    expected = -bin_log_prob((x + 0.25 * last).numpy(), 0.25, *(e.numpy() for e in edges))
+    eps = torch.randn(3, *X.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    result = vlb(Affine(), x, levels, feed(eps), edges=edges)
+    expected = -bin_log_prob((x + 0.25 * eps[2]).numpy(), 0.25, *(e.numpy() for e in edges))
     np.testing.assert_allclose(result.decoder, expected.reshape(3, -1).sum(1), rtol=1e-9)
     assert result.per_step.shape == (3, 2)
     assert not result.per_step.isnan().any()
@@ -277,6 +286,8 @@ def test_stratify_draws_each_step_of_a_stratum_alike(N, m):
         assert int(counts.max() - counts.min()) <= (0 if fine % (b - a) == 0 else 1)
     almost = stratify(N, m, torch.full((m, 1), 1 - 2.0**-53, dtype=torch.float64))
     assert [int(k) for k in almost] == ends[1:]
+    with pytest.raises(ValueError, match="zip"):
+        stratify(N, m, u[:-1])
     assert int(stratify(N, m, torch.ones(m, 1))[-1]) == N  # float32 numbers just below 1 may round
 
 
