@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 import json
 import math
+import reprlib
+import sys
 import tomllib
 import types
 import typing
@@ -72,13 +74,18 @@ class TrainConfig:
         _require(
             self.batch % self.accumulate == 0, "accumulate", self.accumulate, f"must divide the batch, {self.batch}"
         )
-        _require(self.lr > 0, "lr", self.lr, "must be above 0")
+        _require(0 < self.lr < math.inf, "lr", self.lr, "must be above 0 and finite")
+        _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must be in [0, 1)")
+        _require(0 <= self.held_out < 0.5, "held_out", self.held_out, "must be a share of the data, below 0.5")
+        for name in ("warmup", "weight_decay", "previews"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be below 0")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "must be a whole number from 0 to 2^63 - 1")
         _require(0 <= self.decay <= 1, "decay", self.decay, "must be a share of the run, in [0, 1]")
         _require(0 < self.ema < 0.28, "ema", self.ema, "must be a share of the run, between 0 and 0.28")
         _require(self.clip > 0, "clip", self.clip, "must be above 0")
         for name in ("steps", "minutes"):
             value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "must be above 0")
+            _require(value is None or 0 < value < math.inf, name, value, "must be above 0 and finite")
         _require(self.precision in ("auto", "float32", "bfloat16"), "precision", self.precision, "unknown")
 
 
@@ -125,14 +132,23 @@ def _value(hint: Any, value: object, where: str) -> Any:
         return _value(next(o for o in options if o is not type(None)), value, where)
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(options):
         return tuple(_value(o, v, f"{where}[{i}]") for i, (o, v) in enumerate(zip(options, value, strict=True)))
-    if origin is dict and isinstance(value, dict):
+    if origin is dict and isinstance(value, dict) and _is_plain(value):
         return {str(k): v for k, v in value.items()}
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
+    if hint is float and type(value) in (int, float) and _is_plain(value):
+        return float(value)  # type: ignore[arg-type]
     if hint in (int, str, bool) and type(value) is hint:
         return value
     name = getattr(hint, "__name__", str(hint))
-    raise ConfigError("CONFIG", where, f"expected {name}, got {value!r}"[:200], "Correct the value")
+    raise ConfigError("CONFIG", where, f"expected {name}, got {reprlib.repr(value)}", "Correct the value")
+
+
+def _is_plain(value: object, deep: int = 4) -> bool:
+    """Whether a setting is text, a switch, a number that a float can hold, or lists and tables of such."""
+    if isinstance(value, dict | list | tuple):
+        return deep > 0 and all(_is_plain(v, deep - 1) for v in (value.values() if isinstance(value, dict) else value))
+    if isinstance(value, int | float):
+        return abs(value) <= sys.float_info.max
+    return value is None or isinstance(value, str)
 
 
 def read(path: Path, base: Config) -> Config:
@@ -142,6 +158,8 @@ def read(path: Path, base: Config) -> Config:
         data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ConfigError("CONFIG", path, f"cannot be read as a recipe ({error})"[:300], "Give a TOML file") from None
+    if not isinstance(data, dict):
+        raise ConfigError("CONFIG", path, f"expected tables, got {type(data).__name__}", "Give [model] and [train]")
     merged = to_dict(base)
     for section, settings in data.items():
         merged[section] = (
