@@ -41,6 +41,9 @@ def evaluate_model(
         cause = f"its items are {theirs}, the model's {ours}"
         raise DataError("SHAPE", data.name, cause, "Evaluate on data of the kind that the model was trained on")
     chosen, name = choose_items(model, data, part)
+    if len(chosen) == 0:
+        fix = "Use --part all, or other data"
+        raise DataError("EMPTY", data.name, f"no items in this part ({name})", fix)
     if items is not None:
         chosen = chosen[:items]
     values = torch.from_numpy(np.ascontiguousarray(data.values[chosen]))
