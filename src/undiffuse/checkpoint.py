@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from undiffuse.config import ModelConfig, from_dict
 from undiffuse.diffusion import Diffusion, describe
 from undiffuse.errors import CheckpointError, ConfigError
 
-FORMAT = 1
-"""Raised when a file of this version can no longer be read by older releases."""
+FORMAT = 2
+"""Raised when a file of this version can no longer be read by older releases. In 1 the sha256 left out the metadata."""
 
 
 def save(diffusion: Diffusion, path: str | Path) -> None:
@@ -43,13 +44,13 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Diffusion:
             raise CheckpointError("NO_MODEL", path, "no model.safetensors in this folder", fix)
         path = path / "model.safetensors"
     tensors, metadata = read_tensors(path)
-    described = _described(path, metadata)
     try:
+        described = _described(path, metadata)
         config = from_dict(ModelConfig, described["config"], "model")
         diffusion = Diffusion(
             config, tuple(described["item_shape"]), codecs.from_dict(described["codec"]), described["info"]
         )
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
+    except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         cause = f"its description is not one that this version understands ({error})"
         raise CheckpointError("DESCRIPTION", path, cause[:300], "Use the version that wrote it") from None
     fit_tensors(path, diffusion.network.state_dict(), tensors)
@@ -58,17 +59,12 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Diffusion:
 
 
 def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    version = metadata.get("undiffuse", "")
-    if not version.isdigit() or "model" not in metadata:
+    if not metadata.get("undiffuse", "").isdigit() or "model" not in metadata:
         raise CheckpointError(
             "NOT_OURS",
             path,
             "these weights were not written by undiffuse",
             "Name a run folder or its model.safetensors",
-        )
-    if int(version) > FORMAT:
-        raise CheckpointError(
-            "FORMAT", path, f"it has format {version}, and this version reads up to {FORMAT}", "Update undiffuse"
         )
     return json.loads(metadata["model"])
 
@@ -92,7 +88,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """A safetensors file with the sha256 of its tensors, written beside ``path`` and moved there when durable."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     partial = path.with_name(path.name + ".partial")
-    save_file(held, partial, metadata={**metadata, "sha256": digest(held)})
+    save_file(held, partial, metadata={**metadata, "sha256": digest(held, metadata)})
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -110,7 +106,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as error:
         cause = f"not a whole safetensors file ({error})"
         raise CheckpointError("DAMAGED", path, cause[:300], "Use an older checkpoint, or copy the file again") from None
-    if "undiffuse" in metadata and metadata.get("sha256") != digest(tensors):
+    version = metadata.get("undiffuse", "")
+    if re.fullmatch("[0-9]{1,9}", version) and int(version) > FORMAT:
+        cause = f"it has format {version}, and this version reads up to {FORMAT}"
+        raise CheckpointError("FORMAT", path, cause, "Update undiffuse")
+    if "undiffuse" in metadata and metadata.get("sha256") != digest(tensors, metadata):
         raise CheckpointError(
             "DAMAGED",
             path,
@@ -120,9 +120,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes, in the order of names."""
-    state = hashlib.sha256()
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """sha256 over names, types, shapes and bytes, in the order of names, and over the rest of the metadata."""
+    rest = sorted((key, text) for key, text in metadata.items() if key != "sha256")
+    state = hashlib.sha256(b"" if metadata["undiffuse"] in ("1", "state") else json.dumps(rest).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
