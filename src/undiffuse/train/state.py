@@ -52,8 +52,10 @@ def write(
     _discard(final)
     os.replace(partial, final)
     sync_folder(folder)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        _discard(old)
+    others = sorted(f for f in folder.glob("step-*") if f != final)
+    older = [f for f in others if f.name < final.name]  # the run began before the newer ones: they were damaged
+    for other in set(others) - set(older[len(older) + 1 - keep :]):
+        _discard(other)
     return final
 
 
@@ -64,6 +66,8 @@ def read_latest(
 
     Progress 0 if there is none. Raises `CheckpointError` if there are some and none is whole.
     """
+    for left in (*folder.glob("partial-*"), *folder.glob("trash-*")):
+        shutil.rmtree(left, ignore_errors=True)
     damaged: list[str] = []
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         try:
