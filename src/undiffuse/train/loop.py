@@ -110,8 +110,9 @@ def fit(
             if not math.isfinite(norm):
                 fix = "Lower train.lr, or use precision = 'float32'; the last checkpoint is good"
                 raise NonFiniteError("NON_FINITE", run.folder, f"the gradient of step {step + 1} is not finite", fix)
+            lr = settings.lr * rate(progress, settings)
             for group in optimiser.param_groups:
-                group["lr"] = settings.lr * rate(progress, settings)
+                group["lr"] = lr
             optimiser.step()
             optimiser.zero_grad()
             progress.step += 1
@@ -119,13 +120,15 @@ def fit(
 
             progress.seconds += time.perf_counter() - began
             plan(progress, settings)
-            watch.step(total, norm, settings.lr * rate(progress, settings))
+            watch.step(total, norm, lr)
             if watch.due() or asked:
                 began = time.perf_counter()
                 average.copy_to(smooth.network)
                 if accelerator.is_main_process:
                     state.write(run.checkpoints, progress, network, average, optimiser)
-                    if not asked:
+                    if asked:
+                        run.write_metrics(watch.records)
+                    else:
                         watch.look()
                 progress.seconds += time.perf_counter() - began
                 if asked:
