@@ -1,0 +1,152 @@
+"""What the documentation names exists: modules, functions, tests, pages, commands and their flags; the example runs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from undiffuse import checkpoint, codec, data, train
+from undiffuse.config import Config
+from undiffuse.diffusion import Diffusion
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOT_YET = {"docs/pictures/grid.png", "docs/pictures/forward.png", "docs/pictures/reverse.png"}
+NOT_YET |= {"docs/pictures/bits-per-step.png"}  # drawn by make demo
+
+page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+
+
+def resolve(dotted: str) -> object:
+    """What ``a.b.c`` is: the longest module that can be imported, then attributes (annotated fields too)."""
+    parts = dotted.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[cut:]:
+            found = getattr(found, name)
+        return found
+    raise AttributeError(dotted)
+
+
+@cache
+def defined(path: Path) -> set[str]:
+    """The functions and classes of a file, by its syntax tree."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+
+
+@page
+def test_dotted_names_resolve(path: Path) -> None:
+    for dotted in re.findall(r"(?<![\w/.-])undiffuse(?:\.[A-Za-z_]\w*)+", path.read_text()):
+        resolve(dotted)
+
+
+@page
+def test_tests_that_are_named_exist(path: Path) -> None:
+    for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", path.read_text()):
+        assert name in defined(ROOT / file), f"{file}::{name}"
+
+
+@page
+def test_links_lead_somewhere(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        if str(target.relative_to(ROOT)) not in NOT_YET:
+            assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w\s-]", "", t).strip().lower().replace(" ", "-") for t in titles}, link
+
+
+@page
+def test_files_that_are_named_exist(path: Path) -> None:
+    for file in re.findall(r"`((?:src|tests|scripts|docs|benchmarks)/[\w/.-]+\.\w+)`", path.read_text()):
+        assert (ROOT / file).exists() or file in NOT_YET or file == "benchmarks/RECORDS.md", file
+
+
+def test_every_number_of_the_mathematics_is_there_once_and_tested() -> None:
+    text = (ROOT / "docs/maths.md").read_text()
+    numbers = [int(n) for n in re.findall(r"^\*\*\((\d+)\)\*\*", text, re.M)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    rows = dict(re.findall(r"^\| (\d+) \|(.*)\|$", text, re.M))
+    assert sorted(map(int, rows)) == numbers
+    assert all("tests/" in row and "::test_" in row for row in rows.values())
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.M | re.S)
+
+
+@page
+def test_examples_compile(path: Path) -> None:
+    for source in blocks(path, "python"):
+        compile(source, path.name, "exec")
+
+
+def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys) -> None:
+    """As it is written, but for the training: `fit` is replaced by one that takes the same arguments."""
+    pytest.importorskip("sklearn")
+    asked: list[Config] = []
+    signature = inspect.signature(train.fit)
+
+    def fit(*args, **named) -> Path:
+        given = signature.bind(*args, **named).arguments
+        asked.append(given["config"])
+        model = replace(
+            given["config"].model, steps=2, network={"kind": "unet", "widths": [8], "blocks": 1, "attention": []}
+        )
+        pixels = codec.Pixels(given["data"].levels)
+        Path(given["out"]).mkdir(parents=True)
+        checkpoint.save(Diffusion(model, given["data"].item_shape, pixels), Path(given["out"]) / "model.safetensors")
+        return Path(given["out"])
+
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.chdir(tmp_path)
+    (source,) = blocks(ROOT / "README.md", "python")
+    names: dict[str, object] = {}
+    exec(compile(source, "README.md", "exec"), names)
+    assert asked[0].train.minutes is not None or asked[0].train.steps is not None
+    assert names["samples"].shape == (16, *data.load("digits").item_shape)
+    assert "bits" in capsys.readouterr().out
+
+
+def commands() -> dict[str, set[str]]:
+    """The flags of each command."""
+    import typer
+
+    from undiffuse.cli.app import app
+
+    group = typer.main.get_command(app)
+    return {name: {o for p in c.params for o in p.opts if o.startswith("--")} for name, c in group.commands.items()}
+
+
+@page
+def test_commands_and_flags_exist(path: Path) -> None:
+    known = commands()
+    for line in re.findall(r"^\$ undiffuse (.*)$", "\n".join(blocks(path, "console")), re.M):
+        name, *rest = line.partition("#")[0].split()
+        assert name in known, line
+        assert {word for word in rest if word.startswith("--")} <= known[name], line
+
+
+def test_the_checks_can_fail() -> None:
+    with pytest.raises(AttributeError):
+        resolve("undiffuse.process.level.nothing")
+    with pytest.raises(AttributeError):
+        resolve("nothing_at_all.here")
+    assert resolve("undiffuse.process.gaussian.Gaussian.kl") is sys.modules["undiffuse.process.gaussian"].Gaussian.kl
+    assert "test_the_checks_can_fail" in defined(Path(__file__))
