@@ -27,6 +27,9 @@ from undiffuse.process.level import NoiseLevel
 from undiffuse.randomness import ItemNoise, generator
 from undiffuse.sample import Step, grid, prior_sample, to_data, trajectory
 
+LONGEST = 10_000
+"""Steps that a chain may have."""
+
 
 class Diffusion(nn.Module):
     """A diffusion model over items of ``item_shape``, (C, ...) or (D,), in the units of ``codec``.
@@ -41,22 +44,29 @@ class Diffusion(nn.Module):
         super().__init__()
         self.config, self.codec, self.info = config, codec, dict(info or {})
         self.item_shape: tuple[int, ...] = tuple(item_shape)
-        self.schedule = _part(schedules.build, config.schedule)
-        self.target = _part(targets.build, config.target)
-        self.weight = _part(weighting.build, config.weight)
+        self.schedule = _part("schedule", schedules.build, config.schedule)
+        self.target = _part("target", targets.build, config.target)
+        self.weight = _part("weight", weighting.build, config.weight)
         self.steps = config.steps
         if self.schedule.steps not in (None, self.steps):
             fix = "Give the same number to both"
             raise ConfigError("CONFIG", "model.steps", f"{self.steps}, but the schedule has {self.schedule.steps}", fix)
-        self.times = times.build(**config.times, schedule=self.schedule, T=self.steps)
+        if not 1 <= self.steps <= LONGEST:
+            raise ConfigError("CONFIG", "model.steps", f"{self.steps} steps", f"Give a number from 1 to {LONGEST:,}")
+        self.times = _part("times", times.build, config.times, schedule=self.schedule, T=self.steps)
         self.levels = grid(self.schedule, self.steps)
-        self._check()
         self.learned_variance = config.variance == "learned"
-        channels = self.item_shape[0]
-        outputs = channels * (2 if self.learned_variance else 1)
-        shape: dict[str, Any] = {"dims": len(self.item_shape) - 1} if len(self.item_shape) > 1 else {}
-        self.network = networks.build(**config.network, **shape, channels=channels, out_channels=outputs)
         self.autocast: torch.dtype | None = None
+        self._check()
+        channels, dims = self.item_shape[0], len(self.item_shape) - 1
+        kind = config.network.get("kind")
+        if (kind, dims > 0) in (("mlp", True), ("unet", False)):
+            cause = f"a network of kind {kind!r} does not take items of shape {self.item_shape}"
+            fix = "Use 'mlp' for vectors and 'unet' for sequences, images and volumes"
+            raise ConfigError("CONFIG", "model.network", cause, fix)
+        given = {"channels": channels, "out_channels": channels * (2 if self.learned_variance else 1)}
+        self.network = _part("network", networks.build, config.network, **given, **({"dims": dims} if dims else {}))
+        self.denoiser()
 
     def _check(self) -> None:
         config = self.config
@@ -70,8 +80,14 @@ class Diffusion(nn.Module):
         if (config.loss == "hybrid") != (config.variance == "learned") and config.loss != "bound":
             cause = f"loss {config.loss!r} does not train variance {config.variance!r}"
             raise ConfigError("CONFIG", "model.loss", cause, "Use 'hybrid' or 'bound' with 'learned', else 'matching'")
-        for t, s in zip(self.levels[:-1], self.levels[1:], strict=True):
-            self.target.check(t, s if self.target.pair else None)
+        try:
+            t = self.schedule(self.times.sample(torch.tensor([0.0, 0.5])))
+            self.weight(t, self._cleaner(t))
+            for t, s in zip(self.levels[:-1], self.levels[1:], strict=True):
+                self.target.check(t, s if self.target.pair else None)
+        except (TypeError, ValueError) as error:
+            fix = "Check the settings of times, weight and target"
+            raise ConfigError("CONFIG", "model", f"its parts do not work together ({error})", fix) from None
 
     @property
     def dims(self) -> int:
@@ -83,7 +99,7 @@ class Diffusion(nn.Module):
         return next(self.network.parameters()).device
 
     def preconditioning(self) -> Preconditioning:
-        return Preconditioning(**{"steps": self.steps, **self.config.preconditioning})
+        return _part("preconditioning", Preconditioning, {"steps": self.steps, **self.config.preconditioning})
 
     def denoiser(self, network: nn.Module | None = None) -> NetworkDenoiser:
         """The network (or another in its place) as a denoiser."""
@@ -241,10 +257,19 @@ class _Told:
         return self.denoise(x_t, level, self.cond, to)
 
 
-def _part(build: Callable[..., Any], settings: dict[str, Any]) -> Any:
-    if "name" not in settings:
-        raise ConfigError("CONFIG", f"model: {settings!r}", "this part has no name", "Give its name")
-    return build(**settings)
+def _part(part: str, build: Callable[..., Any], settings: dict[str, Any], **given: Any) -> Any:
+    """What ``build`` makes of ``settings`` and of what the model itself gives, which settings must not contradict."""
+    key = {"network": "kind", "preconditioning": None}.get(part, "name")
+    if key is not None and not isinstance(settings.get(key), str):
+        raise ConfigError("CONFIG", f"model.{part}: {settings!r}", f"this part has no {key}", f"Give its {key}")
+    for name, value in given.items():
+        if settings.get(name, value) != value:
+            cause = f"the rest of the model and the data make it {value!r}"
+            raise ConfigError("CONFIG", f"model.{part}.{name} = {settings[name]!r}", cause, "Leave it out")
+    try:
+        return build(**{**settings, **given})
+    except (TypeError, ValueError) as error:
+        raise ConfigError("CONFIG", f"model.{part}", str(error)[:200], "Check its settings") from None
 
 
 def describe(diffusion: Diffusion) -> dict[str, Any]:
