@@ -1,0 +1,266 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from undiffuse import solvers
+from undiffuse.codec import Identity, Pixels, Standardised
+from undiffuse.config import ModelConfig
+from undiffuse.diffusion import Diffusion
+from undiffuse.errors import ConfigError
+
+NET = {"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()}
+MLP = {"kind": "mlp", "width": 8, "depth": 1}
+HO = {
+    "schedule": {"name": "linear", "T": 10, "first": 0.01, "last": 0.3},
+    "target": {"name": "eps"},
+    "weight": {"name": "simple"},
+    "times": {"name": "steps"},
+    "preconditioning": {"scale": "none", "time": "step"},
+}
+
+
+def model(shape=(1, 4, 4), codec=None, seed=0, scale=0.3, **settings) -> Diffusion:
+    """A tiny model whose weights are all random (of ``scale``): as built, a network says 0."""
+    network = MLP if len(shape) == 1 else NET
+    torch.manual_seed(seed)
+    built = Diffusion(
+        ModelConfig(**({"network": network, "steps": 10} | settings)), shape, Pixels(5) if codec is None else codec
+    )
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.normal_(std=scale)
+    return built.eval()
+
+
+def numbers(n=6, shape=(1, 4, 4), levels=5):
+    g = torch.Generator().manual_seed(3)
+    values = torch.randint(levels, (n, *shape), generator=g, dtype=torch.uint8)
+    return values, (torch.arange(n) + 0.5) / n, torch.randn(n, *shape, generator=g)
+
+
+def test_loss_of_ho_by_hand():
+    diffusion = model(**HO)
+    values, u, eps = numbers()
+    k = (u * 10).floor().long()  # 0..9, Ho's code counts so
+    beta = torch.linspace(0.01, 0.3, 10, dtype=torch.float64)
+    alpha_bar = torch.cumprod(1 - beta, 0)[k].view(-1, 1, 1, 1)
+    x = values / 2 - 1  # five levels on [-1, 1]
+    x_t = (alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * eps).float()
+    expected = ((eps - diffusion.network(x_t, k.float(), None)) ** 2).mean((1, 2, 3))
+    assert torch.equal(values.unique(), torch.arange(5, dtype=torch.uint8))
+    torch.testing.assert_close(diffusion.loss(values, u, eps), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["x", "eps", "v", "edm", "posterior", "previous"])
+@pytest.mark.parametrize("weight", ["simple", "bound", "edm"])
+def test_every_frame_has_the_loss_of_its_noise(target, weight):
+    """w_eps ‖eps − ε̂‖² by decoding; the bound's weight counts all steps; c z is part of `previous` alone."""
+    diffusion = model(**(HO | {"target": {"name": target}, "weight": {"name": weight}}))
+    values, u, eps = numbers()
+    z = torch.zeros_like(eps)
+    loss = diffusion.loss(values, u, eps, z)
+    t, s = diffusion.schedule((u * 10).floor() / 10 + 0.1), diffusion.schedule((u * 10).floor() / 10)
+    x_t = t.like(eps).alpha * (values / 2 - 1) + t.like(eps).sigma * eps
+    error = ((eps - diffusion.denoiser()(x_t, t).eps) ** 2).mean((1, 2, 3))
+    s = s._replace(floor=diffusion.levels[-1].floor.expand(6))
+    w = 10 * diffusion.weight(t, s) if weight == "bound" else diffusion.weight(t)
+    torch.testing.assert_close(loss, w.float() * error, rtol=1e-4, atol=1e-5)
+    changed = diffusion.loss(values, u, eps, z + 1)
+    first = u < 0.1  # the step to data: no noise is added
+    assert torch.equal(changed != loss, ~first if target == "previous" else torch.zeros(6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("loss", ["matching", "bound"])
+@pytest.mark.parametrize("schedule", ["linear_log_snr", "linear", "cosine", "sigmoid", "variance_exploding"])
+def test_gradients_reach_the_whole_network(loss, schedule):
+    table = {"T": 10, "first": 0.01, "last": 0.3} if schedule == "linear" else {"T": 10} if schedule == "cosine" else {}
+    diffusion = model(schedule={"name": schedule, **table}, loss=loss)
+    values, u, eps = numbers()
+    result = diffusion.loss(values, u, eps)
+    assert result.shape == (6,)
+    assert torch.isfinite(result).all()
+    result.mean().backward()
+    for name, parameter in diffusion.network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_the_loss_looks_at_the_network_that_it_is_given():
+    one, other = model(seed=0), model(seed=1)
+    values, u, eps = numbers()
+    assert torch.equal(one.loss(values, u, eps, network=other.network), other.loss(values, u, eps))
+
+
+@pytest.mark.parametrize("settings", [{"loss": "hybrid"}, {"loss": "bound"}])
+@pytest.mark.parametrize("schedule", [HO["schedule"], {"name": "linear_log_snr", "high": 6.0}])
+def test_learned_variance(settings, schedule):
+    diffusion = model(variance="learned", schedule=schedule, scale=0.1, **settings)
+    values, u, eps = numbers()
+    loss = diffusion.loss(values, u, eps)
+    assert torch.isfinite(loss).all()
+    loss.mean().backward()
+    gradient = diffusion.network.leave.weight.grad.flatten(1).abs().sum(1)
+    assert gradient.shape == (2,)  # one channel of the mean, one of the variance
+    assert (gradient > 0).all()
+    assert torch.isfinite(diffusion.nll(values).total).all()
+    assert diffusion.sample(2, solver="ancestral", steps=None).dtype == torch.uint8
+
+
+def test_the_hybrid_loss_is_the_simple_one_plus_a_thousandth_of_the_bound():
+    learned = HO | {"variance": "learned"}
+    hybrid, bound = model(loss="hybrid", **learned), model(loss="bound", **learned)
+    values, u, eps = numbers()
+    t = hybrid.schedule((u * 10).floor() / 10 + 0.1)
+    x_t = t.like(eps).alpha * (values / 2 - 1) + t.like(eps).sigma * eps
+    simple = ((eps - hybrid.denoiser()(x_t, t).eps) ** 2).mean((1, 2, 3))
+    expected = simple + 0.001 * bound.loss(values, u, eps)
+    torch.testing.assert_close(hybrid.loss(values, u, eps), expected, rtol=1e-5, atol=1e-6)
+
+
+FLOW = {"schedule": {"name": "flow"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        ({"loss": "best"}, "model.loss = 'best': unknown"),
+        ({"variance": "best"}, "model.variance = 'best': unknown"),
+        ({"loss": "hybrid"}, "loss 'hybrid' does not train variance 'small'"),
+        ({"loss": "hybrid", "variance": "large"}, "loss 'hybrid' does not train variance 'large'"),
+        ({"variance": "learned"}, "loss 'matching' does not train variance 'learned'"),
+        ({"steps": 20, "schedule": {"name": "linear", "T": 10}}, "model.steps: 20, but the schedule has 10"),
+        *[({"steps": n}, f"model.steps: {n} steps. Give a number from 1 to 10,000") for n in (0, -1, 10**9)],
+        (FLOW | {"target": {"name": "eps"}}, "zero-terminal SNR"),
+        (FLOW | {"target": {"name": "score"}}, "zero-terminal SNR"),
+        ({"target": {"name": "previous"}}, "defined by the steps of a chain"),
+        *[({part: {"name": "best"}}, "'best'") for part in ("schedule", "target", "weight", "times")],
+        *[({part: {}}, f"model.{part}: {{}}: this part has no name") for part in ("schedule", "target", "times")],
+        ({"network": {}}, "model.network: {}: this part has no kind"),
+        ({"network": {"kind": "best"}}, "there is no network 'best'"),
+        ({"weight": {"name": ["edm"]}}, "this part has no name"),
+        *[({part: {"name": name, "zz": 1}}, "no ") for part, name in (("target", "v"), ("weight", "edm"))],
+        ({"times": {"name": "uniform", "zz": 1}}, "no such setting"),
+        ({"times": {"name": "uniform", "low": "a"}}, "do not work together"),
+        ({"times": {"name": "uniform", "low": -1.0}}, "do not work together"),
+        ({"times": {"name": "uniform", "T": 3}}, "model.times.T = 3: the rest of the model and the data make it 10"),
+        ({"weight": {"name": "min_snr", "limit": "a"}}, "do not work together"),
+        ({"preconditioning": {"zz": 1}}, "model.preconditioning: "),
+        ({"preconditioning": {"scale": "best"}}, "scale = 'best': unknown"),
+        ({"preconditioning": {"time": "best"}}, "time = 'best': unknown"),
+        ({"network": NET | {"zz": 1}}, "no such setting"),
+        ({"network": NET | {"channels": 3}}, "model.network.channels = 3"),
+        ({"network": NET | {"dims": 3}}, "model.network.dims = 3: the rest of the model and the data make it 2"),
+        ({"network": MLP}, "a network of kind 'mlp' does not take items of shape (1, 4, 4)"),
+        ({"network": NET, "shape": (2,)}, "a network of kind 'unet' does not take items of shape (2,)"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_at_once(settings, cause):
+    with pytest.raises(ConfigError) as caught:
+        model(**settings)
+    text = str(caught.value)
+    assert cause in text
+    assert "\n" not in text
+
+
+def test_what_a_network_is_told_anyway_may_be_said():
+    assert model(network=NET | {"dims": 2, "channels": 1}).dims == 16
+    assert model((3,), Identity(), **FLOW).dims == 3
+
+
+def test_samples_do_not_depend_on_the_batch_and_go_on_where_asked():
+    diffusion = model(codec=Identity())
+    for solver in ("ddim", "ancestral"):
+        whole = diffusion.sample(7, seed=5, solver=solver, steps=10)
+        assert whole.shape == (7, 1, 4, 4)
+        for batch in (1, 3):
+            torch.testing.assert_close(
+                diffusion.sample(7, seed=5, solver=solver, steps=10, batch=batch), whole, rtol=0, atol=1e-4
+            )
+        later = diffusion.sample(3, seed=5, solver=solver, steps=10, first=4)
+        torch.testing.assert_close(later, whole[4:], rtol=0, atol=1e-4)
+        assert torch.equal(diffusion.sample(7, seed=5, solver=solver, steps=10), whole)
+        assert (diffusion.sample(7, seed=6, solver=solver, steps=10) - whole).abs().min(0).values.max() > 1e-2
+    first = [next(diffusion.trajectory(items, seed=5)).x for items in (range(4), range(2, 4))]
+    assert torch.equal(first[0][2:], first[1])
+    assert diffusion.sample(0).shape == (0, 1, 4, 4)
+
+
+def test_samples_are_values_of_the_data():
+    diffusion = model(scale=1.0)
+    counted = []
+    values = diffusion.sample(20, steps=5, batch=8, progress=counted.append)
+    assert values.dtype == torch.uint8
+    assert values.max() <= 4
+    assert counted == [8] * 5 + [8] * 5 + [4] * 5  # item-steps
+    states = [s.x for s in diffusion.trajectory(range(20), steps=5)]
+    assert len(states) == 6
+    assert states[-1].abs().max() <= 1.0001 / 0.9  # clipped
+    unclipped = list(diffusion.trajectory(range(20), steps=5, clip=False))[-1].x
+    assert unclipped.abs().max() > 2
+    shifted = Standardised((100.0, -7.0), (1e-3, 2.0))
+    vectors = model((2,), shifted, scale=0.1).sample(50, steps=5)
+    assert (vectors[:, 0] - 100).abs().max() < 0.1
+    assert vectors[:, 1].std() > 0.3
+
+
+def test_a_learned_or_small_variance_is_what_ancestral_sampling_takes():
+    for variance in ("small", "large"):
+        diffusion = model(codec=Identity(), variance=variance, **HO)
+        by_name = diffusion.sample(2, solver="ancestral", steps=10)
+        by_hand = diffusion.sample(2, solver=solvers.build("ancestral", variance=variance), steps=10)
+        assert torch.equal(by_name, by_hand)
+    assert not torch.equal(by_name, diffusion.sample(2, solver=solvers.build("ancestral"), steps=10))
+
+
+@pytest.mark.parametrize("settings", [HO, {"schedule": {"name": "linear_log_snr", "high": 6.0}}])
+def test_bounds_do_not_depend_on_the_batch(settings):
+    diffusion = model(**settings)
+    values, _, _ = numbers(7)
+    for draws in (None, 3):
+        counted = []
+        whole = diffusion.nll(values, seed=2, draws=draws, progress=counted.append)
+        parts = diffusion.nll(values, seed=2, draws=draws, batch=3, progress=counted.append)
+        assert counted == [7, 3, 3, 1]
+        later = diffusion.nll(values[4:], seed=2, draws=draws, first=4)
+        for name in ("prior", "steps", "decoder", "total"):
+            torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(getattr(later, name), getattr(whole, name)[4:], rtol=1e-5, atol=1e-5)
+        assert torch.equal(parts.per_step.isnan(), whole.per_step.isnan())
+        assert whole.calls == parts.calls == (draws or 10)
+        assert float(whole.stderr) == pytest.approx(float(whole.total.std() / math.sqrt(7)))
+        assert not torch.equal(diffusion.nll(values, seed=3, draws=draws).total, whole.total)
+    exact = diffusion.nll(values, seed=2)
+    assert torch.equal(diffusion.nll(values, seed=2, draws=10).total, exact.total)
+    assert torch.equal(diffusion.nll(values, seed=2, draws=99).total, exact.total)
+
+
+def test_drawn_steps_stand_for_all():
+    """A network that says x̂ = 0 makes every term but the decoder's a known number: the average is the whole."""
+    diffusion = model(scale=0.0, target={"name": "x"}, schedule={"name": "linear_log_snr", "high": 6.0})
+    values = numbers(1)[0].repeat(4000, 1, 1, 1)
+    x = values[:1].double() / 2 - 1
+    levels = diffusion.levels
+    terms = [
+        0.5 * (math.exp(float(s.log_snr)) - math.exp(float(t.log_snr))) * float((x**2).sum())
+        for t, s in itertools.pairwise(levels)
+    ]  # ½ (SNR(s) − SNR(t)) ‖x − 0‖² [VDM21 eq. 13]
+    exact = diffusion.nll(values[:1]).steps
+    assert float(exact) == pytest.approx(sum(terms), rel=1e-6)
+    drawn = diffusion.nll(values, draws=4, batch=4000).steps  # strata of 3, 2, 3 and 2 steps
+    assert abs(float(drawn.mean() - exact)) < 4.9 * float(drawn.std()) / math.sqrt(4000)
+    assert float(drawn.std()) < 0.5 * float(exact)  # power: dropping or adding a stratum's size would show
+
+
+def test_a_rescaled_copy_of_continuous_data_moves_the_bound_by_the_log_of_the_factor():
+    """−log p(v) = −log p(x) − log |det|: the same x from values twice as wide."""
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    mean, std, factor = torch.tensor([3.0, -1.0]), torch.tensor([0.5, 4.0]), 8.0
+    plain = model((2,), Identity()).nll(x)
+    for scale in (1.0, factor):
+        codec = Standardised(tuple((scale * mean).tolist()), tuple((scale * std).tolist()))
+        moved = model((2,), codec).nll(scale * (mean + std * x))
+        shift = math.log(0.5 * 4.0) + 2 * math.log(scale)
+        torch.testing.assert_close(moved.total - plain.total, torch.full((5,), shift).double(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(moved.decoder - plain.decoder, torch.full((5,), shift).double(), rtol=0, atol=1e-4)
