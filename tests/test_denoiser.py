@@ -165,13 +165,13 @@ def test_the_network_is_told_scaled_input_time_and_condition():
 def test_learned_variance_is_the_second_half_of_the_channels():
     schedule = S.linear(10)
     level = schedule(torch.tensor(0.5, dtype=f64))
-    x, eps, x_t = batch(level)
-    v = torch.tensor([[[-1.0], [1.0]], [[0.0], [0.5]], [[-3.0], [3.0]]], dtype=f64)
+    x, eps, x_t = (v.repeat(1, 2, 1) for v in batch(level))
+    v = torch.tensor([[-1.0, 1.0, 0.0, 0.5], [-3.0, 3.0, 0.0, 0.0], [1.0, 1.0, -1.0, 1.0]], dtype=f64)[..., None]
     said = Says(lambda *_: torch.cat([eps, v], 1))
     prediction = NetworkDenoiser(said, schedule, targets.build("eps"), PLAIN, learned_variance=True)(x_t, level)
     torch.testing.assert_close(prediction.x, x)
     assert torch.equal(prediction.eps, eps)
-    assert prediction.nu.flatten().tolist() == [0, 1, 0.5, 0.75, -1, 2]
+    assert prediction.nu[..., 0].tolist() == [[0, 1, 0.5, 0.75], [-1, 2, 0.5, 0.5], [1, 1, 0, 1]]
 
 
 def test_autocast_surrounds_the_network_only():

@@ -69,7 +69,7 @@ def hybrid(
     edges: Edges | None = None,
 ) -> Tensor:
     """L_simple + share · T · L_{t−1}, the latter with learned variance, no gradient to the mean [Nichol21 eq. 16]."""
-    still = Prediction(prediction.x.detach(), prediction.eps.detach(), prediction.nu)
+    still = prediction._replace(x=prediction.x.detach())
     return simple(prediction, eps) + share * steps * bound_term(still, x, x_t, t, s, "learned", edges)
 
 

@@ -178,7 +178,7 @@ def test_every_step_of_a_long_table_is_finite(eta):
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     x = torch.ones(1000, D, dtype=torch.float64)
     for schedule in (S.linear(), S.cosine(), S.Sigmoid()):
-        # frac = −expm1(2 Δ log alpha)/sigma_t² is 1 + 2e-16 at some of them
+        # whose frac is 1, and 1 + 2e-16 if it is not kept below
         x_0, _ = DDIM(eta).step(data.denoiser(schedule), x, schedule(t), schedule(0 * t), (), 5 * x[None])
         torch.testing.assert_close(x_0, data.predict(x, schedule(t)).x)
 

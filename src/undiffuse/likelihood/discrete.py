@@ -53,7 +53,7 @@ def vlb(
         visits = list(zip(strata, sizes, strict=True))
 
     per_step = torch.full((len(x), N), math.nan, dtype=torch.float64, device=x.device)
-    totals = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)  # steps, decoder
+    steps, decoder = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
     for k, size in visits:
         t, s = ladder.take(N - k), ladder.take(N - k + 1)
         x_t = diffuse(data, t, noise(1)[0].double())
@@ -61,15 +61,15 @@ def vlb(
         term = flat_sum(step_nll(prediction, data, x_t, t, s, variance, first_large, edges))
         per_step.scatter_(1, (k.to(x.device) - 1)[:, None], term[:, None])
         is_decoder = (s.sigma == 0).to(x.device)
-        totals[0] += torch.where(is_decoder, 0, size * term)
-        totals[1] += torch.where(is_decoder, size * term, 0)
+        steps = steps + torch.where(is_decoder, 0, size * term)
+        decoder = decoder + torch.where(is_decoder, size * term, 0)
 
     if not ends_in_data:
         z = diffuse(data, levels[-1], noise(1)[0].double())
         alpha, sigma = levels[-1].alpha, levels[-1].sigma
         last = Gaussian(z / like(alpha, data), like(2 * torch.log(sigma / alpha), data))
-        totals[1] += flat_sum(-_log_prob(last, data, edges))
-    return nll(flat_sum(prior_kl(data, levels[0], prior)), totals[0], totals[1], len(visits), per_step)
+        decoder = decoder + flat_sum(-_log_prob(last, data, edges))
+    return nll(flat_sum(prior_kl(data, levels[0], prior)), steps, decoder, len(visits), per_step)
 
 
 def step_nll(

@@ -31,7 +31,7 @@ class DDIM:
         self, denoise: Denoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, state: State, noise: Tensor
     ) -> tuple[Tensor, State]:
         x, eps, _ = denoise(x_t, t, to=s)
-        fresh = self.eta**2 * frac(t, s).clamp(max=1)  # which rounding may take past 1
+        fresh = self.eta**2 * frac(t, s)
         x_s = like(s.alpha, x_t) * x + like(s.sigma * torch.sqrt(1 - fresh), x_t) * eps
         if self.draws:
             x_s = x_s + like(s.sigma * torch.sqrt(fresh), x_t) * noise[0]
