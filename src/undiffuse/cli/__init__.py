@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import traceback
 
-import click
 import typer
 
 from undiffuse.cli.app import app
 from undiffuse.errors import UndiffuseError
 from undiffuse.train import Interrupted
+
+UsageError = typer.BadParameter.__mro__[1]  # typer has its own copy of click in some versions and the real one in others
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,20 +19,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     0 done, 2 usage or configuration, 3 data, 4 checkpoint, 5 non-finite numbers, 6 resources, 130 and 143 signals.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
         app(arguments, prog_name="undiffuse", standalone_mode=False)
         code = 0
-    except click.exceptions.NoArgsIsHelpError as shown:
-        print(shown.format_message() if shown.ctx is None else shown.ctx.get_help())
-        code = 2
-    except click.ClickException as error:
-        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "undiffuse"
-        cause = error.format_message().replace("\n", " ").rstrip(".")
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "undiffuse"
+        cause = error.format_message().replace("\n", " ").rstrip(".")  # pyright: ignore[reportAttributeAccessIssue]
         code = _report(f"error[USAGE] {command}: {cause}. See '{command} --help'.", 2, debug)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         code = _report("stopped at once; the last checkpoint is whole", 130, debug)
     except Interrupted as stopped:
         code = _report("stopped; all is saved, and the same command goes on from here", stopped.exit_code, False)

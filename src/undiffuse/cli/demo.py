@@ -22,7 +22,7 @@ from undiffuse.metrics.distance import with_floor
 from undiffuse.randomness import ItemNoise
 from undiffuse.report import pictures, table
 from undiffuse.report.files import write_samples
-from undiffuse.sample import forward_trajectory, grid
+from undiffuse.sample import forward_trajectory
 from undiffuse.train import Run, fit
 
 MINUTES = 2.5
