@@ -146,15 +146,15 @@ def global_batch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(values, u, eps, z) of a step's whole batch, functions of (seed, step) alone."""
     order = batch_order(len(items), settings.batch, settings.seed, step)
-    values = torch.from_numpy(np.ascontiguousarray(data.values[np.sort(items[order])]))
+    values = data.values[np.sort(items[order])]
     g = generator(settings.seed, "train", step)
     u = low_discrepancy(torch.rand((), generator=g, dtype=torch.float64), settings.batch)
     u = u[torch.randperm(settings.batch, generator=g)]
     eps, z = torch.randn(2, *values.shape, generator=g)
     if settings.flip:
-        mirrored = torch.rand(settings.batch, generator=g) < 0.5
-        values = torch.where(mirrored.view(-1, *[1] * (values.ndim - 1)), values.flip(-1), values)
-    return values, u, eps, z
+        mirrored = (torch.rand(settings.batch, generator=g) < 0.5).numpy()
+        values = np.where(mirrored.reshape(-1, *[1] * (values.ndim - 1)), values[..., ::-1], values)
+    return torch.from_numpy(np.ascontiguousarray(values)), u, eps, z
 
 
 def batch_order(n: int, batch: int, seed: int, step: int) -> np.ndarray:
