@@ -1,0 +1,229 @@
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from undiffuse.errors import CheckpointError
+from undiffuse.train import state
+from undiffuse.train.ema import Average
+from undiffuse.train.state import Progress, read_latest, write
+
+
+class Trained:
+    """A tiny network in training: its weights, their average and the optimiser's moments."""
+
+    def __init__(self, seed=0):
+        torch.manual_seed(seed)
+        self.network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        self.average = Average(self.network, 0.1)
+        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=0.1, fused=True)
+        self.progress = Progress()
+
+    def train(self, steps=1):
+        for _ in range(steps):
+            (self.network(torch.ones(1, 3)) ** 2).sum().backward()
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+            self.progress.step += 1
+            self.progress.seconds += 0.25
+            self.average.update(self.network, self.progress.step)
+        return self
+
+    def write(self, folder, **settings):
+        return write(folder, self.progress, self.network, self.average, self.optimiser, **settings)
+
+    def read(self, folder):
+        self.progress, lines = read_latest(folder, self.network, self.average, self.optimiser)
+        return lines
+
+    def tensors(self):
+        moments = self.optimiser.state_dict()["state"]
+        return {
+            **self.network.state_dict(),
+            **{f"mean {k}": v for k, v in self.average.mean.items()},
+            **{f"{i} {k}": v for i, named in moments.items() for k, v in named.items()},
+        }
+
+
+def same(one: Trained, other: Trained) -> bool:
+    a, b = one.tensors(), other.tensors()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A folder with the checkpoints of steps 2 and 4, and what is in them."""
+    folder = tmp_path / "checkpoints"
+    first = Trained().train(2)
+    first.write(folder)
+    second = Trained().train(4)
+    second.write(folder)
+    return folder, first, second
+
+
+def test_round_trip_and_on(two):
+    folder, _, second = two
+    again = Trained(seed=1)
+    assert again.read(folder) == []
+    assert same(again, second)
+    assert again.progress == Progress(4, 1.0, None, None)
+    assert same(again.train(3), Trained().train(7))  # it goes on as if nothing had been
+    assert sorted(f.name for f in (folder / "step-00000004").iterdir()) == [
+        "average.safetensors",
+        "manifest.json",
+        "network.safetensors",
+        "optimiser.safetensors",
+        "progress.json",
+    ]
+    again.progress.decay_from, again.progress.last_step = 3, 9
+    again.write(folder)
+    last = Trained(seed=2)
+    last.read(folder)
+    assert last.progress == Progress(7, 1.75, 3, 9)
+
+
+def test_nothing_there(tmp_path):
+    fresh = Trained()
+    assert fresh.read(tmp_path / "none") == []
+    assert fresh.progress == Progress()
+    assert same(fresh, Trained())
+    before_the_first_step = Trained()
+    before_the_first_step.write(tmp_path)
+    assert fresh.read(tmp_path) == []
+
+
+def test_the_newest_two_are_kept(tmp_path):
+    trained = Trained()
+    for _ in range(5):
+        trained.train().write(tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
+    trained.train().write(tmp_path, keep=1)
+    assert [f.name for f in tmp_path.iterdir()] == ["step-00000006"]
+    trained.train().write(tmp_path, keep=4)
+    trained.write(tmp_path)  # the same step again
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-00000006", "step-00000007"]
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def remove(path):
+    path.unlink()
+
+
+def other(path):
+    shutil.copy(path.parent.parent / "step-00000002" / path.name, path)
+
+
+FILES = ["network.safetensors", "average.safetensors", "optimiser.safetensors", "progress.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, empty, remove, other])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_newest_is_passed_over_with_a_line(two, damage, name):
+    folder, first, _ = two
+    damage(folder / "step-00000004" / name)
+    again = Trained(seed=1)
+    (line,) = again.read(folder)
+    assert line.startswith(f"error[DAMAGED] {folder / 'step-00000004'}")
+    assert line.endswith("An older checkpoint is used.")
+    assert "\n" not in line
+    assert same(again, first)
+    assert again.progress.step == 2
+
+
+def test_flipped_bits_anywhere_are_found(two):
+    folder, first, _ = two
+    g = random.Random(0)
+    for _ in range(60):
+        path = folder / "step-00000004" / g.choice(FILES)
+        whole = path.read_bytes()
+        changed = bytearray(whole)
+        changed[g.randrange(len(whole))] ^= 1 << g.randrange(8)
+        path.write_bytes(changed)
+        again = Trained(seed=1)
+        assert len(again.read(folder)) == 1, path
+        assert same(again, first)
+        path.write_bytes(whole)
+
+
+def test_none_whole(two):
+    folder, _, _ = two
+    for step in folder.iterdir():
+        flip(step / "network.safetensors")
+    with pytest.raises(CheckpointError, match=r"^error\[DAMAGED\] .*none of its 2 checkpoints is whole") as caught:
+        Trained().read(folder)
+    assert caught.value.exit_code == 4
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_one_does_not_crowd_out_the_whole_ones(two):
+    """After a step back from a damaged step 4, the two that are kept are those written and read since."""
+    folder, _, _ = two
+    flip(folder / "step-00000004" / "network.safetensors")
+    again = Trained(seed=1)
+    again.read(folder)
+    again.train().write(folder)
+    assert sorted(f.name for f in folder.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_another_network_is_refused(two):
+    folder, _, _ = two
+    wider = Trained()
+    wider.network = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    with pytest.raises(CheckpointError, match="has the shape"):
+        wider.read(folder)
+
+
+def test_what_a_killed_write_left_is_ignored_and_removed(two):
+    folder, _, second = two
+    for name in ("partial-00000009", "trash-step-00000001"):
+        shutil.copytree(folder / "step-00000002", folder / name)
+    again = Trained(seed=1)
+    assert again.read(folder) == []
+    assert same(again, second)
+    assert sorted(f.name for f in folder.iterdir()) == ["step-00000002", "step-00000004"]
+
+
+@pytest.mark.parametrize("name", ["write_tensors", "_write_text", "sync_folder", "_discard"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_full_disk_leaves_the_old_ones(two, monkeypatch, name, call):
+    folder, _, second = two
+    real, calls = getattr(state, name), []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(state, name, fails)
+    later = Trained().train(6)
+    with pytest.raises(OSError, match="No space"):
+        later.write(folder)
+    monkeypatch.undo()
+    again = Trained(seed=1)
+    assert again.read(folder) == []
+    arrived = again.progress.step == 6
+    assert same(again, later if arrived else second)
+    assert arrived == ((name, call) == ("sync_folder", 2))  # it failed after the rename
+
+
+def test_the_manifest_lists_every_file(two):
+    folder, _, _ = two
+    manifest = json.loads((folder / "step-00000004" / "manifest.json").read_text())
+    assert sorted(manifest) == sorted(set(FILES) - {"manifest.json"})
