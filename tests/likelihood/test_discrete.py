@@ -342,6 +342,7 @@ def test_result():
     whole, parts = run(X), concatenate([run(X[:1]), run(X[1:])])
     for field in NLL._fields:
         torch.testing.assert_close(getattr(parts, field), getattr(whole, field), rtol=1e-14, atol=0)
+        assert getattr(whole.cpu(), field) is getattr(whole, field)  # where it lies already
     assert float(whole.stderr) == pytest.approx(np.std(whole.total.numpy(), ddof=1) / math.sqrt(3))
     assert run(X[:1]).stderr.isnan()
     assert run(X[:2]).stderr.isfinite()

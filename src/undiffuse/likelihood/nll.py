@@ -43,7 +43,7 @@ class NLL(NamedTuple):
 def nll(prior: Tensor, steps: Tensor, decoder: Tensor, calls: int, per_step: Tensor) -> NLL:
     """An `NLL` with its standard error filled in."""
     total = prior + steps + decoder
-    stderr = total.std() / math.sqrt(len(total)) if len(total) > 1 else torch.tensor(math.nan, dtype=total.dtype)
+    stderr = total.std() / math.sqrt(len(total)) if len(total) > 1 else total.new_tensor(math.nan)
     return NLL(prior, steps, decoder, stderr, calls, per_step)
 
 
