@@ -259,6 +259,24 @@ def test_order(name, ends):
     assert np.corrcoef(*logs)[0, 1] ** 2 >= 0.995
 
 
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("name", [name for name, row in SOLVERS.items() if row.draws and row.solver.order])
+def test_weak_order(name, ends):
+    """The error of the samples' covariance, which the probed map gives, falls as N^−order."""
+    (solver, _, _, nu), (schedule, first, last) = SOLVERS[name], ENDS[ends]
+    data = GaussianData(torch.zeros(1), torch.tensor([0.3]))
+    start, end = grid(schedule, times=[first, last])
+    goal, given = (float(data.marginal_var(level)) for level in (end, start))
+    steps, errors = 2 ** np.arange(5, 9), []
+    for n in steps:
+        levels = grid(schedule, times=np.linspace(first, last, n + 1).tolist())
+        map_ = probe(solver, data.denoiser(schedule, nu), levels, dims=1)
+        errors.append(abs(given * float(map_.matrix[0, 0]) ** 2 + float((map_.noise**2).sum()) - goal))
+    logs = np.log2(steps), np.log2(errors)
+    assert abs(-np.polyfit(*logs, 1)[0] - solver.order) < 0.2
+    assert np.corrcoef(*logs)[0, 1] ** 2 >= 0.995
+
+
 # --- the table of names --------------------------------------------------------------------------------------------
 
 
