@@ -118,7 +118,8 @@ def sample(
     console.print(
         f"{n} samples by {solver} in {steps} steps, {seconds:.1f} s ({n / seconds:.1f} a second)", markup=False
     )
-    console.print(f"grid: {grid}", markup=False)
+    if grid is not None:
+        console.print(f"grid: {grid}", markup=False)
     console.print(f"all of them: {folder}/samples.npz, seeds in {folder}/manifest.json", markup=False)
 
 

@@ -9,16 +9,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from undiffuse.errors import DataError
 from undiffuse.report.pictures import grid
 
 
-def write_samples(folder: Path, values: np.ndarray, levels: int | None, manifest: dict[str, Any]) -> Path:
-    """Writes ``values`` (N, ...) into ``folder`` and returns the path of the grid (of the first 144)."""
+def write_samples(folder: Path, values: np.ndarray, levels: int | None, manifest: dict[str, Any]) -> Path | None:
+    """Writes ``values`` (N, ...) into ``folder``; the path of the grid of the first 144, if their shape has one."""
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "samples.npz", x=values)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     picture = folder / "grid.png"
-    grid(values[:144], levels).save(picture)
+    try:
+        grid(values[:144], levels).save(picture)
+    except DataError:
+        return None
     if values.ndim == 4 and values.shape[1] in (1, 3) and levels is not None:
         for item, value in zip(manifest["items"], values, strict=True):
             _image(value, levels).save(folder / f"{item:06d}.png")
