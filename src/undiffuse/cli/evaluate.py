@@ -123,7 +123,7 @@ def summary(model: Diffusion, result: NLL, seconds: float) -> dict[str, Any]:
 
     def with_error(nats: torch.Tensor) -> list[float]:
         bits = nats / scale
-        return [float(bits.mean()), float(bits.std()) / math.sqrt(len(bits))]
+        return [float(bits.mean()), float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else math.nan]
 
     parts = {key: with_error(getattr(result, key)) for key in ("prior", "steps", "decoder", "total")}
     return {
@@ -136,14 +136,21 @@ def summary(model: Diffusion, result: NLL, seconds: float) -> dict[str, Any]:
 
 
 def bits_picture(model: Diffusion, result: NLL) -> Any:
-    """A figure of each step's share of the bound against its log-SNR."""
+    """A figure of each step's share of the bound against its log-SNR, steps that were not drawn filled in.
+
+    Where some were not, the shares are scaled to add up to the bound's own estimate.
+    """
     scale = model.dims * math.log(2)
-    per_step = torch.nanmean(result.per_step, 0) / scale
-    log_snr = torch.stack([level.log_snr for level in model.levels[:-1]]).flip(0)
+    bits = (torch.nanmean(result.per_step, 0) / scale).numpy()
+    log_snr = torch.stack([level.log_snr for level in model.levels[:-1]]).flip(0).numpy()
     if float(model.levels[-1].sigma) == 0:
-        log_snr, per_step = log_snr[1:], per_step[1:]
+        log_snr, bits = log_snr[1:], bits[1:]
+    drawn = np.flatnonzero(np.isfinite(bits))
+    if 0 < len(drawn) and bool(result.per_step.isnan().any()):
+        bits = np.interp(np.arange(len(bits)), drawn, bits[drawn])
+        bits *= float(result.steps.mean()) / scale / bits.sum()
     return pictures.bits_per_step(
-        log_snr.numpy(), per_step.numpy(), float(result.prior.mean()) / scale, float(result.decoder.mean()) / scale
+        log_snr, bits, float(result.prior.mean()) / scale, float(result.decoder.mean()) / scale
     )
 
 
