@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from undiffuse.config import Config, ModelConfig, TrainConfig
@@ -18,7 +19,6 @@ PRESETS: dict[str, Config] = {
     "digits": _recipe(
         "digits",
         TrainConfig(batch=128, lr=2e-3, ema=0.05),
-        schedule={"name": "linear_log_snr", "high": 9.0, "low": -5.0},
     ),
     "cpu-small": _recipe("cpu-small", TrainConfig(batch=128, lr=1e-3, ema=0.05)),
     "gpu": _recipe("gpu", TrainConfig(batch=256, lr=3e-4, warmup=1000, ema=0.05)),
@@ -66,8 +66,8 @@ def get(name: str) -> Config:
 def fitted(config: Config, levels: int | None) -> Config:
     """The recipe with the clean end of a default log-SNR schedule fitted to data of so many ``levels``.
 
-    At ``high`` the noise is a twelfth of a bin's width at 256 levels or fewer steps away: log-SNR grows by
-    2 log(levels/256) from 13.3. Other schedules, and continuous data, stay as they are.
+    There three standard deviations of noise fill half a bin (`clean_end`). Other schedules, and continuous
+    data, stay as they are.
     """
     schedule = config.model.schedule
     if levels is None or schedule.get("name") != "linear_log_snr" or "high" in schedule:
@@ -76,7 +76,5 @@ def fitted(config: Config, levels: int | None) -> Config:
 
 
 def clean_end(levels: int) -> float:
-    """log-SNR at which 2.6 standard deviations of noise fill half a bin: 13.3 for 256 levels [VDM21 app. I.2]."""
-    from math import log
-
-    return round(13.3 + 2 * log(levels / 256), 3)
+    """log-SNR at which about three standard deviations of noise fill half a bin: 13.3 + 2 log(levels/256)."""
+    return round(13.3 + 2 * math.log(levels / 256), 3)

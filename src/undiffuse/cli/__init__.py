@@ -11,7 +11,7 @@ from undiffuse.cli.app import app
 from undiffuse.errors import UndiffuseError
 from undiffuse.train import Interrupted
 
-UsageError = typer.BadParameter.__mro__[1]  # typer has its own copy of click in some versions and the real one in others
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]  # typer has click's or a copy
 
 
 def main(arguments: list[str] | None = None) -> int:

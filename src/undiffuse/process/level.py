@@ -57,7 +57,7 @@ def frac(t: NoiseLevel, s: NoiseLevel) -> Tensor:
     """frac = −expm1(log_snr_t − log_snr_s), the share of the cleaner variance that a step from t removes.
 
     In [0, 1] for ``s`` cleaner than ``t``; 1 where s has sigma 0. It is the posterior variance over
-    sigma_s², and beta_t/(1 − alpha_bar_t) for neighbours of a table [VDM21 eq. 31; Ho20 eq. 7]. Two
+    sigma_s², and beta_t/(1 − alpha_bar_t) for neighbours of a table [VDM21 app. A; Ho20 eq. 7]. Two
     levels of one schedule take its own formula, `NoiseLevel.between`.
     """
     if t.between is not None and t.between == s.between:

@@ -107,8 +107,8 @@ TARGETS = {
     "x": Target("x", lambda t: (1.0, 0.0, 0.0)),
     "eps": Target("eps", lambda t: (0.0, 1.0, 0.0)),  # Ho20 eq. 14
     "v": Target("v", lambda t: (-t.sigma, t.alpha, 0.0)),  # Salimans22 §4
-    "score": Target("score", lambda t: (0.0, -1 / t.sigma, 0.0)),  # Song21 eq. 9
-    "flow": Target("flow", lambda t: (-1.0, 1.0, 0.0)),  # Lipman23 eq. 22, noise minus data
+    "score": Target("score", lambda t: (0.0, -1 / t.sigma, 0.0)),  # Song21 eq. 7
+    "flow": Target("flow", lambda t: (-1.0, 1.0, 0.0)),  # Lipman23 eq. 23, noise minus data
     "edm": Target("edm", _edm),  # Karras22 eq. 7
     "posterior": Target("posterior", _posterior_mean, pair=True),  # Ho20 eq. 8
     "previous": Target("previous", _previous, pair=True),  # x_{t−1} itself

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def exponent(length: float) -> float:
-    """The p whose profile τ^p on [0, 1] has the std √((p+1)/((p+2)²(p+3))) = ``length`` [Karras24 eq. 3]."""
+    """The p whose profile τ^p on [0, 1] has the std √((p+1)/((p+2)²(p+3))) = ``length`` [Karras24 §3.1]."""
     low, high = 0.0, 1e6
     for _ in range(200):
         middle = (low + high) / 2
@@ -17,7 +17,7 @@ def exponent(length: float) -> float:
 
 
 class Average:
-    """A float32 average whose k-th step moves it by 1 − (1 − 1/k)^(p+1) towards the weights [Karras24 eq. 2].
+    """A float32 average whose k-th step moves it by 1 − (1 − 1/k)^(p+1) towards the weights [Karras24 §3.1].
 
     A power-function profile: its length is a share of the run so far, so it needs no warm-up and begins with
     the weights after the first step.

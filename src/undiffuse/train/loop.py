@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from undiffuse.checkpoint import fit_tensors, load
@@ -54,7 +55,11 @@ def fit(
     saving) changes what is trained. Raises `ConfigError`, `DataError`, `CheckpointError`, `NonFiniteError`
     (exit 5), and `Interrupted` after a signal, when all is saved.
     """
-    settings = config.train
+    settings, run = config.train, Run(out)
+    if settings.minutes is None and settings.steps is None:
+        raise ConfigError("LENGTH", "train.minutes, train.steps", "neither says when to stop", "Give one of them")
+    if run.finished:
+        return run.folder
 
     # Where it runs, and what it is
     accelerator = Accelerator(cpu=device == "cpu", gradient_accumulation_steps=1)
@@ -77,8 +82,9 @@ def fit(
     average = Average(network, settings.ema)
 
     # Where it stands
-    run = Run(out)
-    run.open(replace(config, train=settings), data)
+    if accelerator.is_main_process:
+        run.open(replace(config, train=settings), data)
+    accelerator.wait_for_everyone()
     progress, damaged = state.read_latest(run.checkpoints, network, average, optimiser)
     plan(progress, settings)
     smooth = deepcopy(diffusion)
@@ -120,6 +126,7 @@ def fit(
 
             progress.seconds += time.perf_counter() - began
             plan(progress, settings)
+            agree(accelerator, progress, asked)
             watch.step(total, norm, lr)
             if watch.due() or asked:
                 began = time.perf_counter()
@@ -190,6 +197,19 @@ def plan(progress: state.Progress, settings: TrainConfig) -> None:
             remaining = max(budget - progress.seconds, 0) * progress.step / progress.seconds
             progress.decay_from = progress.step
             progress.last_step = progress.step + max(round(remaining), 1)
+
+
+def agree(accelerator: Accelerator, progress: state.Progress, asked: list[int]) -> None:
+    """Makes the first process's plan and clock everybody's, and a signal to any process a signal to all."""
+    if accelerator.num_processes == 1:
+        return
+    signals = torch.tensor([asked[0] if asked else 0], device=accelerator.device)
+    loudest = int(accelerator.gather(signals).max())  # pyright: ignore[reportAttributeAccessIssue]
+    said = [progress.seconds, progress.decay_from, progress.last_step]
+    broadcast_object_list(said)
+    progress.seconds, progress.decay_from, progress.last_step = said
+    if loudest and not asked:
+        asked.append(loudest)
 
 
 def rate(progress: state.Progress, settings: TrainConfig) -> float:
