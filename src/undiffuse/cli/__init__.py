@@ -13,6 +13,8 @@ from undiffuse.train import Interrupted
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]  # typer has click's or a copy
 
+STOPPED = "stopped at once; the last checkpoint is whole"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns (to the shell: exits with) its code.
@@ -23,15 +25,16 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        app(arguments, prog_name="undiffuse", standalone_mode=False)
-        code = 0
+        code = app(arguments, prog_name="undiffuse", standalone_mode=False) or 0
+        if code == 130:  # typer's own way to say Ctrl-C
+            _report(STOPPED, code, debug)
     except UsageError as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "undiffuse"
         cause = error.format_message().replace("\n", " ").rstrip(".")  # pyright: ignore[reportAttributeAccessIssue]
         code = _report(f"error[USAGE] {command}: {cause}. See '{command} --help'.", 2, debug)
     except (typer.Abort, KeyboardInterrupt):
-        code = _report("stopped at once; the last checkpoint is whole", 130, debug)
+        code = _report(STOPPED, 130, debug)
     except Interrupted as stopped:
         code = _report("stopped; all is saved, and the same command goes on from here", stopped.exit_code, False)
     except UndiffuseError as error:

@@ -146,7 +146,7 @@ def bits_picture(model: Diffusion, result: NLL) -> Any:
     if float(model.levels[-1].sigma) == 0:
         log_snr, bits = log_snr[1:], bits[1:]
     drawn = np.flatnonzero(np.isfinite(bits))
-    if 0 < len(drawn) and bool(result.per_step.isnan().any()):
+    if len(drawn) > 0 and bool(result.per_step.isnan().any()):
         bits = np.interp(np.arange(len(bits)), drawn, bits[drawn])
         bits *= float(result.steps.mean()) / scale / bits.sum()
     return pictures.bits_per_step(
