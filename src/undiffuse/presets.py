@@ -20,7 +20,7 @@ PRESETS: dict[str, Config] = {
         "digits",
         TrainConfig(batch=128, lr=2e-3, ema=0.05),
     ),
-    "cpu-small": _recipe("cpu-small", TrainConfig(batch=128, lr=1e-3, ema=0.05)),
+    "cpu-small": _recipe("cpu-small", TrainConfig(batch=64, lr=1.5e-3, ema=0.05)),
     "gpu": _recipe("gpu", TrainConfig(batch=256, lr=3e-4, warmup=1000, ema=0.05)),
     "ddpm-cifar10": _recipe(
         "ddpm-cifar10",
