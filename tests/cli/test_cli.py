@@ -1,0 +1,336 @@
+"""The commands, called in this process: what they print, write and return."""
+
+import json
+import signal
+from collections import namedtuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from undiffuse.checkpoint import load
+from undiffuse.cli import evaluate as evaluation
+from undiffuse.cli import main
+from undiffuse.train import Run
+from undiffuse.train.watch import Watch
+
+RECIPE = """
+[model]
+network = {kind = "unet", widths = [8], blocks = 1, attention = []}
+schedule = {name = "linear_log_snr", high = 6.0}
+steps = 5
+[train]
+batch = 8
+warmup = 1
+precision = "float32"
+held_out = 0.2
+previews = 1
+"""
+Said = namedtuple("Said", "code out err")
+
+
+@pytest.fixture
+def call(capsys):
+    """call(*arguments) runs a command line and returns its exit code and what it printed."""
+
+    def run(*arguments) -> Said:
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        return Said(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(call):
+    """A command line that ends with one line on stderr, and the line."""
+
+    def run(code, *arguments) -> str:
+        said = call(*arguments)
+        assert said.code == code, said
+        assert said.err.count("\n") == 1, said.err
+        assert said.err.startswith("error["), said.err
+        assert "Traceback" not in said.out + said.err
+        return said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data, a recipe and a trained run."""
+    folder = tmp_path_factory.mktemp("place")
+    values = np.random.default_rng(0).integers(256, size=(40, 4, 4)).astype(np.uint8)
+    np.save(folder / "data.npy", values)
+    np.save(folder / "wide.npy", values.reshape(20, 4, 8))
+    (folder / "recipe.toml").write_text(RECIPE)
+    arguments = ["train", "data.npy", "--out", "run", "--steps", "3", "--config", "recipe.toml", "--device", "cpu"]
+    at = [str(folder / a) if a in ("data.npy", "run", "recipe.toml") else a for a in arguments]
+    assert main(at) == 0
+    return folder
+
+
+def test_train(place, call):
+    run = place / "run"
+    assert Run(run).finished
+    assert Run(run).record["config"]["train"]["steps"] == 3
+    assert {f.name for f in run.iterdir()} >= {"model.safetensors", "metrics.jsonl", "metrics.csv", "run.json"}
+    assert {f.name for f in (run / "pictures").iterdir()} == {"samples-00000003.png", "samples.png", "training.png"}
+    before = (run / "model.safetensors").read_bytes()
+    said = call("train", place / "data.npy", "--out", run, "--steps", 3, "--config", place / "recipe.toml")
+    assert (said.code, said.err) == (0, "")
+    assert "is a finished run already" in said.out
+    assert call("train", place / "data.npy", "--out", run).code == 0  # with no other flag either
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_sample(place, call):
+    said = call("sample", place / "run")
+    assert (said.code, said.err) == (0, "")
+    assert "64 samples by ddim in 5 steps" in said.out
+    folder = place / "run" / "samples" / "ddim-5-seed-0"
+    assert str(folder / "grid.png") in said.out
+    assert len(list(folder.glob("0*.png"))) == 64
+    with np.load(folder / "samples.npz") as file:
+        values = file["x"]
+    assert (values.shape, values.dtype) == ((64, 1, 4, 4), np.uint8)
+    for item in (0, 63):
+        with Image.open(folder / f"{item:06d}.png") as picture:
+            np.testing.assert_array_equal(np.asarray(picture), values[item, 0])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["seed"], manifest["items"], manifest["solver"], manifest["steps"]) == (0, [*range(64)], "ddim", 5)
+    out = place / "elsewhere"
+    more = ["--n", 3, "--seed", 1, "--solver", "ancestral", "--steps", 2, "--batch", 2, "--out", out]
+    assert call("sample", place / "run" / "model.safetensors", *more).code == 0
+    with np.load(out / "samples.npz") as file:
+        np.testing.assert_array_equal(file["x"], load(place / "run").sample(3, 1, "ancestral", 2).numpy())
+
+
+def test_evaluate(place, call):
+    said = call("evaluate", place / "run", place / "data.npy")
+    assert (said.code, said.err) == (0, "")
+    report = json.loads((place / "run" / "evaluation.json").read_text())
+    data = np.load(place / "data.npy")
+    assert report["part"] == "held out for testing"
+    assert 1 <= report["items"] < 20
+    assert report["fingerprint"] == load(place / "run").info["fingerprint"]
+    assert (report["chain"], report["calls"]) == (5, 5)
+    bits = report["bits_per_dim"]
+    assert sum(bits[part][0] for part in ("prior", "steps", "decoder")) == pytest.approx(bits["total"][0])
+    assert f"{bits['total'][0]:.1f}" in said.out
+    assert (place / "run" / "bits-per-step.png").is_file()
+    whole = call("evaluate", place / "run", place / "data.npy", "--part", "all", "--out", place / "all")
+    assert f"{len(data)} items (all, training data among them)" in whole.out
+    assert json.loads((place / "all" / "evaluation.json").read_text())["items"] == len(data)
+
+
+def test_evaluation_by_few_steps(place, call):
+    said = call("evaluate", place / "run", place / "data.npy", "--draws", 2, "--items", 2, "--out", place / "few")
+    assert (said.code, said.err) == (0, "")
+    assert "2 items (held out for testing), 2 of 5 steps each" in said.out
+    model = load(place / "run")
+    values = np.load(place / "data.npy")[:2, None]
+    drawn = model.nll(evaluation.torch.from_numpy(values), draws=1)
+    figure = evaluation.bits_picture(model, drawn)
+    total = float(drawn.total.mean()) / 16 / np.log(2)
+    assert figure.axes[0].get_title("left") == f"{total:.3f} bits per dimension"
+
+
+def test_evaluation_of_a_part_with_one_item_or_none(place, refused, monkeypatch):
+    model = load(place / "run")
+    one = model.nll(evaluation.torch.zeros(1, 1, 4, 4, dtype=evaluation.torch.uint8))
+    assert np.isnan(evaluation.summary(model, one, 1.0)["bits_per_dim"]["total"][1])
+    empty = evaluation.np.arange(0)
+    monkeypatch.setattr(evaluation, "choose_items", lambda *_: (empty, "held out for testing"))
+    assert "no items in this part" in refused(3, "evaluate", place / "run", place / "data.npy")
+
+
+def test_inspect(place, call):
+    said = call("inspect", place / "run")
+    assert (said.code, said.err) == (0, "")
+    for word in ("1×4×4, 256 levels", "widths=[8]", "5 steps", "steps 3", "precision float32"):
+        assert word in said.out, said.out
+    described = json.loads(call("inspect", place / "run", "--json").out)
+    assert (described["item_shape"], described["codec"]) == ([1, 4, 4], {"kind": "pixels", "levels": 256})
+    assert described["info"]["steps"] == 3
+
+
+def test_check(place, call):
+    said = call("check", place / "data.npy", "--out", place / "sheet.png")
+    assert (said.code, said.err) == (0, "")
+    for word in ("40 of 1×4×4", "256 levels", "train", "one channel added"):
+        assert word in said.out, said.out
+    assert (place / "sheet.png").is_file()
+
+
+def test_a_stopped_run_goes_on(place, call, monkeypatch):
+    arguments = ["train", place / "data.npy", "--out", place / "stopped", "--steps", 3]
+    arguments += ["--config", place / "recipe.toml", "--device", "cpu"]
+    real = Watch.step
+
+    def step(watch, *numbers):
+        real(watch, *numbers)
+        if watch.progress.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Watch, "step", step)
+    said = call(*arguments)
+    assert said.code == 143
+    assert said.err == "stopped; all is saved, and the same command goes on from here\n"
+    monkeypatch.setattr(Watch, "step", real)
+    said = call(*arguments)
+    assert said.code == 0
+    assert "training goes on" in said.out
+    ours, straight = load(place / "stopped"), load(place / "run")
+    for name, tensor in straight.network.state_dict().items():
+        assert (ours.network.state_dict()[name] == tensor).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "error[USAGE] undiffuse: No such command 'trian'"),
+        (["train"], "error[USAGE] undiffuse train: Missing argument 'DATA'"),
+        (["sample"], "error[USAGE] undiffuse sample: Missing argument 'RUN'"),
+        (["train", "DATA", "--bacth", "3"], "No such option"),
+        (["train", "DATA", "--steps", "many"], "Invalid value for '--steps'"),
+        (["train", "DATA", "--steps", "0"], "train.steps = 0: must be above 0"),
+        (["train", "DATA", "--minutes", "nan"], "train.minutes = nan"),
+        (["train", "DATA", "--minutes", "inf"], "train.minutes = inf"),
+        (["train", "DATA", "--seed", "-1"], "train.seed = -1"),
+        (["train", "DATA", "--minutes", "1", "--steps", "3"], "both say when to stop"),
+        (["train", "DATA", "--preset", "best"], "error[PRESET] 'best': no such preset"),
+        (["train", "DATA", "--steps", "1", "--preset", "vector"], "does not take items of shape (1, 4, 4)"),
+        (["train", "DATA", "--steps", "1", "--preset", "volume"], "model.network.dims = 3"),
+        (["train", "DATA", "--device", "tpu"], "error[DEVICE] --device tpu: unknown"),
+        (["train", "DATA", "--config", "none.toml"], "none.toml: cannot be read as a recipe"),
+        (["train", "DATA", "--layout", "HWN"], "error[OPTION] layout"),
+        (["train", "DATA", "--size", "3"], "error[OPTION] size: an array file has no use for it"),
+        (["train", "two-mons"], "Did you mean two-moons?"),
+        (["train", "two-moons", "--steps", "1", "--preset", "gpu"], "does not take items of shape (2,)"),
+        (["train", "nowhere/none"], "nowhere/none: there is no such file or folder"),
+        (["check", "none.npy"], "none.npy: there is no such file or folder"),
+        (["check", "digitz"], "Did you mean digits?"),
+        (["sample", "RUN", "--n", "0"], "Invalid value for '--n'"),
+        (["sample", "RUN", "--solver", "best"], "error[SOLVER] 'best': no such solver. Use one of ancestral, ddim"),
+        (["evaluate", "RUN", "DATA", "--part", "best"], "error[PART] --part best: no such part"),
+        (["train", "DATA", "--out", "SOMEBODY"], "is not empty and is no run"),
+    ],
+)
+def test_usage_errors(place, refused, arguments, words, monkeypatch):
+    monkeypatch.chdir(place)  # whatever is written by mistake is written here
+    (place / "somebody").mkdir(exist_ok=True)
+    (place / "somebody" / "thesis.tex").touch()
+    names = {"DATA": place / "data.npy", "RUN": place / "run", "SOMEBODY": place / "somebody"}
+    line = refused(2, *(names.get(a, a) for a in arguments))
+    assert words in line
+    assert not (place / "runs").exists()
+
+
+def test_no_gpu(place, refused, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "no GPU" in refused(2, "train", place / "data.npy", "--device", "cuda")
+
+
+def test_data_errors(place, refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(3, "train", tmp_path / "empty")
+    refused(3, "check", tmp_path / "empty")
+    (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY")
+    refused(3, "train", tmp_path / "bad.npy")
+    np.save(tmp_path / "one.npy", np.zeros((1, 4, 4), np.uint8))
+    assert "TOO_FEW_ITEMS" in refused(3, "train", tmp_path / "one.npy", "--out", tmp_path / "x", "--steps", 1)
+    line = refused(3, "evaluate", place / "run", place / "wide.npy")
+    assert "1×4×8 of 256 levels, the model's 1×4×4 of 256 levels" in line
+    assert "17" in refused(3, "evaluate", place / "run", "digits")
+
+
+def test_checkpoint_errors(place, refused, tmp_path):
+    for command in ("sample", "inspect"):
+        assert "no such file" in refused(4, command, tmp_path / "none")
+        assert "no model.safetensors" in refused(4, command, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((place / "run" / "model.safetensors").read_bytes()[:-9])
+    assert "error[DAMAGED]" in refused(4, "evaluate", tmp_path, place / "data.npy")
+    arguments = ["--out", tmp_path / "new", "--steps", 1, "--config", place / "recipe.toml"]
+    assert "no such file" in refused(4, "train", place / "data.npy", "--init", tmp_path / "none", *arguments)
+    (tmp_path / "run.json").write_text("{")
+    assert "not the record of a run" in refused(4, "train", place / "data.npy", "--out", tmp_path)
+
+
+def test_other_errors(place, call, monkeypatch):
+    def fails(error):
+        def raise_it(*_, **__):
+            raise error
+
+        monkeypatch.setattr("undiffuse.checkpoint.load", raise_it)
+        return call("inspect", place / "run")
+
+    said = fails(OSError(28, "No space left on device", "run/file"))
+    assert (said.code, said.err) == (
+        6,
+        "error[SYSTEM] run/file: No space left on device. Check the disk and the rights there.\n",
+    )
+    said = fails(MemoryError())
+    assert (said.code, said.err.startswith("error[MEMORY]")) == (6, True)
+    said = fails(KeyboardInterrupt())
+    assert (said.code, said.err) == (130, "stopped at once; the last checkpoint is whole\n")
+
+
+def test_a_changed_recipe(place, call, refused, monkeypatch):
+    def step(watch, *_):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Watch, "step", step)
+    arguments = ["train", place / "data.npy", "--out", place / "begun", "--config", place / "recipe.toml"]
+    assert call(*arguments, "--steps", 3).code == 143
+    assert "train.seed was 0, now 1" in refused(2, *arguments, "--steps", 3, "--seed", 1)
+
+
+def test_debug_shows_the_traceback(place, call):
+    said = call("inspect", place / "nothing", "--debug")
+    assert said.code == 4
+    assert "Traceback" in said.err
+    assert said.err.splitlines()[-1].startswith("error[NOT_FOUND]")
+    assert call("--debug", "trian").code == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("train", ["DATA", "--out", "--steps", "--minutes", "--seed", "--device", "--preset", "--init"]),
+        ("sample", ["RUN", "--n", "--seed"]),
+        ("evaluate", ["RUN", "DATA", "--exact"]),
+        ("inspect", ["RUN"]),
+        ("check", ["DATA"]),
+    ],
+)
+def test_help(call, command, names):
+    said = call(command, "--help")
+    assert (said.code, said.err) == (0, "")
+    for name in names:
+        assert name in said.out
+    overview = call("--help")
+    assert overview.code == 0
+    assert command in overview.out
+
+
+def test_no_arguments_show_the_help(call):
+    assert "train" in call().out
+
+
+@pytest.mark.xfail(strict=True, reason="a preview of vectors that no picture can show ends the training")
+def test_continuous_data_of_any_width(tmp_path, call, monkeypatch):
+    """Vectors in their own units, for which no picture of samples can be drawn."""
+    np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(7, 3, (60, 3)))
+    recipe = RECIPE.replace('kind = "unet", widths = [8], blocks = 1, attention = []', 'kind = "mlp", width = 8')
+    (tmp_path / "recipe.toml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    said = call("train", "vectors.npy", "--steps", 2, "--config", "recipe.toml")
+    assert (said.code, said.err) == (0, "")
+    assert "stored as float32" in said.out
+    said = call("sample", "runs/vectors", "--n", 5)
+    assert (said.code, said.err) == (0, "")
+    assert "grid" not in said.out
+    said = call("evaluate", "runs/vectors", "vectors.npy")
+    assert (said.code, said.err) == (0, "")
+    assert "a density" in said.out
