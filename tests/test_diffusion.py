@@ -9,6 +9,7 @@ from undiffuse.codec import Identity, Pixels, Standardised
 from undiffuse.config import ModelConfig
 from undiffuse.diffusion import Diffusion
 from undiffuse.errors import ConfigError
+from undiffuse.randomness import ItemNoise
 
 NET = {"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()}
 MLP = {"kind": "mlp", "width": 8, "depth": 1}
@@ -117,6 +118,19 @@ def test_the_hybrid_loss_is_the_simple_one_plus_a_thousandth_of_the_bound():
     simple = ((eps - hybrid.denoiser()(x_t, t).eps) ** 2).mean((1, 2, 3))
     expected = simple + 0.001 * bound.loss(values, u, eps)
     torch.testing.assert_close(hybrid.loss(values, u, eps), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("variance", ["small", "large", "learned"])
+@pytest.mark.parametrize("schedule", [HO["schedule"], {"name": "linear_log_snr", "high": 6.0}])
+def test_the_bound_as_a_loss_is_the_step_of_the_bound(variance, schedule):
+    """T times the term that `nll` finds for the same step with the same noise, per dimension; step 1 included."""
+    diffusion = model(**(HO | {"schedule": schedule}), loss="bound", variance=variance, scale=0.1)
+    values, _, _ = numbers(4)
+    terms = diffusion.nll(values, seed=1).per_step
+    noise = ItemNoise(1, range(4), (1, 4, 4), "bound")
+    for k in range(1, 11):
+        loss = diffusion.loss(values, torch.full((4,), (k - 0.5) / 10), noise(1)[0])
+        torch.testing.assert_close(loss, (10 * terms[:, k - 1] / 16).float(), rtol=1e-3, atol=1e-4)
 
 
 FLOW = {"schedule": {"name": "flow"}}

@@ -14,6 +14,7 @@ from undiffuse.errors import ConfigError
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import forward, posterior, posterior_scales
 from undiffuse.process.level import frac, log_var_large, log_var_small
+from undiffuse.process.table import compensated_cumsum
 
 TABLES = {  # how the package makes each table of T steps; one row each
     "linear": S.linear,
@@ -161,8 +162,16 @@ def test_inverse_undoes_the_schedule_and_stays_in_the_unit_interval(name):
     assert beyond.shape == (2, 2)
     torch.testing.assert_close(beyond[0], torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(beyond[1], torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert bool(((beyond >= 0) & (beyond <= 1)).all())
     assert schedule.inverse(0.0).shape == ()
     assert schedule(0.5).log_snr.shape == ()
+
+
+def test_rounding_does_not_take_the_inverse_past_the_ends():
+    for start, end in ((-k / 7, j / 3) for k in range(1, 12) for j in range(1, 12)):
+        ends = S.Sigmoid(start, end).inverse(torch.tensor([math.inf, -math.inf]))
+        assert ends[0] >= 0
+        assert ends[1] <= 1
 
 
 @given(schedules, st.lists(st.floats(0, 1), min_size=2, max_size=9))
@@ -228,12 +237,12 @@ def test_linear_has_its_T_up_to_ten_thousand_and_ends_where_it_says():
 def test_the_sum_in_the_log_domain_is_compensated():
     # a plain sum of these is off by 1e-12; math.fsum is exact
     terms = torch.log1p(torch.full((100_000,), -1e-4, dtype=torch.float64))
-    sums, lost = (v.tolist() for v in S._compensated_cumsum(terms))
+    sums, lost = (v.tolist() for v in compensated_cumsum(terms))
     for k in (0, 1, 10, 99_999, 100_000):
         assert sums[k] == math.fsum(terms[:k].tolist())
         assert lost[k] == pytest.approx(math.fsum([*terms[:k].tolist(), -sums[k]]), rel=1e-9, abs=1e-30)
     mixed = torch.tensor([1e-20, -1.0, 1e-20, 1.0, 1e-20, -math.inf], dtype=torch.float64)
-    sums, lost = (v.tolist() for v in S._compensated_cumsum(mixed))
+    sums, lost = (v.tolist() for v in compensated_cumsum(mixed))
     assert sums == [0.0, 1e-20, -1.0, -1.0, pytest.approx(2e-20, rel=1e-15), pytest.approx(3e-20), -math.inf]
     assert lost == [
         0.0,

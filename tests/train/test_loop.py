@@ -115,6 +115,15 @@ def test_stopping_anywhere_changes_nothing(config, tmp_path, stop):
     assert equal(models[0].network.state_dict(), average)  # the model is the average
 
 
+def test_dropout_differs_from_step_to_step(tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(Watch, "step", lambda *_: seeds.append(torch.initial_seed()))
+    monkeypatch.setattr(Watch, "finish", just_save)
+    train(CONFIG, tmp_path / "a")
+    train(replace_train(CONFIG, seed=5), tmp_path / "b")
+    assert len(set(seeds)) == len(seeds) == 2 * STEPS
+
+
 def test_signals(tmp_path, stop, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     stop(2, signal.SIGINT)

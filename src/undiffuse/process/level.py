@@ -43,6 +43,19 @@ def stack(levels: Sequence[NoiseLevel]) -> NoiseLevel:
     return NoiseLevel(t, alpha, sigma, log_snr, floor, levels[0].between)
 
 
+def double(value: Tensor | float | Sequence[float]) -> Tensor:
+    """``value`` as float64 on the CPU, outside any graph."""
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+
+
+def time_of(t: Tensor | float) -> Tensor:
+    """``t`` as float64 on the CPU. Raises ValueError unless all of it is in [0, 1]."""
+    t = double(t)
+    if not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(f"a time must be in [0, 1], 0 for data and 1 for noise; got {t.flatten()[:3].tolist()}")
+    return t
+
+
 def like(value: Tensor, x: Tensor) -> Tensor:
     """``value`` in ``x``'s dtype (float32 at least) and on its device; (B,) becomes (B, 1, ..., 1), () (1, ..., 1).
 
@@ -75,6 +88,5 @@ def log_var_small(t: NoiseLevel, s: NoiseLevel) -> Tensor:
 
     Without a floor (a chain of one step) it is the large one there: log beta_1.
     """
-    log_frac = torch.log(frac(t, s))
-    floor = 2 * torch.log(t.sigma) + log_frac if s.floor is None else s.floor
-    return torch.where(s.sigma > 0, 2 * torch.log(s.sigma) + log_frac, floor)
+    floor = log_var_large(t, s) if s.floor is None else s.floor
+    return torch.where(s.sigma > 0, 2 * torch.log(s.sigma) + torch.log(frac(t, s)), floor)

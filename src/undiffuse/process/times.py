@@ -103,7 +103,7 @@ class LogNormalSigma:
         low, high = self._range()
         z = torch.special.ndtri((low + (high - low) * u.double()).clamp(_EDGE, 1 - _EDGE))
         t = self.schedule.inverse(-2 * (self.mean + self.std * z))
-        return t.clamp(self.schedule.t_min, 1.0)
+        return t.clamp(min=self.schedule.t_min)
 
     def log_prob(self, t: Tensor) -> Tensor:
         low, high = self._range()
