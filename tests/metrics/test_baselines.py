@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.metrics import baselines
-from undiffuse.metrics.baselines import gaussian_mixture, independent_pixels, log_normal_mass, mixture_nats
+from undiffuse.metrics.baselines import gaussian_mixtures, independent_pixels, log_normal_mass, mixture_nats
 
 EVERY = torch.tensor(list(itertools.product(range(3), repeat=2)))
 
@@ -62,13 +62,13 @@ def test_mixture_equals_brute_force_and_sums_to_one():
 @pytest.mark.parametrize("average", [1, 3])
 def test_gaussian_mixture_is_a_law_and_sees_the_dependence(few_settings, average):
     train, validation, held_out = (correlated(n, seed) for seed, n in enumerate((400, 200, 300)))
-    mixture = gaussian_mixture(train, validation, held_out, 3, average=average)
+    mixture = gaussian_mixtures(train, validation, held_out, 3, averages=(average,))[0]
     alone = independent_pixels(train, validation, held_out, 3)
     assert mixture.chosen["components"] > 1
     assert mixture.chosen["fits"] == 3 * 2 + 5
     paired = alone.nats - mixture.nats
     assert paired.mean() > 5 * paired.std() / math.sqrt(len(paired))
-    law = gaussian_mixture(train, validation, EVERY.reshape(-1, 1, 2), 3, average=average)
+    law = gaussian_mixtures(train, validation, EVERY.reshape(-1, 1, 2), 3, averages=(average,))[0]
     assert np.exp(-law.nats).sum() == pytest.approx(1, abs=1e-12)
     np.testing.assert_array_equal(law.bits_per_dim, law.nats / (2 * math.log(2)))
 
@@ -76,10 +76,10 @@ def test_gaussian_mixture_is_a_law_and_sees_the_dependence(few_settings, average
 def test_choice_is_the_best_of_the_validation(few_settings):
     """Validation as the held-out part: no single fit of the grid does better than the chosen one."""
     train, validation = correlated(100, 0), correlated(60, 1)
-    best = gaussian_mixture(train, validation, validation, 3).nats.mean()
+    best = gaussian_mixtures(train, validation, validation, 3)[0].nats.mean()
     for components, reg in itertools.product((1, 2, 4), (1e-3, 1e-2)):
         baselines.COMPONENTS, baselines.REG_COVAR = (components,), (reg,)  # put back by the fixture
-        assert gaussian_mixture(train, validation, validation, 3).nats.mean() >= best - 1e-12
+        assert gaussian_mixtures(train, validation, validation, 3)[0].nats.mean() >= best - 1e-12
 
 
 @pytest.mark.parametrize(
@@ -108,4 +108,4 @@ def test_refusals(monkeypatch):
         independent_pixels(good, good, good, 1)
     monkeypatch.setitem(__import__("sys").modules, "sklearn.mixture", None)
     with pytest.raises(ConfigError, match=r"undiffuse\[data\]"):
-        gaussian_mixture(good, good, good, 3)
+        gaussian_mixtures(good, good, good, 3)

@@ -17,7 +17,7 @@ from undiffuse.cli.evaluate import bits_picture
 from undiffuse.config import replace_train
 from undiffuse.diffusion import Diffusion
 from undiffuse.errors import UndiffuseError
-from undiffuse.metrics.baselines import Baseline, gaussian_mixture, independent_pixels
+from undiffuse.metrics.baselines import Baseline, gaussian_mixtures, independent_pixels
 from undiffuse.metrics.distance import with_floor
 from undiffuse.randomness import ItemNoise
 from undiffuse.report import pictures, table
@@ -55,8 +55,7 @@ def demo(folder: Path, minutes: float, console: Console) -> None:
     bits_picture(model, result).savefig(run.pictures / "bits-per-step.png", dpi=150)
     parts = [data.values[items].reshape(len(items), -1) for items in (split.train, split.validation, split.test)]
     independent = independent_pixels(*parts, levels=17)
-    single = gaussian_mixture(*parts, levels=17)
-    eight = gaussian_mixture(*parts, levels=17, average=8)
+    single, eight = gaussian_mixtures(*parts, levels=17, averages=(1, 8))
     ours = result.bits_per_dim(model.dims).numpy()
     rows = [
         {"model": "undiffuse: prior", "bits/dim": with_error(result.prior.numpy() / model.dims / LOG2)},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,14 +52,16 @@ def independent_pixels(train, validation, held_out, levels: int) -> Baseline:
     return Baseline(nats(alpha, held_out).numpy(), train.shape[1], {"alpha": alpha})
 
 
-def gaussian_mixture(train, validation, held_out, levels: int, seed: int = 0, average: int = 1) -> Baseline:
-    """−log Σ_k π_k Π_d [Φ((hi_d − μ_kd)/σ_kd) − Φ((lo_d − μ_kd)/σ_kd)], the best mixture scikit-learn fits.
+def gaussian_mixtures(
+    train, validation, held_out, levels: int, seed: int = 0, averages: Sequence[int] = (1,)
+) -> list[Baseline]:
+    """−log Σ_k π_k Π_d [Φ((hi_d − μ_kd)/σ_kd) − Φ((lo_d − μ_kd)/σ_kd)], the best mixtures scikit-learn fits.
 
     Items as in `independent_pixels`, seen by the fit as x = 2 v/(levels − 1) − 1; lo and hi are the
     edges of v's bin, the outermost reach to ±∞. Components and ``reg_covar`` are searched over
     COMPONENTS × REG_COVAR, then the five best pairs from RESTARTS more seeds, all by the discrete
-    likelihood of ``validation``. The best fit is kept or, a stronger mixture still, the mean of the
-    ``average`` best. ``chosen`` says what the best fit was, and out of how many.
+    likelihood of ``validation``. One baseline for each of ``averages``: 1 is the best fit alone, n the
+    mean of the n best, a stronger mixture still. ``chosen`` says what the best fit was, and out of how many.
     Raises ConfigError where scikit-learn is missing, DataError as `independent_pixels`.
     """
     try:
@@ -88,12 +91,16 @@ def gaussian_mixture(train, validation, held_out, levels: int, seed: int = 0, av
         fits = [fit(k, reg, seed) for k in COMPONENTS if k <= len(x) for reg in REG_COVAR]
         best = sorted(fits, key=by_loss)[:5]
         fits += [fit(k, reg, seed + i) for _, (k, reg, _), _ in best for i in range(1, RESTARTS + 1)]
-    best = sorted(fits, key=by_loss)[:average]
-    weights, means, scales = (torch.cat(p) for p in zip(*(parameters for *_, parameters in best), strict=True))
-    components, reg_covar, seed = best[0][1]
-    chosen = {"components": components, "reg_covar": reg_covar, "seed": seed, "fits": len(fits), "average": len(best)}
-    nats = mixture_nats(held_out, weights / len(best), means, scales, levels).numpy()
-    return Baseline(nats, x.shape[1], chosen)
+    ranked = sorted(fits, key=by_loss)
+
+    def mean_of(best) -> Baseline:
+        weights, means, scales = (torch.cat(p) for p in zip(*(parameters for *_, parameters in best), strict=True))
+        components, reg_covar, seed = best[0][1]
+        chosen = {"components": components, "reg_covar": reg_covar, "seed": seed, "fits": len(fits)}
+        nats = mixture_nats(held_out, weights / len(best), means, scales, levels).numpy()
+        return Baseline(nats, x.shape[1], chosen | {"average": len(best)})
+
+    return [mean_of(ranked[:n]) for n in averages]
 
 
 def mixture_nats(items: Tensor, weights: Tensor, means: Tensor, scales: Tensor, levels: int) -> Tensor:
