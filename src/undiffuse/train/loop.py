@@ -222,16 +222,13 @@ def rate(progress: state.Progress, settings: TrainConfig) -> float:
 
 
 def precision_of(asked: str, device: torch.device) -> str:
-    """``auto`` made definite: bfloat16 where the device multiplies matrices in it, else float32."""
+    """``auto`` made definite: bfloat16 where the device multiplies matrices in it by itself, else float32."""
     if asked != "auto":
         return asked
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return (
-        "bfloat16"
-        if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        else "float32"
-    )
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    known = (getattr(torch.cpu, f"_is_{kind}_supported", None) for kind in ("avx512_bf16", "amx_tile"))
+    return "bfloat16" if any(supported() for supported in known if supported) else "float32"
 
 
 def in_fast_layout(network: torch.nn.Module, item_shape: tuple[int, ...]) -> torch.nn.Module:
