@@ -68,9 +68,9 @@ class Watch:
         self.console.print(line, soft_wrap=True, markup=False)
 
     def step(self, loss: float, norm: float, lr: float) -> None:
-        """Takes note of a step; writes a record each fifty."""
+        """Takes note of a step; writes a record each fifty, and one at the end."""
         self.losses.append(loss)
-        if len(self.losses) < 50 and self._share() < 1:
+        if len(self.losses) < 50 and self.progress.step != self.progress.last_step:
             return
         now = time.perf_counter()
         images = len(self.losses) * self.settings.batch / (now - self.since)
