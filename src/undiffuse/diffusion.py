@@ -81,8 +81,11 @@ class Diffusion(nn.Module):
             cause = f"loss {config.loss!r} does not train variance {config.variance!r}"
             raise ConfigError("CONFIG", "model.loss", cause, "Use 'hybrid' or 'bound' with 'learned', else 'matching'")
         try:
-            t = self.schedule(self.times.sample(torch.tensor([0.0, 0.5])))
-            self.weight(t, self._cleaner(t))
+            t = self.schedule(self.times.sample(torch.tensor([0.0, 0.5, 1 - 1e-7], dtype=torch.float64)))
+            s = self._cleaner(t)
+            if not torch.isfinite(self.target.weight(self.weight(t, s), t, s)).all():
+                cause = f"weight {self.weight.name!r} is not finite at every time of {config.times['name']!r}"
+                raise ConfigError("CONFIG", "model.weight", cause, "Use the times 'uniform', or the weight 'simple'")
             for t, s in zip(self.levels[:-1], self.levels[1:], strict=True):
                 self.target.check(t, s if self.target.pair else None)
         except (TypeError, ValueError) as error:

@@ -318,7 +318,6 @@ def test_no_arguments_show_the_help(call):
     assert "train" in call().out
 
 
-@pytest.mark.xfail(strict=True, reason="a preview of vectors that no picture can show ends the training")
 def test_continuous_data_of_any_width(tmp_path, call, monkeypatch):
     """Vectors in their own units, for which no picture of samples can be drawn."""
     np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(7, 3, (60, 3)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +50,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/DATA if not given.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Train for about so long; the decay is fitted to it.")] = None,
     steps: Annotated[int | None, typer.Option(help="Train for so many optimiser steps.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random; 0 if not given.")] = None,
     device: Device = "auto",
     preset: Annotated[str | None, typer.Option(help=f"A recipe: {', '.join(presets.PRESETS)}.")] = None,
     config: Annotated[
@@ -72,23 +71,21 @@ def train(
     options = {"folder": folder, "size": size, "crop": crop, "channels": channels, "layout": layout, "levels": levels}
     dataset = datasets.load(data, **options)
     _say_notes(dataset)
-    name = preset or presets.choose(dataset.item_shape, dataset.levels, device)
-    recipe = presets.get(name)
-    if config is not None:
-        recipe = configuration.read(config, recipe)
-    chosen = replace(recipe.train, seed=seed)
-    if minutes is not None or steps is not None:
-        chosen = replace(chosen, minutes=minutes, steps=steps)
-    elif chosen.minutes is None and chosen.steps is None:
-        chosen = replace(chosen, minutes=10.0)
-    chosen = replace(chosen)  # checks the numbers again
     run = Run(out or Path("runs") / Path(data.rstrip("/")).name.split(".")[0])
     if run.finished:
         console.print(f"{run.folder} is a finished run already; give --out another folder to train again", markup=False)
         return
+    begun = run.record
+    if begun is not None and (minutes, steps, seed, preset, config) == (None,) * 5:
+        name, recipe = "as begun", configuration.from_dict(configuration.Config, begun["config"], "run.json")
+    else:
+        name = preset or presets.choose(dataset.item_shape, dataset.levels, device)
+        recipe = presets.get(name) if config is None else configuration.read(config, presets.get(name))
+        recipe = _with_end(configuration.replace_train(recipe, seed=seed or 0), minutes, steps)
+    chosen = recipe.train
     length = f"{chosen.minutes:g} minutes" if chosen.minutes else f"{chosen.steps:,} steps"
     console.print(f"recipe {name!r}, {length}, into {run.folder}", markup=False)
-    fit(replace(recipe, train=chosen), dataset, run.folder, device, init=init)
+    fit(recipe, dataset, run.folder, device, init=init)
     console.print(f"done: {run.folder}/model.safetensors, pictures in {run.pictures}", markup=False)
     console.print(f"next: undiffuse sample {run.folder}   undiffuse evaluate {run.folder} {data}", markup=False)
 
@@ -212,6 +209,14 @@ def check(
     if out is not None:
         pictures.grid(dataset.values[:64], dataset.levels).save(out)
         console.print(f"contact sheet: {out}", markup=False)
+
+
+def _with_end(recipe: configuration.Config, minutes: float | None, steps: int | None) -> configuration.Config:
+    """The recipe with the end that was asked for, else its own, else ten minutes."""
+    if minutes is not None or steps is not None:
+        return configuration.replace_train(recipe, minutes=minutes, steps=steps)
+    has_end = recipe.train.minutes is not None or recipe.train.steps is not None
+    return recipe if has_end else configuration.replace_train(recipe, minutes=10.0)
 
 
 def _device(name: str) -> str:

@@ -51,7 +51,7 @@ def evaluate_model(
         values, draws = affordable(model, values, items is not None)
     draws = None if exact or draws is None or draws >= model.steps else draws
     console.print(
-        f"{len(values):,} items ({name}), {'every' if draws is None else draws} of {model.steps} steps each",
+        f"{len(values):,} items ({name}), {'all' if draws is None else f'{draws} of the'} {model.steps:,} steps each",
         markup=False,
     )
 

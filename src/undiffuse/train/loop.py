@@ -58,6 +58,8 @@ def fit(
     settings, run = config.train, Run(out)
     if settings.minutes is None and settings.steps is None:
         raise ConfigError("LENGTH", "train.minutes, train.steps", "neither says when to stop", "Give one of them")
+    if settings.flip and len(data.item_shape) != 3:
+        raise ConfigError("FLIP", "train.flip", "only images can be mirrored", "Set it to false for these data")
     if run.finished:
         return run.folder
 

@@ -14,7 +14,7 @@ from undiffuse.checkpoint import save
 from undiffuse.config import TrainConfig
 from undiffuse.data import Dataset, Split
 from undiffuse.diffusion import Diffusion
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, DataError
 from undiffuse.report import pictures
 from undiffuse.train import state
 from undiffuse.train.run import Run
@@ -152,7 +152,10 @@ class Watch:
 
     def _draw(self, name: str, n: int = SHOWN, steps: int = SHOWN_STEPS) -> None:
         samples = self.smooth.sample(n, seed=0, steps=steps)
-        pictures.grid(samples.numpy(), self.data.levels).save(self.run.pictures / name)
+        try:
+            pictures.grid(samples.numpy(), self.data.levels).save(self.run.pictures / name)
+        except DataError as error:
+            self.say(f"no picture of the samples: {error.cause}")
 
     def _trained(self) -> dict[str, object]:
         return {
