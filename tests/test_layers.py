@@ -180,7 +180,7 @@ def test_the_rule_finds_what_breaks_it(rule: Rule, module: str, source: str) -> 
         (upward_imports, "loss", "from undiffuse.conditioning import Condition\nfrom undiffuse.process import level"),
         (upward_imports, "cli.main", "from undiffuse import __version__, train"),
         (data_as_code, "data.array", "network.eval()\nx = numpy.load(y, allow_pickle=False)\nre.compile(y)"),
-        (foreign_letters, "process.schedule", "beta = 1\nalpha_bar = 2"),
+        (foreign_letters, "process.table", "beta = 1\nalpha_bar = 2"),
         (foreign_letters, "metrics.prior", "x = torch.lgamma(y) + f(betas=(0.9, 0.99))\nalphabet = 1"),
         (too_long, "loss", "\n" * (LONGEST - 1) + "x = 1"),
     ],

@@ -127,7 +127,7 @@ def test_evaluate(place, call):
 def test_evaluation_by_few_steps(place, call):
     said = call("evaluate", place / "run", place / "data.npy", "--draws", 2, "--items", 2, "--out", place / "few")
     assert (said.code, said.err) == (0, "")
-    assert "2 items (held out for testing), 2 of 5 steps each" in said.out
+    assert "2 items (held out for testing), 2 of the 5 steps each" in said.out
     model = load(place / "run")
     values = np.load(place / "data.npy")[:2, None]
     drawn = model.nll(evaluation.torch.from_numpy(values), draws=1)
