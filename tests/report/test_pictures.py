@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from undiffuse.errors import ConfigError, DataError, NonFiniteError
-from undiffuse.report.pictures import WIDTH, bits_per_step, grid, strip, training_curve
+from undiffuse.report.pictures import WALL, WIDTH, bits_per_step, grid, strip, training_curve
 
 RNG = np.random.default_rng(0)
 
@@ -19,14 +19,14 @@ def pixels(picture):
 def test_grid_enlarges_and_places_every_pixel():
     values = RNG.integers(0, 17, (6, 1, 8, 8))
     shown = pixels(grid(torch.from_numpy(values), 17, columns=3))
-    assert shown.shape == (2 + 2 * 66, 2 + 3 * 66, 3)
+    assert shown.shape == (8 + 2 * 72, 8 + 3 * 72, 3)
     for i in range(6):
-        top, left = 2 + i // 3 * 66, 2 + i % 3 * 66
+        top, left = 8 + i // 3 * 72, 8 + i % 3 * 72
         tile = shown[top : top + 64, left : left + 64]
         np.testing.assert_array_equal(tile[4::8, 4::8, 0], np.round(values[i, 0] * 255 / 16))
         assert (tile.reshape(8, 8, 8, 8, 3).std((1, 3)) == 0).all()
-    assert (shown[:2] == 255).all()
-    assert (shown[66:68] == 255).all()
+    assert (shown[:8] == WALL).all()
+    assert (shown[72:80] == WALL).all()
 
 
 def test_clipping_and_sixteen_bits():
@@ -82,14 +82,14 @@ def test_pictures_fit_a_page(shape):
 def test_strip_has_a_row_an_item_a_column_a_level_and_captions():
     frames = RNG.integers(0, 256, (5, 3, 1, 8, 8))
     shown = pixels(strip(frames, ["∞", "4.0", "0.0", "−4.0", "−9.0"], 256))
-    assert shown.shape == (2 + 3 * 66 + 22, 2 + 5 * 66, 3)
+    assert shown.shape == (8 + 3 * 72 + 22, 8 + 5 * 72, 3)
     np.testing.assert_array_equal(
-        shown[2 + 66 + 4 : 2 + 66 + 64 : 8, 2 + 3 * 66 + 4 : 2 + 3 * 66 + 64 : 8, 0], frames[3, 1, 0]
+        shown[8 + 72 + 4 : 8 + 72 + 64 : 8, 8 + 3 * 72 + 4 : 8 + 3 * 72 + 64 : 8, 0], frames[3, 1, 0]
     )
-    captions = shown[2 + 3 * 66 :]
+    captions = shown[8 + 3 * 72 :]
     for i in range(5):
-        assert (captions[:, 2 + i * 66 : 66 + i * 66] < 128).any()
-        assert (captions[:, 66 + i * 66 : 68 + i * 66] == 255).all()
+        assert (captions[:, 8 + i * 72 : 72 + i * 72] < 128).any()
+        assert (captions[:, 72 + i * 72 : 80 + i * 72] == 255).all()
 
 
 def test_strip_keeps_long_captions_apart():

@@ -23,6 +23,7 @@ WIDTH = 1200  # of a whole picture, in screen pixels
 TILE = 64  # the least height that a small image is enlarged to
 GAP = 2
 PAPER, INK = (255, 255, 255), (64, 64, 64)
+WALL = (124, 130, 140)  # between tiles: neither their black nor their white
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # [Okabe08], safe for the colour-blind
 
 
@@ -154,7 +155,7 @@ def _tiles(values: np.ndarray, levels: int | None, columns: int, scale: int | No
     height, width = max(part.shape[1] for part in parts), sum(part.shape[2] for part in parts)
     scale = scale or max(1, min(math.ceil(TILE / height), WIDTH // columns // width))
     enlarged = [part.repeat(scale, 1).repeat(scale, 2) for part in parts]
-    return _beside(enlarged), GAP if len(parts) == 1 else 4 * GAP
+    return _beside(enlarged), max(GAP, scale) if len(parts) == 1 else 4 * GAP
 
 
 def _coloured(shown: np.ndarray) -> list[np.ndarray]:
@@ -182,10 +183,10 @@ def _beside(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _mosaic(tiles: np.ndarray, columns: int, down: int, across: int) -> np.ndarray:
-    """(height, width, 3) uint8 of tiles row by row on paper, ``down`` and ``across`` pixels apart."""
+    """(height, width, 3) uint8 of tiles row by row on a wall, ``down`` and ``across`` pixels apart."""
     n, height, width = tiles.shape[:3]
     rows = -(-n // columns)
-    canvas = np.full((down + rows * (height + down), across + columns * (width + across), 3), PAPER, np.uint8)
+    canvas = np.full((down + rows * (height + down), across + columns * (width + across), 3), WALL, np.uint8)
     for i, tile in enumerate(tiles):
         top, left = down + i // columns * (height + down), across + i % columns * (width + across)
         canvas[top : top + height, left : left + width] = tile
