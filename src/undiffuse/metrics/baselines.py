@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.errors import ConfigError, DataError
+from undiffuse.process.gaussian import Gaussian
 
 COMPONENTS = (1, 2, 5, 10, 20, 30, 40, 50, 70, 100, 140, 200)
 REG_COVAR = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # in squared units of x in [-1, 1]
@@ -109,17 +110,9 @@ def mixture_nats(items: Tensor, weights: Tensor, means: Tensor, scales: Tensor, 
     edges[0], edges[-1] = -math.inf, math.inf
     parts = []
     for weight, mean, scale in zip(weights, means, scales, strict=True):
-        standard = (edges - mean[:, None]) / scale[:, None]
-        parts.append(weight.log() + _pick(log_normal_mass(standard[:, :-1], standard[:, 1:]), items))
+        law = Gaussian(mean[:, None], 2 * scale[:, None].log())
+        parts.append(weight.log() + _pick(law.bin_log_prob((edges[:-1], edges[1:])), items))
     return -torch.stack(parts).logsumexp(0)
-
-
-def log_normal_mass(lo: Tensor, hi: Tensor) -> Tensor:
-    """log [Φ(hi) − Φ(lo)] for lo < hi, elementwise; bins above the mean are reflected to the accurate tail."""
-    upper = lo + hi > 0
-    lo, hi = torch.where(upper, -hi, lo), torch.where(upper, -lo, hi)
-    below, above = torch.special.log_ndtr(lo), torch.special.log_ndtr(hi)
-    return above + torch.log(-torch.expm1(below - above))
 
 
 def _pick(table: Tensor, items: Tensor) -> Tensor:
