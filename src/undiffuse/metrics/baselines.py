@@ -97,7 +97,7 @@ def gaussian_mixtures(
     def mean_of(best) -> Baseline:
         weights, means, scales = (torch.cat(p) for p in zip(*(parameters for *_, parameters in best), strict=True))
         components, reg_covar, seed = best[0][1]
-        chosen = {"components": components, "reg_covar": reg_covar, "seed": seed, "fits": len(fits)}
+        chosen: dict[str, float] = {"components": components, "reg_covar": reg_covar, "seed": seed, "fits": len(fits)}
         nats = mixture_nats(held_out, weights / len(best), means, scales, levels).numpy()
         return Baseline(nats, x.shape[1], chosen | {"average": len(best)})
 
