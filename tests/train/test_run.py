@@ -69,6 +69,13 @@ def test_other_data_are_refused(tmp_path):
     Run(tmp_path).open(CONFIG, from_array(DATA.values + 0, levels=5, name="the same by another name"))
 
 
+def test_a_run_killed_before_its_record_can_begin_again(tmp_path):
+    Run(tmp_path).open(CONFIG, DATA)
+    (tmp_path / "run.json").rename(tmp_path / "run.json.partial")
+    Run(tmp_path).open(CONFIG, DATA)
+    assert Run(tmp_path).record is not None
+
+
 def test_folders_of_somebody_else(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="is not empty and is no run"):

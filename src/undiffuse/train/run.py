@@ -12,6 +12,9 @@ from undiffuse.config import Config, to_dict
 from undiffuse.data import Dataset
 from undiffuse.errors import CheckpointError, ConfigError, ResourceError
 
+BEFORE_RECORD = {"checkpoints", "pictures", "run.json.partial"}
+"""What a run that was killed at its very beginning may leave."""
+
 
 class Run:
     """The paths of a run and what stands in its ``run.json``. Nothing is created before `open`."""
@@ -47,7 +50,7 @@ class Run:
         """Creates the folder, or makes sure that an unfinished run there is of the same recipe and data."""
         record = self.record
         if record is None:
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            if self.folder.is_dir() and any(f.name not in BEFORE_RECORD for f in self.folder.iterdir()):
                 raise ConfigError(
                     "RUN", self.folder, "this folder is not empty and is no run", "Give --out a new folder"
                 )
