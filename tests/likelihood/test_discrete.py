@@ -340,6 +340,7 @@ def test_result():
     levels, eps = grid(S.cosine(4)), 0.2 * torch.ones(1, dtype=torch.float64)
     run = lambda x: vlb(Affine(), x, levels, lambda n: eps.expand(n, *x.shape))  # noqa: E731
     whole, parts = run(X), concatenate([run(X[:1]), run(X[1:])])
+    torch.testing.assert_close(concatenate([whole]).total, whole.total)
     for field in NLL._fields:
         torch.testing.assert_close(getattr(parts, field), getattr(whole, field), rtol=1e-14, atol=0)
         assert getattr(whole.cpu(), field) is getattr(whole, field)  # where it lies already
