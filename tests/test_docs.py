@@ -96,7 +96,6 @@ def test_examples_compile(path: Path) -> None:
 
 def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys) -> None:
     """As it is written, but for the training: `fit` is replaced by one that takes the same arguments."""
-    pytest.importorskip("sklearn")
     asked: list[Config] = []
     signature = inspect.signature(train.fit)
 
