@@ -14,7 +14,7 @@ from undiffuse import solvers
 from undiffuse.errors import ConfigError
 from undiffuse.process import schedule as S
 from undiffuse.sample import grid, trajectory
-from undiffuse.solvers import DDIM, Ancestral
+from undiffuse.solvers import DDIM, Ancestral, Product
 
 D = 4
 ROOT = np.linalg.qr(np.array([[1.0, 2, 0, 1], [0, 1, -1, 1], [2, 0, 1, -1], [1, 1, 1, 3]]))[0]
@@ -137,6 +137,7 @@ SOLVERS = {
     "ddim 0": Row(DDIM(), ddim(0.0), 0),
     "ddim 0.3": Row(DDIM(0.3), ddim(0.3), 1),
     "ddim 1": Row(DDIM(eta=1.0), ddim(1.0), 1),
+    "product": Row(Product(), ancestral("small"), 1),  # with a factor: test_product.py
 }
 CHAINS = {
     "linear, ten steps": ("linear", S.linear(), [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0]),

@@ -35,6 +35,21 @@ class Gaussian(NamedTuple):
         d = self.log_var - other.log_var
         return 0.5 * (torch.expm1(d) - d + (self.mean - other.mean) ** 2 * torch.exp(-other.log_var))
 
+    def times(self, other: Gaussian) -> tuple[Gaussian, Tensor]:
+        """(N(mean, var), log Z) of self(x) other(x) = Z N(x; mean, var): precisions add, and weigh the means.
+
+        1/var = 1/var' + 1/var'', mean = var (mean'/var' + mean''/var''), Z = N(mean'; mean'', var' + var'').
+        ``log_var`` = inf is the factor 1, which says nothing (log Z = 0); −inf is a known value. Of two values
+        that are known and differ log Z is −inf, and the mean between them.
+        """
+        share = torch.sigmoid(torch.nan_to_num(self.log_var - other.log_var))
+        product = Gaussian(torch.lerp(self.mean, other.mean, share), -torch.logaddexp(-self.log_var, -other.log_var))
+        spread = torch.logaddexp(self.log_var, other.log_var)
+        gap = (self.mean - other.mean) ** 2
+        far = torch.where(gap > 0, gap * torch.exp(-spread), 0)
+        log_z = -0.5 * (math.log(2 * math.pi) + spread + far)
+        return product, torch.where(spread == math.inf, 0, torch.where(far == math.inf, -math.inf, log_z))
+
     def bin_log_prob(self, edges: tuple[Tensor, Tensor]) -> Tensor:
         """log(Φ((high − mean)/std) − Φ((low − mean)/std)) in float64, for bins of any width.
 

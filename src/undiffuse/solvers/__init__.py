@@ -7,9 +7,18 @@ from collections.abc import Callable
 from undiffuse.errors import ConfigError
 from undiffuse.solvers.ancestral import Ancestral
 from undiffuse.solvers.ddim import DDIM
+from undiffuse.solvers.inversion import Inversion
+from undiffuse.solvers.langevin import AnnealedLangevin
+from undiffuse.solvers.product import Product
 from undiffuse.solvers.solver import Solver, State
 
-SOLVERS: dict[str, Callable[..., Solver]] = {"ancestral": Ancestral, "ddim": DDIM}
+SOLVERS: dict[str, Callable[..., Solver]] = {
+    "ancestral": Ancestral,
+    "ddim": DDIM,
+    "annealed_langevin": AnnealedLangevin,
+    "inversion": Inversion,
+    "product": Product,
+}
 
 
 def build(name: str, **settings: object) -> Solver:
@@ -24,4 +33,4 @@ def build(name: str, **settings: object) -> Solver:
         ) from None
 
 
-__all__ = ["DDIM", "SOLVERS", "Ancestral", "Solver", "State", "build"]
+__all__ = ["DDIM", "SOLVERS", "Ancestral", "AnnealedLangevin", "Inversion", "Product", "Solver", "State", "build"]
