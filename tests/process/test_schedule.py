@@ -204,6 +204,7 @@ def test_defaults_are_the_papers():
         "cosine": [1000, 0.008, 0.999],
         "sigmoid": [-3.0, 3.0, 1.0, 1e-9],
         "linear_log_snr": [13.3, -5.0],
+        "learned": [13.3, -5.0, "learned", 32],
         "variance_exploding": [0.01, 50.0],
         "flow": [],
         "tabulated": [inspect.Parameter.empty],

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from undiffuse.errors import ConfigError
 
 
 class NoiseLevel(NamedTuple):
@@ -33,6 +37,11 @@ class NoiseLevel(NamedTuple):
     def take(self, items: Tensor | slice | int) -> NoiseLevel:
         """The levels of some ``items`` of a batch."""
         return NoiseLevel(*(v[items] if isinstance(v, Tensor) else v for v in self))  # type: ignore[arg-type]
+
+
+def preserving(t: Tensor, log_snr: Tensor) -> NoiseLevel:
+    """The variance-preserving level of a ``log_snr``: alpha² = sigmoid(log_snr), sigma² = sigmoid(−log_snr)."""
+    return NoiseLevel(t, torch.exp(0.5 * logsigmoid(log_snr)), torch.exp(0.5 * logsigmoid(-log_snr)), log_snr)
 
 
 def stack(levels: Sequence[NoiseLevel]) -> NoiseLevel:
@@ -90,3 +99,14 @@ def log_var_small(t: NoiseLevel, s: NoiseLevel) -> Tensor:
     """
     floor = log_var_large(t, s) if s.floor is None else s.floor
     return torch.where(s.sigma > 0, 2 * torch.log(s.sigma) + torch.log(frac(t, s)), floor)
+
+
+def descending(low: float, high: float, low_name: str, high_name: str) -> None:
+    """Raises `ConfigError` unless both are finite and ``low`` is below ``high``."""
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ConfigError(
+            "SCHEDULE",
+            f"{low_name} = {low:g}, {high_name} = {high:g}",
+            f"{low_name} must be below {high_name}",
+            "The log-SNR of a schedule falls from data to noise",
+        )

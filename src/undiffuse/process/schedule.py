@@ -13,10 +13,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from undiffuse.errors import ConfigError
-from undiffuse.process.level import NoiseLevel, double, frac, time_of
+from undiffuse.process.learned import Learned
+from undiffuse.process.level import NoiseLevel, descending, double, frac, preserving, time_of
 from undiffuse.process.table import Tabulated, cosine, linear, linear_rescaled, quadratic
 
 
@@ -44,11 +44,6 @@ class Schedule(Protocol):
         ...
 
 
-def preserving(t: Tensor, log_snr: Tensor) -> NoiseLevel:
-    """The variance-preserving level of a ``log_snr``: alpha² = sigmoid(log_snr), sigma² = sigmoid(−log_snr)."""
-    return NoiseLevel(t, torch.exp(0.5 * logsigmoid(log_snr)), torch.exp(0.5 * logsigmoid(-log_snr)), log_snr)
-
-
 @dataclass(frozen=True)
 class LinearLogSNR:
     """log_snr linear from ``high`` at t = 0 to ``low`` at t = 1, variance preserving [VDM21 app. I.2]."""
@@ -59,7 +54,7 @@ class LinearLogSNR:
     t_min = 0.0
 
     def __post_init__(self) -> None:
-        _descending(self.low, self.high, "low", "high")
+        descending(self.low, self.high, "low", "high")
 
     def __call__(self, t: Tensor | float) -> NoiseLevel:
         t = time_of(t)
@@ -90,8 +85,8 @@ class Sigmoid:
     t_min = 1e-5
 
     def __post_init__(self) -> None:
-        _descending(self.start, self.end, "start", "end")
-        _descending(0.0, self.width, "0", "width")
+        descending(self.start, self.end, "start", "end")
+        descending(0.0, self.width, "0", "width")
 
     def _halves(self) -> tuple[float, float, float]:
         a, b = self.start / (2 * self.width), self.end / (2 * self.width)
@@ -140,8 +135,8 @@ class VarianceExploding:
     t_min = 0.0
 
     def __post_init__(self) -> None:
-        _descending(0.0, self.sigma_min, "0", "sigma_min")
-        _descending(self.sigma_min, self.sigma_max, "sigma_min", "sigma_max")
+        descending(0.0, self.sigma_min, "0", "sigma_min")
+        descending(self.sigma_min, self.sigma_max, "sigma_min", "sigma_max")
 
     def __call__(self, t: Tensor | float) -> NoiseLevel:
         t = time_of(t)
@@ -186,16 +181,6 @@ def _sigmoid(z: float) -> float:
     return 1 / (1 + math.exp(-z))
 
 
-def _descending(low: float, high: float, low_name: str, high_name: str) -> None:
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ConfigError(
-            "SCHEDULE",
-            f"{low_name} = {low:g}, {high_name} = {high:g}",
-            f"{low_name} must be below {high_name}",
-            "The log-SNR of a schedule falls from data to noise",
-        )
-
-
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "linear": linear,
     "linear_rescaled": linear_rescaled,
@@ -203,6 +188,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "cosine": cosine,
     "sigmoid": Sigmoid,
     "linear_log_snr": LinearLogSNR,
+    "learned": Learned,
     "variance_exploding": VarianceExploding,
     "flow": Flow,
     "tabulated": Tabulated,
