@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from fifty_digits import logistic, mp, mpf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -18,9 +18,9 @@ tensor = partial(torch.tensor, dtype=torch.float64)
 TIMES = [0.0, 0.003, 0.25193, 0.5, 0.75071, 0.98763, 1.0]
 
 
-def bent(width=7, seed=0, scale=1.5, **settings) -> Learned:
+def bent(width=7, seed=0, scale=1.5, **ends) -> Learned:
     """A schedule that has learned something."""
-    schedule = Learned(**({"high": 9.0, "low": -4.0} | settings), width=width)
+    schedule = Learned(**({"high": 9.0, "low": -4.0} | ends), width=width)
     with torch.no_grad():
         schedule.log_share.normal_(std=scale, generator=torch.Generator().manual_seed(seed))
     return schedule
@@ -73,6 +73,7 @@ def test_it_starts_as_the_linear_schedule(width):
     torch.testing.assert_close(learned.log_snr_rate(t), linear.log_snr_rate(t), rtol=1e-13, atol=0)
 
 
+@settings(max_examples=25)
 @given(st.lists(st.floats(-6, 6), min_size=1, max_size=9), st.lists(st.floats(0, 1), min_size=2, max_size=9))
 def test_any_weights_make_it_fall(log_share, times):
     schedule = Learned(width=len(log_share))
@@ -141,11 +142,11 @@ def test_a_model_may_be_cast_and_moved_and_the_schedule_stays_in_float64_on_the_
         assert torch.equal(one, other)
     rounded = bent()
     rounded.log_share.data = rounded.log_share.data.bfloat16().double()
-    assert (rounded(0.6).log_snr - bent()(0.6).log_snr).abs() > 1e-3  # power: what a cast would do
+    assert (rounded(0.6).log_snr - bent()(0.6).log_snr).abs() > 1e-4  # power: what a cast would do
 
 
 @pytest.mark.parametrize(
-    ("settings", "where"),
+    ("asked", "where"),
     [
         ({"high": -5.0, "low": 5.0}, "low = 5, high = -5: low must be below high"),
         ({"high": math.inf}, "low = -5, high = inf: low must be below high"),
@@ -154,7 +155,7 @@ def test_a_model_may_be_cast_and_moved_and_the_schedule_stays_in_float64_on_the_
         ({"bend": 1}, "schedule 'learned': got an unexpected keyword argument 'bend'"),
     ],
 )
-def test_settings_that_cannot_be(settings, where):
+def test_settings_that_cannot_be(asked, where):
     with pytest.raises(ConfigError) as error:
-        S.build("learned", **settings)
+        S.build("learned", **asked)
     assert str(error.value).startswith(f"error[SCHEDULE] {where}")
