@@ -7,7 +7,7 @@ argument: independent u give independent times, `low_discrepancy` u a set that c
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,6 +17,8 @@ from undiffuse.errors import ConfigError
 from undiffuse.process.schedule import Schedule
 
 _EDGE = 2.0**-53
+RECENT = 10
+"""Losses of each stratum that `LossAware` remembers."""
 
 
 class Times(Protocol):
@@ -25,7 +27,7 @@ class Times(Protocol):
         ...
 
     def log_prob(self, t: Tensor) -> Tensor:
-        """log density (of `Steps`: log probability) at ``t``, nats, −inf outside."""
+        """log density (of `Steps` and `LossAware`: log probability) at ``t``, nats, −inf outside."""
         ...
 
 
@@ -63,9 +65,70 @@ class Steps:
         return (torch.floor(u.double() * self.T) + 1).clamp(max=self.T) / self.T
 
     def log_prob(self, t: Tensor) -> Tensor:
-        k = t.double() * self.T
-        on_grid = ((k - k.round()).abs() < 1e-6) & (k > 0.5) & (k < self.T + 0.5)
-        return _constant(-math.log(self.T), on_grid)
+        return _constant(-math.log(self.T), _step(t, self.T)[1])
+
+
+@dataclass(frozen=True, eq=False)
+class LossAware:
+    """t = k/T, p(k) = (1 − share) r_k/Σ r + share/T, r_k = √mean(L²) of its last losses [Nichol21 §3.3].
+
+    A loss times `importance` has the mean that it has for uniform steps, and least variance where r_k is
+    √E[L²]. ``history`` (strata, 10) holds the squares of the last losses, the newest last, and −1 where there
+    is none yet; the density is uniform until all are there. A stratum is one step, or T/strata neighbours.
+    It does not change: `observe` makes another.
+    """
+
+    T: int
+    share: float
+    history: Tensor
+
+    def probabilities(self) -> Tensor:
+        """p(k) of the steps 1..T, (T,) float64."""
+        uniform = torch.full((self.T,), 1 / self.T, dtype=torch.float64)
+        if bool((self.history < 0).any()) or not bool(self.history.any()):
+            return uniform
+        size = torch.sqrt(self.history.mean(1))[self._stratum(torch.arange(1, self.T + 1))]
+        return (1 - self.share) * size / size.sum() + self.share * uniform
+
+    def sample(self, u: Tensor) -> Tensor:
+        below = torch.searchsorted(self.probabilities().cumsum(0), u.double().contiguous(), right=True)
+        return (below + 1).clamp(max=self.T).double() / self.T
+
+    def log_prob(self, t: Tensor) -> Tensor:
+        k, on_grid = _step(t, self.T)
+        return torch.where(on_grid, torch.log(self.probabilities())[k.clamp(1, self.T) - 1], -math.inf)
+
+    def importance(self, t: Tensor) -> Tensor:
+        """1/(T p(k)), what a loss at ``t`` is multiplied with, at most 1/share."""
+        return torch.exp(-self.log_prob(t)) / self.T
+
+    def observe(self, t: Tensor, loss: Tensor) -> LossAware:
+        """The density that knows these losses (n,) at ``t`` (n,) too, as they were before `importance`."""
+        where = self._stratum(_step(t, self.T)[0])
+        order = torch.argsort(where, stable=True)
+        count = torch.bincount(where, minlength=len(self.history))
+        place = RECENT + torch.arange(len(where)) - (count.cumsum(0) - count)[where[order]]
+        wide = torch.cat([self.history, self.history.new_full((len(count), int(count.max())), -1)], 1)
+        wide[where[order], place] = loss.detach().to(wide)[order] ** 2
+        return replace(self, history=wide.gather(1, count[:, None] + torch.arange(RECENT)))
+
+    def _stratum(self, k: Tensor) -> Tensor:
+        return (k - 1) * len(self.history) // self.T
+
+
+def loss_aware(T: int, share: float = 0.001, strata: int = 1000) -> LossAware:
+    """A `LossAware` that has seen no loss, of at most ``strata`` strata. Raises `ConfigError`."""
+    if not 0 < share <= 1 or strata < 1 or strata % 1:
+        where = f"times 'loss_aware', share = {share}, strata = {strata}"
+        cause = "share must be above 0 and at most 1, strata a whole number from 1"
+        raise ConfigError("TIMES", where, cause, "Leave them out for 0.001 and 1000")
+    return LossAware(T, share, torch.full((min(int(strata), T), RECENT), -1.0, dtype=torch.float64))
+
+
+def _step(t: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """The step k nearest to ``t``, and whether ``t`` is k/T of a step of the chain."""
+    k = t.double() * T
+    return k.round().long(), ((k - k.round()).abs() < 1e-6) & (k > 0.5) & (k < T + 0.5)
 
 
 @dataclass(frozen=True)
@@ -116,10 +179,13 @@ class LogNormalSigma:
 
 
 def build(name: str, schedule: Schedule, T: int, **settings: float) -> Times:
-    """The density called ``name``: ``steps``, ``uniform`` (on [1/T, 1]), ``logit_normal`` or ``log_normal_sigma``."""
+    """The density called ``name``: ``steps``, ``loss_aware``, ``uniform`` (on [1/T, 1]), ``logit_normal`` or
+    ``log_normal_sigma``."""
     try:
         if name == "steps":
             return Steps(T, **settings)  # type: ignore[arg-type]
+        if name == "loss_aware":
+            return loss_aware(T, **settings)  # type: ignore[arg-type]
         if name == "uniform":
             return Uniform(**({"low": 1.0 / T} | settings))
         if name == "logit_normal":
@@ -133,6 +199,5 @@ def build(name: str, schedule: Schedule, T: int, **settings: float) -> Times:
             f"no such setting among {', '.join(settings)}",
             "See the documentation of undiffuse.process.times",
         ) from None
-    raise ConfigError(
-        "TIMES", repr(name), "no such density of times", "Use steps, uniform, logit_normal or log_normal_sigma"
-    )
+    known = "steps, loss_aware, uniform, logit_normal or log_normal_sigma"
+    raise ConfigError("TIMES", repr(name), "no such density of times", f"Use {known}")
