@@ -1,17 +1,21 @@
 """The losses: one number in every frame, Ho's relations between them, and their minimum."""
 
+import math
+
 import pytest
 import torch
 from oracles import GaussianData
 from torch import Tensor
 
 from undiffuse import loss
+from undiffuse.conditioning import Condition
 from undiffuse.denoiser import Prediction
 from undiffuse.likelihood import vlb
 from undiffuse.process import schedule as S
 from undiffuse.process import target as targets
 from undiffuse.process import weighting
 from undiffuse.process.gaussian import diffuse
+from undiffuse.process.level import log_var_large, log_var_small
 from undiffuse.sample import grid
 
 f64 = torch.float64
@@ -116,6 +120,102 @@ def test_the_hybrid_loss_trains_the_variance_by_the_bound_and_the_mean_by_the_no
     ).sum().backward()
     torch.testing.assert_close(nu.grad, only.grad, rtol=1e-12, atol=0)
     assert bool((nu.grad != 0).all())
+
+
+def test_the_hybrid_loss_of_improved_diffusion_is_in_bits():
+    """There vb is one step's KL or decoder in bits per dimension, times T/1000 (`rescale_learned_sigmas`)."""
+    term = loss.bound_term(WRONG, X, X_T, T_LEVEL, S_LEVEL, "learned")
+    theirs = loss.simple(WRONG, EPS) + term / math.log(2) * 40 / 1000
+    ours = loss.hybrid(WRONG, EPS, X, X_T, T_LEVEL, S_LEVEL, 40, share=0.001 / math.log(2))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+# --- a learned variance by the bound alone, and the whole bound in one loss -------------------------------------------
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_the_bound_alone_has_its_gradient_in_mean_and_variance(discrete):
+    """By finite differences; the step of the first item ends in data."""
+    s = SCHEDULE((K - 1) / 40 * torch.tensor([0.0, 1.0, 1.0]))
+    edges = (X - 0.1, X + 0.1) if discrete else None
+
+    def term(x_hat, nu):
+        return loss.bound_term(Prediction(x_hat, EPS, nu), X, X_T, T_LEVEL, s, "learned", edges)
+
+    near = X + 0.02 * randn(5)
+    assert torch.autograd.gradcheck(term, (near.requires_grad_(), torch.full_like(X, 0.3).requires_grad_()))
+    by_mean, by_nu = torch.autograd.grad(term(near, WRONG.nu.requires_grad_()).sum(), (near, WRONG.nu))
+    assert bool((by_mean != 0).all())
+    assert bool((by_nu != 0).all())
+    WRONG.nu.requires_grad_(False)
+
+
+@pytest.mark.parametrize("ends", [(1.0, 0.5), (0.5, 0.45), (0.075, 0.05), (0.025, 0.0)])
+def test_the_bound_is_least_at_the_variance_of_the_reverse_step(ends):
+    """On Gaussian data with the exact mean, averaged over x and ε exactly: its terms are quadratic in both."""
+    t, s = grid(SCHEDULE, times=[*sorted({1.0, *ends}, reverse=True)])[-2:]
+    s = s._replace(floor=SCHEDULE(0.0).floor) if ends[1] == 0 else s
+    std, one = DATA.cov.sqrt()[None], torch.ones(1, 2, 2, dtype=f64)
+    x = DATA.m + torch.cat([std, std, -std, -std])
+    eps = torch.cat([one, -one, one, -one])
+    x_t = diffuse(x, t, eps)
+    exact = DATA.predict(x_t, t)
+
+    def average(nu):
+        return loss.bound_term(exact._replace(nu=nu.expand(x.shape)), x, x_t, t, s, "learned").mean()
+
+    small, large = log_var_small(t, s), log_var_large(t, s)
+    best = (DATA.reverse_log_var(t, s) - small) / (large - small)
+    for off in (0.0, -0.1, 0.1):
+        nu = (best + off)[None].requires_grad_()
+        value = average(nu)
+        (gradient,) = torch.autograd.grad(value, nu)
+        if off:
+            assert bool((gradient.sign() == math.copysign(1, off)).all())
+            assert float(value.detach()) > float(average(best[None]))
+        else:
+            assert float(gradient.abs().max()) < 1e-12
+    if ends[1] > 0:  # the large one is that of data of variance 1, and the small one that of a point [Ho20 §3.2]
+        assert bool((best > 0).all())
+        assert torch.equal((best - 1).abs().gt(1e-9) * (best - 1).sign(), (DATA.cov - 1).sign())
+
+
+@pytest.mark.parametrize("variance", ["small", "learned"])
+@pytest.mark.parametrize("schedule", [S.linear(8), S.LinearLogSNR(6.0, -5.0)])
+def test_the_full_bound_is_the_sum_of_its_steps_with_its_gradient(schedule, variance):
+    """Value and gradient are those of T times the term of a uniform step, averaged over the steps."""
+    levels = grid(schedule, 8)
+    weights = [torch.tensor(v, dtype=f64, requires_grad=True) for v in (0.7, -0.2, 0.4)]
+
+    def denoise(x_t, level, cond=None, to=None):
+        seen.append(cond)
+        a, b, nu = weights
+        x = a * x_t + b
+        return Prediction(x, (x_t - level.like(x_t).alpha * x) / level.like(x_t).sigma, nu.expand(x_t.shape))
+
+    fresh = [torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(k), dtype=f64) for k in range(9)]
+    numbers, seen, told = iter(fresh), [], Condition()
+    whole = loss.full_bound(denoise, X, levels, lambda n: next(numbers)[None], variance, cond=told)
+    assert whole.shape == (3,)
+    assert seen == [told] * 8
+    parts = torch.zeros(3, dtype=f64)
+    for t, s, eps in zip(levels[::-1][1:], levels[::-1], fresh, strict=False):
+        x_t = diffuse(X, t, eps)
+        parts = parts + 8 * loss.bound_term(denoise(x_t, t), X, x_t, t, s, variance) / 8
+    rest = whole.detach() - parts.detach()  # the prior and, where the chain stays finite, its decoder
+    again = iter(fresh)
+    bound = vlb(denoise, X, levels, lambda n: next(again)[None], variance=variance)
+    ends = bound.prior if levels[-1].sigma == 0 else bound.prior + bound.decoder
+    torch.testing.assert_close(rest, ends.detach() / 4, rtol=1e-10, atol=1e-12)
+    used = weights[: 3 if variance == "learned" else 2]
+    for one, other in zip(*(torch.autograd.grad(v.sum(), used) for v in (whole, parts)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=0)
+        assert float(one) != 0
+    edges = (X - 0.1, X + 0.1)
+    binned, total = (
+        f(denoise, X, levels, lambda n: EPS[None], variance=variance, edges=edges) for f in (loss.full_bound, vlb)
+    )
+    torch.testing.assert_close(binned, total.total / 4)
 
 
 def test_the_exact_denoiser_has_the_least_loss_there_is():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from undiffuse.denoiser import Prediction
-from undiffuse.likelihood.discrete import Edges, step_nll
+from undiffuse.conditioning import Condition
+from undiffuse.denoiser import Denoiser, Prediction
+from undiffuse.likelihood.discrete import Edges, step_nll, vlb
 from undiffuse.process.gaussian import Variance, posterior, reverse
 from undiffuse.process.level import NoiseLevel
 from undiffuse.process.target import Target
+from undiffuse.randomness import Noise
 
 
 def matching(
@@ -57,6 +61,23 @@ def bound_term(
     return flat_mean(step_nll(prediction, x, x_t, t, s, variance, edges=edges))
 
 
+def full_bound(
+    denoise: Denoiser,
+    x: Tensor,
+    levels: Sequence[NoiseLevel],
+    noise: Noise,
+    variance: Variance = "small",
+    edges: Edges | None = None,
+    cond: Condition | None = None,
+) -> Tensor:
+    """(L_T + Σ L_{t−1} + L_0)/dims, every step of the chain in one loss, nats per dimension [SohlDickstein15 eq. 14].
+
+    `likelihood.vlb` with its gradient: all calls of the network are held for the backward pass. T times
+    `bound_term` at a uniform step has the same mean, and the same gradient in the mean.
+    """
+    return vlb(denoise, x, levels, noise, cond=cond, variance=variance, edges=edges).total / x[0].numel()
+
+
 def hybrid(
     prediction: Prediction,
     eps: Tensor,
@@ -68,7 +89,10 @@ def hybrid(
     share: float = 0.001,
     edges: Edges | None = None,
 ) -> Tensor:
-    """L_simple + share · T · L_{t−1}, the latter with learned variance, no gradient to the mean [Nichol21 eq. 16]."""
+    """L_simple + share · T · L_{t−1}, the latter with learned variance, no gradient to the mean [Nichol21 eq. 16].
+
+    L_{t−1} is in nats per dimension. The paper's code counts it in bits: its 0.001 is ``share`` = 0.001/ln 2 here.
+    """
     still = prediction._replace(x=prediction.x.detach())
     return simple(prediction, eps) + share * steps * bound_term(still, x, x_t, t, s, "learned", edges)
 
