@@ -1,9 +1,11 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from undiffuse import presets
+from undiffuse import loss as losses
+from undiffuse import presets, solvers
 from undiffuse.codec import Identity, Pixels
 from undiffuse.config import Config, ModelConfig, TrainConfig, from_dict, to_dict
 from undiffuse.diffusion import Diffusion
@@ -14,6 +16,7 @@ SHAPES = {
     "cpu-small": (1, 16, 16),
     "gpu": (3, 8, 8),
     "ddpm-cifar10": (3, 32, 32),
+    "ncsn": (1, 8, 8),
     "vector": (2,),
     "series": (2, 8),
     "volume": (1, 4, 4, 4),
@@ -65,6 +68,35 @@ def test_ho_et_al():
     )
     assert (train.batch, train.lr, train.steps, train.warmup, train.decay) == (128, 2e-4, 800_000, 5000, 0.0)
     assert (train.clip, train.betas, train.flip, train.weight_decay) == (1.0, (0.9, 0.999), True, 0.0)
+
+
+def test_song_and_ermon():
+    """Ten levels from 1 to 0.01 of their units, where data are in [0, 1], and 100 updates at each."""
+    recipe = presets.get("ncsn").model
+    model = Diffusion(recipe, (1, 8, 8), Pixels(17))
+    sigmas = [float(level.sigma) for level in model.levels]
+    assert sigmas[1:] == pytest.approx([2 * 0.01 ** (k / 9) for k in range(10)], rel=1e-4)
+    assert solvers.build("annealed_langevin").calls == 100
+    x, eps = torch.zeros(3, 1, 8, 8), torch.ones(3, 1, 8, 8)
+    t = model.schedule(model.times.sample(torch.tensor([0.0, 0.5, 1.0])))
+    w = model.target.weight(model.weight(t), t)  # λ(σ) = σ² on the score [Song19 §4.2]
+    torch.testing.assert_close(w, t.sigma**2)
+    assert (float(t.sigma[0]), float(t.sigma[2])) == (pytest.approx(sigmas[-1]), pytest.approx(sigmas[0]))
+    y = torch.zeros_like(x)  # what a network says before it is trained
+    torch.testing.assert_close(losses.matching(y, model.target, x, eps, model.weight(t), t), torch.ones(3))
+
+
+def test_a_sample_by_annealed_langevin():
+    small = {"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()}
+    model = Diffusion(replace(presets.get("ncsn").model, network=small), (1, 4, 4), Pixels(17))
+    data = values((1, 4, 4), 17)
+    loss = model.loss(data, torch.tensor([0.0, 0.7]), torch.ones(2, 1, 4, 4))
+    loss.sum().backward()
+    assert bool(torch.isfinite(loss).all())
+    calls = []
+    model.network.register_forward_hook(lambda *_: calls.append(1))
+    samples = model.sample(2, solver="annealed_langevin", steps=2)
+    assert (samples.shape, samples.dtype, len(calls)) == (data.shape, torch.uint8, 2 * 100)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,17 @@ PRESETS: dict[str, Config] = {
         preconditioning={"scale": "none", "time": "step"},
         variance="large",
     ),
+    # Song et al. 2019 in units of [−1, 1]: ten levels from 2 to 0.02 below the prior's, walked by "annealed_langevin"
+    "ncsn": _recipe(
+        "cpu-small",
+        TrainConfig(batch=64, lr=1.5e-3, ema=0.05),
+        schedule={"name": "variance_exploding", "sigma_min": 0.02, "sigma_max": round(0.02 * 100 ** (10 / 9), 4)},
+        target={"name": "score"},
+        weight={"name": "simple"},
+        times={"name": "uniform", "low": 0.0},
+        preconditioning={"scale": "unit", "time": "log_sigma"},
+        steps=10,
+    ),
     "vector": _recipe(
         "vector",
         TrainConfig(batch=512, lr=1e-3, ema=0.05),
