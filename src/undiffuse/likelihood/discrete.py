@@ -65,10 +65,7 @@ def vlb(
         decoder = decoder + torch.where(is_decoder, size * term, 0)
 
     if not ends_in_data:
-        z = diffuse(data, levels[-1], noise(1)[0].double())
-        alpha, sigma = levels[-1].alpha, levels[-1].sigma
-        last = Gaussian(z / like(alpha, data), like(2 * torch.log(sigma / alpha), data))
-        decoder = decoder + flat_sum(-_log_prob(last, data, edges))
+        decoder = decoder + flat_sum(clean_nll(data, levels[-1], noise(1)[0].double(), edges))
     return nll(flat_sum(prior_kl(data, levels[0], prior)), steps, decoder, len(visits), per_step)
 
 
@@ -91,6 +88,15 @@ def step_nll(
     if not bool(to_data.any()):
         return kl
     return torch.where(like(to_data, x).bool(), -_log_prob(model, x, edges), kl)
+
+
+def clean_nll(x: Tensor, level: NoiseLevel, eps: Tensor, edges: Edges | None = None) -> Tensor:
+    """−log N(x; z/alpha, sigma²/alpha²) per element at z = alpha x + sigma eps, or −log of the bin's share, nats.
+
+    The decoder of a chain whose clean end, ``level``, stays finite.
+    """
+    last = Gaussian(diffuse(x, level, eps) / like(level.alpha, x), like(-level.log_snr, x))
+    return -_log_prob(last, x, edges)
 
 
 def prior_kl(x: Tensor, level: NoiseLevel, prior: Gaussian | None = None) -> Tensor:
