@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from undiffuse.conditioning import Condition
 from undiffuse.denoiser import Denoiser, Prediction
-from undiffuse.likelihood.discrete import Edges, step_nll, vlb
-from undiffuse.process.gaussian import Variance, posterior, reverse
+from undiffuse.likelihood.discrete import Edges, clean_nll, prior_kl, step_nll, vlb
+from undiffuse.process.gaussian import Gaussian, Variance, posterior, reverse
 from undiffuse.process.level import NoiseLevel
 from undiffuse.process.target import Target
 from undiffuse.randomness import Noise
@@ -95,6 +96,41 @@ def hybrid(
     """
     still = prediction._replace(x=prediction.x.detach())
     return simple(prediction, eps) + share * steps * bound_term(still, x, x_t, t, s, "learned", edges)
+
+
+def continuous(
+    y_hat: Tensor,
+    target: Target,
+    x: Tensor,
+    eps: Tensor,
+    rate: Tensor,
+    t: NoiseLevel,
+    s: NoiseLevel | None = None,
+) -> Tensor:
+    """½ (−d log_snr/dt) ‖eps − ε̂‖², whose mean over t in [0, 1] is the bound's integral over log_snr [VDM21 §5].
+
+    ``rate`` (B,) is d log_snr/dt, over the density of t where t is not uniform. Nats per dimension, in the frame
+    of what the network says.
+    """
+    return matching(y_hat, target, x, eps, -0.5 * rate, t, s)
+
+
+def ends(x: Tensor, eps: Tensor, top: NoiseLevel, clean: NoiseLevel, edges: Edges | None = None) -> Tensor:
+    """(KL(q(z_1|x) to N(0, I)) − log p(x|z_0))/dims: what the bound adds at its preserving ends [VDM21 §3.5]."""
+    x, still = x.double(), torch.zeros_like(x, dtype=torch.float64)
+    return flat_mean(prior_kl(x, top, Gaussian(still, still)) + clean_nll(x, clean, eps.double(), edges))
+
+
+def cut_variance(loss: Tensor, curve: Sequence[Tensor]) -> None:
+    """Makes what the backward pass brings to ``curve``, (B,) each, the gradient of loss² [VDM21 app. I.2].
+
+    Item by item that is 2 loss times as much, so it takes no second pass. Where the mean of the loss does not depend
+    on what the curve is made of, as the bound does not on a schedule's shape, it is the gradient of the variance.
+    """
+    factor = 2 * loss.detach().to(device="cpu", dtype=torch.float64)
+    for part in curve:
+        if part.requires_grad:
+            part.register_hook(lambda gradient: gradient * factor)
 
 
 def flat_mean(values: Tensor) -> Tensor:

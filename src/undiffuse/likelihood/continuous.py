@@ -1,4 +1,4 @@
-"""The variational bound in continuous time: an integral over log-SNR [VDM21 §4, §5]."""
+"""The variational bound in continuous time: an integral over log-SNR [VDM21 §5]."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def vlb_continuous(
     edges: Edges | None = None,
     prior: Gaussian | None = None,
 ) -> NLL:
-    """−log p(x) ≤ KL(q(z_1|x) to p(z_1)) + ½ ∫ E‖eps − ε̂‖² d log_snr − log p(x|z_0) [VDM21 eq. 4, 17].
+    """−log p(x) ≤ KL(q(z_1|x) to p(z_1)) + ½ ∫ E‖eps − ε̂‖² d log_snr − log p(x|z_0) [VDM21 §3.5, §5].
 
     The integral goes from ``top``'s log_snr to ``clean``'s, both levels of the denoiser's schedule (see
     `finite_ends`); p(x|z_0) is N(z_0/alpha_0, sigma_0²/alpha_0²), of the bins ``edges`` or a density. No other
