@@ -70,14 +70,13 @@ class Diffusion(nn.Module):
 
     def _check(self) -> None:
         config = self.config
-        if config.loss not in ("matching", "hybrid", "bound"):
-            raise ConfigError(
-                "CONFIG", f"model.loss = {config.loss!r}", "unknown", "Use 'matching', 'hybrid' or 'bound'"
-            )
+        if config.loss not in ("matching", "hybrid", "bound", "full_bound"):
+            fix = "Use 'matching', 'hybrid', 'bound' or 'full_bound'"
+            raise ConfigError("CONFIG", f"model.loss = {config.loss!r}", "unknown", fix)
         if config.variance not in ("small", "large", "learned"):
             fix = "Use 'small', 'large' or 'learned'"
             raise ConfigError("CONFIG", f"model.variance = {config.variance!r}", "unknown", fix)
-        if (config.loss == "hybrid") != (config.variance == "learned") and config.loss != "bound":
+        if (config.loss == "hybrid") != (config.variance == "learned") and "bound" not in config.loss:
             cause = f"loss {config.loss!r} does not train variance {config.variance!r}"
             raise ConfigError("CONFIG", "model.loss", cause, "Use 'hybrid' or 'bound' with 'learned', else 'matching'")
         try:
@@ -127,13 +126,22 @@ class Diffusion(nn.Module):
         """The training loss of each item, (B,), per dimension.
 
         ``values`` (B, *item_shape) as the data hold them; ``u`` (B,) uniform numbers for the times, ``eps``
-        noise of their shape, ``z`` more of it for the target ``previous``.
+        noise of their shape, ``z`` more of it for the target ``previous``. Times that follow the loss are weighed
+        by 1/(T p(t)), which leaves the mean what it is for uniform steps. The full bound reads no ``u``.
         """
-        x = self.codec.encode(values).to(self.device)
-        t = self.schedule(self.times.sample(u))
+        x, denoise = self.codec.encode(values).to(self.device), self.denoiser(network)
+        if self.config.loss == "full_bound":  # one eps for all steps: each term's mean asks for no more
+            edges = self._edges(x)
+            return losses.full_bound(denoise, x, self.levels, lambda _: eps[None], self.config.variance, edges, cond)
+        at = self.times.sample(u)
+        each = self._loss_at(denoise, x, self.schedule(at), eps, z, cond)
+        return each * self.times.importance(at).to(each) if isinstance(self.times, times.LossAware) else each
+
+    def _loss_at(
+        self, denoise: NetworkDenoiser, x: Tensor, t: NoiseLevel, eps: Tensor, z: Tensor | None, cond: Condition | None
+    ) -> Tensor:
         s = self._cleaner(t)
         x_t = diffuse(x, t, eps)
-        denoise = self.denoiser(network)
         if self.config.loss == "matching":
             y, _ = denoise.outputs(x_t, t, cond)
             w = self.weight(t, s) if not self.weight.pair else self.weight(t, s) * self.steps
@@ -142,6 +150,17 @@ class Diffusion(nn.Module):
         if self.config.loss == "hybrid":
             return losses.hybrid(prediction, eps, x, x_t, t, s, self.steps, edges=edges)
         return self.steps * losses.bound_term(prediction, x, x_t, t, s, self.config.variance, edges)
+
+    def observe(self, u: Tensor, loss: Tensor) -> None:
+        """Tells times that follow the loss what `loss` was for ``u``, (n,) each, in the order of the global batch."""
+        if isinstance(self.times, times.LossAware):
+            at = self.times.sample(u)
+            self.times = self.times.observe(at, loss.detach().cpu() / self.times.importance(at))
+
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """What training remembers apart from the weights: the losses that times follow."""
+        return {"times": self.times.history} if isinstance(self.times, times.LossAware) else {}
 
     def _cleaner(self, t: NoiseLevel) -> NoiseLevel:
         """The level one step of the chain below ``t``: the next of a table, 1/T less in continuous time."""

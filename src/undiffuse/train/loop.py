@@ -87,7 +87,7 @@ def fit(
     if accelerator.is_main_process:
         run.open(replace(config, train=settings), data)
     accelerator.wait_for_everyone()
-    progress, damaged = state.read_latest(run.checkpoints, network, average, optimiser)
+    progress, damaged = state.read_latest(run.checkpoints, network, average, optimiser, diffusion.memory)
     plan(progress, settings)
     smooth = deepcopy(diffusion)
     watch = Watch(run, smooth, data, split, settings, progress, quiet or not accelerator.is_main_process)
@@ -103,21 +103,25 @@ def fit(
             torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed() + accelerator.process_index)
             values, u, eps, z = global_batch(data, split.train, settings, step)
             mine = shares(settings, accelerator.num_processes, accelerator.process_index)
-            total = 0.0
+            total, seen = 0.0, []
             for part in mine:
-                loss = diffusion.loss(
+                losses = diffusion.loss(
                     values[part],
                     u[part],
                     eps[part].to(diffusion.device),
                     z[part].to(diffusion.device),
                     network=parallel,
-                ).mean()
+                )
+                loss = losses.mean()
                 accelerator.backward(loss / len(mine))
                 total += float(loss.detach()) / len(mine)
+                seen.append(losses.detach())
             norm = float(accelerator.clip_grad_norm_(parallel.parameters(), settings.clip) or 0.0)
             if not math.isfinite(norm):
                 fix = "Lower train.lr, or use precision = 'float32'; the last checkpoint is good"
                 raise NonFiniteError("NON_FINITE", run.folder, f"the gradient of step {step + 1} is not finite", fix)
+            if diffusion.memory:
+                diffusion.observe(u, accelerator.gather(torch.cat(seen)))  # type: ignore[arg-type]
             lr = settings.lr * rate(progress, settings)
             for group in optimiser.param_groups:
                 group["lr"] = lr
@@ -134,7 +138,7 @@ def fit(
                 began = time.perf_counter()
                 average.copy_to(smooth.network)
                 if accelerator.is_main_process:
-                    state.write(run.checkpoints, progress, network, average, optimiser)
+                    state.write(run.checkpoints, progress, network, average, optimiser, memory=diffusion.memory)
                     if asked:
                         run.write_metrics(watch.records)
                     else:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,12 @@ def write(
     average: Average,
     optimiser: torch.optim.Optimizer,
     keep: int = 2,
+    memory: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Writes ``folder``/step-*: files first, their sha256 in a manifest last, then one rename. Older ones go after."""
+    """Writes ``folder``/step-*: files first, their sha256 in a manifest last, then one rename. Older ones go after.
+
+    ``memory`` is what training remembers apart from these; where there is none there is no file of it.
+    """
     final = folder / f"step-{progress.step:08d}"
     partial = folder / f"partial-{progress.step:08d}"
     _discard(partial)
@@ -45,6 +50,8 @@ def write(
     write_tensors(partial / "network.safetensors", network.state_dict(), tags)
     write_tensors(partial / "average.safetensors", average.mean, tags)
     write_tensors(partial / "optimiser.safetensors", _flatten(optimiser), tags)
+    if memory:
+        write_tensors(partial / "memory.safetensors", memory, tags)
     _write_text(partial / "progress.json", json.dumps(asdict(progress)))
     manifest = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(partial.iterdir())}
     _write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
@@ -60,18 +67,23 @@ def write(
 
 
 def read_latest(
-    folder: Path, network: nn.Module, average: Average, optimiser: torch.optim.Optimizer
+    folder: Path,
+    network: nn.Module,
+    average: Average,
+    optimiser: torch.optim.Optimizer,
+    memory: Mapping[str, Tensor] | None = None,
 ) -> tuple[Progress, list[str]]:
     """Loads the newest whole checkpoint; returns where it stands and a line for each damaged one passed over.
 
-    Progress 0 if there is none. Raises `CheckpointError` if there are some and none is whole.
+    The tensors of ``memory`` are filled in place. Progress 0 if there is none. Raises `CheckpointError` if there
+    are some and none is whole.
     """
     for left in (*folder.glob("partial-*"), *folder.glob("trash-*")):
         shutil.rmtree(left, ignore_errors=True)
     damaged: list[str] = []
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         try:
-            return _read(candidate, network, average, optimiser), damaged
+            return _read(candidate, network, average, optimiser, memory or {}), damaged
         except CheckpointError as error:
             damaged.append(str(error))
     if damaged:
@@ -84,7 +96,13 @@ def read_latest(
     return Progress(), damaged
 
 
-def _read(folder: Path, network: nn.Module, average: Average, optimiser: torch.optim.Optimizer) -> Progress:
+def _read(
+    folder: Path,
+    network: nn.Module,
+    average: Average,
+    optimiser: torch.optim.Optimizer,
+    memory: Mapping[str, Tensor],
+) -> Progress:
     try:
         manifest: dict[str, str] = json.loads((folder / "manifest.json").read_text())
         for name, sha256 in manifest.items():
@@ -102,9 +120,13 @@ def _read(folder: Path, network: nn.Module, average: Average, optimiser: torch.o
     moments, _ = read_tensors(folder / "optimiser.safetensors")
     fit_tensors(folder / "network.safetensors", network.state_dict(), weights)
     fit_tensors(folder / "average.safetensors", average.mean, mean)
+    remembered = read_tensors(folder / "memory.safetensors")[0] if memory else {}
+    fit_tensors(folder / "memory.safetensors", memory, remembered)
     network.load_state_dict(weights)
     average.load(mean)
     _unflatten(optimiser, moments)
+    for name, tensor in remembered.items():
+        memory[name].copy_(tensor)
     return progress
 
 
