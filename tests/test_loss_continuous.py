@@ -120,7 +120,7 @@ def expected(schedule, power, mean=MEAN, var=VAR):
 
 
 def test_the_mean_of_the_loss_depends_on_the_ends_alone():
-    """So the gradient of the mean square is that of the variance. That of the mean to an end is half the error there."""
+    """So the gradient of the mean square is that of the variance. To an end it is half the error there."""
     schedule = bent()
     bound = expected(schedule, 1)
     shape, high, low = torch.autograd.grad(bound, [schedule.log_share, schedule.high, schedule.low])
