@@ -1,0 +1,174 @@
+"""The integrators: their order, their tolerance, and that an item's steps are its own."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from undiffuse.errors import ConfigError, NonFiniteError
+from undiffuse.likelihood import Integrator
+from undiffuse.likelihood.integrate import METHODS, clock, error_size, log_snr_at, step
+
+
+class Turning:
+    """dy/du of three numbers that turn into each other, driven by u, and of an integral along their path.
+
+    y = R(3 sin u) y_0 with a third, y' = −2 u y², that is 1/(c + u²); the integral is of y_3.
+    """
+
+    def __init__(self, *speed):
+        self.speed, self.seen = torch.tensor(speed, dtype=torch.float64), []
+
+    def __call__(self, items, u, y):
+        self.seen += items.tolist()
+        a, b, c, _ = y.unbind(1)
+        turn = 3 * self.speed[items] * torch.cos(self.speed[items] * u)
+        return torch.stack([-turn * b, turn * a, -2 * u * c**2, c], 1)
+
+    def exact(self, u):
+        angle = 3 * torch.sin(self.speed * u)
+        one = torch.ones_like(angle)
+        return torch.stack([torch.cos(angle), torch.sin(angle), one / (1 + u**2), one * math.atan(u)], 1)
+
+
+def start(n):
+    return torch.tensor([[1.0, 0.0, 1.0, 0.0]], dtype=torch.float64).repeat(n, 1)
+
+
+def slope(steps, errors):
+    return -np.polyfit(np.log2(steps), np.log2(errors.numpy()), 1)[0]
+
+
+@pytest.mark.parametrize(("method", "order", "calls"), [("heun", 2, 2), ("rk4", 4, 4)])
+def test_fixed_steps_have_their_order(method, order, calls):
+    rate, steps, errors = Turning(1.0, 0.7), 2 ** np.arange(6, 10), []
+    for n in steps:
+        y, used = Integrator(method, steps=int(n))(rate, start(2), 0.0, 1.5)
+        errors.append((y - rate.exact(1.5)).abs().amax(0))
+        assert used.tolist() == [n * calls] * 2
+    for column in torch.stack(errors).T:
+        assert abs(slope(steps, column) - order) < 0.15
+
+
+def test_a_step_of_the_pair_is_of_order_five_and_knows_its_error_to_order_four():
+    rate, pair = Turning(1.0), METHODS["adaptive"]
+    items, lengths = torch.zeros(1, dtype=torch.int64), 2.0 ** -np.arange(4, 7)
+    errors, estimates = [], []
+    for h in lengths:
+        u, length = torch.tensor([0.3], dtype=torch.float64), torch.tensor([h])
+        y = rate.exact(0.3)
+        new, rates = step(pair, rate, items, u, y, length, rate(items, u, y))
+        errors.append((new - rate.exact(0.3 + h))[0].abs())
+        estimates.append((h * sum(w * r for w, r in zip(pair.error, rates, strict=True)))[0].abs())
+        torch.testing.assert_close(rates[-1], rate(items, u + length, new), rtol=1e-13, atol=1e-14)
+    for error, estimate in zip(torch.stack(errors).T, torch.stack(estimates).T, strict=True):
+        assert slope(1 / lengths, error) > 5.6
+        assert 4.6 < slope(1 / lengths, estimate) < 5.5
+        assert bool((error < estimate).all())
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-5, 1e-7, 1e-9])
+def test_the_tolerance_is_kept(tol):
+    rate = Turning(1.0, 0.2, 3.0)
+    for settings in ({"rtol": 0.0, "atol": tol}, {"rtol": tol, "atol": 1e-2 * tol}):
+        y, _ = Integrator(**settings)(rate, start(3), 0.0, 1.5)
+        assert float((y - rate.exact(1.5)).abs().max()) < 10 * tol
+
+
+def test_an_item_has_steps_of_its_own():
+    """The easy item leaves early; no number of either depends on the other."""
+    together, alone = Turning(0.1, 8.0, 0.1), [Turning(0.1), Turning(8.0), Turning(0.1)]
+    y, calls = Integrator(rtol=1e-7, atol=1e-7)(together, start(3), 0.0, 2.0)
+    assert 5 * int(calls[0]) < int(calls[1])
+    assert [together.seen.count(i) for i in range(3)] == calls.tolist()
+    for i, rate in enumerate(alone):
+        own, own_calls = Integrator(rtol=1e-7, atol=1e-7)(rate, start(1), 0.0, 2.0)
+        assert int(own_calls) == int(calls[i]) == len(rate.seen)
+        torch.testing.assert_close(y[i], own[0], rtol=0, atol=0)
+
+
+def test_steps_grow_at_most_fivefold_and_arrive_at_the_end():
+    seen = []
+
+    def rate(items, u, y):
+        seen.append(float(u))
+        return torch.ones_like(y)
+
+    y, calls = Integrator(rtol=0.0, atol=1e-5)(rate, start(1), -7.0, 5.0)
+    torch.testing.assert_close(y - start(1), torch.full((1, 4), 12.0, dtype=torch.float64))
+    h = 1e-5**0.2
+    arrivals = [-7.0, -7 + h, -7 + 6 * h, -7 + 31 * h, 5.0]
+    assert seen[::6] == pytest.approx(arrivals)
+    assert max(seen) == 5.0
+    assert int(calls) == 1 + 6 * 4
+
+
+def test_a_step_that_fails_is_a_fifth_as_long():
+    seen = []
+
+    def rate(items, u, y):
+        seen.append(float(u))
+        return torch.full_like(y, math.nan if u > 0.01 else 1.0)
+
+    with pytest.raises(NonFiniteError) as error:
+        Integrator(rtol=0.0, atol=1e-5)(rate, start(1), 0.0, 1.0)
+    lengths = [seen[6 * k] - max((v for v in seen[: 6 * k] if v <= 0.01), default=0.0) for k in (1, 2)]
+    assert lengths[0] == pytest.approx(0.1)
+    assert seen[12] == pytest.approx(0.02)
+    assert (error.value.code, error.value.where) == ("ODE", "item 0 of the batch")
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "heun"}, {"method": "rk4"}])
+def test_numbers_that_end_name_the_item_and_the_place(settings):
+    def rate(items, u, y):
+        return torch.where((items == 2) & (u > -0.5), math.inf, torch.sin(u))[:, None].expand(-1, 4)
+
+    with pytest.raises(NonFiniteError, match="item 2 of the batch: its flow breaks down at log_snr = ") as error:
+        Integrator(**settings)(rate, start(4), -2.0, -0.1)
+    place = float(error.value.cause.rpartition(" ")[2])
+    expected = -0.5 if not settings else -0.1
+    assert place == pytest.approx(float(log_snr_at(torch.tensor(expected, dtype=torch.float64))), rel=1e-3)
+
+
+def test_calls_are_bounded():
+    easy, hard = torch.tensor([0.1, 0.1, 5.0], dtype=torch.float64), start(3)
+
+    def rate(items, u, y):
+        return torch.sin(easy[items] * u)[:, None] * torch.ones_like(y)
+
+    settings = {"rtol": 0.0, "atol": 1e-6}
+    _, calls = Integrator(**settings)(rate, hard, -9.0, 0.0)
+    most = int(calls.max())
+    assert int(Integrator(**settings, max_calls=most)(rate, hard, -9.0, 0.0)[1].max()) == most
+    with pytest.raises(ConfigError, match="item 2 is only at log_snr = ") as error:
+        Integrator(**settings, max_calls=most - 6)(rate, hard, -9.0, 0.0)
+    assert (error.value.code, error.value.where) == ("ODE_CALLS", f"max_calls = {most - 6}")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"method": "euler"}, {"method": "rk4", "steps": 0}, {"rtol": -1e-9}, {"atol": 0.0}]
+)
+def test_settings_that_cannot_work(settings):
+    with pytest.raises(ConfigError) as error:
+        Integrator(**settings)
+    assert error.value.code == "ODE_METHOD"
+
+
+def test_error_size_by_hand():
+    old = torch.tensor([[1.0, -4.0, 10.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    new = torch.tensor([[-2.0, 3.0, -5.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    error = torch.tensor([[0.3, -0.5, 0.1], [0.1, 0.1, -0.6]], dtype=torch.float64)
+    size = error_size(error, old, new, 0.1, 0.2)
+    assert float(size[0]) == pytest.approx(math.sqrt(((0.3 / 0.4) ** 2 + (0.5 / 0.6) ** 2) / 2))
+    assert float(size[1]) == pytest.approx(0.6 / 0.3)
+
+
+def test_the_clock():
+    """u = log tan(θ/2) for tan θ = sigma/alpha, so that dθ/du = sin θ; 0 where there is no signal."""
+    log_snr = torch.tensor([20.0, 13.3, 1.0, 0.0, -5.0, -40.0], dtype=torch.float64)
+    angle = torch.atan(torch.exp(-0.5 * log_snr))
+    torch.testing.assert_close(clock(log_snr), torch.log(torch.tan(angle / 2)), rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(log_snr_at(clock(log_snr)), log_snr, rtol=1e-13, atol=1e-13)
+    assert float(clock(-math.inf)) == 0
+    assert log_snr_at(torch.tensor([0.0, 1e-17], dtype=torch.float64)).tolist() == [-math.inf] * 2
