@@ -14,6 +14,7 @@ from undiffuse.errors import ConfigError
 SHAPES = {
     "digits": (1, 8, 8),
     "cpu-small": (1, 16, 16),
+    "likelihood": (1, 8, 8),
     "gpu": (3, 8, 8),
     "ddpm-cifar10": (3, 32, 32),
     "ncsn": (1, 8, 8),

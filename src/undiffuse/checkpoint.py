@@ -19,6 +19,7 @@ from undiffuse import codec as codecs
 from undiffuse.config import ModelConfig, from_dict
 from undiffuse.diffusion import Diffusion, describe
 from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.networks.norm import in_fast_layout
 
 FORMAT = 2
 """Raised when a file of this version can no longer be read by older releases. In 1 the sha256 left out the metadata."""
@@ -55,7 +56,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Diffusion:
         raise CheckpointError("DESCRIPTION", path, cause[:300], "Use the version that wrote it") from None
     fit_tensors(path, diffusion.network.state_dict(), tensors)
     diffusion.network.load_state_dict(tensors)
-    return diffusion.to(device).eval()
+    in_fast_layout(diffusion.to(device).network)
+    return diffusion.eval()
 
 
 def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -27,7 +27,9 @@ class ModelConfig:
 
     ``steps`` is T of the chain that the bound and the samplers walk (a table's own T must be equal);
     ``loss`` is ``matching`` (the weighted loss in the frame of the target), ``hybrid`` (with a learned
-    variance) or ``bound``; ``variance`` is the reverse process's.
+    variance), ``bound`` or ``full_bound`` (every step of the chain at once); ``variance`` is the reverse
+    process's. ``output`` is what the network says: ``values``, of the target, or ``levels``, how likely each
+    level of the data is (`undiffuse.lattice`).
     """
 
     network: Settings = field(default_factory=lambda: {"kind": "unet"})
@@ -39,6 +41,7 @@ class ModelConfig:
     steps: int = 1000
     loss: str = "matching"
     variance: str = "small"
+    output: str = "values"
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,9 @@ class NetworkDenoiser:
     """A network with its target and preconditioning, as a denoiser.
 
     The network maps (x_t, time (B,), cond) to y, of x_t's shape, or with a learned variance to twice
-    the channels, y and a number that is −1 at the small and 1 at the large variance. It runs in
-    ``autocast`` precision if given; all arithmetic around it is float32 at least.
+    the channels, y and a number that is −1 at the small and 1 at the large variance. One of ``levels``
+    (`Lattice`) is told the level too and says x̂ in place of y. It runs in ``autocast`` precision if given;
+    all arithmetic around it is float32 at least.
     """
 
     def __init__(
@@ -100,8 +101,9 @@ class NetworkDenoiser:
         preconditioning: Preconditioning,
         learned_variance: bool = False,
         autocast: torch.dtype | None = None,
+        levels: bool = False,
     ) -> None:
-        self.network, self.schedule, self.target = network, schedule, target
+        self.network, self.schedule, self.target, self.levels = network, schedule, target, levels
         self.preconditioning, self.learned_variance, self.autocast = preconditioning, learned_variance, autocast
         if target.pair and schedule.steps is None:
             raise ConfigError(
@@ -122,18 +124,18 @@ class NetworkDenoiser:
 
     def outputs(self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None) -> tuple[Tensor, Tensor | None]:
         """(y, nu) as the network says them, in float32 at least."""
+        at = level.like(x_t)
         scaled = like(self.preconditioning.input_scale(level), x_t) * x_t
         time = self.preconditioning.time_input(level).to(device=x_t.device, dtype=scaled.dtype).expand(x_t.shape[0])
         precision = contextlib.nullcontext()
         if self.autocast is not None:
             precision = torch.autocast(x_t.device.type, dtype=self.autocast)
         with precision:
-            y = self.network(scaled, time, cond)
-        y = y.to(scaled.dtype)
-        if not self.learned_variance:
-            return y, None
-        y, v = y.chunk(2, dim=1)
-        return y, (v + 1) / 2
+            y = self.network(scaled, time, cond, *([x_t, at.alpha, at.sigma] if self.levels else []))
+        y, v = y.to(scaled.dtype).split(x_t.shape[1], 1) if self.learned_variance else (y.to(scaled.dtype), None)
+        if self.levels:
+            y = self.target.encode(y, (x_t - at.alpha * y) / at.sigma, level, self.aim(level))
+        return y, None if v is None else (v + 1) / 2
 
     def __call__(
         self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, to: NoiseLevel | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -18,11 +19,13 @@ from undiffuse.conditioning import Condition
 from undiffuse.config import ModelConfig
 from undiffuse.denoiser import Clipped, Denoiser, NetworkDenoiser, Preconditioning
 from undiffuse.errors import ConfigError
-from undiffuse.likelihood import NLL, concatenate, stratify, vlb
+from undiffuse.lattice import FEATURES, MANY, Lattice
+from undiffuse.likelihood import NLL, concatenate, finite_ends, stratify, vlb, vlb_continuous
 from undiffuse.process import schedule as schedules
 from undiffuse.process import target as targets
 from undiffuse.process import times, weighting
 from undiffuse.process.gaussian import diffuse
+from undiffuse.process.learned import Learned
 from undiffuse.process.level import NoiseLevel
 from undiffuse.randomness import ItemNoise, generator
 from undiffuse.sample import Step, grid, prior_sample, to_data, trajectory
@@ -54,7 +57,7 @@ class Diffusion(nn.Module):
         if not 1 <= self.steps <= LONGEST:
             raise ConfigError("CONFIG", "model.steps", f"{self.steps} steps", f"Give a number from 1 to {LONGEST:,}")
         self.times = _part("times", times.build, config.times, schedule=self.schedule, T=self.steps)
-        self.levels = grid(self.schedule, self.steps)
+        self._levels = None if isinstance(self.schedule, Learned) else grid(self.schedule, self.steps)
         self.learned_variance = config.variance == "learned"
         self.autocast: torch.dtype | None = None
         self._check()
@@ -64,32 +67,57 @@ class Diffusion(nn.Module):
             cause = f"a network of kind {kind!r} does not take items of shape {self.item_shape}"
             fix = "Use 'mlp' for vectors and 'unet' for sequences, images and volumes"
             raise ConfigError("CONFIG", "model.network", cause, fix)
-        given = {"channels": channels, "out_channels": channels * (2 if self.learned_variance else 1)}
+        each = (FEATURES if config.output == "levels" else 1) + self.learned_variance
+        given = {"channels": channels, "out_channels": channels * each}
         self.network = _part("network", networks.build, config.network, **given, **({"dims": dims} if dims else {}))
+        if isinstance(codec, codecs.Pixels) and config.output == "levels":
+            self.network = Lattice(self.network, channels, codec.levels)
         self.denoiser()
 
     def _check(self) -> None:
         config = self.config
-        if config.loss not in ("matching", "hybrid", "bound", "full_bound"):
-            fix = "Use 'matching', 'hybrid', 'bound' or 'full_bound'"
+        if config.loss not in ("matching", "hybrid", "bound", "full_bound", "continuous"):
+            fix = "Use 'matching', 'hybrid', 'bound', 'full_bound' or 'continuous'"
             raise ConfigError("CONFIG", f"model.loss = {config.loss!r}", "unknown", fix)
         if config.variance not in ("small", "large", "learned"):
             fix = "Use 'small', 'large' or 'learned'"
             raise ConfigError("CONFIG", f"model.variance = {config.variance!r}", "unknown", fix)
+        if config.output not in ("values", "levels"):
+            raise ConfigError("CONFIG", f"model.output = {config.output!r}", "unknown", "Use 'values' or 'levels'")
+        if config.output == "levels" and not (isinstance(self.codec, codecs.Pixels) and self.codec.levels <= MANY):
+            cause = f"the data are not whole numbers of at most {MANY} levels"
+            raise ConfigError("CONFIG", "model.output = 'levels'", cause, "Use 'values'")
         if (config.loss == "hybrid") != (config.variance == "learned") and "bound" not in config.loss:
             cause = f"loss {config.loss!r} does not train variance {config.variance!r}"
             raise ConfigError("CONFIG", "model.loss", cause, "Use 'hybrid' or 'bound' with 'learned', else 'matching'")
+        if config.loss == "continuous" and isinstance(self.times, times.Steps | times.LossAware):
+            cause = f"the times {config.times['name']!r} are steps of a chain, and this loss is of continuous time"
+            raise ConfigError("CONFIG", "model.times", cause, "Use the times 'uniform'")
+        if isinstance(self.schedule, Learned) and (config.loss, self.times) != ("continuous", times.Uniform()):
+            cause = "nothing else than the continuous loss at uniform times, {'name': 'uniform', 'low': 0.0}, trains it"
+            raise ConfigError("CONFIG", "model.schedule 'learned'", cause, "Use them, or 'linear_log_snr'")
         try:
             t = self.schedule(self.times.sample(torch.tensor([0.0, 0.5, 1 - 1e-7], dtype=torch.float64)))
             s = self._cleaner(t)
-            if not torch.isfinite(self.target.weight(self.weight(t, s), t, s)).all():
-                cause = f"weight {self.weight.name!r} is not finite at every time of {config.times['name']!r}"
+            continuous = config.loss == "continuous"
+            w = -self.schedule.log_snr_rate(t.t) if continuous else self.weight(t, s)
+            if not torch.isfinite(self.target.weight(w, t, s)).all():
+                weight = "the weight of the continuous loss" if continuous else f"weight {self.weight.name!r}"
+                cause = f"{weight} is not finite at every time of {config.times['name']!r}"
                 raise ConfigError("CONFIG", "model.weight", cause, "Use the times 'uniform', or the weight 'simple'")
-            for t, s in zip(self.levels[:-1], self.levels[1:], strict=True):
+            for t, s in itertools.pairwise(self.levels):
                 self.target.check(t, s if self.target.pair else None)
         except (TypeError, ValueError) as error:
             fix = "Check the settings of times, weight and target"
             raise ConfigError("CONFIG", "model", f"its parts do not work together ({error})", fix) from None
+
+    @property
+    def levels(self) -> list[NoiseLevel]:
+        """The chain's, from noise to data; of a learned schedule as it is now."""
+        if self._levels is not None:
+            return self._levels
+        with torch.no_grad():
+            return grid(self.schedule, self.steps)
 
     @property
     def dims(self) -> int:
@@ -112,6 +140,7 @@ class Diffusion(nn.Module):
             self.preconditioning(),
             self.learned_variance,
             self.autocast,
+            self.config.output == "levels",
         )
 
     def loss(
@@ -127,13 +156,16 @@ class Diffusion(nn.Module):
 
         ``values`` (B, *item_shape) as the data hold them; ``u`` (B,) uniform numbers for the times, ``eps``
         noise of their shape, ``z`` more of it for the target ``previous``. Times that follow the loss are weighed
-        by 1/(T p(t)), which leaves the mean what it is for uniform steps. The full bound reads no ``u``.
+        by 1/(T p(t)), which leaves the mean what it is for uniform steps. The full bound reads no ``u``. The
+        continuous loss has the mean of the bound's integral; where a schedule learns its ends, what they pay is added.
         """
         x, denoise = self.codec.encode(values).to(self.device), self.denoiser(network)
         if self.config.loss == "full_bound":  # one eps for all steps: each term's mean asks for no more
             edges = self._edges(x)
             return losses.full_bound(denoise, x, self.levels, lambda _: eps[None], self.config.variance, edges, cond)
         at = self.times.sample(u)
+        if self.config.loss == "continuous":
+            return losses.continuous_bound(denoise, x, at, self.times.log_prob(at), eps, self._edges(x), cond)
         each = self._loss_at(denoise, x, self.schedule(at), eps, z, cond)
         return each * self.times.importance(at).to(each) if isinstance(self.times, times.LossAware) else each
 
@@ -167,7 +199,7 @@ class Diffusion(nn.Module):
         return self.schedule((t.t - 1 / self.steps).clamp(min=0))._replace(floor=self._floor(t))
 
     def _floor(self, t: NoiseLevel) -> Tensor | None:
-        floor = self.levels[-1].floor
+        floor = None if self._levels is None else self._levels[-1].floor
         return None if floor is None else floor.expand(t.t.shape)
 
     def _edges(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -233,12 +265,14 @@ class Diffusion(nn.Module):
         batch: int = 256,
         progress: Callable[[int], None] | None = None,
         first: int = 0,
+        estimate: str = "discrete",
     ) -> NLL:
         """The variational bound on −log p of each item, nats, with its parts.
 
         ``values`` (n, *item_shape) as the data hold them. ``draws`` steps an item are evaluated, one in each of
-        as many equal strata of the chain, or every step if None. Item i's noise is a function of (seed,
-        first + i). Discrete data get the probability of their bin, continuous data a density.
+        as many equal strata of the chain, or every step if None. ``estimate`` is ``"discrete"``, the bound of that
+        chain, or ``"continuous"``, of infinitely many steps, from ``draws`` (or 32) points of log-SNR.
+        Item i's noise is a function of (seed, first + i). Discrete data get the probability of their bin, continuous data a density.
         """
         self.eval()
         parts = []
@@ -246,25 +280,25 @@ class Diffusion(nn.Module):
             chunk = values[start : start + batch]
             items = range(first + start, first + start + len(chunk))
             x = self.codec.encode(chunk).to(self.device)
-            strata = None
-            if draws is not None and draws < self.steps:
-                u = torch.stack([torch.rand(draws, generator=generator(seed, "strata", i)) for i in items], 1)
-                strata = stratify(self.steps, draws, u)
-            noise = ItemNoise(seed, items, self.item_shape, "bound", self.device)
-            part = vlb(
-                self.denoiser(),
-                x,
-                self.levels,
-                noise,
-                variance=self.config.variance,
-                edges=self._edges(x),
-                strata=strata,
-            )
+            part = self._estimate(estimate, x, items, seed, draws)
             decoder = part.decoder - self.codec.log_abs_det(self.item_shape)
             parts.append(part._replace(decoder=decoder).cpu())
             if progress:
                 progress(len(chunk))
         return concatenate(parts)
+
+    def _estimate(self, estimate: str, x: Tensor, items: range, seed: int, draws: int | None) -> NLL:
+        def uniform(n: int) -> Tensor:
+            return torch.stack([torch.rand(n, generator=generator(seed, "strata", i)) for i in items], 1)
+
+        noise, edges = ItemNoise(seed, items, self.item_shape, "bound", self.device), self._edges(x)
+        if estimate == "continuous":
+            ends = finite_ends(self.schedule)
+            return vlb_continuous(self.denoiser(), x, *ends, noise, uniform(1)[0], points=draws or 32, edges=edges)
+        if estimate != "discrete":
+            raise ConfigError("ESTIMATE", f"estimate = {estimate!r}", "unknown", "Use 'discrete' or 'continuous'")
+        strata = stratify(self.steps, draws, uniform(draws)) if draws is not None and draws < self.steps else None
+        return vlb(self.denoiser(), x, self.levels, noise, variance=self.config.variance, edges=edges, strata=strata)
 
 
 class _Told:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from undiffuse.config import Config, ModelConfig, TrainConfig
 from undiffuse.errors import ConfigError
+from undiffuse.lattice import MANY
 from undiffuse.networks.presets import PRESETS as NETWORKS
 
 
@@ -19,9 +20,14 @@ PRESETS: dict[str, Config] = {
     "digits": _recipe(
         "digits",
         TrainConfig(batch=128, lr=2e-3, ema=0.05),
+        output="levels",
     ),
-    "cpu-small": _recipe("cpu-small", TrainConfig(batch=64, lr=1.5e-3, ema=0.05)),
-    "gpu": _recipe("gpu", TrainConfig(batch=256, lr=3e-4, warmup=1000, ema=0.05)),
+    "cpu-small": _recipe("cpu-small", TrainConfig(batch=64, lr=1.5e-3, ema=0.05), output="levels"),
+    # the bound itself: where log-SNR is linear in t, weight 1 on eps is its own
+    "likelihood": _recipe(
+        "cpu-small", TrainConfig(batch=64, lr=2e-3, ema=0.05), weight={"name": "simple"}, output="levels"
+    ),
+    "gpu": _recipe("gpu", TrainConfig(batch=256, lr=3e-4, warmup=1000, ema=0.05), output="levels"),
     "ddpm-cifar10": _recipe(
         "ddpm-cifar10",
         TrainConfig(batch=128, lr=2e-4, warmup=5000, decay=0.0, betas=(0.9, 0.999), ema=0.05, steps=800_000, flip=True),
@@ -75,15 +81,18 @@ def get(name: str) -> Config:
 
 
 def fitted(config: Config, levels: int | None) -> Config:
-    """The recipe with the clean end of a default log-SNR schedule fitted to data of so many ``levels``.
+    """The recipe fitted to data of so many ``levels`` (None: continuous).
 
-    There three standard deviations of noise fill half a bin (`clean_end`). Other schedules, and continuous
-    data, stay as they are.
+    The clean end of a default log-SNR schedule goes where three standard deviations of noise fill half a bin
+    (`clean_end`); where there are no levels, or too many to name one by one, the network says values.
     """
-    schedule = config.model.schedule
-    if levels is None or schedule.get("name") != "linear_log_snr" or "high" in schedule:
-        return config
-    return replace(config, model=replace(config.model, schedule={**schedule, "high": clean_end(levels)}))
+    model = config.model
+    if model.output == "levels" and (levels is None or levels > MANY):
+        model = replace(model, output="values")
+    schedule = model.schedule
+    if levels is not None and schedule.get("name") == "linear_log_snr" and "high" not in schedule:
+        model = replace(model, schedule={**schedule, "high": clean_end(levels)})
+    return replace(config, model=model)
 
 
 def clean_end(levels: int) -> float:

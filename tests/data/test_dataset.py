@@ -108,6 +108,17 @@ def test_moments_are_those_of_the_items_asked_for():
     assert observed(data).notes == ("the same value everywhere in channel 1",)
 
 
+def test_counts_are_those_of_the_items_asked_for():
+    values = np.random.default_rng(0).integers(0, 17, (2 * CHUNK + 7, 2, 3)).astype(np.uint8)
+    values[:, 1] //= 2
+    data = from_array(values, layout="NCL", levels=17)
+    counts = data.counts(np.arange(5, len(data)))
+    assert counts.shape == (2, 17)
+    for channel in range(2):
+        for level in range(17):
+            assert counts[channel, level] == (values[5:, channel] == level).sum()
+
+
 def test_a_single_item_is_noted():
     notes = observed(from_array(np.arange(4.0, dtype=np.float32)[None] + 0.5)).notes
     assert notes == ("there is only one item", "the same value everywhere in channel 0, 1, 2, 3")

@@ -12,7 +12,7 @@ from undiffuse.errors import ConfigError
 from undiffuse.networks import MLP, NETWORKS, UNet, build
 from undiffuse.networks.attention import Attention, attend
 from undiffuse.networks.embedding import sinusoids
-from undiffuse.networks.norm import GroupNorm, groups_of
+from undiffuse.networks.norm import GroupNorm, LayerNorm, groups_of, in_fast_layout
 from undiffuse.networks.presets import PRESETS
 from undiffuse.networks.unet import fold, unfold
 
@@ -86,6 +86,7 @@ def test_presets_run(name, shape):
 CASES = {
     "unet": lambda **more: UNet(2, classes=3, **{**SMALL, **more}),
     "shifted": lambda **more: UNet(2, classes=3, scale_shift=True, learned_resampling=False, **{**SMALL, **more}),
+    "layered": lambda **more: UNet(2, classes=3, norm="layer", **{**SMALL, **more}),
     "mlp": lambda **more: MLP(2, width=16, depth=2, classes=3, **more),
 }
 cases = pytest.mark.parametrize("case", CASES)
@@ -224,6 +225,30 @@ def test_group_norm_sums_in_float32(dtype):
     torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_is_over_the_channels_of_each_position(dtype):
+    layer = LayerNorm(32)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    h = (3 * noise(2, 32, 4, 6) + 3).to(dtype).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(h)
+    var, mean = torch.var_mean(h.double(), 1, correction=0, keepdim=True)
+    weight, bias = layer.weight.double()[:, None, None], layer.bias.double()[:, None, None]
+    exact = (h.double() - mean) / (var + 1e-6).sqrt() * weight + bias
+    assert got.dtype == dtype
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.06)
+
+
+@pytest.mark.parametrize(("norm", "fast"), [("group", False), ("layer", True)])
+def test_channels_come_last_on_a_processor_where_the_norm_likes_it(norm, fast):
+    network = in_fast_layout(UNet(2, norm=norm, **SMALL))
+    assert network.enter.weight.is_contiguous(memory_format=torch.channels_last) == fast
+    vectors = MLP(2, width=16, depth=2)
+    assert in_fast_layout(vectors) is vectors
+
+
 @pytest.mark.parametrize(
     ("width", "groups"), [(128, 32), (256, 32), (192, 32), (64, 16), (8, 2), (3, 1), (7, 1), (50, 10), (1, 1)]
 )
@@ -286,6 +311,7 @@ WRONG = [
     ("unet", {"channels": 1, "classes": -1}, "classes"),
     ("unet", {"channels": 1, "time_width": 0}, "time_width"),
     ("unet", {"channels": 1, "fourier": (-1,)}, "fourier"),
+    ("unet", {"channels": 1, "norm": "batch"}, "norm"),
     ("mlp", {"channels": 1, "width": 0}, "width"),
     ("mlp", {"channels": 1, "dims": 2}, "dims"),
     ("mlp", {"channels": 1, "dropout": "much"}, "dropout"),

@@ -138,6 +138,15 @@ class Dataset:
         std = np.sqrt(average(lambda v: (v - mean) ** 2))
         return tuple(mean.ravel().tolist()), tuple(np.where(std > 0, std, 1.0).ravel().tolist())
 
+    def counts(self, items: np.ndarray) -> np.ndarray:
+        """How often each level occurs in each channel of the ``items``, (C, levels)."""
+        assert self.levels is not None
+        total = np.zeros((self.item_shape[0], self.levels), np.int64)
+        for start in range(0, len(items), CHUNK):
+            for channel, values in enumerate(np.moveaxis(self.values[items[start : start + CHUNK]], 1, 0)):
+                total[channel] += np.bincount(values.ravel(), minlength=self.levels)
+        return total
+
 
 def observed(data: Dataset) -> Dataset:
     """The same data, noted: items that are equal, channels that never change, a single item."""

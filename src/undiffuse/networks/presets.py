@@ -26,6 +26,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
             "patch": 2,
             "learned_resampling": False,
             "fourier": (6, 7),
+            "norm": "layer",
         },
     ),
     # images of 32 to 64 pixels on one GPU

@@ -13,7 +13,7 @@ from undiffuse.conditioning import Condition
 from undiffuse.networks.attention import Attention
 from undiffuse.networks.check import require, share, whole, wholes
 from undiffuse.networks.embedding import Embedding
-from undiffuse.networks.norm import GroupNorm
+from undiffuse.networks.norm import NORMS
 
 
 def conv(dims: int, inner: int, outer: int, kernel: int = 3, **settings) -> nn.Module:
@@ -47,13 +47,15 @@ class Residual(nn.Module):
     With ``scale_shift`` what is told scales and shifts the output of norm₂ instead.
     """
 
-    def __init__(self, dims: int, inner: int, outer: int, told: int, dropout: float, scale_shift: bool) -> None:
+    def __init__(
+        self, dims: int, inner: int, outer: int, told: int, dropout: float, scale_shift: bool, norm: str
+    ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = GroupNorm(inner)
+        self.norm1 = NORMS[norm](inner)
         self.conv1 = conv(dims, inner, outer)
         self.told = nn.Linear(told, outer * (2 if scale_shift else 1))
-        self.norm2 = GroupNorm(outer)
+        self.norm2 = NORMS[norm](outer)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv(dims, outer, outer)
         self.skip = conv(dims, inner, outer, 1) if inner != outer else nn.Identity()
@@ -111,7 +113,8 @@ class UNet(nn.Module):
     the embedding, default four times the first width; ``classes``: labels 0 … classes − 1 beside the null label
     −1; ``scale_shift``: time scales and shifts the inner norm rather than being added; ``learned_resampling``:
     convolutions between levels (Ho) rather than means and repeats; ``fourier``: powers n for which sin and cos of
-    2^n π x are further inputs [Kingma21]. Zero at initialisation. ``ConfigError`` for settings that cannot work.
+    2^n π x are further inputs [Kingma21]; ``norm``: ``group`` (Ho) or ``layer`` (faster on a processor). Zero at
+    initialisation. ``ConfigError`` for settings that cannot work.
     """
 
     def __init__(
@@ -131,6 +134,7 @@ class UNet(nn.Module):
         scale_shift: bool = False,
         learned_resampling: bool = True,
         fourier: Sequence[int] = (),
+        norm: str = "group",
     ) -> None:
         super().__init__()
         require(dims in (1, 2, 3), "dims", f"{dims!r} dimensions", "Give 1, 2 or 3")
@@ -147,6 +151,7 @@ class UNet(nn.Module):
                 f"{heads} does not divide the width {widths[level]} of level {level}",
                 "Give a divisor",
             )
+        require(norm in NORMS, "norm", f"there is no norm {norm!r}", f"Choose {' or '.join(NORMS)}")
         for name, value in {"channels": channels, "blocks": blocks, "patch": patch}.items():
             whole(name, value)
         out_channels = channels if out_channels is None else whole("out_channels", out_channels)
@@ -159,7 +164,7 @@ class UNet(nn.Module):
         cells = patch**dims
 
         def stage(inner: int, level: int, *more: nn.Module) -> Stage:
-            residual = Residual(dims, inner, widths[level], time_width, dropout, scale_shift)
+            residual = Residual(dims, inner, widths[level], time_width, dropout, scale_shift, norm)
             attend = [Attention(widths[level], heads)] if level in attention else []
             return Stage([residual, *attend, *more])
 
@@ -174,7 +179,7 @@ class UNet(nn.Module):
             if level < top:
                 self.down.append(Stage([Down(dims, width, learned_resampling)]))
                 skips.append(width)
-        middle = [Residual(dims, widths[-1], widths[-1], time_width, dropout, scale_shift) for _ in range(2)]
+        middle = [Residual(dims, widths[-1], widths[-1], time_width, dropout, scale_shift, norm) for _ in range(2)]
         self.middle = Stage([middle[0], Attention(widths[-1], heads), middle[1]])
         inner = widths[-1]
         for level in range(top, -1, -1):
@@ -182,7 +187,7 @@ class UNet(nn.Module):
                 more = [Up(dims, widths[level], learned_resampling)] if level and block == blocks else []
                 self.up.append(stage(inner + skips.pop(), level, *more))
                 inner = widths[level]
-        self.norm = GroupNorm(inner)
+        self.norm = NORMS[norm](inner)
         self.leave = conv(dims, inner, out_channels * cells)
         self._initialise()
 
