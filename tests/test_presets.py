@@ -17,6 +17,7 @@ SHAPES = {
     "likelihood": (1, 8, 8),
     "gpu": (3, 8, 8),
     "ddpm-cifar10": (3, 32, 32),
+    "sohl-dickstein": (1, 8, 8),
     "ncsn": (1, 8, 8),
     "vector": (2,),
     "series": (2, 8),
@@ -98,6 +99,11 @@ def test_a_sample_by_annealed_langevin():
     model.network.register_forward_hook(lambda *_: calls.append(1))
     samples = model.sample(2, solver="annealed_langevin", steps=2)
     assert (samples.shape, samples.dtype, len(calls)) == (data.shape, torch.uint8, 2 * 100)
+
+
+def test_sohl_dickstein_et_al():
+    model = presets.get("sohl-dickstein").model
+    assert (model.loss, model.variance, model.steps, model.times) == ("bound", "learned", 1000, {"name": "steps"})
 
 
 @pytest.mark.parametrize(

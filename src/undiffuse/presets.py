@@ -38,6 +38,14 @@ PRESETS: dict[str, Config] = {
         preconditioning={"scale": "none", "time": "step"},
         variance="large",
     ),
+    # Sohl-Dickstein et al. 2015: mean and variance of every step learned by the bound itself, a random step an item
+    "sohl-dickstein": _recipe(
+        "cpu-small",
+        TrainConfig(batch=64, lr=1e-3, ema=0.05),
+        times={"name": "steps"},
+        loss="bound",
+        variance="learned",
+    ),
     # Song et al. 2019 in units of [−1, 1]: ten levels from 2 to 0.02 below the prior's, walked by "annealed_langevin"
     "ncsn": _recipe(
         "cpu-small",
