@@ -1,5 +1,6 @@
 """Likelihoods, in nats, with their parts."""
 
+from undiffuse.likelihood.compat import openai_log_prob, openai_vlb
 from undiffuse.likelihood.continuous import finite_ends, vlb_continuous
 from undiffuse.likelihood.dequantise import Constant, Dequantiser, OwnNoise, Uniform, Variational
 from undiffuse.likelihood.discrete import prior_kl, step_nll, stratify, vlb
@@ -25,6 +26,8 @@ __all__ = [
     "importance_weighted",
     "nll",
     "ode_nll",
+    "openai_log_prob",
+    "openai_vlb",
     "prior_kl",
     "step_nll",
     "stratify",

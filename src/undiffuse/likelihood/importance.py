@@ -90,14 +90,14 @@ def chain_nll(
         said = denoise(x_t.to(x.dtype), t, cond, s)
         said = Prediction(*(None if p is None else p.to(data) for p in said))  # type: ignore[arg-type]
         model = reverse(said, x_t, t, s, variance, first_large)
-        if float(s.sigma) == 0:
+        if bool(s.sigma == 0):
             terms.append(_decode(model, data, edges))
             break
         q = posterior(x_t, data, t, s)
         x_t = q.sample(noise(1)[0].double())
         terms.append(flat_sum(q.log_prob(x_t) - model.log_prob(x_t)))
     per_step = torch.stack(terms[::-1], 1)
-    if float(clean.sigma) == 0:
+    if bool(clean.sigma == 0):
         decoder, steps = per_step[:, 0], per_step[:, 1:].sum(1)
     else:
         last = Gaussian(x_t / like(clean.alpha, data), like(2 * torch.log(clean.sigma / clean.alpha), data))

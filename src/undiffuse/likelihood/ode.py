@@ -76,6 +76,7 @@ def ode_nll(
     """
     z, log_q = (x.double(), torch.zeros(len(x), dtype=torch.float64)) if dequantise is None else dequantise(x, noise)
     dims = x[0].numel()
+    top, clean = _still(top), _still(clean)
     signs_ = None
     if trace == "exact":
         check_exact(dims)
@@ -122,7 +123,7 @@ def carry(
     default x_s's. The denoiser is told levels of its own schedule.
     """
     schedule, shape, dims = denoise.schedule, x_s.shape[1:], x_s[0].numel()
-    dtype = dtype or x_s.dtype
+    dtype, s, t = dtype or x_s.dtype, _still(s), _still(t)
     _check_ends(schedule, s, t)
     if float(t.alpha) == 0:
         _check_answer(denoise(x_s[:1].to(dtype), t, cond and cond.take(slice(1))))
@@ -145,6 +146,11 @@ def carry(
     y, calls = integrator(rate, start, float(clock(s.log_snr)), float(clock(t.log_snr)))
     log_det = dims * (y[:, -1] + math.log(r_t / r_s))
     return Carried(r_t * y[:, :-1].reshape(x_s.shape), log_det, calls)
+
+
+def _still(level: NoiseLevel) -> NoiseLevel:
+    """The level outside the graph of a learned schedule."""
+    return NoiseLevel(level.t.detach(), level.alpha.detach(), level.sigma.detach(), level.log_snr.detach())
 
 
 def _check_ends(schedule: Schedule, s: NoiseLevel, t: NoiseLevel) -> None:
