@@ -53,7 +53,7 @@ def openai_vlb(
 
 
 def openai_log_prob(p: Gaussian, x: Tensor) -> Tensor:
-    """log(max(F(x + 1/255) − F(x − 1/255), 1e-12)) with F(x) = ½ (1 + tanh(√(2/π) (z + 0.044715 z³))), z = (x − mean)/std.
+    """log(max(F(x + 1/255) − F(x − 1/255), 1e-12)), F = ½ (1 + tanh(√(2/π) (z + 0.044715 z³))), z = (x − mean)/std.
 
     The bin's probability under a Gaussian by an approximate distribution function, in ``x``'s dtype. Where a bin is one
     standard deviation wide it is 0.39 bits off at four of them and 1.57 at five; in narrow bins 0.60 and 2.22. Bins
