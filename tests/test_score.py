@@ -274,3 +274,6 @@ def test_the_nodes_of_steins_lemma():
     assert (float(left), float(right)) == (pytest.approx(15.0), pytest.approx(15.0))
     left, _ = score.stein(lambda y: y**7, 0.0, 1.0, nodes=4)
     assert float(left) < 100  # in place of 105
+    seen = []
+    score.stein(lambda y: (seen.append(len(y)), y)[1], 0.0, 1.0)
+    assert seen == [64]
