@@ -239,3 +239,6 @@ def test_settings():
     with pytest.raises(ConfigError, match=r"'inversion': .*zero-terminal SNR.*Use 'ddim'"):
         probe(Inversion(), FULL.denoiser(S.Flow()), grid(S.Flow(), 4))
     assert Inversion().init(torch.zeros(1), grid(S.Flow(), times=[0.9, 0.0])) == ()
+    kept = (torch.ones(1),)
+    x = torch.zeros(1, D, dtype=f64)
+    assert Inversion().step(FULL.denoiser(S.Flow()), x, *PAIRS["flow"], kept, x[:0])[1] is kept

@@ -218,9 +218,10 @@ def test_the_items_of_a_batch_may_be_at_levels_of_their_own():
 def test_settings():
     assert solvers.build("annealed_langevin") == AnnealedLangevin(0.1, 100)
     assert solvers.build("annealed_langevin", step_size=0.3, each=5) == AnnealedLangevin(0.3, 5)
-    for settings in ({"step_size": 0.0}, {"step_size": 2.0}, {"step_size": math.nan}, {"each": 0}):
-        with pytest.raises(ConfigError, match=r"SOLVER.*Give a step_size between 0 and 2, and each of at least 1"):
-            solvers.build("annealed_langevin", **settings)
+    for step_size, each in ((0.0, 1), (2.0, 1), (math.nan, 5), (0.1, 0)):
+        cause = "the updates do not settle" if each else "there is no update"
+        with pytest.raises(ConfigError, match=rf"SOLVER.*: {cause}. Give a step_size between 0 and 2, and each of at"):
+            solvers.build("annealed_langevin", step_size=step_size, each=each)
     zero_terminal = grid(S.Flow(), 4)
     with pytest.raises(ConfigError, match=r"'annealed_langevin': .*zero-terminal SNR.*Use 'ddim'"):
         AnnealedLangevin().init(torch.zeros(1, 1), zero_terminal)

@@ -21,8 +21,7 @@ def langevin(x: Tensor, score: Tensor, size: Tensor | float, noise: Tensor) -> T
     Its stationary law tends to the density with that score as ``size`` (a number, or what broadcasts to x)
     falls to 0; for N(0, 1) it is N(0, 1/(1 − size/2)).
     """
-    size = torch.as_tensor(size, dtype=x.dtype, device=x.device)
-    return x + size * score + torch.sqrt(2 * size) * noise
+    return x + size * score + (2 * size) ** 0.5 * noise
 
 
 @dataclass(frozen=True)
