@@ -115,7 +115,7 @@ def test_annealing_finds_the_weights_of_modes_that_one_level_cannot():
     )
     schedule = S.VarianceExploding(0.08, 2.0)
     denoise = data.denoiser(schedule)
-    x = line(9.0, 901)
+    x = line(9.0, 601)
     update = AnnealedLangevin(each=1)
     levels = grid(schedule, 10)
     start = torch.exp(-0.5 * (x[:, 0] / 2) ** 2).numpy()
