@@ -28,7 +28,7 @@ FORMAT = 2
 def save(diffusion: Diffusion, path: str | Path) -> None:
     """Writes the model's weights and its whole description to ``path``, whole or not at all."""
     text = json.dumps(describe(diffusion), sort_keys=True)
-    write_tensors(Path(path), diffusion.network.state_dict(), {"undiffuse": str(FORMAT), "model": text})
+    write_tensors(Path(path), weights(diffusion), {"undiffuse": str(FORMAT), "model": text})
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Diffusion:
@@ -54,10 +54,17 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Diffusion:
     except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         cause = f"its description is not one that this version understands ({error})"
         raise CheckpointError("DESCRIPTION", path, cause[:300], "Use the version that wrote it") from None
-    fit_tensors(path, diffusion.network.state_dict(), tensors)
-    diffusion.network.load_state_dict(tensors)
+    own = weights(diffusion)
+    fit_tensors(path, own, tensors)
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
     in_fast_layout(diffusion.to(device).network)
     return diffusion.eval()
+
+
+def weights(diffusion: Diffusion) -> dict[str, Tensor]:
+    """All that is trained, in place: the network's tensors by their names, a learned schedule's as ``schedule.*``."""
+    return {name.removeprefix("network."): tensor for name, tensor in diffusion.state_dict().items()}
 
 
 def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

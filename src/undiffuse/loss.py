@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from undiffuse.conditioning import Condition
-from undiffuse.denoiser import Denoiser, Prediction
+from undiffuse.denoiser import Denoiser, NetworkDenoiser, Prediction
 from undiffuse.likelihood.discrete import Edges, clean_nll, prior_kl, step_nll, vlb
-from undiffuse.process.gaussian import Gaussian, Variance, posterior, reverse
+from undiffuse.process.gaussian import Gaussian, Variance, diffuse, posterior, reverse
+from undiffuse.process.learned import Learned
 from undiffuse.process.level import NoiseLevel
 from undiffuse.process.target import Target
 from undiffuse.randomness import Noise
@@ -113,6 +114,34 @@ def continuous(
     of what the network says.
     """
     return matching(y_hat, target, x, eps, -0.5 * rate, t, s)
+
+
+def continuous_bound(
+    denoise: NetworkDenoiser,
+    x: Tensor,
+    at: Tensor,
+    log_density: Tensor,
+    eps: Tensor,
+    edges: Edges | None = None,
+    cond: Condition | None = None,
+) -> Tensor:
+    """`continuous` at the times ``at`` (B,), drawn with exp(``log_density``), for any schedule of the denoiser's.
+
+    A learned one, whose times are uniform, gets its gradients in the same backward pass: its ends that of the
+    bound, for which `ends` is added, and its shape that of the estimate's variance (`cut_variance`).
+    """
+    schedule, curve = denoise.schedule, ()
+    if isinstance(schedule, Learned):
+        curve = schedule.curve(at)
+        t, rate = schedule.bend(at, *curve)
+    else:
+        t, rate = schedule(at), schedule.log_snr_rate(at) * torch.exp(-log_density)
+    y, _ = denoise.outputs(diffuse(x, t, eps), t, cond)
+    loss = continuous(y, denoise.target, x, eps, rate, t, denoise.aim(t))
+    cut_variance(loss, curve)
+    if isinstance(schedule, Learned) and schedule.learns_ends:
+        return loss + ends(x, eps, schedule(1.0), schedule(0.0), edges).to(loss)
+    return loss
 
 
 def ends(x: Tensor, eps: Tensor, top: NoiseLevel, clean: NoiseLevel, edges: Edges | None = None) -> Tensor:

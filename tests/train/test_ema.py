@@ -62,6 +62,14 @@ def test_float32_whatever_the_network():
     assert average.mean["weight"].dtype == torch.float32
 
 
+def test_float64_stays_so():
+    average = averaged([1.0, 1 + 2.0**-40], dtype=torch.float64)
+    assert average.mean["weight"].dtype == torch.float64
+    assert 1.0 < float(average.mean["weight"]) < 1 + 2.0**-39
+    average.load(average.mean)
+    assert average.mean["weight"].dtype == torch.float64
+
+
 def test_it_is_a_copy():
     network = one(1.0)
     average = Average(network, 0.05)

@@ -30,6 +30,16 @@ ROUGH = replace(
     model=replace(CONFIG.model, network=NET | {"dropout": 0.5}),
 )
 
+LEARNED = replace(
+    CONFIG,
+    model=replace(
+        CONFIG.model,
+        schedule={"name": "learned", "high": 6.0, "low": -4.0, "width": 4},
+        times={"name": "uniform", "low": 0.0},
+        loss="continuous",
+    ),
+)
+
 
 @pytest.fixture(autouse=True)
 def no_curves(request, monkeypatch):
@@ -83,7 +93,9 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-@pytest.mark.parametrize("config", [CONFIG, ROUGH], ids=["plain", "accumulated-dropout-flip-bfloat16"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, ROUGH, LEARNED], ids=["plain", "accumulated-dropout-flip-bfloat16", "learned-schedule"]
+)
 def test_stopping_anywhere_changes_nothing(config, tmp_path, stop):
     def until(k, folder):
         stop(k)
@@ -105,14 +117,14 @@ def test_stopping_anywhere_changes_nothing(config, tmp_path, stop):
     straight = train(config, tmp_path / "straight")
     models = [load(folder) for folder in (straight, tmp_path / "whole", tmp_path / "chain")]
     for other in models[1:]:
-        assert equal(other.network.state_dict(), models[0].network.state_dict())
+        assert equal(other.state_dict(), models[0].state_dict())
         assert torch.equal(other.sample(8, seed=1, steps=5), models[0].sample(8, seed=1, steps=5))
         values = torch.from_numpy(DATA.values[:4])
         assert torch.equal(other.nll(values).total, models[0].nll(values).total)
     pictures = [(folder / "pictures" / "samples.png").read_bytes() for folder in (straight, tmp_path / "chain")]
     assert pictures[0] == pictures[1]
     average = {k.removeprefix("average "): v for k, v in whole.items() if k.startswith("average ")}
-    assert equal(models[0].network.state_dict(), average)  # the model is the average
+    assert equal(models[0].state_dict(), average)  # the model is the average
 
 
 def test_dropout_differs_from_step_to_step(tmp_path, monkeypatch):
@@ -201,6 +213,57 @@ def test_one_step_by_hand(tmp_path, monkeypatch, clip):
     for name, weight in model.network.named_parameters():
         expected = weight.detach() - 0.5 * gradients[name] * min(1.0, clip / float(norm))
         torch.testing.assert_close(trained.network.state_dict()[name], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_one_step_of_a_learned_schedule_by_hand(tmp_path, monkeypatch):
+    """At its own pace, by its own gradient, clipped by that one's own norm; and the network as if alone."""
+    told = plain_descent(monkeypatch)
+    config = replace_train(LEARNED, steps=1, lr=1.0, warmup=4, decay=0.0, clip=1e-2)
+    trained = load(train(config, tmp_path / "run"))
+    torch.manual_seed(4)
+    model = Diffusion(config.model, DATA.item_shape, Pixels(5)).train()
+    model.loss(*loop.global_batch(DATA, DATA.split(0.2).train, config.train, 0)).mean().backward()
+    for part, pace in (("network", 1.0), ("schedule", loop.PACE)):
+        gradients = {name: p.grad for name, p in getattr(model, part).named_parameters()}
+        norm = float(torch.stack([g.norm().double() for g in gradients.values()]).norm())
+        assert norm > 1e-2
+        if part == "network":
+            assert told[0][1:] == (pytest.approx(norm, rel=1e-5), 0.25)
+        for name, weight in getattr(model, part).named_parameters():
+            expected = weight.detach() - 0.25 * pace * gradients[name] * 1e-2 / norm
+            found = getattr(trained, part).state_dict()[name]
+            torch.testing.assert_close(found - weight, expected - weight, rtol=1e-4, atol=3e-8)
+    decaying = replace_train(config, weight_decay=0.5).train
+    assert [g["weight_decay"] for g in loop.groups(model, decaying)] == [0.5, 0.0]
+    assert len(loop.groups(Diffusion(CONFIG.model, DATA.item_shape, Pixels(5)), config.train)) == 1
+
+
+def test_a_schedule_that_goes_wrong_stops_the_run(tmp_path, monkeypatch):
+    real = loop.share_gradient
+
+    def poisoned(accelerator, diffusion):
+        real(accelerator, diffusion)
+        diffusion.schedule.low.grad.fill_(float("nan"))
+
+    monkeypatch.setattr(loop, "share_gradient", poisoned)
+    with pytest.raises(NonFiniteError, match="the gradient of step 1 is not finite"):
+        train(LEARNED, tmp_path / "run")
+
+
+def test_processes_share_a_schedules_gradient():
+    class Two:
+        num_processes, device = 2, "cpu"
+
+        def reduce(self, tensor, how):
+            assert how == "mean"
+            return (tensor + 3) / 2
+
+    model = Diffusion(LEARNED.model, DATA.item_shape, Pixels(5))
+    for parameter in model.schedule.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    loop.share_gradient(Two(), model)
+    assert all(bool((p.grad == 2).all()) for p in model.schedule.parameters())
+    loop.share_gradient(Two(), Diffusion(CONFIG.model, DATA.item_shape, Pixels(5)))
 
 
 @pytest.fixture(scope="module")

@@ -227,13 +227,13 @@ def test_the_history_is_that_of_the_whole_batch_however_it_is_cut(tmp_path, stop
 def test_a_checkpoint_of_other_times_is_refused(tmp_path, stop):
     stop(2, CONFIG, tmp_path)
     model = Diffusion(replace(MODEL, times={"name": "loss_aware", "strata": 2}), (1, 4, 4), Pixels(5))
-    average = loop.Average(model.network, 0.05)
+    average = loop.Average(model, 0.05)
     optimiser = torch.optim.AdamW(model.network.parameters())
     with pytest.raises(CheckpointError, match=r"'times' has the shape \(4, 10\), not \(2, 10\)"):
-        state.read_latest(tmp_path / "checkpoints", model.network, average, optimiser, model.memory)
+        state.read_latest(tmp_path / "checkpoints", model, average, optimiser, model.memory)
     (tmp_path / "checkpoints" / "step-00000002" / "memory.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"memory.safetensors"):
-        state.read_latest(tmp_path / "checkpoints", model.network, average, optimiser, model.memory)
+        state.read_latest(tmp_path / "checkpoints", model, average, optimiser, model.memory)
 
 
 def test_a_uniform_density_leaves_no_memory(tmp_path, stop):

@@ -20,23 +20,27 @@ class Average:
     """A float32 average whose k-th step moves it by 1 − (1 − 1/k)^(p+1) towards the weights [Karras24 §3.1].
 
     A power-function profile: its length is a share of the run so far, so it needs no warm-up and begins with
-    the weights after the first step.
+    the weights after the first step. What is float64, as a learned schedule, is averaged in float64.
     """
 
     def __init__(self, network: nn.Module, length: float) -> None:
         self.power = exponent(length) + 1
-        self.mean = {name: tensor.detach().float().clone() for name, tensor in network.state_dict().items()}
+        self.mean = {name: _wide(tensor.detach()).clone() for name, tensor in network.state_dict().items()}
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """Takes in the weights after the optimiser's ``step``-th step, counted from 1."""
         move = 1 - (1 - 1 / step) ** self.power
         for name, tensor in network.state_dict().items():
-            self.mean[name].lerp_(tensor.float(), move)
+            self.mean[name].lerp_(_wide(tensor), move)
 
     def copy_to(self, network: nn.Module) -> None:
         """Loads the average into ``network``, in its own dtypes."""
         network.load_state_dict(self.mean)
 
     def load(self, mean: dict[str, Tensor]) -> None:
-        self.mean = {name: tensor.float() for name, tensor in mean.items()}
+        self.mean = {name: _wide(tensor) for name, tensor in mean.items()}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

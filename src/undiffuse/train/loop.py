@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ from undiffuse.train import state
 from undiffuse.train.ema import Average
 from undiffuse.train.run import Run, describe
 from undiffuse.train.watch import Watch
+
+PACE = 10.0
+"""How many times as fast as the network's weights a learned schedule's few numbers move."""
 
 
 class Interrupted(Exception):
@@ -80,18 +84,16 @@ def fit(
     diffusion.autocast = torch.bfloat16 if settings.precision == "bfloat16" else None
     network = in_fast_layout(diffusion.network)
     if init is not None:
-        network.load_state_dict(weights_of(init, network))
+        diffusion.load_state_dict(weights_of(init, diffusion))
     network.train()
-    optimiser = torch.optim.AdamW(
-        network.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
-    average = Average(network, settings.ema)
+    optimiser = torch.optim.AdamW(groups(diffusion, settings), lr=settings.lr, betas=settings.betas, fused=True)
+    average = Average(diffusion, settings.ema)
 
     # Where it stands
     if accelerator.is_main_process:
         run.open(replace(config, train=settings), data)
     accelerator.wait_for_everyone()
-    progress, damaged = state.read_latest(run.checkpoints, network, average, optimiser, diffusion.memory)
+    progress, damaged = state.read_latest(run.checkpoints, diffusion, average, optimiser, diffusion.memory)
     plan(progress, settings)
     smooth = deepcopy(diffusion)
     watch = Watch(run, smooth, data, split, settings, progress, quiet or not accelerator.is_main_process)
@@ -120,19 +122,23 @@ def fit(
                 accelerator.backward(loss / len(mine))
                 total += float(loss.detach()) / len(mine)
                 seen.append(losses.detach())
-            norm = float(accelerator.clip_grad_norm_(parallel.parameters(), settings.clip) or 0.0)
-            if not math.isfinite(norm):
+            share_gradient(accelerator, diffusion)
+            norm, *others = (
+                float(accelerator.clip_grad_norm_(group["params"], settings.clip) or 0.0)
+                for group in optimiser.param_groups
+            )
+            if not all(map(math.isfinite, [norm, *others])):
                 fix = "Lower train.lr, or use precision = 'float32'; the last checkpoint is good"
                 raise NonFiniteError("NON_FINITE", run.folder, f"the gradient of step {step + 1} is not finite", fix)
             if diffusion.memory:
                 diffusion.observe(u, accelerator.gather(torch.cat(seen)))  # type: ignore[arg-type]
             lr = settings.lr * rate(progress, settings)
             for group in optimiser.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["pace"]
             optimiser.step()
             optimiser.zero_grad()
             progress.step += 1
-            average.update(network, progress.step)
+            average.update(diffusion, progress.step)
 
             progress.seconds += time.perf_counter() - began
             plan(progress, settings)
@@ -140,9 +146,9 @@ def fit(
             watch.step(total, norm, lr)
             if watch.due() or asked:
                 began = time.perf_counter()
-                average.copy_to(smooth.network)
+                average.copy_to(smooth)
                 if accelerator.is_main_process:
-                    state.write(run.checkpoints, progress, network, average, optimiser, memory=diffusion.memory)
+                    state.write(run.checkpoints, progress, diffusion, average, optimiser, memory=diffusion.memory)
                     if asked:
                         run.write_metrics(watch.records)
                     else:
@@ -152,7 +158,7 @@ def fit(
                     raise Interrupted(asked[0])
 
         # The end
-        average.copy_to(smooth.network)
+        average.copy_to(smooth)
         if accelerator.is_main_process:
             watch.finish()
     return run.folder
@@ -241,10 +247,30 @@ def precision_of(asked: str, device: torch.device) -> str:
     return "bfloat16" if any(supported() for supported in known if supported) else "float32"
 
 
-def weights_of(init: str | Path, network: torch.nn.Module) -> dict[str, Tensor]:
-    """The weights of another model, if they fit ``network``. Raises `CheckpointError`."""
-    weights = load(init).network.state_dict()
-    fit_tensors(Path(init), network.state_dict(), weights)
+def groups(diffusion: Diffusion, settings: TrainConfig) -> list[dict[str, Any]]:
+    """What the optimiser moves: the network, and a learned schedule at its own `PACE`, which does not decay."""
+    network = {"params": list(diffusion.network.parameters()), "weight_decay": settings.weight_decay, "pace": 1.0}
+    schedule = {"params": schedule_parameters(diffusion), "weight_decay": 0.0, "pace": PACE}
+    return [network, schedule] if schedule["params"] else [network]
+
+
+def schedule_parameters(diffusion: Diffusion) -> list[torch.nn.Parameter]:
+    """Those of a learned schedule, else none."""
+    return list(diffusion.schedule.parameters()) if isinstance(diffusion.schedule, torch.nn.Module) else []
+
+
+def share_gradient(accelerator: Accelerator, diffusion: Diffusion) -> None:
+    """Gives every process the mean gradient of a learned schedule, which is outside of the parallel network."""
+    for parameter in schedule_parameters(diffusion) if accelerator.num_processes > 1 else []:
+        assert parameter.grad is not None
+        mean = accelerator.reduce(parameter.grad.to(accelerator.device), "mean")
+        parameter.grad.copy_(mean)  # type: ignore[arg-type]
+
+
+def weights_of(init: str | Path, diffusion: Diffusion) -> dict[str, Tensor]:
+    """The weights of another model, if they fit ``diffusion``. Raises `CheckpointError`."""
+    weights = load(init).state_dict()
+    fit_tensors(Path(init), diffusion.state_dict(), weights)
     return weights
 
 
