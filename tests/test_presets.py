@@ -19,6 +19,7 @@ SHAPES = {
     "ddpm-cifar10": (3, 32, 32),
     "sohl-dickstein": (1, 8, 8),
     "ncsn": (1, 8, 8),
+    "vdm": (1, 8, 8),
     "vector": (2,),
     "series": (2, 8),
     "volume": (1, 4, 4, 4),
@@ -104,6 +105,17 @@ def test_a_sample_by_annealed_langevin():
 def test_sohl_dickstein_et_al():
     model = presets.get("sohl-dickstein").model
     assert (model.loss, model.variance, model.steps, model.times) == ("bound", "learned", 1000, {"name": "steps"})
+
+
+def test_kingma_et_al():
+    """What is trained is the bound in continuous time; network, shape and ends have gradients, from the fitted end."""
+    recipe = presets.fitted(presets.get("vdm"), 17)
+    assert recipe.model.network["fourier"]
+    model = Diffusion(recipe.model, (1, 8, 8), Pixels(17))
+    assert float(model.levels[-1].log_snr) == presets.clean_end(17)
+    data, u, eps = values((1, 8, 8), 17), torch.tensor([0.1, 0.9]), torch.randn(2, 1, 8, 8)
+    model.loss(data, u, eps).mean().backward()
+    assert all(bool(p.grad.abs().sum() > 0) for p in (model.network.leave.bias, *model.schedule.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,14 @@ PRESETS: dict[str, Config] = {
         preconditioning={"scale": "unit", "time": "log_sigma"},
         steps=10,
     ),
+    # Kingma et al. 2021: the bound in continuous time, its noise levels learned with the network
+    "vdm": _recipe(
+        "cpu-small",
+        TrainConfig(batch=64, lr=1e-3, ema=0.05),
+        schedule={"name": "learned"},
+        times={"name": "uniform", "low": 0.0},
+        loss="continuous",
+    ),
     "vector": _recipe(
         "vector",
         TrainConfig(batch=512, lr=1e-3, ema=0.05),
@@ -91,14 +99,14 @@ def get(name: str) -> Config:
 def fitted(config: Config, levels: int | None) -> Config:
     """The recipe fitted to data of so many ``levels`` (None: continuous).
 
-    The clean end of a default log-SNR schedule goes where three standard deviations of noise fill half a bin
-    (`clean_end`); where there are no levels, or too many to name one by one, the network says values.
+    The clean end of a default log-SNR schedule goes, or of a learned one starts, where three standard deviations of
+    noise fill half a bin (`clean_end`); where there are no levels, or too many to name one by one, the network says values.
     """
     model = config.model
     if model.output == "levels" and (levels is None or levels > MANY):
         model = replace(model, output="values")
     schedule = model.schedule
-    if levels is not None and schedule.get("name") == "linear_log_snr" and "high" not in schedule:
+    if levels is not None and schedule.get("name") in ("linear_log_snr", "learned") and "high" not in schedule:
         model = replace(model, schedule={**schedule, "high": clean_end(levels)})
     return replace(config, model=model)
 
