@@ -100,7 +100,8 @@ def fitted(config: Config, levels: int | None) -> Config:
     """The recipe fitted to data of so many ``levels`` (None: continuous).
 
     The clean end of a default log-SNR schedule goes, or of a learned one starts, where three standard deviations of
-    noise fill half a bin (`clean_end`); where there are no levels, or too many to name one by one, the network says values.
+    noise fill half a bin (`clean_end`); where there are no levels, or too many to name one by one, the network says
+    values.
     """
     model = config.model
     if model.output == "levels" and (levels is None or levels > MANY):
