@@ -28,8 +28,9 @@ class ModelConfig:
     ``steps`` is T of the chain that the bound and the samplers walk (a table's own T must be equal);
     ``loss`` is ``matching`` (the weighted loss in the frame of the target), ``hybrid`` (with a learned
     variance), ``bound``, ``full_bound`` (every step of the chain at once) or ``continuous`` (infinitely many
-    steps, which alone trains a ``learned`` schedule); ``variance`` is the reverse process's. ``output`` is what the network says: ``values``, of the target, or ``levels``, how likely each
-    level of the data is (`undiffuse.lattice`).
+    steps, which alone trains a ``learned`` schedule); ``variance`` is the reverse process's. ``output`` is what
+    the network says: ``values``, of the target, or ``levels``, how likely each level of the data is
+    (`undiffuse.lattice`).
     """
 
     network: Settings = field(default_factory=lambda: {"kind": "unet"})
