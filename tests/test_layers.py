@@ -33,7 +33,7 @@ LAYERS = {
         "distill",
         "randomness",
     },
-    "assembly": {"config", "presets", "diffusion", "checkpoint"},
+    "assembly": {"config", "presets", "estimate", "diffusion", "checkpoint"},
     "applications": {"train", "metrics", "interop", "report"},
     "faces": {"cli", "studio", "__main__"},
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from undiffuse import codec as codecs
+from undiffuse import estimate as estimates
 from undiffuse import loss as losses
 from undiffuse import networks, solvers
 from undiffuse.codec import Codec
@@ -20,14 +21,14 @@ from undiffuse.config import ModelConfig
 from undiffuse.denoiser import Clipped, Denoiser, NetworkDenoiser, Preconditioning
 from undiffuse.errors import ConfigError
 from undiffuse.lattice import FEATURES, MANY, Lattice
-from undiffuse.likelihood import NLL, concatenate, finite_ends, stratify, vlb, vlb_continuous
+from undiffuse.likelihood import NLL, concatenate
 from undiffuse.process import schedule as schedules
 from undiffuse.process import target as targets
 from undiffuse.process import times, weighting
 from undiffuse.process.gaussian import diffuse
 from undiffuse.process.learned import Learned
 from undiffuse.process.level import NoiseLevel
-from undiffuse.randomness import ItemNoise, generator
+from undiffuse.randomness import ItemNoise
 from undiffuse.sample import Step, grid, prior_sample, to_data, trajectory
 
 LONGEST = 10_000
@@ -267,38 +268,26 @@ class Diffusion(nn.Module):
         first: int = 0,
         estimate: str = "discrete",
     ) -> NLL:
-        """The variational bound on −log p of each item, nats, with its parts.
+        """−log p of each item or a bound on it, nats, with its parts.
 
-        ``values`` (n, *item_shape) as the data hold them. ``draws`` steps an item are evaluated, one in each of
-        as many equal strata of the chain, or every step if None. ``estimate`` is ``"discrete"``, the bound of that
-        chain, or ``"continuous"``, of infinitely many steps, from ``draws`` (or 32) points of log-SNR.
-        Item i's noise is a function of (seed, first + i). Discrete data get the probability of their bin, continuous data a density.
+        ``values`` (n, *item_shape) as the data hold them. ``estimate`` is a row of `undiffuse.estimate`:
+        ``"discrete"`` is the bound of the chain, of every step or of one in each of ``draws`` equal strata;
+        ``"continuous"`` that of infinitely many steps, from ``draws`` points; ``"ode"`` the likelihood of the
+        probability flow; ``"openai"`` the chain's bound as the common script has it. Item i's noise is a function
+        of (seed, first + i). Discrete data get the probability of their bin, continuous data a density.
         """
         self.eval()
-        parts = []
+        measure, parts = estimates.get(estimate), []
         for start in range(0, len(values), batch):
             chunk = values[start : start + batch]
             items = range(first + start, first + start + len(chunk))
             x = self.codec.encode(chunk).to(self.device)
-            part = self._estimate(estimate, x, items, seed, draws)
+            part = measure(self, x, items, seed, draws)
             decoder = part.decoder - self.codec.log_abs_det(self.item_shape)
             parts.append(part._replace(decoder=decoder).cpu())
             if progress:
                 progress(len(chunk))
         return concatenate(parts)
-
-    def _estimate(self, estimate: str, x: Tensor, items: range, seed: int, draws: int | None) -> NLL:
-        def uniform(n: int) -> Tensor:
-            return torch.stack([torch.rand(n, generator=generator(seed, "strata", i)) for i in items], 1)
-
-        noise, edges = ItemNoise(seed, items, self.item_shape, "bound", self.device), self._edges(x)
-        if estimate == "continuous":
-            ends = finite_ends(self.schedule)
-            return vlb_continuous(self.denoiser(), x, *ends, noise, uniform(1)[0], points=draws or 32, edges=edges)
-        if estimate != "discrete":
-            raise ConfigError("ESTIMATE", f"estimate = {estimate!r}", "unknown", "Use 'discrete' or 'continuous'")
-        strata = stratify(self.steps, draws, uniform(draws)) if draws is not None and draws < self.steps else None
-        return vlb(self.denoiser(), x, self.levels, noise, variance=self.config.variance, edges=edges, strata=strata)
 
 
 class _Told:

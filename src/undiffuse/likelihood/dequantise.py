@@ -72,17 +72,20 @@ class OwnNoise:
     """q(z given x) = N(x, sigma_0²/alpha_0²), the process' own noise at its clean end ``level``, in x's units.
 
     P(v given z) is N(z, sigma_0²/alpha_0²) over v's bin, the decoder of `vlb`; for a model trained up to this level.
+    ``decode`` is a better one where the noise is wider than the bins, such as a model's own last step: p(x) from z.
     """
 
     edges: EdgesOf
     level: NoiseLevel
+    decode: Callable[[Tensor], Gaussian] | None = None
 
     def __call__(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
         data = x.double()
         log_var = like(2 * torch.log(self.level.sigma / self.level.alpha), data)
         q = Gaussian(data, log_var)
         z = q.sample(_draw(x, noise))
-        return z, flat_sum(q.log_prob(z) - Gaussian(z, log_var).bin_log_prob(_bins(self.edges, x)))
+        reader = Gaussian(z, log_var) if self.decode is None else self.decode(z)
+        return z, flat_sum(q.log_prob(z) - reader.bin_log_prob(_bins(self.edges, x)))
 
 
 class Variational(nn.Module):
