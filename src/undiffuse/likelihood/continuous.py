@@ -93,7 +93,7 @@ def spread(
 
 
 def _check_ends(top: NoiseLevel, clean: NoiseLevel) -> None:
-    low, high = float(top.log_snr), float(clean.log_snr)
+    low, high = (float(level.log_snr.detach()) for level in (top, clean))
     if not (-torch.inf < low < high < torch.inf):
         cause = "the integral goes from a finite log-SNR to a higher finite one"
         fix = "Give both ends a level with signal and noise, see finite_ends(schedule)"
