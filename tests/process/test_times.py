@@ -248,6 +248,7 @@ def test_steps_of_a_stratum_are_alike():
     single = loss_aware(10_000).observe(torch.tensor([1e-4, 1e-3, 1.1e-3, 1.0], dtype=F64), torch.arange(1.0, 5.0))
     assert single.history[[0, 1, 999], -1].tolist() == [4.0, 9.0, 16.0]
     assert single.history[0, -2:].tolist() == [1.0, 4.0]
+    assert loss_aware(10, share=1.0, strata=1).history.shape == (1, 10)
     for settings in ({"share": 0.0}, {"share": 1.1}, {"strata": 0}, {"strata": 2.5}):
         with pytest.raises(ConfigError, match=r"share must be above 0 and at most 1, strata a whole number from 1"):
             loss_aware(10, **settings)

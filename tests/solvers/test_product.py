@@ -99,6 +99,10 @@ def test_factors_by_hand():
         torch.testing.assert_close(part, expected, equal_nan=False)
     assert known(torch.ones(2, 1), torch.tensor([[True], [False]]))(level).log_var.dtype == torch.float32
     assert [float(v) for v in nothing(level)] == [0.0, INF]
+    batch = S.Flow()(tensor([0.2, 0.4]))
+    torch.testing.assert_close(
+        known(torch.ones(2, 3), torch.tensor(True))(batch).mean, tensor([[0.8], [0.6]]).expand(2, 3).float()
+    )
 
 
 # --- the chain --------------------------------------------------------------------------------------------------------
