@@ -85,11 +85,10 @@ def spread(
         width = clean.log_snr - top.log_snr
         return schedule(schedule.inverse(clean.log_snr - width * v)), width.expand(v.shape)
     _check_density(times, top, clean)
-    t = times.sample(v)
-    inside = (t >= clean.t) & (t <= top.t)
-    t = torch.where(inside, t, top.t)
+    drawn = times.sample(v)
+    t = drawn.clamp(clean.t, top.t)
     width = torch.exp(torch.log(-schedule.log_snr_rate(t)) - times.log_prob(t))
-    return schedule(t), torch.where(inside, width, 0.0)
+    return schedule(t), torch.where(t == drawn, width, 0.0)
 
 
 def _check_ends(top: NoiseLevel, clean: NoiseLevel) -> None:
