@@ -28,7 +28,7 @@ from undiffuse.randomness import ItemNoise
 tensor = partial(torch.tensor, dtype=torch.float64)
 TIGHT = Integrator(rtol=5e-7, atol=5e-7)
 BIT = math.log(2)
-MEAN, VAR = tensor([0.5, -1.0, 0.0]), tensor([0.01, 4.0, 0.6])
+MEAN, VAR = tensor([0.5, -1.0]), tensor([0.05, 4.0])
 GAUSS = GaussianData(MEAN, VAR)
 SCHEDULES = {
     "linear log-SNR": (S.LinearLogSNR(), 1.0, None),
@@ -80,44 +80,48 @@ def test_started_from_the_exact_marginal_it_is_exact(name, d):
     assert float(run.steps.abs().min()) > 0.1  # a flow with a divergence
 
 
-@pytest.mark.parametrize("name", ["linear log-SNR", "exploding", "flow"])
+@pytest.mark.parametrize("name", ["cosine, a sub-range", "exploding"])
 def test_gaussian_data_are_carried_along_known_lines(name):
     schedule, top, clean = levels_of(name)
     x_s = clean.alpha * items(GAUSS)
     end = carry(GAUSS.denoiser(schedule), x_s, clean, top, integrator=TIGHT)
     torch.testing.assert_close(end.x, GAUSS.flow(x_s, clean, top), rtol=1e-4, atol=1e-4 * float(top.sigma))
     log_det = 0.5 * torch.log(GAUSS.marginal_var(top) / GAUSS.marginal_var(clean)).sum()
-    assert float((end.log_det - log_det).abs().max()) / 3 / BIT < 5e-6
+    assert float((end.log_det - log_det).abs().max()) / 2 / BIT < 5e-6
     assert end.calls.dtype == torch.int64
     assert end.calls.shape == (4,)
 
 
 def test_the_parts():
     _, top, clean = levels_of("flow, cut")
-    x, denoise = items(GAUSS), GAUSS.denoiser(S.Flow())
+    x, denoise = items(mixture(2)), mixture(2).denoiser(S.Flow())
     end = carry(denoise, clean.alpha * x, clean, top, integrator=TIGHT)
     run = ode_nll(denoise, x, top, clean, integrator=TIGHT)
     torch.testing.assert_close(run.prior, -gaussian_log_prob(end.x, 0.0, tensor(0.98**2)).sum(1))
     torch.testing.assert_close(run.steps, -end.log_det)
-    torch.testing.assert_close(run.decoder, torch.full((4,), -3 * math.log(0.98), dtype=torch.float64))
+    torch.testing.assert_close(run.decoder, torch.full((4,), -2 * math.log(0.98), dtype=torch.float64))
     assert run.calls == math.ceil(end.calls.double().mean())
     assert len(set(end.calls.tolist())) > 1
     assert run.per_step.shape == (4, 0)
     assert float(run.stderr) == pytest.approx(float(run.total.std()) / 2)
 
 
-@pytest.mark.parametrize("name", ["linear log-SNR", "exploding", "flow, cut"])
+@pytest.mark.parametrize("name", ["cosine, a sub-range", "exploding", "flow, cut"])
 def test_another_prior_costs_its_divergence_from_the_marginal(name):
     """At every x log q(x_1) − log p(x_1); on average KL(q(x_1) to p), at most the bound's prior term."""
     schedule, top, clean = levels_of(name)
     spread = GAUSS.marginal_var(clean).sqrt() / clean.alpha
     x = torch.stack([MEAN + spread, MEAN - spread])  # terms are quadratic: the average over the data
     denoise = GAUSS.denoiser(schedule)
-    end = carry(denoise, clean.alpha * x, clean, top, integrator=TIGHT)
-    scale = 1.0 if name == "linear log-SNR" else float(top.sigma)
-    run = ode_nll(denoise, x, top, clean, integrator=TIGHT)
-    gap = run.total - exact(GAUSS, x, clean)
-    pointwise = GAUSS.log_density(end.x, top) - gaussian_log_prob(end.x, 0.0, tensor(scale**2)).sum(1)
+    scale = 1.0 if name == "cosine, a sub-range" else float(top.sigma)
+    reached = []
+
+    def prior(z):
+        reached.append(z)
+        return prior_log_prob(z, top)
+
+    gap = ode_nll(denoise, x, top, clean, prior=prior, integrator=TIGHT).total - exact(GAUSS, x, clean)
+    pointwise = GAUSS.log_density(reached[0], top) - gaussian_log_prob(reached[0], 0.0, tensor(scale**2)).sum(1)
     torch.testing.assert_close(gap, pointwise, rtol=0, atol=1e-4)
     kl = gaussian_kl(top.alpha * MEAN, GAUSS.marginal_var(top), 0 * MEAN, torch.full_like(MEAN, scale**2)).sum()
     assert float(gap.mean()) == pytest.approx(float(kl), abs=1e-4)
@@ -148,11 +152,11 @@ def test_a_density_integrates_to_one():
 
 def test_only_the_ends_of_a_schedule_matter():
     data, x = mixture(2), items(mixture(2))
-    high, low = 7.0, -2.0
+    high, low = 3.0, -2.0
     runs = []
     learned = S.build("learned")  # whose levels are in a graph
     learned.log_share.data = torch.linspace(-1, 1, 32, dtype=torch.float64)
-    for schedule in (S.LinearLogSNR(), S.cosine(), learned):
+    for schedule in (S.LinearLogSNR(), S.cosine(100), learned):
         top, clean = (schedule(schedule.inverse(v)) for v in (low, high))
         runs.append(ode_nll(data.denoiser(schedule), x, top, clean, integrator=TIGHT).total)
     for other in runs[1:]:
@@ -256,7 +260,7 @@ def test_one_probe_is_exact_on_independent_dimensions():
     schedule, top, clean = levels_of("exploding")
     x, denoise = items(GAUSS), GAUSS.denoiser(schedule)
     few = Integrator("heun", steps=9)
-    noise = ItemNoise(5, range(4), (3,))
+    noise = ItemNoise(5, range(4), (2,))
     by_probe = ode_nll(denoise, x, top, clean, noise, trace="hutchinson", integrator=few)
     torch.testing.assert_close(
         by_probe.total, ode_nll(denoise, x, top, clean, integrator=few).total, rtol=1e-12, atol=0
@@ -267,8 +271,8 @@ def test_one_probe_is_exact_on_independent_dimensions():
     ("settings", "cause"),
     [
         ({"trace": "hutchinson"}, "no noise to estimate it from"),
-        ({"trace": "skilling", "noise": ItemNoise(0, range(4), (3,))}, "no such trace"),
-        ({"trace": "hutchinson", "probes": 0, "noise": ItemNoise(0, range(4), (3,))}, "no such trace"),
+        ({"trace": "skilling", "noise": ItemNoise(0, range(4), (2,))}, "no such trace"),
+        ({"trace": "hutchinson", "probes": 0, "noise": ItemNoise(0, range(4), (2,))}, "no such trace"),
     ],
 )
 def test_traces_that_cannot_be(settings, cause):
@@ -447,10 +451,10 @@ def test_a_denoiser_that_breaks_down_is_an_error():
 def test_a_dequantiser_draws_first_and_adds_its_log_density():
     schedule, top, clean = levels_of("linear log-SNR")
     grid = tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
-    x = grid[torch.tensor([[0, 1, 2], [4, 4, 3]])]
+    x = grid[torch.tensor([[0, 1], [4, 3]])]
     edges = lambda v: (v - 0.25, v + 0.25)  # noqa: E731
-    dequantise, draws = OwnNoise(edges, clean), torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(2))
-    fresh = iter([draws, torch.ones(2, 2, 3)])
+    dequantise, draws = OwnNoise(edges, clean), torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(2))
+    fresh = iter([draws, torch.ones(2, 2, 2)])
     run = ode_nll(
         GAUSS.denoiser(schedule),
         x,
@@ -466,4 +470,4 @@ def test_a_dequantiser_draws_first_and_adds_its_log_density():
     assert next(fresh, None) is None
     z, log_q = dequantise(x, lambda n: draws)
     torch.testing.assert_close(run.total, log_q + exact(GAUSS, z, clean), rtol=0, atol=1e-4)
-    torch.testing.assert_close(run.decoder, log_q - 3 * torch.log(clean.alpha))
+    torch.testing.assert_close(run.decoder, log_q - 2 * torch.log(clean.alpha))
