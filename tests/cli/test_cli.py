@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from undiffuse.checkpoint import load
-from undiffuse.cli import evaluate as evaluation
 from undiffuse.cli import main
 from undiffuse.train import Run
 from undiffuse.train.watch import Watch
@@ -106,45 +105,6 @@ def test_sample(place, call):
         np.testing.assert_array_equal(file["x"], load(place / "run").sample(3, 1, "ancestral", 2).numpy())
 
 
-def test_evaluate(place, call):
-    said = call("evaluate", place / "run", place / "data.npy")
-    assert (said.code, said.err) == (0, "")
-    report = json.loads((place / "run" / "evaluation.json").read_text())
-    data = np.load(place / "data.npy")
-    assert report["part"] == "held out for testing"
-    assert 1 <= report["items"] < 20
-    assert report["fingerprint"] == load(place / "run").info["fingerprint"]
-    assert (report["chain"], report["calls"]) == (5, 5)
-    bits = report["bits_per_dim"]
-    assert sum(bits[part][0] for part in ("prior", "steps", "decoder")) == pytest.approx(bits["total"][0])
-    assert f"{bits['total'][0]:.1f}" in said.out
-    assert (place / "run" / "bits-per-step.png").is_file()
-    whole = call("evaluate", place / "run", place / "data.npy", "--part", "all", "--out", place / "all")
-    assert f"{len(data)} items (all, training data among them)" in whole.out
-    assert json.loads((place / "all" / "evaluation.json").read_text())["items"] == len(data)
-
-
-def test_evaluation_by_few_steps(place, call):
-    said = call("evaluate", place / "run", place / "data.npy", "--draws", 2, "--items", 2, "--out", place / "few")
-    assert (said.code, said.err) == (0, "")
-    assert "2 items (held out for testing), 2 of the 5 steps each" in said.out
-    model = load(place / "run")
-    values = np.load(place / "data.npy")[:2, None]
-    drawn = model.nll(evaluation.torch.from_numpy(values), draws=1)
-    figure = evaluation.bits_picture(model, drawn)
-    total = float(drawn.total.mean()) / 16 / np.log(2)
-    assert figure.axes[0].get_title("left") == f"{total:.3f} bits per dimension"
-
-
-def test_evaluation_of_a_part_with_one_item_or_none(place, refused, monkeypatch):
-    model = load(place / "run")
-    one = model.nll(evaluation.torch.zeros(1, 1, 4, 4, dtype=evaluation.torch.uint8))
-    assert np.isnan(evaluation.summary(model, one, 1.0)["bits_per_dim"]["total"][1])
-    empty = evaluation.np.arange(0)
-    monkeypatch.setattr(evaluation, "choose_items", lambda *_: (empty, "held out for testing"))
-    assert "no items in this part" in refused(3, "evaluate", place / "run", place / "data.npy")
-
-
 def test_inspect(place, call):
     said = call("inspect", place / "run")
     assert (said.code, said.err) == (0, "")
@@ -214,6 +174,10 @@ def test_a_stopped_run_goes_on(place, call, monkeypatch):
         (["sample", "RUN", "--n", "0"], "Invalid value for '--n'"),
         (["sample", "RUN", "--solver", "best"], "error[SOLVER] 'best': no such solver. Use one of ancestral, ddim"),
         (["evaluate", "RUN", "DATA", "--part", "best"], "error[PART] --part best: no such part"),
+        (["evaluate", "RUN", "DATA", "--estimate", "openai"], "Use one of discrete, continuous, ode"),
+        (["evaluate", "RUN", "DATA", "--compat", "best"], "error[COMPAT] --compat best: no such script"),
+        (["evaluate", "RUN", "DATA", "--minutes", "nan"], "error[MINUTES] --minutes nan: no length of time"),
+        (["evaluate", "RUN", "DATA", "--items", "1"], "Invalid value for '--items'"),
         (["train", "DATA", "--out", "SOMEBODY"], "is not empty and is no run"),
     ],
 )
@@ -299,7 +263,7 @@ def test_debug_shows_the_traceback(place, call):
     [
         ("train", ["DATA", "--out", "--steps", "--minutes", "--seed", "--device", "--preset", "--init"]),
         ("sample", ["RUN", "--n", "--seed"]),
-        ("evaluate", ["RUN", "DATA", "--exact"]),
+        ("evaluate", ["RUN", "DATA", "--exact", "--estimate", "--items", "--draws", "--iw", "--compat", "--minutes"]),
         ("inspect", ["RUN"]),
         ("check", ["DATA"]),
     ],
@@ -330,6 +294,12 @@ def test_continuous_data_of_any_width(tmp_path, call, monkeypatch):
     said = call("sample", "runs/vectors", "--n", 5)
     assert (said.code, said.err) == (0, "")
     assert "grid" not in said.out
-    said = call("evaluate", "runs/vectors", "vectors.npy")
+    said = call("evaluate", "runs/vectors", "vectors.npy", "--items", 4, "--draws", 2)
     assert (said.code, said.err) == (0, "")
     assert "a density" in said.out
+    assert "probability flow: exact, to the integrator's tolerance" in said.out
+    (flow,) = (line for line in said.out.splitlines() if line.startswith("  probability flow"))
+    assert "≤" not in flow
+    for option, value in (("--iw", 2), ("--compat", "openai")):
+        said = call("evaluate", "runs/vectors", "vectors.npy", option, value)
+        assert (said.code, said.err.count("\n")) == (2, 1)

@@ -105,14 +105,17 @@ def test_lines_and_points_draw_something(shape):
     assert ((shown[..., 2] > 150) & (shown[..., 0] < 80)).sum() > 50  # the first colour, a blue
 
 
-def test_bits_per_step_shows_the_parts_and_their_sum():
-    figure = bits_per_step(torch.tensor([-np.inf, -5.0, 0.0, 5.0]), [0.1, 0.2, 0.4, 0.3], prior=0.001, decoder=0.5)
-    (axes,) = figure.axes
-    assert axes.get_title(loc="left") == "1.501 bits per dimension"
-    assert "prior 0.001" in axes.texts[0].get_text()
-    assert "4 steps 1.000" in axes.texts[0].get_text()
-    assert "decoder 0.500" in axes.texts[0].get_text()
-    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [(-5, 0.2), (0, 0.4), (5, 0.3)])
+def test_areas_of_bits_per_step_are_bits():
+    curves = {"chain": (torch.tensor([-5.0, 0.0, 2.0]), [0.5, 0.4]), "points": (np.array([-5.0, 2.0]), [0.7])}
+    (axes,) = bits_per_step(curves, "at most 1.5").axes
+    assert axes.get_title(loc="left") == "at most 1.5"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["chain", "points"]
+    filled, chain, points = (patch.get_data() for patch in axes.patches)
+    for density, edges, _ in (filled, chain):
+        np.testing.assert_allclose(density, [0.1, 0.2])
+        np.testing.assert_array_equal(edges, [-5, 0, 2])
+    np.testing.assert_allclose(points.values, [0.1])
+    assert axes.get_ylim()[0] == 0
 
 
 def test_training_curve_draws_what_is_there(tmp_path):

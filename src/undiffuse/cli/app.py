@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from undiffuse.diffusion import describe
 from undiffuse.errors import ConfigError
 from undiffuse.report import pictures, table
 from undiffuse.report.files import write_samples
-from undiffuse.train import Run, fit
+from undiffuse.train import Interrupted, Run, fit
 
 app = typer.Typer(
     help="Diffusion models with a likelihood you can publish: train, sample, measure.",
@@ -130,9 +131,20 @@ def evaluate(
             help="test, validation, train or all; the held-out test part of the model's own data, all of others."
         ),
     ] = None,
-    items: Annotated[int | None, typer.Option(help="At most so many items.", min=2)] = None,
-    draws: Annotated[int | None, typer.Option(help="Steps of the chain evaluated for each item.", min=1)] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Walk every step of the chain for every item.")] = False,
+    estimate: Annotated[
+        list[str] | None,
+        typer.Option(help="discrete, continuous or ode; may be given several times; all three if not given."),
+    ] = None,
+    items: Annotated[int | None, typer.Option(help="At most so many items, spread over the part.", min=2)] = None,
+    draws: Annotated[int | None, typer.Option(help="Steps or points of the bounds for each item.", min=1)] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Every step of the chain, as many points, every item.")
+    ] = False,
+    iw: Annotated[
+        int, typer.Option(help="Importance-weighted draws an item of the flow, for data of levels.", min=1)
+    ] = 1,
+    compat: Annotated[str | None, typer.Option(help="openai: also as improved-diffusion's script has it.")] = None,
+    minutes: Annotated[float, typer.Option(help="About how long, where not said by the options above.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where to put the results; the run folder if not given.")] = None,
     device: Device = "auto",
@@ -143,12 +155,16 @@ def evaluate(
     layout: Layout = None,
     levels: Levels = None,
 ) -> None:
-    """Measure the variational bound of a model on DATA, in bits per dimension with standard errors."""
+    """Measure a model on DATA in bits per dimension; goes on where an unfinished evaluation stopped."""
     model = checkpoint.load(run, _device(device))
     options = {"folder": folder, "size": size, "crop": crop, "channels": channels, "layout": layout, "levels": levels}
     dataset = datasets.load(data, **options)
     place = out or _beside(run)
-    evaluate_model(model, dataset, place, part=part, items=items, draws=draws, exact=exact, seed=seed, console=console)
+    chosen = {"estimates": estimate or (), "items": items, "draws": draws, "exact": exact, "iw": iw, "minutes": minutes}
+    try:
+        evaluate_model(model, dataset, place, part, **chosen, seed=seed, compat=compat, console=console)
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT) from None
 
 
 @app.command()

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from undiffuse import checkpoint, presets
 from undiffuse import data as datasets
-from undiffuse.cli.evaluate import bits_picture
+from undiffuse.cli.results import bits_picture
 from undiffuse.config import replace_train
 from undiffuse.diffusion import Diffusion
 from undiffuse.errors import UndiffuseError
@@ -52,7 +52,7 @@ def demo(folder: Path, minutes: float, console: Console) -> None:
 
     console.rule("3. measure: held-out digits, bits per dimension")
     result = model.nll(torch.from_numpy(held_out), batch=len(held_out))
-    bits_picture(model, result).savefig(run.pictures / "bits-per-step.png", dpi=150)
+    bits_picture(model, {"discrete": result}).savefig(run.pictures / "bits-per-step.png", dpi=150)
     parts = [data.values[items].reshape(len(items), -1) for items in (split.train, split.validation, split.test)]
     independent = independent_pixels(*parts, levels=17)
     single, eight = gaussian_mixtures(*parts, levels=17, averages=(1, 8))

@@ -1,26 +1,41 @@
-"""What `undiffuse evaluate` does: the bound of a model on data, as a table, a picture and JSON."""
+"""What `undiffuse evaluate` does: bounds and likelihood of a model on data, as a table, a picture, JSON and CSV."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TextColumn
 
+from undiffuse import __version__, checkpoint
+from undiffuse.cli import partial, results
 from undiffuse.data import Dataset
-from undiffuse.diffusion import Diffusion
-from undiffuse.errors import ConfigError, DataError
-from undiffuse.likelihood import NLL
-from undiffuse.report import pictures, table
+from undiffuse.diffusion import Diffusion, describe
+from undiffuse.errors import ConfigError, DataError, UndiffuseError
+from undiffuse.likelihood import NLL, concatenate
+from undiffuse.report import table
 
-BUDGET = 120.0
-"""Seconds that an evaluation without ``--exact`` plans for: with loading and pictures it ends within five minutes."""
+SHARES = {"discrete": 5, "openai": 5, "continuous": 4, "ode": 4}
+"""The order of the estimates, and how the time that is not planned otherwise is divided among them."""
+OWN = ("discrete", "continuous", "ode")
+MEASURING = 0.85
+"""The part of ``--minutes`` that is planned for: loading, a first look at the speed and pictures take the rest."""
+LEAST = 16
+"""Items of the flow and of a whole chain, and steps or points an item of the bounds, whatever they cost."""
+MOST_POINTS = 256
+GUESS = 200
+"""Network calls that an item of the flow takes, until the first are measured."""
+
+Measured = dict[str, tuple[NLL, float]]
+"""The result of each estimate, and the seconds that it took over all sittings."""
 
 
 def evaluate_model(
@@ -28,63 +43,71 @@ def evaluate_model(
     data: Dataset,
     place: Path,
     part: str | None = None,
+    estimates: Sequence[str] = (),
     items: int | None = None,
     draws: int | None = None,
     exact: bool = False,
+    iw: int = 1,
     seed: int = 0,
+    compat: str | None = None,
+    minutes: float = 5.0,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Prints, writes and returns the bound on −log p of the items of ``data``, in bits per dimension."""
+    """Prints, writes and returns the estimates of −log p of the items of ``data``, in bits per dimension.
+
+    Finished batches are kept in ``place``/evaluation.partial until all is done. Item i of the list that
+    `spread_out` makes of the part has noise that is a function of (seed, i) alone.
+    """
     console = console or Console(highlight=False, soft_wrap=True)
-    if data.item_shape != model.item_shape or data.levels != model.info.get("levels"):
-        theirs, ours = _kind(data.item_shape, data.levels), _kind(model.item_shape, model.info.get("levels"))
-        cause = f"its items are {theirs}, the model's {ours}"
-        raise DataError("SHAPE", data.name, cause, "Evaluate on data of the kind that the model was trained on")
+    say: partial.Say = lambda line: console.print(line, markup=False)  # noqa: E731
+    names = _checked(model, data, estimates, iw, compat, minutes)
     chosen, name = choose_items(model, data, part)
     if len(chosen) == 0:
         fix = "Use --part all, or other data"
         raise DataError("EMPTY", data.name, f"no items in this part ({name})", fix)
-    if items is not None:
-        chosen = chosen[:items]
+    chosen = chosen[spread_out(len(chosen))][:items]
     values = torch.from_numpy(np.ascontiguousarray(data.values[chosen]))
-    if not exact and draws is None:
-        values, draws = affordable(model, values, items is not None)
-    draws = None if exact or draws is None or draws >= model.steps else draws
-    console.print(
-        f"{len(values):,} items ({name}), {'all' if draws is None else f'{draws} of the'} {model.steps:,} steps each",
-        markup=False,
-    )
 
-    began = time.perf_counter()
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("evaluating", total=len(values))
-        result = model.nll(values, seed, draws, batch=64, progress=lambda done: bar.advance(task, done))
-    seconds = time.perf_counter() - began
-
-    report = summary(model, result, seconds) | {
+    text = json.dumps(describe(model), sort_keys=True)
+    told = {"undiffuse": str(checkpoint.FORMAT), "model": text}
+    weights = checkpoint.digest({key: w.cpu() for key, w in checkpoint.weights(model).items()}, told)
+    about = {
         "data": data.name,
         "fingerprint": data.fingerprint,
         "part": name,
         "seed": seed,
+        "digest": weights,
+        "chain": model.steps,
+        "version": __version__,
     }
-    place.mkdir(parents=True, exist_ok=True)
+    asked = about | {
+        "estimates": names, "items": items, "draws": draws, "exact": exact, "iw": iw, "minutes": minutes
+    }  # fmt: skip
+    folder = place / "evaluation.partial"
+    plan, key = partial.begin(
+        folder, asked, lambda: affordable(model, values, names, items, draws, exact, iw, minutes), say
+    )
+    found = measure(model, values, plan, seed, folder, key, console, bool(estimates))
+    nll = {n: result for n, (result, _) in found.items()}
+    report = about | {"estimates": {n: results.summary(model, *found[n], plan[n]["draws"]) for n in found}}
+    rows = [results.row(model, n, told) for n, told in report["estimates"].items()]
+    table.render(rows, f"{data.name}, {name}: bits per dimension ± standard error")
+    lines = results.remarks(model, nll, iw)
+    if "openai" in nll:
+        report["script_minus_ours"], line = results.compared(model, nll["openai"], nll["discrete"])
+        lines.append(line)
     (place / "evaluation.json").write_text(json.dumps(report, indent=1))
-    bits = report["bits_per_dim"]
-    rows = [
-        {"bound, bits/dim": key, "mean ± standard error": tuple(bits[key])}
-        for key in ("prior", "steps", "decoder", "total")
-    ]
-    table.render(rows, f"{data.name}, {name}")
-    kind = "" if model.info.get("levels") else " (a density: it depends on the units of the data, and may be negative)"
-    console.print(f"an upper bound on −log₂ p per dimension{kind}", markup=False)
-    console.print(f"{report['items']:,} items, {report['calls']} network calls an item, {seconds:.0f} s", markup=False)
-    try:
-        figure = bits_picture(model, result)
-        figure.savefig(place / "bits-per-step.png", dpi=150)
-        console.print(f"picture: {place / 'bits-per-step.png'}", markup=False)
-    except ConfigError as error:
-        console.print(f"no picture: {error}", markup=False)
-    console.print(f"all numbers: {place / 'evaluation.json'}", markup=False)
+    results.write_items(place / "evaluation-items.csv", model, chosen, nll)
+    if "discrete" in nll or "continuous" in nll:
+        try:
+            results.bits_picture(model, nll).savefig(place / "bits-per-step.png", dpi=150)
+            lines.append(f"picture: {place / 'bits-per-step.png'}")
+        except ConfigError as error:
+            lines.append(f"no picture: {error}")
+    lines.append(f"all numbers: {place / 'evaluation.json'}, item by item: {place / 'evaluation-items.csv'}")
+    for line in lines:
+        say(line)
+    partial.remove(folder)
     return report
 
 
@@ -101,57 +124,173 @@ def choose_items(model: Diffusion, data: Dataset, part: str | None) -> tuple[np.
     return getattr(split, part), name if own else f"{part} part of data that the model was not trained on"
 
 
-def affordable(model: Diffusion, values: torch.Tensor, all_items: bool) -> tuple[torch.Tensor, int]:
-    """As many items and steps an item as fit into `BUDGET` on this machine, by a short measurement.
+def spread_out(n: int) -> np.ndarray:
+    """0 to n − 1 by their mirrored binary digits: the first k are spread evenly over all, for every k."""
+    bits = max(n - 1, 1).bit_length()
+    mirrored = np.zeros(1 << bits, np.int64)
+    for bit in range(bits):
+        mirrored |= (np.arange(1 << bits) >> bit & 1) << (bits - 1 - bit)
+    return mirrored[mirrored < n]
 
-    At least 16 steps an item; items, in their order of content, are cut only where they were not asked for.
+
+def affordable(
+    model: Diffusion,
+    values: torch.Tensor,
+    names: Sequence[str],
+    items: int | None,
+    draws: int | None,
+    exact: bool,
+    iw: int,
+    minutes: float,
+) -> partial.Plan:
+    """What to measure of each estimate: ``items``, ``draws`` (None: every step), ``batch``, and ``expected`` seconds.
+
+    What was not asked for is chosen so that all fits into ``minutes`` on this machine, by a short measurement. Where
+    ``fit`` is true the items are only an upper limit: the first batch shows how many fit into the seconds expected.
     """
-    probe = values[:64]
-    model.nll(probe, draws=2)
+    rate = speed(model, values[:64])
+    total = MEASURING * 60 * minutes
+    seconds = {n: total * SHARES[n] / sum(SHARES[n] for n in names) for n in names}
+    if len(names) > 1 and "ode" in names:  # its first items may take longer than its share
+        flow = min(total / 2, max(seconds["ode"], LEAST * GUESS * iw / rate))
+        seconds = {n: s * (total - flow) / (total - seconds["ode"]) for n, s in seconds.items()} | {"ode": flow}
+    calls = {n: max(1, int(rate * s)) for n, s in seconds.items()}
+    whole = items is not None or exact
+    bounds = [n for n in names if n == "continuous" or (n == "discrete" and "openai" not in names)]
+
+    n_bounds = len(values)
+    if bounds and not whole and draws is None:
+        n_bounds = min(n_bounds, max(64, min(calls[n] for n in bounds) // LEAST))
+    n_chain = len(values)
+    if "openai" in names and not whole:
+        n_chain = min(n_chain, max(LEAST, min(calls["discrete"], calls["openai"]) // model.steps))
+
+    plan: partial.Plan = {}
+    for name in names:
+        n, each, fit = n_bounds, None, False
+        if name == "ode":
+            n, each, fit = len(values), iw, not whole
+        elif name not in bounds:
+            n = n_chain
+        elif exact:
+            each = None if name == "discrete" else model.steps
+        else:
+            most = model.steps if name == "discrete" else MOST_POINTS
+            each = draws or max(LEAST, min(most, calls[name] // n))
+        if name == "discrete" and each is not None and each >= model.steps:
+            each = None
+        cost = n * (GUESS * iw if name == "ode" else each or model.steps) / rate
+        batch = batch_size(model, name == "ode" or (each or model.steps) > 128)
+        expected = seconds[name] if fit else cost
+        plan[name] = {"items": n, "draws": each, "batch": batch, "expected": expected, "fit": fit}
+    return plan
+
+
+def speed(model: Diffusion, values: torch.Tensor) -> float:
+    """Network calls of single items a second."""
+    model.nll(values, draws=2)
     began = time.perf_counter()
-    model.nll(probe, draws=4)
-    calls = max(BUDGET * 4 * len(probe) / (time.perf_counter() - began), 1.0)
-    if not all_items and len(values) * 16 > calls:
-        keep = max(int(calls / 16), 64)
-        values = values[torch.linspace(0, len(values) - 1, min(keep, len(values))).long()]
-    return values, max(16, min(model.steps, int(calls / len(values))))
+    calls = model.nll(values, draws=4).calls
+    return calls * len(values) / (time.perf_counter() - began)
 
 
-def summary(model: Diffusion, result: NLL, seconds: float) -> dict[str, Any]:
-    """The result as plain data: bits per dimension with standard errors, and what they cost."""
-    scale = model.dims * math.log(2)
-
-    def with_error(nats: torch.Tensor) -> list[float]:
-        bits = nats / scale
-        return [float(bits.mean()), float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else math.nan]
-
-    parts = {key: with_error(getattr(result, key)) for key in ("prior", "steps", "decoder", "total")}
-    return {
-        "bits_per_dim": parts,
-        "items": len(result.total),
-        "calls": result.calls,
-        "chain": model.steps,
-        "seconds": round(seconds, 1),
-    }
+def batch_size(model: Diffusion, long: bool) -> int:
+    """Items at a time: few where each takes long, so that little is lost when stopped. No clock has a say in it."""
+    return (16 if long else 64) * (16 if model.dims <= 256 or model.device.type == "cuda" else 1)
 
 
-def bits_picture(model: Diffusion, result: NLL) -> Any:
-    """A figure of each step's share of the bound against its log-SNR, steps that were not drawn filled in.
+def measure(
+    model: Diffusion,
+    values: torch.Tensor,
+    plan: partial.Plan,
+    seed: int,
+    folder: Path,
+    key: str,
+    console: Console,
+    strict: bool = True,
+) -> Measured:
+    """The results of ``plan``, each batch read if it is kept in ``folder`` and measured and kept there if not.
 
-    Where some were not, the shares are scaled to add up to the bound's own estimate.
+    An estimate that the model has not (an endless schedule has no flow, say) is an error if ``strict``, else a line.
     """
-    scale = model.dims * math.log(2)
-    bits = (torch.nanmean(result.per_step, 0) / scale).numpy()
-    log_snr = torch.stack([level.log_snr for level in model.levels[:-1]]).flip(0).numpy()
-    if float(model.levels[-1].sigma) == 0:
-        log_snr, bits = log_snr[1:], bits[1:]
-    drawn = np.flatnonzero(np.isfinite(bits))
-    if len(drawn) > 0 and bool(result.per_step.isnan().any()):
-        bits = np.interp(np.arange(len(bits)), drawn, bits[drawn])
-        bits *= float(result.steps.mean()) / scale / bits.sum()
-    return pictures.bits_per_step(
-        log_snr, bits, float(result.prior.mean()) / scale, float(result.decoder.mean()) / scale
-    )
+    found: Measured = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        say: partial.Say = lambda line: bar.console.print(line, markup=False)  # noqa: E731
+        task = bar.add_task("", total=None, left="")
+        later = sum(job["expected"] for job in plan.values())
+        for name, job in plan.items():
+            later -= job["expected"]
+            before = sum(seconds for _, seconds in found.values())
+
+            def progress(spent: float, left: float, name: str = name, before: float = before, later: float = later):
+                rest = timedelta(seconds=round(left + later))
+                total = before + spent + left + later
+                bar.update(task, description=name, completed=before + spent, total=total, left=f"{rest} left")
+
+            try:
+                found[name] = _measure_one(model, values, name, job, seed, folder, key, say, progress)
+            except UndiffuseError as error:
+                if strict or name == "discrete":
+                    raise
+                say(f"no estimate {name!r}: {error.where}: {error.cause}")
+    return found
+
+
+def _measure_one(
+    model: Diffusion,
+    values: torch.Tensor,
+    name: str,
+    job: dict[str, Any],
+    seed: int,
+    folder: Path,
+    key: str,
+    say: partial.Say,
+    progress: Callable[[float, float], None],
+) -> tuple[NLL, float]:
+    n, start, seconds, parts = job["items"], 0, 0.0, []
+    progress(0.0, job["expected"])
+    while start < n:
+        stop = min(start + job["batch"], n)
+        batch = f"{name}-{start:08d}"
+        kept = partial.read(folder, key, batch, say)
+        if kept is None:
+            began = time.perf_counter()
+            result = model.nll(values[start:stop], seed, job["draws"], job["batch"], first=start, estimate=name)
+            kept = result, time.perf_counter() - began
+            partial.write(folder, key, batch, *kept)
+        parts.append(kept[0])
+        seconds += kept[1]
+        if job["fit"] and start == 0:  # a function of what is kept: a resumed evaluation decides the same
+            n = min(n, max(stop, LEAST, int(stop * job["expected"] / seconds)))
+        start = stop
+        progress(seconds, seconds / stop * (n - stop))
+    calls = math.ceil(sum(p.calls * len(p.total) for p in parts) / n)
+    return concatenate(parts)._replace(calls=calls), seconds
+
+
+def _checked(
+    model: Diffusion, data: Dataset, estimates: Sequence[str], iw: int, compat: str | None, minutes: float
+) -> list[str]:
+    """The names of the estimates, in order. Raises `DataError` and `ConfigError` before anything is measured."""
+    if data.item_shape != model.item_shape or data.levels != model.info.get("levels"):
+        theirs, ours = _kind(data.item_shape, data.levels), _kind(model.item_shape, model.info.get("levels"))
+        cause = f"its items are {theirs}, the model's {ours}"
+        raise DataError("SHAPE", data.name, cause, "Evaluate on data of the kind that the model was trained on")
+    for name in estimates:
+        if name not in OWN:
+            raise ConfigError("ESTIMATE", f"--estimate {name}", "no such estimate", f"Use one of {', '.join(OWN)}")
+    if compat not in (None, "openai"):
+        raise ConfigError("COMPAT", f"--compat {compat}", "no such script", "Use openai, or leave it out")
+    if compat and data.levels != 256:
+        raise ConfigError("COMPAT", f"--compat {compat}", "the script knows images of 256 levels only", "Leave it out")
+    if iw > 1 and data.levels is None:
+        cause = "the flow's likelihood of continuous data has no draws to be weighed"
+        raise ConfigError("IW", f"--iw {iw}", cause, "Leave it out")
+    if not 0 < minutes < math.inf:
+        raise ConfigError("MINUTES", f"--minutes {minutes:g}", "no length of time", "Give a number above 0")
+    asked = {*(estimates or OWN), *(("discrete", "openai") if compat else ())}
+    return [name for name in SHARES if name in asked]
 
 
 def _kind(shape: tuple[int, ...], levels: int | None) -> str:

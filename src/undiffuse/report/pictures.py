@@ -75,23 +75,22 @@ def strip(frames, labels: Sequence[str], levels: int | None = None, scale: int |
     return picture
 
 
-def bits_per_step(log_snr, bits, prior: float, decoder: float) -> Figure:
-    """A figure of each step's share of the bound against its log-SNR.
+def bits_per_step(curves: Mapping[str, tuple[Any, Any]], title: str = "") -> Figure:
+    """A figure of where the bits of a bound are: their density over log-SNR, so that an area is bits per dimension.
 
-    ``log_snr`` and ``bits`` (T,); ``bits``, ``prior`` and ``decoder`` in bits per dimension.
+    ``curves`` are legend: (edges (N + 1,) of log-SNR, rising, and the bits (N,) between them); the first is filled.
     """
-    log_snr, bits = np.asarray(log_snr, float), np.asarray(bits, float)
-    total = prior + bits.sum() + decoder
-    figure = _figure(6.4, 3.6)
-    axes = _tidy(figure.subplots(), "noise  ←  log SNR  →  data", "bits per dimension per step")
-    shown = np.isfinite(log_snr)
-    axes.fill_between(log_snr[shown], bits[shown], color=COLOURS[0], alpha=0.15, linewidth=0)
-    axes.plot(log_snr[shown], bits[shown], color=COLOURS[0], marker="." if len(bits) <= 100 else "", linewidth=1.5)
-    axes.set_ylim(bottom=min(0.0, bits.min()))
+    figure = _figure(6.4, 4.0)
+    axes = _tidy(figure.subplots(), "noise  ←  log SNR  →  data", "bits per dimension per unit of log SNR")
+    for (label, (edges, bits)), colour in zip(curves.items(), COLOURS, strict=False):
+        edges = np.asarray(edges, float)
+        density = np.asarray(bits, float) / np.diff(edges)
+        if colour == COLOURS[0]:
+            axes.stairs(density, edges, color=colour, alpha=0.15, fill=True)
+        axes.stairs(density, edges, color=colour, linewidth=1.5, label=label)
     axes.margins(x=0.02)
-    axes.set_title(f"{total:.3f} bits per dimension", loc="left", fontsize=11, fontweight="bold", pad=20)
-    terms = f"=  prior {prior:.3g}  +  {len(bits):,} steps {bits.sum():.3f}  +  decoder {decoder:.3f}"
-    axes.text(0, 1.03, terms, transform=axes.transAxes, fontsize=9, color="0.35")
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=8 + 15 * len(curves))
+    axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     return figure
 
 
