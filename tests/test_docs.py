@@ -79,7 +79,7 @@ def test_every_number_of_the_mathematics_is_there_once_and_tested() -> None:
     text = (ROOT / "docs/maths.md").read_text()
     numbers = [int(n) for n in re.findall(r"^\*\*\((\d+)\)\*\*", text, re.M)]
     assert numbers == list(range(1, len(numbers) + 1))
-    rows = dict(re.findall(r"^\| (\d+) \|(.*)\|$", text, re.M))
+    rows = dict(re.findall(r"^\| (\d+) \|( (?:`|the same).*)\|$", text, re.M))
     assert sorted(map(int, rows)) == numbers
     assert all("tests/" in row and "::test_" in row for row in rows.values())
 
