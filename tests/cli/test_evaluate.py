@@ -99,6 +99,10 @@ def test_three_estimates_of_the_same_items(place, evaluate, tmp_path):
         assert told["bits_per_dim"]["total"] == pytest.approx([ours.mean(), ours.std(ddof=1) / math.sqrt(5)], rel=1e-12)
         assert sum(told["bits_per_dim"][p][0] for p in ("prior", "steps", "decoder")) == pytest.approx(ours.mean())
         assert [float(row[name]) for row in rows] == [ours[i] for i in np.argsort(order)]
+    apart = np.array([float(row["ode"]) - float(row["discrete"]) for row in rows])
+    pair = found["minus_discrete"]["ode"]["total"]
+    assert pair == pytest.approx([apart.mean(), apart.std(ddof=1) / math.sqrt(5)])
+    assert f"probability flow {results.table.cell(tuple(pair))}\n" in out
     assert out.count("≤ ") == 3
     assert "bound of the chain, 2 of 5 steps" in out
     assert "a bound, since levels are dequantised; its divergence is estimated" in out
@@ -145,7 +149,7 @@ def test_how_far_the_common_script_is_off(place, evaluate, tmp_path):
     assert found["estimates"]["discrete"]["draws"] is found["estimates"]["openai"]["draws"] is None
     rows = items_of(tmp_path)
     apart = np.array([float(row["openai"]) - float(row["discrete"]) for row in rows])
-    mean, stderr = found["script_minus_ours"]["total"]
+    mean, stderr = found["minus_discrete"]["openai"]["total"]
     assert mean == pytest.approx(apart.mean(), abs=1e-12)
     assert stderr == pytest.approx(apart.std(ddof=1) / 2, rel=1e-6)
     (line,) = (line for line in out.splitlines() if "is off by" in line)
@@ -272,8 +276,8 @@ def test_what_is_affordable(monkeypatch):
     }
     # where sixteen items of the flow take longer than its share, the bounds have less, but never less than half
     assert planned(monkeypatch, 100.0, ALL)[1]["ode"]["expected"] == 25.5
-    assert planned(monkeypatch, 16 * 200 / 20, ALL)[1]["ode"]["expected"] == pytest.approx(20)
-    assert planned(monkeypatch, 16 * 200 / 20, ALL)[1]["discrete"]["expected"] == pytest.approx(31 * 5 / 9, rel=0.1)
+    assert planned(monkeypatch, 16 * 400 / 20, ALL)[1]["ode"]["expected"] == pytest.approx(20)
+    assert planned(monkeypatch, 16 * 400 / 20, ALL)[1]["discrete"]["expected"] == pytest.approx(31 * 5 / 9, rel=0.1)
     assert planned(monkeypatch, 100.0, ["ode"])[1]["ode"]["expected"] == 51
     whole = {"discrete": (10_000, None, False), "continuous": (10_000, 1000, False), "ode": (10_000, 1, False)}
     assert planned(monkeypatch, 1.0, ALL, exact=True)[0] == whole
@@ -315,6 +319,7 @@ def test_the_first_batch_says_how_many_items_of_the_flow_fit(evaluate, tmp_path,
     found = report(tmp_path)["estimates"]
     assert [found[n]["items"] for n in ("discrete", "continuous", "ode")] == [24, 24, 8]
     assert [row["ode"] == "" for row in items_of(tmp_path)].count(False) == 8
+    assert report(tmp_path)["minus_discrete"]["ode"]["total"] == [0, 0]
 
 
 def test_an_estimate_that_a_model_has_not_is_left_out_unless_it_was_asked_for(tmp_path, capsys):

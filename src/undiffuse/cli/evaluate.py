@@ -31,8 +31,8 @@ MEASURING = 0.85
 LEAST = 16
 """Items of the flow and of a whole chain, and steps or points an item of the bounds, whatever they cost."""
 MOST_POINTS = 256
-GUESS = 200
-"""Network calls that an item of the flow takes, until the first are measured."""
+GUESS = 400
+"""Network calls that take as long as an item of the flow, with its divergence, until the first are measured."""
 
 Measured = dict[str, tuple[NLL, float]]
 """The result of each estimate, and the seconds that it took over all sittings."""
@@ -90,12 +90,10 @@ def evaluate_model(
     found = measure(model, values, plan, seed, folder, key, console, bool(estimates))
     nll = {n: result for n, (result, _) in found.items()}
     report = about | {"estimates": {n: results.summary(model, *found[n], plan[n]["draws"]) for n in found}}
-    rows = [results.row(model, n, told) for n, told in report["estimates"].items()]
+    report["minus_discrete"] = apart = results.differences(model, nll)
+    rows = [results.row(model, n, said) for n, said in report["estimates"].items()]
     table.render(rows, f"{data.name}, {name}: bits per dimension ± standard error")
-    lines = results.remarks(model, nll, iw)
-    if "openai" in nll:
-        report["script_minus_ours"], line = results.compared(model, nll["openai"], nll["discrete"])
-        lines.append(line)
+    lines = [*results.remarks(model, nll, iw), *results.compared(apart)]
     (place / "evaluation.json").write_text(json.dumps(report, indent=1))
     results.write_items(place / "evaluation-items.csv", model, chosen, nll)
     if "discrete" in nll or "continuous" in nll:
