@@ -112,8 +112,8 @@ def compared(apart: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
         total, decoder = (table.cell(tuple(apart["openai"][part])) for part in ("total", "decoder"))
         lines.append(
             f"improved-diffusion's script is off by {total} bits/dim over the same steps and noise, {decoder} of it in "
-            "the decoder: it has a tanh for the normal distribution function, lifts a bin's probability to 1e-12, computes "
-            "in float32, and clips x̂ to [−1, 1]"
+            "the decoder: it has a tanh for the normal distribution function, lifts a bin's probability to 1e-12, "
+            "computes in float32, and clips x̂ to [−1, 1]"
         )
     return lines
 
