@@ -218,6 +218,7 @@ def test_the_items_of_a_batch_may_be_at_levels_of_their_own():
 def test_settings():
     assert solvers.build("annealed_langevin") == AnnealedLangevin(0.1, 100)
     assert solvers.build("annealed_langevin", step_size=0.3, each=5) == AnnealedLangevin(0.3, 5)
+    assert AnnealedLangevin(1.5, 1).calls == 1
     for step_size, each in ((0.0, 1), (2.0, 1), (math.nan, 5), (0.1, 0)):
         cause = "the updates do not settle" if each else "there is no update"
         with pytest.raises(ConfigError, match=rf"SOLVER.*: {cause}. Give a step_size between 0 and 2, and each of at"):
