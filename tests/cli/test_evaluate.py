@@ -191,7 +191,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bits(evaluate, tmp_path, 
         patch.setattr(evaluation, "affordable", None)  # the plan is that of the first sitting
         code, out, _ = evaluate(*QUICK)
     assert code == 0
-    assert f"an interrupted evaluation goes on: {calls} finished batches" in out
+    assert f"an interrupted evaluation goes on; batches kept in {tmp_path}/evaluation.partial: {calls}\n" in out
     assert len(count) == 9 - calls  # three batches of two, of each estimate
     assert bits(tmp_path) == bits(tmp_path / "whole")
     assert items_of(tmp_path) == items_of(tmp_path / "whole")
@@ -235,7 +235,7 @@ def test_another_question_is_begun_anew(tmp_path):
     said = []
     _, first = partial.begin(tmp_path, {"seed": 0, "items": (1, 2)}, lambda: {"a": 1}, said.append)
     assert partial.begin(tmp_path, {"seed": 0, "items": (1, 2)}, lambda: {"a": 2}, said.append) == ({"a": 1}, first)
-    assert said.pop() == f"an interrupted evaluation goes on: 0 finished batches in {tmp_path}"
+    assert said.pop() == f"an interrupted evaluation goes on; batches kept in {tmp_path}: 0"
     plan, key = partial.begin(tmp_path, {"seed": 1, "items": (1, 2)}, lambda: {"a": 1}, said.append)
     assert said == [f"begun anew: what was begun in {tmp_path} differs in seed"]
     assert (plan, key != first) == ({"a": 1}, True)

@@ -32,8 +32,8 @@ def begin(folder: Path, asked: dict[str, Any], choose: Callable[[], Plan], say: 
             if begun["sha256"] != _digest(begun["asked"], begun["plan"]):
                 raise ValueError
             if begun["asked"] == asked:
-                batches = len(list(folder.glob("*.safetensors")))
-                say(f"an interrupted evaluation goes on: {batches} finished batches in {folder}")
+                kept = len(list(folder.glob("*.safetensors")))
+                say(f"an interrupted evaluation goes on; batches kept in {folder}: {kept}")
                 return begun["plan"], begun["sha256"]
             changed = [key for key, value in asked.items() if begun["asked"].get(key) != value]
             say(f"begun anew: what was begun in {folder} differs in {', '.join(changed) or 'what was asked'}")
