@@ -16,6 +16,7 @@ from undiffuse.errors import ConfigError
 from undiffuse.likelihood import Constant, OwnNoise, Uniform, Variational, importance, vlb
 from undiffuse.likelihood.dequantise import finite_bins
 from undiffuse.process import schedule as S
+from undiffuse.process.gaussian import Gaussian
 from undiffuse.sample import grid
 
 tensor = partial(torch.tensor, dtype=torch.float64)
@@ -130,6 +131,21 @@ def test_own_noise_in_closed_form():
         bins = np.where(a > 0, norm.sf(a) - norm.sf(b), norm.cdf(b) - norm.cdf(a))
         expected = log_q + density - float(WEIGHTS.numpy() @ np.log(bins))
         assert float(got[i] @ WEIGHTS) == pytest.approx(expected, rel=1e-9)
+
+
+def test_own_noise_with_another_reader():
+    """Any P(v|z) gives a bound: with the best one, P(v|z) ∝ p(v) q(z|v), that of whole levels is exact at each draw."""
+    pixels, at, mass = Pixels(2), S.LinearLogSNR(high=0.5)(0.0), tensor([0.3, 0.7])  # noise wider than the bins
+    x = pixels.encode(torch.tensor([[0], [1]]), torch.float64)
+    data = MixtureData(mass, x, torch.zeros_like(x))
+    log_p = lambda z: data.log_density(at.alpha * z, at) + torch.log(at.alpha)  # noqa: E731
+
+    def decode(z):  # the Gaussian of std 1 whose bin below 0 has this probability
+        odds = torch.log(mass) - (z - x.T) ** 2 / (2 * (at.sigma / at.alpha) ** 2)
+        return Gaussian(-torch.special.ndtri(torch.softmax(odds, 1)[:, :1]), torch.zeros_like(z))
+
+    got = draws(OwnNoise(pixels.edges, at, decode), x, log_p, torch.linspace(-2, 2, 9, dtype=torch.float64))
+    torch.testing.assert_close(got, -torch.log(mass)[:, None].expand(-1, 9), rtol=1e-9, atol=1e-9)
 
 
 def test_own_noise_is_for_models_that_know_the_levels():

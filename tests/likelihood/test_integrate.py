@@ -104,6 +104,23 @@ def test_steps_grow_at_most_fivefold_and_arrive_at_the_end():
     assert int(calls) == 1 + 6 * 4
 
 
+def test_the_next_step_is_as_long_as_the_fifth_root_of_the_error_allows():
+    """On dy/du = 1e5 u⁴ the two orders differ by what the tableau says."""
+    seen, (stages, _, weights) = [], METHODS["adaptive"]
+
+    def rate(items, u, y):
+        seen.append(float(u))
+        return 1e5 * u[:, None] ** 4 * torch.ones_like(y)
+
+    Integrator(rtol=0.0, atol=1e-4)(rate, start(1), 0.1, 1.0)
+    length, nodes = 1e-4**0.2, [0.0, *map(math.fsum, stages)]
+    error = length * sum(w * 1e5 * (0.1 + c * length) ** 4 for w, c in zip(weights, nodes, strict=True))
+    again = length * 0.9 * (abs(error) / 1e-4) ** -0.2
+    assert 0.25 < again / length < 0.9  # the step is not kept
+    assert seen[6] == pytest.approx(0.1 + length)
+    assert seen[12] == pytest.approx(0.1 + again)
+
+
 def test_a_step_that_fails_is_a_fifth_as_long():
     seen = []
 
