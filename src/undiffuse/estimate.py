@@ -36,7 +36,7 @@ POINTS = 32
 """Points of log-SNR an item of the continuous bound, unless told otherwise."""
 EXACT_TRACE = 16
 """Numbers of an item up to which the divergence of its flow is computed, and not estimated."""
-CLOSE, COARSE = Integrator(rtol=1e-5, atol=1e-5), Integrator(rtol=1e-3, atol=1e-3)
+CLOSE, COARSE = Integrator(rtol=1e-5, atol=1e-5), Integrator(rtol=1e-4, atol=1e-4)
 """How the flow is integrated where its divergence is computed, and where it is estimated with more noise than this."""
 
 

@@ -348,3 +348,9 @@ def test_result():
     assert run(X[:1]).stderr.isnan()
     assert run(X[:2]).stderr.isfinite()
     torch.testing.assert_close(whole.bits_per_dim(6), whole.total / 6 / math.log(2))
+
+
+def test_calls_of_several_batches_are_their_mean_rounded_up():
+    some, none = torch.zeros(3, dtype=torch.float64), torch.zeros(1, 0, dtype=torch.float64)
+    parts = [nll(part, part, part, calls, none.expand(len(part), 0)) for part, calls in ((some, 10), (some[:1], 15))]
+    assert concatenate(parts).calls == 12  # (3·10 + 15)/4

@@ -48,6 +48,7 @@ def nll(prior: Tensor, steps: Tensor, decoder: Tensor, calls: int, per_step: Ten
 
 
 def concatenate(parts: Sequence[NLL]) -> NLL:
-    """The items of several batches as one result."""
+    """The items of several batches as one result; ``calls`` is their mean, rounded up."""
     prior, steps, decoder = (torch.cat([getattr(p, f) for p in parts]) for f in ("prior", "steps", "decoder"))
-    return nll(prior, steps, decoder, parts[0].calls, torch.cat([p.per_step for p in parts]))
+    calls = math.ceil(sum(p.calls * len(p.prior) for p in parts) / len(prior))
+    return nll(prior, steps, decoder, calls, torch.cat([p.per_step for p in parts]))
