@@ -88,6 +88,9 @@ def remarks(model: Diffusion, names: Iterable[str], iw: int) -> list[str]:
         else:
             what = f"no bound, but likelihood itself up to noise: {trace}"
         lines.append(f"probability flow: {what}")
+        lines.append(
+            "its prior stands for its own law at the noisy end: on average that costs at most the bounds' prior"
+        )
     return lines
 
 

@@ -28,7 +28,8 @@ def tighten(draws: Sequence[NLL]) -> NLL:
     """−log((1/K) Σ_k exp(−total_k)) of K independent single-draw bounds on the same items [Burda16 eq. 8].
 
     They are draws of `ode_nll` with a dequantiser, or of `chain_nll`; those of `vlb` will not do, whose steps are
-    expectations. ``prior``, ``steps`` and ``per_step`` are means over the draws; what the draws gain together is in
+    expectations; nor those of `ode_nll` whose divergence is estimated, whose noise would make the result too low.
+    ``prior``, ``steps`` and ``per_step`` are means over the draws; what the draws gain together is in
     ``decoder``; ``calls`` are added up.
     """
     prior, steps, per_step = (
