@@ -17,7 +17,7 @@ def divergence(value: Tensor, at: Tensor, probes: Tensor | None = None) -> Tenso
     ``value`` (b, n) is in the graph of ``at`` (b, n), and its rows depend on their own rows alone. Each number, or
     each probe, is a backward pass.
     """
-    total = torch.zeros_like(at[:, 0])
+    total = at.new_zeros(len(at))
     if probes is None:
         for i in range(at.shape[1]):
             total = total + _pull(value[:, i].sum(), at)[:, i]
