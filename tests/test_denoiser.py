@@ -72,9 +72,10 @@ def test_pair_targets_aim_at_the_step_before_in_their_table(name, T):
     denoise = NetworkDenoiser(Says(lambda x, time: x), schedule, targets.build(name), PLAIN)
     k = torch.arange(1, T + 1, dtype=f64)
     aim = denoise.aim(schedule(k / T))
-    assert torch.equal(aim.t, (k - 1) / T)
-    between = denoise.aim(schedule((k - 0.5) / T))  # between two levels: the one below
-    assert torch.equal(between.t, (k - 1) / T)
+    torch.testing.assert_close(aim.t, (k - 1) / T, rtol=0, atol=1e-15)
+    assert torch.equal(aim.alpha, schedule((k - 1) / T).alpha)
+    between = denoise.aim(schedule((k - 0.25) / T))  # between two levels: one step below, as in training
+    torch.testing.assert_close(between.t, ((k - 1.25) / T).clamp(min=0), rtol=0, atol=1e-15)
     assert denoise.aim(schedule(torch.tensor(0.0))).t == 0
 
     t, s = schedule(k / T), schedule((k - 1) / T)

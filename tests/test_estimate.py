@@ -123,3 +123,5 @@ def test_what_there_is_not_is_refused():
         model.nll(torch.zeros(1, 2), estimate="exact")
     with pytest.raises(ConfigError, match="images of 256 levels only"):
         model.nll(torch.zeros(1, 2), estimate="openai")
+    with pytest.raises(ConfigError, match=r"draws = 0: nothing would be measured"):
+        model.nll(torch.zeros(1, 2), draws=0)

@@ -47,7 +47,7 @@ SCALES: dict[str, Callable[[NoiseLevel, float], Tensor]] = {
 TIMES: dict[str, Callable[[NoiseLevel, int], Tensor]] = {
     "t": lambda level, steps: level.t,
     "thousand": lambda level, steps: 1000 * level.t,
-    "step": lambda level, steps: (steps * level.t).round() - 1,  # Ho20, whose code counts t from 0
+    "step": lambda level, steps: steps * level.t - 1,  # Ho20, whose code counts t from 0
     "log_snr": lambda level, steps: level.log_snr.clamp(-30, 30),  # VDM21
     "log_sigma": lambda level, steps: (-0.125 * level.log_snr).clamp(-8, 8),  # Karras22 c_noise = ln(sigma)/4
 }
@@ -114,13 +114,12 @@ class NetworkDenoiser:
             )
 
     def aim(self, level: NoiseLevel) -> NoiseLevel | None:
-        """The level s that a pair target was trained with: the next cleaner one of the table, else None."""
+        """The level s that a pair target was trained with: one step of the table below, else None."""
         if not self.target.pair:
             return None
         steps = self.schedule.steps
         assert steps is not None
-        k = (level.t * steps - 1e-6).ceil()  # (k/T) T may round to more than k
-        return self.schedule((k - 1).clamp(min=0) / steps)
+        return self.schedule((level.t - 1 / steps).clamp(min=0))
 
     def outputs(self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None) -> tuple[Tensor, Tensor | None]:
         """(y, nu) as the network says them, in float32 at least."""

@@ -276,6 +276,10 @@ class Diffusion(nn.Module):
         probability flow; ``"openai"`` the chain's bound as the common script has it. Item i's noise is a function
         of (seed, first + i). Discrete data get the probability of their bin, continuous data a density.
         """
+        if draws is not None and draws < 1:
+            raise ConfigError(
+                "DRAWS", f"draws = {draws}", "nothing would be measured", "Give at least 1, or None for all"
+            )
         self.eval()
         measure, parts = estimates.get(estimate), []
         for start in range(0, len(values), batch):

@@ -60,13 +60,15 @@ def ode(model: Diffusion, x: Tensor, items: range, seed: int, draws: int | None)
     """The likelihood of the probability flow; ``draws`` of noise and probes together tighten that of discrete data.
 
     Levels are read from the process' own noise: at the clean end, or where it fills their bins if the schedule goes
-    beyond; of a chain that ends in data by its own last step.
+    beyond; where a chain's last step to data is noisier than that, by that step.
     """
     (top, clean), dequantise = finite_ends(model.schedule), None
     if isinstance(model.codec, Pixels):
+        decode = None
         if clean.log_snr > (filled := clean_end(model.codec.levels)):
             clean = model.schedule(model.schedule.inverse(filled))
-        decode = partial(_last_step, model, clean) if model.schedule.steps else None
+        elif model.schedule.steps:
+            decode = partial(_last_step, model, clean)
         dequantise = OwnNoise(model.codec.edges, clean, decode)
     trace, integrator = ("exact", CLOSE) if model.dims <= EXACT_TRACE else ("hutchinson", COARSE)
     flow = partial(ode_nll, model.denoiser(), x, top, clean, _noise(model, items, seed), trace=trace)

@@ -62,11 +62,14 @@ def demo(folder: Path, minutes: float, console: Console) -> None:
         {"model": "undiffuse: steps", "bits/dim": with_error(result.steps.numpy() / model.dims / LOG2)},
         {"model": "undiffuse: decoder", "bits/dim": with_error(result.decoder.numpy() / model.dims / LOG2)},
         {"model": "undiffuse: in all, at most", "bits/dim": with_error(ours)},
-        *(against(ours, name, base) for name, base in (
-            (f"Gaussian mixture, {single.chosen['components']} components", single),
-            ("Gaussian mixture, mean of the best eight", eight),
-            ("independent pixels", independent),
-        )),
+        *(
+            against(ours, name, base)
+            for name, base in (
+                (f"Gaussian mixture, {single.chosen['components']} components", single),
+                ("Gaussian mixture, mean of the best eight", eight),
+                ("independent pixels", independent),
+            )
+        ),
     ]
     table.render(rows, f"{len(held_out)} held-out digits, all {model.steps} steps of the chain")
     console.print("ahead: how much lower our bound is, item by item; baselines are exact, tuned on validation data")

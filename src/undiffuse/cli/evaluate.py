@@ -209,7 +209,7 @@ def measure(
 ) -> Measured:
     """The results of ``plan``, each batch read if it is kept in ``folder`` and measured and kept there if not.
 
-    An estimate that the model has not (an endless schedule has no flow, say) is an error if ``strict``, else a line.
+    An estimate that the model has not (a flow that breaks down, say) is an error if ``strict``, else a line.
     """
     found: Measured = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
@@ -263,8 +263,7 @@ def _measure_one(
             n = min(n, max(stop, LEAST, int(stop * job["expected"] / seconds)))
         start = stop
         progress(seconds, seconds / stop * (n - stop))
-    calls = math.ceil(sum(p.calls * len(p.total) for p in parts) / n)
-    return concatenate(parts)._replace(calls=calls), seconds
+    return concatenate(parts), seconds
 
 
 def _checked(

@@ -88,9 +88,7 @@ def remarks(model: Diffusion, names: Iterable[str], iw: int) -> list[str]:
         else:
             what = f"no bound, but likelihood itself up to noise: {trace}"
         lines.append(f"probability flow: {what}")
-        lines.append(
-            "its prior stands for its own law at the noisy end: on average that costs at most the bounds' prior"
-        )
+        lines.append("were the denoiser exact, its prior would cost it on average at most the bounds' prior term")
     return lines
 
 

@@ -17,7 +17,7 @@ from undiffuse.process.times import Times
 from undiffuse.randomness import Noise
 
 FAINT = -20.0
-"""log-SNR at which an endless schedule is cut: an item of |x| = 1 costs the prior 1e-9 nats a dimension there."""
+"""log-SNR at which an endless schedule is cut: there an item of |x| = 1 costs the prior 1.03e-9 nats a dimension."""
 
 
 def vlb_continuous(
@@ -58,8 +58,12 @@ def vlb_continuous(
     return nll(flat_sum(prior_kl(data, top, prior)), per_step.sum(1), decoder, points, per_step)
 
 
+@torch.no_grad()
 def finite_ends(schedule: Schedule) -> tuple[NoiseLevel, NoiseLevel]:
-    """(top, clean): the levels at t = 1, or where log_snr is `FAINT` if it is −∞ there, and at t_min."""
+    """(top, clean): the levels at t = 1, or where log_snr is `FAINT` if it is −∞ there, and at t_min.
+
+    A table that ends without signal is cut one step before, at t = 1 − 1/T.
+    """
     top = schedule(1.0)
     if not bool(torch.isfinite(top.log_snr)):
         top = schedule(schedule.inverse(FAINT))
