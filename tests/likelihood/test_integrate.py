@@ -189,3 +189,7 @@ def test_the_clock():
     torch.testing.assert_close(log_snr_at(clock(log_snr)), log_snr, rtol=1e-13, atol=1e-13)
     assert float(clock(-math.inf)) == 0
     assert log_snr_at(torch.tensor([0.0, 1e-17], dtype=torch.float64)).tolist() == [-math.inf] * 2
+
+
+def test_it_gives_up_after_ten_thousand_calls():
+    assert Integrator().max_calls == 10_000
