@@ -317,3 +317,14 @@ def test_what_cannot_be_dequantised(make):
     assert error.value.code == "DEQUANTISE"
     with pytest.raises(ConfigError, match="draws random numbers"):
         make(Pixels(5).edges)(x, None)
+
+
+def test_one_draw_is_taken_and_no_more():
+    asked = []
+
+    def noise(draws):
+        asked.append(draws)
+        return torch.zeros(draws, 2, 3)
+
+    Uniform(Pixels(4).edges)(Pixels(4).encode(torch.ones(2, 3, dtype=torch.long)), noise)
+    assert asked == [1]
