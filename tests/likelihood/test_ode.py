@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from undiffuse.conditioning import Condition
 from undiffuse.denoiser import NetworkDenoiser, Preconditioning, Prediction
 from undiffuse.errors import ConfigError, NonFiniteError
-from undiffuse.likelihood import Integrator, OwnNoise, carry, ends, ode_nll, prior_kl
+from undiffuse.likelihood import Integrator, OwnNoise, carry, ode_nll, prior_kl
 from undiffuse.likelihood.divergence import divergence
 from undiffuse.likelihood.integrate import clock, log_snr_at
 from undiffuse.likelihood.ode import prior_log_prob
@@ -24,6 +24,12 @@ from undiffuse.process import schedule as S
 from undiffuse.process import target as targets
 from undiffuse.process.gaussian import Gaussian
 from undiffuse.randomness import ItemNoise
+
+
+def ends(schedule):
+    """(top, clean), endless or not."""
+    return schedule(1.0), schedule(schedule.t_min)
+
 
 tensor = partial(torch.tensor, dtype=torch.float64)
 TIGHT = Integrator(rtol=5e-7, atol=5e-7)

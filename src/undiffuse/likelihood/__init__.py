@@ -7,7 +7,7 @@ from undiffuse.likelihood.discrete import prior_kl, step_nll, stratify, vlb
 from undiffuse.likelihood.importance import chain_nll, importance, importance_weighted, tighten
 from undiffuse.likelihood.integrate import Integrator
 from undiffuse.likelihood.nll import NLL, concatenate, nll
-from undiffuse.likelihood.ode import carry, ends, ode_nll
+from undiffuse.likelihood.ode import carry, ode_nll
 
 __all__ = [
     "NLL",
@@ -20,7 +20,6 @@ __all__ = [
     "carry",
     "chain_nll",
     "concatenate",
-    "ends",
     "finite_ends",
     "importance",
     "importance_weighted",

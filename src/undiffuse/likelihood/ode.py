@@ -39,11 +39,6 @@ class Carried(NamedTuple):
     calls: Tensor
 
 
-def ends(schedule: Schedule) -> tuple[NoiseLevel, NoiseLevel]:
-    """(top, clean), the levels at t = 1 and at the cleanest time that a network knows, t_min."""
-    return schedule(1.0), schedule(schedule.t_min)
-
-
 @torch.no_grad()
 def ode_nll(
     denoise: Denoiser,
@@ -61,7 +56,7 @@ def ode_nll(
 ) -> NLL:
     """−log p(x) = −log p(x_1) − log|det dx_1/dx_0| − log|det dx_0/dx|, x_0 = alpha_0 x [Song21 eq. 39].
 
-    x_0 is at the level ``clean`` and x_1 at ``top``, both of the denoiser's schedule (see `ends`); p(x) is thus the
+    x_0 is at the level ``clean`` and x_1 at ``top``, both of the denoiser's schedule (see `finite_ends`); p(x) is the
     density of x_0/alpha_0, as what a sampler draws. ``x`` (B, ...) is in the codec's units. Discrete data need
     ``dequantise``, which adds log q and makes the result a bound. ``prior`` is N(0, I), or N(0, sigma_1²) where the
     schedule does not preserve variance, unless given.
@@ -158,7 +153,7 @@ def _check_ends(schedule: Schedule, s: NoiseLevel, t: NoiseLevel) -> None:
     where = f"from t = {float(s.t):g} to {float(t.t):g}"
     if float(s.t) < schedule.t_min * (1 - 1e-9) or not math.isfinite(float(s.log_snr)):
         cause = "at the clean end the model knows no density: there is no noise, or less than it was trained with"
-        raise ConfigError("ODE_END", where, cause, f"Begin at t = {schedule.t_min:g}, see ends(schedule)")
+        raise ConfigError("ODE_END", where, cause, f"Begin at t = {schedule.t_min:g}, see finite_ends(schedule)")
     if not float(t.log_snr) < float(s.log_snr):
         raise ConfigError("ODE_END", where, "the flow goes from the cleaner level to the noisier", "Exchange them")
     if schedule.steps and float(t.alpha) == 0:
