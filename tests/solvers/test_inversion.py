@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from oracles import GaussianData, MixtureData, Spy
-from test_affine import CHAINS, COVS, MEAN, D, predictor, probe
+from solver_table import PROCESSES
+from test_affine import CHAINS, COVS, MEAN, D, probe
 
 from undiffuse import solvers
 from undiffuse.errors import ConfigError
@@ -100,6 +101,14 @@ def test_an_error_in_the_step_before_is_one_in_the_noise_of_the_step(t, s):
 
 # --- chains --------------------------------------------------------------------------------------------------------
 
+WITH_SIGNAL = [name for name in CHAINS if name not in ("zero terminal", "flow")]
+
+
+def predictor(cov, alpha, sigma):
+    """(W, w) of x̂ = W x_t + w."""
+    W = alpha * cov @ np.linalg.inv(alpha**2 * cov + sigma**2 * np.eye(D))
+    return W, MEAN - W @ (alpha * MEAN)
+
 
 def by_hand(form, alphas, sigmas):
     """(matrix, offset) of the chain in the letters of a table, α = (alpha_t/alpha_s)²."""
@@ -117,9 +126,10 @@ def by_hand(form, alphas, sigmas):
 
 
 @pytest.mark.parametrize("form", ["scaled", "printed"])
-@pytest.mark.parametrize("chain", [name for name in CHAINS if name not in ("zero terminal", "flow")])
+@pytest.mark.parametrize("chain", WITH_SIGNAL)
 def test_affine_map(form, chain):
-    _, schedule, times = CHAINS[chain]
+    formula, times = CHAINS[chain]
+    schedule = PROCESSES[formula].schedule
     levels, solver = grid(schedule, times=times), Inversion(form)
     spy = Spy(FULL.denoiser(schedule))
     result = probe(solver, spy, levels)
@@ -145,10 +155,11 @@ class Right:
         return invert(x_t, step_noise(denoise(x_t, t, to=s).eps, t, s, -noise[0]), t, s), state
 
 
-@pytest.mark.parametrize("chain", [name for name in CHAINS if name not in ("zero terminal", "flow")])
+@pytest.mark.parametrize("chain", WITH_SIGNAL)
 def test_with_its_noise_it_is_ancestral_sampling_with_the_small_variance(chain):
     """(and with −z for z). Without it, the mean of that chain's every step."""
-    _, schedule, times = CHAINS[chain]
+    formula, times = CHAINS[chain]
+    schedule = PROCESSES[formula].schedule
     denoise, levels = FULL.denoiser(schedule), grid(schedule, times=times)
     still = Ancestral(variance=lambda t, s: torch.full((), -math.inf, dtype=f64))
     close = {"rtol": 1e-7, "atol": 1e-8 * float(levels[0].sigma)}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from undiffuse.denoiser import Denoiser
 from undiffuse.process.level import NoiseLevel
 
-State = tuple[Tensor, ...]
+State = tuple[Any, ...]
+"""What a solver remembers: tensors of x's shape and `NoiseLevel`s, never anything that changes."""
 
 
 class Solver(Protocol):
@@ -24,7 +25,7 @@ class Solver(Protocol):
     def draws(self) -> int: ...
 
     def init(self, x: Tensor, levels: list[NoiseLevel]) -> State:
-        """What the solver remembers between steps, tensors of fixed shape."""
+        """What the solver remembers before its first step. Raises `ConfigError` for levels that it cannot walk."""
         ...
 
     def step(

@@ -1,0 +1,85 @@
+"""Every solver converges as fast as it declares, start-up included, on three schedules whose ends are finite.
+
+Strong order: the error of the probability flow of a mixture of two Gaussians, whose flow keeps quantiles. Weak order:
+the error of a Gaussian's mean and variance, which the probed affine map gives without randomness. Slopes are taken
+from the finest three doublings of the steps whose error is above `LEAST`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from oracles import GaussianData, MixtureData
+from solver_table import PROCESSES, ROWS
+from test_affine import probe
+
+from undiffuse.sample import grid, trajectory
+
+LEAST = 1e-11
+ENDS = {"log-SNR": (0.9, 0.3), "flow": (0.95, 0.05), "exploding": (0.8, 0.35)}
+STEPS = [8, 16, 32, 64, 128, 256, 512]
+MIXTURE = MixtureData(torch.tensor([0.4, 0.6]), torch.tensor([[-1.0], [0.8]]), torch.tensor([[0.3], [0.2]]))
+GAUSSIAN = GaussianData(torch.tensor([0.7]), torch.tensor([0.3]))
+NU = 0.3
+
+
+class Fit(NamedTuple):
+    order: float
+    r2: float
+    errors: list[float]
+
+
+def fit(errors: list[float]) -> Fit:
+    """The slope and R² of log error against log steps."""
+    usable = np.array(errors) > LEAST
+    logs = np.log2(np.array(STEPS)[usable][-4:]), np.log2(np.array(errors)[usable][-4:])
+    return Fit(-np.polyfit(*logs, 1)[0], np.corrcoef(*logs)[0, 1] ** 2, errors)
+
+
+def levels_of(ends: str, steps: int) -> list:
+    first, last = ENDS[ends]
+    return grid(PROCESSES[ends].schedule, times=np.linspace(first, last, steps + 1).tolist())
+
+
+def none(draws: int) -> torch.Tensor:
+    return torch.empty(draws, 4, 1, dtype=torch.float64)
+
+
+def strong(solver, ends: str) -> Fit:
+    errors = []
+    for steps in STEPS:
+        levels = levels_of(ends, steps)
+        x = torch.tensor([[-1.3], [-0.2], [0.1], [0.9]], dtype=torch.float64)
+        x = x * torch.sqrt(levels[0].alpha ** 2 + levels[0].sigma ** 2)
+        exact = MIXTURE.flow(x, levels[0], levels[-1])
+        *_, done = trajectory(MIXTURE.denoiser(PROCESSES[ends].schedule), solver, levels, x, none)
+        errors.append(float((done.x - exact).norm()))
+    return fit(errors)
+
+
+def weak(solver, ends: str) -> Fit:
+    errors = []
+    for steps in STEPS[:-1]:
+        levels = levels_of(ends, steps)
+        start, end = levels[0], levels[-1]
+        map_ = probe(solver, GAUSSIAN.denoiser(PROCESSES[ends].schedule, NU), levels, dims=1)
+        gain = float(map_.matrix[0, 0])
+        mean = gain * float(start.alpha * GAUSSIAN.m) + float(map_.offset[0])
+        var = gain**2 * float(GAUSSIAN.marginal_var(start)) + float((map_.noise**2).sum())
+        errors.append(abs(mean - float(end.alpha * GAUSSIAN.m)) + abs(var - float(GAUSSIAN.marginal_var(end))))
+    return fit([*errors, 0.0])
+
+
+def measure(name: str, ends: str) -> Fit:
+    row = ROWS[name]
+    return (weak if row.draws else strong)(row.solver, ends)
+
+
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.order is not None])
+def test_order(name, ends):
+    row, measured = ROWS[name], measure(name, ends)
+    assert row.solver.order == row.order
+    assert abs(measured.order - row.order) < 0.15, measured
+    assert measured.r2 >= 0.995, measured
