@@ -44,7 +44,9 @@ class Mixture:
             self.values, self.vectors = torch.linalg.eigh(covs)
             self.values = self.values.clamp(min=0)
 
-    def _at(self, x_t: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _at(
+        self, x_t: Tensor, level: NoiseLevel, label: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """alpha, sigma (B or 1, 1, 1); residuals in each component's eigenbasis (B, K, D), their variances, log w_k."""
         alpha, sigma = (v.detach().double().cpu().reshape(-1, 1, 1) for v in (level.alpha, level.sigma))
         x = x_t.double().flatten(1)[:, None]
@@ -53,21 +55,21 @@ class Mixture:
         log_w = torch.log(self.weights) + gaussian_log_prob(residual, 0.0, variance).sum(-1)
         return alpha, sigma, residual, variance, log_w
 
-    def log_density(self, x_t: Tensor, level: NoiseLevel) -> Tensor:
-        """log q(x_t), (B,) nats."""
-        return torch.logsumexp(self._at(x_t, level)[-1], dim=1)
+    def log_density(self, x_t: Tensor, level: NoiseLevel, label: Tensor | None = None) -> Tensor:
+        """log q(x_t), (B,) nats; of a `LabelledMixture` given the labels (B,)."""
+        return torch.logsumexp(self._at(x_t, level, label)[-1], dim=1)
 
     def _mean(self, share: Tensor, log_w: Tensor) -> Tensor:
         return torch.einsum("bk,bke,kde->bd", torch.softmax(log_w, 1), share, self.vectors)
 
-    def score(self, x_t: Tensor, level: NoiseLevel) -> Tensor:
-        """∇ log q(x_t), of x_t's shape."""
-        _, _, residual, variance, log_w = self._at(x_t, level)
+    def score(self, x_t: Tensor, level: NoiseLevel, label: Tensor | None = None) -> Tensor:
+        """∇ log q(x_t), of x_t's shape; of a `LabelledMixture` given the labels (B,)."""
+        _, _, residual, variance, log_w = self._at(x_t, level, label)
         return self._mean(-residual / variance, log_w).reshape(x_t.shape)
 
-    def predict(self, x_t: Tensor, level: NoiseLevel) -> Prediction:
-        """E[x|x_t] and E[eps|x_t], float64."""
-        alpha, sigma, residual, variance, log_w = self._at(x_t, level)
+    def predict(self, x_t: Tensor, level: NoiseLevel, label: Tensor | None = None) -> Prediction:
+        """E[x|x_t] and E[eps|x_t], float64; of a `LabelledMixture` given the labels (B,)."""
+        alpha, sigma, residual, variance, log_w = self._at(x_t, level, label)
         x = torch.softmax(log_w, 1) @ self.means + self._mean(alpha * self.values / variance * residual, log_w)
         eps = self._mean(sigma / variance * residual, log_w)
         return Prediction(x.reshape(x_t.shape), eps.reshape(x_t.shape))
@@ -118,6 +120,49 @@ class Mixture:
 
 class MixtureData(Mixture):
     """A mixture of Gaussians, diagonal or full."""
+
+
+class LabelledMixture(Mixture):
+    """A mixture whose component k has the label ``labels[k]``, whole numbers from 0; −1 or None is any label.
+
+    Its denoiser is the exact one given ``cond.label``. log q(x_t|label) + log P(label) = log q(x_t) +
+    log p(label|x_t), so the classifier's gradient is score(x_t, level, label) − score(x_t, level).
+    """
+
+    def __init__(self, weights: Tensor, means: Tensor, covs: Tensor, labels: Tensor) -> None:
+        super().__init__(weights, means, covs)
+        self.labels = torch.as_tensor(labels)
+        self.shares = torch.stack([self.weights[self.labels == c].sum() for c in range(int(self.labels.max()) + 1)])
+
+    def _at(
+        self, x_t: Tensor, level: NoiseLevel, label: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        *others, log_w = super()._at(x_t, level)
+        if label is not None:
+            told = label.cpu()[:, None]
+            share = torch.where(told < 0, 1.0, self.shares[told.clamp(min=0)])
+            log_w = torch.where((told < 0) | (told == self.labels), log_w - share.log(), -math.inf)
+        return *others, log_w  # pyright: ignore[reportReturnType]
+
+    def log_posterior(self, x_t: Tensor, level: NoiseLevel) -> Tensor:
+        """log p(label|x_t) of every label, (B, labels) nats, with its gradient to x_t."""
+        log_w = self._at(x_t, level)[-1]
+        each = [torch.logsumexp(log_w[:, self.labels == c], 1) for c in range(len(self.shares))]
+        return torch.log_softmax(torch.stack(each, 1), 1)
+
+    def group(self, label: int) -> MixtureData:
+        """The data that have ``label``, by themselves."""
+        mine = self.labels == label
+        covs = torch.einsum("kde,ke,kfe->kdf", self.vectors[mine], self.values[mine], self.vectors[mine])
+        return MixtureData(self.weights[mine], self.means[mine].reshape(-1, *self.shape), covs)
+
+    def sample_labelled(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(n, *shape) draws of the data and their labels (n,)."""
+        label = torch.multinomial(self.shares, n, replacement=True, generator=generator)
+        x = torch.empty(n, *self.shape, dtype=torch.float64)
+        for c in range(len(self.shares)):
+            x[label == c] = self.group(c).sample(int((label == c).sum()), generator)
+        return x, label
 
 
 class EmpiricalData(Mixture):
@@ -173,7 +218,8 @@ class ExactDenoiser:
     def __call__(
         self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, to: NoiseLevel | None = None
     ) -> Prediction:
-        x, eps, _ = (None if v is None else v.to(x_t.dtype) for v in self.data.predict(x_t, level))
+        label = None if cond is None else cond.label
+        x, eps, _ = (None if v is None else v.to(x_t.dtype) for v in self.data.predict(x_t, level, label))
         nu = None if self.nu is None else torch.as_tensor(self.nu, dtype=x_t.dtype).expand(x_t.shape)
         return Prediction(x, eps, nu)
 
