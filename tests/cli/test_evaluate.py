@@ -267,11 +267,11 @@ ALL = ["discrete", "continuous", "ode"]
 def test_what_is_affordable(monkeypatch):
     # 51 seconds of a minute: 5, 4 and 4 thirteenths
     sizes, plan = planned(monkeypatch, 1300.1, ALL)
-    assert sizes == {"discrete": (1275, 20, False), "continuous": (1275, 16, False), "ode": (10_000, 1, True)}
+    assert sizes == {"discrete": (1275, 20, True), "continuous": (1275, 16, True), "ode": (10_000, 1, True)}
     assert sum(job["expected"] for job in plan.values()) == pytest.approx(51, rel=0.01)
     assert planned(monkeypatch, 1.0, ALL)[0] == {
-        "discrete": (64, 16, False),
-        "continuous": (64, 16, False),
+        "discrete": (64, 16, True),
+        "continuous": (64, 16, True),
         "ode": (10_000, 1, True),
     }
     # where sixteen items of the flow take longer than its share, the bounds have less, but never less than half
@@ -282,8 +282,8 @@ def test_what_is_affordable(monkeypatch):
     whole = {"discrete": (10_000, None, False), "continuous": (10_000, 1000, False), "ode": (10_000, 1, False)}
     assert planned(monkeypatch, 1.0, ALL, exact=True)[0] == whole
     assert planned(monkeypatch, 1.0, ALL, draws=3)[0]["continuous"] == (10_000, 3, False)
-    assert planned(monkeypatch, 1e9, ALL)[0]["discrete"] == (10_000, None, False)
-    assert planned(monkeypatch, 1e9, ALL)[0]["continuous"] == (10_000, 256, False)
+    assert planned(monkeypatch, 1e9, ALL)[0]["discrete"] == (10_000, None, True)
+    assert planned(monkeypatch, 1e9, ALL)[0]["continuous"] == (10_000, 256, True)
     sizes, plan = planned(monkeypatch, 1300.1, ALL, values=IMAGES[:100], items=100, iw=3)
     assert sizes == {"discrete": (100, 255, False), "continuous": (100, 204, False), "ode": (100, 3, False)}
     assert plan["ode"]["expected"] == pytest.approx(100 * 3 * evaluation.GUESS / 1300.1)
@@ -292,29 +292,34 @@ def test_what_is_affordable(monkeypatch):
 def test_a_whole_chain_for_the_common_script_on_fewer_items(monkeypatch):
     names = ["discrete", "openai", "continuous"]
     sizes, _ = planned(monkeypatch, 14001.0, names)  # 5, 5 and 4 fourteenths of 51 seconds
-    assert sizes == {"discrete": (255, None, False), "openai": (255, None, False), "continuous": (10_000, 20, False)}
+    assert sizes == {"discrete": (255, None, False), "openai": (255, None, False), "continuous": (10_000, 20, True)}
     assert planned(monkeypatch, 1.0, names)[0]["openai"] == (16, None, False)
 
 
-def test_the_first_batch_says_how_many_items_of_the_flow_fit(evaluate, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["continuous", "ode"])
+def test_the_batches_say_how_many_items_fit(evaluate, tmp_path, monkeypatch, name):
     monkeypatch.setattr(evaluation, "batch_size", lambda *_: 2)
     monkeypatch.setattr(evaluation, "LEAST", 3)
     monkeypatch.setattr(evaluation, "speed", lambda *_: 1e6)
-    clock = [0.0]
+    clock, later = [0.0], [1]
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: clock[0])
 
     def nll(_, values, *a, **more):  # a second a batch, of 7 calls an item or 2
-        clock[0] += 1
+        clock[0] += later[0] if more["first"] else 1
         zero = torch.zeros(len(values), dtype=torch.float64)
         return result_of(zero, zero + 0, zero + 0, 7 if more["first"] else 2, zero.new_zeros(len(values), 5))
 
     monkeypatch.setattr(Diffusion, "nll", nll)
     for budget, items in ((4.1, 8), (0.1, 3), (100, 24)):
-        code, _, err = evaluate("--estimate", "ode", "--part", "all", "--minutes", budget / 51)
+        code, _, err = evaluate("--estimate", name, "--part", "all", "--minutes", budget / 51)
         assert (code, err) == (0, "")
-        found = report(tmp_path)["estimates"]["ode"]
+        found = report(tmp_path)["estimates"][name]
         assert (found["items"], found["seconds"]) == (items, math.ceil(items / 2))
         assert found["calls"] == math.ceil((2 * 2 + (items - 2) * 7) / items)
+    later[0] = 2  # slower than the first batch was
+    evaluate("--estimate", name, "--part", "all", "--minutes", 4.1 / 51)
+    assert report(tmp_path)["estimates"][name]["items"] == 5
+    later[0] = 1
     evaluate("--draws", 2, "--part", "all", "--minutes", 4.1 * 13 / 4 / 51)
     found = report(tmp_path)["estimates"]
     assert [found[n]["items"] for n in ("discrete", "continuous", "ode")] == [24, 24, 8]

@@ -144,7 +144,7 @@ def affordable(
     """What to measure of each estimate: ``items``, ``draws`` (None: every step), ``batch``, and ``expected`` seconds.
 
     What was not asked for is chosen so that all fits into ``minutes`` on this machine, by a short measurement. Where
-    ``fit`` is true the items are only an upper limit: the first batch shows how many fit into the seconds expected.
+    ``fit`` is true the items are only an upper limit: the batches show how many fit into the seconds expected.
     """
     rate = speed(model, values[:64])
     total = MEASURING * 60 * minutes
@@ -174,7 +174,7 @@ def affordable(
             each = None if name == "discrete" else model.steps
         else:
             most = model.steps if name == "discrete" else MOST_POINTS
-            each = draws or max(LEAST, min(most, calls[name] // n))
+            each, fit = draws or max(LEAST, min(most, calls[name] // n)), not whole and draws is None
         if name == "discrete" and each is not None and each >= model.steps:
             each = None
         cost = n * (GUESS * iw if name == "ode" else each or model.steps) / rate
@@ -259,7 +259,7 @@ def _measure_one(
             partial.write(folder, key, batch, *kept)
         parts.append(kept[0])
         seconds += kept[1]
-        if job["fit"] and start == 0:  # a function of what is kept: a resumed evaluation decides the same
+        if job["fit"]:  # a function of what is kept: a resumed evaluation decides the same
             n = min(n, max(stop, LEAST, int(stop * job["expected"] / seconds)))
         start = stop
         progress(seconds, seconds / stop * (n - stop))
