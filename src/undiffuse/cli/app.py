@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from undiffuse import checkpoint, presets
 from undiffuse import config as configuration
 from undiffuse import data as datasets
 from undiffuse.cli.evaluate import evaluate_model
+from undiffuse.cli.options import (
+    Channels,
+    Crop,
+    DataArgument,
+    Device,
+    Folder,
+    Layout,
+    Levels,
+    RunArgument,
+    Size,
+    beside,
+    console,
+    device_of,
+)
+from undiffuse.cli.sample import sample
 from undiffuse.diffusion import describe
 from undiffuse.errors import ConfigError
 from undiffuse.report import pictures, table
-from undiffuse.report.files import write_samples
 from undiffuse.train import Interrupted, Run, fit
 
 app = typer.Typer(
@@ -30,19 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(highlight=False, soft_wrap=True)
-
-DataArgument = Annotated[
-    str, typer.Argument(help="A folder of images, an array file, or a built-in set (digits, ...).", metavar="DATA")
-]
-RunArgument = Annotated[Path, typer.Argument(help="A run folder, or its model.safetensors.", metavar="RUN")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Folder = Annotated[Path | None, typer.Option(help="Where the files of fashion-mnist lie.")]
-Size = Annotated[int | None, typer.Option(help="Resize images to this many pixels a side.")]
-Crop = Annotated[bool, typer.Option("--crop", help="Crop images to a square in their middle first.")]
-Channels = Annotated[int | None, typer.Option(help="Convert images to 1 (grey) or 3 (RGB) channels.")]
-Layout = Annotated[str | None, typer.Option(help="The order of an array's dimensions, such as NHWC.")]
-Levels = Annotated[int | None, typer.Option(help="How many levels the whole numbers of an array have.")]
 
 
 @app.command()
@@ -66,7 +63,7 @@ def train(
     levels: Levels = None,
 ) -> None:
     """Train a model on DATA; goes on where an unfinished run stopped."""
-    device = _device(device)
+    device = device_of(device)
     if minutes is not None and steps is not None:
         raise ConfigError("USAGE", "--minutes, --steps", "both say when to stop", "Give one of them")
     options = {"folder": folder, "size": size, "crop": crop, "channels": channels, "layout": layout, "levels": levels}
@@ -91,34 +88,7 @@ def train(
     console.print(f"next: undiffuse sample {run.folder}   undiffuse evaluate {run.folder} {data}", markup=False)
 
 
-@app.command()
-def sample(
-    run: RunArgument,
-    n: Annotated[int, typer.Option(help="How many samples.", min=1)] = 64,
-    seed: Annotated[int, typer.Option(help="Item i is a function of (seed, i) alone.")] = 0,
-    steps: Annotated[int, typer.Option(help="Steps of the solver.", min=1)] = 100,
-    solver: Annotated[str, typer.Option(help="ddim (deterministic) or ancestral.")] = "ddim",
-    batch: Annotated[int, typer.Option(help="Samples at a time; changes no result.", min=1)] = 64,
-    out: Annotated[Path | None, typer.Option(help="Where to put them; a folder in the run if not given.")] = None,
-    device: Device = "auto",
-) -> None:
-    """Draw samples from a trained model: single files, a grid, an array, and a manifest of seeds."""
-    model = checkpoint.load(run, _device(device))
-    steps = min(steps, model.steps)
-    folder = out or _beside(run) / "samples" / f"{solver}-{steps}-seed-{seed}"
-    began = time.perf_counter()
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("sampling", total=n * steps)
-        values = model.sample(n, seed, solver, steps, batch, lambda done: bar.advance(task, done))
-    seconds = time.perf_counter() - began
-    manifest = {"model": str(run), "seed": seed, "items": list(range(n)), "solver": solver, "steps": steps}
-    grid = write_samples(folder, values.numpy(), model.info.get("levels"), manifest)
-    console.print(
-        f"{n} samples by {solver} in {steps} steps, {seconds:.1f} s ({n / seconds:.1f} a second)", markup=False
-    )
-    if grid is not None:
-        console.print(f"grid: {grid}", markup=False)
-    console.print(f"all of them: {folder}/samples.npz, seeds in {folder}/manifest.json", markup=False)
+app.command()(sample)
 
 
 @app.command()
@@ -156,10 +126,10 @@ def evaluate(
     levels: Levels = None,
 ) -> None:
     """Measure a model on DATA in bits per dimension; goes on where an unfinished evaluation stopped."""
-    model = checkpoint.load(run, _device(device))
+    model = checkpoint.load(run, device_of(device))
     options = {"folder": folder, "size": size, "crop": crop, "channels": channels, "layout": layout, "levels": levels}
     dataset = datasets.load(data, **options)
-    place = out or _beside(run)
+    place = out or beside(run)
     chosen = {"estimates": estimate or (), "items": items, "draws": draws, "exact": exact, "iw": iw, "minutes": minutes}
     try:
         evaluate_model(model, dataset, place, part, **chosen, seed=seed, compat=compat, console=console)
@@ -235,23 +205,9 @@ def _with_end(recipe: configuration.Config, minutes: float | None, steps: int | 
     return recipe if has_end else configuration.replace_train(recipe, minutes=10.0)
 
 
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ConfigError("DEVICE", f"--device {name}", "unknown", "Use auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("DEVICE", "--device cuda", "this machine has no GPU that torch can use", "Use --device cpu")
-    return name
-
-
 def _say_notes(dataset: datasets.Dataset) -> None:
     for note in dataset.notes:
         console.print(f"note: {note}", markup=False)
-
-
-def _beside(run: Path) -> Path:
-    return run if run.is_dir() else run.parent
 
 
 def _settings(settings: dict[str, Any]) -> str:

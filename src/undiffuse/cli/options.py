@@ -1,0 +1,42 @@
+"""What several commands share: their arguments and options, the console, the device and the folder of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from undiffuse.errors import ConfigError
+
+console = Console(highlight=False, soft_wrap=True)
+
+DataArgument = Annotated[
+    str, typer.Argument(help="A folder of images, an array file, or a built-in set (digits, ...).", metavar="DATA")
+]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder, or its model.safetensors.", metavar="RUN")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Folder = Annotated[Path | None, typer.Option(help="Where the files of fashion-mnist lie.")]
+Size = Annotated[int | None, typer.Option(help="Resize images to this many pixels a side.")]
+Crop = Annotated[bool, typer.Option("--crop", help="Crop images to a square in their middle first.")]
+Channels = Annotated[int | None, typer.Option(help="Convert images to 1 (grey) or 3 (RGB) channels.")]
+Layout = Annotated[str | None, typer.Option(help="The order of an array's dimensions, such as NHWC.")]
+Levels = Annotated[int | None, typer.Option(help="How many levels the whole numbers of an array have.")]
+
+
+def device_of(name: str) -> str:
+    """The device called ``name``; ``auto`` is a GPU where there is one. Raises `ConfigError`."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ConfigError("DEVICE", f"--device {name}", "unknown", "Use auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("DEVICE", "--device cuda", "this machine has no GPU that torch can use", "Use --device cpu")
+    return name
+
+
+def beside(run: Path) -> Path:
+    """The folder of a run, or of a model's file."""
+    return run if run.is_dir() else run.parent
