@@ -163,3 +163,20 @@ class Clipped:
         x = prediction.x.clamp(self.low, self.high)
         at = level.like(x_t)
         return Prediction(x, (x_t - at.alpha * x) / at.sigma, prediction.nu)
+
+
+@dataclass(frozen=True)
+class Told:
+    """A denoiser that is told ``told`` at every call, whatever condition comes with the call."""
+
+    denoise: Denoiser
+    told: Condition
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.denoise.schedule
+
+    def __call__(
+        self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, to: NoiseLevel | None = None
+    ) -> Prediction:
+        return self.denoise(x_t, level, self.told, to)

@@ -18,8 +18,9 @@ from undiffuse import networks, solvers
 from undiffuse.codec import Codec
 from undiffuse.conditioning import Condition
 from undiffuse.config import ModelConfig
-from undiffuse.denoiser import Clipped, Denoiser, NetworkDenoiser, Preconditioning
+from undiffuse.denoiser import Clipped, Denoiser, NetworkDenoiser, Preconditioning, Told
 from undiffuse.errors import ConfigError
+from undiffuse.grids import grid
 from undiffuse.lattice import FEATURES, MANY, Lattice
 from undiffuse.likelihood import NLL, concatenate
 from undiffuse.process import schedule as schedules
@@ -29,7 +30,7 @@ from undiffuse.process.gaussian import diffuse
 from undiffuse.process.learned import Learned
 from undiffuse.process.level import NoiseLevel
 from undiffuse.randomness import ItemNoise
-from undiffuse.sample import Step, grid, prior_sample, to_data, trajectory
+from undiffuse.sample import Step, prior_sample, to_data, trajectory
 
 LONGEST = 10_000
 """Steps that a chain may have."""
@@ -129,6 +130,10 @@ class Diffusion(nn.Module):
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    def heard(self, cond: Condition, items: int) -> Condition:
+        """``cond`` on the model's device, if it tells so many ``items`` what the network hears; else `ConfigError`."""
+        return cond.heard_by(self.config.network, items).to(self.device)
+
     def preconditioning(self) -> Preconditioning:
         return _part("preconditioning", Preconditioning, {"steps": self.steps, **self.config.preconditioning})
 
@@ -218,7 +223,8 @@ class Diffusion(nn.Module):
     ) -> Iterator[Step]:
         """The states of ``items`` from noise to data; item i's noise is a function of (seed, i) alone.
 
-        x is in the codec's units. ``clip`` keeps x̂ in [−1, 1], by default for data with levels.
+        x is in the codec's units. ``clip`` keeps x̂ in [−1, 1], by default for data with levels. ``cond`` is what
+        the network is told of each item, nothing if not given. Raises `ConfigError` if it does not hear that.
         """
         if isinstance(solver, str):
             solver = solvers.build(solver, **({"variance": self.config.variance} if solver == "ancestral" else {}))
@@ -227,8 +233,9 @@ class Diffusion(nn.Module):
         denoise: Denoiser = self.denoiser()
         if clip if clip is not None else isinstance(self.codec, codecs.Pixels):
             denoise = Clipped(denoise)
-        told = denoise if cond is None else _Told(denoise, cond)
-        return trajectory(told, solver, levels, prior_sample(levels[0], noise(1)[0]), noise)
+        if cond is not None:
+            denoise = Told(denoise, self.heard(cond, len(items)))
+        return trajectory(denoise, solver, levels, prior_sample(levels[0], noise(1)[0]), noise)
 
     @torch.no_grad()
     def sample(
@@ -240,17 +247,20 @@ class Diffusion(nn.Module):
         batch: int = 64,
         progress: Callable[[int], None] | None = None,
         first: int = 0,
+        cond: Condition | None = None,
     ) -> Tensor:
         """n samples as data values (n, *item_shape), items ``first`` and on; the same for any ``batch``.
 
-        ``progress`` is called with the number of finished item-steps.
+        ``progress`` is called with the number of finished item-steps. ``cond`` tells of each of the n items.
         """
+        cond = cond and self.heard(cond, n)
         self.eval()
         parts = []
         for start in range(first, first + n, batch):
             items = range(start, min(start + batch, first + n))
             state = None
-            for state in self.trajectory(items, seed, solver, steps):
+            told = cond and cond.take(slice(start - first, start - first + len(items)))
+            for state in self.trajectory(items, seed, solver, steps, cond=told):
                 if progress and state.done:
                     progress(len(items))
             assert state is not None
@@ -267,6 +277,7 @@ class Diffusion(nn.Module):
         progress: Callable[[int], None] | None = None,
         first: int = 0,
         estimate: str = "discrete",
+        cond: Condition | None = None,
     ) -> NLL:
         """−log p of each item or a bound on it, nats, with its parts.
 
@@ -274,36 +285,26 @@ class Diffusion(nn.Module):
         ``"discrete"`` is the bound of the chain, of every step or of one in each of ``draws`` equal strata;
         ``"continuous"`` that of infinitely many steps, from ``draws`` points; ``"ode"`` the likelihood of the
         probability flow; ``"openai"`` the chain's bound as the common script has it. Item i's noise is a function
-        of (seed, first + i). Discrete data get the probability of their bin, continuous data a density.
+        of (seed, first + i). Discrete data get the probability of their bin, continuous data a density. With
+        ``cond``, which tells of each item, it is −log p(item given what is told).
         """
         if draws is not None and draws < 1:
             raise ConfigError(
                 "DRAWS", f"draws = {draws}", "nothing would be measured", "Give at least 1, or None for all"
             )
         self.eval()
+        cond = cond and self.heard(cond, len(values))
         measure, parts = estimates.get(estimate), []
         for start in range(0, len(values), batch):
             chunk = values[start : start + batch]
             items = range(first + start, first + start + len(chunk))
             x = self.codec.encode(chunk).to(self.device)
-            part = measure(self, x, items, seed, draws)
+            part = measure(self, x, items, seed, draws, cond and cond.take(slice(start, start + batch)))
             decoder = part.decoder - self.codec.log_abs_det(self.item_shape)
             parts.append(part._replace(decoder=decoder).cpu())
             if progress:
                 progress(len(chunk))
         return concatenate(parts)
-
-
-class _Told:
-    """A denoiser that is always told the same condition."""
-
-    def __init__(self, denoise: Denoiser, cond: Condition) -> None:
-        self.denoise, self.cond, self.schedule = denoise, cond, denoise.schedule
-
-    def __call__(
-        self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, to: NoiseLevel | None = None
-    ) -> Any:
-        return self.denoise(x_t, level, self.cond, to)
 
 
 def _part(part: str, build: Callable[..., Any], settings: dict[str, Any], **given: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.codec import Pixels
+from undiffuse.conditioning import Condition
 from undiffuse.denoiser import Clipped, Prediction
 from undiffuse.errors import ConfigError
 from undiffuse.likelihood import (
@@ -40,23 +41,31 @@ CLOSE, COARSE = Integrator(rtol=1e-5, atol=1e-5), Integrator(rtol=1e-4, atol=1e-
 """How the flow is integrated where its divergence is computed, and where it is estimated with more noise than this."""
 
 
-def discrete(model: Diffusion, x: Tensor, items: range, seed: int, draws: int | None) -> NLL:
+Estimate = Callable[["Diffusion", Tensor, range, int, int | None, Condition | None], NLL]
+"""−log p of a batch x by (model, x, items, seed, draws, cond)."""
+
+
+def discrete(
+    model: Diffusion, x: Tensor, items: range, seed: int, draws: int | None, cond: Condition | None = None
+) -> NLL:
     """The bound of the model's chain: every step, or one in each of ``draws`` equal strata."""
     strata = None
     if draws is not None and draws < model.steps:
         strata = stratify(model.steps, draws, _uniform(seed, items, draws))
     variance, edges, noise = model.config.variance, model.codec.edges(x), _noise(model, items, seed)
-    return vlb(model.denoiser(), x, model.levels, noise, variance=variance, edges=edges, strata=strata)
+    return vlb(model.denoiser(), x, model.levels, noise, cond=cond, variance=variance, edges=edges, strata=strata)
 
 
-def continuous(model: Diffusion, x: Tensor, items: range, seed: int, draws: int | None) -> NLL:
+def continuous(
+    model: Diffusion, x: Tensor, items: range, seed: int, draws: int | None, cond: Condition | None = None
+) -> NLL:
     """The bound of infinitely many steps, from ``draws`` points of log-SNR."""
     ends, u = finite_ends(model.schedule), _uniform(seed, items, 1)[0]
     noise, edges = _noise(model, items, seed), model.codec.edges(x)
-    return vlb_continuous(model.denoiser(), x, *ends, noise, u, points=draws or POINTS, edges=edges)
+    return vlb_continuous(model.denoiser(), x, *ends, noise, u, points=draws or POINTS, cond=cond, edges=edges)
 
 
-def ode(model: Diffusion, x: Tensor, items: range, seed: int, draws: int | None) -> NLL:
+def ode(model: Diffusion, x: Tensor, items: range, seed: int, draws: int | None, cond: Condition | None = None) -> NLL:
     """The likelihood of the probability flow; ``draws`` of noise and probes together tighten that of discrete data.
 
     Levels are read from the process' own noise: at the clean end, or where it fills their bins if the schedule goes
@@ -68,23 +77,25 @@ def ode(model: Diffusion, x: Tensor, items: range, seed: int, draws: int | None)
         if clean.log_snr > (filled := clean_end(model.codec.levels)):
             clean = model.schedule(model.schedule.inverse(filled))
         elif model.schedule.steps:
-            decode = partial(_last_step, model, clean)
+            decode = partial(_last_step, model, clean, cond)
         dequantise = OwnNoise(model.codec.edges, clean, decode)
     trace, integrator = ("exact", CLOSE) if model.dims <= EXACT_TRACE else ("hutchinson", COARSE)
-    flow = partial(ode_nll, model.denoiser(), x, top, clean, _noise(model, items, seed), trace=trace)
+    flow = partial(ode_nll, model.denoiser(), x, top, clean, _noise(model, items, seed), cond=cond, trace=trace)
     return tighten([flow(integrator=integrator, dequantise=dequantise) for _ in range(draws or 1)])
 
 
-def openai(model: Diffusion, x: Tensor, items: range, seed: int, draws: int | None) -> NLL:
+def openai(
+    model: Diffusion, x: Tensor, items: range, seed: int, draws: int | None, cond: Condition | None = None
+) -> NLL:
     """The chain's bound as the common script computes it, every step; see `likelihood.openai_vlb`."""
     if not isinstance(model.codec, Pixels) or model.codec.levels != 256:
         cause, fix = "the script knows images of 256 levels only", "Leave it out for these data"
         raise ConfigError("COMPAT", "openai", cause, fix)
     noise = _noise(model, items, seed)
-    return openai_vlb(Clipped(model.denoiser()), x, model.levels, noise, variance=model.config.variance)
+    return openai_vlb(Clipped(model.denoiser()), x, model.levels, noise, cond=cond, variance=model.config.variance)
 
 
-ESTIMATES: dict[str, Callable[[Diffusion, Tensor, range, int, int | None], NLL]] = {
+ESTIMATES: dict[str, Estimate] = {
     "discrete": discrete,
     "continuous": continuous,
     "ode": ode,
@@ -92,7 +103,7 @@ ESTIMATES: dict[str, Callable[[Diffusion, Tensor, range, int, int | None], NLL]]
 }
 
 
-def get(name: str) -> Callable[[Diffusion, Tensor, range, int, int | None], NLL]:
+def get(name: str) -> Estimate:
     """The estimate called ``name``. Raises `ConfigError`."""
     if name not in ESTIMATES:
         raise ConfigError("ESTIMATE", repr(name), "no such estimate", f"Use one of {', '.join(ESTIMATES)}")
@@ -107,9 +118,9 @@ def _uniform(seed: int, items: range, n: int) -> Tensor:
     return torch.stack([torch.rand(n, generator=generator(seed, "strata", i)) for i in items], 1)
 
 
-def _last_step(model: Diffusion, clean: NoiseLevel, z: Tensor) -> Gaussian:
+def _last_step(model: Diffusion, clean: NoiseLevel, cond: Condition | None, z: Tensor) -> Gaussian:
     """p(x given x_t = alpha z) of the chain's step from ``clean`` to data."""
     x_t = like(clean.alpha, z) * z
-    said = model.denoiser()(x_t.float(), clean, to=model.levels[-1])
+    said = model.denoiser()(x_t.float(), clean, cond, model.levels[-1])
     said = Prediction(*(None if part is None else part.to(z) for part in said))  # type: ignore[arg-type]
     return reverse(said, x_t, clean, model.levels[-1], model.config.variance)
