@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from oracles import GaussianData
+from oracles import GaussianData, Spy
 from torch import nn
 
 from undiffuse.conditioning import Condition
-from undiffuse.denoiser import SCALES, TIMES, Clipped, NetworkDenoiser, Preconditioning, Prediction
+from undiffuse.denoiser import SCALES, TIMES, Clipped, NetworkDenoiser, Preconditioning, Prediction, Told
 from undiffuse.errors import ConfigError
 from undiffuse.process import schedule as S
 from undiffuse.process import target as targets
@@ -248,3 +248,13 @@ def test_a_linear_network_can_be_the_exact_denoiser():
     result = NetworkDenoiser(Says(rule), schedule, targets.build("v"), told)(x_t, level)
     torch.testing.assert_close(result.x, exact.x, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(result.eps, exact.eps, rtol=1e-10, atol=1e-12)
+
+
+def test_told_says_the_same_at_every_call():
+    spy, level = Spy(DATA.denoiser(S.LinearLogSNR())), S.LinearLogSNR()(0.5)
+    told = Told(spy, Condition(label=torch.tensor([1, 2, 3])))
+    x_t = batch(level)[2]
+    for cond in (None, Condition(label=torch.tensor([7, 7, 7]))):
+        assert torch.equal(told(x_t, level, cond, level).x, spy.denoise(x_t, level).x)
+        assert (spy.seen[-1][0] is x_t, spy.seen[-1][1:]) == (True, (level, told.told, level))
+    assert told.schedule is spy.schedule

@@ -6,6 +6,7 @@ import torch
 
 from undiffuse import solvers
 from undiffuse.codec import Identity, Pixels, Standardised
+from undiffuse.conditioning import Condition
 from undiffuse.config import ModelConfig
 from undiffuse.diffusion import Diffusion
 from undiffuse.errors import ConfigError
@@ -278,3 +279,60 @@ def test_a_rescaled_copy_of_continuous_data_moves_the_bound_by_the_log_of_the_fa
         shift = math.log(0.5 * 4.0) + 2 * math.log(scale)
         torch.testing.assert_close(moved.total - plain.total, torch.full((5,), shift).double(), rtol=0, atol=1e-4)
         torch.testing.assert_close(moved.decoder - plain.decoder, torch.full((5,), shift).double(), rtol=0, atol=1e-4)
+
+
+LABELS = torch.tensor([2, 0, -1, 1, 2, 0, 1])
+
+
+def conditional() -> Diffusion:
+    return model(network=NET | {"classes": 3})
+
+
+def test_each_sample_is_of_its_own_label_in_any_batch():
+    diffusion = conditional()
+    whole = [s.x for s in diffusion.trajectory(range(7), cond=Condition(label=LABELS), steps=5)][-1]
+    for i, label in enumerate(LABELS):
+        alone = [s.x for s in diffusion.trajectory(range(i, i + 1), cond=Condition(label=label[None]), steps=5)][-1]
+        torch.testing.assert_close(alone[0], whole[i], rtol=0, atol=1e-5)
+    untold = [s.x for s in diffusion.trajectory(range(7), steps=5)][-1]
+    apart = (untold - whole).abs().amax((1, 2, 3))
+    assert apart[2] < 1e-5  # the null label is no label
+    assert apart[LABELS >= 0].min() > 1e-3
+    values = diffusion.sample(7, steps=5, cond=Condition(label=LABELS))
+    assert torch.equal(diffusion.sample(7, steps=5, batch=3, cond=Condition(label=LABELS)), values)
+    assert torch.equal(diffusion.sample(3, steps=5, first=4, cond=Condition(label=LABELS[4:])), values[4:])
+    assert torch.equal(values, diffusion.codec.decode(whole))
+
+
+@pytest.mark.parametrize("estimate", ["discrete", "continuous", "ode", "openai"])
+def test_each_item_is_measured_given_its_own_label(estimate):
+    diffusion = model((3,), Pixels(256), network=MLP | {"classes": 3}, scale=0.5, **HO)
+    values = numbers(7, (3,), 256)[0]
+    chosen = {"seed": 1, "estimate": estimate}
+    whole = diffusion.nll(values, cond=Condition(label=LABELS), batch=4, **chosen)
+    untold = diffusion.nll(values, **chosen)
+    for i in (0, 5):
+        cond = Condition(label=LABELS[i : i + 1])
+        alone = diffusion.nll(values[i : i + 1], cond=cond, first=i, **chosen)
+        torch.testing.assert_close(alone.total[0], whole.total[i], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(alone.decoder[0], whole.decoder[i], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(whole.total[2], untold.total[2], rtol=1e-3, atol=1e-3)
+    assert (whole.total - untold.total)[LABELS >= 0].abs().min() > 0.05
+    if estimate != "continuous":  # whose decoder asks no network
+        assert (whole.decoder - untold.decoder)[LABELS >= 0].abs().min() > 0.01
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, cond: m.sample(7, cond=cond),
+        lambda m, cond: next(m.trajectory(range(7), cond=cond)),
+        lambda m, cond: m.nll(numbers(7)[0], cond=cond),
+    ],
+    ids=["sample", "trajectory", "nll"],
+)
+def test_what_the_network_does_not_hear_is_refused(call):
+    with pytest.raises(ConfigError, match=r"condition\.label: the model was trained without it"):
+        call(model(), Condition(label=LABELS))
+    with pytest.raises(ConfigError, match=r"its shape is \(6,\), not \(7,\)"):
+        call(conditional(), Condition(label=LABELS[:6]))

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from oracles import GaussianData, MixtureData
+from oracles import GaussianData, LabelledMixture, MixtureData
 from torch import nn
 
 from undiffuse import estimate
 from undiffuse.codec import Identity, Pixels, Standardised
+from undiffuse.conditioning import Condition
 from undiffuse.config import ModelConfig
 from undiffuse.denoiser import Prediction
 from undiffuse.diffusion import Diffusion
@@ -29,7 +30,7 @@ class Exact(Diffusion):
         schedule, data = self.schedule, self.data
 
         def denoise(x_t, level, cond=None, to=None):
-            x, eps, _ = data.predict(x_t.double(), level)
+            x, eps, _ = data.predict(x_t.double(), level, None if cond is None else cond.label)
             return Prediction(x.to(x_t), eps.to(x_t))
 
         denoise.schedule = schedule
@@ -125,3 +126,21 @@ def test_what_there_is_not_is_refused():
         model.nll(torch.zeros(1, 2), estimate="openai")
     with pytest.raises(ConfigError, match=r"draws = 0: nothing would be measured"):
         model.nll(torch.zeros(1, 2), draws=0)
+
+
+def test_the_likelihood_given_a_label_is_that_of_the_label():
+    """By the flow, item by item; told nothing, it is that of all the data."""
+    means = torch.tensor([[-1.0, 0.5], [1.0, 0.0], [0.0, -1.0]])
+    data = LabelledMixture(torch.tensor([0.2, 0.5, 0.3]), means, torch.full((3, 2), 0.2), torch.tensor([0, 1, 0]))
+    settings = {"network": VECTOR | {"classes": 2}, "schedule": {"name": "linear_log_snr", "high": 9.0, "low": -12.0}}
+    model = Exact(ModelConfig(**settings), (2,), Identity())
+    model.data = data
+    x, label = data.sample_labelled(12, torch.Generator().manual_seed(0))
+    label[0] = -1
+    clean = model.schedule(0.0)
+    assert (data.log_density(x, clean, label) - data.log_density(x, clean))[1:].abs().min() > 0.05
+    for told in (label, None):
+        found = model.nll(x, estimate="ode", cond=None if told is None else Condition(label=told))
+        truth = -data.log_density(clean.like(x).alpha * x, clean, told) - 2 * torch.log(clean.alpha)
+        assert (found.total - truth).abs().max() < 0.01  # the prior's end is at log-SNR −12
+    assert (found.total[0] - truth[0]).abs() < 0.01
