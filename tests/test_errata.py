@@ -17,13 +17,14 @@ import torch
 from oracles import GaussianData
 
 from undiffuse.denoiser import Prediction
+from undiffuse.grids import grid
 from undiffuse.likelihood import NLL, vlb
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian, diffuse, forward, posterior, reverse, step_log_var
 from undiffuse.process.level import NoiseLevel, log_var_large, log_var_small
 from undiffuse.process.target import TARGETS
 from undiffuse.process.weighting import bound
-from undiffuse.sample import forward_trajectory, grid
+from undiffuse.sample import forward_trajectory
 from undiffuse.score import conditional, explicit, stein
 from undiffuse.solvers import Ancestral, Solver
 from undiffuse.solvers.inversion import Inversion, step_noise

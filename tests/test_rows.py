@@ -24,6 +24,7 @@ from undiffuse.codec import Identity
 from undiffuse.config import ModelConfig
 from undiffuse.denoiser import Prediction
 from undiffuse.diffusion import Diffusion
+from undiffuse.grids import grid
 from undiffuse.likelihood import prior_kl, vlb, vlb_continuous
 from undiffuse.loss import full_bound, hybrid, mean_matching, simple
 from undiffuse.process import schedule as S
@@ -32,7 +33,7 @@ from undiffuse.process.level import NoiseLevel
 from undiffuse.process.table import linear
 from undiffuse.process.target import TARGETS
 from undiffuse.process.weighting import bound
-from undiffuse.sample import forward_trajectory, grid, trajectory
+from undiffuse.sample import forward_trajectory, trajectory
 from undiffuse.score import conditional, denoising, explicit, noise_form, predicted, stein, tweedie
 from undiffuse.solvers import Ancestral
 from undiffuse.solvers.inversion import Inversion

@@ -1,16 +1,16 @@
-"""The loop that walks the levels, its grids and its randomness."""
+"""The loop that walks the levels, and its randomness."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from oracles import GaussianData, MixtureData, Spy
 
+from undiffuse.grids import grid
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import forward
 from undiffuse.randomness import ItemNoise, generator
-from undiffuse.sample import Step, forward_trajectory, grid, prior_sample, prior_scale, to_data, trajectory
+from undiffuse.sample import Step, forward_trajectory, prior_sample, prior_scale, to_data, trajectory
 from undiffuse.solvers import DDIM, Ancestral
 
 f64 = torch.float64
@@ -56,47 +56,6 @@ def test_trajectory_is_a_lazy_walk_from_noise_to_data():
     assert asked == [2, 2, 2]
     for k, (denoise, t, s, state, fresh) in enumerate(solver.steps):
         assert (denoise, t, s, state, fresh[0, 0, 0].item()) == ("denoiser", levels[k], levels[k + 1], k, k + 1.0)
-
-
-@pytest.mark.parametrize("T", [1, 2, 7, 50])
-def test_grids_of_a_table_fall_on_it(T):
-    schedule = S.linear_rescaled(T)
-    for steps in range(1, T + 1):
-        times = torch.stack([level.t for level in grid(schedule, steps)])
-        k = times * T
-        assert len(times) == steps + 1
-        assert torch.equal(times, k.round() / T)
-        assert (times[0], times[-1]) == (1, 0)
-        assert bool((times.diff() < 0).all())
-        ideal = np.linspace(T, 0, steps + 1)
-        assert float((k - torch.from_numpy(ideal)).abs().max()) <= 0.5 + 1e-9
-    assert len(grid(schedule)) == T + 1
-
-
-def test_grids_of_functions_and_explicit_times():
-    levels = grid(S.Flow(), 4)
-    assert [float(level.t) for level in levels] == [1, 0.75, 0.5, 0.25, 0]
-    assert [float(level.sigma) for level in levels] == [1, 0.75, 0.5, 0.25, 0]
-    assert len(grid(S.LinearLogSNR())) == 1001
-    assert [float(v.t) for v in grid(S.linear(10), steps=3, times=[0.9, 0.2])] == [0.9, 0.2]
-    assert levels[-1].floor is not None
-    assert len(grid(S.Flow(), 1)) == 2
-
-
-@pytest.mark.parametrize(
-    ("schedule", "settings", "words"),
-    [
-        (S.linear(10), {"steps": 11}, "from 1 to 10, got 11"),
-        (S.linear(10), {"steps": 0}, "from 1 to 10, got 0"),
-        (S.Flow(), {"steps": 0}, "from 1 to any, got 0"),
-        (S.Flow(), {"times": [0.5, 0.5]}, "falling"),
-        (S.Flow(), {"times": [0.5]}, "at least two"),
-        (S.Flow(), {"times": [1.5, 0.5]}, r"\[0, 1\]"),
-    ],
-)
-def test_grids_that_cannot_be(schedule, settings, words):
-    with pytest.raises(ValueError, match=words):
-        grid(schedule, **settings)
 
 
 @pytest.mark.parametrize("schedule", [S.linear(6), S.Flow(), S.VarianceExploding(), S.cosine(6)])

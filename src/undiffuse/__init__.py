@@ -12,12 +12,13 @@ from undiffuse.conditioning import Condition
 from undiffuse.config import Config, ModelConfig, TrainConfig
 from undiffuse.denoiser import Clipped, Denoiser, NetworkDenoiser, Preconditioning, Prediction
 from undiffuse.diffusion import Diffusion
+from undiffuse.grids import grid
 from undiffuse.likelihood import NLL, vlb
 from undiffuse.process.gaussian import Gaussian, diffuse, forward, posterior, reverse
 from undiffuse.process.level import NoiseLevel, frac
 from undiffuse.process.schedule import Schedule
 from undiffuse.process.target import Target
-from undiffuse.sample import Step, forward_trajectory, grid, trajectory
+from undiffuse.sample import Step, forward_trajectory, trajectory
 from undiffuse.solvers import Solver
 from undiffuse.train import fit
 

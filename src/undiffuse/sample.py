@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
 from undiffuse.denoiser import Denoiser
 from undiffuse.process.gaussian import forward
 from undiffuse.process.level import NoiseLevel
-from undiffuse.process.schedule import Schedule, chain
 from undiffuse.randomness import Noise
-from undiffuse.solvers.solver import Solver
+
+if TYPE_CHECKING:
+    from undiffuse.solvers.solver import Solver
 
 
 class Step(NamedTuple):
@@ -50,23 +50,6 @@ def forward_trajectory(x: Tensor, levels: Sequence[NoiseLevel], noise: Noise) ->
     for done, (s, t) in enumerate(pairwise(upward), start=1):
         x = forward(x, s, t).sample(noise(1)[0])
         yield Step(done, t, x)
-
-
-def grid(schedule: Schedule, steps: int | None = None, times: Sequence[float] | None = None) -> list[NoiseLevel]:
-    """The levels of a chain of ``steps`` equal steps in t from 1 to 0, or at explicit falling ``times``.
-
-    On a table the times fall on its own grid t = k/T, rounded where ``steps`` does not divide T, so
-    that the network meets only levels that it knows; ``steps`` is at most T, and T by default (1000
-    on functions of time). Raises ValueError.
-    """
-    if times is not None:
-        return chain(schedule, times)
-    T = schedule.steps
-    steps = (T or 1000) if steps is None else steps
-    if steps < 1 or (T is not None and steps > T):
-        raise ValueError(f"the number of steps must be from 1 to {T or 'any'}, got {steps}")
-    t = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
-    return chain(schedule, t if T is None else (t * T).round() / T)
 
 
 def prior_sample(level: NoiseLevel, noise: Tensor) -> Tensor:

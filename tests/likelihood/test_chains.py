@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from undiffuse.denoiser import Prediction
+from undiffuse.grids import grid
 from undiffuse.likelihood import vlb
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian
-from undiffuse.sample import grid
 
 DIMS = 5
 

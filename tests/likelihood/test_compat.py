@@ -10,10 +10,10 @@ from scipy.stats import norm
 
 from undiffuse.codec import Pixels
 from undiffuse.denoiser import Clipped, Prediction
+from undiffuse.grids import grid
 from undiffuse.likelihood import openai_log_prob, openai_vlb, vlb
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian
-from undiffuse.sample import grid
 
 VALUES = torch.tensor([[0, 255, 3, 200], [128, 90, 254, 1]])
 X = Pixels(256).encode(VALUES)

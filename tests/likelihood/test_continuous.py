@@ -12,13 +12,13 @@ from test_discrete import DATA, MEAN, VAR, Affine, X, analytic, feed, flat
 
 from undiffuse.conditioning import Condition
 from undiffuse.errors import ConfigError
+from undiffuse.grids import grid
 from undiffuse.likelihood import finite_ends, nll, vlb_continuous
 from undiffuse.likelihood.discrete import clean_nll, vlb
 from undiffuse.process import schedule as S
 from undiffuse.process import times as T
 from undiffuse.process.gaussian import Gaussian
 from undiffuse.process.level import stack
-from undiffuse.sample import grid
 
 tensor = partial(torch.tensor, dtype=torch.float64)
 HIGH, LOW = 6.0, -4.0

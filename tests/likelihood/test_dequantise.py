@@ -13,11 +13,11 @@ from torch import nn
 
 from undiffuse.codec import Pixels, Standardised
 from undiffuse.errors import ConfigError
+from undiffuse.grids import grid
 from undiffuse.likelihood import Constant, OwnNoise, Uniform, Variational, importance, vlb
 from undiffuse.likelihood.dequantise import finite_bins
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian
-from undiffuse.sample import grid
 
 tensor = partial(torch.tensor, dtype=torch.float64)
 NODES, WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(80))

@@ -16,10 +16,10 @@ from strategies import chains, gaussians
 
 from undiffuse.conditioning import Condition
 from undiffuse.denoiser import Prediction
+from undiffuse.grids import grid
 from undiffuse.likelihood import NLL, concatenate, nll, prior_kl, step_nll, stratify, vlb
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian
-from undiffuse.sample import grid
 
 tensor = partial(torch.tensor, dtype=torch.float64)
 MEAN = tensor([[0.5, -1.0, 0.0], [2.0, -0.3, 0.1]])

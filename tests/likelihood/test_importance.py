@@ -12,10 +12,10 @@ from scipy.stats import norm
 
 from undiffuse.conditioning import Condition
 from undiffuse.denoiser import Prediction
+from undiffuse.grids import grid
 from undiffuse.likelihood import chain_nll, importance, importance_weighted, nll, tighten, vlb
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian
-from undiffuse.sample import grid
 
 tensor = partial(torch.tensor, dtype=torch.float64)
 DATA = GaussianData(tensor([0.4]), tensor([0.3]))

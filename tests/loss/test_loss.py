@@ -10,13 +10,13 @@ from torch import Tensor
 from undiffuse import loss
 from undiffuse.conditioning import Condition
 from undiffuse.denoiser import Prediction
+from undiffuse.grids import grid
 from undiffuse.likelihood import vlb
 from undiffuse.process import schedule as S
 from undiffuse.process import target as targets
 from undiffuse.process import weighting
 from undiffuse.process.gaussian import diffuse
 from undiffuse.process.level import log_var_large, log_var_small
-from undiffuse.sample import grid
 
 f64 = torch.float64
 DATA = GaussianData(torch.tensor([[0.5, -1.0], [0.2, 2.0]]), torch.tensor([[0.04, 2.0], [1.0, 0.01]]))

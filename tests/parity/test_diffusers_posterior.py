@@ -21,10 +21,10 @@ import pytest
 import torch
 
 from undiffuse.denoiser import Prediction
+from undiffuse.grids import grid
 from undiffuse.likelihood import step_nll
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian, diffuse, posterior, reverse
-from undiffuse.sample import grid
 
 pytestmark = pytest.mark.release
 

@@ -11,8 +11,9 @@ from solver_table import PROCESSES, ROWS, Hand
 
 from undiffuse import solvers
 from undiffuse.errors import ConfigError
+from undiffuse.grids import grid
 from undiffuse.process import schedule as S
-from undiffuse.sample import grid, trajectory
+from undiffuse.sample import trajectory
 from undiffuse.solvers import DDIM, Ancestral
 
 D = 4

@@ -11,9 +11,9 @@ from test_affine import CHAINS, COVS, MEAN, D, probe
 
 from undiffuse import solvers
 from undiffuse.errors import ConfigError
+from undiffuse.grids import grid
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import diffuse, forward
-from undiffuse.sample import grid
 from undiffuse.solvers import DDIM, Ancestral, Inversion
 from undiffuse.solvers.inversion import invert, step_noise
 

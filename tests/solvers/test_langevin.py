@@ -12,9 +12,9 @@ from test_affine import COVS, MEAN, D, probe
 
 from undiffuse import solvers
 from undiffuse.errors import ConfigError
+from undiffuse.grids import grid
 from undiffuse.process import schedule as S
 from undiffuse.process.level import NoiseLevel
-from undiffuse.sample import grid
 from undiffuse.solvers import AnnealedLangevin
 from undiffuse.solvers.langevin import langevin
 

@@ -14,7 +14,8 @@ from oracles import GaussianData, MixtureData
 from solver_table import PROCESSES, ROWS
 from test_affine import probe
 
-from undiffuse.sample import grid, trajectory
+from undiffuse.grids import grid
+from undiffuse.sample import trajectory
 
 LEAST = 1e-11
 ENDS = {"log-SNR": (0.9, 0.3), "flow": (0.95, 0.05), "exploding": (0.8, 0.35)}

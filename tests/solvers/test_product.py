@@ -17,9 +17,10 @@ from undiffuse.config import ModelConfig
 from undiffuse.denoiser import Prediction
 from undiffuse.diffusion import Diffusion
 from undiffuse.errors import ConfigError
+from undiffuse.grids import grid
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian
-from undiffuse.sample import grid, to_data, trajectory
+from undiffuse.sample import to_data, trajectory
 from undiffuse.solvers import Ancestral, Product
 from undiffuse.solvers.product import known, nothing, observed
 
