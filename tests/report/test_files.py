@@ -1,17 +1,21 @@
 """What sampling writes: the pictures are read back from disk, value by value."""
 
+import hashlib
 import json
+import weakref
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from undiffuse.report.files import write_samples
+from undiffuse.errors import CheckpointError
+from undiffuse.report import files
+from undiffuse.report.files import Album, write_samples
 
 
 def written(folder, values, levels, first=0):
-    manifest = {"seed": 3, "items": list(range(first, first + len(values)))}
-    return write_samples(folder / "new" / "samples", values, levels, manifest)
+    return write_samples(folder / "new" / "samples", values, levels, {"seed": 3}, first)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +60,10 @@ def test_colours_names_and_all_of_them_in_one_file(tmp_path):
     with np.load(folder / "samples.npz", allow_pickle=False) as file:
         np.testing.assert_array_equal(file["x"], values)
         assert file["x"].dtype == np.uint8
-    assert json.loads((folder / "manifest.json").read_text()) == {"seed": 3, "items": [7, 8, 9, 10, 11]}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest.pop("sha256") == hashlib.sha256((folder / "samples.npz").read_bytes()).hexdigest()
+    assert len(manifest.pop("key")) == 64
+    assert manifest == {"seed": 3, "first": 7, "n": 5, "items": [7, 8, 9, 10, 11]}
     with Image.open(grid) as picture:
         assert picture.mode == "RGB"
 
@@ -86,3 +93,139 @@ def test_what_is_no_image_has_no_files_of_its_own(tmp_path, values, levels, draw
     assert sorted(f.name for f in folder.iterdir()) == names
     with np.load(folder / "samples.npz") as file:
         np.testing.assert_array_equal(file["x"], values)
+
+
+def values_of(items):
+    """What item i looks like, of 2 grey pixels."""
+    return np.array([[[[i % 17, i * 7 % 17]]] for i in items], np.uint8)
+
+
+def contents(folder):
+    """Every file by its name, without the manifest's own words."""
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "parts"}
+
+
+def drawn(folder, n, parts=((0, 4), (4, 10)), plan=None, first=0):
+    """An album of n items, added in ``parts``, of which those that are kept are left out; the items that were added."""
+    album, added, said = Album(folder, {"seed": 1} if plan is None else plan, 17), [], []
+    items = range(first, first + n)
+    album.begin(said.append)
+    for start, stop in parts:
+        for run in album.missing(range(start, stop)):
+            album.add(run.start, values_of(run))
+            added += run
+    return album, items, added, said
+
+
+def test_parts_of_any_size_make_the_same_files(tmp_path):
+    for name, parts in (("one", [(0, 10)]), ("two", [(0, 3), (3, 10)]), ("turned", [(6, 10), (2, 6), (0, 2)])):
+        album, items, added, said = drawn(tmp_path / name, 10, parts)
+        assert (sorted(added), said) == ([*range(10)], [])
+        assert album.finish(items) == tmp_path / name / "grid.png"
+        assert album.finished(items)
+        assert not album.parts.exists()
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "turned")
+    with np.load(tmp_path / "one" / "samples.npz") as file:
+        np.testing.assert_array_equal(file["x"], values_of(range(10)))
+
+
+def test_a_stopped_album_goes_on(tmp_path):
+    straight = drawn(tmp_path / "straight", 10)
+    straight[0].finish(straight[1])
+    drawn(tmp_path / "stopped", 10, [(3, 6)])
+    (tmp_path / "stopped" / "parts" / "000000006-000000009.safetensors.partial").write_bytes(b"half")
+    album, items, added, said = drawn(tmp_path / "stopped", 10, [(0, 10)])  # in parts of another size
+    assert added == [0, 1, 2, 6, 7, 8, 9]
+    assert said == [f"goes on: 3 samples are kept in {album.parts}"]
+    album.finish(items)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "of another plan"])
+def test_a_damaged_part_is_drawn_again(tmp_path, harm):
+    drawn(tmp_path / "other", 10, plan={"seed": 2})
+    drawn(tmp_path / "album", 10)
+    part = tmp_path / "album" / "parts" / "000000000-000000003.safetensors"
+    whole = part.read_bytes()
+    spoilt = {"cut": whole[:-3], "flipped": whole[:-1] + bytes([whole[-1] ^ 1])}
+    part.write_bytes(spoilt.get(harm) or (tmp_path / "other" / "parts" / part.name).read_bytes())
+    album, items, added, said = drawn(tmp_path / "album", 10)
+    assert added == [0, 1, 2, 3]
+    assert [line.startswith(f"drawn again: {part.name}, ") for line in said] == ([True] * (harm in spoilt) + [False])
+    album.finish(items)
+    with np.load(album.array) as file:
+        np.testing.assert_array_equal(file["x"], values_of(range(10)))
+
+
+def test_a_finished_album(tmp_path):
+    album, items, *_ = drawn(tmp_path, 10)
+    assert not album.finished(items)
+    album.finish(items, {"seconds": 3})
+    assert album.finished(items)
+    assert not album.finished(range(9))
+    assert not album.finished(range(1, 11))
+    assert not Album(tmp_path, {"seed": 2}, 17).finished(items)
+    assert json.loads(album.manifest.read_text())["seconds"] == 3
+    album.array.write_bytes(album.array.read_bytes() + b"0")
+    assert not album.finished(items)
+    album.array.unlink()
+    assert not album.finished(items)
+    fewer, items, added, said = drawn(tmp_path, 4)  # drawn again: what is no longer asked for goes
+    assert (added, said) == ([*range(10)], [])
+    fewer.finish(items)
+    assert len(np.load(fewer.array)["x"]) == 4
+
+
+def test_another_plan_takes_the_place_of_a_finished_one(tmp_path):
+    (tmp_path / "000099.png").touch()  # somebody's own
+    album, items, *_ = drawn(tmp_path, 10, plan={"seed": 1, "solver": "a"})
+    album.finish(items)
+    album, items, added, said = drawn(tmp_path, 2, [(0, 2)], plan={"seed": 1, "solver": "b"})
+    assert said == [f"drawn anew: what lies in {tmp_path} differs in solver"]
+    assert {f.name for f in tmp_path.iterdir()} == {"parts", "000000.png", "000001.png", "000099.png"}
+    album.manifest.write_text("no JSON")
+    album.begin(said.append)
+    assert len(said) == 2
+    album.finish(items)
+    assert album.finished(items)
+
+
+def test_what_is_gone_at_the_end_is_said(tmp_path):
+    album, items, *_ = drawn(tmp_path, 12)
+    with pytest.raises(CheckpointError, match=r"the samples 10 to 11 are gone\. Run the same command again"):
+        album.finish(items)
+    assert not album.array.exists()
+
+
+def test_missing(tmp_path):
+    album, *_ = drawn(tmp_path, 20, [(2, 4), (4, 6), (9, 12)])
+    for items, expected in (
+        (range(20), [range(2), range(6, 9), range(12, 20)]),
+        (range(3, 10), [range(6, 9)]),
+        (range(4, 6), []),
+        (range(10, 13), [range(12, 13)]),
+        (range(13, 15), [range(13, 15)]),
+        (range(1), [range(1)]),
+    ):
+        assert album.missing(items) == expected
+
+
+def test_few_parts_at_a_time_are_in_memory(tmp_path, monkeypatch):
+    """However many there are: but for the first, what was read is gone before the next is; the grid has 144 items."""
+    alive, counts = [], []
+    real = files.read_tensors
+
+    def read(path):
+        counts.append(sum(ref() is not None for ref in alive))
+        tensors, told = real(path)
+        own = tensors["x"].numpy().copy()
+        alive.append(weakref.ref(own))
+        return {"x": torch.from_numpy(own)}, told
+
+    album, items, *_ = drawn(tmp_path, 400, [(i, i + 4) for i in range(0, 400, 4)])
+    monkeypatch.setattr(files, "read_tensors", read)
+    Album(tmp_path, {"seed": 1}, 17).begin(lambda said: None)
+    assert (len(counts), max(counts)) == (100, 1)
+    counts.clear()
+    album.finish(items)
+    assert (len(counts), max(counts[:100]), max(counts[100:])) == (136, 2, 36)

@@ -45,7 +45,7 @@ def demo(folder: Path, minutes: float, console: Console) -> None:
     split = data.split()
     held_out = data.values[split.test]
     samples = model.sample(len(held_out), seed=1, solver="ancestral", steps=125, batch=180).numpy()
-    write_samples(run.folder / "samples", samples, data.levels, {"seed": 1, "items": list(range(len(samples)))})
+    write_samples(run.folder / "samples", samples, data.levels, {"seed": 1})
     pictures.grid(samples[:64], data.levels, columns=16).save(run.pictures / "grid.png")
     forward_strip(model, held_out[:4]).save(run.pictures / "forward.png")
     reverse_strip(model).save(run.pictures / "reverse.png")

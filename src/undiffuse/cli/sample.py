@@ -33,7 +33,7 @@ def sample(
         task = bar.add_task("sampling", total=n * steps)
         values = model.sample(n, seed, solver, steps, batch, lambda done: bar.advance(task, done))
     seconds = time.perf_counter() - began
-    manifest = {"model": str(run), "seed": seed, "items": list(range(n)), "solver": solver, "steps": steps}
+    manifest = {"model": str(run), "seed": seed, "solver": solver, "steps": steps}
     grid = write_samples(folder, values.numpy(), model.info.get("levels"), manifest)
     console.print(
         f"{n} samples by {solver} in {steps} steps, {seconds:.1f} s ({n / seconds:.1f} a second)", markup=False
