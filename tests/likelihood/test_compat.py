@@ -97,6 +97,11 @@ def test_the_outermost_bins_reach_to_infinity():
     torch.testing.assert_close(both, torch.full((2,), float(norm.cdf(-1 + 1 / 255))), rtol=2e-3, atol=0)
 
 
+def test_no_bin_is_less_likely_than_the_clamp():
+    p = Gaussian(torch.tensor([0.9, 0.9, -0.9]), torch.full((3,), 2 * math.log(0.01)))
+    assert openai_log_prob(p, torch.tensor([0.0, -1.0, 1.0])).tolist() == pytest.approx([math.log(1e-12)] * 3)
+
+
 def test_a_chain_that_stays_finite_has_the_same_terms_but_the_decoder():
     levels = grid(S.LinearLogSNR(8.0, -5.0), 20)
     denoise = DATA.denoiser(S.LinearLogSNR(8.0, -5.0))
