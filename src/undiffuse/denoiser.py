@@ -167,10 +167,10 @@ class Clipped:
 
 @dataclass(frozen=True)
 class Told:
-    """A denoiser that is told ``told`` at every call, whatever condition comes with the call."""
+    """A denoiser that is told ``told`` (None: nothing) at every call, whatever condition comes with the call."""
 
     denoise: Denoiser
-    told: Condition
+    told: Condition | None
 
     @property
     def schedule(self) -> Schedule:
