@@ -1,6 +1,7 @@
 """Networks: any shape in, the same out; what they are told matters; nothing leaks between items."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from undiffuse.conditioning import Condition
 from undiffuse.errors import ConfigError
 from undiffuse.networks import MLP, NETWORKS, UNet, build
-from undiffuse.networks.attention import Attention, attend
+from undiffuse.networks.attention import Attention, CrossAttention, attend
 from undiffuse.networks.embedding import sinusoids
 from undiffuse.networks.norm import GroupNorm, LayerNorm, groups_of, in_fast_layout
 from undiffuse.networks.presets import PRESETS
@@ -83,17 +84,29 @@ def test_presets_run(name, shape):
     assert build(kind, channels=shape[0], **settings)(x, torch.tensor([0.0, 1.0])).shape == x.shape
 
 
+HEARS = {"classes": 3, "vector": 4, "tokens": 5}
 CASES = {
     "unet": lambda **more: UNet(2, classes=3, **{**SMALL, **more}),
     "shifted": lambda **more: UNet(2, classes=3, scale_shift=True, learned_resampling=False, **{**SMALL, **more}),
     "layered": lambda **more: UNet(2, classes=3, norm="layer", **{**SMALL, **more}),
     "mlp": lambda **more: MLP(2, width=16, depth=2, classes=3, **more),
+    "hearing": lambda **more: UNet(2, **{**SMALL, **HEARS, **more}),
+    "hearing-mlp": lambda **more: MLP(2, width=16, depth=2, **{**HEARS, **more}),
 }
+hearing = pytest.mark.parametrize("case", ["hearing", "hearing-mlp"])
 cases = pytest.mark.parametrize("case", CASES)
 
 
 def data(case: str, n: int = 4) -> torch.Tensor:
-    return noise(n, 2) if case == "mlp" else noise(n, 2, 5, 6)
+    return noise(n, 2) if "mlp" in case else noise(n, 2, 5, 6)
+
+
+def told() -> Condition:
+    """Of four items: a label and a vector, of which one is null, and sequences of 0 to 3 tokens."""
+    vector = noise(4, 4, seed=2)
+    vector[1, 2] = math.nan
+    mask = torch.arange(3) < torch.arange(4)[:, None]
+    return Condition(label=torch.tensor([-1, 0, 1, 2]), vector=vector, tokens=noise(4, 3, 5, seed=3), mask=mask)
 
 
 @cases
@@ -126,6 +139,82 @@ def test_labels_matter_and_the_null_label_is_no_label(case):
     torch.testing.assert_close(network(x, time, Condition()), outputs[0])
 
 
+@hearing
+def test_vectors_and_tokens_matter(case):
+    network, x, time = randomised(CASES[case]()), data(case), torch.tensor(1.0)
+    before = network(x, time, told())
+    for name in ("vector", "tokens"):
+        changed = network(x, time, replace(told(), **{name: getattr(told(), name).flip(-1)}))
+        apart = (changed - before).flatten(1).abs().amax(1)
+        silent = 1 if name == "vector" else 0  # the item whose vector is not told, or whose tokens are all masked
+        assert apart[silent] == 0, name
+        assert apart[torch.arange(4) != silent].min() > 1e-3, name
+
+
+@hearing
+def test_a_masked_token_has_no_effect_whatever_it_is(case):
+    network, x, time = randomised(CASES[case]()), data(case), torch.tensor(1.0)
+    cond, before = told(), network(x, time, told())
+    for garbage in (7.0, 1e30, math.nan, math.inf):
+        cond.tokens[~cond.mask] = garbage
+        assert torch.equal(network(x, time, cond), before)
+    masked = torch.zeros(4, 2, dtype=torch.bool)
+    longer = replace(
+        told(), tokens=torch.cat([told().tokens, noise(4, 2, 5)], 1), mask=torch.cat([cond.mask, masked], 1)
+    )
+    torch.testing.assert_close(network(x, time, longer), before, rtol=1e-5, atol=1e-5)
+    cond.mask[3, 0] = False  # power: one that counts
+    assert (network(x, time, cond) - before)[3].abs().max() > 1e-3
+
+
+@hearing
+def test_nothing_told_is_the_null_condition_of_each_kind(case):
+    network, x, time = randomised(CASES[case]()), data(case), torch.tensor(1.0)
+    null = network(x, time, told().null())
+    for cond in (None, Condition(), Condition(label=torch.full((4,), -1)), Condition(tokens=torch.zeros(4, 0, 5))):
+        torch.testing.assert_close(network(x, time, cond), null, rtol=1e-5, atol=1e-5)
+    zeros = Condition(label=torch.full((4,), -1), vector=torch.zeros(4, 4), tokens=torch.zeros(4, 1, 5))
+    assert (network(x, time, zeros) - null).flatten(1).abs().amax(1).min() > 1e-3  # zeros are numbers like others
+
+
+@hearing
+def test_attention_to_tokens_begins_as_none(case, monkeypatch):
+    """As built its branches end in zeros: the network is the one that does not attend to tokens."""
+    network, x, time = CASES[case](), data(case), torch.rand(4)
+    nn.init.ones_(network.leave.weight)
+    before = network(x, time, told())
+    monkeypatch.setattr(CrossAttention, "forward", lambda layer, h, *tokens: h)
+    assert torch.equal(network(x, time, told()), before)
+    assert before.abs().max() > 0.1
+
+
+@hearing
+def test_vectors_are_standardised_by_the_moments_of_the_data(case):
+    network, x, time = randomised(CASES[case]()), data(case), torch.tensor(1.0)
+    before, mean, std = (
+        network(x, time, told()),
+        torch.tensor([1e3, -2.0, 0.0, 5.0]),
+        torch.tensor([10.0, 0.1, 1.0, 2.0]),
+    )
+    network.embed.vector.start_from(mean, std)
+    moved = replace(told(), vector=mean + std * told().vector)
+    torch.testing.assert_close(network(x, time, moved), before, rtol=1e-3, atol=1e-3)
+    assert {"embed.vector.mean", "embed.vector.std"} <= set(network.state_dict())
+
+
+def test_attention_to_tokens_is_the_softmax_formula():
+    layer = randomised(CrossAttention(16, 5, heads=2).double())
+    h, tokens = noise(3, 16, 2, 5, dtype=torch.float64), noise(3, 4, 5, seed=2, dtype=torch.float64)
+    q = layer.q(layer.norm(h).flatten(2).mT).unflatten(-1, (2, 8)).transpose(1, 2)
+    k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in layer.kv(tokens).chunk(2, -1))
+    mask = torch.tensor([[True, False, True, True], [True, True, False, False], [True] * 4])
+    for item in range(3):
+        kept = mask[item]
+        mixed = softmax_attention(q[item], k[item][:, kept], v[item][:, kept]).transpose(0, 1).flatten(1)
+        expected = h[item] + layer.proj(mixed).mT.reshape(h[item].shape)
+        torch.testing.assert_close(layer(h, tokens, mask[:, None, None])[item], expected)
+
+
 def test_without_classes_a_condition_is_not_looked_at():
     network, x = randomised(UNet(2, **SMALL)), noise(2, 2, 4, 4)
     assert torch.equal(
@@ -136,7 +225,7 @@ def test_without_classes_a_condition_is_not_looked_at():
 @cases
 def test_gradients_reach_every_parameter(case):
     network, x = randomised(CASES[case]()), data(case)
-    network(x, torch.rand(4), Condition(label=torch.tensor([-1, 0, 1, 2]))).square().sum().backward()
+    network(x, torch.rand(4), told()).square().sum().backward()
     for name, p in network.named_parameters():
         assert p.grad is not None, name
         assert p.grad.abs().sum() > 0, name
@@ -145,9 +234,8 @@ def test_gradients_reach_every_parameter(case):
 @cases
 def test_items_do_not_see_each_other(case):
     network, x, time = randomised(CASES[case]()), data(case), torch.tensor([0.0, 1.0, 10.0, 999.0])
-    label = torch.tensor([-1, 0, 1, 2])
-    together = network(x, time, Condition(label=label))
-    apart = [network(x[i : i + 1], time[i : i + 1], Condition(label=label[i : i + 1])) for i in range(4)]
+    together = network(x, time, told())
+    apart = [network(x[i : i + 1], time[i : i + 1], told().take(slice(i, i + 1))) for i in range(4)]
     torch.testing.assert_close(torch.cat(apart), together, rtol=1e-5, atol=1e-5)
 
 
@@ -169,7 +257,7 @@ def test_odd_sizes_are_replicated_within_and_cropped():
 @cases
 def test_float64_throughout(case):
     network = randomised(CASES[case]().double())
-    assert network(data(case).double(), torch.rand(4, dtype=torch.float64)).dtype == torch.float64
+    assert network(data(case).double(), torch.rand(4, dtype=torch.float64), told()).dtype == torch.float64
 
 
 @cases
@@ -312,6 +400,10 @@ WRONG = [
     ("unet", {"channels": 1, "time_width": 0}, "time_width"),
     ("unet", {"channels": 1, "fourier": (-1,)}, "fourier"),
     ("unet", {"channels": 1, "norm": "batch"}, "norm"),
+    ("unet", {"channels": 1, "vector": -1}, "vector"),
+    ("unet", {"channels": 1, "tokens": 0.5}, "tokens"),
+    ("mlp", {"channels": 1, "vector": True}, "vector"),
+    ("mlp", {"channels": 1, "tokens": -1}, "tokens"),
     ("mlp", {"channels": 1, "width": 0}, "width"),
     ("mlp", {"channels": 1, "dims": 2}, "dims"),
     ("mlp", {"channels": 1, "dropout": "much"}, "dropout"),

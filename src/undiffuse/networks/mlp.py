@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from undiffuse.conditioning import Condition
+from undiffuse.networks.attention import CrossAttention, Tokens
 from undiffuse.networks.check import share, whole
 from undiffuse.networks.embedding import Embedding
 
@@ -31,9 +32,11 @@ class Layer(nn.Module):
 
 
 class MLP(nn.Module):
-    """y (B, out_channels) in x's dtype, from x (B, channels), time (B,) or () and, with ``classes``, labels.
+    """y (B, out_channels) in x's dtype, from x (B, channels), time (B,) or () and what it is told.
 
-    ``depth`` residual layers of ``width`` features, each told the time. Zero at initialisation.
+    ``depth`` residual layers of ``width`` features, each told the time. It hears labels 0 … ``classes`` − 1 beside
+    the null label −1, vectors of ``vector`` numbers, and tokens of ``tokens`` numbers, to which it attends before
+    every layer. Zero at initialisation.
     ``ConfigError`` for settings that cannot work.
     """
 
@@ -47,12 +50,16 @@ class MLP(nn.Module):
         dropout: float = 0.0,
         time_width: int | None = None,
         classes: int = 0,
+        vector: int = 0,
+        tokens: int = 0,
     ) -> None:
         super().__init__()
         channels, width, depth = whole("channels", channels), whole("width", width), whole("depth", depth)
         out_channels = channels if out_channels is None else whole("out_channels", out_channels)
         time_width = width if time_width is None else whole("time_width", time_width)
-        self.embed = Embedding(64, time_width, whole("classes", classes, 0))
+        self.embed = Embedding(64, time_width, whole("classes", classes, 0), whole("vector", vector, 0))
+        self.tokens = Tokens(tokens) if whole("tokens", tokens, 0) else None
+        self.attend = nn.ModuleList(CrossAttention(width, tokens) for _ in range(depth if tokens else 0))
         self.enter = nn.Linear(channels, width)
         self.layers = nn.ModuleList(Layer(width, time_width, share("dropout", dropout)) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -62,7 +69,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, cond: Condition | None = None) -> Tensor:
         told = self.embed(time, cond)
+        context = self.tokens(cond, x) if self.tokens is not None else None
         h = self.enter(x)
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
+            if context is not None:
+                h = self.attend[i](h[..., None], *context)[..., 0]
             h = layer(h, told)
         return self.leave(F.silu(self.norm(h))).to(x.dtype)

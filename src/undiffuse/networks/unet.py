@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from undiffuse.conditioning import Condition
-from undiffuse.networks.attention import Attention
+from undiffuse.networks.attention import Attention, CrossAttention, Tokens
 from undiffuse.networks.check import require, share, whole, wholes
 from undiffuse.networks.embedding import Embedding
 from undiffuse.networks.norm import NORMS
@@ -96,11 +96,12 @@ class Up(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Some layers one after another; what is told goes to the residual ones."""
+    """Some layers one after another; what is told goes to the residual ones, tokens to those that attend to them."""
 
-    def forward(self, h: Tensor, told: Tensor) -> Tensor:
+    def forward(self, h: Tensor, told: Tensor, tokens: Sequence[Tensor] = ()) -> Tensor:
         for layer in self:
-            h = layer(h, told) if isinstance(layer, Residual) else layer(h)
+            more = (told,) if isinstance(layer, Residual) else tokens if isinstance(layer, CrossAttention) else ()
+            h = layer(h, *more)
         return h
 
 
@@ -113,7 +114,9 @@ class UNet(nn.Module):
     the embedding, default four times the first width; ``classes``: labels 0 … classes − 1 beside the null label
     −1; ``scale_shift``: time scales and shifts the inner norm rather than being added; ``learned_resampling``:
     convolutions between levels (Ho) rather than means and repeats; ``fourier``: powers n for which sin and cos of
-    2^n π x are further inputs [Kingma21]; ``norm``: ``group`` (Ho) or ``layer`` (faster on a processor). Zero at
+    2^n π x are further inputs [Kingma21]; ``norm``: ``group`` (Ho) or ``layer`` (faster on a processor); ``vector``:
+    numbers of a vector that it is told; ``tokens``: numbers of each token of a sequence, to which it attends
+    wherever it attends to itself (a token's place in the sequence is not told beside it). Zero at
     initialisation. ``ConfigError`` for settings that cannot work.
     """
 
@@ -135,6 +138,8 @@ class UNet(nn.Module):
         learned_resampling: bool = True,
         fourier: Sequence[int] = (),
         norm: str = "group",
+        vector: int = 0,
+        tokens: int = 0,
     ) -> None:
         super().__init__()
         require(dims in (1, 2, 3), "dims", f"{dims!r} dimensions", "Give 1, 2 or 3")
@@ -157,18 +162,23 @@ class UNet(nn.Module):
         out_channels = channels if out_channels is None else whole("out_channels", out_channels)
         time_width = 4 * widths[0] if time_width is None else whole("time_width", time_width)
         dropout, classes = share("dropout", dropout), whole("classes", classes, 0)
+        vector, tokens = whole("vector", vector, 0), whole("tokens", tokens, 0)
 
         self.channels, self.dims, self.patch = channels, dims, patch
         self.fourier = wholes("fourier", fourier, 0)
         self.multiple = patch * 2**top  # sizes inside are multiples of this
         cells = patch**dims
 
+        def attending(width: int) -> list[nn.Module]:
+            return [Attention(width, heads), *([CrossAttention(width, tokens, heads)] if tokens else [])]
+
         def stage(inner: int, level: int, *more: nn.Module) -> Stage:
             residual = Residual(dims, inner, widths[level], time_width, dropout, scale_shift, norm)
-            attend = [Attention(widths[level], heads)] if level in attention else []
+            attend = attending(widths[level]) if level in attention else []
             return Stage([residual, *attend, *more])
 
-        self.embed = Embedding(max(widths[0] + widths[0] % 2, 4), time_width, classes)
+        self.embed = Embedding(max(widths[0] + widths[0] % 2, 4), time_width, classes, vector)
+        self.tokens = Tokens(tokens) if tokens else None
         self.enter = conv(dims, channels * cells * (1 + 2 * len(self.fourier)), widths[0])
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips = [widths[0]]
@@ -180,7 +190,7 @@ class UNet(nn.Module):
                 self.down.append(Stage([Down(dims, width, learned_resampling)]))
                 skips.append(width)
         middle = [Residual(dims, widths[-1], widths[-1], time_width, dropout, scale_shift, norm) for _ in range(2)]
-        self.middle = Stage([middle[0], Attention(widths[-1], heads), middle[1]])
+        self.middle = Stage([middle[0], *attending(widths[-1]), middle[1]])
         inner = widths[-1]
         for level in range(top, -1, -1):
             for block in range(blocks + 1):
@@ -197,7 +207,7 @@ class UNet(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
-        branches = [m for m in self.modules() if isinstance(m, Residual | Attention)]
+        branches = [m for m in self.modules() if isinstance(m, Residual | Attention | CrossAttention)]
         for end in [self.leave, *(m.conv2 if isinstance(m, Residual) else m.proj for m in branches)]:
             nn.init.zeros_(end.weight)  # pyright: ignore[reportArgumentType]
 
@@ -209,12 +219,13 @@ class UNet(nn.Module):
             waves = [wave(2**n * math.pi * h) for n in self.fourier for wave in (torch.sin, torch.cos)]
             h = torch.cat([h, *waves], 1)
         told = self.embed(time, cond)
+        tokens = self.tokens(cond, x) if self.tokens is not None else ()
         h = self.enter(fold(h, self.patch))
         skips = [h]
         for stage in self.down:
-            skips.append(h := stage(h, told))
-        h = self.middle(h, told)
+            skips.append(h := stage(h, told, tokens))
+        h = self.middle(h, told, tokens)
         for stage in self.up:
-            h = stage(torch.cat([h, skips.pop()], 1), told)
+            h = stage(torch.cat([h, skips.pop()], 1), told, tokens)
         y = unfold(self.leave(F.silu(self.norm(h))), self.patch).to(x.dtype)
         return y[(..., *(slice(n) for n in size))] if any(pad) else y
