@@ -11,6 +11,7 @@ import sys
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -175,3 +176,18 @@ def read(path: Path, base: Config) -> Config:
 def replace_train(config: Config, **settings: Any) -> Config:
     """The recipe with some settings of its training changed."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **settings))
+
+
+def build_part(part: str, build: Callable[..., Any], settings: dict[str, Any], **given: Any) -> Any:
+    """What ``build`` makes of ``settings`` and of what the model itself gives, which settings must not contradict."""
+    key = {"network": "kind", "preconditioning": None}.get(part, "name")
+    if key is not None and not isinstance(settings.get(key), str):
+        raise ConfigError("CONFIG", f"model.{part}: {settings!r}", f"this part has no {key}", f"Give its {key}")
+    for name, value in given.items():
+        if settings.get(name, value) != value:
+            cause = f"the rest of the model and the data make it {value!r}"
+            raise ConfigError("CONFIG", f"model.{part}.{name} = {settings[name]!r}", cause, "Leave it out")
+    try:
+        return build(**{**settings, **given})
+    except (TypeError, ValueError) as error:
+        raise ConfigError("CONFIG", f"model.{part}", str(error)[:200], "Check its settings") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +17,7 @@ from undiffuse import loss as losses
 from undiffuse import networks, solvers
 from undiffuse.codec import Codec
 from undiffuse.conditioning import Condition
-from undiffuse.config import ModelConfig
+from undiffuse.config import ModelConfig, build_part
 from undiffuse.denoiser import Clipped, Denoiser, NetworkDenoiser, Preconditioning, Told
 from undiffuse.errors import ConfigError
 from undiffuse.grids import grid
@@ -49,16 +49,16 @@ class Diffusion(nn.Module):
         super().__init__()
         self.config, self.codec, self.info = config, codec, dict(info or {})
         self.item_shape: tuple[int, ...] = tuple(item_shape)
-        self.schedule = _part("schedule", schedules.build, config.schedule)
-        self.target = _part("target", targets.build, config.target)
-        self.weight = _part("weight", weighting.build, config.weight)
+        self.schedule = build_part("schedule", schedules.build, config.schedule)
+        self.target = build_part("target", targets.build, config.target)
+        self.weight = build_part("weight", weighting.build, config.weight)
         self.steps = config.steps
         if self.schedule.steps not in (None, self.steps):
             fix = "Give the same number to both"
             raise ConfigError("CONFIG", "model.steps", f"{self.steps}, but the schedule has {self.schedule.steps}", fix)
         if not 1 <= self.steps <= LONGEST:
             raise ConfigError("CONFIG", "model.steps", f"{self.steps} steps", f"Give a number from 1 to {LONGEST:,}")
-        self.times = _part("times", times.build, config.times, schedule=self.schedule, T=self.steps)
+        self.times = build_part("times", times.build, config.times, schedule=self.schedule, T=self.steps)
         self._levels = None if isinstance(self.schedule, Learned) else grid(self.schedule, self.steps)
         self.learned_variance = config.variance == "learned"
         self.autocast: torch.dtype | None = None
@@ -71,7 +71,9 @@ class Diffusion(nn.Module):
             raise ConfigError("CONFIG", "model.network", cause, fix)
         each = (FEATURES if config.output == "levels" else 1) + self.learned_variance
         given = {"channels": channels, "out_channels": channels * each}
-        self.network = _part("network", networks.build, config.network, **given, **({"dims": dims} if dims else {}))
+        self.network = build_part(
+            "network", networks.build, config.network, **given, **({"dims": dims} if dims else {})
+        )
         if isinstance(codec, codecs.Pixels) and config.output == "levels":
             self.network = Lattice(self.network, channels, codec.levels)
         self.denoiser()
@@ -135,7 +137,7 @@ class Diffusion(nn.Module):
         return cond.heard_by(self.config.network, items).to(self.device)
 
     def preconditioning(self) -> Preconditioning:
-        return _part("preconditioning", Preconditioning, {"steps": self.steps, **self.config.preconditioning})
+        return build_part("preconditioning", Preconditioning, {"steps": self.steps, **self.config.preconditioning})
 
     def denoiser(self, network: nn.Module | None = None) -> NetworkDenoiser:
         """The network (or another in its place) as a denoiser."""
@@ -220,22 +222,39 @@ class Diffusion(nn.Module):
         steps: int | None = 50,
         clip: bool | None = None,
         cond: Condition | None = None,
+        spacing: str = "uniform",
+        times: Sequence[float] | None = None,
+        guide: Callable[[Denoiser], Denoiser] | None = None,
     ) -> Iterator[Step]:
         """The states of ``items`` from noise to data; item i's noise is a function of (seed, i) alone.
 
-        x is in the codec's units. ``clip`` keeps x̂ in [−1, 1], by default for data with levels. ``cond`` is what
-        the network is told of each item, nothing if not given. Raises `ConfigError` if it does not hear that.
+        x is in the codec's units. The levels are ``steps`` of a ``spacing``, or those at ``times``; see `grids.grid`.
+        ``clip`` keeps x̂ in [−1, 1], by default for data with levels; ``guide`` is put around the network before that.
+        ``cond`` is what the network is told of each item, nothing if not given. Raises `ConfigError` if it does not
+        hear that.
         """
-        if isinstance(solver, str):
-            solver = solvers.build(solver, **({"variance": self.config.variance} if solver == "ancestral" else {}))
-        levels = grid(self.schedule, min(steps or self.steps, self.steps))
+        solver = self.solver(solver) if isinstance(solver, str) else solver
+        levels = self.walk(steps, spacing, times)
         noise = ItemNoise(seed, items, self.item_shape, device=self.device)
-        denoise: Denoiser = self.denoiser()
-        if clip if clip is not None else isinstance(self.codec, codecs.Pixels):
-            denoise = Clipped(denoise)
+        denoise = self.sampler(clip, guide)
         if cond is not None:
             denoise = Told(denoise, self.heard(cond, len(items)))
         return trajectory(denoise, solver, levels, prior_sample(levels[0], noise(1)[0]), noise)
+
+    def solver(self, name: str, **settings: object) -> solvers.Solver:
+        """The solver called ``name``, whose variance is the model's where it has one. Raises `ConfigError`."""
+        return solvers.build(name, **({"variance": self.config.variance} if name == "ancestral" else {}) | settings)
+
+    def walk(
+        self, steps: int | None = None, spacing: str = "uniform", times: Sequence[float] | None = None
+    ) -> list[NoiseLevel]:
+        """The levels of at most the chain's own number of ``steps``, or those at ``times``."""
+        return grid(self.schedule, min(steps or self.steps, self.steps), spacing, times=times)
+
+    def sampler(self, clip: bool | None = None, guide: Callable[[Denoiser], Denoiser] | None = None) -> Denoiser:
+        """The denoiser that samples come from: ``guide``'s around the network, and `Clipped` for data with levels."""
+        denoise: Denoiser = self.denoiser() if guide is None else guide(self.denoiser())
+        return Clipped(denoise) if (isinstance(self.codec, codecs.Pixels) if clip is None else clip) else denoise
 
     @torch.no_grad()
     def sample(
@@ -248,10 +267,14 @@ class Diffusion(nn.Module):
         progress: Callable[[int], None] | None = None,
         first: int = 0,
         cond: Condition | None = None,
+        spacing: str = "uniform",
+        times: Sequence[float] | None = None,
+        guide: Callable[[Denoiser], Denoiser] | None = None,
     ) -> Tensor:
         """n samples as data values (n, *item_shape), items ``first`` and on; the same for any ``batch``.
 
-        ``progress`` is called with the number of finished item-steps. ``cond`` tells of each of the n items.
+        ``progress`` is called with the number of finished item-steps. ``cond`` tells of each of the n items; the
+        rest as in `trajectory`.
         """
         cond = cond and self.heard(cond, n)
         self.eval()
@@ -260,7 +283,7 @@ class Diffusion(nn.Module):
             items = range(start, min(start + batch, first + n))
             state = None
             told = cond and cond.take(slice(start - first, start - first + len(items)))
-            for state in self.trajectory(items, seed, solver, steps, cond=told):
+            for state in self.trajectory(items, seed, solver, steps, None, told, spacing, times, guide):
                 if progress and state.done:
                     progress(len(items))
             assert state is not None
@@ -305,21 +328,6 @@ class Diffusion(nn.Module):
             if progress:
                 progress(len(chunk))
         return concatenate(parts)
-
-
-def _part(part: str, build: Callable[..., Any], settings: dict[str, Any], **given: Any) -> Any:
-    """What ``build`` makes of ``settings`` and of what the model itself gives, which settings must not contradict."""
-    key = {"network": "kind", "preconditioning": None}.get(part, "name")
-    if key is not None and not isinstance(settings.get(key), str):
-        raise ConfigError("CONFIG", f"model.{part}: {settings!r}", f"this part has no {key}", f"Give its {key}")
-    for name, value in given.items():
-        if settings.get(name, value) != value:
-            cause = f"the rest of the model and the data make it {value!r}"
-            raise ConfigError("CONFIG", f"model.{part}.{name} = {settings[name]!r}", cause, "Leave it out")
-    try:
-        return build(**{**settings, **given})
-    except (TypeError, ValueError) as error:
-        raise ConfigError("CONFIG", f"model.{part}", str(error)[:200], "Check its settings") from None
 
 
 def describe(diffusion: Diffusion) -> dict[str, Any]:
