@@ -231,14 +231,14 @@ class Diffusion(nn.Module):
         x is in the codec's units. The levels are ``steps`` of a ``spacing``, or those at ``times``; see `grids.grid`.
         ``clip`` keeps x̂ in [−1, 1], by default for data with levels; ``guide`` is put around the network before that.
         ``cond`` is what the network is told of each item, nothing if not given. Raises `ConfigError` if it does not
-        hear that.
+        hear that; with ``guide`` that is the guide's to judge, for a classifier may hear what the network does not.
         """
         solver = self.solver(solver) if isinstance(solver, str) else solver
         levels = self.walk(steps, spacing, times)
         noise = ItemNoise(seed, items, self.item_shape, device=self.device)
         denoise = self.sampler(clip, guide)
         if cond is not None:
-            denoise = Told(denoise, self.heard(cond, len(items)))
+            denoise = Told(denoise, self.heard(cond, len(items)) if guide is None else cond.to(self.device))
         return trajectory(denoise, solver, levels, prior_sample(levels[0], noise(1)[0]), noise)
 
     def solver(self, name: str, **settings: object) -> solvers.Solver:
@@ -276,7 +276,7 @@ class Diffusion(nn.Module):
         ``progress`` is called with the number of finished item-steps. ``cond`` tells of each of the n items; the
         rest as in `trajectory`.
         """
-        cond = cond and self.heard(cond, n)
+        cond = self.heard(cond, n) if cond and guide is None else cond
         self.eval()
         parts = []
         for start in range(first, first + n, batch):
