@@ -211,21 +211,26 @@ class UNet(nn.Module):
         for end in [self.leave, *(m.conv2 if isinstance(m, Residual) else m.proj for m in branches)]:
             nn.init.zeros_(end.weight)  # pyright: ignore[reportArgumentType]
 
-    def forward(self, x: Tensor, time: Tensor, cond: Condition | None = None) -> Tensor:
-        size = x.shape[2:]
-        pad = [end for n in reversed(size) for end in (0, -n % self.multiple)]
+    def encode(
+        self, x: Tensor, time: Tensor, cond: Condition | None = None
+    ) -> tuple[list[Tensor], Tensor, Sequence[Tensor]]:
+        """What each block down says and, last, the middle; beside it what the blocks are told, and the tokens."""
+        pad = [end for n in reversed(x.shape[2:]) for end in (0, -n % self.multiple)]
         h = F.pad(x, pad, mode="replicate") if any(pad) else x
         if self.fourier:
             waves = [wave(2**n * math.pi * h) for n in self.fourier for wave in (torch.sin, torch.cos)]
             h = torch.cat([h, *waves], 1)
         told = self.embed(time, cond)
         tokens = self.tokens(cond, x) if self.tokens is not None else ()
-        h = self.enter(fold(h, self.patch))
-        skips = [h]
+        said = [self.enter(fold(h, self.patch))]
         for stage in self.down:
-            skips.append(h := stage(h, told, tokens))
-        h = self.middle(h, told, tokens)
+            said.append(stage(said[-1], told, tokens))
+        return [*said, self.middle(said[-1], told, tokens)], told, tokens
+
+    def forward(self, x: Tensor, time: Tensor, cond: Condition | None = None) -> Tensor:
+        skips, told, tokens = self.encode(x, time, cond)
+        h = skips.pop()
         for stage in self.up:
             h = stage(torch.cat([h, skips.pop()], 1), told, tokens)
         y = unfold(self.leave(F.silu(self.norm(h))), self.patch).to(x.dtype)
-        return y[(..., *(slice(n) for n in size))] if any(pad) else y
+        return y[(..., *(slice(n) for n in x.shape[2:]))]
