@@ -30,6 +30,7 @@ LAYERS = {
         "solvers",
         "likelihood",
         "guidance",
+        "inverse",
         "distill",
         "randomness",
     },
