@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from undiffuse.data import from_array, load
+from undiffuse.data import from_array, load, load_conditions
 from undiffuse.errors import ConfigError, DataError
 
 SMALL = np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2)
@@ -230,6 +230,8 @@ BAD_FILES = [
     ("several.npz", zip_bytes(("a.npy", NPY), ("b.npy", NPY)), "NO_ARRAY"),
     ("nothing.npz", zip_bytes(), "NO_ARRAY"),
     ("labels.npz", zip_bytes(("x.npy", NPY), ("y.npy", npy_bytes(np.arange(3)))), "LABELS"),
+    ("cond.npz", zip_bytes(("x.npy", NPY), ("cond.npy", npy_bytes(np.zeros((3, 2))))), "CONDITION"),
+    ("mask.npz", zip_bytes(("cond.npy", npy_bytes(np.zeros((3, 2)))), ("mask.npy", NPY)), "CONDITION"),
     ("objects-y.npz", zip_bytes(("x.npy", NPY), ("y.npy", OBJECTS)), "PICKLE_REFUSED"),
 ]
 
@@ -258,3 +260,83 @@ def test_truncated_safetensors(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(whole[:-9])
     with pytest.raises(DataError, match=r"^error\[SIZE_MISMATCH\]"):
         load(tmp_path / "a.safetensors")
+
+
+VECTORS = np.array([[0.5, -1.0, 2.0], [1e3, 0.0, 7.0]])
+TOKENS = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
+MASK = np.array([[True, True, False, False], [True] * 4])
+
+
+def test_vectors_and_tokens_stand_beside_the_values():
+    data = from_array(SMALL, [1, 0], cond=VECTORS)
+    assert (data.cond.dtype, data.mask, data.hearing) == (np.float32, None, {"classes": 2, "vector": 3})
+    np.testing.assert_array_equal(data.cond, VECTORS)
+    told = data.condition(np.array([1, 1, 0]))
+    assert told.label.tolist() == [0, 0, 1]
+    assert told.vector.tolist() == VECTORS[[1, 1, 0]].tolist()
+    assert told.tokens is None
+    for mask, expected in ((MASK, MASK), (None, np.ones((2, 4), bool))):
+        data = from_array(SMALL, cond=TOKENS, mask=mask)
+        assert data.hearing == {"tokens": 3}
+        np.testing.assert_array_equal(data.mask, expected)
+        told = data.condition(np.array([1]))
+        assert (told.label, told.vector, told.mask.tolist()) == (None, None, expected[1:].tolist())
+        np.testing.assert_array_equal(told.tokens, TOKENS[1:])
+    assert from_array(SMALL).hearing == {}
+    assert from_array(SMALL).condition(np.array([0])).label is None
+
+
+def test_conditions_are_part_of_the_fingerprint():
+    sets = [{}, {"cond": VECTORS}, {"cond": VECTORS + 1}, {"cond": TOKENS}, {"cond": TOKENS, "mask": MASK}]
+    prints = [from_array(SMALL, **more).fingerprint for more in sets]
+    assert len(set(prints)) == len(sets)
+    assert from_array(SMALL, cond=TOKENS, mask=np.ones((2, 4), bool)).fingerprint == prints[3]
+
+
+@pytest.mark.parametrize(
+    ("cond", "mask", "words"),
+    [
+        (np.zeros((3, 2)), None, r"their shape is \(3, 2\), for 2 items"),
+        (np.zeros(2), None, r"their shape is \(2,\)"),
+        (np.zeros((2, 0)), None, r"their shape is \(2, 0\)"),
+        (np.zeros((2, 2, 2, 2)), None, r"their shape is \(2, 2, 2, 2\)"),
+        (np.array([["a"], ["b"]]), None, "<U1, not numbers"),
+        (np.zeros((2, 1), np.clongdouble), None, "not numbers"),
+        (np.array([[0.0], [np.nan]]), None, r"the value at \(1, 0\) is nan"),
+        (np.array([[0.0], [1e300]]), None, r"the value at \(1, 0\) is inf \(in float32\)"),
+        (VECTORS, MASK, "a mask is of tokens"),
+        (TOKENS, MASK[:, :3], r"the mask is bool \(2, 3\), not bool \(2, 4\)"),
+        (TOKENS, MASK.astype(int), r"the mask is int64"),
+        (None, MASK, "a mask is given, but no tokens"),
+    ],
+)
+def test_conditions_that_are_refused(cond, mask, words):
+    with pytest.raises(DataError, match=words) as caught:
+        from_array(SMALL, cond=cond, mask=mask)
+    assert caught.value.code == "CONDITION"
+
+
+def test_conditions_in_files(tmp_path):
+    np.savez(tmp_path / "a.npz", x=SMALL, y=np.array([1, 0]), cond=TOKENS, mask=MASK)
+    save_file(
+        {n: torch.from_numpy(v) for n, v in {"x": SMALL, "cond": TOKENS, "mask": MASK}.items()},
+        tmp_path / "b.safetensors",
+    )
+    assert load(tmp_path / "a.npz").fingerprint == from_array(SMALL, [1, 0], cond=TOKENS, mask=MASK).fingerprint
+    assert load(tmp_path / "b.safetensors").fingerprint == from_array(SMALL, cond=TOKENS, mask=MASK).fingerprint
+    np.savez(tmp_path / "c.npz", cond=TOKENS, mask=MASK)
+    for name in ("a.npz", "b.safetensors", "c.npz"):
+        cond, mask = load_conditions(tmp_path / name)
+        np.testing.assert_array_equal(cond, TOKENS)
+        np.testing.assert_array_equal(mask, MASK)
+    np.save(tmp_path / "d.npy", VECTORS)
+    np.savez(tmp_path / "e.npz", cond=VECTORS)
+    for name in ("d.npy", "e.npz"):
+        cond, mask = load_conditions(tmp_path / name)
+        assert (cond.tolist(), mask) == (VECTORS.tolist(), None)
+    assert load(tmp_path / "e.npz").values.tolist() == VECTORS.tolist()  # the only array is the data
+    np.savez(tmp_path / "f.npz", x=SMALL, mask=MASK)  # without cond, mask is any other array
+    assert load(tmp_path / "f.npz").fingerprint == from_array(SMALL).fingerprint
+    np.savez(tmp_path / "d.npz", a=SMALL, b=SMALL)
+    with pytest.raises(DataError, match=r"d.npz: holds a, b"):
+        load_conditions(tmp_path / "d.npz")

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from undiffuse.data.array_files import PICKLES, SUFFIXES, load_array
+from undiffuse.data.array_files import PICKLES, SUFFIXES, load_array, load_conditions
 from undiffuse.data.arrays import from_array
 from undiffuse.data.builtin import BUILTIN, TOYS, digits, fashion_mnist, toy
 from undiffuse.data.dataset import Dataset, Split, observed
@@ -18,7 +18,7 @@ from undiffuse.data.problems import BadFiles, Problem, Refused
 from undiffuse.errors import ConfigError
 
 __all__ = ["BUILTIN", "BadFiles", "Dataset", "Prepare", "Problem", "Split", "from_array", "load", "load_array"]
-__all__ += ["load_folder"]
+__all__ += ["load_conditions", "load_folder"]
 
 FOLDER_OPTIONS = tuple(f.name for f in fields(Prepare))
 ARRAY_OPTIONS = ("layout", "levels")

@@ -7,36 +7,58 @@ import os
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 import torch
 from numpy.lib import format as npy
 from safetensors import SafetensorError, safe_open
 
-from undiffuse.data.arrays import check_options, dataset_from
+from undiffuse.data.arrays import check_options, conditions, dataset_from
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.problems import Refused, refusal
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-NAMES, LABEL_NAMES = ("images", "x", "data", "arr_0"), ("labels", "y")
+NAMES = ("images", "x", "data", "arr_0")
+BESIDE = {"labels": ("labels", "y"), "cond": ("cond",), "mask": ("mask",)}
 MAX_BYTES = 1 << 36
 
-Read = tuple[np.ndarray, np.ndarray | None, list[str]]  # values, labels, notes
+T = TypeVar("T")
+
+Read = tuple[dict[str, np.ndarray], list[str]]  # arrays by role, notes
 
 
 def load_array(path: str | Path, *, layout: str | None = None, levels: int | None = None) -> Dataset:
     """The array in ``path`` called images, x, data or arr_0 (or the only one), with labels or y if there are.
 
-    ``.npy`` files in their final form stay memory-mapped. ``layout`` and ``levels`` as in ``from_array``.
-    DataError for what is wrong with the file or its arrays; nothing is unpickled.
+    An array ``cond`` beside it holds a vector (N, D) for each item, or tokens (N, L, D) with their ``mask`` (N, L).
+    ``.npy`` files in their final form stay memory-mapped. ``layout`` and ``levels`` as in ``from_array``. DataError
+    for what is wrong with the file or its arrays; nothing is unpickled.
     """
-    path = Path(path)
-    readers = {".npy": _read_npy, ".npz": _read_npz, ".safetensors": _read_safetensors}
     check_options(layout, levels)
+
+    def make(arrays: dict[str, np.ndarray], notes: list[str]) -> Dataset:
+        return dataset_from(Path(path).stem, arrays["values"], arrays, layout, levels, notes)
+
+    return _read(Path(path), make)
+
+
+def load_conditions(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The vectors (N, D), or tokens (N, L, D) and their mask, of a file: its array ``cond``, or the only one.
+
+    DataError for what is wrong with the file or its arrays.
+    """
+    return _read(
+        Path(path), lambda arrays, _: conditions(arrays.get("cond", arrays["values"]), arrays.get("mask"), None)
+    )
+
+
+def _read(path: Path, make: Callable[[dict[str, np.ndarray], list[str]], T]) -> T:
+    """What ``make`` makes of the arrays and notes of a file, and DataError for what is wrong with them."""
+    readers = {".npy": _read_npy, ".npz": _read_npz, ".safetensors": _read_safetensors}
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise Refused("NOT_A_REGULAR_FILE", "is a folder, a pipe, a socket or a device")
@@ -46,8 +68,7 @@ def load_array(path: str | Path, *, layout: str | None = None, levels: int | Non
             raise Refused("EMPTY_FILE", "holds no bytes")
         if path.suffix.lower() not in readers:
             raise Refused("PICKLE_REFUSED", "a format that can hold pickles")
-        values, labels, notes = readers[path.suffix.lower()](path, start)
-        return dataset_from(path.stem, values, labels, layout, levels, notes)
+        return make(*readers[path.suffix.lower()](path, start))
     except Refused as refused:
         raise refused.at(path) from refused.__cause__
     except OSError as error:
@@ -57,7 +78,7 @@ def load_array(path: str | Path, *, layout: str | None = None, levels: int | Non
 def _read_npy(path: Path, start: bytes) -> Read:
     with path.open("rb") as stream:
         _check_npy(stream, start, os.fstat(stream.fileno()).st_size)
-    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray), None, []
+    return {"values": np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)}, []
 
 
 def _check_npy(stream: IO[bytes], start: bytes, size: int) -> None:
@@ -87,11 +108,10 @@ def _read_npz(path: Path, start: bytes) -> Read:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             _check_members(archive, members)
-            values, labels = _pick(members)
-            read = [_read_member(archive, members[name]) for name in (values, labels) if name]
+            read = {role: _read_member(archive, members[name]) for role, name in _pick(members).items()}
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise Refused("BAD_ARCHIVE", f"cannot be unpacked ({error})") from error
-    return read[0], read[1] if labels else None, []
+    return read, []
 
 
 def _check_members(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo]) -> None:
@@ -120,28 +140,32 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
 def _read_safetensors(path: Path, start: bytes) -> Read:
     try:
         with safe_open(path, framework="pt") as file:
-            values, labels = _pick(file.keys())
-            notes = ["bfloat16 widened to float32"] if file.get_slice(values).get_dtype() == "BF16" else []
-            read = [file.get_tensor(name) for name in (values, labels) if name]
+            names = _pick(file.keys())
+            notes = ["bfloat16 widened to float32"] if file.get_slice(names["values"]).get_dtype() == "BF16" else []
+            read = {role: file.get_tensor(name) for role, name in names.items()}
     except SafetensorError as error:
         if "not fully covered" in str(error):
             raise Refused("SIZE_MISMATCH", "its header promises another number of bytes than are there") from error
         raise _no_array(start, "a safetensors header") from error
-    arrays = [(t.float() if t.dtype == torch.bfloat16 else t).numpy() for t in read]
-    return arrays[0], arrays[1] if labels else None, notes
+    return {role: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for role, t in read.items()}, notes
 
 
-def _pick(names: Iterable[str]) -> tuple[str, str | None]:
-    """The names of the values and of the labels among those of a file."""
+def _pick(names: Iterable[str]) -> dict[str, str]:
+    """The names of the values and of what stands beside them among those of a file, by role."""
     names = list(names)
-    labels = next((name for name in LABEL_NAMES if name in names), None)
-    others = [name for name in names if name != labels]
+    found = {role: next((name for name in known if name in names), None) for role, known in BESIDE.items()}
+    beside = {role: name for role, name in found.items() if name and len(names) > 1}
+    if "cond" not in beside:
+        beside.pop("mask", None)  # then it is any other array
+    others = [name for name in names if name not in beside.values()]
+    if not others and "cond" in beside:
+        others = [beside.pop("cond")]  # a file of conditions
     values = next((name for name in NAMES if name in names), others[0] if len(others) == 1 else None)
     if values is None:
         raise Refused(
             "NO_ARRAY", f"holds {', '.join(sorted(names)[:8]) or 'nothing'}, which does not say which is the data"
         )
-    return values, labels
+    return {"values": values, **beside}
 
 
 def _no_array(start: bytes, wanted: str) -> Refused:

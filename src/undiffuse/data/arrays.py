@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
 from undiffuse.data.dataset import Dataset, chunks
 from undiffuse.data.problems import Refused
 from undiffuse.errors import ConfigError
+
+Arrays = Mapping[str, np.ndarray | None]
+"""What stands beside the values, by role: labels, cond, mask."""
 
 LAYOUTS = ("ND", "NHW", "NCL", "NLC", "NCHW", "NHWC", "NCDHW", "NDHWC")
 
@@ -17,6 +21,8 @@ def from_array(
     values: np.ndarray,
     labels: np.ndarray | None = None,
     *,
+    cond: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
     name: str = "array",
     layout: str | None = None,
     levels: int | None = None,
@@ -25,12 +31,14 @@ def from_array(
 
     Integers have levels: 2 for bool, 256 for uint8, 65536 for uint16, else the largest value + 1, unless
     ``levels`` says how many. Floats are continuous and become float32. ``layout`` is one of LAYOUTS; without
-    it two dimensions are ND, three of uint8, uint16 or bool NHW, four NCHW, five NCDHW. DataError with code
-    DTYPE, RANGE, NON_FINITE, SHAPE or LABELS; ConfigError for an unknown layout or number of levels.
+    it two dimensions are ND, three of uint8, uint16 or bool NHW, four NCHW, five NCDHW. ``cond`` are vectors (N, D)
+    or sequences of tokens (N, L, D), of which those count that ``mask`` (N, L) says, or all. DataError with code
+    DTYPE, RANGE, NON_FINITE, SHAPE, LABELS or CONDITION; ConfigError for an unknown layout or number of levels.
     """
     check_options(layout, levels)
+    beside = {"labels": labels, "cond": cond, "mask": mask}
     try:
-        return dataset_from(name, np.asarray(values), labels, layout, levels, [])
+        return dataset_from(name, np.asarray(values), beside, layout, levels, [])
     except Refused as refused:
         raise refused.at(name) from None
 
@@ -46,12 +54,13 @@ def check_options(layout: str | None, levels: int | None) -> None:
 def dataset_from(
     name: str,
     values: np.ndarray,
-    labels: np.ndarray | None,
+    beside: Arrays,
     layout: str | None,
     levels: int | None,
     notes: list[str],
 ) -> Dataset:
     """``from_array`` after ``check_options``, with Refused in place of DataError and ``notes`` to begin with."""
+    labels, cond, mask = (beside.get(role) for role in ("labels", "cond", "mask"))
     values = _channels_first(values, layout, notes)
     if values.dtype.kind in "biu":
         values, levels = _whole(values, levels, notes)
@@ -62,7 +71,32 @@ def dataset_from(
     else:
         raise Refused("DTYPE", f"values of type {values.dtype} are not taken")
     labels, classes = _labels(labels, len(values)) if labels is not None else (None, ())
-    return Dataset(name, values, levels, labels, classes, tuple(notes))
+    if cond is not None:
+        cond, mask = conditions(cond, mask, len(values))
+    elif mask is not None:
+        raise Refused("CONDITION", "a mask is given, but no tokens that it could be of")
+    return Dataset(name, values, levels, labels, classes, tuple(notes), cond=cond, mask=mask)
+
+
+def conditions(cond: np.ndarray, mask: np.ndarray | None, count: int | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """(N, D) float32 vectors, or (N, L, D) tokens with their mask (N, L) bool; Refused unless there are ``count``."""
+    cond = np.asarray(cond)
+    if cond.dtype.kind not in "biuf" or cond.dtype.itemsize > 8:
+        raise Refused("CONDITION", f"they are {cond.dtype}, not numbers")
+    if cond.ndim not in (2, 3) or not cond.size or (count is not None and len(cond) != count):
+        there = "" if count is None else f", for {count} items"
+        raise Refused("CONDITION", f"their shape is {cond.shape}{there}")
+    with np.errstate(over="ignore"):
+        cond = _packed(cond, np.dtype(np.float32))
+    if len(bad := np.argwhere(~np.isfinite(cond))):
+        raise Refused("CONDITION", f"the value at {tuple(map(int, bad[0]))} is {cond[tuple(bad[0])]} (in float32)")
+    if cond.ndim == 2 and mask is not None:
+        raise Refused("CONDITION", "a mask is of tokens (N, L, D), and these are vectors (N, D)")
+    if cond.ndim == 3:
+        mask = np.ones(cond.shape[:2], bool) if mask is None else np.asarray(mask)
+        if mask.shape != cond.shape[:2] or mask.dtype != bool:
+            raise Refused("CONDITION", f"the mask is {mask.dtype} {mask.shape}, not bool {cond.shape[:2]}")
+    return cond, mask
 
 
 def _channels_first(values: np.ndarray, layout: str | None, notes: list[str]) -> np.ndarray:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
+from undiffuse.conditioning import Condition
 from undiffuse.errors import ConfigError, DataError
 
 CHUNK = 4096
@@ -33,8 +35,9 @@ class Dataset:
     ``values`` (N, C, *size) or (N, D): uint8 or uint16 for data with ``levels`` (whole numbers in
     0 .. levels − 1), float32 for continuous data (``levels`` None). ``labels`` (N,) int64 in
     0 .. len(classes) − 1, or None. ``notes`` are sentences that say what was seen and done. Items from
-    ``test_from`` on are an official test part. ValueError where these do not fit each other: the loaders
-    (and ``from_array``) are what checks a person's data.
+    ``test_from`` on are an official test part. ``cond`` float32 is what else is known of each item: a vector
+    (N, D), or a sequence of tokens (N, L, D) with ``mask`` (N, L), True where one counts. ValueError where these
+    do not fit each other: the loaders (and ``from_array``) are what checks a person's data.
     """
 
     name: str
@@ -44,6 +47,8 @@ class Dataset:
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     test_from: int | None = None
+    cond: np.ndarray | None = None
+    mask: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         kinds = ("float32",) if self.levels is None else ("uint8",) if self.levels <= 256 else ("uint16",)
@@ -60,6 +65,19 @@ class Dataset:
         """(C, *size) or (D,)."""
         return self.values.shape[1:]
 
+    @property
+    def hearing(self) -> dict[str, int]:
+        """The settings of a network that hears all that these data tell of an item: classes, vector, tokens."""
+        said = {"classes": len(self.classes)} if self.labels is not None else {}
+        return said if self.cond is None else {**said, _kind(self.cond): self.cond.shape[-1]}
+
+    def condition(self, items: np.ndarray) -> Condition:
+        """All that these data tell of the ``items``."""
+        told = {"label": self.labels, "mask": self.mask}
+        if self.cond is not None:
+            told[_kind(self.cond)] = self.cond
+        return Condition(**{name: torch.from_numpy(v[items]) for name, v in told.items() if v is not None})
+
     def noted(self, *notes: str) -> Dataset:
         """The same data with ``notes`` added; hashes already worked out are kept."""
         other = copy.copy(self)
@@ -74,11 +92,14 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 in hex over type, shape, levels, labels and bytes: equal for equal data and no other."""
+        """sha256 in hex over type, shape, levels, labels, conditions and bytes: equal for equal data and no other."""
         head = (self.values.dtype.name, self.values.shape, self.levels, self.labels is not None)
         digest = hashlib.sha256(json.dumps(head).encode())
         if self.labels is not None:
             digest.update(_bytes(self.labels))
+        for told in (self.cond, self.mask):
+            if told is not None:
+                digest.update(json.dumps(told.shape).encode() + _bytes(told))
         for chunk in chunks(self.values):
             digest.update(_bytes(chunk))
         return digest.hexdigest()
@@ -168,6 +189,10 @@ def _constant_channels(values: np.ndarray) -> np.ndarray:
 def chunks(values: np.ndarray) -> Iterator[np.ndarray]:
     """Consecutive pieces of at most CHUNK items, so that a memory-mapped array is read piece by piece."""
     return (values[start : start + CHUNK] for start in range(0, len(values), CHUNK))
+
+
+def _kind(cond: np.ndarray) -> str:
+    return "vector" if cond.ndim == 2 else "tokens"
 
 
 def _bytes(array: np.ndarray) -> memoryview:

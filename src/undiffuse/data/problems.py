@@ -16,6 +16,7 @@ FIXES = {
     "BAD_ARCHIVE": "Write the archive again with numpy.savez",
     "BAD_HEADER": "Write the file again",
     "BROKEN_LINK": "Mend or delete the link",
+    "CONDITION": "Give finite numbers, vectors (N, D) or tokens (N, L, D), and a bool mask (N, L) with tokens only",
     "CORRUPT": "Fetch or export the file again, or delete it",
     "DTYPE": "Give bool, integers from 0, or floats of 16, 32 or 64 bits",
     "EMPTY_CLASS": "Put images into it, or delete the folder",
