@@ -1,0 +1,103 @@
+"""The one formula of the exponential family: the flow, or its SDE, in lambda = log(alpha/sigma), x̂ a polynomial.
+
+With h = lambda_s − lambda_t the exact solution is [Lu22b prop. 4.1; §5 where eta = 1]
+
+    x_s = (sigma_s/sigma_t) e^(−eta h) x_t + alpha_s ∫_0^h a e^(−a (h − u)) x̂(lambda_t + u) du
+          + sigma_s √(1 − e^(−2 eta h)) z
+
+with a = 1 + eta. DPM-Solver++, exponential Adams methods and UniPC differ only in the points that x̂ goes through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from undiffuse.process.level import NoiseLevel, frac, like
+
+Point = tuple[Tensor, NoiseLevel]
+"""A prediction x̂ and the level at which it was made."""
+
+RULES = ("exact", "bh1", "bh2")
+
+
+def gap(t: NoiseLevel, s: NoiseLevel) -> float:
+    """lambda_s − lambda_t = −½ log(1 − frac), lambda = log(alpha/sigma); inf where sigma_s or alpha_t is 0."""
+    share = frac(t, s)
+    exact = -0.5 * torch.log1p(-share) if float(share) < 0.5 else 0.5 * (s.log_snr - t.log_snr)
+    return float(exact)
+
+
+def moments(H: float, n: int) -> list[float]:
+    """M_k = H ∫_0^1 e^(−H(1 − v)) v^k dv = H k! φ_(k+1)(−H) for k < ``n``, to 14 digits for any ``H`` ≥ 0.
+
+    By parts M_k = 1 − k M_(k−1)/H. Upwards that loses digits as H falls to 0, so for H < 1 it is walked down, where
+    an error shrinks by H/k.
+    """
+    if H >= 1:
+        M = [-math.expm1(-H)]
+        for k in range(1, n):
+            M.append(1 - k * M[-1] / H)
+        return M
+    M = [0.0]
+    for k in range(n + 20, 0, -1):
+        M.append(H / k * (1 - M[-1]))
+    return M[::-1][:n]
+
+
+def weights(H: float, nodes: Sequence[float], rule: str = "exact") -> list[float]:
+    """W_j = H ∫_0^1 e^(−H(1 − v)) l_j(v) dv, the share of x̂_j − x̂_0: l_j is 1 at nodes[j], 0 at the others and at 0.
+
+    ``rule`` is for a single node v: ``"exact"`` M_1/v; ``"bh2"`` M_0/(2v) as DPM-Solver++ and UniPC-B2; ``"bh1"``
+    H/(2v) as UniPC-B1 [Lu22b eq. 17; Zhao23 §3.2].
+    """
+    M = moments(H, len(nodes) + 1)
+    if rule != "exact" and len(nodes) == 1:
+        return [(M[0] if rule == "bh2" else H) / (2 * nodes[0])]
+    result = []
+    for j, own in enumerate(nodes):
+        basis = [0.0, 1 / own]  # ascending coefficients of v/v_j Π (v − v_i)/(v_j − v_i)
+        for other in [*nodes[:j], *nodes[j + 1 :]]:
+            raised, kept = [0.0, *basis], [*basis, 0.0]
+            basis = [(a - other * b) / (own - other) for a, b in zip(raised, kept, strict=True)]
+        result.append(math.fsum(c * m for c, m in zip(basis, M, strict=True)))
+    return result
+
+
+def advance(
+    x_t: Tensor,
+    t: NoiseLevel,
+    s: NoiseLevel,
+    points: Sequence[Point],
+    rule: str = "exact",
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """x_s = (sigma_s/sigma_t) e^(−eta h) x_t + alpha_s (M_0 x̂_0 + Σ_j W_j (x̂_j − x̂_0)) + sigma_s √(1 − e^(−2 eta h)) z.
+
+    points[0] was made at ``t``, the others anywhere else; ``noise`` (B, ...) is read where ``eta`` > 0. Where h is
+    infinite, into data or out of pure noise, the others do not count: the step is DDIM's, with new noise for the
+    old where ``eta`` > 0.
+    """
+    h = gap(t, s)
+    if math.isinf(h):
+        points = points[:1]
+    decay = eta * h if eta else 0.0
+    (first, _), *others = points
+    x = moments((1 + eta) * h, 1)[0] * first
+    for weight, (other, _) in zip(
+        weights((1 + eta) * h, [gap(t, at) / h for _, at in others], rule), others, strict=True
+    ):
+        x = x + weight * (other - first)
+    x_s = like(s.sigma / t.sigma * math.exp(-decay), x_t) * x_t + like(s.alpha, x_t) * x
+    if noise is not None:
+        x_s = x_s + like(s.sigma * math.sqrt(-math.expm1(-2 * decay)), x_t) * noise
+    return x_s
+
+
+def finite(t: NoiseLevel, s: NoiseLevel) -> bool:
+    """Whether the step from t to s is between finite log-SNRs."""
+    return math.isfinite(gap(t, s))

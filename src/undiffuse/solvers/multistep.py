@@ -1,0 +1,65 @@
+"""Multistep methods in lambda = log(alpha/sigma): exponential Adams–Bashforth, DPM-Solver++ 2M and 3M, their SDEs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from undiffuse.denoiser import Denoiser
+from undiffuse.errors import ConfigError
+from undiffuse.process.level import NoiseLevel
+from undiffuse.solvers.dpm import single
+from undiffuse.solvers.exponential import RULES, advance, finite
+from undiffuse.solvers.solver import State
+
+
+@dataclass(frozen=True)
+class Multistep:
+    """x_s from the polynomial through x̂ at t and at the ``points`` − 1 levels before it, integrated exactly.
+
+    ``points`` = 1 is DDIM, and with ``eta`` = 1 ancestral sampling with the small variance; 2 with ``rule`` =
+    ``"bh2"`` is DPM-Solver++ 2M [Lu22b alg. 2], 3 is 3M; any number is exponential Adams–Bashforth. ``eta`` > 0 is
+    the SDE [Lu22b §5], whose noise is that of DDIM's eta only at 0 and 1. ``start`` = ``"high"`` begins with single
+    steps, and then fewer points, of order ``points`` − 1, so that the whole is of order ``points``; ``"low"`` begins
+    with 1, 2, ... points, as others do, and is of order 2 at most. An SDE always begins so. After a step out of pure
+    noise it begins anew. Raises `ConfigError`.
+    """
+
+    points: int = 2
+    eta: float = 0.0
+    rule: str = "exact"
+    start: str = "high"
+    calls: int = 1
+
+    def __post_init__(self) -> None:
+        where = f"points={self.points!r}, eta={self.eta!r}, rule={self.rule!r}, start={self.start!r}"
+        if (
+            self.points not in (1, 2, 3, 4)
+            or self.eta < 0
+            or self.rule not in RULES
+            or self.start not in ("high", "low")
+        ):
+            fix = f"Use 1 to 4 points, eta of at least 0, the rule {' or '.join(RULES)}, the start high or low"
+            raise ConfigError("SOLVER", where, "there is no such multistep method", fix)
+
+    @property
+    def order(self) -> int:
+        return min(self.points, 2) if self.start == "low" or self.eta > 0 else self.points
+
+    @property
+    def draws(self) -> int:
+        return 0 if self.eta == 0 else 1
+
+    def init(self, x: Tensor, levels: list[NoiseLevel]) -> State:
+        return ()
+
+    def step(
+        self, denoise: Denoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, state: State, noise: Tensor
+    ) -> tuple[Tensor, State]:
+        known = ((denoise(x_t, t, to=s).x, t), *state)
+        if self.order > len(known) + 1:
+            x_s = single(denoise, x_t, t, s, known[0], self.order - 1)
+        else:
+            x_s = advance(x_t, t, s, known, self.rule, self.eta, noise[0] if self.draws else None)
+        return x_s, known[: self.points - 1] if finite(t, s) else ()
