@@ -34,7 +34,7 @@ def ends(hand, x: Array, t, s, eta: float, z: Array) -> Array:
 
 
 def integral(x: Array, t, s, points: list[tuple[Array, float]], eta: float = 0.0, z: Array | None = None) -> Array:
-    """Lu 2022b prop. 4.1 by quadrature, x̂ the polynomial through ``points`` = (x̂, lambda); with eta as k-diffusion's."""
+    """Lu 2022b prop. 4.1 by quadrature, x̂ through ``points`` = (x̂, lambda)."""
     h, a = lam(s) - lam(t), 1 + eta
     total = np.zeros_like(x)
     for node, weight in zip(NODES, WEIGHTS, strict=True):

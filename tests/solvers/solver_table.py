@@ -12,11 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import exponential_references as by_lambda
 import numpy as np
 from numpy import ndarray as Array
 
 from undiffuse.process import schedule as S
-from undiffuse.solvers import DDIM, Ancestral, Product, Solver
+from undiffuse.solvers import (
+    DDIM,
+    Ancestral,
+    Multistep,
+    Product,
+    SingleStep,
+    Solver,
+    UniPC,
+)
 
 
 @dataclass(frozen=True)
@@ -160,5 +169,22 @@ ROWS: dict[str, Row] = {
     "ddim 0": Row(DDIM(), ddim(0.0), 1),
     "ddim 0.3": Row(DDIM(0.3), ddim(0.3), 1, 1),
     "ddim 1": Row(DDIM(eta=1.0), ddim(1.0), 1, 1),
+    "dpm++ 2s": Row(SingleStep(2), by_lambda.single(2), 2, calls=lambda steps: 2 * steps),
+    "dpm++ 3s": Row(SingleStep(3), by_lambda.single(3), 3, calls=lambda steps: 3 * steps),
+    "dpm++ 2m": Row(Multistep(2, rule="bh2"), by_lambda.two_m, 2),
+    "dpm++ 3m": Row(Multistep(3), by_lambda.adams(3), 3, calls=lambda steps: steps + 1),
+    "dpm++ 2m sde": Row(Multistep(2, 1.0, "bh2"), by_lambda.two_m_sde, 2, 1),
+    "exponential 1 sde": Row(Multistep(1, 0.4), by_lambda.adams(1, 0.4), 1, 1),
+    "exponential 2 sde": Row(Multistep(2, 0.4), by_lambda.adams(2, 0.4), 2, 1),
+    "exponential 2": Row(Multistep(2), by_lambda.adams(2), 2),
+    "exponential 4": Row(Multistep(4), by_lambda.adams(4), 4, calls=lambda steps: steps + 2 * min(steps, 2)),
+    "unipc 1": Row(UniPC(1), by_lambda.unipc(1, "bh2"), 2),
+    "unipc 2": Row(UniPC(2), by_lambda.unipc(2, "bh2"), 3),
+    "unipc 2 bh1": Row(UniPC(2, "bh1"), by_lambda.unipc(2, "bh1"), 3),
+    "unipc 3": Row(UniPC(3), by_lambda.unipc(3, "bh2"), 4, calls=lambda steps: steps + 2),
+    # those whose order shows late: test_exponential.py
+    "dpm++ 3m from low": Row(Multistep(3, start="low"), by_lambda.adams(3, low=True), None),
+    "dpm++ 3m sde": Row(Multistep(3, 1.0), by_lambda.adams(3, 1.0), None, 1),
+    "unipc 3 from low": Row(UniPC(3, "bh1", "low"), by_lambda.unipc(3, "bh1", True), None),
     "product": Row(Product(), ancestral("small"), None, 1),  # with a factor: test_product.py
 }

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from undiffuse.errors import ConfigError
 from undiffuse.solvers.ancestral import Ancestral
 from undiffuse.solvers.ddim import DDIM
+from undiffuse.solvers.dpm import SingleStep
 from undiffuse.solvers.inversion import Inversion
 from undiffuse.solvers.langevin import AnnealedLangevin
+from undiffuse.solvers.multistep import Multistep
 from undiffuse.solvers.product import Product
 from undiffuse.solvers.solver import Solver, State
+from undiffuse.solvers.unipc import UniPC
 
 SOLVERS: dict[str, Callable[..., Solver]] = {
     "ancestral": Ancestral,
@@ -18,6 +22,14 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "annealed_langevin": AnnealedLangevin,
     "inversion": Inversion,
     "product": Product,
+    "dpm++2s": partial(SingleStep, order=2),
+    "dpm++3s": partial(SingleStep, order=3),
+    "dpm++2m": partial(Multistep, points=2, rule="bh2"),
+    "dpm++3m": partial(Multistep, points=3),
+    "dpm++2m_sde": partial(Multistep, points=2, rule="bh2", eta=1.0),
+    "dpm++3m_sde": partial(Multistep, points=3, eta=1.0),
+    "exponential": partial(Multistep, points=4),
+    "unipc": UniPC,
 }
 
 
@@ -33,4 +45,17 @@ def build(name: str, **settings: object) -> Solver:
         ) from None
 
 
-__all__ = ["DDIM", "SOLVERS", "Ancestral", "AnnealedLangevin", "Inversion", "Product", "Solver", "State", "build"]
+__all__ = [
+    "DDIM",
+    "SOLVERS",
+    "Ancestral",
+    "AnnealedLangevin",
+    "Inversion",
+    "Multistep",
+    "Product",
+    "SingleStep",
+    "Solver",
+    "State",
+    "UniPC",
+    "build",
+]

@@ -36,7 +36,7 @@ class Multistep:
         where = f"points={self.points!r}, eta={self.eta!r}, rule={self.rule!r}, start={self.start!r}"
         if (
             self.points not in (1, 2, 3, 4)
-            or self.eta < 0
+            or not self.eta >= 0
             or self.rule not in RULES
             or self.start not in ("high", "low")
         ):
