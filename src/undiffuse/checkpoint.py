@@ -68,6 +68,9 @@ def weights(diffusion: Diffusion) -> dict[str, Tensor]:
 
 
 def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if "classifier" in metadata:
+        fix = "Give it to sample as --classifier, and a diffusion model as RUN"
+        raise CheckpointError("KIND", path, "this is a classifier, and no diffusion model", fix)
     if not metadata.get("undiffuse", "").isdigit() or "model" not in metadata:
         raise CheckpointError(
             "NOT_OURS",

@@ -12,6 +12,7 @@ import typer
 from undiffuse import checkpoint, presets
 from undiffuse import config as configuration
 from undiffuse import data as datasets
+from undiffuse.cli.classifier import train_classifier
 from undiffuse.cli.evaluate import evaluate_model
 from undiffuse.cli.options import (
     Channels,
@@ -89,6 +90,7 @@ def train(
 
 
 app.command()(sample)
+app.command()(train_classifier)
 
 
 @app.command()

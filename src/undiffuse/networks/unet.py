@@ -164,7 +164,7 @@ class UNet(nn.Module):
         dropout, classes = share("dropout", dropout), whole("classes", classes, 0)
         vector, tokens = whole("vector", vector, 0), whole("tokens", tokens, 0)
 
-        self.channels, self.dims, self.patch = channels, dims, patch
+        self.channels, self.dims, self.patch, self.deepest = channels, dims, patch, widths[-1]
         self.fourier = wholes("fourier", fourier, 0)
         self.multiple = patch * 2**top  # sizes inside are multiples of this
         cells = patch**dims

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from undiffuse.config import Config, to_dict
+from undiffuse.config import to_dict
 from undiffuse.data import Dataset
 from undiffuse.errors import CheckpointError, ConfigError, ResourceError
 
@@ -46,8 +46,8 @@ class Run:
         record = self.record
         return bool(record and record["finished"])
 
-    def open(self, config: Config, data: Dataset) -> None:
-        """Creates the folder, or makes sure that an unfinished run there is of the same recipe and data."""
+    def open(self, config: Any, data: Dataset) -> None:
+        """Creates the folder for this recipe, or makes sure that an unfinished run there is of it and the data."""
         record = self.record
         if record is None:
             if self.folder.is_dir() and any(f.name not in BEFORE_RECORD for f in self.folder.iterdir()):
