@@ -6,13 +6,18 @@ from collections.abc import Callable
 from functools import partial
 
 from undiffuse.errors import ConfigError
+from undiffuse.solvers.adaptive import Adaptive
 from undiffuse.solvers.ancestral import Ancestral
 from undiffuse.solvers.ddim import DDIM
 from undiffuse.solvers.dpm import SingleStep
+from undiffuse.solvers.edm import EDM
+from undiffuse.solvers.euler_maruyama import EulerMaruyama
 from undiffuse.solvers.inversion import Inversion
 from undiffuse.solvers.langevin import AnnealedLangevin
 from undiffuse.solvers.multistep import Multistep
+from undiffuse.solvers.predictor_corrector import Corrector, PredictorCorrector
 from undiffuse.solvers.product import Product
+from undiffuse.solvers.runge_kutta import RungeKutta
 from undiffuse.solvers.solver import Solver, State
 from undiffuse.solvers.unipc import UniPC
 
@@ -22,6 +27,13 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "annealed_langevin": AnnealedLangevin,
     "inversion": Inversion,
     "product": Product,
+    "euler": partial(RungeKutta, "euler"),
+    "heun": partial(RungeKutta, "heun"),
+    "rk4": partial(RungeKutta, "rk4"),
+    "adaptive": Adaptive,
+    "edm": EDM,
+    "euler_maruyama": EulerMaruyama,
+    "predictor_corrector": PredictorCorrector,
     "dpm++2s": partial(SingleStep, order=2),
     "dpm++3s": partial(SingleStep, order=3),
     "dpm++2m": partial(Multistep, points=2, rule="bh2"),
@@ -47,12 +59,18 @@ def build(name: str, **settings: object) -> Solver:
 
 __all__ = [
     "DDIM",
+    "EDM",
     "SOLVERS",
+    "Adaptive",
     "Ancestral",
     "AnnealedLangevin",
+    "Corrector",
+    "EulerMaruyama",
     "Inversion",
     "Multistep",
+    "PredictorCorrector",
     "Product",
+    "RungeKutta",
     "SingleStep",
     "Solver",
     "State",
