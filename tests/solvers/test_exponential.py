@@ -1,0 +1,253 @@
+"""The exponential family: its integrals to fourteen digits, its identities, and orders that show late or are lost."""
+
+import math
+from dataclasses import dataclass
+
+import mpmath
+import numpy as np
+import pytest
+import test_order
+import torch
+from oracles import GaussianData, Spy
+from solver_table import PROCESSES
+from test_affine import CHAINS, COVS, MEAN, probe
+
+from undiffuse.denoiser import Prediction
+from undiffuse.errors import ConfigError
+from undiffuse.grids import grid
+from undiffuse.process import schedule as S
+from undiffuse.process.level import NoiseLevel, preserving
+from undiffuse.sample import trajectory
+from undiffuse.solvers import DDIM, Ancestral, Multistep, SingleStep, UniPC
+from undiffuse.solvers.exponential import advance, gap, moments, weights
+
+f64 = torch.float64
+DATA = GaussianData(torch.from_numpy(MEAN), torch.from_numpy(COVS["full"]))
+FAMILY = [
+    SingleStep(1),
+    SingleStep(2),
+    SingleStep(3),
+    *(Multistep(points, rule=rule) for points in (1, 2, 3, 4) for rule in ("exact", "bh2")),
+    Multistep(3, start="low"),
+    *(UniPC(points, start=start) for points in (1, 2, 3) for start in ("high", "low")),
+]
+
+
+# --- integrals -----------------------------------------------------------------------------------------------------
+
+
+def exact_moment(H: float, k: int) -> mpmath.mpf:
+    """H ∫_0^1 e^(−H(1 − v)) v^k dv = H e^(−H) Σ_n H^n/n!/(n + k + 1), in fifty digits."""
+    with mpmath.workdps(60):
+        H = mpmath.mpf(H)
+        return H * mpmath.exp(-H) * mpmath.nsum(lambda n: H**n / mpmath.factorial(n) / (n + k + 1), [0, 40 + 6 * H])
+
+
+@pytest.mark.parametrize("H", [1e-12, 1e-5, 0.03, 0.5, 0.999, 1.0, 1.001, 3.7, 14.0])
+def test_moments_keep_thirteen_digits(H):
+    for k, value in enumerate(moments(H, 5)):
+        assert abs(value / exact_moment(H, k) - 1) < 1e-13
+    assert moments(H, 2) == moments(H, 5)[:2] or H < 1
+
+
+def test_moments_at_the_ends():
+    assert moments(0.0, 4) == [0, 0, 0, 0]
+    assert moments(math.inf, 4) == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("H", [1e-9, 0.2, 2.5, 13.0])
+@pytest.mark.parametrize("nodes", [(-1.0,), (0.5,), (-0.3, -7.0), (1.0, -1.0, -2.0), (-0.01, -1.0, -40.0)])
+def test_weights_integrate_polynomials_exactly(H, nodes):
+    """Σ_j W_j v_j^k = M_k for k = 1 ... n: the conditions of order, and as many as there are nodes."""
+    for k in range(1, len(nodes) + 1):
+        terms = [w * v**k for w, v in zip(weights(H, nodes), nodes, strict=True)]
+        assert sum(terms) == pytest.approx(moments(H, k + 1)[k], rel=1e-12, abs=1e-13 * max(map(abs, terms)))
+
+
+def test_rules_are_of_a_single_node():
+    """B(h)/2 for M_1 [Zhao23 §3.2], which agrees with it to second order in H; more nodes are integrated exactly."""
+    assert weights(0.3, [-2.0], "bh1") == [0.3 / 2 / -2]
+    assert weights(0.3, [-2.0], "bh2") == [-math.expm1(-0.3) / 2 / -2]
+    for rule in ("bh1", "bh2"):
+        assert weights(1e-4, [0.5], rule)[0] == pytest.approx(weights(1e-4, [0.5])[0], rel=1e-4)
+        assert weights(0.3, [-2.0, -1.0], rule) == weights(0.3, [-2.0, -1.0], "exact")
+    assert weights(0.3, [], "bh2") == []
+
+
+def test_the_gap_is_half_of_the_log_snr_and_keeps_its_digits():
+    def flow(t: float) -> NoiseLevel:
+        return S.Flow()(t)
+
+    with mpmath.workdps(50):
+        for t, s in ((0.7, 0.2), (0.7, 0.7 - 1e-9), (0.999, 0.001), (0.2, 0.7), (1e-5, 0.99e-5)):
+            at = [mpmath.log((1 - mpmath.mpf(v)) / mpmath.mpf(v)) for v in (s, t)]
+            assert abs(gap(flow(t), flow(s)) / (at[0] - at[1]) - 1) < 1e-14 * max(1, 0.1 / abs(t - s))
+    assert gap(flow(1.0), flow(0.5)) == gap(flow(0.5), flow(0.0)) == math.inf
+    assert gap(flow(0.4), flow(0.4)) == 0
+
+
+# --- identities ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_one_point_is_ddim_and_with_eta_1_ancestral(chain):
+    formula, times = CHAINS[chain]
+    schedule = PROCESSES[formula].schedule
+    for pair in (SingleStep(1), DDIM()), (Multistep(1), DDIM()), (Multistep(1, 1.0), Ancestral("small")):
+        a, b = (probe(solver, DATA.denoiser(schedule), grid(schedule, times=times)) for solver in pair)
+        for left, right in zip(a, b, strict=True):
+            np.testing.assert_allclose(left, right, rtol=1e-11, atol=1e-11)
+
+
+@dataclass(frozen=True)
+class InLambda:
+    """x̂ is a polynomial in lambda, whatever x_t is."""
+
+    clean: np.polynomial.Polynomial
+    schedule: S.Schedule
+
+    def __call__(self, x_t, level, cond=None, to=None) -> Prediction:
+        x = torch.full_like(x_t, self.clean(float(level.log_snr) / 2))
+        return Prediction(x, (x_t - level.alpha * x) / level.sigma)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("points", [1, 2, 3, 4])
+def test_a_polynomial_in_lambda_is_integrated_exactly_by_as_many_points(points, eta):
+    """x_s − alpha_s p(lambda_s) = (sigma_s/sigma_t) e^(−eta h) (x_t − alpha_t p(lambda_t)), where p + p'/a = x̂."""
+    p = clean = np.polynomial.Polynomial([0.3, -1.0, 0.4, 0.2][:points])
+    for _ in range(points):
+        p = clean - p.deriv() / (1 + eta)
+    denoise = InLambda(clean, S.LinearLogSNR())
+    *before, t, s = grid(denoise.schedule, times=[0.9, 0.8, 0.72, 0.6, 0.3])
+    x = torch.full((1, 1), 0.8, dtype=f64)
+    state = tuple((denoise(x, level).x, level) for level in before[::-1])[: points - 1]
+    x_s, _ = Multistep(points, eta).step(denoise, x, t, s, state, torch.zeros(1, 1, 1, dtype=f64))
+    left, right = float(t.log_snr) / 2, float(s.log_snr) / 2
+    kept = float(s.sigma / t.sigma) * math.exp(-eta * (right - left))
+    torch.testing.assert_close(x_s, s.alpha * p(right) + kept * (x - t.alpha * p(left)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", FAMILY, ids=str)
+def test_steps_into_data_and_out_of_pure_noise_are_ddim_and_cost_one_call(solver):
+    schedule, x = S.Flow(), torch.tensor([[0.3, 1.0, -2.0, 0.1]], dtype=f64)
+    levels = grid(schedule, times=[1.0, 0.7, 0.4, 0.2, 0.0])
+    spy = Spy(DATA.denoiser(schedule))
+    states = [step.x for step in trajectory(spy, solver, levels, x, lambda n: x[None][:n])]
+    assert all(float(level.sigma) > 0 for _, level, _, _ in spy.seen)
+    first, _ = DDIM().step(DATA.denoiser(schedule), x, levels[0], levels[1], (), x)
+    torch.testing.assert_close(states[1], first, rtol=1e-14, atol=1e-14)
+    at_last = [x_t for x_t, level, _, _ in spy.seen if level.t == levels[3].t]
+    assert len(at_last) == 1
+    torch.testing.assert_close(states[-1], DATA.predict(at_last[0], levels[3]).x, rtol=1e-14, atol=1e-14)
+    assert {float(to.t) for _, _, _, to in spy.seen} == {0.7, 0.4, 0.2, 0.0}
+
+
+@pytest.mark.parametrize("solver", FAMILY, ids=str)
+def test_levels_close_together_lose_no_digits(solver):
+    """1e-9 apart in log-SNR the step is Euler's, to the square of that."""
+    levels = [
+        preserving(torch.tensor(1 - k / 10, dtype=f64), torch.tensor(1.0 + k * 1e-9, dtype=f64)) for k in range(6)
+    ]
+    x = torch.tensor([[0.3, 1.0, -2.0, 0.1]], dtype=f64)
+    denoise = DATA.denoiser(S.LinearLogSNR(1 + 1e-8, 1 - 1e-8))
+    *_, last = trajectory(denoise, solver, levels, x, lambda n: x[None][:n])
+    exact = DATA.flow(x, levels[0], levels[-1])
+    torch.testing.assert_close(last.x, exact, rtol=1e-14, atol=1e-14)
+    assert not torch.equal(last.x, x)
+
+
+@pytest.mark.parametrize("solver", FAMILY, ids=str)
+def test_a_step_is_pure_and_in_float32_at_least(solver):
+    schedule = S.LinearLogSNR()
+    x = torch.tensor([[0.3, 1.0, -2.0, 0.1]])
+    levels, none = grid(schedule, 6), torch.empty(0, 1, 4)
+    start = solver.step(DATA.denoiser(schedule), x, levels[0], levels[1], solver.init(x, levels), none)
+    once, twice = (
+        solver.step(DATA.denoiser(schedule), start[0], levels[1], levels[2], start[1], none) for _ in range(2)
+    )
+    assert torch.equal(once[0], twice[0])
+    assert isinstance(once[1], tuple)
+    assert once[0].dtype == torch.float32
+    low = x.bfloat16()
+    assert advance(low, levels[0], levels[1], [(low, levels[0])]).dtype == torch.float32
+
+
+# --- orders --------------------------------------------------------------------------------------------------------
+
+
+def slope(monkeypatch, solver, ends, steps) -> float:
+    monkeypatch.setattr(test_order, "STEPS", steps)
+    return (test_order.weak if solver.draws else test_order.strong)(solver, ends).order
+
+
+@pytest.mark.parametrize(
+    ("solver", "ends", "steps"),
+    [
+        (Multistep(4), "log-SNR", [64, 128, 256, 512]),
+        (Multistep(4), "exploding", [64, 128, 256, 512]),
+        (Multistep(4), "flow", [128, 256, 512, 1024]),
+        (Multistep(3, start="low"), "log-SNR", [64, 128, 256, 512]),  # of order 2 by its first step
+        (Multistep(3, start="low"), "exploding", [64, 128, 256, 512]),
+        (Multistep(3, 1.0), "log-SNR", [64, 128, 256, 512]),
+        (UniPC(3, "bh1", "low"), "log-SNR", [256, 512, 1024]),
+    ],
+    ids=str,
+)
+def test_orders_that_show_late(monkeypatch, solver, ends, steps):
+    assert abs(slope(monkeypatch, solver, ends, steps) - solver.order) < 0.15
+
+
+@dataclass(frozen=True)
+class WrongSubscript(Multistep):
+    """Takes x̂ of two levels before for that of one level before."""
+
+    def step(self, denoise, x_t, t, s, state, noise):
+        wrong = ((state[1][0], state[0][1]),) if len(state) == 2 else state
+        x_s, known = super().step(denoise, x_t, t, s, wrong, noise)
+        return x_s, (*known, *state[:1])
+
+
+@dataclass(frozen=True)
+class HalfOfTheThird(Multistep):
+    """3M as it is often printed in code, with φ_3 in place of 2 φ_3 before the second difference."""
+
+    def step(self, denoise, x_t, t, s, state, noise):
+        three, known = super().step(denoise, x_t, t, s, state, noise)
+        if len(state) < 2:
+            return three, known
+        h = gap(t, s)
+        (new, old, oldest), (r, q) = (
+            (denoise(x_t, t).x, state[0][0], state[1][0]),
+            (-gap(t, at) / h for _, at in state),
+        )
+        second = ((new - old) / r - (old - oldest) / (q - r)) / q
+        return three - s.alpha * moments(h, 3)[2] / 2 * second, known
+
+
+def test_a_wrong_subscript_costs_an_order(monkeypatch):
+    steps = [64, 128, 256, 512]
+    assert abs(slope(monkeypatch, WrongSubscript(2, rule="bh2"), "log-SNR", steps) - 1) < 0.15
+    assert abs(slope(monkeypatch, HalfOfTheThird(3), "log-SNR", steps) - 2) < 0.15
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+def test_what_there_is_not_is_refused():
+    for build in (
+        lambda: SingleStep(4),
+        lambda: SingleStep(0),
+        lambda: Multistep(5),
+        lambda: Multistep(0),
+        lambda: Multistep(2, -0.1),
+        lambda: Multistep(2, math.nan),
+        lambda: Multistep(2, rule="heun"),
+        lambda: Multistep(2, start="slow"),
+        lambda: UniPC(4),
+        lambda: UniPC(0),
+        lambda: UniPC(2, "bh3"),
+        lambda: UniPC(2, start="slow"),
+    ):
+        with pytest.raises(ConfigError, match=r"error\[SOLVER\] .*there is no such"):
+            build()
