@@ -53,7 +53,9 @@ class TrainConfig:
     The learning rate rises over ``warmup`` steps, stays, and falls linearly to 0 over the last ``decay``
     share of the run, which ends after ``steps`` steps or about ``minutes`` minutes. ``ema`` is the length of
     the average of weights as a share of the run (a power-function profile). ``precision`` is ``auto``,
-    ``float32`` or ``bfloat16``; ``flip`` mirrors images at random and is off unless asked for.
+    ``float32`` or ``bfloat16``; ``flip`` mirrors images at random and is off unless asked for. With
+    ``conditional`` the network is told all that the data tell of an item (labels, vectors, tokens) but for a share
+    ``condition_dropout`` of the items, told nothing: what it says without a condition is trained on these.
     """
 
     batch: int = 128
@@ -72,6 +74,8 @@ class TrainConfig:
     flip: bool = False
     held_out: float = 0.1
     previews: int = 8
+    conditional: bool = False
+    condition_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("batch", "accumulate"):
@@ -82,6 +86,8 @@ class TrainConfig:
         _require(0 < self.lr < math.inf, "lr", self.lr, "must be above 0 and finite")
         _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must be in [0, 1)")
         _require(0 <= self.held_out < 0.5, "held_out", self.held_out, "must be a share of the data, below 0.5")
+        dropped = self.condition_dropout
+        _require(0 <= dropped <= 1, "condition_dropout", dropped, "must be a share of the items, in [0, 1]")
         for name in ("warmup", "weight_decay", "previews"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be below 0")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be a whole number from 0 to 2^63 - 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from undiffuse.config import Config, ModelConfig, TrainConfig
@@ -96,12 +97,12 @@ def get(name: str) -> Config:
     return PRESETS[name]
 
 
-def fitted(config: Config, levels: int | None) -> Config:
+def fitted(config: Config, levels: int | None, hearing: Mapping[str, int] | None = None) -> Config:
     """The recipe fitted to data of so many ``levels`` (None: continuous).
 
     The clean end of a default log-SNR schedule goes, or of a learned one starts, where three standard deviations of
     noise fill half a bin (`clean_end`); where there are no levels, or too many to name one by one, the network says
-    values.
+    values. That of a conditional recipe gets the settings ``hearing``, so that it hears all that the data tell.
     """
     model = config.model
     if model.output == "levels" and (levels is None or levels > MANY):
@@ -109,6 +110,11 @@ def fitted(config: Config, levels: int | None) -> Config:
     schedule = model.schedule
     if levels is not None and schedule.get("name") in ("linear_log_snr", "learned") and "high" not in schedule:
         model = replace(model, schedule={**schedule, "high": clean_end(levels)})
+    for name, size in (hearing or {}).items() if config.train.conditional else ():
+        if model.network.get(name, size) != size:
+            where = f"model.network.{name} = {model.network[name]!r}"
+            raise ConfigError("CONFIG", where, f"the data make it {size}", "Leave it out")
+        model = replace(model, network={**model.network, name: size})
     return replace(config, model=model)
 
 

@@ -11,10 +11,12 @@ import torch
 
 from undiffuse.checkpoint import load, read_tensors, save
 from undiffuse.codec import Identity, Pixels, Standardised
+from undiffuse.conditioning import Condition
 from undiffuse.config import Config, ModelConfig, TrainConfig, replace_train
 from undiffuse.data import from_array
 from undiffuse.diffusion import Diffusion
-from undiffuse.errors import CheckpointError, ConfigError, NonFiniteError
+from undiffuse.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from undiffuse.presets import fitted
 from undiffuse.train import Interrupted, Run, fit, loop, state
 from undiffuse.train.watch import Watch
 
@@ -39,6 +41,11 @@ LEARNED = replace(
         loss="continuous",
     ),
 )
+
+TOLD = from_array(
+    DATA.values, np.arange(40) % 3, levels=5, name="told", cond=np.random.default_rng(1).normal(5, 3, size=(40, 2))
+)
+TELLING = replace_train(CONFIG, conditional=True, condition_dropout=0.3, accumulate=2)
 
 
 @pytest.fixture(autouse=True)
@@ -94,13 +101,15 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize(
-    "config", [CONFIG, ROUGH, LEARNED], ids=["plain", "accumulated-dropout-flip-bfloat16", "learned-schedule"]
+    ("config", "data"),
+    [(CONFIG, DATA), (ROUGH, DATA), (LEARNED, DATA), (TELLING, TOLD)],
+    ids=["plain", "accumulated-dropout-flip-bfloat16", "learned-schedule", "conditional"],
 )
-def test_stopping_anywhere_changes_nothing(config, tmp_path, stop):
+def test_stopping_anywhere_changes_nothing(config, data, tmp_path, stop):
     def until(k, folder):
         stop(k)
         with pytest.raises(Interrupted) as stopped:
-            train(config, folder)
+            train(config, folder, data)
         assert stopped.value.exit_code == 143
         return folder
 
@@ -113,8 +122,8 @@ def test_stopping_anywhere_changes_nothing(config, tmp_path, stop):
     assert equal(held(tmp_path / "chain"), whole)
     stop(None)
     for name in ("whole", "chain"):  # all that is left to do is to finish
-        train(config, tmp_path / name)
-    straight = train(config, tmp_path / "straight")
+        train(config, tmp_path / name, data)
+    straight = train(config, tmp_path / "straight", data)
     models = [load(folder) for folder in (straight, tmp_path / "whole", tmp_path / "chain")]
     for other in models[1:]:
         assert equal(other.state_dict(), models[0].state_dict())
@@ -166,6 +175,76 @@ def test_looking_changes_nothing(tmp_path, monkeypatch):
     assert equal(weights[0], load(train(replace_train(rough, previews=3), tmp_path / "x")).network.state_dict())
     other = load(train(replace_train(rough, seed=5), tmp_path / "z")).network.state_dict()
     assert not equal(weights[0], other)  # power: a seed does
+
+
+def test_labels_that_are_not_told_change_nothing(tmp_path, monkeypatch):
+    """An unconditional run on data with labels is bit for bit the run without, whatever the share told nothing."""
+    monkeypatch.setattr(Watch, "finish", just_save)
+    runs = [
+        load(train(replace_train(CONFIG, condition_dropout=share), tmp_path / data.name, data)).state_dict()
+        for data, share in ((DATA, 0.1), (TOLD, 0.9))
+    ]
+    assert equal(*runs)
+
+
+def test_a_conditional_model_knows_what_it_hears(tmp_path, monkeypatch):
+    seen, drawn = [], []
+    real_nll, real_sample = Diffusion.nll, Diffusion.sample
+    monkeypatch.setattr(Diffusion, "nll", lambda m, *a, **k: seen.append(k["cond"]) or real_nll(m, *a, **k))
+    monkeypatch.setattr(Diffusion, "sample", lambda m, *a, **k: drawn.append(k["cond"]) or real_sample(m, *a, **k))
+    split = TOLD.split(0.2)
+    model = load(train(TELLING, tmp_path / "both", TOLD))
+    assert {k: model.config.network[k] for k in ("classes", "vector")} == {"classes": 3, "vector": 2}
+    assert model.info["classes"] == ["0", "1", "2"]
+    vector = torch.from_numpy(TOLD.cond[split.train]).double()
+    torch.testing.assert_close(model.network.embed.vector.mean.double(), vector.mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        model.network.embed.vector.std.double(), vector.std(0, correction=0), rtol=1e-6, atol=1e-6
+    )
+    assert seen[-1].label.tolist() == TOLD.labels[split.validation].tolist()  # the bound is the one given all that
+    assert drawn[-1].vector.tolist() == TOLD.cond[np.resize(split.validation, 64)].tolist()
+    labelled = from_array(DATA.values, np.arange(40) % 3, levels=5)
+    train(replace_train(TELLING, steps=1), tmp_path / "labels", labelled)
+    assert drawn[-1].label.tolist() == (torch.arange(64) % 3).tolist()  # pictures show each in turn
+    train(replace_train(TELLING, steps=1, held_out=0.0), tmp_path / "all", TOLD)
+    assert drawn[-1].label.tolist() == TOLD.labels[np.resize(np.arange(40), 64)].tolist()
+
+
+def test_conditions_that_cannot_be(tmp_path):
+    with pytest.raises(DataError, match=r"error\[NO_CONDITIONS\] tiny: these data say nothing of their items"):
+        train(TELLING, tmp_path / "a")
+    other = replace(TELLING, model=replace(CONFIG.model, network=NET | {"classes": 4}))
+    with pytest.raises(ConfigError, match=r"model.network.classes = 4: the data make it 3"):
+        train(other, tmp_path / "b", TOLD)
+    agreeing = replace(TELLING, model=replace(CONFIG.model, network=NET | {"classes": 3}))
+    assert fitted(agreeing, 5, TOLD.hearing).model.network == NET | {"classes": 3, "vector": 2}
+    assert fitted(agreeing, 5, {}).model.network == NET | {"classes": 3}
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("kind", ["label", "vector"])
+def test_training_learns_to_follow_what_it_is_told(kind, tmp_path, monkeypatch):
+    """Two clusters at −2 and 2, told apart by a label or a vector: samples go where they are told to, or to both.
+
+    The one test of training as such: seconds of a small network, on what it is told and not on how well it does.
+    """
+    monkeypatch.setattr(Watch, "finish", just_save)
+    side = np.arange(400) % 2
+    values = (np.random.default_rng(0).normal(size=(400, 1)) * 0.3 + 4.0 * side[:, None] - 2.0).astype(np.float32)
+    more = {"labels": side} if kind == "label" else {"cond": 1000.0 + 50.0 * side[:, None]}
+    config = Config(
+        ModelConfig(network={"kind": "mlp", "width": 32, "depth": 2}, schedule={"name": "linear_log_snr", "high": 8.0}),
+        TrainConfig(batch=128, steps=150, lr=5e-3, warmup=20, precision="float32", previews=0, conditional=True),
+    )
+    model = load(train(config, tmp_path / "run", from_array(values, **more)))
+    for goal in (0, 1):
+        value = torch.full((50,), goal) if kind == "label" else torch.full((50, 1), 1000.0 + 50.0 * goal)
+        x = model.sample(50, steps=20, cond=Condition(**{kind: value}))
+        assert ((x - (4.0 * goal - 2.0)).abs() < 2).float().mean() > 0.95
+    untold = model.sample(200, steps=20)
+    assert 0.25 < (untold > 0).float().mean() < 0.75
+    assert (untold.abs() > 1).float().mean() > 0.5
 
 
 def plain_descent(monkeypatch):
@@ -277,10 +356,10 @@ def test_a_gradient_that_is_no_number_stops_the_run(tmp_path, monkeypatch, strai
     config, real = replace_train(CONFIG, previews=4), loop.global_batch
 
     def poisoned(data, items, settings, step):
-        values, u, eps, z = real(data, items, settings, step)
+        batch = real(data, items, settings, step)
         if step + 1 == at:
-            eps[3, 0, 1, 2] = bad
-        return values, u, eps, z
+            batch[2][3, 0, 1, 2] = bad
+        return batch
 
     monkeypatch.setattr(loop, "global_batch", poisoned)
     with pytest.raises(NonFiniteError, match=rf"the gradient of step {at} is not finite") as caught:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -23,13 +22,13 @@ from undiffuse.codec import codec_for
 from undiffuse.config import Config, TrainConfig
 from undiffuse.data import Dataset
 from undiffuse.diffusion import Diffusion
-from undiffuse.errors import ConfigError, NonFiniteError
+from undiffuse.errors import ConfigError, DataError, NonFiniteError
 from undiffuse.lattice import Lattice
 from undiffuse.networks.norm import in_fast_layout
 from undiffuse.presets import fitted
-from undiffuse.process.times import low_discrepancy
 from undiffuse.randomness import generator
 from undiffuse.train import state
+from undiffuse.train.batch import global_batch, shares, standardise_vectors
 from undiffuse.train.ema import Average
 from undiffuse.train.run import Run, describe
 from undiffuse.train.watch import Watch
@@ -72,7 +71,10 @@ def fit(
     # Where it runs, and what it is
     accelerator = Accelerator(cpu=device == "cpu", gradient_accumulation_steps=1)
     split = data.split(settings.held_out)
-    config = fitted(config, data.levels)
+    if settings.conditional and not data.hearing:
+        cause = "these data say nothing of their items but their values: no labels, vectors or tokens"
+        raise DataError("NO_CONDITIONS", data.name, cause, "Leave --conditional out, or sort images into sub-folders")
+    config = fitted(config, data.levels, data.hearing)
     codec = codec_for(data, None if data.levels is not None else data.moments(split.train))
     torch.manual_seed(settings.seed)
     diffusion = Diffusion(config.model, data.item_shape, codec, describe(data) | {"held_out": settings.held_out}).to(
@@ -81,6 +83,8 @@ def fit(
     settings = replace(settings, precision=precision_of(settings.precision, accelerator.device))
     if isinstance(diffusion.network, Lattice):
         diffusion.network.start_from(torch.from_numpy(data.counts(split.train)))
+    if settings.conditional:
+        standardise_vectors(diffusion, data, split.train)
     diffusion.autocast = torch.bfloat16 if settings.precision == "bfloat16" else None
     network = in_fast_layout(diffusion.network)
     if init is not None:
@@ -107,7 +111,7 @@ def fit(
             began = time.perf_counter()
             step = progress.step
             torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed() + accelerator.process_index)
-            values, u, eps, z = global_batch(data, split.train, settings, step)
+            values, u, eps, z, cond = global_batch(data, split.train, settings, step)
             mine = shares(settings, accelerator.num_processes, accelerator.process_index)
             total, seen = 0.0, []
             for part in mine:
@@ -116,6 +120,7 @@ def fit(
                     u[part],
                     eps[part].to(diffusion.device),
                     z[part].to(diffusion.device),
+                    cond and cond.take(part).to(diffusion.device),
                     network=parallel,
                 )
                 loss = losses.mean()
@@ -162,42 +167,6 @@ def fit(
         if accelerator.is_main_process:
             watch.finish()
     return run.folder
-
-
-def global_batch(
-    data: Dataset, items: np.ndarray, settings: TrainConfig, step: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(values, u, eps, z) of a step's whole batch, functions of (seed, step) alone."""
-    order = batch_order(len(items), settings.batch, settings.seed, step)
-    values = data.values[np.sort(items[order])]
-    g = generator(settings.seed, "train", step)
-    u = low_discrepancy(torch.rand((), generator=g, dtype=torch.float64), settings.batch)
-    u = u[torch.randperm(settings.batch, generator=g)]
-    eps, z = torch.randn(2, *values.shape, generator=g)
-    if settings.flip:
-        mirrored = (torch.rand(settings.batch, generator=g) < 0.5).numpy()
-        values = np.where(mirrored.reshape(-1, *[1] * (values.ndim - 1)), values[..., ::-1], values)
-    return torch.from_numpy(np.ascontiguousarray(values)), u, eps, z
-
-
-def batch_order(n: int, batch: int, seed: int, step: int) -> np.ndarray:
-    """The step's places in the list of items: epochs are permutations of their own, laid end to end."""
-    places = []
-    for epoch in range(step * batch // n, ((step + 1) * batch - 1) // n + 1):
-        order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
-        places.append(order[max(step * batch - epoch * n, 0) : (step + 1) * batch - epoch * n])
-    return np.concatenate(places)
-
-
-def shares(settings: TrainConfig, processes: int, index: int) -> list[slice]:
-    """This process's micro-batches of the global batch."""
-    if settings.batch % (processes * settings.accumulate):
-        fix = "Choose a batch that they divide"
-        cause = f"{processes} processes times accumulate = {settings.accumulate} do not divide the batch"
-        raise ConfigError("BATCH", f"train.batch = {settings.batch}", cause, fix)
-    size = settings.batch // processes // settings.accumulate
-    first = index * settings.batch // processes
-    return [slice(first + i * size, first + (i + 1) * size) for i in range(settings.accumulate)]
 
 
 def plan(progress: state.Progress, settings: TrainConfig) -> None:

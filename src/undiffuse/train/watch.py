@@ -6,11 +6,13 @@ import math
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from undiffuse.checkpoint import save
+from undiffuse.conditioning import Condition
 from undiffuse.config import TrainConfig
 from undiffuse.data import Dataset, Split
 from undiffuse.diffusion import Diffusion
@@ -146,16 +148,25 @@ class Watch:
         if len(items) == 0:
             return math.nan, math.nan
         values = torch.from_numpy(self.data.values[items])
-        result = self.smooth.nll(values, seed=0, draws=draws, batch=HELD_OUT_ITEMS)
+        result = self.smooth.nll(values, seed=0, draws=draws, batch=HELD_OUT_ITEMS, cond=self._told(items))
         bits = result.bits_per_dim(self.smooth.dims)
         return float(bits.mean()), float(result.stderr) / (self.smooth.dims * math.log(2))
 
     def _draw(self, name: str, n: int = SHOWN, steps: int = SHOWN_STEPS) -> None:
-        samples = self.smooth.sample(n, seed=0, steps=steps)
+        samples = self.smooth.sample(n, seed=0, steps=steps, cond=self._shown(n))
         try:
             pictures.grid(samples.numpy(), self.data.levels).save(self.run.pictures / name)
         except DataError as error:
             self.say(f"no picture of the samples: {error.cause}")
+
+    def _told(self, items: np.ndarray) -> Condition | None:
+        return self.data.condition(items) if self.settings.conditional else None
+
+    def _shown(self, n: int) -> Condition | None:
+        """For the pictures: each label in turn, or where more is known of items what is known of those held out."""
+        if self.settings.conditional and self.data.cond is None:
+            return Condition(label=torch.arange(n) % len(self.data.classes))
+        return self._told(np.resize(self.split.validation if len(self.split.validation) else self.split.train, n))
 
     def _trained(self) -> dict[str, object]:
         return {
