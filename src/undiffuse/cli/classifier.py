@@ -59,7 +59,8 @@ def train_classifier(
         }
         for row in rows
     ]
-    table.render(shown, f"{run.folder}, {rows[0]['items']:,} items" if rows else str(run.folder))
+    if rows:
+        table.render(shown, f"{rows[0]['items']:,} held-out items")
     console.print(f"next: undiffuse sample RUN --classifier {run.folder} --label NAME", markup=False)
 
 
