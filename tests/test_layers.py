@@ -34,7 +34,7 @@ LAYERS = {
         "distill",
         "randomness",
     },
-    "assembly": {"config", "presets", "estimate", "diffusion", "checkpoint"},
+    "assembly": {"config", "presets", "estimate", "diffusion", "restore", "checkpoint"},
     "applications": {"train", "metrics", "interop", "report"},
     "faces": {"cli", "studio", "__main__"},
 }

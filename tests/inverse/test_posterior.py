@@ -77,14 +77,15 @@ def law(solver, denoise, levels, shape=SHAPE) -> tuple[torch.Tensor, torch.Tenso
 # --- as functions -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("nudge", [0.05, None])
 @pytest.mark.parametrize("std", [0.0, 0.3])
 @pytest.mark.parametrize("process", SCHEDULES)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_mmps_is_the_posterior_mean_of_gaussian_data(name, process, std):
+def test_mmps_is_the_posterior_mean_of_gaussian_data(name, process, std, nudge):
     operator, (schedule, times) = OPERATORS[name], SCHEDULES[process]
     y = random(1, *operator.seen, seed=6)
     exact = bayes(operator, y, std)
-    guided = MMPS(DATA.denoiser(schedule), Observation(operator, y, std), iterations=3 * D)
+    guided = MMPS(DATA.denoiser(schedule), Observation(operator, y, std), iterations=3 * D, nudge=nudge)
     assert guided.schedule is schedule
     for t in times:
         if (t, std) == (1e-5, 0.0):
@@ -168,6 +169,7 @@ KINDS = {
     "pigdm": lambda denoise, seen: PiGDM(denoise, seen),
     "dps": lambda denoise, seen: DPS(denoise, seen._replace(noise_std=seen.noise_std or 0.1)),
     "dps step": lambda denoise, seen: DPS(denoise, seen, 1.0),
+    "by autograd": lambda denoise, seen: MMPS(denoise, seen, nudge=None),
 }
 
 
@@ -216,14 +218,27 @@ def test_float32_networks_from_one_end_to_the_other(kind, target):
     assert not torch.allclose(told.x[1:], guided.denoise(x, levels[3], to=levels[4]).x[1:])
 
 
-def test_the_network_is_called_once_with_what_the_solver_says():
-    spy = Spy(DATA.denoiser(S.linear()))
+def test_the_network_is_called_with_what_the_solver_says():
+    """Once for x̂ and once for each product with J, or only once with autograd."""
     t, s = S.linear()(0.5), S.linear()(0.4)
     cond = Condition(label=torch.tensor([3]))
-    MMPS(spy, Observation(OPERATORS["mask"], random(1, 3)), 4)(MEAN[None], t, cond, s)
-    ((x_t, level, told, to),) = spy.seen
-    assert torch.equal(x_t, MEAN[None])
-    assert (level, told, to) == (t, cond, s)
+    for nudge, calls in ((0.05, 1 + 4 + 1), (None, 1)):
+        spy = Spy(DATA.denoiser(S.linear()))
+        MMPS(spy, Observation(OPERATORS["mask"], random(1, 3)), 4, nudge=nudge)(MEAN[None], t, cond, s)
+        assert len(spy.seen) == calls
+        assert torch.equal(spy.seen[0][0], MEAN[None])
+        assert all(told == [t, cond, s] for _, *told in spy.seen)
+
+
+def test_a_nudge_is_a_share_of_sigma():
+    """And so a network that is rough on a smaller scale is seen as smooth, which its gradient does not."""
+    schedule = S.LinearLogSNR()
+    level, x_t = schedule(0.5), random(2, *SHAPE)
+    spy = Spy(DATA.denoiser(schedule))
+    MMPS(spy, Observation(OPERATORS["matrix"], random(2, 3)), 2, nudge=0.1)(x_t, level)
+    for moved, *_ in spy.seen[1:]:
+        sizes = (moved - x_t).flatten(1).square().mean(1).sqrt()
+        torch.testing.assert_close(sizes, (0.1 * level.sigma).expand(2))
 
 
 def test_a_posterior_of_no_kind_is_none():
@@ -294,10 +309,11 @@ def test_how_far_each_method_is_from_the_law_given_y(kind):
         torch.testing.assert_close(found - true, torch.tensor(bias, dtype=F64), rtol=0, atol=1e-5)
 
 
-def test_the_likelihood_given_y_is_that_of_the_posterior():
+@pytest.mark.parametrize("nudge", [0.05, None])
+def test_the_likelihood_given_y_is_that_of_the_posterior(nudge):
     """The flow of the posterior denoiser has the density p(x given y); gradients go through the conjugate gradients."""
     schedule = S.LinearLogSNR(high=14.0, low=-30.0)
-    guided = MMPS(PAIR.denoiser(schedule), Observation(FIRST, torch.ones(1, 1, dtype=F64), 0.5), 1)
+    guided = MMPS(PAIR.denoiser(schedule), Observation(FIRST, torch.ones(1, 1, dtype=F64), 0.5), 1, nudge=nudge)
     top, clean = finite_ends(schedule)
     exact = GaussianData(*AFTER)
     x = exact.sample(3, torch.Generator().manual_seed(0))

@@ -28,6 +28,7 @@ from undiffuse.cli.options import (
     console,
     device_of,
 )
+from undiffuse.cli.restore import restore
 from undiffuse.cli.sample import sample
 from undiffuse.diffusion import describe
 from undiffuse.errors import ConfigError
@@ -90,6 +91,7 @@ def train(
 
 
 app.command()(sample)
+app.command()(restore)
 app.command()(train_classifier)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from undiffuse.process.level import NoiseLevel, frac, like
 from undiffuse.process.schedule import Schedule
 
 Pull = Callable[[Tensor], Tensor]
-"""v (B, *seen) ↦ (sigma²/alpha) J' A' v, of x's shape, with J = dx̂/dx_t: a change of x̂."""
+"""v (B, *seen) ↦ (sigma²/alpha) J A' v, of x's shape, with J = dx̂/dx_t: a change of x̂."""
 
 
 class Observation(NamedTuple):
@@ -30,16 +30,19 @@ class Observation(NamedTuple):
 
 @dataclass(frozen=True)
 class Posterior:
-    """x̂ + (sigma²/alpha) J' A' v and ε̂ to match, x_t = alpha x̂ + sigma ε̂: what `MMPS`, `PiGDM` and `DPS` share.
+    """x̂ + (sigma²/alpha) J A' v and ε̂ to match, x_t = alpha x̂ + sigma ε̂: what `MMPS`, `PiGDM` and `DPS` share.
 
     J' A' v = ∇ log p(y given x_t) for a Gaussian p around A x̂, with J = dx̂/dx_t; the kinds differ in the weights
-    v of the residual y − A x̂. ``denoise`` is called once, and once backwards for each vector that J' is asked for.
-    Where alpha is 0, x_t says nothing of x, nor J of its covariance: the prediction is left as it is. Gradients flow
-    through it where x_t asks for them, as the likelihood of the flow does.
+    v of the residual y − A x̂. Of an exact denoiser J is J', as (sigma²/alpha) J is a covariance. Of a network J u is a
+    change of images, but J' u full of what its input is most sensitive to, so J u is taken, as
+    (x̂(x_t + h u) − x̂(x_t))/h with ``nudge`` = h rms(u)/sigma: a call for each u, of any denoiser. ``nudge=None`` takes
+    J' u by autograd, as the papers do. Where alpha is 0, x_t says nothing of x, nor J of its covariance, and the
+    prediction is left as it is. Gradients flow through it where x_t asks for them, as the flow's likelihood does.
     """
 
     denoise: Denoiser
     observed: Observation
+    nudge: float | None = field(default=0.05, kw_only=True)
 
     @property
     def schedule(self) -> Schedule:
@@ -51,13 +54,17 @@ class Posterior:
         operator, y, _ = self.observed
         at, graph = level.like(x_t), torch.is_grad_enabled() and x_t.requires_grad
         scale = torch.where(at.alpha > 0, at.sigma**2 / at.alpha, 0)
-        with torch.enable_grad():
-            place = x_t if graph else x_t.detach().requires_grad_()
+        with torch.set_grad_enabled(graph or self.nudge is None):
+            place = x_t if graph or self.nudge is not None else x_t.detach().requires_grad_()
             x, eps, nu = self.denoise(place, level, cond, to)
 
         def pull(v: Tensor) -> Tensor:
             u = operator.adjoint(v)
-            return scale * torch.autograd.grad(x, place, u, retain_graph=True, create_graph=graph)[0]
+            if self.nudge is None:
+                return scale * torch.autograd.grad(x, place, u, retain_graph=True, create_graph=graph)[0]
+            length = like(u.detach().flatten(1).square().mean(1).sqrt().clamp(min=1e-20), u)
+            h = self.nudge * at.sigma / length
+            return scale * (self.denoise(x_t + h * u, level, cond, to).x - x) / h
 
         with torch.set_grad_enabled(graph):
             shift = pull(self.weights(y.to(x) - operator(x), pull, level, to))
@@ -74,8 +81,8 @@ class MMPS(Posterior):
     """v = (noise_std² I + A C A')⁻¹ (y − A x̂) with C = (sigma²/alpha) J, that of x given x_t [Rozet24 eq. 14].
 
     Moment matching: p(x given x_t) is taken for the Gaussian of its own mean and covariance, so that on Gaussian
-    data x̂ is E[x given x_t, y] itself. The system is solved by ``iterations`` of conjugate gradients, each one call
-    backwards; as many as y has numbers solve it exactly, few leave directions of small variance to the prior.
+    data x̂ is E[x given x_t, y] itself. The system is solved by ``iterations`` of conjugate gradients, each one product
+    with J; as many as y has numbers solve it exactly, few leave directions of small variance to the prior.
     """
 
     iterations: int = 5
@@ -90,7 +97,7 @@ class PiGDM(Posterior):
     """v = (noise_std² I + r² A A')⁻¹ (y − A x̂), r² = d² sigma²/(alpha² d² + sigma²) [Song23 eq. 8, §3.2].
 
     ``data_std`` = d: the covariance of x given x_t is taken for that of data N(m, d² I), theirs with d = 1; on such
-    data it is exact. A A' is inverted by ``iterations`` of conjugate gradients, which do not call the network.
+    data it is exact. A A' is inverted by ``iterations`` of conjugate gradients, which do not ask for J.
     """
 
     data_std: float = 1.0
@@ -107,8 +114,8 @@ class PiGDM(Posterior):
 class DPS(Posterior):
     """v = (y − A x̂)/noise_std²: x given x_t is taken for x̂ itself [Chung23 eq. 11, theorem 1].
 
-    With ``step`` their algorithm, which needs no noise_std: `Ancestral` goes to
-    x_s − step ∇‖y − A x̂‖, and v = step (y − A x̂)/‖y − A x̂‖ · alpha_t/(sigma_t² alpha_s frac) does so. Raises
+    With ``step`` their algorithm, which needs no noise_std: `Ancestral` goes to x_s − step ∇‖y − A x̂‖ (whose J' is J
+    here, unless ``nudge`` is None), and v = step (y − A x̂)/‖y − A x̂‖ · alpha_t/(sigma_t² alpha_s frac) does so. Raises
     `ConfigError` where there is neither noise nor step, or no level aimed at.
     """
 
