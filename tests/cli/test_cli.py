@@ -303,3 +303,24 @@ def test_continuous_data_of_any_width(tmp_path, call, monkeypatch):
     for option, value in (("--iw", 2), ("--compat", "openai")):
         said = call("evaluate", "runs/vectors", "vectors.npy", option, value)
         assert (said.code, said.err.count("\n")) == (2, 1)
+
+
+def test_training_on_what_the_data_tell(place, call, refused, capsys):
+    values = np.load(place / "data.npy")
+    np.savez(place / "told.npz", x=values, y=np.arange(40) % 4, cond=np.ones((40, 3, 2)))
+    said = call("check", place / "told.npz")
+    assert "up to 3 tokens of 2 numbers" in said.out
+    assert "a vector of" not in said.out
+    np.savez(place / "vectors.npz", x=values, cond=np.ones((40, 7)))
+    assert "a vector of 7 numbers" in call("check", place / "vectors.npz").out
+    assert "told beside" in call("check", place / "data.npy").out
+    recipe = ["--steps", 2, "--config", place / "recipe.toml", "--device", "cpu"]
+    line = refused(3, "train", place / "data.npy", "--out", place / "none", *recipe, "--conditional")
+    assert line.startswith("error[NO_CONDITIONS] data: these data say nothing of their items but their values")
+    assert call("train", place / "told.npz", "--out", place / "told", *recipe, "--conditional").code == 0
+    model = load(place / "told")
+    assert (model.config.network["classes"], model.config.network["tokens"]) == (4, 2)
+    assert Run(place / "told").record["config"]["train"]["conditional"] is True
+    assert model.info["classes"] == ["0", "1", "2", "3"]
+    assert call("train", place / "told.npz", "--out", place / "plain", *recipe).code == 0
+    assert "classes" not in load(place / "plain").config.network

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -401,3 +402,52 @@ def test_areas_of_the_picture_are_bits(schedule):
             assert (np.diff(edges) > 0).all()
             steps = float(result.steps.mean()) / 20 / math.log(2)
             assert (density * np.diff(edges)).sum() == pytest.approx(steps, rel=1e-12)
+
+
+def test_a_conditional_model_is_measured_given_what_the_data_tell(tmp_path, capsys):
+    values = np.random.default_rng(0).integers(5, size=(12, 1, 2, 2))
+    labelled = datasets.from_array(values, np.arange(12) % 3, levels=5)
+    network = NETWORK | {"classes": 3}
+    torch.manual_seed(0)
+    about = {"levels": 5, "fingerprint": labelled.fingerprint, "classes": ["0", "1", "2"]}
+    model = Diffusion(ModelConfig(network=network, steps=5, schedule=SCHEDULE), (1, 2, 2), Pixels(5), about)
+    for p in model.network.parameters():
+        nn.init.normal_(p, std=0.3)
+    model.eval()
+
+    def told(data, **more):
+        chosen = {"part": "all", "estimates": ["discrete"], "items": 7, "draws": 5}
+        found = evaluation.evaluate_model(model, data, tmp_path, **chosen, **more)
+        return found["given"], found["estimates"]["discrete"]["bits_per_dim"]["total"][0], capsys.readouterr().out
+
+    items = evaluation.spread_out(12)[:7]
+    picked = torch.from_numpy(labelled.values[items])
+    given, untold = (
+        float(model.nll(picked, cond=cond).bits_per_dim(4).mean()) for cond in (labelled.condition(items), None)
+    )
+    assert abs(given - untold) > 0.01
+    what, found, said = told(labelled)
+    assert (what, found) == ("labels", pytest.approx(given, abs=1e-5))
+    assert "bits per dimension, given labels ± standard error" in said
+    what, found, said = told(labelled, untold=True)
+    assert (what, found) == ("nothing", pytest.approx(untold, abs=1e-5))
+    assert "bits per dimension ± standard error" in said
+    others = [
+        datasets.from_array(values, levels=5),
+        datasets.from_array(values, np.arange(12) % 4, levels=5),
+        datasets.from_array(values, np.arange(12) % 3, levels=5, cond=np.ones((12, 2))),
+        replace(labelled, classes=("a", "b", "c")),
+    ]
+    for data in others:
+        what, found, said = told(data)
+        assert (what, found) == ("nothing", pytest.approx(untold, abs=1e-5))
+        assert "the model hears labels, and these data have not the same: it is told nothing" in said
+    unconditional = model_of((1, 2, 2), Pixels(5), levels=5)
+    assert evaluation.known(unconditional, labelled) == ("nothing", None)
+    both = model_of((1, 2, 2), Pixels(5), levels=5, classes=["0", "1", "2"])
+    both.config.network.update(classes=3, vector=2)
+    assert evaluation.known(both, others[2]) == ("labels and vectors", None)
+    both.config.network.update(vector=0, classes=0, tokens=2)
+    assert evaluation.known(both, datasets.from_array(values, levels=5, cond=np.ones((12, 1, 2))))[0] == "nothing"
+    del both.info["classes"]
+    assert evaluation.known(both, datasets.from_array(values, levels=5, cond=np.ones((12, 1, 2))))[0] == "tokens"

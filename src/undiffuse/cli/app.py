@@ -57,6 +57,9 @@ def train(
         Path | None, typer.Option(help="A TOML file with tables [model] and [train], over the preset.")
     ] = None,
     init: Annotated[Path | None, typer.Option(help="Start from the weights of this run or checkpoint.")] = None,
+    conditional: Annotated[
+        bool, typer.Option("--conditional", help="Tell the network the labels (or vectors, or tokens) of the data.")
+    ] = False,
     folder: Folder = None,
     size: Size = None,
     crop: Crop = False,
@@ -82,6 +85,8 @@ def train(
         name = preset or presets.choose(dataset.item_shape, dataset.levels, device)
         recipe = presets.get(name) if config is None else configuration.read(config, presets.get(name))
         recipe = _with_end(configuration.replace_train(recipe, seed=seed or 0), minutes, steps)
+    if conditional:
+        recipe = configuration.replace_train(recipe, conditional=True)
     chosen = recipe.train
     length = f"{chosen.minutes:g} minutes" if chosen.minutes else f"{chosen.steps:,} steps"
     console.print(f"recipe {name!r}, {length}, into {run.folder}", markup=False)
@@ -111,6 +116,9 @@ def evaluate(
     ] = None,
     items: Annotated[int | None, typer.Option(help="At most so many items, spread over the part.", min=2)] = None,
     draws: Annotated[int | None, typer.Option(help="Steps or points of the bounds for each item.", min=1)] = None,
+    untold: Annotated[
+        bool, typer.Option("--untold", help="Tell a conditional model nothing of the items, even where the data do.")
+    ] = False,
     exact: Annotated[
         bool, typer.Option("--exact", help="Every step of the chain, as many points, every item.")
     ] = False,
@@ -134,7 +142,15 @@ def evaluate(
     options = {"folder": folder, "size": size, "crop": crop, "channels": channels, "layout": layout, "levels": levels}
     dataset = datasets.load(data, **options)
     place = out or beside(run)
-    chosen = {"estimates": estimate or (), "items": items, "draws": draws, "exact": exact, "iw": iw, "minutes": minutes}
+    chosen: dict[str, Any] = {
+        "estimates": estimate or (),
+        "untold": untold,
+        "items": items,
+        "draws": draws,
+        "exact": exact,
+        "iw": iw,
+        "minutes": minutes,
+    }
     try:
         evaluate_model(model, dataset, place, part, **chosen, seed=seed, compat=compat, console=console)
     except KeyboardInterrupt:
@@ -189,6 +205,7 @@ def check(
         "items": f"{len(dataset):,} of {'×'.join(map(str, dataset.item_shape))}",
         "values": "continuous" if dataset.levels is None else f"{dataset.levels} levels",
         "labels": ", ".join(dataset.classes[:12]) + (" ..." if len(dataset.classes) > 12 else "") or "none",
+        "told beside": _told_beside(dataset),
         "split": "none"
         if split is None
         else f"{len(split.train):,} train, {len(split.validation):,} validation, {len(split.test):,} test",
@@ -207,6 +224,13 @@ def _with_end(recipe: configuration.Config, minutes: float | None, steps: int | 
         return configuration.replace_train(recipe, minutes=minutes, steps=steps)
     has_end = recipe.train.minutes is not None or recipe.train.steps is not None
     return recipe if has_end else configuration.replace_train(recipe, minutes=10.0)
+
+
+def _told_beside(dataset: datasets.Dataset) -> str:
+    if dataset.cond is None:
+        return "nothing"
+    length = f"up to {dataset.cond.shape[1]} tokens" if dataset.mask is not None else "a vector"
+    return f"{length} of {dataset.cond.shape[-1]} numbers"
 
 
 def _say_notes(dataset: datasets.Dataset) -> None:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from undiffuse import __version__, checkpoint
 from undiffuse.cli import partial, results
+from undiffuse.conditioning import Condition
 from undiffuse.data import Dataset
 from undiffuse.diffusion import Diffusion, describe
 from undiffuse.errors import ConfigError, DataError, UndiffuseError
@@ -52,9 +53,12 @@ def evaluate_model(
     compat: str | None = None,
     minutes: float = 5.0,
     console: Console | None = None,
+    untold: bool = False,
 ) -> dict[str, Any]:
     """Prints, writes and returns the estimates of −log p of the items of ``data``, in bits per dimension.
 
+    A conditional model is told all that the data tell of an item, unless ``untold`` or they tell other things: then
+    nothing, and the numbers are those of p(x) by itself.
     Finished batches are kept in ``place``/evaluation.partial until all is done. Item i of the list that
     `spread_out` makes of the part has noise that is a function of (seed, i) alone.
     """
@@ -67,6 +71,8 @@ def evaluate_model(
         raise DataError("EMPTY", data.name, f"no items in this part ({name})", fix)
     chosen = chosen[spread_out(len(chosen))][:items]
     values = torch.from_numpy(np.ascontiguousarray(data.values[chosen]))
+    given, remark = ("nothing", None) if untold else known(model, data)
+    cond = None if given == "nothing" else data.condition(chosen)
 
     text = json.dumps(describe(model), sort_keys=True)
     told = {"undiffuse": str(checkpoint.FORMAT), "model": text}
@@ -75,6 +81,7 @@ def evaluate_model(
         "data": data.name,
         "fingerprint": data.fingerprint,
         "part": name,
+        "given": given,
         "seed": seed,
         "digest": weights,
         "chain": model.steps,
@@ -87,13 +94,14 @@ def evaluate_model(
     plan, key = partial.begin(
         folder, asked, lambda: affordable(model, values, names, items, draws, exact, iw, minutes), say
     )
-    found = measure(model, values, plan, seed, folder, key, console, bool(estimates))
+    found = measure(model, values, plan, seed, folder, key, console, bool(estimates), cond)
     nll = {n: result for n, (result, _) in found.items()}
     report = about | {"estimates": {n: results.summary(model, *found[n], plan[n]["draws"]) for n in found}}
     report["minus_discrete"] = apart = results.differences(model, nll)
     rows = [results.row(model, n, said) for n, said in report["estimates"].items()]
-    table.render(rows, f"{data.name}, {name}: bits per dimension ± standard error")
-    lines = [*results.remarks(model, nll, iw), *results.compared(apart)]
+    told = "" if given == "nothing" else f", given {given}"
+    table.render(rows, f"{data.name}, {name}: bits per dimension{told} ± standard error")
+    lines = [*([remark] if remark else []), *results.remarks(model, nll, iw), *results.compared(apart)]
     (place / "evaluation.json").write_text(json.dumps(report, indent=1))
     results.write_items(place / "evaluation-items.csv", model, chosen, nll)
     if "discrete" in nll or "continuous" in nll:
@@ -120,6 +128,17 @@ def choose_items(model: Diffusion, data: Dataset, part: str | None) -> tuple[np.
     split = data.split(float(model.info.get("held_out", 0.1)))
     name = {"test": "held out for testing", "validation": "held out for validation", "train": "trained on"}[part]
     return getattr(split, part), name if own else f"{part} part of data that the model was not trained on"
+
+
+def known(model: Diffusion, data: Dataset) -> tuple[str, str | None]:
+    """What ``model`` is told of the items of ``data``, in words, and why it is told nothing though it could hear."""
+    hears = {name: size for name in ("classes", "vector", "tokens") if (size := model.config.network.get(name, 0))}
+    if not hears:
+        return "nothing", None
+    words = " and ".join({"classes": "labels", "vector": "vectors", "tokens": "tokens"}[name] for name in hears)
+    if data.hearing == hears and list(data.classes) == list(model.info.get("classes", [])):
+        return words, None
+    return "nothing", f"the model hears {words}, and these data have not the same: it is told nothing"
 
 
 def spread_out(n: int) -> np.ndarray:
@@ -206,6 +225,7 @@ def measure(
     key: str,
     console: Console,
     strict: bool = True,
+    cond: Condition | None = None,
 ) -> Measured:
     """The results of ``plan``, each batch read if it is kept in ``folder`` and measured and kept there if not.
 
@@ -227,7 +247,7 @@ def measure(
                 bar.update(task, description=name, completed=before + spent, total=total, left=f"{rest} left")
 
             try:
-                found[name] = _measure_one(model, values, name, job, seed, folder, key, say, progress)
+                found[name] = _measure_one(model, values, cond, name, job, seed, folder, key, say, progress)
             except UndiffuseError as error:
                 if strict or name == "discrete":
                     raise
@@ -238,6 +258,7 @@ def measure(
 def _measure_one(
     model: Diffusion,
     values: torch.Tensor,
+    cond: Condition | None,
     name: str,
     job: dict[str, Any],
     seed: int,
@@ -254,7 +275,9 @@ def _measure_one(
         kept = partial.read(folder, key, batch, say)
         if kept is None:
             began = time.perf_counter()
-            result = model.nll(values[start:stop], seed, job["draws"], job["batch"], first=start, estimate=name)
+            told = cond and cond.take(slice(start, stop))
+            chosen = {"first": start, "estimate": name, "cond": told}
+            result = model.nll(values[start:stop], seed, job["draws"], job["batch"], **chosen)
             kept = result, time.perf_counter() - began
             partial.write(folder, key, batch, *kept)
         parts.append(kept[0])
