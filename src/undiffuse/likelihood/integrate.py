@@ -125,7 +125,7 @@ class Integrator:
             items = items[~(kept & last)]
             slow = items[calls[items] >= self.max_calls]
             if len(slow):
-                at = f"item {int(slow[0])} is only at log_snr = {float(log_snr_at(u[slow[0]])):.4g}"
+                at = f"item {int(slow[0])} is only at log_snr = {float(log_snr_at(-u[slow[0]].abs())):.4g}"
                 fix = "Allow more calls, a larger rtol and atol, or use method 'rk4'"
                 raise ConfigError("ODE_CALLS", f"max_calls = {self.max_calls}", at, fix)
         return y, calls
@@ -159,5 +159,5 @@ def _times(rows: Tensor, h: Tensor) -> Tensor:
 
 
 def _not_finite(item: int, u: float, fix: str) -> NonFiniteError:
-    at = float(log_snr_at(torch.tensor(u, dtype=torch.float64)))
+    at = float(log_snr_at(torch.tensor(-abs(u), dtype=torch.float64)))  # a clock run backwards is −u
     return NonFiniteError("ODE", f"item {item} of the batch", f"its flow breaks down at log_snr = {at:.4g}", fix)

@@ -46,15 +46,15 @@ class Adaptive:
     ) -> tuple[Tensor, State]:
         schedule, x, calls = denoise.schedule, x_t, torch.zeros(len(x_t), dtype=torch.int64)
         first, last = t, s
-        if float(t.alpha) == 0 and schedule.steps:
+        if schedule.steps and bool(t.alpha == 0):
             first = schedule(torch.maximum(s.t, torch.ones_like(s.t) - 1 / schedule.steps))
             x, calls = DDIM().step(denoise, x, t, first, (), noise)[0], calls + 1
-        if float(s.sigma) == 0:
+        if bool(s.sigma == 0):
             last = schedule(torch.clamp(first.t, max=schedule.t_min))
-        if float(last.t) < float(first.t):
+        if bool(last.t < first.t):
             x, spent = self._carry(denoise, x, first, last)
             calls = calls + spent
-        if float(s.t) < float(last.t):
+        if bool(s.t < last.t):
             x, calls = DDIM().step(denoise, x, last, s, (), noise)[0], calls + 1
         return x, (*state, calls)
 
@@ -65,7 +65,7 @@ class Adaptive:
         """
         y = x_t.to(torch.promote_types(x_t.dtype, torch.float32)).flatten(1) / like(_radius(t), x_t.flatten(1))
         y = torch.cat([y, torch.zeros_like(y[:, :1])], 1)
-        start, end = -float(clock(t.log_snr)), -float(clock(s.log_snr))
+        start, end = (-float(clock(level.log_snr.detach())) for level in (t, s))
         places, clocks = y.clone(), torch.full((len(y),), start, dtype=torch.float64)
 
         def rate(items: Tensor, v: Tensor, y: Tensor) -> Tensor:

@@ -58,9 +58,9 @@ class EDM:
         self, denoise: Denoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, state: State, noise: Tensor
     ) -> tuple[Tensor, State]:
         u, schedule = ratio(t), denoise.schedule
-        if self.churn and self.low <= float(u) <= self.high:
+        if self.churn and bool((u >= self.low) & (u <= self.high)):
             risen = torch.minimum((1 + min(self.churn / state[0], MOST)) * u, ratio(finite_ends(schedule)[0]))
-            if float(risen) > float(u):
+            if bool(risen > u):
                 up = at_ratio(schedule, risen)
                 fresh = like(up.alpha * self.inflation * torch.sqrt(risen**2 - u**2), x_t) * noise[0]
                 x_t, t = like(up.alpha / t.alpha, x_t) * x_t + fresh, up

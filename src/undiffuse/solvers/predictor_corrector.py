@@ -89,6 +89,6 @@ class PredictorCorrector:
         first, second = state
         down, around = noise.split([self.predictor.draws, self.corrector.draws])
         x_s, first = self.predictor.step(denoise, x_t, t, s, first, down)
-        if float(s.sigma) > 0:
+        if bool(s.sigma > 0):
             x_s, second = self.corrector.step(denoise, x_s, s, s, second, around)
         return x_s, (first, second)

@@ -26,7 +26,7 @@ def rates(schedule: Schedule, level: NoiseLevel) -> tuple[Tensor, Tensor]:
 def _bond(schedule: Schedule, level: NoiseLevel) -> tuple[Tensor, Tensor]:
     """(p, q) of `rates`, from which sum is 1 in the middle of the schedule."""
     middle = schedule(0.5)
-    alpha, sigma = float(middle.alpha), float(middle.sigma)
+    alpha, sigma = float(middle.alpha.detach()), float(middle.sigma.detach())
     one, none = torch.ones_like(level.alpha), torch.zeros_like(level.alpha)
     for total, bond in (
         (alpha**2 + sigma**2, (level.alpha, level.sigma)),

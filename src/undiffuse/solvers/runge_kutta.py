@@ -123,4 +123,4 @@ class RungeKutta:
 
 def inside(t: NoiseLevel, s: NoiseLevel) -> bool:
     """Whether both log-SNRs are finite: the step neither begins without signal nor ends without noise."""
-    return float(t.alpha) > 0 and float(s.sigma) > 0
+    return bool(t.alpha > 0) and bool(s.sigma > 0)
