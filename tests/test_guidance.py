@@ -288,25 +288,39 @@ def test_the_flow_of_the_exact_classifier_has_the_conditional_density():
 # --- the laws that guided sampling draws ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 1.5, 3.0])
-def test_the_law_of_two_gaussians(scale):
-    """Strong N(0, v), weak N(0, w): the flow from N(0, 1) at sigma ends in std v^(scale/2) w^((1 − scale)/2).
+V, W, EXPLODING = 0.25, 0.6, S.VarianceExploding(1e-3, 50.0)
+STRONG, WEAK = (GaussianData(torch.zeros(1), torch.tensor([u])).denoiser(EXPLODING) for u in (V, W))
 
-    Not in that of the product of powers, 1/(scale/v + (1 − scale)/w), which at scale 3 is another.
+
+def size(level, scale):
+    """What the flow of strong N(0, V) and weak N(0, W) carries along in proportion."""
+    return math.prod((u + float(level.sigma) ** 2) ** (p / 2) for u, p in ((V, scale), (W, 1 - scale)))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_the_law_of_two_gaussians(scale):
+    """The flow from N(0, sigma²) ends in the std V^(scale/2) W^((1 − scale)/2).
+
+    Not in that of the product of powers, 1/(scale/V + (1 − scale)/W), which at scale 3 is another.
     """
-    v, w, schedule = 0.25, 0.6, S.VarianceExploding(1e-3, 50.0)
-    strong, weak = (GaussianData(torch.zeros(1), torch.tensor([u])).denoiser(schedule) for u in (v, w))
-    guided = Autoguided(strong, weak, scale)
     ratios = []
     for steps in (100, 200):
-        levels = grid(schedule, steps)
-        start, end = (
-            math.prod((u + float(level.sigma) ** 2) ** (p / 2) for u, p in ((v, scale), (w, 1 - scale)))
-            for level in (levels[0], levels[-1])
-        )
-        ratios.append(float(sampled(guided, DDIM(), levels, torch.tensor([[start]], dtype=F64), None)) / end)
-    assert end == pytest.approx(v ** (scale / 2) * w ** ((1 - scale) / 2), rel=1e-5)
+        levels = grid(EXPLODING, steps)
+        start = torch.tensor([[size(levels[0], scale)]], dtype=F64)
+        end = sampled(Autoguided(STRONG, WEAK, scale), DDIM(), levels, start, None)
+        ratios.append(float(end) / size(levels[-1], scale))
+    assert size(levels[-1], scale) == pytest.approx(V ** (scale / 2) * W ** ((1 - scale) / 2), rel=1e-5)
     assert 2 * ratios[1] - ratios[0] == pytest.approx(1, abs=1e-3)  # what is left is of the solver's second order
+
+
+def test_the_density_of_two_gaussians():
+    """The likelihood of the guided flow is that of what it draws from N(0, sigma²)."""
+    top, clean = EXPLODING(1.0), EXPLODING(0.0)
+    x = torch.tensor([[-0.5], [0.0], [0.3]], dtype=F64)
+    std = float(top.sigma) * size(clean, 3.0) / size(top, 3.0)
+    wanted = 0.5 * (x[:, 0] / std) ** 2 + math.log(std) + 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(ode_nll(Autoguided(STRONG, WEAK, 3.0), x, top, clean).total, wanted, rtol=0, atol=1e-3)
+    assert std == pytest.approx(0.208, abs=1e-3)
 
 
 LINE = LabelledMixture(

@@ -89,7 +89,7 @@ class ClassifierFree:
 
 @dataclass(frozen=True)
 class Autoguided:
-    """weak + scale (denoise − weak), both told the same; a ``weak`` model errs alike, and more [Karras24 eq. 2].
+    """weak + scale (denoise − weak), both told the same; a ``weak`` model errs alike, and more [Karras24b eq. 2].
 
     Raises `ConfigError` where the two are not of one noise process.
     """
