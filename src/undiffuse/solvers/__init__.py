@@ -29,7 +29,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "product": Product,
     "euler": partial(RungeKutta, "euler"),
     "heun": partial(RungeKutta, "heun"),
-    "rk4": partial(RungeKutta, "rk4"),
+    "rk4": partial(RungeKutta, "rk4", variable="angle"),
     "adaptive": Adaptive,
     "edm": EDM,
     "euler_maruyama": EulerMaruyama,
