@@ -328,3 +328,12 @@ def test_a_density_that_leaves_times_out_is_refused(times):
     top, clean = cut(S.Flow())
     with pytest.raises(ConfigError, match=r"^error\[TIMES\] \w+\(.*\): this density of times leaves a part of \[0.047"):
         vlb_continuous(Affine(), X, top, clean, feed([]), torch.zeros(3), times=times)
+
+
+def test_a_density_of_just_the_times_between_the_ends_will_do():
+    top, clean = cut(S.Flow())
+    just = T.Uniform(float(clean.t), float(top.t))
+    noises = torch.randn(1, *X.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64)[: len(X)]
+    results = [vlb_continuous(Affine(), X, top, clean, lambda n: noises, u, times=times) for times in (None, just)]
+    torch.testing.assert_close(results[0].total, results[1].total)
