@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import test_order
 import torch
+from mistakes import OtherThird, WrongSubscript
 from oracles import GaussianData, Spy
 from solver_table import PROCESSES
 from test_affine import CHAINS, COVS, MEAN, probe
@@ -198,37 +199,10 @@ def test_orders_that_show_late(monkeypatch, solver, ends, steps):
     assert abs(slope(monkeypatch, solver, ends, steps) - solver.order) < 0.15
 
 
-@dataclass(frozen=True)
-class WrongSubscript(Multistep):
-    """Takes x̂ of two levels before for that of one level before."""
-
-    def step(self, denoise, x_t, t, s, state, noise):
-        wrong = ((state[1][0], state[0][1]),) if len(state) == 2 else state
-        x_s, known = super().step(denoise, x_t, t, s, wrong, noise)
-        return x_s, (*known, *state[:1])
-
-
-@dataclass(frozen=True)
-class HalfOfTheThird(Multistep):
-    """3M as it is often printed in code, with φ_3 in place of 2 φ_3 before the second difference."""
-
-    def step(self, denoise, x_t, t, s, state, noise):
-        three, known = super().step(denoise, x_t, t, s, state, noise)
-        if len(state) < 2:
-            return three, known
-        h = gap(t, s)
-        (new, old, oldest), (r, q) = (
-            (denoise(x_t, t).x, state[0][0], state[1][0]),
-            (-gap(t, at) / h for _, at in state),
-        )
-        second = ((new - old) / r - (old - oldest) / (q - r)) / q
-        return three - s.alpha * moments(h, 3)[2] / 2 * second, known
-
-
 def test_a_wrong_subscript_costs_an_order(monkeypatch):
     steps = [64, 128, 256, 512]
     assert abs(slope(monkeypatch, WrongSubscript(2, rule="bh2"), "log-SNR", steps) - 1) < 0.15
-    assert abs(slope(monkeypatch, HalfOfTheThird(3), "log-SNR", steps) - 2) < 0.15
+    assert abs(slope(monkeypatch, OtherThird(start="high"), "log-SNR", steps) - 2) < 0.15
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
