@@ -232,13 +232,13 @@ def main() -> None:
     rows = [
         (flow, "ours", strong, by_ours(Multistep(3))),
         (flow, 'ours, `start="low"`', strong, by_ours(Multistep(3, start="low"))),
-        (flow, "ours with φ₃ for 2 φ₃", strong, by_ours(OtherThird())),
+        (flow, "ours with ½ M₂ for M₂", strong, by_ours(OtherThird())),
         (flow, "k-diffusion", strong, by_k_diffusion(K.sample_dpmpp_3m_sde, eta=0.0)),
         (flow, "diffusers", strong, by_diffusers("dpmsolver++", 3)),
         (sde, "ours", weak, by_ours(Multistep(3, 1.0))),
-        (sde, "ours with φ₃ for 2 φ₃", weak, by_ours(OtherThird(eta=1.0))),
+        (sde, "ours with ½ M₂ for M₂", weak, by_ours(OtherThird(eta=1.0))),
         (sde, "k-diffusion", weak, by_k_diffusion(K.sample_dpmpp_3m_sde)),
-        (sde, "ours with φ₃ − 1/H for 2 φ₃", weak, by_ours(OtherThird(eta=1.0, more=-1.0))),
+        (sde, "ours with ½ M₂ − 1 for M₂", weak, by_ours(OtherThird(eta=1.0, more=-1.0))),
         (sde, "diffusers", weak, by_diffusers("sde-dpmsolver++", 3)),
     ]
     print("| method | whose | order | error at 64 steps |\n| --- | --- | --- | --- |")
