@@ -21,6 +21,7 @@ from undiffuse.config import ModelConfig, build_part
 from undiffuse.denoiser import Clipped, Denoiser, NetworkDenoiser, Preconditioning, Told
 from undiffuse.errors import ConfigError
 from undiffuse.grids import grid
+from undiffuse.inverse import codes
 from undiffuse.lattice import FEATURES, MANY, Lattice
 from undiffuse.likelihood import NLL, concatenate
 from undiffuse.process import schedule as schedules
@@ -169,11 +170,11 @@ class Diffusion(nn.Module):
         """
         x, denoise = self.codec.encode(values).to(self.device), self.denoiser(network)
         if self.config.loss == "full_bound":  # one eps for all steps: each term's mean asks for no more
-            edges = self._edges(x)
+            edges = self.codec.edges(x)
             return losses.full_bound(denoise, x, self.levels, lambda _: eps[None], self.config.variance, edges, cond)
         at = self.times.sample(u)
         if self.config.loss == "continuous":
-            return losses.continuous_bound(denoise, x, at, self.times.log_prob(at), eps, self._edges(x), cond)
+            return losses.continuous_bound(denoise, x, at, self.times.log_prob(at), eps, self.codec.edges(x), cond)
         each = self._loss_at(denoise, x, self.schedule(at), eps, z, cond)
         return each * self.times.importance(at).to(each) if isinstance(self.times, times.LossAware) else each
 
@@ -186,7 +187,7 @@ class Diffusion(nn.Module):
             y, _ = denoise.outputs(x_t, t, cond)
             w = self.weight(t, s) if not self.weight.pair else self.weight(t, s) * self.steps
             return losses.matching(y, self.target, x, eps, w, t, s, z)
-        prediction, edges = denoise(x_t, t, cond, s), self._edges(x)
+        prediction, edges = denoise(x_t, t, cond, s), self.codec.edges(x)
         if self.config.loss == "hybrid":
             return losses.hybrid(prediction, eps, x, x_t, t, s, self.steps, edges=edges)
         return self.steps * losses.bound_term(prediction, x, x_t, t, s, self.config.variance, edges)
@@ -209,9 +210,6 @@ class Diffusion(nn.Module):
     def _floor(self, t: NoiseLevel) -> Tensor | None:
         floor = None if self._levels is None else self._levels[-1].floor
         return None if floor is None else floor.expand(t.t.shape)
-
-    def _edges(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        return self.codec.edges(x)
 
     @torch.no_grad()
     def trajectory(
@@ -289,6 +287,16 @@ class Diffusion(nn.Module):
             assert state is not None
             parts.append(self.codec.decode(to_data(state.x, state.level)).cpu())
         return torch.cat(parts) if parts else torch.empty(0, *self.item_shape)
+
+    def encode(self, values: Tensor, steps: int = 50) -> Tensor:
+        """The codes (n, *item_shape) that the flow carries ``values`` to: N(0, I) as far as the model is right."""
+        x, levels = self.codec.encode(values).to(self.device), codes.inner(self.schedule, self.walk(steps))
+        return codes.to_codes(self.denoiser(), x, levels)
+
+    def decode(self, code: Tensor, steps: int = 50) -> Tensor:
+        """The values of codes: the inverse of `encode`, but for the solver's error and the values' rounding."""
+        levels = codes.inner(self.schedule, self.walk(steps))
+        return self.codec.decode(codes.from_codes(self.denoiser(), code, levels))
 
     @torch.no_grad()
     def nll(

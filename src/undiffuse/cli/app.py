@@ -14,6 +14,7 @@ from undiffuse import config as configuration
 from undiffuse import data as datasets
 from undiffuse.cli.classifier import train_classifier
 from undiffuse.cli.evaluate import evaluate_model
+from undiffuse.cli.interpolate import interpolate
 from undiffuse.cli.options import (
     Channels,
     Crop,
@@ -97,6 +98,7 @@ def train(
 
 app.command()(sample)
 app.command()(restore)
+app.command()(interpolate)
 app.command()(train_classifier)
 
 
