@@ -168,6 +168,13 @@ def test_a_masked_token_has_no_effect_whatever_it_is(case):
 
 
 @hearing
+def test_tokens_are_heard_alike_on_any_scale(case):
+    network, x, time = randomised(CASES[case]()), data(case), torch.tensor(1.0)
+    loud = replace(told(), tokens=1000 * told().tokens + 7)
+    torch.testing.assert_close(network(x, time, loud), network(x, time, told()), rtol=1e-2, atol=1e-2)
+
+
+@hearing
 def test_nothing_told_is_the_null_condition_of_each_kind(case):
     network, x, time = randomised(CASES[case]()), data(case), torch.tensor(1.0)
     null = network(x, time, told().null())

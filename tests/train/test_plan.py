@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from undiffuse.config import TrainConfig
 from undiffuse.data import from_array
 from undiffuse.errors import ConfigError
+from undiffuse.randomness import generator
 from undiffuse.train.batch import batch_order, global_batch, shares
 from undiffuse.train.loop import plan, precision_of, rate
 from undiffuse.train.state import Progress
@@ -155,6 +156,8 @@ def test_a_share_of_the_items_is_told_nothing(share):
     for step in range(400):
         cond = global_batch(TOLD, np.arange(40), settings, step)[4]
         dropped.append(cond.label < 0)
+        others = (torch.rand(40, generator=generator(0, name, step)) < share for name in ("train", "dropout"))
+        assert not any(torch.equal(other, dropped[-1]) for other in others if share == 0.5)
         assert torch.equal(cond.vector.isnan().all(1), dropped[-1])
         assert torch.equal(cond.vector.isnan().any(1), dropped[-1])
     dropped = torch.stack(dropped).double()
