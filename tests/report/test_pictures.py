@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from undiffuse.errors import ConfigError, DataError, NonFiniteError
-from undiffuse.report.pictures import WALL, WIDTH, bits_per_step, grid, strip, training_curve
+from undiffuse.report.pictures import WALL, WIDTH, bits_per_step, by_calls, grid, strip, training_curve
 
 RNG = np.random.default_rng(0)
 
@@ -148,3 +148,15 @@ def test_refusals(monkeypatch):
     with pytest.raises(ConfigError, match=r"undiffuse\[report\]"):
         grid(np.zeros((3, 2)))
     grid(np.zeros((3, 1, 2, 2)), 2)  # grids need no matplotlib
+
+
+def test_curves_by_calls():
+    curves = {"none": [], **{str(i): [(5, 2.0), (10, 1.0 + i)] for i in range(7)}, "at 0": [(5, 0.0), (10, 1.0)]}
+    (axes,) = by_calls(curves, {"floor": 0.5}, "distance").axes
+    assert [line.get_label() for line in axes.lines[:8]] == [*map(str, range(7)), "at 0"]
+    assert axes.lines[3].get_xydata().tolist() == [[5, 2], [10, 4]]
+    assert np.isnan(axes.lines[7].get_ydata()[0])
+    looks = [(line.get_color(), line.get_linestyle()) for line in axes.lines[:8]]
+    assert len(set(looks)) == 8
+    assert (axes.get_xscale(), axes.get_yscale(), axes.get_ylabel()) == ("log", "log", "distance")
+    assert axes.lines[8].get_ydata()[0] == 0.5

@@ -25,6 +25,7 @@ GAP = 2
 PAPER, INK = (255, 255, 255), (64, 64, 64)
 WALL = (124, 130, 140)  # between tiles: neither their black nor their white
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # [Okabe08], safe for the colour-blind
+STYLES = ("-", "--", ":")
 
 
 def grid(values, levels: int | None = None, columns: int | None = None, scale: int | None = None) -> Image.Image:
@@ -91,6 +92,26 @@ def bits_per_step(curves: Mapping[str, tuple[Any, Any]], title: str = "") -> Fig
     axes.margins(x=0.02)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=8 + 15 * len(curves))
     axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+    return figure
+
+
+def by_calls(curves: Mapping[str, Sequence[tuple[int, float]]], floors: Mapping[str, float], measure: str) -> Figure:
+    """A figure of a ``measure`` of samplers, both axes logarithmic: ``curves`` are name: [(network calls, measure)].
+
+    ``floors`` are lines across, name: measure. What is not above 0 is left out.
+    """
+    figure = _figure(7.6, 4.6)
+    axes = _tidy(figure.subplots(), "network calls a sample", measure)
+    for i, (name, points) in enumerate((name, points) for name, points in curves.items() if points):
+        calls, values = zip(*points, strict=True)
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
+        axes.plot(calls, [v if v > 0 else math.nan for v in values], label=name, marker="o", markersize=3, **style)
+    for name, value in floors.items():
+        axes.axhline(value, color="0.5", linewidth=0.8)
+        axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
