@@ -18,7 +18,7 @@ from undiffuse.inverse import DPS, MMPS, Linear, Observation, PiGDM, Repaint, bl
 from undiffuse.randomness import ItemNoise
 from undiffuse.sample import Step, prior_sample, to_data, trajectory
 
-ITERATIONS, DATA_STD, STEP, LENGTH, REPEATS = 3, 0.5, 1.0, 10, 4
+ITERATIONS, DATA_STD, STEP, LENGTH, REPEATS = 1, 0.5, 1.0, 10, 4
 """Settings of MMPS, PiGDM, DPS and RePaint's walk (`jumps`), as measured in docs/inverse.md."""
 METHODS: dict[str, Callable[[Observation, Denoiser], Denoiser]] = {
     "mmps": lambda observed, denoise: MMPS(denoise, observed, ITERATIONS),
@@ -131,6 +131,11 @@ def misfit(model: Diffusion, damage: Damage, image: Tensor, values: Tensor) -> T
     """√mean (y − M S B x)² of each of ``values`` (n, *item_shape), (n,): noise and rounding alone, if they fit."""
     x = model.codec.encode(values)
     return (damage.operator(x) - damage.seen(image[None])).flatten(1).square().mean(1).sqrt()
+
+
+def best(damage: Damage) -> str:
+    """The method that came nearest where it was measured: docs/inverse.md."""
+    return "pigdm" if damage.blur else "mmps"
 
 
 def walked(model: Diffusion, method: str, steps: int) -> int:

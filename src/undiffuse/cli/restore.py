@@ -18,7 +18,7 @@ from undiffuse.diffusion import Diffusion
 from undiffuse.errors import ConfigError
 from undiffuse.report import pictures
 from undiffuse.report.files import write_samples
-from undiffuse.restore import NAMES, Damage, degraded, misfit, restored, rounding, walked
+from undiffuse.restore import NAMES, Damage, best, degraded, misfit, restored, rounding, walked
 
 SHOWN = 6
 """Answers in the strip."""
@@ -38,7 +38,9 @@ def restore(
     degrade: Annotated[
         bool, typer.Option("--degrade", help="IMAGE is whole: do all this to it first, then restore it.")
     ] = False,
-    method: Annotated[str, typer.Option(help=f"{', '.join(NAMES)}; see docs/inverse.md.")] = "mmps",
+    method: Annotated[
+        str | None, typer.Option(help=f"{', '.join(NAMES)}; pigdm if not given and blurred, else mmps.")
+    ] = None,
     n: Annotated[int, typer.Option(help="How many answers: all agree with IMAGE, none is the truth.", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="Answer i is a function of (seed, i) alone.")] = 0,
     steps: Annotated[int, typer.Option(help="Steps of the solver.", min=1)] = 100,
@@ -60,6 +62,7 @@ def restore(
         hidden = load_image(mask, 1, small)
         known = torch.tensor(2 * hidden.pixels.astype(int) < hidden.levels)
         damage = Damage(model.item_shape, blur, upsample, 2 * noise, known)
+    method = method or best(damage)
     seen = degraded(damage, given, seed, picture.levels) if degrade else given
     steps = min(steps, model.steps)
     began = time.perf_counter()
@@ -105,6 +108,6 @@ def strip(model: Diffusion, damage: Damage, whole: torch.Tensor | None, seen: to
     columns = [] if whole is None else [("whole", whole)]
     columns += [("seen", shown), *((f"answer {i}", x[i]) for i in range(min(len(x), SHOWN)))]
     if len(x) > 1:
-        columns += [("mean", x.mean(0)), ("2 x spread", 4 * x.std(0, correction=0) - 1)]
+        columns += [("mean", x.mean(0)), ("2 x spread", 2 * x.std(0, correction=0) - 1)]
     frames = model.codec.decode(torch.stack([column for _, column in columns])[:, None])
     return pictures.strip(frames.numpy(), [name for name, _ in columns], model.codec.levels)
