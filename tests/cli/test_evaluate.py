@@ -404,7 +404,8 @@ def test_areas_of_the_picture_are_bits(schedule):
             assert (density * np.diff(edges)).sum() == pytest.approx(steps, rel=1e-12)
 
 
-def test_a_conditional_model_is_measured_given_what_the_data_tell(tmp_path, capsys):
+def test_a_conditional_model_is_measured_given_what_the_data_tell(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "batch_size", lambda *_: 3)
     values = np.random.default_rng(0).integers(5, size=(12, 1, 2, 2))
     labelled = datasets.from_array(values, np.arange(12) % 3, levels=5)
     network = NETWORK | {"classes": 3}

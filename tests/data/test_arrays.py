@@ -288,6 +288,7 @@ def test_vectors_and_tokens_stand_beside_the_values():
 
 def test_conditions_are_part_of_the_fingerprint():
     sets = [{}, {"cond": VECTORS}, {"cond": VECTORS + 1}, {"cond": TOKENS}, {"cond": TOKENS, "mask": MASK}]
+    sets.append({"cond": TOKENS.reshape(2, 12)})
     prints = [from_array(SMALL, **more).fingerprint for more in sets]
     assert len(set(prints)) == len(sets)
     assert from_array(SMALL, cond=TOKENS, mask=np.ones((2, 4), bool)).fingerprint == prints[3]
