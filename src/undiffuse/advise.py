@@ -56,9 +56,12 @@ class Choice:
         return grid(schedule, self.steps, self.spacing, times=self.times)
 
     def walk(self, denoise: Denoiser, start: Tensor) -> Tensor:
-        """Where it ends from ``start`` (n, ...), in units of x, without noise."""
+        """Where it ends from ``start`` (n, ...), in units of x, with noise 0."""
         solver, levels = solvers.build(self.solver, **self.settings), self.levels(denoise.schedule)
-        (last,) = deque(trajectory(denoise, solver, levels, start, lambda draws: start[:0]), maxlen=1)
+        nothing = torch.zeros_like(start)
+        (last,) = deque(
+            trajectory(denoise, solver, levels, start, lambda draws: nothing.expand(draws, *start.shape)), maxlen=1
+        )
         return to_data(last.x, last.level)
 
     def calls(self, schedule: Schedule) -> int:
@@ -150,8 +153,8 @@ def advise(
         own = most(bare, schedule, calls, lambda n, p=order: fitted(known, schedule, n, 1 / (p + 1)))
         if own is not None:
             some = slice(quarter or None)
-            own = min(best, measure(own), key=_size).choice
-            ranking.append(measure(refine(own, denoise, start[some], known.end[some], tick)))
+            better = refine(min(best, measure(own), key=_size).choice, denoise, start[some], known.end[some], tick)
+            ranking += [] if better == best.choice else [measure(better)]
     return Advice(sorted(ranking, key=_size), known, left_out)
 
 

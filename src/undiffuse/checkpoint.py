@@ -62,6 +62,12 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Diffusion:
     return diffusion.eval()
 
 
+def fingerprint(diffusion: Diffusion) -> str:
+    """sha256 of the model's weights and of all that its file says of them: the file's own."""
+    held = {name: tensor.detach().cpu() for name, tensor in weights(diffusion).items()}
+    return digest(held, {"undiffuse": str(FORMAT), "model": json.dumps(describe(diffusion), sort_keys=True)})
+
+
 def weights(diffusion: Diffusion) -> dict[str, Tensor]:
     """All that is trained, in place: the network's tensors by their names, a learned schedule's as ``schedule.*``."""
     return {name.removeprefix("network."): tensor for name, tensor in diffusion.state_dict().items()}

@@ -6,7 +6,6 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from undiffuse.checkpoint import load
 from undiffuse.cli import main
@@ -81,28 +80,6 @@ def test_train(place, call):
     assert "is a finished run already" in said.out
     assert call("train", place / "data.npy", "--out", run).code == 0  # with no other flag either
     assert (run / "model.safetensors").read_bytes() == before
-
-
-def test_sample(place, call):
-    said = call("sample", place / "run")
-    assert (said.code, said.err) == (0, "")
-    assert "64 samples by ddim in 5 steps" in said.out
-    folder = place / "run" / "samples" / "ddim-5-seed-0"
-    assert str(folder / "grid.png") in said.out
-    assert len(list(folder.glob("0*.png"))) == 64
-    with np.load(folder / "samples.npz") as file:
-        values = file["x"]
-    assert (values.shape, values.dtype) == ((64, 1, 4, 4), np.uint8)
-    for item in (0, 63):
-        with Image.open(folder / f"{item:06d}.png") as picture:
-            np.testing.assert_array_equal(np.asarray(picture), values[item, 0])
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["seed"], manifest["items"], manifest["solver"], manifest["steps"]) == (0, [*range(64)], "ddim", 5)
-    out = place / "elsewhere"
-    more = ["--n", 3, "--seed", 1, "--solver", "ancestral", "--steps", 2, "--batch", 2, "--out", out]
-    assert call("sample", place / "run" / "model.safetensors", *more).code == 0
-    with np.load(out / "samples.npz") as file:
-        np.testing.assert_array_equal(file["x"], load(place / "run").sample(3, 1, "ancestral", 2).numpy())
 
 
 def test_inspect(place, call):

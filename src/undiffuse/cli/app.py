@@ -12,6 +12,7 @@ import typer
 from undiffuse import checkpoint, presets
 from undiffuse import config as configuration
 from undiffuse import data as datasets
+from undiffuse.cli.advise import advise_command
 from undiffuse.cli.classifier import train_classifier
 from undiffuse.cli.evaluate import evaluate_model
 from undiffuse.cli.interpolate import interpolate
@@ -97,6 +98,7 @@ def train(
 
 
 app.command()(sample)
+app.command("advise")(advise_command)
 app.command()(restore)
 app.command()(interpolate)
 app.command()(train_classifier)
