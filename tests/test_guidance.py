@@ -171,6 +171,7 @@ def test_rescaling_by_hand():
     np.testing.assert_allclose(full.std(1), told.std(1), rtol=1e-12)
     flat = ClassifierFree(lambda x_t, *_: Prediction(torch.ones_like(x_t), x_t), 3.0, rescale=1.0)
     assert torch.equal(flat(X_T, level, LABELS).x, torch.ones_like(X_T))  # nothing to scale
+    assert torch.equal(flat(X_T[:, :1], level, LABELS).x, torch.ones(5, 1, dtype=F64))  # an item of one number
 
 
 def test_a_weak_model_by_hand():
