@@ -66,7 +66,7 @@ def test_weights_integrate_polynomials_exactly(H, nodes):
 
 
 def test_rules_are_of_a_single_node():
-    """B(h)/2 for M_1 [Zhao23 §3.2], which agrees with it to second order in H; more nodes are integrated exactly."""
+    """B(h)/2 for M_1 [Zhao23], which agrees with it to second order in H; more nodes are integrated exactly."""
     assert weights(0.3, [-2.0], "bh1") == [0.3 / 2 / -2]
     assert weights(0.3, [-2.0], "bh2") == [-math.expm1(-0.3) / 2 / -2]
     for rule in ("bh1", "bh2"):

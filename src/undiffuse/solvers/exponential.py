@@ -52,7 +52,7 @@ def weights(H: float, nodes: Sequence[float], rule: str = "exact") -> list[float
     """W_j = H ∫_0^1 e^(−H(1 − v)) l_j(v) dv, the share of x̂_j − x̂_0: l_j is 1 at nodes[j], 0 at the others and at 0.
 
     ``rule`` is for a single node v: ``"exact"`` M_1/v; ``"bh2"`` M_0/(2v) as DPM-Solver++ and UniPC-B2; ``"bh1"``
-    H/(2v) as UniPC-B1 [Lu22b eq. 17; Zhao23 §3.2].
+    H/(2v) as UniPC-B1 [Lu22b alg. 2; Zhao23].
     """
     M = moments(H, len(nodes) + 1)
     if rule != "exact" and len(nodes) == 1:
