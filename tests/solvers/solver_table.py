@@ -126,6 +126,7 @@ class Row(NamedTuple):
     """``solver`` against ``reference``; of ``order`` in strength (``draws`` = 0) or weakly; None has none.
 
     ``calls(steps)`` is how often it calls the denoiser on a chain with finite ends. ``signal``: it needs alpha > 0.
+    ``late``: its order shows with more steps than `test_order.py` takes, in `test_exponential.py`.
     """
 
     solver: Solver
@@ -134,6 +135,7 @@ class Row(NamedTuple):
     draws: int = 0
     calls: Callable[[int], int] = lambda steps: steps
     signal: bool = False
+    late: bool = False
 
 
 def stepwise(step: Callable[..., Array]) -> Reference:
@@ -363,10 +365,9 @@ ROWS: dict[str, Row] = {
     "unipc 2": Row(UniPC(2), by_lambda.unipc(2, "bh2"), 3),
     "unipc 2 bh1": Row(UniPC(2, "bh1"), by_lambda.unipc(2, "bh1"), 3),
     "unipc 3": Row(UniPC(3), by_lambda.unipc(3, "bh2"), 4, calls=lambda steps: steps + 2),
-    # those whose order shows late: test_exponential.py
-    "exponential 4": Row(Multistep(4), by_lambda.adams(4), None, calls=lambda steps: steps + 2 * min(steps, 2)),
-    "dpm++ 3m from low": Row(Multistep(3, start="low"), by_lambda.adams(3, low=True), None),
-    "dpm++ 3m sde": Row(Multistep(3, 1.0), by_lambda.adams(3, 1.0), None, 1),
-    "unipc 3 from low": Row(UniPC(3, "bh1", "low"), by_lambda.unipc(3, "bh1", True), None),
+    "exponential 4": Row(Multistep(4), by_lambda.adams(4), 4, calls=lambda steps: steps + 2 * min(steps, 2), late=True),
+    "dpm++ 3m from low": Row(Multistep(3, start="low"), by_lambda.adams(3, low=True), 2, late=True),
+    "dpm++ 3m sde": Row(Multistep(3, 1.0), by_lambda.adams(3, 1.0), 2, 1, late=True),
+    "unipc 3 from low": Row(UniPC(3, "bh1", "low"), by_lambda.unipc(3, "bh1", True), 3, late=True),
     "product": Row(Product(), ancestral("small"), None, 1),  # with a factor: test_product.py
 }
