@@ -194,6 +194,10 @@ def test_what_does_not_go_together_is_refused(runs):
         of, guidance, *files = asked
         with pytest.raises(ConfigError, match=rf"^error\[GUIDANCE\] .*{says}"):
             guide(of, guidance, *(None if f is None else runs / f for f in files))
+    for flag, guidance, file in (("guidance", Guidance(2.0), None), ("classifier", Guidance(), runs / "classifier")):
+        with pytest.raises(ConfigError, match=rf"--{flag}: nothing is told that it could guide to\. Give a --label"):
+            guide(model(3), guidance, file, told=False)
+    assert guide(model(3), Guidance(threshold="dynamic"), told=False) is not None
     with pytest.raises(CheckpointError, match="this is no classifier"):
         guide(model(3), Guidance(), runs / "weak")
     with pytest.raises(CheckpointError, match="this is a classifier, and no diffusion model"):

@@ -17,9 +17,13 @@ Guide = Callable[[Denoiser], Denoiser]
 
 
 def guide(
-    model: Diffusion, guidance: Guidance, classifier: Path | None = None, autoguide: Path | None = None
+    model: Diffusion,
+    guidance: Guidance,
+    classifier: Path | None = None,
+    autoguide: Path | None = None,
+    told: bool = True,
 ) -> Guide | None:
-    """What `Diffusion.sample` takes as ``guide``; None where nothing is asked for.
+    """What `Diffusion.sample` takes as ``guide``; None where nothing is asked for. ``told``: whether there is a label.
 
     A model without labels does not hear those that the ``classifier`` guides to. Raises `ConfigError` where model,
     classifier and the weak model ``autoguide`` do not go together, and `CheckpointError`.
@@ -29,6 +33,9 @@ def guide(
     if guidance.scale != 1 and not any(model.config.network.get(name) for name in ("classes", "vector", "tokens")):
         cause = "the model was trained without labels or other conditions: there is nothing to be guided to"
         raise ConfigError("GUIDANCE", "--guidance", cause, "Train one with --conditional, or use --classifier")
+    if not told and (guidance.scale != 1 or classifier is not None):
+        flag = "--guidance" if classifier is None else "--classifier"
+        raise ConfigError("GUIDANCE", flag, "nothing is told that it could guide to", "Give a --label, or --cond")
     namer = None if classifier is None else classifiers.load(classifier, model.device)
     if namer is not None:
         _same_items(model, namer, "--classifier", f"{classifier}")

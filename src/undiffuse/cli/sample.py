@@ -91,7 +91,7 @@ def sample(
         "steps": choice.steps,
         "spacing": choice.spacing if choice.times is None else "uniform",
         "times": choice.times,
-        "guide": guide(model, scales, classifier, autoguide),
+        "guide": guide(model, scales, classifier, autoguide, bool(label or cond)),
     }
     told = tell(class_names(model, classifier), label or (), cond)
     asked = {"label": label, "guidance": None if scales == Guidance() else asdict(scales)}
@@ -110,14 +110,14 @@ def sample(
         if rank == 0:
             album.begin(say)
         wait()
-        left = [
-            range(first, min(first + batch, gap.stop))
-            for gap in album.missing(items)
-            for first in range(gap.start, gap.stop, batch)
+        gaps, blocks = album.missing(items), [items[first : first + batch] for first in range(0, n, batch)]
+        mine = [
+            range(max(block.start, gap.start), min(block.stop, gap.stop))
+            for block in blocks[rank::processes]
+            for gap in gaps
         ]
-        wait()  # until all have looked, or one would see what another has begun
         try:
-            _draw(model, album, left[rank::processes], seed, told, walk)
+            _draw(model, album, [part for part in mine if part], seed, told, walk)
             wait()
             if rank:
                 return
@@ -125,7 +125,7 @@ def sample(
             picture = album.finish(items, {"model": str(run), "seconds": round(seconds, 3)})
         except KeyboardInterrupt:
             raise Interrupted(signal.SIGINT) from None
-        each = sum(map(len, left)) / seconds
+        each = sum(map(len, gaps)) / seconds
         say(f"{n:,} samples by {choice} in {_steps(choice)} steps, {seconds:.1f} s ({each:.1f} a second)")
     if picture is not None and picture.is_file():
         say(f"grid: {picture}")
