@@ -116,12 +116,12 @@ def advise(
     start: Tensor,
     calls: int,
     tick: Callable[[int], None] = lambda calls: None,
-    names: Sequence[str] = tuple(solvers.SOLVERS),
+    names: Sequence[str] | None = None,
     fine: int = 200,
 ) -> Advice:
     """Solvers and grids of at most ``calls`` network calls, ranked by their error from ``start`` (n, ...) at t = 1.
 
-    The solvers are those of ``names`` that draw no noise and have an order, on every one of `SPACINGS`. The best are
+    The solvers are those (of ``names``) that draw no noise and have an order, on every one of `SPACINGS`. The best are
     also given a grid of their own: their best one or the `fitted` one, as `refine` makes it. The first quarter of the
     items serves to refine, and the others to rank. ``tick`` is told of calls as they are made. Raises `ConfigError`.
     """
@@ -136,6 +136,7 @@ def advise(
         tick(calls)
         return Measured(found, found.calls(schedule), error[quarter:])
 
+    names = list(solvers.SOLVERS if names is None else names)
     for name, settings in [*((name, {}) for name in names), *(row for row in VARIANTS if row[0] in names)]:
         solver = solvers.build(name, **settings)
         if reason := _left_out(name, solver):
