@@ -28,7 +28,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "inversion": Inversion,
     "product": Product,
     "euler": partial(RungeKutta, "euler"),
-    "heun": partial(RungeKutta, "heun"),
+    "heun": partial(RungeKutta, "heun", variable="angle"),
     "rk4": partial(RungeKutta, "rk4", variable="angle"),
     "adaptive": Adaptive,
     "edm": EDM,
