@@ -251,6 +251,24 @@ def test_what_a_run_leaves_with_a_picture(tmp_path):
         fit(replace(RECIPE, model=ClassifierConfig(UNET, high=5.0)), IMAGES, folder)
 
 
+def test_every_step_has_its_own_dropout_and_micro_batches_make_one(tmp_path, monkeypatch):
+    seeds, real = [], torch.manual_seed
+
+    def note(seed):
+        seeds.append(seed)
+        return real(seed)
+
+    monkeypatch.setattr(torch, "manual_seed", note)
+    settings = replace(RECIPE.train, warmup=0)
+    folders = [fit(replace(RECIPE, train=replace(settings, accumulate=n)), IMAGES, tmp_path / str(n)) for n in (1, 3)]
+    assert len(seeds) == 10
+    assert len(set(seeds)) == 5  # of the first weights, and of four steps
+    one, three = (json.loads((folder / "metrics.jsonl").read_text()) for folder in folders)
+    assert three["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    for name, tensor in load(folders[0]).state_dict().items():
+        torch.testing.assert_close(load(folders[1]).state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 def test_what_it_needs(tmp_path, monkeypatch):
     unlabelled = from_array(np.zeros((9, 1, 4, 4), np.uint8), name="plain")
     one = from_array(np.arange(144, dtype=np.uint8).reshape(9, 1, 4, 4), np.zeros(9, int), name="one")
