@@ -39,7 +39,8 @@ def cell(value: Any) -> str:
         return ""
     if isinstance(value, tuple):
         mean, stderr = value
-        digits = 1 - math.floor(math.log10(stderr)) if 0 < stderr < math.inf else 3
+        real = 1e-12 * abs(mean) < stderr < math.inf  # else it is 0, or rounding
+        digits = 1 - math.floor(math.log10(stderr)) if real else 3
         return f"{mean:.{max(0, digits)}f} ± {stderr:.{max(0, digits)}f}"
     if isinstance(value, float):
         return f"{value:.4g}"
