@@ -269,6 +269,18 @@ def test_every_step_has_its_own_dropout_and_micro_batches_make_one(tmp_path, mon
         torch.testing.assert_close(load(folders[1]).state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+def test_weights_decay(tmp_path):
+    """AdamW takes lr · decay of a weight at a step, beside what the gradient asks for."""
+    models = []
+    for decay in (0.0, 0.9):
+        train = replace(RECIPE.train, weight_decay=decay, steps=1, warmup=0, decay=0.0)
+        models.append(load(fit(replace(RECIPE, train=train), IMAGES, tmp_path / str(decay))).state_dict())
+    torch.manual_seed(RECIPE.train.seed)
+    first = Classifier(RECIPE.model, (1, 4, 4), Pixels(5), IMAGES.classes).state_dict()
+    for name, start in first.items():
+        torch.testing.assert_close(models[0][name] - models[1][name], 0.01 * 0.9 * start, rtol=1e-3, atol=1e-6)
+
+
 def test_what_it_needs(tmp_path, monkeypatch):
     unlabelled = from_array(np.zeros((9, 1, 4, 4), np.uint8), name="plain")
     one = from_array(np.arange(144, dtype=np.uint8).reshape(9, 1, 4, 4), np.zeros(9, int), name="one")
