@@ -241,6 +241,24 @@ def test_a_nudge_is_a_share_of_sigma():
         torch.testing.assert_close(sizes, (0.1 * level.sigma).expand(2))
 
 
+@pytest.mark.parametrize("nudge", [0.05, None])
+def test_gradients_are_there_where_they_are_asked_for(nudge):
+    """Finite where nothing is left to fit; and not within no_grad, whatever x_t carries from outside."""
+    denoise, level = DATA.denoiser(S.linear()), S.linear()(0.5)
+    x_t = random(2, *SHAPE).requires_grad_()
+    y = OPERATORS["mask"](denoise(x_t, level).x).detach()
+    y[1] += 1.0
+    guided = MMPS(denoise, Observation(OPERATORS["mask"], y, 0.1), 3, nudge=nudge)
+    found = torch.autograd.grad(guided(x_t, level).x.sum(), x_t)[0]
+    exact = bayes(OPERATORS["mask"], y[1:], 0.1)  # affine in x_t, of a slope that y has no part in
+    expected = torch.autograd.grad(exact.predict(x_t, level).x.sum(), x_t)[0]
+    torch.testing.assert_close(found[1], expected[1])
+    assert torch.isfinite(found[0]).all()
+    with torch.no_grad():
+        x, eps, _ = guided(x_t, level)
+    assert [x.requires_grad, eps.requires_grad] == [False, False]
+
+
 def test_a_posterior_of_no_kind_is_none():
     with pytest.raises(NotImplementedError):
         Posterior(DATA.denoiser(S.linear()), Observation(OPERATORS["identity"], MEAN[None]))(
