@@ -184,7 +184,7 @@ def _steps(choice: Choice) -> int:
 
 def _name(choice: Choice, label: list[str] | None, scales: Guidance, files: list[Path], seed: int) -> str:
     """A name for a folder that says what is in it, as far as it differs from what most people draw."""
-    spacing = [] if choice.spacing in ("uniform", "log_snr") else [choice.spacing]
+    spacing = [] if choice.spacing == "uniform" else [choice.spacing]
     words = [*str(choice).split(), str(_steps(choice)), *spacing, *(label or [])]
     default = asdict(Guidance())
     words += [f"{key}-{value}" for key, value in asdict(scales).items() if value != default[key]]
