@@ -150,7 +150,7 @@ def test_the_added_noise_brings_the_law_of_the_higher_level():
 def test_settings():
     assert solvers.build("rk4", variable="t") == RungeKutta("rk4", "t")
     assert solvers.build("rk4") == RungeKutta("rk4", "angle")
-    assert solvers.build("heun") == RungeKutta()
+    assert solvers.build("heun") == RungeKutta("heun", "angle")
     for settings in ({"variable": "log"}, {"method": "rk5"}):
         with pytest.raises(ConfigError, match=r"= '(log|rk5)': unknown. Use one of (ratio|euler), "):
             RungeKutta(**settings)
