@@ -104,8 +104,9 @@ def by_calls(curves: Mapping[str, Sequence[tuple[int, float]]], floors: Mapping[
     axes = _tidy(figure.subplots(), "network calls a sample", measure)
     for i, (name, points) in enumerate((name, points) for name, points in curves.items() if points):
         calls, values = zip(*points, strict=True)
-        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
-        axes.plot(calls, [v if v > 0 else math.nan for v in values], label=name, marker="o", markersize=3, **style)
+        shown = [v if v > 0 else math.nan for v in values]
+        (line,) = axes.plot(calls, shown, label=name, marker="o", markersize=3, color=COLOURS[i % len(COLOURS)])
+        line.set_linestyle(STYLES[i // len(COLOURS) % len(STYLES)])
     for name, value in floors.items():
         axes.axhline(value, color="0.5", linewidth=0.8)
         axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
