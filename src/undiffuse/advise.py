@@ -122,19 +122,19 @@ def advise(
     """Solvers and grids of at most ``calls`` network calls, ranked by their error from ``start`` (n, ...) at t = 1.
 
     The solvers are those (of ``names``) that draw no noise and have an order, on every one of `SPACINGS`. The best are
-    also given a grid of their own: their best one or the `fitted` one, as `refine` makes it. The first quarter of the
-    items serves to refine, and the others to rank. ``tick`` is told of calls as they are made. Raises `ConfigError`.
+    also given a grid of their own: their best one or the `fitted` one, as `refine` makes it. The first half of the
+    items serves for that, and the other to rank. ``tick`` is told of calls as they are made. Raises `ConfigError`.
     """
     if calls < 1 or fine < 4:
         where = f"calls = {calls}, fine = {fine}"
         raise ConfigError("ADVISE", where, "nothing can be measured", "Give at least 1 call, and 4 fine steps")
-    schedule, left_out, tried, quarter = denoise.schedule, {}, [], len(start) // 4
+    schedule, left_out, tried, half = denoise.schedule, {}, [], len(start) // 2
     known = reference(denoise, start, fine, tick)
 
     def measure(found: Choice) -> Measured:
         error = rmse(found.walk(denoise, start), known.end)
         tick(calls)
-        return Measured(found, found.calls(schedule), error[quarter:])
+        return Measured(found, found.calls(schedule), error[half:])
 
     names = list(solvers.SOLVERS if names is None else names)
     for name, settings in [*((name, {}) for name in names), *(row for row in VARIANTS if row[0] in names)]:
@@ -149,24 +149,35 @@ def advise(
         if walks:
             tried.append((solver.order, sorted(map(measure, walks.values()), key=_size)))
     ranking = [one for _, own in tried for one in own]
+    first = slice(half or None)
     for order, (best, *_) in sorted(tried, key=lambda own: _size(own[1][0]))[:BEST]:
         bare = replace(best.choice, spacing="fitted")
         own = most(bare, schedule, calls, lambda n, p=order: fitted(known, schedule, n, 1 / (p + 1)))
-        if own is not None:
-            some = slice(quarter or None)
-            better = refine(min(best, measure(own), key=_size).choice, denoise, start[some], known.end[some], tick)
-            ranking += [] if better == best.choice else [measure(better)]
+        better = refine([best.choice, *([own] if own else [])], denoise, start[first], known.end[first], tick)
+        ranking += [] if better == best.choice else [measure(better)]
     return Advice(sorted(ranking, key=_size), known, left_out)
 
 
 def refine(
-    choice: Choice, denoise: Denoiser, start: Tensor, end: Tensor, tick: Callable[[int], None] = lambda calls: None
+    choices: Sequence[Choice],
+    denoise: Denoiser,
+    start: Tensor,
+    end: Tensor,
+    tick: Callable[[int], None] = lambda calls: None,
 ) -> Choice:
-    """``choice`` with its levels moved, as long as that brings its walk from ``start`` nearer to ``end``.
+    """The one of ``choices`` whose walk from ``start`` is nearest to ``end``, with its levels moved where that helps.
 
     Around each of `KNOTS` places in turn the log-SNRs are raised or lowered, most at the place and not at all at the
-    next one, by a whole, half and quarter of their mean distance. The ends stay.
+    next one, by a whole, half and quarter of their mean distance. A move is kept if the mean error over the items falls
+    by more than its standard error, item by item. The ends stay.
     """
+
+    def error(of: Choice) -> Tensor:
+        tick(of.steps)
+        return rmse(of.walk(denoise, start), end)
+
+    errors = [error(choice) for choice in choices]
+    least, choice = min(zip(errors, choices, strict=True), key=lambda pair: float(pair[0].mean()))
     schedule, levels = denoise.schedule, choice.levels(denoise.schedule)
     t, lam = torch.stack([level.t for level in levels]), torch.stack([level.log_snr for level in levels])
     free = torch.isfinite(lam) & (t > 0) & (t < 1)
@@ -181,16 +192,15 @@ def refine(
         falls = bool((times.diff() < -1e-9).all())
         return replace(choice, spacing="fitted", times=tuple(times.tolist())) if falls else None
 
-    def error(of: Choice) -> float:
-        tick(len(levels) - 1)
-        return float(rmse(of.walk(denoise, start), end).mean())
-
-    least = error(choice)
     for share in (1.0, 0.5, 0.25):
         for hat in share * float(inner.diff().mean()) * hats:
             for step in (hat, -hat):
                 other = moved(inner + step)
-                if other is not None and (found := error(other)) < least:
+                if other is None:
+                    continue
+                found = error(other)
+                gain, stderr = _mean(least - found)
+                if gain > stderr:
                     choice, inner, least = other, inner + step, found
                     break
     return choice

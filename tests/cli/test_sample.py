@@ -264,7 +264,7 @@ def test_advise_and_use_it(run, call, tmp_path, monkeypatch):
         "behind the best",
         "left out: ancestral (draws noise)",
         "sample --calls",
-        "of 6 items",
+        "of 4 items",
     ):
         assert words.replace("sample --calls", "--calls 5") in said.out, said.out
     told = json.loads((run / "advice.json").read_text())

@@ -28,7 +28,7 @@ SHOWN = 12
 def advise_command(
     run: RunArgument,
     calls: Annotated[int, typer.Option(help="Network calls that a sample may take.", min=1)] = 10,
-    items: Annotated[int, typer.Option(help="Samples that are compared; a quarter serves to fit grids.", min=8)] = 64,
+    items: Annotated[int, typer.Option(help="Samples that are compared; half of them serve to fit grids.", min=8)] = 64,
     fine: Annotated[int, typer.Option(help="Steps of the reference.", min=4)] = 200,
     label: Annotated[list[str] | None, typer.Option(help="Classes to be sampled, in turn; see sample.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the starts.")] = 0,
