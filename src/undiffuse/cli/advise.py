@@ -65,15 +65,15 @@ def advise_command(
         }
         for one in advice.ranking
     ]
-    table.render(shown[:SHOWN], f"the best {min(SHOWN, len(shown))} of {len(shown)} walks of at most {calls} calls")
     coarse = scale * float(advice.known.coarse.mean())
-    console.print(f"error: the root mean square between an end and that of {fine} steps, of {len(best.error)} items")
-    console.print(f"that reference differs by {coarse:.2g} from one of half as many steps")
-    console.print("left out: " + "; ".join(_left_out(advice.left_out)), markup=False)
     measured = {"calls": best.calls, "error": scaled(best.mean), "unit": name, "items": items, "seed": seed}
     measured |= {"fine": fine, "coarse": coarse, "label": label, "seconds": round(time.perf_counter() - began, 1)}
     measured["ranking"] = [{**row, "behind the best": row["behind the best"] or (0.0, 0.0)} for row in shown]
     path = write_advice(beside(run), checkpoint.fingerprint(model), calls, best.choice, measured)
+    table.render(shown[:SHOWN], f"the best {min(SHOWN, len(shown))} of {len(shown)} walks of at most {calls} calls")
+    console.print(f"error: the root mean square between an end and that of {fine} steps, of {len(best.error)} items")
+    console.print(f"that reference differs by {coarse:.2g} from one of half as many steps")
+    console.print("left out: " + "; ".join(_left_out(advice.left_out)), markup=False)
     console.print(f"kept in {path}: undiffuse sample {run} --calls {calls}", markup=False)
 
 
