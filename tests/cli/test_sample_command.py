@@ -149,7 +149,9 @@ def test_a_killed_command_goes_on(run, call, monkeypatch, tmp_path):
     assert "goes on: 8 samples are kept" in said.out
     np.testing.assert_array_equal(array(tmp_path / "killed"), array(tmp_path / "straight"))
     assert len(list((tmp_path / "killed").glob("0*.png"))) == 11
+    (tmp_path / "killed" / "parts").mkdir()
     said = call("sample", run, *flags, "--out", tmp_path / "killed")
+    assert not (tmp_path / "killed" / "parts").exists()
     assert "these 11 samples are all there already" in said.out
     assert str(tmp_path / "killed" / "grid.png") in said.out
 

@@ -166,6 +166,12 @@ def test_a_finished_album(tmp_path):
     assert not album.finished(range(1, 11))
     assert not Album(tmp_path, {"seed": 2}, 17).finished(items)
     assert json.loads(album.manifest.read_text())["seconds"] == 3
+    album.parts.mkdir()
+    (album.parts / "000000000-000000003.safetensors").touch()  # as if stopped while the parts were removed
+    assert album.finished(items)
+    album.tidy()
+    album.tidy()
+    assert not album.parts.exists()
     album.array.write_bytes(album.array.read_bytes() + b"0")
     assert not album.finished(items)
     album.array.unlink()

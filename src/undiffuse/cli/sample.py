@@ -103,6 +103,8 @@ def sample(
     if animate is not None and rank == 0:
         _animate(animate, model, seed, range(min(n, MOVING)), told, walk, say)
     if album.finished(items):
+        if rank == 0:
+            album.tidy()
         say(f"these {n:,} samples are all there already")
         picture = folder / "grid.png"
     else:

@@ -107,10 +107,15 @@ class Album:
             file.write(json.dumps(about, indent=1)[:-2].encode() + b',\n "items": [')
             file.writelines(f"{', ' if item > items.start else ''}{item}".encode() for item in items)
             file.write(b"]\n}\n")
-        for path in self.parts.iterdir():
-            path.unlink()
-        self.parts.rmdir()
+        self.tidy()
         return picture
+
+    def tidy(self) -> None:
+        """Removes the parts, as `finish` does in the end, which may be stopped at it."""
+        for path in self.parts.glob("*"):
+            path.unlink()
+        if self.parts.is_dir():
+            self.parts.rmdir()
 
     def _kept(self) -> list[tuple[range, Path]]:
         """The parts in the order of their items."""
