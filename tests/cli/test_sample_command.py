@@ -257,14 +257,14 @@ def test_calls_without_advice(run, call, tmp_path):
 
 
 def test_advise_and_use_it(run, call, tmp_path, monkeypatch):
-    few = {name: advise.solvers.SOLVERS[name] for name in ("dpm++2m", "ancestral", "unipc")}
+    few = {name: advise.solvers.SOLVERS[name] for name in ("dpm++2m", "dpm++2m_sde", "ancestral", "unipc")}
     monkeypatch.setattr(advise.solvers, "SOLVERS", few)
     said = call("advise", run, "--calls", 5, "--items", 8, "--fine", 12)
     assert (said.code, said.err) == (0, "")
     for words in (
         "error (levels)",
         "behind the best",
-        "left out: ancestral (draws noise)",
+        "left out: dpm++2m_sde, ancestral (draws noise)",
         "sample --calls",
         "of 4 items",
     ):
