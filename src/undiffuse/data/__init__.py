@@ -20,7 +20,7 @@ from undiffuse.errors import ConfigError
 __all__ = ["BUILTIN", "BadFiles", "Dataset", "Prepare", "Problem", "Split", "from_array", "load", "load_array"]
 __all__ += ["load_conditions", "load_folder"]
 
-FOLDER_OPTIONS = tuple(f.name for f in fields(Prepare))
+FOLDER_OPTIONS = (*(f.name for f in fields(Prepare)), "on_bad")
 ARRAY_OPTIONS = ("layout", "levels")
 
 
@@ -50,7 +50,8 @@ def load(source: str | Path, *, folder: str | Path | None = None, **options: Any
         return observed(load_array(path, **given))
     if os.path.lexists(name) or os.sep in name or path.suffix:
         _only(given, FOLDER_OPTIONS, "a folder of images")
-        return observed(load_folder(path, Prepare(**given)))
+        on_bad = given.pop("on_bad", "stop")
+        return observed(load_folder(path, Prepare(**given), on_bad))
     close = difflib.get_close_matches(name.lower(), BUILTIN, cutoff=0.5)
     hint = f"Did you mean {' or '.join(close)}? B" if close else "B"
     fix = f"{hint}uilt in are {', '.join(BUILTIN)}; or give a folder of images or an array file"

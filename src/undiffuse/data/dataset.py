@@ -7,13 +7,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
 
 from undiffuse.conditioning import Condition
+from undiffuse.data.seen import Seen
 from undiffuse.errors import ConfigError, DataError
 
 CHUNK = 4096
@@ -49,6 +50,7 @@ class Dataset:
     test_from: int | None = None
     cond: np.ndarray | None = None
     mask: np.ndarray | None = None
+    seen: Seen = field(default_factory=Seen)
 
     def __post_init__(self) -> None:
         kinds = ("float32",) if self.levels is None else ("uint8",) if self.levels <= 256 else ("uint16",)

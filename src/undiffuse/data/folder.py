@@ -5,40 +5,52 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from undiffuse.data import memory
 from undiffuse.data.dataset import Dataset
-from undiffuse.data.image import SUFFIXES, Prepare, decode
+from undiffuse.data.image import SUFFIXES, Picture, Prepare, decode_all
+from undiffuse.data.labels import TABLE, Labelled, by_folder, by_table, empty_classes
 from undiffuse.data.problems import FIXES, BadFiles, Problem, Refused, refusal
+from undiffuse.data.seen import Seen, Stamp, changed
 from undiffuse.errors import ConfigError, DataError, ResourceError, printable
 
 MAX_BYTES = 1 << 29
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
+
+Kind = tuple[tuple[int, ...], int]
+"""Shape and levels of a picture: one data set has one."""
 
 
 @dataclass
 class _Scan:
     """What a walk found: image files in the order of their names, and what was left aside."""
 
-    files: list[Path] = field(default_factory=list)
+    files: dict[Path, Stamp] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)  # names of the first level's sub-folders
     hidden: int = 0
     others: list[str] = field(default_factory=list)
     outside: int = 0
+    table: bool = False
 
 
-def load_folder(folder: str | Path, prepare: Prepare = Prepare()) -> Dataset:  # noqa: B008 (frozen)
-    """All images under ``folder``, decoded once: values (N, C, H, W), sorted by path; sub-folders label them.
+def load_folder(folder: str | Path, prepare: Prepare = Prepare(), on_bad: str = "stop") -> Dataset:  # noqa: B008 (frozen)
+    """All images under ``folder``, decoded once: values (N, C, H, W), sorted by path, labelled.
 
-    Sub-folders of the first level are classes where there are at least two and every image is in one.
-    Raises ConfigError (NOT_A_DIRECTORY); BadFiles with every file that cannot be taken; DataError for what
-    is wrong with all together (NO_IMAGES, MIXED_SIZES, MIXED_CHANNELS, MIXED_DEPTH); ResourceError (MEMORY).
+    Labels are those of ``labels.csv`` (columns file and label) in the folder, else sub-folders of the first level
+    are classes where there are at least two and every image is in one. With ``on_bad="skip"`` files that cannot be
+    taken, or differ from most, are left out: ``Dataset.seen.skipped`` has each.
+    Raises ConfigError (NOT_A_DIRECTORY, OPTION); BadFiles with every file that cannot be taken; DataError for what
+    is wrong with all together (NO_IMAGES, MIXED_SIZES, MIXED_CHANNELS, MIXED_DEPTH, LABELS); ResourceError (MEMORY).
     """
     root = Path(folder)
+    if on_bad not in ("stop", "skip"):
+        raise ConfigError("OPTION", "on_bad", f"{on_bad!r} is unknown", "Give stop or skip")
     if not os.path.isdir(root):
         fix = "Give a folder of images, an array file or the name of a built-in set"
         raise ConfigError(
@@ -50,13 +62,19 @@ def load_folder(folder: str | Path, prepare: Prepare = Prepare()) -> Dataset:  #
         raise DataError(
             "NO_IMAGES", root, f"no file in it is named as an image ({'; '.join(seen)})", FIXES["NO_IMAGES"]
         )
-    classes, labels, about = _classes(root, scan)
-    values, levels, done = _decode_all(scan, prepare)
-    notes = [f"{n} of {len(values)} images: {phrase}" for phrase, n in sorted(done.items())]
-    if any("background" in phrase for phrase in done):
+    if not scan.table:
+        scan.problems += empty_classes(root, scan.files, scan.folders, [p.path for p in scan.problems])
+    read = _read_all(scan, prepare, on_bad == "skip")
+    classes, labels, about = _labels(root, scan, read)
+    notes = [f"{n} of {len(read.values)} images: {phrase}" for phrase, n in sorted(read.done.items())]
+    if any("background" in phrase for phrase in read.done):
         notes.append(f"the background is {prepare.background}")
+    if read.problems:
+        codes = ", ".join(f"{n} {code}" for code, n in Counter(p.code for p in read.problems).most_common())
+        notes.append(f"{len(read.problems)} of {len(scan.files) + len(scan.problems)} files skipped: {codes}")
     notes = [*_left_aside(scan), *about, *notes]
-    return Dataset(root.resolve().name, values, levels, labels, classes, tuple(notes))
+    seen = Seen(read.formats, read.sizes, len(scan.others), scan.hidden, tuple(read.problems))
+    return Dataset(root.resolve().name, read.values, read.levels, labels, classes, tuple(notes), seen=seen)
 
 
 def _scan(root: Path) -> _Scan:
@@ -80,21 +98,23 @@ def _scan(root: Path) -> _Scan:
                 scan.hidden += 1
                 continue
             try:
-                mode = entry.stat().st_mode
+                status = entry.stat()
             except OSError as error:
                 scan.problems.append(_problem(path, refusal(error)))
                 continue
-            if stat.S_ISDIR(mode):
+            if stat.S_ISDIR(status.st_mode):
                 pending.insert(0 if entry.is_symlink() else len(pending), path)
                 scan.folders += [entry.name] * (here == root)
+            elif here == root and entry.name == TABLE:
+                scan.table = True
             elif path.suffix.lower() not in SUFFIXES:
                 scan.others.append(entry.name)
-            elif not stat.S_ISREG(mode):
+            elif not stat.S_ISREG(status.st_mode):
                 scan.problems.append(Problem(path, "NOT_A_REGULAR_FILE", "is a pipe, a socket or a device"))
             else:
-                scan.files.append(path)
+                scan.files[path] = Stamp.of(status)
                 scan.outside += entry.is_symlink() and not os.path.realpath(path).startswith(inside)
-    scan.files.sort(key=os.fsencode)
+    scan.files = {path: scan.files[path] for path in sorted(scan.files, key=os.fsencode)}
     scan.problems.sort(key=lambda problem: os.fsencode(problem.path))
     return scan
 
@@ -113,53 +133,83 @@ def _left_aside(scan: _Scan) -> list[str]:
     return notes
 
 
-def _classes(root: Path, scan: _Scan) -> tuple[tuple[str, ...], np.ndarray | None, list[str]]:
-    """Names, labels and notes; an empty first-level folder beside classes is added to the scan's problems."""
-    parts = [path.relative_to(root).parts for path in scan.files]
-    loose = sum(len(p) == 1 for p in parts)
-    if not parts or loose:
-        return (), None, [f"no labels: {loose} images lie outside sub-folders"] if loose < len(parts) else []
-    names = sorted({p[0] for p in parts}, key=os.fsencode)
-    broken = {problem.path.relative_to(root).parts[:1] for problem in scan.problems}
-    empty = [name for name in scan.folders if name not in names and (name,) not in broken]
-    scan.problems += [Problem(root / name, "EMPTY_CLASS", "holds no images, but its neighbours do") for name in empty]
-    if len(names) == 1:
-        return (), None, ["no labels: all images are in one sub-folder"]
-    number = {name: label for label, name in enumerate(names)}
-    counts = Counter(p[0] for p in parts)
-    shown = ", ".join(f"{printable(name)} ({counts[name]})" for name in names[:5]) + ", ..." * (len(names) > 5)
-    labels = np.array([number[p[0]] for p in parts], np.int64)
-    return tuple(map(printable, names)), labels, [f"{len(names)} classes from sub-folders: {shown}"]
+def _labels(root: Path, scan: _Scan, read: _Read) -> Labelled:
+    """Names, labels of each picture, and notes."""
+    if not scan.table:
+        return by_folder(root, read.files)
+    try:
+        return by_table(root, read.files, [problem.path for problem in read.problems])
+    except (Refused, OSError) as error:
+        refused = refusal(error) if isinstance(error, OSError) else error
+        raise refused.at(root / TABLE) from None
 
 
-def _decode_all(scan: _Scan, prepare: Prepare) -> tuple[np.ndarray, int, Counter[str]]:
-    """(N, C, H, W) values, levels and how often each thing was done; raises everything that is wrong."""
-    values = np.empty(0)
-    kinds: dict[tuple[tuple[int, ...], int], list[Path]] = {}
-    problems, done = list(scan.problems), Counter[str]()
-    for i, path in enumerate(scan.files):
-        try:
-            picture = decode(_read(path), path.suffix, prepare)
-        except (Refused, OSError) as error:
-            problems.append(_problem(path, refusal(error) if isinstance(error, OSError) else error))
-            continue
-        done.update(picture.did)
-        kinds.setdefault((picture.pixels.shape, picture.levels), []).append(path)
-        if problems or len(kinds) > 1:
-            continue
-        if i == 0:
-            values = _empty((len(scan.files), *picture.pixels.shape), picture.pixels.dtype)
-        values[i] = picture.pixels
-    if problems:
-        raise BadFiles(problems)
-    if len(kinds) > 1:
-        raise _mixed(kinds)
-    return values, next(iter(kinds))[1], done
+@dataclass
+class _Read:
+    """What decoding found: ``values`` (N, C, H, W) of one kind with the file of each, and what stood in the way."""
+
+    problems: list[Problem]
+    values: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0, 0), np.uint8))
+    files: list[Path] = field(default_factory=list)
+    kinds: dict[Kind, list[Path]] = field(default_factory=dict)
+    done: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def levels(self) -> int:
+        return next(iter(self.kinds))[1]
+
+    def add(self, path: Path, picture: Picture, expected: int) -> None:
+        """Takes the next picture of about so many ``expected``; only counts it where it is of another kind."""
+        kind = (picture.pixels.shape, picture.levels)
+        self.kinds.setdefault(kind, []).append(path)
+        if len(self.kinds) > 1:
+            return
+        self.done.update(picture.did)
+        self.formats[picture.kind] += 1
+        self.sizes["{} x {}".format(*picture.stored)] += 1
+        at = len(self.files)
+        if at == len(self.values):
+            grown = _empty((max(expected, 2 * at), *kind[0]), picture.pixels.dtype)
+            grown[:at] = self.values if at else 0
+            self.values = grown
+        self.values[at] = picture.pixels
+        self.files.append(path)
 
 
-def _mixed(kinds: dict[tuple[tuple[int, ...], int], list[Path]]) -> DataError:
+def _read_all(scan: _Scan, prepare: Prepare, skip: bool) -> _Read:
+    """All pictures of one kind; raises everything that is wrong, or with ``skip`` keeps it in ``problems``."""
+
+    def attempt(files: Sequence[Path], problems: list[Problem]) -> _Read:
+        read = _Read(problems)
+        for path in files:
+            try:
+                pictures = decode_all(_bytes(path, scan.files[path]), path.suffix, prepare)
+            except (Refused, OSError) as error:
+                problems.append(_problem(path, refusal(error) if isinstance(error, OSError) else error))
+                continue
+            if not problems or skip:
+                for picture in pictures:
+                    read.add(path, picture, len(files))
+        return read
+
+    read = attempt(list(scan.files), list(scan.problems))
+    if skip and len(read.kinds) > 1:
+        differing = _mixed(read.kinds).problems
+        others = {problem.path for problem in (*read.problems, *differing)}
+        read = attempt([path for path in scan.files if path not in others], [*read.problems, *differing])
+    if not read.kinds or (read.problems and not skip):
+        raise BadFiles(read.problems)
+    if len(read.kinds) > 1:
+        raise _mixed(read.kinds)
+    read.values = read.values[: len(read.files)]
+    return read
+
+
+def _mixed(kinds: dict[Kind, list[Path]]) -> BadFiles:
     """Why images that are fine one by one are no set: the first thing in which they differ, with examples."""
-    aspects = {
+    aspects: dict[str, Callable[[tuple[int, ...], int], str]] = {
         "MIXED_SIZES": lambda shape, _: f"{shape[2]} x {shape[1]} pixels",
         "MIXED_CHANNELS": lambda shape, _: f"{shape[0]} channel{'s' * (shape[0] > 1)}",
         "MIXED_DEPTH": lambda _, levels: f"{levels} levels",
@@ -175,18 +225,25 @@ def _mixed(kinds: dict[tuple[tuple[int, ...], int], list[Path]]) -> DataError:
     return BadFiles(problems, examples)
 
 
-def _read(path: Path) -> bytes:
-    if (size := path.stat().st_size) > MAX_BYTES:
-        raise Refused("TOO_LARGE", f"{size:,} bytes are more than {MAX_BYTES:,}")
-    return path.read_bytes()
+def _bytes(path: Path, stamp: Stamp) -> bytes:
+    """What the file holds, if it is the one that was listed."""
+    if stamp.size > MAX_BYTES:
+        raise Refused("TOO_LARGE", f"{stamp.size:,} bytes are more than {MAX_BYTES:,}")
+    try:
+        data, now = path.read_bytes(), Stamp.of(path.stat())
+    except FileNotFoundError:
+        raise changed() from None
+    if now != stamp or len(data) != stamp.size:
+        raise changed()
+    return data
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    try:
-        return np.empty(shape, dtype)
-    except MemoryError:
-        need = f"{np.prod(shape, dtype=float) * dtype.itemsize / 1e9:.1f} GB do not fit into memory"
-        raise ResourceError("MEMORY", "images", need, "Give a smaller size, or fewer images") from None
+    need = float(np.prod(shape, dtype=float)) * dtype.itemsize
+    if need > memory.available():
+        fix = "Give a smaller size, or fewer images"
+        raise ResourceError("MEMORY", "images", f"{shape[0]:,} of them need {memory.said(need)}", fix)
+    return np.empty(shape, dtype)
 
 
 def _problem(path: Path, refused: Refused) -> Problem:

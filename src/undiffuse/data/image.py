@@ -26,25 +26,33 @@ _OURS += [(start, "TIFF") for start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")]
 _THEIRS = [(b"8BPS", "PSD"), (b"%PDF", "PDF"), (b"%!PS", "EPS"), (b"\xc5\xd0\xd3\xc6", "EPS")]
 _THEIRS += [(b"\0\0\1\0", "ICO"), (b"\xd0\xcf\x11\xe0", "FPX"), (b"\0\0\0\x0cjP", "JPEG 2000")]
 
+LUMA = np.array([19595, 38470, 7471], np.uint32)
+"""Red, green and blue in grey, of 65536 [ITU-R BT.601]; 16 bits of each fit."""
+
 
 @dataclass(frozen=True)
 class Prepare:
     """What may be done to every image beside decoding it; by default nothing but compositing over white.
 
     ``size``: pixels a side to resize squares to; ``crop``: cut the centre square out first; ``channels``:
-    1 or 3 to convert to; ``background``: colour under transparent pixels, a name or "#rrggbb".
+    1 or 3 to convert to; ``background``: colour under transparent pixels, a name or "#rrggbb"; ``frames``: "first" or
+    "all" of a file that holds several; ``upscale``: enlarge to more than four times an image's side.
     """
 
     size: int | None = None
     crop: bool = False
     channels: int | None = None
     background: str = "white"
+    frames: str | None = None
+    upscale: bool = False
 
     def __post_init__(self) -> None:
         if self.size is not None and (type(self.size) is not int or not 1 <= self.size <= 8000):
             raise ConfigError("OPTION", "size", f"{self.size!r} is no side in pixels", "Give a number from 1 to 8000")
         if self.channels not in (None, 1, 3):
             raise ConfigError("OPTION", "channels", f"{self.channels!r} is neither 1 nor 3", "Give 1 (grey) or 3 (RGB)")
+        if self.frames not in (None, "first", "all"):
+            raise ConfigError("OPTION", "frames", f"{self.frames!r} is unknown", "Give first or all")
         _ = self.colour
 
     @property
@@ -64,13 +72,20 @@ class Picture(NamedTuple):
     pixels: np.ndarray  # (C, H, W) uint8 or uint16
     levels: int  # 2, 256 or 65536
     did: tuple[str, ...]  # what was done, each a phrase that notes can count
+    kind: str  # the format of the file, one of FORMATS
+    stored: tuple[int, int]  # width and height in the file
 
 
 def decode(data: bytes, suffix: str, prepare: Prepare) -> Picture:
     """The picture in ``data``, upright and opaque; ``suffix`` is only compared with what it turns out to be.
 
-    Raises Refused for everything that is not one whole still image of an allowed format.
+    Raises Refused for everything that is not one whole image of an allowed format, or several if ``frames`` are given.
     """
+    return decode_all(data, suffix, prepare)[0]
+
+
+def decode_all(data: bytes, suffix: str, prepare: Prepare) -> list[Picture]:
+    """The pictures in ``data`` as `decode` has them: one, or with ``frames="all"`` every frame or page."""
     kind = sniff(data)
     did = [] if suffix.lower() in FORMATS[kind].split() else [f"{kind} whatever the name ends in"]
     try:
@@ -78,15 +93,10 @@ def decode(data: bytes, suffix: str, prepare: Prepare) -> Picture:
             warnings.simplefilter("error")
             warnings.simplefilter("ignore", DeprecationWarning)
             with Image.open(BytesIO(data), formats=[kind]) as image:
-                _check_header(image, data, kind)
+                count = _check_header(image, data, kind, prepare.frames)
                 _check_whole(data, kind)
-                turned = getattr(image, "tag_v2", {}).get(0x0112, 1) != 1  # Pillow turns TIFFs while it loads them
-                image.load()
-                _check_values(image)
-                did += ["first picture of a multi-picture JPEG"] * (image.format == "MPO")
-                did += ["colour profile ignored"] * ("icc_profile" in image.info)
-                did += ["turned upright as its EXIF orientation says"] * (turned or image.getexif().get(0x0112, 1) != 1)
-                pixels, levels, done = _opaque(ImageOps.exif_transpose(image), prepare.colour)
+                shown = count if prepare.frames == "all" else 1
+                return [_frame(image, data, kind, i, count, did, prepare) for i in range(shown)]
     except (Refused, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -99,7 +109,38 @@ def decode(data: bytes, suffix: str, prepare: Prepare) -> Picture:
                 "TOO_LARGE_METADATA", "its text or profile blocks are larger than the image may be"
             ) from error
         raise Refused("TRUNCATED" if "truncated" in text.lower() else "CORRUPT", text.rstrip(".")) from error
-    return _prepared(pixels, levels, [*did, *done], prepare)
+
+
+def _frame(
+    image: Image.Image, data: bytes, kind: str, number: int, count: int, did: list[str], prepare: Prepare
+) -> Picture:
+    """The picture ``number`` of an open image."""
+    if number:
+        image.seek(number)
+    turned = getattr(image, "tag_v2", {}).get(0x0112, 1) != 1  # Pillow turns TIFFs while it loads them
+    image.load()
+    _check_values(image)
+    done = [*did]
+    done += [f"{'first' if prepare.frames == 'first' else 'one'} of several frames or pages"] * (count > 1)
+    done += ["first picture of a multi-picture JPEG"] * (image.format == "MPO")
+    done += ["colour profile ignored"] * ("icc_profile" in image.info)
+    done += ["CMYK made RGB, without a colour profile"] * (image.mode == "CMYK")
+    done += ["turned upright as its EXIF orientation says"] * (turned or image.getexif().get(0x0112, 1) != 1)
+    pixels, levels, how = _opaque(ImageOps.exif_transpose(image), prepare.colour)
+    if kind == "PNG" and _is_deep_colour(data):
+        pixels, levels = pixels.astype(np.uint16) << 8 | _low_bytes(data), 65536
+    return _prepared(pixels, levels, [*done, *how], prepare, kind, image.size)
+
+
+def _is_deep_colour(png: bytes) -> bool:
+    return png[24:26] == b"\x10\2"  # 16 bits, RGB
+
+
+def _low_bytes(png: bytes) -> np.ndarray:
+    """(H, W, 3) uint8: what Pillow leaves out of 16-bit colours, had by calling their bytes swapped."""
+    with Image.open(BytesIO(png), formats=["PNG"]) as image:
+        image.tile = [image.tile[0]._replace(args="RGB;16L")]
+        return np.asarray(ImageOps.exif_transpose(image))
 
 
 def sniff(data: bytes) -> str:
@@ -126,18 +167,25 @@ def sniff(data: bytes) -> str:
     raise Refused("NOT_AN_IMAGE", f"no image format begins like this{html}")
 
 
-def _check_header(image: Image.Image, data: bytes, kind: str) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise Refused("TOO_MANY_PIXELS", f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-    if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
-        raise Refused(*("MULTIPAGE", f"{frames} pages") if kind == "TIFF" else ("ANIMATED", f"{frames} frames"))
+def _check_header(image: Image.Image, data: bytes, kind: str, frames: str | None) -> int:
+    """How many frames or pages there are, 1 where they are none of ours; Refused for what cannot be taken."""
+    count = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+    shown = count if frames == "all" else 1
+    if image.width * image.height * shown > MAX_PIXELS:
+        times = f"{shown} times " if shown > 1 else ""
+        raise Refused("TOO_MANY_PIXELS", f"{times}{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+    if count > 1 and frames is None:
+        raise Refused(*("MULTIPAGE", f"{count} pages") if kind == "TIFF" else ("ANIMATED", f"{count} frames"))
     deep = data[24] == 16 if kind == "PNG" else kind == "TIFF" and ";16" in str(getattr(image, "tile", ""))
-    if image.mode == "I" or (deep and not image.mode.startswith("I;16")):
+    whole = image.mode.startswith("I;16") or (kind == "PNG" and image.mode == "RGB" and count == 1)
+    if image.mode == "I" or (deep and not whole):
         raise Refused("UNSUPPORTED_DEPTH", "more than 8 bits in several channels, or 32-bit integers")
-    if image.mode.startswith("I;16") and image.has_transparency_data:
+    if deep and image.has_transparency_data:
         raise Refused("UNSUPPORTED_DEPTH", "16 bits with transparency")
-    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "F") and not image.mode.startswith("I;16"):
+    known = image.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "F") or image.mode.startswith("I;16")
+    if not known and (image.mode, kind, "adobe" in image.info) != ("CMYK", "JPEG", True):  # the mark says which way
         raise Refused("UNSUPPORTED_COLOUR", f"its colours are {image.mode}")
+    return count
 
 
 def _check_whole(data: bytes, kind: str) -> None:
@@ -169,7 +217,7 @@ def _opaque(image: Image.Image, background: tuple[int, int, int]) -> tuple[np.nd
     if not image.has_transparency_data:
         if image.mode == "1":
             return np.asarray(image).astype(np.uint8)[..., None], 2, []
-        flat = np.asarray(image.convert("RGB") if image.mode in ("P", "PA") else image)
+        flat = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "CMYK") else image)
         return flat.reshape(*flat.shape[:2], -1), 256, []
     grey = image.mode in ("L", "LA") and len(set(background)) == 1
     layers = np.asarray(image.convert("LA" if grey else "RGBA")).astype(np.uint16)  # 255 * 255 + 127 fits
@@ -181,7 +229,9 @@ def _opaque(image: Image.Image, background: tuple[int, int, int]) -> tuple[np.nd
     return mixed.astype(np.uint8), 256, ["transparency composited over the background"]
 
 
-def _prepared(pixels: np.ndarray, levels: int, did: list[str], prepare: Prepare) -> Picture:
+def _prepared(
+    pixels: np.ndarray, levels: int, did: list[str], prepare: Prepare, kind: str, stored: tuple[int, int]
+) -> Picture:
     """Crop, convert and resize as asked, and record each where it changed something."""
     height, width = pixels.shape[:2]
     side = min(height, width)
@@ -195,17 +245,17 @@ def _prepared(pixels: np.ndarray, levels: int, did: list[str], prepare: Prepare)
         pixels, levels = pixels * np.uint8(255), 256
         did.append("two levels spread to 0 and 255")
     if prepare.channels == 1 and pixels.shape[2] == 3:
-        pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+        pixels = ((pixels @ LUMA + 0x8000) >> 16).astype(pixels.dtype)[..., None]
         did.append("RGB made grey (ITU-R 601 luma)")
     elif prepare.channels == 3 and pixels.shape[2] == 1:
         pixels = pixels.repeat(3, axis=2)
         did.append("grey repeated as RGB")
     if prepare.size and side != prepare.size:
-        if side * 4 < prepare.size:
+        if side * 4 < prepare.size and not prepare.upscale:
             raise Refused("TOO_SMALL", f"{side} pixels a side are under a quarter of {prepare.size}")
         pixels = np.stack([_resized(pixels[..., c], prepare.size) for c in range(pixels.shape[2])], axis=2)
         did.append(f"{'enlarged' if side < prepare.size else 'reduced'} to {prepare.size} x {prepare.size}")
-    return Picture(np.ascontiguousarray(pixels.transpose(2, 0, 1)), levels, tuple(did))
+    return Picture(np.ascontiguousarray(pixels.transpose(2, 0, 1)), levels, tuple(did), kind, stored)
 
 
 def _resized(plane: np.ndarray, side: int) -> np.ndarray:

@@ -11,11 +11,12 @@ from typing import NamedTuple
 from undiffuse.errors import DataError
 
 FIXES = {
-    "ANIMATED": "Give one file for each frame",
+    "ANIMATED": "Give frames=first or frames=all, or one file for each frame",
     "ASPECT": "Give crop to cut the centre square out",
     "BAD_ARCHIVE": "Write the archive again with numpy.savez",
     "BAD_HEADER": "Write the file again",
     "BROKEN_LINK": "Mend or delete the link",
+    "CHANGED_DURING_RUN": "Leave the data alone while they are used, and start again",
     "CONDITION": "Give finite numbers, vectors (N, D) or tokens (N, L, D), and a bool mask (N, L) with tokens only",
     "CORRUPT": "Fetch or export the file again, or delete it",
     "DTYPE": "Give bool, integers from 0, or floats of 16, 32 or 64 bits",
@@ -27,7 +28,7 @@ FIXES = {
     "MIXED_CHANNELS": "Give channels=1 or channels=3 to convert them",
     "MIXED_DEPTH": "Save all with the same number of bits (channels=1 spreads 1-bit images to 8 bits)",
     "MIXED_SIZES": "Give size to resize them (and crop, where they are not square)",
-    "MULTIPAGE": "Give one file for each page",
+    "MULTIPAGE": "Give frames=first or frames=all, or one file for each page",
     "NEEDS_RANGE": "Save the values as a float array in a .npy file",
     "NON_FINITE": "Mend or leave out the items that hold NaN or infinity",
     "NOT_AN_IMAGE": "Fetch the file again, or delete it",
@@ -43,11 +44,11 @@ FIXES = {
     "TOO_LARGE": "Split or shrink the file",
     "TOO_LARGE_METADATA": "Save the image without its text or profile blocks",
     "TOO_MANY_PIXELS": "Cut the image into smaller ones",
-    "TOO_SMALL": "Give a smaller size, or delete the image",
+    "TOO_SMALL": "Give a smaller size, allow upscaling, or delete the image",
     "TRUNCATED": "Fetch or export the file again, or delete it",
     "UNREADABLE": "Look at the disk, or copy the file anew",
     "UNSUPPORTED_COLOUR": "Save the image as grey or RGB",
-    "UNSUPPORTED_DEPTH": "Save the image with 8 bits a channel, or as one channel of 16 bits",
+    "UNSUPPORTED_DEPTH": "Save the image with 8 bits a channel, or as PNG of 16 bits, grey or RGB",
     "ZIP_BOMB": "Save the arrays as .npy or .safetensors",
 }
 
