@@ -149,7 +149,10 @@ def test_the_full_bound_as_a_loss_is_the_bound_that_is_measured():
 
 STEPS = 6
 CONFIG = Config(
-    MODEL, TrainConfig(batch=24, steps=STEPS, warmup=1, lr=0.01, precision="float32", held_out=0.2, previews=2, seed=4)
+    MODEL,
+    TrainConfig(
+        batch=24, steps=STEPS, warmup=1, lr=0.01, precision="float32", held_out=0.2, snapshots=0, previews=2, seed=4
+    ),
 )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 
+@functools.cache
 def exponent(length: float) -> float:
     """The p whose profile τ^p on [0, 1] has the std √((p+1)/((p+2)²(p+3))) = ``length`` [Karras24 §3.1]."""
     low, high = 0.0, 1e6

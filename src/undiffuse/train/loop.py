@@ -30,6 +30,7 @@ from undiffuse.randomness import generator
 from undiffuse.train import state
 from undiffuse.train.batch import global_batch, shares, standardise_vectors
 from undiffuse.train.ema import Average
+from undiffuse.train.profiles import Profiles
 from undiffuse.train.run import Run, describe
 from undiffuse.train.watch import Watch
 
@@ -92,12 +93,16 @@ def fit(
     network.train()
     optimiser = torch.optim.AdamW(groups(diffusion, settings), lr=settings.lr, betas=settings.betas, fused=True)
     average = Average(diffusion, settings.ema)
+    profiles = Profiles(diffusion, average, settings.ema, settings.snapshots, run.snapshots)
 
     # Where it stands
     if accelerator.is_main_process:
         run.open(replace(config, train=settings), data)
     accelerator.wait_for_everyone()
-    progress, damaged = state.read_latest(run.checkpoints, diffusion, average, optimiser, diffusion.memory)
+    memory = diffusion.memory | profiles.memory
+    progress, damaged = state.read_latest(run.checkpoints, diffusion, average, optimiser, memory)
+    if accelerator.is_main_process:
+        profiles.forget_after(progress.step)
     plan(progress, settings)
     smooth = deepcopy(diffusion)
     watch = Watch(run, smooth, data, split, settings, progress, quiet or not accelerator.is_main_process)
@@ -144,16 +149,20 @@ def fit(
             optimiser.zero_grad()
             progress.step += 1
             average.update(diffusion, progress.step)
+            profiles.update(diffusion, progress.step)
 
             progress.seconds += time.perf_counter() - began
             plan(progress, settings)
             agree(accelerator, progress, asked)
             watch.step(total, norm, lr)
+            if accelerator.is_main_process and watch.passed(settings.snapshots):
+                profiles.write(progress.step)
             if watch.due() or asked:
                 began = time.perf_counter()
                 average.copy_to(smooth)
                 if accelerator.is_main_process:
-                    state.write(run.checkpoints, progress, diffusion, average, optimiser, memory=diffusion.memory)
+                    memory = diffusion.memory | profiles.memory
+                    state.write(run.checkpoints, progress, diffusion, average, optimiser, memory=memory)
                     if asked:
                         run.write_metrics(watch.records)
                     else:

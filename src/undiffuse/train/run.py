@@ -23,6 +23,7 @@ class Run:
         self.folder = Path(folder)
         self.checkpoints = self.folder / "checkpoints"
         self.pictures = self.folder / "pictures"
+        self.snapshots = self.folder / "snapshots"
         self.model = self.folder / "model.safetensors"
         self.metrics = self.folder / "metrics.jsonl"
 

@@ -46,7 +46,7 @@ class Watch:
         self.bar = Progress(*columns, console=self.console, transient=True, refresh_per_second=2)
         self.losses: list[float] = []
         self.since = time.perf_counter()
-        self.looked = self._share()
+        self.before = self.share = self._share()
         self.bound = math.nan
 
     def __enter__(self) -> Watch:
@@ -71,13 +71,14 @@ class Watch:
 
     def step(self, loss: float, norm: float, lr: float) -> None:
         """Takes note of a step; writes a record each fifty, and one at the end."""
+        self.before, self.share = self.share, self._share()
         self.losses.append(loss)
         if len(self.losses) < 50 and self.progress.step != self.progress.last_step:
             return
         now = time.perf_counter()
         images = len(self.losses) * self.settings.batch / (now - self.since)
         mean = sum(self.losses) / len(self.losses)
-        left = self.progress.seconds * (1 / max(self._share(), 1e-9) - 1)
+        left = self.progress.seconds * (1 / max(self.share, 1e-9) - 1)
         self.records.append(
             {
                 "step": self.progress.step,
@@ -89,7 +90,7 @@ class Watch:
             }
         )
         status = f"step {self.progress.step:,} · loss {mean:.4f} · {images:,.0f} items/s · {_clock(left)} left"
-        self.bar.update(self.task, completed=self._share(), status=status)
+        self.bar.update(self.task, completed=self.share, status=status)
         self.losses, self.since = [], now
 
     def _share(self) -> float:
@@ -102,13 +103,13 @@ class Watch:
     def _by_clock(self) -> float:
         return min(1.0, self.progress.seconds / (60 * self.settings.minutes)) if self.settings.minutes else 0.0
 
+    def passed(self, times: int) -> bool:
+        """Whether the last step went past one of so many equal parts of the run."""
+        return int(self.share * times) > int(self.before * times)
+
     def due(self) -> bool:
         """Whether it is time to look: ``previews`` times a run, the last at its end, which `finish` does."""
-        share = self._share()
-        due = int(share * self.settings.previews) > int(self.looked * self.settings.previews) and share < 1
-        if due:
-            self.looked = share
-        return due
+        return self.passed(self.settings.previews) and self.share < 1
 
     def look(self, draws: int = HELD_OUT_DRAWS) -> None:
         """The held-out bound on fixed noise, a grid of samples, and the model so far."""
