@@ -14,6 +14,7 @@ from undiffuse import config as configuration
 from undiffuse import data as datasets
 from undiffuse.cli.advise import advise_command
 from undiffuse.cli.classifier import train_classifier
+from undiffuse.cli.ema import ema
 from undiffuse.cli.evaluate import evaluate_model
 from undiffuse.cli.interpolate import interpolate
 from undiffuse.cli.options import (
@@ -102,6 +103,7 @@ app.command("advise")(advise_command)
 app.command()(restore)
 app.command()(interpolate)
 app.command()(train_classifier)
+app.command()(ema)
 
 
 @app.command()
