@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from undiffuse.data import memory
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.image import SUFFIXES, Picture, Prepare, decode_all
 from undiffuse.data.labels import TABLE, Labelled, by_folder, by_table, empty_classes
+from undiffuse.data.memory import require
 from undiffuse.data.problems import FIXES, BadFiles, Problem, Refused, refusal
 from undiffuse.data.seen import Seen, Stamp, changed
-from undiffuse.errors import ConfigError, DataError, ResourceError, printable
+from undiffuse.errors import ConfigError, DataError, printable
 
 MAX_BYTES = 1 << 29
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
@@ -171,7 +171,9 @@ class _Read:
         self.sizes["{} x {}".format(*picture.stored)] += 1
         at = len(self.files)
         if at == len(self.values):
-            grown = _empty((max(expected, 2 * at), *kind[0]), picture.pixels.dtype)
+            count = max(expected, 2 * at)
+            require(float(count) * picture.pixels.nbytes, "images", "Give a smaller size, or fewer images")
+            grown = np.empty((count, *kind[0]), picture.pixels.dtype)
             grown[:at] = self.values if at else 0
             self.values = grown
         self.values[at] = picture.pixels
@@ -236,14 +238,6 @@ def _bytes(path: Path, stamp: Stamp) -> bytes:
     if now != stamp or len(data) != stamp.size:
         raise changed()
     return data
-
-
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    need = float(np.prod(shape, dtype=float)) * dtype.itemsize
-    if need > memory.available():
-        fix = "Give a smaller size, or fewer images"
-        raise ResourceError("MEMORY", "images", f"{shape[0]:,} of them need {memory.said(need)}", fix)
-    return np.empty(shape, dtype)
 
 
 def _problem(path: Path, refused: Refused) -> Problem:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from undiffuse.errors import ResourceError
+
 LIMIT = Path("/sys/fs/cgroup/memory.max")
 SHARE = 0.8
 """How much of the memory may be asked for at once."""
@@ -19,6 +21,8 @@ def available() -> float:
         return SHARE * total
 
 
-def said(need: float) -> str:
-    """``need`` bytes beside what there is, as the end of a sentence."""
-    return f"about {need / 1e9:,.1f} GB of memory, and {available() / 1e9:,.1f} GB may be used here"
+def require(need: float, what: str, fix: str = "Give less of it") -> None:
+    """Raises `ResourceError` where ``what`` needs more bytes than may be asked for."""
+    if need > available():
+        cause = f"it needs about {need / 1e9:,.1f} GB of memory, and {available() / 1e9:,.1f} GB may be used here"
+        raise ResourceError("MEMORY", what, cause, fix)
