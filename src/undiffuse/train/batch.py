@@ -25,6 +25,7 @@ def global_batch(
     """
     chosen = np.sort(items[batch_order(len(items), settings.batch, settings.seed, step)])
     values, cond = data.values[chosen], None
+    data.seen.check()
     if settings.conditional:
         g = generator(settings.seed, "condition", step)
         cond = data.condition(chosen).drop(torch.rand(settings.batch, generator=g) < settings.condition_dropout)
