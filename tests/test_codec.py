@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from undiffuse.codec import CODECS, Identity, Pixels, Standardised, codec_for, from_dict, to_dict
+from undiffuse.codec import CODECS, Identity, Pixels, Ranged, Standardised, codec_for, from_dict, to_dict
 from undiffuse.errors import ConfigError
 
 LEVELS = [2, 17, 256, 65536]
@@ -34,9 +34,7 @@ def test_bins_tile_the_line_exactly(levels):
     assert (low[0], high[-1]) == (-math.inf, math.inf)
     assert torch.equal(high[:-1], low[1:])
     x = Pixels(levels).encode(values, torch.float64)
-    torch.testing.assert_close(
-        high[:-1] - x[:-1], torch.full((levels - 1,), 1 / (levels - 1), dtype=torch.float64)
-    )
+    torch.testing.assert_close(high[:-1] - x[:-1], torch.full((levels - 1,), 1 / (levels - 1), dtype=torch.float64))
     inside = torch.stack([(x[:-1] + high[:-1]) / 2, (x[1:] + low[1:]) / 2])
     assert torch.equal(Pixels(levels).decode(inside).long(), torch.stack([values[:-1], values[1:]]))
 
@@ -75,9 +73,7 @@ def test_log_abs_det_is_that_of_the_jacobian(shape):
     jacobian = torch.autograd.functional.jacobian(
         lambda v: codec.encode(v.view(1, *shape), torch.float64).flatten(), flat
     )
-    assert codec.log_abs_det(shape) == pytest.approx(
-        torch.linalg.slogdet(jacobian).logabsdet.item(), abs=1e-12
-    )
+    assert codec.log_abs_det(shape) == pytest.approx(torch.linalg.slogdet(jacobian).logabsdet.item(), abs=1e-12)
     value = flat.view(1, *shape)
     torch.testing.assert_close(codec.decode(codec.encode(value, torch.float64)), value)
     assert codec.edges(value) is None
@@ -114,7 +110,7 @@ def test_moments_that_cannot_work(mean, std):
         Standardised(mean, std)
 
 
-@pytest.mark.parametrize("codec", [Pixels(17), Standardised((0.5, 1 / 3), (2.0, 0.1)), Identity()])
+@pytest.mark.parametrize("codec", [Pixels(17), Standardised((0.5, 1 / 3), (2.0, 0.1)), Ranged(-1.5, 4.0), Identity()])
 def test_json_round_trip(codec):
     assert from_dict(json.loads(json.dumps(to_dict(codec)))) == codec
     assert type(codec) in CODECS.values()
@@ -138,6 +134,28 @@ def test_plain_data_are_read_strictly(plain):
 
 def test_codec_for():
     assert codec_for(SimpleNamespace(levels=17)) == Pixels(17)
-    assert codec_for(SimpleNamespace(levels=None), ((1.0,), (2.0,))) == Standardised((1.0,), (2.0,))
+    ranged = SimpleNamespace(levels=None, value_range=(0.0, 5.0))
+    assert codec_for(ranged, ((1.0,), (2.0,))) == Ranged(0.0, 5.0)
+    free = SimpleNamespace(levels=None, value_range=None)
+    assert codec_for(free, ((1.0,), (2.0,))) == Standardised((1.0,), (2.0,))
     with pytest.raises(TypeError, match="moments"):
-        codec_for(SimpleNamespace(levels=None))
+        codec_for(free)
+
+
+def test_a_range_goes_to_plus_and_minus_one():
+    codec, values = Ranged(-3.0, 7.0), torch.tensor([[-3.0, 7.0, 2.0, 4.5]])
+    assert codec.encode(values).tolist() == [[-1.0, 1.0, 0.0, 0.5]]
+    assert codec.encode(values.double(), torch.float64).dtype == torch.float64
+    assert torch.equal(codec.decode(codec.encode(values)), values)
+    assert codec.decode(torch.tensor([-1.5, 1.5], dtype=torch.bfloat16)).tolist() == [-3.0, 7.0]
+    assert codec.edges(values) is None
+    x = values.double().requires_grad_()
+    (slope,) = torch.autograd.grad(codec.encode(x, torch.float64).sum(), x)
+    assert codec.log_abs_det((4,)) == pytest.approx(float(slope.log().sum()), abs=1e-12)
+    assert codec.log_abs_det((2, 3)) == pytest.approx(6 * math.log(0.2))
+
+
+@pytest.mark.parametrize("ends", [(1.0, 1.0), (2.0, 1.0), (0.0, math.inf), (math.nan, 1.0), ("0", 1.0)])
+def test_ranges_that_are_none(ends):
+    with pytest.raises(ConfigError, match=r"^error\[CODEC\] codec.low, codec.high"):
+        Ranged(*ends)

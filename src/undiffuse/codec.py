@@ -145,6 +145,39 @@ class Standardised:
 
 
 @dataclass(frozen=True)
+class Ranged:
+    """x = ((v − low) − (high − v))/(high − low): continuous values from ``low`` to ``high`` go to [−1, 1].
+
+    −log p(v) = −log p(x) − ``log_abs_det``, in nats. Raises ConfigError unless both are finite and low < high.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.low) and _is_number(self.high) and self.low < self.high):
+            cause = f"{self.low!r} to {self.high!r} is no range"
+            raise ConfigError("CODEC", "codec.low, codec.high", cause, "Give two rising finite numbers")
+
+    def encode(self, values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """x = ((v − low) − (high − v))/(high − low), of ``dtype``."""
+        values = values.to(dtype)
+        return ((values - self.low) - (self.high - values)) / (self.high - self.low)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """v = (low + high)/2 + x (high − low)/2, kept within low .. high, of x's type but never below float32."""
+        x = x.to(_at_least_float32(x))
+        return ((self.low + self.high) / 2 + x * ((self.high - self.low) / 2)).clamp(self.low, self.high)
+
+    def edges(self, x: Tensor) -> None:
+        """None: continuous values have a density."""
+
+    def log_abs_det(self, item_shape: tuple[int, ...]) -> float:
+        """(numbers an item) log(2/(high − low)), in nats, for items of ``item_shape`` (C, ...)."""
+        return math.prod(item_shape) * math.log(2 / (self.high - self.low))
+
+
+@dataclass(frozen=True)
 class Identity:
     """x = v, for continuous data that are to stay in their own units."""
 
@@ -164,21 +197,27 @@ class Identity:
         return 0.0
 
 
-CODECS: Mapping[str, type[Pixels] | type[Standardised] | type[Identity]] = {
+CODECS: Mapping[str, type[Pixels] | type[Standardised] | type[Ranged] | type[Identity]] = {
     "pixels": Pixels,
     "standardised": Standardised,
+    "ranged": Ranged,
     "identity": Identity,
 }
 
+BOUNDED = (Pixels, Ranged)
+"""Those whose x lies in [−1, 1]."""
+
 
 def codec_for(data: Dataset, moments: tuple[tuple[float, ...], tuple[float, ...]] | None = None) -> Codec:
-    """Pixels(levels) for data with levels, Standardised(*moments) for continuous data.
+    """Pixels(levels) for data with levels, Ranged(*value_range) where there is one, Standardised(*moments) for others.
 
     ``moments`` are ``data.moments(split.train)``: the training part's alone, or what is held out leaks in.
     TypeError if continuous data come without them.
     """
     if data.levels is not None:
         return Pixels(data.levels)
+    if data.value_range is not None:
+        return Ranged(*data.value_range)
     if moments is None:
         raise TypeError("continuous data need moments=data.moments(split.train)")
     return Standardised(*moments)

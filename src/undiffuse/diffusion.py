@@ -227,7 +227,7 @@ class Diffusion(nn.Module):
         """The states of ``items`` from noise to data; item i's noise is a function of (seed, i) alone.
 
         x is in the codec's units. The levels are ``steps`` of a ``spacing``, or those at ``times``; see `grids.grid`.
-        ``clip`` keeps x̂ in [−1, 1], by default for data with levels; ``guide`` is put around the network before that.
+        ``clip`` keeps x̂ in [−1, 1], by default where the data end there; ``guide`` is around the network before that.
         ``cond`` is what the network is told of each item, nothing if not given. Raises `ConfigError` if it does not
         hear that; with ``guide`` that is the guide's to judge, for a classifier may hear what the network does not.
         """
@@ -250,9 +250,9 @@ class Diffusion(nn.Module):
         return grid(self.schedule, min(steps or self.steps, self.steps), spacing, times=times)
 
     def sampler(self, clip: bool | None = None, guide: Callable[[Denoiser], Denoiser] | None = None) -> Denoiser:
-        """The denoiser that samples come from: ``guide``'s around the network, and `Clipped` for data with levels."""
+        """The denoiser that samples come from: ``guide``'s around the network, `Clipped` for levels and ranges."""
         denoise: Denoiser = self.denoiser() if guide is None else guide(self.denoiser())
-        return Clipped(denoise) if (isinstance(self.codec, codecs.Pixels) if clip is None else clip) else denoise
+        return Clipped(denoise) if (isinstance(self.codec, codecs.BOUNDED) if clip is None else clip) else denoise
 
     @torch.no_grad()
     def sample(

@@ -260,25 +260,28 @@ def test_no_arguments_show_the_help(call):
 
 
 def test_continuous_data_of_any_width(tmp_path, call, monkeypatch):
-    """Vectors in their own units, for which no picture of samples can be drawn."""
-    np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(7, 3, (60, 3)))
+    """Vectors in their own units, from a table."""
+    values = np.random.default_rng(0).normal(7, 3, (60, 3))
+    np.savetxt(tmp_path / "vectors.csv", values, delimiter=",", header="a,b,c", comments="")
     recipe = RECIPE.replace('kind = "unet", widths = [8], blocks = 1, attention = []', 'kind = "mlp", width = 8')
     (tmp_path / "recipe.toml").write_text(recipe)
     monkeypatch.chdir(tmp_path)
-    said = call("train", "vectors.npy", "--steps", 2, "--config", "recipe.toml")
+    said = call("train", "vectors.csv", "--steps", 2, "--config", "recipe.toml")
     assert (said.code, said.err) == (0, "")
-    assert "stored as float32" in said.out
+    assert "note: 3 columns: a, b, c" in said.out
     said = call("sample", "runs/vectors", "--n", 5)
     assert (said.code, said.err) == (0, "")
-    assert "grid" not in said.out
-    said = call("evaluate", "runs/vectors", "vectors.npy", "--items", 4, "--draws", 2)
+    assert "grid" in said.out
+    (table,) = (tmp_path / "runs" / "vectors").glob("samples/*/samples.csv")
+    assert (table.read_text().count("\n"), table.read_text()[:6]) == (6, "a,b,c\n")
+    said = call("evaluate", "runs/vectors", "vectors.csv", "--items", 4, "--draws", 2)
     assert (said.code, said.err) == (0, "")
     assert "a density" in said.out
     assert "probability flow: exact, to the integrator's tolerance" in said.out
     (flow,) = (line for line in said.out.splitlines() if line.startswith("  probability flow"))
     assert "≤" not in flow
     for option, value in (("--iw", 2), ("--compat", "openai")):
-        said = call("evaluate", "runs/vectors", "vectors.npy", option, value)
+        said = call("evaluate", "runs/vectors", "vectors.csv", option, value)
         assert (said.code, said.err.count("\n")) == (2, 1)
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from undiffuse.data import from_array, load, load_conditions
+from undiffuse.codec import Ranged, codec_for
+from undiffuse.data import arrays, dataset, from_array, load, load_conditions
+from undiffuse.data.rows import Rows
 from undiffuse.errors import ConfigError, DataError
 
 SMALL = np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2)
@@ -341,3 +343,58 @@ def test_conditions_in_files(tmp_path):
     np.savez(tmp_path / "d.npz", a=SMALL, b=SMALL)
     with pytest.raises(DataError, match=r"d.npz: holds a, b"):
         load_conditions(tmp_path / "d.npz")
+
+
+def test_a_declared_range(tmp_path):
+    values = np.linspace(-0.5, 2, 24).reshape(2, 3, 4).astype(np.float32)
+    np.save(tmp_path / "x.npy", values)
+    data = load(tmp_path / "x.npy", layout="NCL", value_range=(-0.5, 2.0))
+    free = load(tmp_path / "x.npy", layout="NCL")
+    assert (data.value_range, free.value_range) == ((-0.5, 2.0), None)
+    assert codec_for(data) == Ranged(-0.5, 2.0)
+    wider = from_array(values, layout="NCL", value_range=(-1.0, 2.0))
+    assert len({data.fingerprint, free.fingerprint, wider.fingerprint}) == 3
+    assert np.array_equal(data.digests, free.digests)
+    for ends in ((-0.4, 2.0), (-0.5, 1.9)):
+        with pytest.raises(DataError, match=r"error\[RANGE\] array: values run from -0.5 to 2, outside of the range"):
+            from_array(values, layout="NCL", value_range=ends)
+    edge = np.full((2, 1), 0.1)  # in float32 it is more than in float64
+    assert from_array(edge, value_range=(0.0, 0.1)).value_range == (0.0, 0.1)
+    with pytest.raises(DataError, match=r"error\[DTYPE\] array: uint8 values have levels, not a range"):
+        from_array(SMALL, value_range=(0.0, 255.0))
+    for ends in ((1.0, 1.0), (2.0, 1.0), (0.0, float("inf")), (float("nan"), 1.0)):
+        with pytest.raises(ConfigError, match=r"error\[OPTION\] value_range"):
+            from_array(values, layout="NCL", value_range=ends)
+
+
+def test_large_arrays_on_disk_are_converted_as_they_are_read(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).normal(size=(50, 4, 5, 3))
+    np.save(tmp_path / "x.npy", values)
+    whole = load(tmp_path / "x.npy", layout="NHWC")
+    assert isinstance(whole.values, np.ndarray)
+    monkeypatch.setattr(arrays, "COPIED", 1000)
+    monkeypatch.setattr(dataset, "CHUNK", 7)
+    data = load(tmp_path / "x.npy", layout="NHWC")
+    assert isinstance(data.values, Rows)
+    assert (data.fingerprint, data.notes, len(data)) == (whole.fingerprint, whole.notes, 50)
+    assert np.array_equal(data.digests, whole.digests)
+    np.testing.assert_allclose(data.moments(np.arange(50)), whole.moments(np.arange(50)), atol=1e-12)
+    some = np.array([3, 40, 3])
+    for key in (some, slice(2, 9), slice(None, None, 20), 5):
+        assert data.values[key].flags.c_contiguous
+        np.testing.assert_array_equal(data.values[key], whole.values[key], strict=True)
+    assert isinstance(from_array(values, layout="NHWC").values, np.ndarray)  # in memory it is already
+
+
+def test_arrays_on_disk_are_never_whole_in_memory(tmp_path, monkeypatch):
+    """Neither their type nor their order has to be changed, so that they stay mapped."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (5000, 3, 2, 2)).astype(np.uint8))
+    read = []
+    monkeypatch.setattr(dataset, "CHUNK_BYTES", 12 * 100)
+    kept = dataset._bytes
+    monkeypatch.setattr(dataset, "_bytes", lambda array: read.append(array.nbytes) or kept(array))
+    data = load(tmp_path / "x.npy")
+    assert isinstance(data.values.base, np.memmap)
+    assert len(data.fingerprint) == 64
+    assert (max(read), sum(read)) == (1200, 60000)  # one pass
+    assert [len(chunk) for chunk in dataset.chunks(data.values, np.arange(250))] == [100, 100, 50]

@@ -54,7 +54,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
         animate(tmp_path / "way.mp4", FRAMES, 17)
     check(tmp_path / "way.gif")
     with pytest.raises(DataError):
-        animate(tmp_path / "way.gif", np.zeros((2, 3, 7)), None)
+        animate(tmp_path / "way.gif", np.zeros((2, 3)), None)
     encoder(tmp_path, monkeypatch, "sys.exit('no such codec')")
     with pytest.raises(ResourceError, match=r"ffmpeg failed \(no such codec\)"):
         animate(tmp_path / "way.mp4", FRAMES, 17)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import weakref
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from undiffuse.data import load
 from undiffuse.errors import CheckpointError
 from undiffuse.report import files
 from undiffuse.report.files import Album, write_samples
@@ -75,24 +77,45 @@ def test_colours_of_many_levels_have_eight_bits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "levels", "drawn"),
+    ("values", "levels"),
     [
-        (np.random.default_rng(0).normal(size=(150, 2)).astype(np.float32), None, True),
-        (np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32), None, False),  # no picture of these
-        (np.random.default_rng(0).normal(size=(3, 1, 8)).astype(np.float32), None, True),
-        (np.random.default_rng(0).normal(size=(3, 1, 4, 4)).astype(np.float32), None, True),
-        (np.zeros((2, 2, 4, 4), np.uint8), 17, True),
-        (np.zeros((2, 1, 4, 4, 4), np.uint8), 17, True),
+        (np.random.default_rng(0).normal(size=(150, 2)).astype(np.float32), None),
+        (np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32), None),
+        (np.random.default_rng(0).normal(size=(3, 1, 8)).astype(np.float32), None),
+        (np.random.default_rng(0).normal(size=(3, 1, 4, 4)).astype(np.float32), None),
+        (np.zeros((2, 2, 4, 4), np.uint8), 17),
+        (np.zeros((2, 1, 4, 4, 4), np.uint8), 17),
     ],
 )
-def test_what_is_no_image_has_no_files_of_its_own(tmp_path, values, levels, drawn):
+def test_what_is_no_image_has_no_files_of_its_own(tmp_path, values, levels):
     grid = written(tmp_path, values, levels)
     folder = tmp_path / "new" / "samples"
-    assert grid == (folder / "grid.png" if drawn else None)
-    names = ["grid.png"] * drawn + ["manifest.json", "samples.npz"]
-    assert sorted(f.name for f in folder.iterdir()) == names
+    assert grid == folder / "grid.png"
+    assert sorted(f.name for f in folder.iterdir()) == ["grid.png", "manifest.json", "samples.npz"]
     with np.load(folder / "samples.npz") as file:
         np.testing.assert_array_equal(file["x"], values)
+
+
+def test_vectors_with_named_columns_are_a_table_too(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    album = Album(tmp_path, {}, None, ["a", "b, with a comma", "c"])
+    album.begin()
+    album.add(0, values[:2])
+    album.add(2, values[2:])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert album.finish(range(5)) is None  # a picture needs matplotlib, a table does not
+    data = load(tmp_path / "samples.csv")
+    assert data.columns == ("a", "b, with a comma", "c")
+    np.testing.assert_array_equal(data.values, values)
+    Album(tmp_path, {"seed": 2}, None).begin(lambda said: None)
+    assert not (tmp_path / "samples.csv").exists()
+
+
+def test_four_channels_of_levels_are_transparent_images(tmp_path):
+    values = np.random.default_rng(0).integers(256, size=(1, 4, 3, 5)).astype(np.uint8)
+    with Image.open(written(tmp_path, values, 256).parent / "000000.png") as picture:
+        assert picture.mode == "RGBA"
+        np.testing.assert_array_equal(np.moveaxis(np.asarray(picture), -1, 0), values[0])
 
 
 def values_of(items):

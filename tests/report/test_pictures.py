@@ -133,9 +133,8 @@ def test_training_curve_draws_what_is_there(tmp_path):
 
 
 def test_refusals(monkeypatch):
-    for bad in (np.zeros((2, 3)), np.zeros(4)):
-        with pytest.raises(DataError, match="SHAPE"):
-            grid(bad)
+    with pytest.raises(DataError, match="SHAPE"):
+        grid(np.zeros(4))
     with pytest.raises(DataError, match="EMPTY"):
         grid(np.zeros((0, 1, 8, 8)))
     with pytest.raises(NonFiniteError):
@@ -160,3 +159,21 @@ def test_curves_by_calls():
     assert len(set(looks)) == 8
     assert (axes.get_xscale(), axes.get_yscale(), axes.get_ylabel()) == ("log", "log", "distance")
     assert axes.lines[8].get_ydata()[0] == 0.5
+
+
+def test_vectors_are_drawn_column_against_column(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("undiffuse.report.pictures._drawn", drawn.append)
+    values = RNG.normal(size=(50, 8))
+    grid(values, names=["a $", "b", "c" * 20, "d", "e", "f", "g", "h"])
+    grid(values[:, :1])
+    grid(values[:, :2], names="ab")
+    grid(values[:, :2])
+    many, one, two, scatter = drawn
+    panels = np.reshape(many.axes, (6, 6))
+    np.testing.assert_array_equal(panels[4, 1].collections[0].get_offsets(), values[:, [1, 4]])
+    assert sum(bar.get_height() for bar in panels[3, 3].patches) == 50
+    assert not panels[1, 4].axison
+    assert [axes.get_xlabel() for axes in panels[5]] == [r"a \$", "b", "c" * 15 + "…", "d", "e", "f"]
+    assert [axes.get_ylabel() for axes in panels[:, 0]] == ["", "b", "c" * 15 + "…", "d", "e", "f"]
+    assert ([axes.get_xlabel() for axes in one.axes], len(two.axes), len(scatter.axes)) == (["0"], 4, 1)

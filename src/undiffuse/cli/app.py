@@ -27,6 +27,7 @@ from undiffuse.cli.options import (
     Levels,
     RunArgument,
     Size,
+    ValueRange,
     beside,
     console,
     device_of,
@@ -36,7 +37,7 @@ from undiffuse.cli.sample import sample
 from undiffuse.diffusion import describe
 from undiffuse.errors import ConfigError
 from undiffuse.report import pictures, table
-from undiffuse.train import Interrupted, Run, fit
+from undiffuse.train import ChangedError, Interrupted, Run, fit
 
 app = typer.Typer(
     help="Diffusion models with a likelihood you can publish: train, sample, measure.",
@@ -63,18 +64,27 @@ def train(
     conditional: Annotated[
         bool, typer.Option("--conditional", help="Tell the network the labels (or vectors, or tokens) of the data.")
     ] = False,
+    on_nonfinite: Annotated[
+        str | None,
+        typer.Option(help="stop or skip: what a step does whose loss or gradient is no number; stop if not given."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on with a run that was begun with other settings or data.")
+    ] = False,
     folder: Folder = None,
     size: Size = None,
     crop: Crop = False,
     channels: Channels = None,
     layout: Layout = None,
     levels: Levels = None,
+    value_range: ValueRange = None,
 ) -> None:
     """Train a model on DATA; goes on where an unfinished run stopped."""
     device = device_of(device)
     if minutes is not None and steps is not None:
         raise ConfigError("USAGE", "--minutes, --steps", "both say when to stop", "Give one of them")
-    options = {"folder": folder, "size": size, "crop": crop, "channels": channels, "layout": layout, "levels": levels}
+    options: dict[str, Any] = {"folder": folder, "size": size, "crop": crop, "channels": channels}
+    options |= {"layout": layout, "levels": levels, "value_range": value_range}
     dataset = datasets.load(data, **options)
     _say_notes(dataset)
     run = Run(out or Path("runs") / Path(data.rstrip("/")).name.split(".")[0])
@@ -90,10 +100,16 @@ def train(
         recipe = _with_end(configuration.replace_train(recipe, seed=seed or 0), minutes, steps)
     if conditional:
         recipe = configuration.replace_train(recipe, conditional=True)
+    if on_nonfinite is not None:
+        recipe = configuration.replace_train(recipe, on_nonfinite=on_nonfinite)
     chosen = recipe.train
     length = f"{chosen.minutes:g} minutes" if chosen.minutes else f"{chosen.steps:,} steps"
     console.print(f"recipe {name!r}, {length}, into {run.folder}", markup=False)
-    fit(recipe, dataset, run.folder, device, init=init)
+    try:
+        fit(recipe, dataset, run.folder, device, init=init, force=force)
+    except ChangedError as error:
+        table.render([{"": what, "as begun": old, "now": new} for what, old, new in error.rows], str(run.folder))
+        raise
     console.print(f"done: {run.folder}/model.safetensors, pictures in {run.pictures}", markup=False)
     console.print(f"next: undiffuse sample {run.folder}   undiffuse evaluate {run.folder} {data}", markup=False)
 
@@ -142,10 +158,12 @@ def evaluate(
     channels: Channels = None,
     layout: Layout = None,
     levels: Levels = None,
+    value_range: ValueRange = None,
 ) -> None:
     """Measure a model on DATA in bits per dimension; goes on where an unfinished evaluation stopped."""
     model = checkpoint.load(run, device_of(device))
-    options = {"folder": folder, "size": size, "crop": crop, "channels": channels, "layout": layout, "levels": levels}
+    options: dict[str, Any] = {"folder": folder, "size": size, "crop": crop, "channels": channels}
+    options |= {"layout": layout, "levels": levels, "value_range": value_range}
     dataset = datasets.load(data, **options)
     place = out or beside(run)
     chosen: dict[str, Any] = {
@@ -202,9 +220,11 @@ def check(
     channels: Channels = None,
     layout: Layout = None,
     levels: Levels = None,
+    value_range: ValueRange = None,
 ) -> None:
     """Show what the software sees in DATA: items, sizes, levels, labels, duplicates, the held-out split."""
-    options = {"folder": folder, "size": size, "crop": crop, "channels": channels, "layout": layout, "levels": levels}
+    options: dict[str, Any] = {"folder": folder, "size": size, "crop": crop, "channels": channels}
+    options |= {"layout": layout, "levels": levels, "value_range": value_range}
     dataset = datasets.load(data, **options)
     split = dataset.split() if len(dataset) > 2 else None
     facts: dict[str, Any] = {
@@ -220,7 +240,7 @@ def check(
     table.render([{"": key, "data": value} for key, value in facts.items()], data)
     _say_notes(dataset)
     if out is not None:
-        pictures.grid(dataset.values[:64], dataset.levels).save(out)
+        pictures.grid(dataset.values[:64], dataset.levels, names=dataset.columns).save(out)
         console.print(f"contact sheet: {out}", markup=False)
 
 

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from undiffuse import config as configuration
 from undiffuse import data as datasets
 from undiffuse import presets
-from undiffuse.cli.options import Channels, Crop, DataArgument, Device, Folder, Layout, Levels, Size, console, device_of
+from undiffuse.cli.options import (
+    Channels,
+    Crop,
+    DataArgument,
+    Device,
+    Folder,
+    Layout,
+    Levels,
+    Size,
+    ValueRange,
+    console,
+    device_of,
+)
 from undiffuse.errors import ConfigError
 from undiffuse.report import table
 from undiffuse.train import Run
@@ -32,11 +44,13 @@ def train_classifier(
     channels: Channels = None,
     layout: Layout = None,
     levels: Levels = None,
+    value_range: ValueRange = None,
 ) -> None:
     """Train a classifier of noisy items on the labels of DATA, for `sample --classifier`; goes on where it stopped."""
     if minutes is not None and steps is not None:
         raise ConfigError("USAGE", "--minutes, --steps", "both say when to stop", "Give one of them")
-    options = {"folder": folder, "size": size, "crop": crop, "channels": channels, "layout": layout, "levels": levels}
+    options: dict[str, Any] = {"folder": folder, "size": size, "crop": crop, "channels": channels}
+    options |= {"layout": layout, "levels": levels, "value_range": value_range}
     dataset = datasets.load(data, **options)
     run = Run(out or Path("runs") / f"{Path(data.rstrip('/')).name.split('.')[0]}-classifier")
     if run.finished:

@@ -14,7 +14,8 @@ from undiffuse.errors import ConfigError
 console = Console(highlight=False, soft_wrap=True)
 
 DataArgument = Annotated[
-    str, typer.Argument(help="A folder of images, an array file, or a built-in set (digits, ...).", metavar="DATA")
+    str,
+    typer.Argument(help="A folder of images, an array file, a table, or a built-in set (digits, ...).", metavar="DATA"),
 ]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, or its model.safetensors.", metavar="RUN")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -24,6 +25,9 @@ Crop = Annotated[bool, typer.Option("--crop", help="Crop images to a square in t
 Channels = Annotated[int | None, typer.Option(help="Convert images to 1 (grey) or 3 (RGB) channels.")]
 Layout = Annotated[str | None, typer.Option(help="The order of an array's dimensions, such as NHWC.")]
 Levels = Annotated[int | None, typer.Option(help="How many levels the whole numbers of an array have.")]
+ValueRange = Annotated[
+    tuple[float, float] | None, typer.Option(help="The least and the greatest value that floats of an array may have.")
+]
 
 
 def device_of(name: str) -> str:

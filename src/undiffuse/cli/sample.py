@@ -99,7 +99,7 @@ def sample(
     plan = {"weights": weights, "seed": seed, **asdict(choice), **asked}
     plan |= {name: None if path is None else _sha256(path) for name, path in files.items()}
     folder = out or beside(run) / "samples" / _name(choice, label, scales, [p for p in files.values() if p], seed)
-    album, items = Album(folder, plan, model.info.get("levels")), range(n)
+    album, items = Album(folder, plan, model.info.get("levels"), model.info.get("columns", ())), range(n)
     if animate is not None and rank == 0:
         _animate(animate, model, seed, range(min(n, MOVING)), told, walk, say)
     if album.finished(items):

@@ -1,4 +1,4 @@
-"""Data sets: a built-in name, an array file or a folder of images becomes one packed, documented array."""
+"""Data sets: a built-in name, an array file, a table or a folder of images becomes one packed, documented array."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from undiffuse.data.dataset import Dataset, Split, observed
 from undiffuse.data.folder import load_folder
 from undiffuse.data.image import Prepare
 from undiffuse.data.problems import BadFiles, Problem, Refused
+from undiffuse.data.table import SUFFIXES as TABLES
+from undiffuse.data.table import load_table
 from undiffuse.errors import ConfigError
 
 __all__ = ["BUILTIN", "BadFiles", "Dataset", "Prepare", "Problem", "Split", "from_array", "load", "load_array"]
-__all__ += ["load_conditions", "load_folder"]
+__all__ += ["load_conditions", "load_folder", "load_table"]
 
 FOLDER_OPTIONS = (*(f.name for f in fields(Prepare)), "on_bad")
-ARRAY_OPTIONS = ("layout", "levels")
+ARRAY_OPTIONS = ("layout", "levels", "value_range")
 
 
 def load(source: str | Path, *, folder: str | Path | None = None, **options: Any) -> Dataset:
-    """The data set that ``source`` names: a built-in set, an array file or a folder of images on this machine.
+    """The data set that ``source`` names: a built-in set, an array file, a table or a folder of images on this machine.
 
     ``folder`` is where fashion-mnist's files lie. ``options`` are those of ``Prepare`` for folders (size,
-    crop, channels, background) and of ``from_array`` for arrays (layout, levels); None and False mean not given.
-    ConfigError for a name that is nothing and for an option that the source has no use for; DataError for
-    what is wrong with the data; ResourceError where they do not fit into memory. No network is asked.
+    crop, channels, background) and of ``from_array`` for arrays (layout, levels, value_range); None and False mean
+    not given. ConfigError for a name that is nothing and for an option that the source has no use for; DataError
+    for what is wrong with the data; ResourceError where they do not fit into memory. No network is asked.
     """
     given = {key: value for key, value in options.items() if value is not None and value is not False}
     name, path = str(source), Path(source)
@@ -48,13 +50,16 @@ def load(source: str | Path, *, folder: str | Path | None = None, **options: Any
     if path.suffix.lower() in (*SUFFIXES, *PICKLES) and os.path.lexists(name) and not os.path.isdir(name):
         _only(given, ARRAY_OPTIONS, "an array file")
         return observed(load_array(path, **given))
+    if path.suffix.lower() in TABLES and os.path.lexists(name) and not os.path.isdir(name):
+        _only(given, (), "a table")
+        return observed(load_table(path))
     if os.path.lexists(name) or os.sep in name or path.suffix:
         _only(given, FOLDER_OPTIONS, "a folder of images")
         on_bad = given.pop("on_bad", "stop")
         return observed(load_folder(path, Prepare(**given), on_bad))
     close = difflib.get_close_matches(name.lower(), BUILTIN, cutoff=0.5)
     hint = f"Did you mean {' or '.join(close)}? B" if close else "B"
-    fix = f"{hint}uilt in are {', '.join(BUILTIN)}; or give a folder of images or an array file"
+    fix = f"{hint}uilt in are {', '.join(BUILTIN)}; or give a folder of images, an array file or a table"
     raise ConfigError("UNKNOWN_DATA", name, "is no built-in set, and no file or folder of that name is here", fix)
 
 
@@ -69,5 +74,5 @@ def _builtin(name: str, folder: str | Path | None) -> Dataset:
 def _only(given: dict[str, Any], known: tuple[str, ...], what: str) -> None:
     for key in given:
         if key not in known:
-            fix = f"It takes {', '.join(known)}" if known else "Leave it out: built-in sets are taken as they are"
+            fix = f"It takes {', '.join(known)}" if known else "Leave it out: it is taken as it is"
             raise ConfigError("OPTION", key, f"{what} has no use for it", fix)

@@ -9,10 +9,16 @@ import numpy as np
 
 from undiffuse.data.dataset import Dataset, chunks
 from undiffuse.data.problems import Refused
+from undiffuse.data.rows import Rows, as_array
 from undiffuse.errors import ConfigError
 
 Arrays = Mapping[str, np.ndarray | None]
 """What stands beside the values, by role: labels, cond, mask."""
+
+Range = tuple[float, float]
+
+COPIED = 1 << 28
+"""Bytes up to which values on disk that have to be converted are, once and in memory; others as they are read."""
 
 LAYOUTS = ("ND", "NHW", "NCL", "NLC", "NCHW", "NHWC", "NCDHW", "NDHWC")
 
@@ -26,29 +32,34 @@ def from_array(
     name: str = "array",
     layout: str | None = None,
     levels: int | None = None,
+    value_range: Range | None = None,
 ) -> Dataset:
     """``values`` as a data set, checked.
 
     Integers have levels: 2 for bool, 256 for uint8, 65536 for uint16, else the largest value + 1, unless
-    ``levels`` says how many. Floats are continuous and become float32. ``layout`` is one of LAYOUTS; without
+    ``levels`` says how many. Floats are continuous and become float32; ``value_range`` (low, high) is where they are
+    meant to lie, and samples then do. ``layout`` is one of LAYOUTS; without
     it two dimensions are ND, three of uint8, uint16 or bool NHW, four NCHW, five NCDHW. ``cond`` are vectors (N, D)
     or sequences of tokens (N, L, D), of which those count that ``mask`` (N, L) says, or all. DataError with code
-    DTYPE, RANGE, NON_FINITE, SHAPE, LABELS or CONDITION; ConfigError for an unknown layout or number of levels.
+    DTYPE, RANGE, NON_FINITE, SHAPE, LABELS or CONDITION; ConfigError for an unknown layout, number of levels or range.
     """
-    check_options(layout, levels)
+    check_options(layout, levels, value_range)
     beside = {"labels": labels, "cond": cond, "mask": mask}
     try:
-        return dataset_from(name, np.asarray(values), beside, layout, levels, [])
+        return dataset_from(name, np.asarray(values), beside, layout, levels, [], value_range)
     except Refused as refused:
         raise refused.at(name) from None
 
 
-def check_options(layout: str | None, levels: int | None) -> None:
-    """Raise ConfigError for an unknown layout or number of levels."""
+def check_options(layout: str | None, levels: int | None, value_range: Range | None = None) -> None:
+    """Raise ConfigError for an unknown layout or number of levels, and for a range that is none."""
     if layout is not None and layout not in LAYOUTS:
         raise ConfigError("OPTION", "layout", f"{layout!r} is unknown", f"Give one of {', '.join(LAYOUTS)}")
     if levels is not None and (type(levels) is not int or not 2 <= levels <= 65536):
         raise ConfigError("OPTION", "levels", f"{levels!r} is no number of levels", "Give a number from 2 to 65536")
+    if value_range is not None and not -math.inf < value_range[0] < value_range[1] < math.inf:
+        low, high = value_range
+        raise ConfigError("OPTION", "value_range", f"{low:g} to {high:g} is no range", "Give two rising finite numbers")
 
 
 def dataset_from(
@@ -58,16 +69,20 @@ def dataset_from(
     layout: str | None,
     levels: int | None,
     notes: list[str],
+    value_range: Range | None = None,
 ) -> Dataset:
     """``from_array`` after ``check_options``, with Refused in place of DataError and ``notes`` to begin with."""
     labels, cond, mask = (beside.get(role) for role in ("labels", "cond", "mask"))
     values = _channels_first(values, layout, notes)
     if values.dtype.kind in "biu":
+        if value_range is not None:
+            fix = "Leave the range out, or save them as floats"
+            raise Refused("DTYPE", f"{values.dtype} values have levels, not a range", fix)
         values, levels = _whole(values, levels, notes)
     elif values.dtype.kind == "f" and values.dtype.itemsize <= 8:
         if levels is not None:
             raise Refused("DTYPE", f"{values.dtype} values have no levels", "Save whole numbers as integers")
-        values = _continuous(values, notes)
+        values = _continuous(values, notes, value_range)
     else:
         raise Refused("DTYPE", f"values of type {values.dtype} are not taken")
     labels, classes = _labels(labels, len(values)) if labels is not None else (None, ())
@@ -75,7 +90,7 @@ def dataset_from(
         cond, mask = conditions(cond, mask, len(values))
     elif mask is not None:
         raise Refused("CONDITION", "a mask is given, but no tokens that it could be of")
-    return Dataset(name, values, levels, labels, classes, tuple(notes), cond=cond, mask=mask)
+    return Dataset(name, values, levels, labels, classes, tuple(notes), cond=cond, mask=mask, value_range=value_range)
 
 
 def conditions(cond: np.ndarray, mask: np.ndarray | None, count: int | None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -126,24 +141,26 @@ def _channels_first(values: np.ndarray, layout: str | None, notes: list[str]) ->
 
 def _whole(values: np.ndarray, levels: int | None, notes: list[str]) -> tuple[np.ndarray, int]:
     """(values as uint8 or uint16, levels)."""
-    low = min(int(chunk.min()) for chunk in chunks(values))
-    high = max(int(chunk.max()) for chunk in chunks(values))
-    seen = f"values run from {low} to {high}"
-    if levels is None:
-        levels = {"bool": 2, "uint8": 256, "uint16": 65536}.get(values.dtype.name)
+    most = {"bool": 2, "uint8": 256, "uint16": 65536}.get(values.dtype.name)
+    if most is None or levels not in (None, most):
+        ends = [(int(chunk.min()), int(chunk.max())) for chunk in chunks(values)]
+        low, high = min(low for low, _ in ends), max(high for _, high in ends)
+        seen = f"values run from {low} to {high}"
         if levels is None:
             levels = high + 1
             notes.append(f"{seen}: {levels} levels")
-    if low < 0 or high >= levels or not 2 <= levels <= 65536:
-        raise Refused("RANGE", f"{seen}; whole numbers must lie in 0 .. levels - 1, with 2 to 65536 levels")
+        if low < 0 or high >= levels or not 2 <= levels <= 65536:
+            raise Refused("RANGE", f"{seen}; whole numbers must lie in 0 .. levels - 1, with 2 to 65536 levels")
+    levels = levels or most
+    assert levels is not None
     packed = np.dtype(np.uint8 if levels <= 256 else np.uint16)
     if values.dtype.newbyteorder("=") != packed:
         notes.append(f"stored as {packed}, from {values.dtype.name}")
     return _packed(values, packed), levels
 
 
-def _continuous(values: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Finite float32 values."""
+def _continuous(values: np.ndarray, notes: list[str], value_range: Range | None) -> np.ndarray:
+    """Finite float32 values, in ``value_range``."""
     whole, start, low, high = True, 0, math.inf, -math.inf
     if values.dtype.itemsize != 4:
         notes.append(
@@ -158,6 +175,10 @@ def _continuous(values: np.ndarray, notes: list[str]) -> np.ndarray:
         start += len(chunk)
         whole = whole and bool((chunk == np.rint(chunk)).all())
         low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
+    if value_range is not None and not (np.float32(value_range[0]) <= low and high <= np.float32(value_range[1])):
+        said = "{:g} to {:g}".format(*value_range)
+        fix = "Give a range that holds them all, or none"
+        raise Refused("RANGE", f"values run from {low:g} to {high:g}, outside of the range {said} that was given", fix)
     if whole:
         notes.append(
             f"all values are whole numbers from {low:g} to {high:g}, taken as continuous because stored as floats"
@@ -166,8 +187,19 @@ def _continuous(values: np.ndarray, notes: list[str]) -> np.ndarray:
 
 
 def _packed(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """C-contiguous and of ``dtype``, copied only if it is not so already."""
-    return values if values.dtype == dtype and values.flags.c_contiguous else np.ascontiguousarray(values, dtype)
+    """C-contiguous and of ``dtype``: copied only if it is not so already, and converted bit by bit if it is large."""
+    if values.dtype == dtype and values.flags.c_contiguous:
+        return values
+    if values.nbytes > COPIED and _on_disk(values):
+        return as_array(Rows(values.shape, dtype, values.__getitem__))
+    return np.ascontiguousarray(values, dtype)
+
+
+def _on_disk(values: np.ndarray) -> bool:
+    base: object = values
+    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+        base = base.base
+    return isinstance(base, np.memmap)
 
 
 def _labels(labels: np.ndarray, count: int) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -17,7 +17,8 @@ from undiffuse.conditioning import Condition
 from undiffuse.data.seen import Seen
 from undiffuse.errors import ConfigError, DataError
 
-CHUNK = 4096
+CHUNK, CHUNK_BYTES = 4096, 1 << 24
+"""Items, and bytes, that are read at a time, so that data larger than memory never lie in it as a whole."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,12 @@ class Dataset:
     0 .. levels − 1), float32 for continuous data (``levels`` None). ``labels`` (N,) int64 in
     0 .. len(classes) − 1, or None. ``notes`` are sentences that say what was seen and done. Items from
     ``test_from`` on are an official test part. ``cond`` float32 is what else is known of each item: a vector
-    (N, D), or a sequence of tokens (N, L, D) with ``mask`` (N, L), True where one counts. ValueError where these
-    do not fit each other: the loaders (and ``from_array``) are what checks a person's data.
+    (N, D), or a sequence of tokens (N, L, D) with ``mask`` (N, L), True where one counts. ``value_range`` (low, high)
+    is where continuous values are said to lie, ``columns`` what the numbers of a vector are called, ``seen`` what the
+    source held beside. ValueError where these do not fit each other: the loaders (and ``from_array``) are what checks
+    a person's data.
+
+    ``values`` may be memory-mapped: nothing here reads more than a chunk of them at a time.
     """
 
     name: str
@@ -50,6 +55,8 @@ class Dataset:
     test_from: int | None = None
     cond: np.ndarray | None = None
     mask: np.ndarray | None = None
+    value_range: tuple[float, float] | None = None
+    columns: tuple[str, ...] = ()
     seen: Seen = field(default_factory=Seen)
 
     def __post_init__(self) -> None:
@@ -86,25 +93,45 @@ class Dataset:
         object.__setattr__(other, "notes", (*self.notes, *notes))
         return other
 
-    @cached_property
+    @property
     def digests(self) -> np.ndarray:
         """(N,) uint64: the first eight bytes of BLAKE2b over each item's own bytes and nothing else."""
-        hashes = b"".join(hashlib.blake2b(_bytes(item), digest_size=8).digest() for item in self.values)
-        return np.frombuffer(hashes, "<u8").astype(np.uint64)
+        return self._read[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 in hex over type, shape, levels, range, labels, conditions and bytes: equal for equal data only."""
+        return self._read[1]
+
+    @property
+    def constant_channels(self) -> np.ndarray:
+        """The channels that never change, int64."""
+        return self._read[2]
 
     @cached_property
-    def fingerprint(self) -> str:
-        """sha256 in hex over type, shape, levels, labels, conditions and bytes: equal for equal data and no other."""
+    def _read(self) -> tuple[np.ndarray, str, np.ndarray]:
+        """Digests, fingerprint and constant channels, from one pass over the values."""
         head = (self.values.dtype.name, self.values.shape, self.levels, self.labels is not None)
-        digest = hashlib.sha256(json.dumps(head).encode())
+        digest = hashlib.sha256(json.dumps(head + (self.value_range,) * (self.value_range is not None)).encode())
         if self.labels is not None:
             digest.update(_bytes(self.labels))
         for told in (self.cond, self.mask):
             if told is not None:
                 digest.update(json.dumps(told.shape).encode() + _bytes(told))
+        size = self.values.dtype.itemsize * math.prod(self.item_shape)
+        each, first, still = bytearray(), self._first, np.ones(self.item_shape[0], bool)
         for chunk in chunks(self.values):
-            digest.update(_bytes(chunk))
-        return digest.hexdigest()
+            block = _bytes(chunk)
+            digest.update(block)
+            for start in range(0, len(block), size):
+                each += hashlib.blake2b(block[start : start + size], digest_size=8).digest()
+            still &= (chunk == first).all((0, *range(2, chunk.ndim)))
+        return np.frombuffer(bytes(each), "<u8").astype(np.uint64), digest.hexdigest(), np.flatnonzero(still)
+
+    @property
+    def _first(self) -> np.ndarray:
+        """The first number of each channel, (1, C, 1, ...)."""
+        return self.values[:1][(slice(None), slice(None), *(slice(1),) * (self.values.ndim - 2))]
 
     def split(self, held_out: float = 0.1) -> Split:
         """Train, validation and test parts, each item's part decided by its own content.
@@ -146,15 +173,14 @@ class Dataset:
         std = sqrt(mean of squares about the mean). A channel that never changes has std 1, so that it can
         still be standardised; the notes of ``observed`` say which those are.
         """
-        first = self.values[(slice(1), slice(None), *(slice(1),) * (self.values.ndim - 2))].astype(np.float64)
+        first = self._first.astype(np.float64)
         axes = (0, *range(2, self.values.ndim))
         count = len(items) * math.prod(self.item_shape[1:])
 
         def average(function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
             total = np.zeros_like(first)
-            for start in range(0, len(items), CHUNK):
-                chunk = self.values[items[start : start + CHUNK]].astype(np.float64)
-                total += function(chunk).sum(axes, keepdims=True)
+            for chunk in chunks(self.values, items):
+                total += function(chunk.astype(np.float64)).sum(axes, keepdims=True)
             return total / count
 
         mean = first + average(lambda v: v - first)  # exact where nothing changes, however many are summed
@@ -165,8 +191,8 @@ class Dataset:
         """How often each level occurs in each channel of the ``items``, (C, levels)."""
         assert self.levels is not None
         total = np.zeros((self.item_shape[0], self.levels), np.int64)
-        for start in range(0, len(items), CHUNK):
-            for channel, values in enumerate(np.moveaxis(self.values[items[start : start + CHUNK]], 1, 0)):
+        for chunk in chunks(self.values, items):
+            for channel, values in enumerate(np.moveaxis(chunk, 1, 0)):
                 total[channel] += np.bincount(values.ravel(), minlength=self.levels)
         return total
 
@@ -176,21 +202,19 @@ def observed(data: Dataset) -> Dataset:
     notes = ["there is only one item"] if len(data) == 1 else []
     if repeats := len(data) - len(np.unique(data.digests)):
         notes.append(f"{repeats} of {len(data)} items repeat another one exactly")
-    if len(still := _constant_channels(data.values)):
-        first, more = ", ".join(map(str, still[:5])), f" and {len(still) - 5} more" if len(still) > 5 else ""
-        notes.append(f"the same value everywhere in channel {first}{more}")
+    if len(still := data.constant_channels):
+        names = [data.columns[i] if data.columns else str(i) for i in still[:5]]
+        more = f" and {len(still) - 5} more" if len(still) > 5 else ""
+        notes.append(f"the same value everywhere in channel {', '.join(names)}{more}")
     return data.noted(*notes)
 
 
-def _constant_channels(values: np.ndarray) -> np.ndarray:
-    first = values[(slice(1), slice(None), *(slice(1),) * (values.ndim - 2))]
-    axes = (0, *range(2, values.ndim))
-    return np.flatnonzero(np.logical_and.reduce([(chunk == first).all(axes) for chunk in chunks(values)]))
-
-
-def chunks(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Consecutive pieces of at most CHUNK items, so that a memory-mapped array is read piece by piece."""
-    return (values[start : start + CHUNK] for start in range(0, len(values), CHUNK))
+def chunks(values: np.ndarray, items: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Consecutive pieces of ``values``, or of some ``items`` of them: at most CHUNK items, and about CHUNK_BYTES."""
+    size = max(1, min(CHUNK, CHUNK_BYTES // max(values.dtype.itemsize * math.prod(values.shape[1:]), 1)))
+    for start in range(0, len(values) if items is None else len(items), size):
+        here = slice(start, start + size)
+        yield values[here if items is None else items[here]]
 
 
 def _kind(cond: np.ndarray) -> str:

@@ -1,16 +1,17 @@
-"""Samples as files: one picture each where they are images, a grid, an array, a manifest.
+"""Samples as files: one picture each where they are images, a table of what has columns, a grid, an array, a manifest.
 
 They are written part by part, so that no more than one part is in memory and a stopped run goes on.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import itertools
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 
 from undiffuse.checkpoint import read_tensors, sync_folder, write_tensors
-from undiffuse.errors import CheckpointError, DataError
+from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.report.pictures import grid
 
 SHOWN = 144
@@ -30,12 +31,15 @@ SHOWN = 144
 class Album:
     """Samples of one ``plan`` in ``folder``: plain data, all that an item depends on beside its own number.
 
+    Vectors whose ``columns`` have names become ``samples.csv`` too.
+
     Until `finish` has made ``samples.npz``, the items lie in ``parts/`` with a sha256 each. A part is there whole
     or not at all, and its pictures were written before it. Which items share a part changes no result.
     """
 
-    def __init__(self, folder: Path, plan: dict[str, Any], levels: int | None) -> None:
+    def __init__(self, folder: Path, plan: dict[str, Any], levels: int | None, columns: Sequence[str] = ()) -> None:
         self.folder, self.plan, self.levels = folder, json.loads(json.dumps(plan)), levels
+        self.columns, self.table = tuple(columns), folder / "samples.csv"
         self.key = hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()
         self.parts, self.array, self.manifest = folder / "parts", folder / "samples.npz", folder / "manifest.json"
 
@@ -46,7 +50,7 @@ class Album:
             if done["key"] != self.key:
                 changed = [name for name, value in self.plan.items() if done.get(name) != value]
                 say(f"drawn anew: what lies in {self.folder} differs in {', '.join(changed) or 'its plan'}")
-            for name in [*map(_name, done["items"]), "grid.png", "samples.npz", "manifest.json"]:
+            for name in [*map(_name, done["items"]), "grid.png", "samples.csv", "samples.npz", "manifest.json"]:
                 (self.folder / name).unlink(missing_ok=True)
         self.parts.mkdir(parents=True, exist_ok=True)
         kept = 0
@@ -79,7 +83,7 @@ class Album:
 
     def add(self, first: int, values: np.ndarray) -> None:
         """Keeps ``values`` (n, ...), the items from ``first`` on."""
-        if values.ndim == 4 and values.shape[1] in (1, 3) and self.levels is not None:
+        if values.ndim == 4 and values.shape[1] in (1, 3, 4) and self.levels is not None:
             for item, value in enumerate(values, first):
                 _image(value, self.levels).save(self.folder / _name(item))
         told = {"undiffuse": "samples", "plan": self.key}
@@ -89,17 +93,22 @@ class Album:
     def finish(self, items: range, told: dict[str, Any] | None = None) -> Path | None:
         """Makes the array, the manifest (the plan and ``told``) and the grid of the first 144, whose path is returned.
 
-        None where items of this shape have no picture. Raises `CheckpointError` where a part is gone or damaged since.
+        None where there is no matplotlib to draw such items. Raises `CheckpointError` where a part is gone or damaged.
         """
         if missing := self.missing(items):
             cause = f"the samples {missing[0].start} to {missing[0][-1]} are gone"
             raise CheckpointError("PARTS", self.parts, cause, "Run the same command again")
         with _replacing(self.array) as file:
             _write_array(file, self._read(items), len(items))
+        if self.columns:
+            with open(self.table, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow(self.columns)
+                csv.writer(file).writerows(row for part in self._read(items) for row in part.astype(str).tolist())
         picture = self.folder / "grid.png"
         try:
-            grid(np.concatenate(list(self._read(items[:SHOWN]))), self.levels).save(picture)
-        except DataError:
+            first = np.concatenate(list(self._read(items[:SHOWN])))
+            grid(first, self.levels, names=self.columns).save(picture)
+        except ConfigError:
             picture = None
         about = {**self.plan, **(told or {}), "first": items.start, "n": len(items)}
         about |= {"key": self.key, "sha256": _sha256(self.array)}

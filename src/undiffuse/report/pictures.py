@@ -24,23 +24,31 @@ TILE = 64  # the least height that a small image is enlarged to
 GAP = 2
 PAPER, INK = (255, 255, 255), (64, 64, 64)
 WALL = (124, 130, 140)  # between tiles: neither their black nor their white
+COLUMNS = 6  # of a table, at most, that are drawn against one another
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # [Okabe08], safe for the colour-blind
 STYLES = ("-", "--", ":")
 
 
-def grid(values, levels: int | None = None, columns: int | None = None, scale: int | None = None) -> Image.Image:
+def grid(
+    values,
+    levels: int | None = None,
+    columns: int | None = None,
+    scale: int | None = None,
+    names: Sequence[str] = (),
+) -> Image.Image:
     """The items of ``values`` side by side, by their shape.
 
     (N, C, H, W): tiles; 1, 3 and 4 channels as grey, RGB and RGBA on white, others as grey tiles side
     by side. (N, C, D, H, W): the middle slices across D, H and W. (N, C, L): line plots, a colour a
-    channel. (N, 2): a scatter plot. Pixels run from 0 to ``levels`` − 1 and are clipped there; without
+    channel. (N, 2): a scatter plot. (N, D): the first six coordinates against one another, each called as in ``names``,
+    and how often each takes its values. Pixels run from 0 to ``levels`` − 1 and are clipped there; without
     ``levels`` the least value is black and the greatest white. ``scale`` enlarges by a whole factor.
 
     Raises DataError for other shapes and NonFiniteError for values that cannot be shown.
     """
     values = _finite(values)
-    if values.ndim == 2 and values.shape[1] == 2:
-        return _scatter(values)
+    if values.ndim == 2:
+        return _scatter(values) if values.shape[1] == 2 and not names else _pairs(values[:, :COLUMNS], names)
     if values.ndim == 3:
         return _lines(values, columns)
     tiles, gap = _tiles(values, levels, columns or 1, scale)
@@ -168,7 +176,7 @@ def _tiles(values: np.ndarray, levels: int | None, columns: int, scale: int | No
     """Enlarged tiles (N, H, W, 3) uint8, ``columns`` of which fit a picture if they can, and the gap for them."""
     if values.ndim not in (4, 5):
         cause = f"no picture for values of shape {values.shape}"
-        raise DataError("SHAPE", "values", cause, "Give (N, C, H, W), (N, C, D, H, W), (N, C, L) or (N, 2)")
+        raise DataError("SHAPE", "values", cause, "Give (N, C, H, W), (N, C, D, H, W), (N, C, L) or (N, D)")
     low, high = (0, levels - 1) if levels else (values.min(), values.max())
     shown = np.round((np.clip(values, low, high) - low) * (255 / ((high - low) or 1))).astype(np.uint8)
     planes = [shown] if shown.ndim == 4 else [shown.take(shown.shape[axis] // 2, axis) for axis in (2, 3, 4)]
@@ -240,6 +248,32 @@ def _scatter(points: np.ndarray) -> Image.Image:
     axes.scatter(*points.T, s=size, color=COLOURS[0], alpha=0.5, linewidths=0)
     axes.set_aspect("equal", adjustable="datalim")
     return _drawn(figure)
+
+
+def _pairs(points: np.ndarray, names: Sequence[str]) -> Image.Image:
+    """Below the diagonal column against column, on it how often each value is taken."""
+    n = points.shape[1]
+    figure = _figure(max(4, 1.6 * n), max(3, 1.5 * n))
+    panels: Any = figure.subplots(n, n, sharex="col", squeeze=False)
+    for i, j in np.ndindex(n, n):
+        axes = _tidy(panels[i, j], "", "")
+        axes.tick_params(labelsize=7)
+        if i < j:
+            axes.set_axis_off()
+        elif i == j:
+            axes.hist(points[:, i], bins="auto" if len(points) < 1000 else 50, color=COLOURS[0])
+            axes.set_yticks([])
+        else:
+            axes.scatter(points[:, j], points[:, i], s=3, color=COLOURS[0], alpha=0.5, linewidths=0)
+        if i == n - 1:
+            axes.set_xlabel(_short(str(names[j])) if names else str(j), fontsize=8)
+        if i > j == 0:
+            axes.set_ylabel(_short(str(names[i])) if names else str(i), fontsize=8)
+    return _drawn(figure)
+
+
+def _short(name: str) -> str:
+    return (name if len(name) <= 16 else name[:15] + "…").replace("$", r"\$")
 
 
 def _lines(signals: np.ndarray, columns: int | None) -> Image.Image:
