@@ -13,7 +13,7 @@ from undiffuse.checkpoint import FORMAT, digest, fit_tensors, load, read_tensors
 from undiffuse.codec import Identity, Pixels, Standardised
 from undiffuse.config import ModelConfig
 from undiffuse.diffusion import Diffusion, describe
-from undiffuse.errors import CheckpointError
+from undiffuse.errors import CheckpointError, ResourceError
 
 NET = {"kind": "unet", "widths": (4,), "blocks": 1, "attention": ()}
 INFO = {"name": "tiny", "levels": 5, "notes": ["seen"], "steps": 3}
@@ -95,9 +95,11 @@ def test_saving_again_replaces_and_a_failure_leaves_the_old_one(file, monkeypatc
     monkeypatch.setattr(checkpoint.os, "fsync", full)
     other = model()
     other.info["steps"] = 9
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ResourceError, match=rf"^error\[DISK\] {file}: its [0-9,]+ bytes .*No space") as caught:
         save(other, file)
+    assert caught.value.exit_code == 6
     assert file.read_bytes() == before
+    assert os.listdir(file.parent) == [file.name]  # the room is given back
 
 
 def test_a_file_of_format_1_is_read(file):

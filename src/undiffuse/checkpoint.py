@@ -7,18 +7,19 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 from torch import Tensor
 
 from undiffuse import codec as codecs
 from undiffuse.config import ModelConfig, from_dict
 from undiffuse.diffusion import Diffusion, describe
-from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.errors import CheckpointError, ConfigError, ResourceError
 from undiffuse.networks.norm import in_fast_layout
 
 FORMAT = 2
@@ -102,15 +103,41 @@ def fit_tensors(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Te
             raise CheckpointError("NON_FINITE", path, f"the tensor {name!r} holds numbers that are not finite", again)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file with the sha256 of its tensors, written beside ``path`` and moved there when durable."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """The sha256 of the safetensors file that it writes, which holds that of its tensors too; whole or not at all."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = serialised(held, {**metadata, "sha256": digest(held, metadata)})
+    write_file(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes ``content`` beside ``path``, and moves it there when it is durable.
+
+    Raises `ResourceError`, which says how many bytes there have to be room for; what stood there before still does.
+    """
     partial = path.with_name(path.name + ".partial")
-    save_file(held, partial, metadata={**metadata, "sha256": digest(held, metadata)})
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
+    try:
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(handle, rest) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise unwritten(path, len(content), error) from None
+
+
+def unwritten(path: Path, size: int, error: OSError) -> ResourceError:
+    """The error that says that the ``size`` bytes of ``path`` are not on the disk."""
+    cause = f"its {size:,} bytes could not be written ({error.strerror or error})"
+    return ResourceError("DISK", path, cause, "Make room for them or mend the disk; what was there before is whole")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

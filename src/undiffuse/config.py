@@ -58,6 +58,8 @@ class TrainConfig:
     ``float32`` or ``bfloat16``; ``flip`` mirrors images at random and is off unless asked for. With
     ``conditional`` the network is told all that the data tell of an item (labels, vectors, tokens) but for a share
     ``condition_dropout`` of the items, told nothing: what it says without a condition is trained on these.
+    A step whose loss or gradient is no number stops the run; with ``on_nonfinite`` "skip" it is left out, at most
+    five in a row.
     """
 
     batch: int = 128
@@ -79,6 +81,7 @@ class TrainConfig:
     previews: int = 8
     conditional: bool = False
     condition_dropout: float = 0.1
+    on_nonfinite: str = "stop"
 
     def __post_init__(self) -> None:
         for name in ("batch", "accumulate"):
@@ -101,6 +104,7 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, name, value, "must be above 0 and finite")
         _require(self.precision in ("auto", "float32", "bfloat16"), "precision", self.precision, "unknown")
+        _require(self.on_nonfinite in ("stop", "skip"), "on_nonfinite", self.on_nonfinite, "is neither stop nor skip")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from undiffuse.diffusion import Diffusion
 from undiffuse.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from undiffuse.presets import fitted
 from undiffuse.train import Interrupted, Run, fit, loop, state
+from undiffuse.train.stop import StoppedAtOnce, stopping_signals
 from undiffuse.train.watch import Watch
 
 DATA = from_array(np.random.default_rng(0).integers(5, size=(40, 1, 4, 4)), levels=5, name="tiny")
@@ -154,11 +155,30 @@ def test_signals(tmp_path, stop, monkeypatch):
     assert [c.name for c in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000002"]
     with pytest.raises(CheckpointError, match="train on"):
         load(tmp_path / "a")  # not so far yet
-    with loop.stopping_signals() as asked:
+    with stopping_signals() as asked:
         signal.raise_signal(signal.SIGTERM)
         assert asked == [signal.SIGTERM]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(StoppedAtOnce) as now:
+            signal.raise_signal(signal.SIGINT)
+        assert now.value.exit_code == 130
+        with pytest.raises(Interrupted) as stopped, asked.all_saved():
+            raise AssertionError("it was asked to stop")
+        assert type(stopped.value) is Interrupted
+        assert stopped.value.exit_code == 143
+
+
+def test_a_signal_that_comes_when_all_is_saved_stops_there(tmp_path, monkeypatch):
+    """While a run looks at itself, which may take a minute, nothing can be lost; what it stopped in is not missed."""
+    straight = load(train(CONFIG, tmp_path / "straight")).state_dict()
+    for part in ("look", "finish"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Watch, part, lambda *_: signal.raise_signal(signal.SIGTERM))
+            with pytest.raises(Interrupted) as stopped:
+                train(replace_train(CONFIG, previews=2), tmp_path / part)
+        assert stopped.value.exit_code == 143
+        (last, *_) = sorted((tmp_path / part / "checkpoints").iterdir(), reverse=True)
+        assert last.name == ("step-00000004" if part == "look" else "step-00000008")
+        assert equal(load(train(replace_train(CONFIG, previews=2), tmp_path / part)).state_dict(), straight)
 
 
 def test_looking_changes_nothing(tmp_path, monkeypatch):
@@ -360,7 +380,9 @@ def test_a_gradient_that_is_no_number_stops_the_run(tmp_path, monkeypatch, strai
         return batch
 
     monkeypatch.setattr(loop, "global_batch", poisoned)
-    with pytest.raises(NonFiniteError, match=rf"the gradient of step {at} is not finite") as caught:
+    with pytest.raises(
+        NonFiniteError, match=rf"the loss of step {at} is not finite, for 1 of its 12 items: \d+\. "
+    ) as caught:
         train(config, tmp_path / "run")
     assert caught.value.exit_code == 5
     monkeypatch.setattr(loop, "global_batch", real)
@@ -430,7 +452,7 @@ def test_other_recipes_and_data_are_refused(tmp_path, stop):
     stop(None)
     with pytest.raises(ConfigError, match=r"train.lr was 0.01, now 0.02"):
         train(replace_train(CONFIG, lr=0.02), tmp_path)
-    with pytest.raises(ConfigError, match="begun on other data"):
+    with pytest.raises(ConfigError, match=r"data\.fingerprint was"):
         train(CONFIG, tmp_path, data=from_array(DATA.values[:39] + 0, levels=5))
     with pytest.raises(ConfigError, match="must divide the batch"):
         train(replace_train(CONFIG, accumulate=5), tmp_path)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from undiffuse.config import Config, ModelConfig, TrainConfig, to_dict
 from undiffuse.data import from_array
@@ -21,14 +22,15 @@ def test_a_run_is_opened_again_and_finished(tmp_path):
     assert not run.folder.exists()  # nothing is made before `open`
     run.open(CONFIG, DATA)
     assert sorted(f.name for f in run.folder.iterdir()) == ["checkpoints", "pictures", "run.json"]
-    assert run.record == {"config": to_dict(CONFIG), "data": describe(DATA), "finished": False}
+    begun = {"config": to_dict(CONFIG), "data": describe(DATA), "torch": torch.__version__, "finished": False}
+    assert run.record == begun
     assert json.loads(json.dumps(describe(DATA))) == describe(DATA)
     assert describe(DATA)["fingerprint"] == DATA.fingerprint
     run.open(CONFIG, DATA)
     assert not run.finished
     run.finish()
     assert run.finished
-    assert Run(str(run.folder)).record == {"config": to_dict(CONFIG), "data": describe(DATA), "finished": True}
+    assert Run(str(run.folder)).record == {**begun, "finished": True}
     assert not (run.folder / "run.json.partial").exists()
 
 
@@ -63,7 +65,7 @@ def test_a_changed_recipe_is_refused_by_name(tmp_path, section, changes, said):
 
 def test_other_data_are_refused(tmp_path):
     Run(tmp_path).open(CONFIG, DATA)
-    with pytest.raises(ConfigError, match=r"begun on other data \(tiny, 20 items\)") as caught:
+    with pytest.raises(ConfigError, match=r"data\.fingerprint was") as caught:
         Run(tmp_path).open(CONFIG, from_array(DATA.values[::-1] + 0, levels=5))
     assert caught.value.exit_code == 2
     Run(tmp_path).open(CONFIG, from_array(DATA.values + 0, levels=5, name="the same by another name"))

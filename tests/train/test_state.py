@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from undiffuse.errors import CheckpointError
+from undiffuse.errors import CheckpointError, ResourceError
 from undiffuse.train import state
 from undiffuse.train.ema import Average
 from undiffuse.train.state import Progress, read_latest, write
@@ -193,14 +193,31 @@ def test_what_a_killed_write_left_is_ignored_and_removed(two):
     folder, _, second = two
     for name in ("partial-00000009", "trash-step-00000001"):
         shutil.copytree(folder / "step-00000002", folder / name)
+    (folder / "partial-00000009" / "progress.json").write_text("{")
+    state.tidy(folder)
     again = Trained(seed=1)
     assert again.read(folder) == []
     assert same(again, second)
     assert sorted(f.name for f in folder.iterdir()) == ["step-00000002", "step-00000004"]
 
 
-@pytest.mark.parametrize("name", ["write_tensors", "_write_text", "sync_folder", "_discard"])
-@pytest.mark.parametrize("call", [1, 2])
+def test_a_write_killed_just_before_its_last_rename_is_finished(two):
+    """Between the removal of an older one of the same step and the rename there is no other whole one of that step."""
+    folder, _, second = two
+    (folder / "step-00000004").rename(folder / "partial-00000004")
+    state.tidy(folder)
+    again = Trained(seed=1)
+    assert again.read(folder) == []
+    assert same(again, second)
+    shutil.copytree(folder / "step-00000002", folder / "partial-00000004")  # of another step, where one is already
+    state.tidy(folder)
+    assert sorted(f.name for f in folder.iterdir()) == ["step-00000002", "step-00000004"]
+    assert again.read(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "call"), [("write_tensors", 2), ("write_file", 2), ("sync_folder", 1), ("_discard", 1)]
+)
 def test_a_full_disk_leaves_the_old_ones(two, monkeypatch, name, call):
     folder, _, second = two
     real, calls = getattr(state, name), []
@@ -213,14 +230,18 @@ def test_a_full_disk_leaves_the_old_ones(two, monkeypatch, name, call):
 
     monkeypatch.setattr(state, name, fails)
     later = Trained().train(6)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ResourceError, match="No space") as caught:
         later.write(folder)
+    assert caught.value.exit_code == 6
+    assert str(folder / "step-00000006") in str(caught.value)
+    assert f"{sum(t.nbytes for t in later.tensors().values()):,} bytes" in str(caught.value)
+    assert not list(folder.glob("partial-*"))  # no room is left in use
     monkeypatch.undo()
     again = Trained(seed=1)
     assert again.read(folder) == []
     arrived = again.progress.step == 6
     assert same(again, later if arrived else second)
-    assert arrived == ((name, call) == ("sync_folder", 2))  # it failed after the rename
+    assert arrived == (name == "sync_folder")  # it failed after the rename
 
 
 def test_the_manifest_lists_every_file(two):

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         code = _report(STOPPED, 130, debug)
     except Interrupted as stopped:
-        code = _report("stopped; all is saved, and the same command goes on from here", stopped.exit_code, False)
+        code = _report(stopped.said, stopped.exit_code, False)
     except UndiffuseError as error:
         code = _report(str(error), error.exit_code, debug)
     except MemoryError:

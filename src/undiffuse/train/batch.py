@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ def global_batch(
 
     Who is told nothing has a key of its own: conditional training sees the values and the noise of any other.
     """
-    chosen = np.sort(items[batch_order(len(items), settings.batch, settings.seed, step)])
+    chosen = batch_items(items, settings, step)
     values, cond = data.values[chosen], None
     data.seen.check()
     if settings.conditional:
@@ -49,13 +51,23 @@ def standardise_vectors(diffusion: Diffusion, data: Dataset, items: np.ndarray) 
             module.start_from(told.mean(0), torch.where(std > 0, std, 1.0))
 
 
+def batch_items(items: np.ndarray, settings: TrainConfig, step: int) -> np.ndarray:
+    """Which of the ``items`` the step's batch holds, in its order."""
+    return np.sort(items[batch_order(len(items), settings.batch, settings.seed, step)])
+
+
 def batch_order(n: int, batch: int, seed: int, step: int) -> np.ndarray:
     """The step's places in the list of items: epochs are permutations of their own, laid end to end."""
     places = []
     for epoch in range(step * batch // n, ((step + 1) * batch - 1) // n + 1):
-        order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
+        order = _epoch(n, seed, epoch)
         places.append(order[max(step * batch - epoch * n, 0) : (step + 1) * batch - epoch * n])
     return np.concatenate(places)
+
+
+@functools.lru_cache(2)
+def _epoch(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
 
 
 def shares(settings: TrainConfig, processes: int, index: int) -> list[slice]:

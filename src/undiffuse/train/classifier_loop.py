@@ -27,6 +27,7 @@ from undiffuse.train.batch import global_batch, shares
 from undiffuse.train.classifier import Classifier, ClassifierConfig, save
 from undiffuse.train.ema import Average
 from undiffuse.train.run import Run, describe
+from undiffuse.train.stop import Interrupted, stopping_signals
 
 MEASURED = 2048
 """Held-out items that the accuracy is measured on, at most."""
@@ -68,14 +69,15 @@ def fit(
         classifier.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
     )
     average, smooth = Average(classifier, settings.ema), deepcopy(classifier)
-    run.open(recipe, data)
-    progress, damaged = state.read_latest(run.checkpoints, classifier, average, optimiser)
-    records = run.read_metrics(progress.step)
-    for line in damaged:
-        say(line)
-    loop.plan(progress, settings)
-    looked = _share(progress, settings)
-    with loop.stopping_signals() as asked:
+    with run.alone(), stopping_signals() as asked:
+        run.open(recipe, data)
+        state.tidy(run.checkpoints)
+        progress, damaged = state.read_latest(run.checkpoints, classifier, average, optimiser)
+        records = run.read_metrics(progress.step)
+        for line in damaged:
+            say(line)
+        loop.plan(progress, settings)
+        looked = _share(progress, settings)
         while progress.last_step is None or progress.step < progress.last_step:
             began = time.perf_counter()
             loss = _step(classifier, optimiser, data, split.train, settings, progress, run.folder)
@@ -87,7 +89,7 @@ def fit(
             if asked or due:
                 state.write(run.checkpoints, progress, classifier, average, optimiser)
             if asked:
-                raise loop.Interrupted(asked[0])
+                raise Interrupted(asked[0])
             if due:
                 looked = share
                 average.copy_to(smooth)
@@ -96,15 +98,15 @@ def fit(
                 records.append({"step": progress.step, "loss": loss, "accuracy": mean})
                 run.write_metrics(records)
                 say(f"step {progress.step:,}  loss {loss:.3f} nats  held-out accuracy {mean:.3f}, mean over log-SNR")
-    average.copy_to(smooth)
-    found = accuracy(smooth, data, split.test)
-    smooth.info |= {"steps": progress.step, "seed": settings.seed, "accuracy": found}
-    save(smooth, run.model)
-    try:
-        accuracy_curve(found).savefig(run.pictures / "accuracy.png", dpi=150)
-    except ConfigError as missing:
-        say(f"no picture: {missing.cause}")
-    run.finish()
+        average.copy_to(smooth)
+        found = accuracy(smooth, data, split.test)
+        smooth.info |= {"steps": progress.step, "seed": settings.seed, "accuracy": found}
+        save(smooth, run.model)
+        try:
+            accuracy_curve(found).savefig(run.pictures / "accuracy.png", dpi=150)
+        except ConfigError as missing:
+            say(f"no picture: {missing.cause}")
+        run.finish()
     return run.folder
 
 

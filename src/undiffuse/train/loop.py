@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -22,27 +20,22 @@ from undiffuse.codec import codec_for
 from undiffuse.config import Config, TrainConfig
 from undiffuse.data import Dataset
 from undiffuse.diffusion import Diffusion
-from undiffuse.errors import ConfigError, DataError, NonFiniteError
+from undiffuse.errors import ConfigError, DataError
 from undiffuse.lattice import Lattice
 from undiffuse.networks.norm import in_fast_layout
 from undiffuse.presets import fitted
 from undiffuse.randomness import generator
 from undiffuse.train import state
-from undiffuse.train.batch import global_batch, shares, standardise_vectors
+from undiffuse.train.batch import batch_items, global_batch, shares, standardise_vectors
 from undiffuse.train.ema import Average
+from undiffuse.train.nonfinite import leave_out, whats_wrong
 from undiffuse.train.profiles import Profiles
 from undiffuse.train.run import Run, describe
+from undiffuse.train.stop import Asked, Interrupted, stopping_signals
 from undiffuse.train.watch import Watch
 
 PACE = 10.0
 """How many times as fast as the network's weights a learned schedule's few numbers move."""
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved. ``exit_code`` is 128 + the signal."""
-
-    def __init__(self, number: int) -> None:
-        self.exit_code = 128 + number
 
 
 def fit(
@@ -52,14 +45,17 @@ def fit(
     device: str = "auto",
     init: str | Path | None = None,
     quiet: bool = False,
+    force: bool = False,
 ) -> Path:
     """Trains on ``data`` into the run folder ``out`` and returns it; goes on where an unfinished run stopped.
 
-    ``init`` is a run or checkpoint whose weights it starts from.
+    ``init`` is a run or checkpoint whose weights it starts from. A run that was begun with another recipe, other data
+    or another torch is refused, unless ``force`` says to go on with these; the plan for its end is then made anew.
 
     Every random number is a function of (seed, purpose, step): nothing that looks (sampling, measuring,
     saving) changes what is trained. Raises `ConfigError`, `DataError`, `CheckpointError`, `NonFiniteError`
-    (exit 5), and `Interrupted` after a signal, when all is saved.
+    (exit 5), `ResourceError` (a full disk, another process that trains into ``out``), and `Interrupted` after a
+    signal, when all is saved.
     """
     settings, run = config.train, Run(out)
     if settings.minutes is None and settings.steps is None:
@@ -95,87 +91,118 @@ def fit(
     average = Average(diffusion, settings.ema)
     profiles = Profiles(diffusion, average, settings.ema, settings.snapshots, run.snapshots)
 
-    # Where it stands
-    if accelerator.is_main_process:
-        run.open(replace(config, train=settings), data)
-    accelerator.wait_for_everyone()
-    memory = diffusion.memory | profiles.memory
-    progress, damaged = state.read_latest(run.checkpoints, diffusion, average, optimiser, memory)
-    if accelerator.is_main_process:
-        profiles.forget_after(progress.step)
-    plan(progress, settings)
-    smooth = deepcopy(diffusion)
-    watch = Watch(run, smooth, data, split, settings, progress, quiet or not accelerator.is_main_process)
-    for line in damaged:
-        watch.say(line)
-    parallel, optimiser = accelerator.prepare(network, optimiser)
+    first = accelerator.is_main_process
+    with run.alone() if first else nullcontext(), stopping_signals() as asked:
+        # Where it stands
+        changed = first and run.open(replace(config, train=settings), data, force)
+        if first:
+            state.tidy(run.checkpoints)
+        accelerator.wait_for_everyone()
+        if run.finished:  # by a process that was there just before
+            return run.folder
+        memory = diffusion.memory | profiles.memory
+        progress, damaged = state.read_latest(run.checkpoints, diffusion, average, optimiser, memory)
+        if first:
+            profiles.forget_after(progress.step)
+        if changed:
+            progress.decay_from = progress.last_step = None
+        plan(progress, settings)
+        agree(accelerator, progress, asked)
+        smooth = deepcopy(diffusion)
+        parallel, optimiser = accelerator.prepare(network, optimiser)
 
-    # The loop
-    with stopping_signals() as asked, watch:
-        while progress.last_step is None or progress.step < progress.last_step:
-            began = time.perf_counter()
-            step = progress.step
-            torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed() + accelerator.process_index)
-            values, u, eps, z, cond = global_batch(data, split.train, settings, step)
-            mine = shares(settings, accelerator.num_processes, accelerator.process_index)
-            total, seen = 0.0, []
-            for part in mine:
-                losses = diffusion.loss(
-                    values[part],
-                    u[part],
-                    eps[part].to(diffusion.device),
-                    z[part].to(diffusion.device),
-                    cond and cond.take(part).to(diffusion.device),
-                    network=parallel,
-                )
-                loss = losses.mean()
-                accelerator.backward(loss / len(mine))
-                total += float(loss.detach()) / len(mine)
-                seen.append(losses.detach())
-            share_gradient(accelerator, diffusion)
-            norm, *others = (
-                float(accelerator.clip_grad_norm_(group["params"], settings.clip) or 0.0)
-                for group in optimiser.param_groups
-            )
-            if not all(map(math.isfinite, [norm, *others])):
-                fix = "Lower train.lr, or use precision = 'float32'; the last checkpoint is good"
-                raise NonFiniteError("NON_FINITE", run.folder, f"the gradient of step {step + 1} is not finite", fix)
-            if diffusion.memory:
-                diffusion.observe(u, accelerator.gather(torch.cat(seen)))  # type: ignore[arg-type]
-            lr = settings.lr * rate(progress, settings)
-            for group in optimiser.param_groups:
-                group["lr"] = lr * group["pace"]
-            optimiser.step()
-            optimiser.zero_grad()
-            progress.step += 1
-            average.update(diffusion, progress.step)
-            profiles.update(diffusion, progress.step)
+        def save() -> None:
+            average.copy_to(smooth)
+            if first:
+                memory = diffusion.memory | profiles.memory
+                state.write(run.checkpoints, progress, diffusion, average, optimiser, memory=memory)
 
-            progress.seconds += time.perf_counter() - began
-            plan(progress, settings)
-            agree(accelerator, progress, asked)
-            watch.step(total, norm, lr)
-            if accelerator.is_main_process and watch.passed(settings.snapshots):
-                profiles.write(progress.step)
-            if watch.due() or asked:
+        with Watch(run, smooth, data, split, settings, progress, quiet or not first) as watch:
+            for line in damaged:
+                watch.say(line)
+
+            # The loop
+            while progress.last_step is None or progress.step < progress.last_step:
                 began = time.perf_counter()
-                average.copy_to(smooth)
-                if accelerator.is_main_process:
-                    memory = diffusion.memory | profiles.memory
-                    state.write(run.checkpoints, progress, diffusion, average, optimiser, memory=memory)
-                    if asked:
-                        run.write_metrics(watch.records)
-                    else:
-                        watch.look()
-                progress.seconds += time.perf_counter() - began
-                if asked:
-                    raise Interrupted(asked[0])
+                step = progress.step
+                u, losses, norms = gradient(
+                    accelerator, diffusion, parallel, optimiser, data, split.train, settings, step
+                )
+                lr = settings.lr * rate(progress, settings)
+                if wrong := whats_wrong(losses, norms):
+                    items = batch_items(split.train, settings, step)
+                    watch.say(leave_out(wrong, items, progress, settings, run.folder))
+                else:
+                    progress.left_out = 0
+                    if diffusion.memory:
+                        diffusion.observe(u, losses)
+                    for group in optimiser.param_groups:
+                        group["lr"] = lr * group["pace"]
+                    optimiser.step()
+                    average.update(diffusion, step + 1)
+                    profiles.update(diffusion, step + 1)
+                optimiser.zero_grad()
+                progress.step += 1
 
-        # The end
-        average.copy_to(smooth)
-        if accelerator.is_main_process:
-            watch.finish()
+                progress.seconds += time.perf_counter() - began
+                plan(progress, settings)
+                agree(accelerator, progress, asked)
+                watch.step(None if wrong else float(losses.mean()), norms[0], lr)
+                if first and watch.passed(settings.snapshots):
+                    profiles.write(progress.step)
+                if watch.due() or asked:
+                    began = time.perf_counter()
+                    save()
+                    if first and asked:
+                        watch.write_records()
+                    elif first:
+                        with asked.all_saved() if accelerator.num_processes == 1 else nullcontext():
+                            watch.look()
+                    progress.seconds += time.perf_counter() - began
+                    if asked:
+                        raise Interrupted(asked[0])
+
+            # The end
+            save()
+            if first:
+                with asked.all_saved():
+                    watch.finish()
     return run.folder
+
+
+def gradient(
+    accelerator: Accelerator,
+    diffusion: Diffusion,
+    parallel: torch.nn.Module,
+    optimiser: torch.optim.Optimizer,
+    data: Dataset,
+    items: np.ndarray,
+    settings: TrainConfig,
+    step: int,
+) -> tuple[Tensor, Tensor, list[float]]:
+    """The batch's u, the losses of its items, (B,) both, and the norm of each group's gradient, left clipped.
+
+    All are of the whole batch, in every process.
+    """
+    torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed() + accelerator.process_index)
+    values, u, eps, z, cond = global_batch(data, items, settings, step)
+    mine = shares(settings, accelerator.num_processes, accelerator.process_index)
+    seen = []
+    for part in mine:
+        each = diffusion.loss(
+            values[part],
+            u[part],
+            eps[part].to(diffusion.device),
+            z[part].to(diffusion.device),
+            cond and cond.take(part).to(diffusion.device),
+            network=parallel,
+        )
+        accelerator.backward(each.mean() / len(mine))
+        seen.append(each.detach())
+    share_gradient(accelerator, diffusion)
+    norms = [accelerator.clip_grad_norm_(group["params"], settings.clip) for group in optimiser.param_groups]
+    losses: Tensor = accelerator.gather(torch.cat(seen))  # type: ignore[assignment]
+    return u, losses, [float(norm or 0.0) for norm in norms]
 
 
 def plan(progress: state.Progress, settings: TrainConfig) -> None:
@@ -193,7 +220,7 @@ def plan(progress: state.Progress, settings: TrainConfig) -> None:
             progress.last_step = progress.step + max(round(remaining), 1)
 
 
-def agree(accelerator: Accelerator, progress: state.Progress, asked: list[int]) -> None:
+def agree(accelerator: Accelerator, progress: state.Progress, asked: Asked) -> None:
     """Makes the first process's plan and clock everybody's, and a signal to any process a signal to all."""
     if accelerator.num_processes == 1:
         return
@@ -250,24 +277,3 @@ def weights_of(init: str | Path, diffusion: Diffusion) -> dict[str, Tensor]:
     weights = load(init).state_dict()
     fit_tensors(Path(init), diffusion.state_dict(), weights)
     return weights
-
-
-@contextmanager
-def stopping_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM write their number into; the second one stops at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's
-        before = {}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 import csv
+import fcntl
+import hashlib
+import io
 import json
 import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from undiffuse.config import to_dict
+import torch
+
+from undiffuse.checkpoint import write_file
+from undiffuse.config import from_dict, to_dict
 from undiffuse.data import Dataset
 from undiffuse.errors import CheckpointError, ConfigError, ResourceError
 
-BEFORE_RECORD = {"checkpoints", "pictures", "run.json.partial"}
+BEFORE_RECORD = {"checkpoints", "pictures", "lock", "run.json.partial"}
 """What a run that was killed at its very beginning may leave."""
+
+FREE = {"on_nonfinite"}
+"""Settings that change nothing of a run that has come so far."""
+
+OLDEST_RECORD = {"config", "data", "finished"}
+
+
+class ChangedError(ConfigError):
+    """A run was begun with another recipe, other data or another torch: ``rows`` of (what, as begun, now)."""
+
+    def __init__(self, folder: Path, rows: Sequence[tuple[str, str, str]]) -> None:
+        self.rows = rows
+        first = "; ".join(f"{what} was {old}, now {new}" for what, old, new in rows[:3])
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        fix = "Give --out a new folder, the flags and data it was begun with, or --force to go on with these"
+        super().__init__("RUN", folder, f"this run was begun with other settings: {first}{more}", fix)
 
 
 class Run:
@@ -29,17 +54,20 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """What ``run.json`` says: ``config``, ``data`` and ``finished``; None if there is none."""
+        """What ``run.json`` says: ``config``, ``data``, ``torch`` and ``finished``; None if there is none."""
         path = self.folder / "run.json"
         if not path.is_file():
             return None
         try:
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_bytes())
             _ = record["config"], record["data"]["fingerprint"], record["finished"]
+            known = set(record) <= OLDEST_RECORD  # which had no sha256
+            whole = known or record.pop("sha256") == _digest(record)
         except (ValueError, KeyError, TypeError):
-            raise CheckpointError(
-                "RUN", path, "not the record of a run", "Restore it, or train into another folder"
-            ) from None
+            whole, record = False, None
+        if not whole:
+            fix = "Restore it, or train into another folder"
+            raise CheckpointError("RUN", path, "not the record of a run, or damaged", fix)
         return record
 
     @property
@@ -47,30 +75,51 @@ class Run:
         record = self.record
         return bool(record and record["finished"])
 
-    def open(self, config: Any, data: Dataset) -> None:
-        """Creates the folder for this recipe, or makes sure that an unfinished run there is of it and the data."""
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within it this process is the only one that writes into the run, whose folder it makes.
+
+        Raises `ResourceError` that names the process which is there already. One that was killed holds nothing.
+        """
+        self._claim()
+        with open(self.folder / "lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                cause = f"process {_holder(file)} is training into this folder"
+                raise ResourceError("BUSY", self.folder, cause, "Wait for it, stop it, or give another --out") from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+    def open(self, config: Any, data: Dataset, force: bool = False) -> bool:
+        """Begins the record of this recipe, or makes sure that the run there is of it, of the data and of this torch.
+
+        Raises `ChangedError` where it is not; with ``force`` the record is changed, which True says.
+        """
+        self._claim()
+        for left in self.folder.glob("*.partial"):
+            left.unlink()
+        fresh = {"config": to_dict(config), "data": describe(data), "torch": torch.__version__, "finished": False}
         record = self.record
         if record is None:
-            if self.folder.is_dir() and any(f.name not in BEFORE_RECORD for f in self.folder.iterdir()):
-                raise ConfigError(
-                    "RUN", self.folder, "this folder is not empty and is no run", "Give --out a new folder"
-                )
-            try:
-                for folder in (self.folder, self.checkpoints, self.pictures):
-                    folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ResourceError(
-                    "FOLDER", self.folder, f"cannot be created ({error.strerror})", "Give --out another folder"
-                ) from None
-            self._write({"config": to_dict(config), "data": describe(data), "finished": False})
-            return
-        if record["data"]["fingerprint"] != data.fingerprint:
-            cause = f"this run was begun on other data ({record['data']['name']}, {record['data']['items']} items)"
-            raise ConfigError("RUN", self.folder, cause, "Give --out a new folder, or the data it was begun with")
-        changed = _differences(record["config"], to_dict(config))
-        if changed:
-            cause = f"this run was begun with another recipe: {'; '.join(changed[:4])}"
-            raise ConfigError("RUN", self.folder, cause, "Give --out a new folder, or the flags it was begun with")
+            self._write(fresh)
+            return False
+        with suppress(ConfigError):  # settings that came later have their defaults
+            record["config"] = to_dict(from_dict(type(config), record["config"]))
+        changed = [*_differences(_told(record), _told(fresh))]
+        if not changed:
+            if record["config"] != fresh["config"]:
+                self._write({**record, "config": fresh["config"]})
+            return False
+        if not force:
+            raise ChangedError(self.folder, changed)
+        self._write({**fresh, "changed": [*record.get("changed", []), [list(row) for row in changed]]})
+        return True
 
     def finish(self) -> None:
         """Marks the run as finished."""
@@ -78,10 +127,22 @@ class Run:
         assert record is not None
         self._write({**record, "finished": True})
 
+    def _claim(self) -> None:
+        """Makes the folders, unless something else than a run is there."""
+        try:
+            here = {f.name for f in self.folder.iterdir()} if self.folder.is_dir() else set()
+            if "run.json" not in here and here - BEFORE_RECORD:
+                cause = "this folder is not empty and is no run"
+                raise ConfigError("RUN", self.folder, cause, "Give --out a new folder")
+            for folder in (self.folder, self.checkpoints, self.pictures):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            cause = f"cannot be created ({error.strerror})"
+            raise ResourceError("FOLDER", self.folder, cause, "Give --out another folder") from None
+
     def _write(self, record: dict[str, Any]) -> None:
-        partial = self.folder / "run.json.partial"
-        partial.write_text(json.dumps(record, indent=1))
-        os.replace(partial, self.folder / "run.json")
+        text = json.dumps({**record, "sha256": _digest(record)}, indent=1)
+        write_file(self.folder / "run.json", text.encode())
 
     def read_metrics(self, up_to: int | None = None) -> list[dict[str, Any]]:
         """The records of ``metrics.jsonl``, without those after step ``up_to`` and without a torn last line."""
@@ -99,12 +160,12 @@ class Run:
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """All ``records`` as JSONL and as CSV with every column that one of them has."""
-        self.metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
-        columns = list(dict.fromkeys(key for r in records for key in r))
-        with open(self.folder / "metrics.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(records)
+        write_file(self.metrics, "".join(json.dumps(r) + "\n" for r in records).encode())
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(dict.fromkeys(key for r in records for key in r)))
+        writer.writeheader()
+        writer.writerows(records)
+        write_file(self.folder / "metrics.csv", table.getvalue().encode())
 
 
 def describe(data: Dataset) -> dict[str, Any]:
@@ -115,13 +176,41 @@ def describe(data: Dataset) -> dict[str, Any]:
         "item_shape": list(data.item_shape),
         "levels": data.levels,
         "classes": list(data.classes),
+        "columns": list(data.columns),
         "notes": list(data.notes),
         "fingerprint": data.fingerprint,
     }
 
 
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+def _told(record: dict[str, Any]) -> dict[str, Any]:
+    """What of a record must be the same when a run goes on."""
+    data = {key: record["data"][key] for key in ("fingerprint", "items", "item_shape", "levels")}
+    major = {"torch": record["torch"].split(".")[0]} if "torch" in record else {}
+    recipe = {
+        part: {key: value for key, value in settings.items() if key not in FREE}
+        for part, settings in record["config"].items()
+    }
+    return {**recipe, "data": data, **major}
+
+
+def _differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, str, str]]:
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
-    return [] if old == new else [f"{where} was {old!r}, now {new!r}"]
+        for key in dict.fromkeys([*old, *new]):
+            if where or key in old:  # a whole part that an older record did not hold
+                yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    elif old != new:
+        yield where, repr(old), repr(new)
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _holder(file: TextIO) -> str:
+    """The number that the process which holds the lock writes there just after it has it."""
+    for _ in range(100):
+        file.seek(0)
+        if number := file.read().strip():
+            return number
+        time.sleep(0.01)
+    return "unknown"

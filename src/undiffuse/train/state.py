@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from undiffuse.checkpoint import fit_tensors, read_tensors, sync_folder, write_tensors
-from undiffuse.errors import CheckpointError
+from undiffuse.checkpoint import fit_tensors, read_tensors, sync_folder, unwritten, write_file, write_tensors
+from undiffuse.errors import CheckpointError, NonFiniteError, ResourceError
 from undiffuse.train.ema import Average
 
 
@@ -27,6 +28,8 @@ class Progress:
     seconds: float = 0.0
     decay_from: int | None = None
     last_step: int | None = None
+    left_out: int = 0
+    """Steps in a row, up to here, whose loss or gradient was no number."""
 
 
 def write(
@@ -41,29 +44,53 @@ def write(
     """Writes ``folder``/step-*: files first, their sha256 in a manifest last, then one rename. Older ones go after.
 
     ``memory`` is what training remembers apart from these; where there is none there is no file of it.
+    Raises `NonFiniteError` where one of them is no number, and `ResourceError`; then nothing is changed.
     """
     final = folder / f"step-{progress.step:08d}"
     partial = folder / f"partial-{progress.step:08d}"
-    _discard(partial)
-    partial.mkdir(parents=True)
-    tags = {"undiffuse": "state"}
-    write_tensors(partial / "network.safetensors", network.state_dict(), tags)
-    write_tensors(partial / "average.safetensors", average.mean, tags)
-    write_tensors(partial / "optimiser.safetensors", _flatten(optimiser), tags)
-    if memory:
-        write_tensors(partial / "memory.safetensors", memory, tags)
-    _write_text(partial / "progress.json", json.dumps(asdict(progress)))
-    manifest = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(partial.iterdir())}
-    _write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
-    sync_folder(partial)
-    _discard(final)
-    os.replace(partial, final)
-    sync_folder(folder)
+    parts = _parts(network, average, optimiser, memory)
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                cause = f"{name!r} of its {part} holds numbers that are not finite, so it is not written"
+                fix = "Lower train.lr; the last checkpoint is good"
+                raise NonFiniteError("NON_FINITE", final, cause, fix)
+    try:
+        _discard(partial)
+        partial.mkdir(parents=True)
+        tags = {"undiffuse": "state"}
+        manifest = {f"{k}.safetensors": write_tensors(partial / f"{k}.safetensors", v, tags) for k, v in parts.items()}
+        text = json.dumps(asdict(progress)).encode()
+        write_file(partial / "progress.json", text)
+        manifest["progress.json"] = hashlib.sha256(text).hexdigest()
+        write_file(partial / "manifest.json", _manifest_text(manifest))
+        _discard(final)
+        os.replace(partial, final)
+        sync_folder(folder)
+    except (OSError, ResourceError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, ResourceError):
+            raise
+        size = sum(t.nbytes for tensors in parts.values() for t in tensors.values())
+        raise unwritten(final, size, error) from None
     others = sorted(f for f in folder.glob("step-*") if f != final)
     older = [f for f in others if f.name < final.name]  # the run began before the newer ones: they were damaged
     for other in set(others) - set(older[len(older) + 1 - keep :]):
-        _discard(other)
+        with suppress(OSError):  # the new one is whole whatever happens to the old ones
+            _discard(other)
     return final
+
+
+def tidy(folder: Path) -> None:
+    """Finishes or removes what a killed `write` left: a folder that was whole, all but its name, gets that."""
+    for left in folder.glob("partial-*"):
+        final = left.with_name(left.name.replace("partial", "step"))
+        with suppress(CheckpointError):
+            if not final.exists():
+                _verify(left)
+                os.replace(left, final)
+    for left in (*folder.glob("partial-*"), *folder.glob("trash-*")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def read_latest(
@@ -78,8 +105,6 @@ def read_latest(
     The tensors of ``memory`` are filled in place. Progress 0 if there is none. Raises `CheckpointError` if there
     are some and none is whole.
     """
-    for left in (*folder.glob("partial-*"), *folder.glob("trash-*")):
-        shutil.rmtree(left, ignore_errors=True)
     damaged: list[str] = []
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         try:
@@ -103,31 +128,54 @@ def _read(
     optimiser: torch.optim.Optimizer,
     memory: Mapping[str, Tensor],
 ) -> Progress:
-    try:
-        manifest: dict[str, str] = json.loads((folder / "manifest.json").read_text())
-        for name, sha256 in manifest.items():
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
-                raise CheckpointError(
-                    "DAMAGED", folder / name, "its contents do not match the manifest", "An older checkpoint is used"
-                )
-        progress = Progress(**json.loads((folder / "progress.json").read_text()))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            "DAMAGED", folder, f"not a whole checkpoint ({error})", "An older checkpoint is used"
-        ) from None
-    weights, _ = read_tensors(folder / "network.safetensors")
-    mean, _ = read_tensors(folder / "average.safetensors")
-    moments, _ = read_tensors(folder / "optimiser.safetensors")
-    fit_tensors(folder / "network.safetensors", network.state_dict(), weights)
-    fit_tensors(folder / "average.safetensors", average.mean, mean)
-    remembered = read_tensors(folder / "memory.safetensors")[0] if memory else {}
-    fit_tensors(folder / "memory.safetensors", memory, remembered)
-    network.load_state_dict(weights)
-    average.load(mean)
-    _unflatten(optimiser, moments)
-    for name, tensor in remembered.items():
-        memory[name].copy_(tensor)
+    progress = _verify(folder)
+    found = {}
+    for part, wanted in _parts(network, average, optimiser, memory).items():
+        path = folder / f"{part}.safetensors"
+        found[part], _ = read_tensors(path)
+        fit_tensors(path, found[part] if part == "optimiser" else wanted, found[part])
+    network.load_state_dict(found["network"])
+    average.load(found["average"])
+    _unflatten(optimiser, found["optimiser"])
+    for name, tensor in memory.items():
+        tensor.copy_(found["memory"][name])
     return progress
+
+
+def _verify(folder: Path) -> Progress:
+    """Where a whole checkpoint stands. Raises `CheckpointError` naming the file that is not what was written.
+
+    The manifest needs no sha256 of its own: it has one form, and all that it says is compared with the files.
+    """
+    again = "An older checkpoint is used"
+    try:
+        text = (folder / "manifest.json").read_bytes()
+        manifest: dict[str, str] = json.loads(text)
+        if _manifest_text(manifest) != text or "progress.json" not in manifest:
+            raise ValueError("manifest.json is not as it was written")
+        for name, sha256 in manifest.items():
+            with open(folder / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    cause = "its contents do not match the manifest"
+                    raise CheckpointError("DAMAGED", folder / name, cause, again)
+        progress = Progress(**json.loads((folder / "progress.json").read_bytes()))
+        if not folder.name.endswith(f"-{progress.step:08d}"):
+            raise ValueError(f"progress.json is that of step {progress.step}")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError("DAMAGED", folder, f"not a whole checkpoint ({error})", again) from None
+    return progress
+
+
+def _manifest_text(manifest: Mapping[str, str]) -> bytes:
+    return json.dumps(manifest, indent=1, sort_keys=True).encode()
+
+
+def _parts(
+    network: nn.Module, average: Average, optimiser: torch.optim.Optimizer, memory: Mapping[str, Tensor] | None
+) -> dict[str, Mapping[str, Tensor]]:
+    """What a checkpoint holds, a file each."""
+    parts = {"network": network.state_dict(), "average": average.mean, "optimiser": _flatten(optimiser)}
+    return {**parts, "memory": memory} if memory else parts
 
 
 def _flatten(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -150,10 +198,3 @@ def _discard(folder: Path) -> None:
         shutil.rmtree(trash, ignore_errors=True)
         os.replace(folder, trash)
         shutil.rmtree(trash, ignore_errors=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +18,7 @@ from undiffuse.conditioning import Condition
 from undiffuse.config import TrainConfig
 from undiffuse.data import Dataset, Split
 from undiffuse.diffusion import Diffusion
-from undiffuse.errors import ConfigError, DataError
+from undiffuse.errors import ConfigError, ResourceError
 from undiffuse.report import pictures
 from undiffuse.train import state
 from undiffuse.train.run import Run
@@ -69,9 +71,12 @@ class Watch:
         """Prints a line above the bar."""
         self.console.print(line, soft_wrap=True, markup=False)
 
-    def step(self, loss: float, norm: float, lr: float) -> None:
-        """Takes note of a step; writes a record each fifty, and one at the end."""
+    def step(self, loss: float | None, norm: float, lr: float) -> None:
+        """Takes note of a step, with no loss where it was left out; writes a record each fifty, and one at the end."""
         self.before, self.share = self.share, self._share()
+        if loss is None:
+            self.records.append({"step": self.progress.step, "left_out": 1})
+            return
         self.losses.append(loss)
         if len(self.losses) < 50 and self.progress.step != self.progress.last_step:
             return
@@ -125,7 +130,7 @@ class Watch:
             }
         )
         self._draw(f"samples-{self.progress.step:08d}.png")
-        self.run.write_metrics(self.records)
+        self.write_records()
         unit = "bits/dim"
         self.say(
             f"{_clock(self.progress.seconds):>8}  step {self.progress.step:>7,}  "
@@ -139,10 +144,24 @@ class Watch:
         self.look(LAST_DRAWS)
         self._draw("samples.png", LAST_SHOWN, LAST_STEPS)
         try:
-            pictures.training_curve(self.records).savefig(self.run.pictures / "training.png", dpi=150)
+            with self._spared():
+                pictures.training_curve(self.records).savefig(self.run.pictures / "training.png", dpi=150)
         except ConfigError:
             self.say("no training curve: matplotlib is not installed (pip install 'undiffuse[report]')")
         self.run.finish()
+
+    def write_records(self) -> None:
+        """The records so far."""
+        with self._spared():
+            self.run.write_metrics(self.records)
+
+    @contextmanager
+    def _spared(self) -> Iterator[None]:
+        """For what a run can do without: what cannot be written is said, and training goes on."""
+        try:
+            yield
+        except (OSError, ResourceError) as error:
+            self.say(f"not written: {error}")
 
     def _measure(self, draws: int) -> tuple[float, float]:
         items = self.split.validation[:HELD_OUT_ITEMS]
@@ -156,8 +175,10 @@ class Watch:
     def _draw(self, name: str, n: int = SHOWN, steps: int = SHOWN_STEPS) -> None:
         samples = self.smooth.sample(n, seed=0, steps=steps, cond=self._shown(n))
         try:
-            pictures.grid(samples.numpy(), self.data.levels).save(self.run.pictures / name)
-        except DataError as error:
+            picture = pictures.grid(samples.numpy(), self.data.levels, names=self.data.columns)
+            with self._spared():
+                picture.save(self.run.pictures / name)
+        except ConfigError as error:
             self.say(f"no picture of the samples: {error.cause}")
 
     def _told(self, items: np.ndarray) -> Condition | None:
