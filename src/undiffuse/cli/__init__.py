@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Sequence
 
 import typer
 
 from undiffuse.cli.app import app
-from undiffuse.errors import UndiffuseError
+from undiffuse.data import BadFiles, Problem
+from undiffuse.errors import UndiffuseError, printable
 from undiffuse.train import Interrupted
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]  # typer has click's or a copy
 
+SHOWN = 20
+"""Problems of files that are listed one by one."""
 STOPPED = "stopped at once; the last checkpoint is whole"
 
 
@@ -37,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         code = _report(STOPPED, 130, debug)
     except Interrupted as stopped:
         code = _report(stopped.said, stopped.exit_code, False)
+    except BadFiles as error:
+        _list(error.problems)
+        code = _report(str(error), error.exit_code, debug)
     except UndiffuseError as error:
         code = _report(str(error), error.exit_code, debug)
     except MemoryError:
@@ -49,6 +56,17 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.Exit as done:
         code = done.exit_code
     return code
+
+
+def _list(problems: Sequence[Problem]) -> None:
+    """Prints all ``problems`` where there are several, one a line, as many as can be read."""
+    if len(problems) == 1:
+        return
+    for path, code, reason in problems[:SHOWN]:
+        print(printable(f"  {code} {path}: {reason}"), file=sys.stderr)
+    if len(problems) > SHOWN:
+        print(f"  and {len(problems) - SHOWN:,} more", file=sys.stderr)
+    print("  --on-bad skip leaves out each file that cannot be taken", file=sys.stderr)
 
 
 def _report(line: str, code: int, debug: bool) -> int:

@@ -11,32 +11,26 @@ import typer
 
 from undiffuse import checkpoint, presets
 from undiffuse import config as configuration
-from undiffuse import data as datasets
 from undiffuse.cli.advise import advise_command
+from undiffuse.cli.check import check
 from undiffuse.cli.classifier import train_classifier
 from undiffuse.cli.ema import ema
 from undiffuse.cli.evaluate import evaluate_model
 from undiffuse.cli.interpolate import interpolate
 from undiffuse.cli.options import (
-    Channels,
-    Crop,
     DataArgument,
     Device,
-    Folder,
-    Layout,
-    Levels,
     RunArgument,
-    Size,
-    ValueRange,
     beside,
     console,
     device_of,
 )
+from undiffuse.cli.reading import Read, reads_data, record_skipped, say_notes
 from undiffuse.cli.restore import restore
 from undiffuse.cli.sample import sample
 from undiffuse.diffusion import describe
 from undiffuse.errors import ConfigError
-from undiffuse.report import pictures, table
+from undiffuse.report import table
 from undiffuse.train import ChangedError, Interrupted, Run, fit
 
 app = typer.Typer(
@@ -49,6 +43,7 @@ app = typer.Typer(
 
 
 @app.command()
+@reads_data
 def train(
     data: DataArgument,
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/DATA if not given.")] = None,
@@ -71,22 +66,15 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Go on with a run that was begun with other settings or data.")
     ] = False,
-    folder: Folder = None,
-    size: Size = None,
-    crop: Crop = False,
-    channels: Channels = None,
-    layout: Layout = None,
-    levels: Levels = None,
-    value_range: ValueRange = None,
+    *,
+    read: Read,
 ) -> None:
     """Train a model on DATA; goes on where an unfinished run stopped."""
     device = device_of(device)
     if minutes is not None and steps is not None:
         raise ConfigError("USAGE", "--minutes, --steps", "both say when to stop", "Give one of them")
-    options: dict[str, Any] = {"folder": folder, "size": size, "crop": crop, "channels": channels}
-    options |= {"layout": layout, "levels": levels, "value_range": value_range}
-    dataset = datasets.load(data, **options)
-    _say_notes(dataset)
+    dataset = read(data)
+    say_notes(dataset)
     run = Run(out or Path("runs") / Path(data.rstrip("/")).name.split(".")[0])
     if run.finished:
         console.print(f"{run.folder} is a finished run already; give --out another folder to train again", markup=False)
@@ -105,6 +93,8 @@ def train(
     chosen = recipe.train
     length = f"{chosen.minutes:g} minutes" if chosen.minutes else f"{chosen.steps:,} steps"
     console.print(f"recipe {name!r}, {length}, into {run.folder}", markup=False)
+    if dataset.seen.skipped:
+        console.print(f"skipped files are listed in {run.folder}/skipped.json", markup=False)
     try:
         fit(recipe, dataset, run.folder, device, init=init, force=force)
     except ChangedError as error:
@@ -114,6 +104,7 @@ def train(
     console.print(f"next: undiffuse sample {run.folder}   undiffuse evaluate {run.folder} {data}", markup=False)
 
 
+app.command()(check)
 app.command()(sample)
 app.command("advise")(advise_command)
 app.command()(restore)
@@ -123,6 +114,7 @@ app.command()(ema)
 
 
 @app.command()
+@reads_data
 def evaluate(
     run: RunArgument,
     data: DataArgument,
@@ -152,20 +144,14 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where to put the results; the run folder if not given.")] = None,
     device: Device = "auto",
-    folder: Folder = None,
-    size: Size = None,
-    crop: Crop = False,
-    channels: Channels = None,
-    layout: Layout = None,
-    levels: Levels = None,
-    value_range: ValueRange = None,
+    *,
+    read: Read,
 ) -> None:
     """Measure a model on DATA in bits per dimension; goes on where an unfinished evaluation stopped."""
     model = checkpoint.load(run, device_of(device))
-    options: dict[str, Any] = {"folder": folder, "size": size, "crop": crop, "channels": channels}
-    options |= {"layout": layout, "levels": levels, "value_range": value_range}
-    dataset = datasets.load(data, **options)
+    dataset = read(data)
     place = out or beside(run)
+    record_skipped(dataset, place / "evaluation-skipped.json")
     chosen: dict[str, Any] = {
         "estimates": estimate or (),
         "untold": untold,
@@ -210,58 +196,12 @@ def inspect(
     table.render([{"": key, "model": value} for key, value in facts.items()], str(run))
 
 
-@app.command()
-def check(
-    data: DataArgument,
-    out: Annotated[Path | None, typer.Option(help="Write a contact sheet to this PNG file.")] = None,
-    folder: Folder = None,
-    size: Size = None,
-    crop: Crop = False,
-    channels: Channels = None,
-    layout: Layout = None,
-    levels: Levels = None,
-    value_range: ValueRange = None,
-) -> None:
-    """Show what the software sees in DATA: items, sizes, levels, labels, duplicates, the held-out split."""
-    options: dict[str, Any] = {"folder": folder, "size": size, "crop": crop, "channels": channels}
-    options |= {"layout": layout, "levels": levels, "value_range": value_range}
-    dataset = datasets.load(data, **options)
-    split = dataset.split() if len(dataset) > 2 else None
-    facts: dict[str, Any] = {
-        "items": f"{len(dataset):,} of {'×'.join(map(str, dataset.item_shape))}",
-        "values": "continuous" if dataset.levels is None else f"{dataset.levels} levels",
-        "labels": ", ".join(dataset.classes[:12]) + (" ..." if len(dataset.classes) > 12 else "") or "none",
-        "told beside": _told_beside(dataset),
-        "split": "none"
-        if split is None
-        else f"{len(split.train):,} train, {len(split.validation):,} validation, {len(split.test):,} test",
-        "fingerprint": dataset.fingerprint[:16],
-    }
-    table.render([{"": key, "data": value} for key, value in facts.items()], data)
-    _say_notes(dataset)
-    if out is not None:
-        pictures.grid(dataset.values[:64], dataset.levels, names=dataset.columns).save(out)
-        console.print(f"contact sheet: {out}", markup=False)
-
-
 def _with_end(recipe: configuration.Config, minutes: float | None, steps: int | None) -> configuration.Config:
     """The recipe with the end that was asked for, else its own, else ten minutes."""
     if minutes is not None or steps is not None:
         return configuration.replace_train(recipe, minutes=minutes, steps=steps)
     has_end = recipe.train.minutes is not None or recipe.train.steps is not None
     return recipe if has_end else configuration.replace_train(recipe, minutes=10.0)
-
-
-def _told_beside(dataset: datasets.Dataset) -> str:
-    if dataset.cond is None:
-        return "nothing"
-    length = f"up to {dataset.cond.shape[1]} tokens" if dataset.mask is not None else "a vector"
-    return f"{length} of {dataset.cond.shape[-1]} numbers"
-
-
-def _say_notes(dataset: datasets.Dataset) -> None:
-    for note in dataset.notes:
-        console.print(f"note: {note}", markup=False)
 
 
 def _settings(settings: dict[str, Any]) -> str:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import os
 import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from safetensors import SafetensorError, safe_open
 
-from undiffuse.data.arrays import check_options, conditions, dataset_from
+from undiffuse.data import headers
+from undiffuse.data.arrays import Range, check_options, conditions, dataset_from
 from undiffuse.data.dataset import Dataset
+from undiffuse.data.memory import require
 from undiffuse.data.problems import Refused, refusal
+from undiffuse.data.seen import Seen, Stamp
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
@@ -28,20 +30,28 @@ MAX_BYTES = 1 << 36
 
 T = TypeVar("T")
 
-Read = tuple[dict[str, np.ndarray], list[str]]  # arrays by role, notes
+
+class Read(NamedTuple):
+    arrays: dict[str, np.ndarray]  # by role
+    notes: list[str]
+    seen: Seen = Seen()
 
 
-def load_array(path: str | Path, *, layout: str | None = None, levels: int | None = None) -> Dataset:
+def load_array(
+    path: str | Path, *, layout: str | None = None, levels: int | None = None, value_range: Range | None = None
+) -> Dataset:
     """The array in ``path`` called images, x, data or arr_0 (or the only one), with labels or y if there are.
 
     An array ``cond`` beside it holds a vector (N, D) for each item, or tokens (N, L, D) with their ``mask`` (N, L).
-    ``.npy`` files in their final form stay memory-mapped. ``layout`` and ``levels`` as in ``from_array``. DataError
-    for what is wrong with the file or its arrays; nothing is unpickled.
+    ``.npy`` files in their final form stay memory-mapped. ``layout``, ``levels`` and ``value_range`` as in
+    ``from_array``. DataError for what is wrong with the file or its arrays; nothing is unpickled.
     """
-    check_options(layout, levels)
+    check_options(layout, levels, value_range)
 
-    def make(arrays: dict[str, np.ndarray], notes: list[str]) -> Dataset:
-        return dataset_from(Path(path).stem, arrays["values"], arrays, layout, levels, notes)
+    def make(read: Read) -> Dataset:
+        values = read.arrays["values"]
+        made = dataset_from(Path(path).stem, values, read.arrays, layout, levels, read.notes, value_range)
+        return replace(made, seen=read.seen)
 
     return _read(Path(path), make)
 
@@ -52,12 +62,13 @@ def load_conditions(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
     DataError for what is wrong with the file or its arrays.
     """
     return _read(
-        Path(path), lambda arrays, _: conditions(arrays.get("cond", arrays["values"]), arrays.get("mask"), None)
+        Path(path),
+        lambda read: conditions(read.arrays.get("cond", read.arrays["values"]), read.arrays.get("mask"), None),
     )
 
 
-def _read(path: Path, make: Callable[[dict[str, np.ndarray], list[str]], T]) -> T:
-    """What ``make`` makes of the arrays and notes of a file, and DataError for what is wrong with them."""
+def _read(path: Path, make: Callable[[Read], T]) -> T:
+    """What ``make`` makes of what is read from a file, and DataError for what is wrong with it."""
     readers = {".npy": _read_npy, ".npz": _read_npz, ".safetensors": _read_safetensors}
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -68,7 +79,7 @@ def _read(path: Path, make: Callable[[dict[str, np.ndarray], list[str]], T]) -> 
             raise Refused("EMPTY_FILE", "holds no bytes")
         if path.suffix.lower() not in readers:
             raise Refused("PICKLE_REFUSED", "a format that can hold pickles")
-        return make(*readers[path.suffix.lower()](path, start))
+        return make(readers[path.suffix.lower()](path, start))
     except Refused as refused:
         raise refused.at(path) from refused.__cause__
     except OSError as error:
@@ -76,29 +87,19 @@ def _read(path: Path, make: Callable[[dict[str, np.ndarray], list[str]], T]) -> 
 
 
 def _read_npy(path: Path, start: bytes) -> Read:
+    _check_magic(start)
     with path.open("rb") as stream:
-        _check_npy(stream, start, os.fstat(stream.fileno()).st_size)
-    return {"values": np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)}, []
+        status = os.fstat(stream.fileno())
+        header = headers.read_npy(stream, status.st_size)
+        if not header.bytes:
+            return Read({"values": np.empty(header.shape, header.dtype)}, [])
+        values = np.memmap(stream, header.dtype, "r", header.offset, header.shape, header.order).view(np.ndarray)
+    return Read({"values": values}, [], Seen(mapped={path: Stamp.of(status)}))
 
 
-def _check_npy(stream: IO[bytes], start: bytes, size: int) -> None:
-    """Refused unless the header can be read, holds no objects and promises exactly what ``size`` leaves for it."""
-    if not start.startswith(npy.MAGIC_PREFIX):
+def _check_magic(start: bytes) -> None:
+    if not start.startswith(headers.MAGIC):
         raise _no_array(start, "a .npy header")
-    try:
-        version = npy.read_magic(stream)
-        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
-        shape, _, dtype = read(stream)
-    except (ValueError, KeyError, TypeError, SyntaxError, EOFError, UnicodeError, RecursionError) as error:
-        raise Refused("BAD_HEADER", f"its .npy header cannot be read ({str(error)[:80]})") from error
-    if dtype.hasobject:
-        raise Refused("PICKLE_REFUSED", "holds Python objects, not numbers")
-    if any(n < 0 for n in shape):
-        raise Refused("BAD_HEADER", f"its header gives the shape {shape}")
-    promised, there = math.prod(shape) * dtype.itemsize, size - stream.tell()
-    if promised != there:
-        code = "TRUNCATED" if promised / 2 <= there < promised else "SIZE_MISMATCH"
-        raise Refused(code, f"its header promises {promised:,} bytes, {there:,} are there")
 
 
 def _read_npz(path: Path, start: bytes) -> Read:
@@ -107,19 +108,21 @@ def _read_npz(path: Path, start: bytes) -> Read:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            _check_members(archive, members)
+            _check_members(archive, members, path.stat().st_size)
             read = {role: _read_member(archive, members[name]) for role, name in _pick(members).items()}
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise Refused("BAD_ARCHIVE", f"cannot be unpacked ({error})") from error
-    return read, []
+    return Read(read, [])
 
 
-def _check_members(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo]) -> None:
+def _check_members(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], size: int) -> None:
     if len(members) != len(archive.infolist()):
         raise Refused("BAD_ARCHIVE", "two members have the same name")
     for name, info in members.items():
         if name.startswith("/") or ".." in Path(name).parts or "\\" in name:
             raise Refused("BAD_ARCHIVE", f"the member {name} points out of it")
+        if info.compress_size > size:
+            raise Refused("BAD_ARCHIVE", f"the member {name} says to be larger than the archive")
         if info.file_size > MAX_BYTES or info.file_size > max(1 << 24, 200 * info.compress_size):
             raise Refused(
                 "ZIP_BOMB", f"the member {name} unpacks from {info.compress_size:,} to {info.file_size:,} bytes"
@@ -129,25 +132,34 @@ def _check_members(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo]
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """The array of a member, which is never read further than its header and the directory both say."""
     with archive.open(info) as stream:
-        start = stream.read(16)
+        _check_magic(stream.read(16))
     with archive.open(info) as stream:
-        _check_npy(stream, start, info.file_size)
-    with archive.open(info) as stream:
-        return npy.read_array(stream, allow_pickle=False)
+        header = headers.read_npy(stream, info.file_size)
+        require(header.bytes, info.filename)
+        buffer, at = np.empty(header.bytes, np.uint8), 0
+        while chunk := stream.read(1 << 20):
+            buffer[at : at + len(chunk)] = np.frombuffer(chunk, np.uint8)
+            at += len(chunk)
+    if at != header.bytes:
+        raise Refused("BAD_ARCHIVE", f"the member {info.filename} ends before its header says")
+    return np.ndarray(header.shape, header.dtype, buffer, order=header.order)
 
 
 def _read_safetensors(path: Path, start: bytes) -> Read:
+    if start[8:9] != b"{":
+        raise _no_array(start, "a safetensors header")
+    with path.open("rb") as stream:
+        there = headers.read_safetensors(stream, os.fstat(stream.fileno()).st_size)
+    names = _pick(there)
+    notes = ["bfloat16 widened to float32"] if there[names["values"]].dtype == "BF16" else []
     try:
         with safe_open(path, framework="pt") as file:
-            names = _pick(file.keys())
-            notes = ["bfloat16 widened to float32"] if file.get_slice(names["values"]).get_dtype() == "BF16" else []
             read = {role: file.get_tensor(name) for role, name in names.items()}
     except SafetensorError as error:
-        if "not fully covered" in str(error):
-            raise Refused("SIZE_MISMATCH", "its header promises another number of bytes than are there") from error
-        raise _no_array(start, "a safetensors header") from error
-    return {role: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for role, t in read.items()}, notes
+        raise Refused("BAD_HEADER", f"cannot be read as safetensors ({error})"[:200]) from error
+    return Read({role: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for role, t in read.items()}, notes)
 
 
 def _pick(names: Iterable[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,12 @@ class Seen:
     hidden: int = 0
     skipped: tuple[Problem, ...] = ()
     mapped: Mapping[Path, Stamp] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Writes ``skipped`` to a JSON file, whole or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(plain(self.skipped), indent=1), encoding="utf-8")
+        os.replace(partial, path)
 
     def check(self) -> None:
         """Raises DataError (CHANGED_DURING_RUN) where a file that values are read from is no longer what it was."""

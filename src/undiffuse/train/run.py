@@ -104,6 +104,8 @@ class Run:
         self._claim()
         for left in self.folder.glob("*.partial"):
             left.unlink()
+        if data.seen.skipped:
+            data.seen.write(self.folder / "skipped.json")
         fresh = {"config": to_dict(config), "data": describe(data), "torch": torch.__version__, "finished": False}
         record = self.record
         if record is None:
