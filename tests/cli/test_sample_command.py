@@ -267,6 +267,7 @@ def test_advise_and_use_it(run, call, tmp_path, monkeypatch):
         "left out: dpm++2m_sde, ancestral (draws noise)",
         "sample --calls",
         "of 4 items",
+        "not judged: give held-out DATA beside RUN",
     ):
         assert words.replace("sample --calls", "--calls 5") in said.out, said.out
     told = json.loads((run / "advice.json").read_text())
@@ -306,6 +307,41 @@ def test_advise_and_use_it(run, call, tmp_path, monkeypatch):
     (run / "advice.json").write_text("{}")
     said = call("sample", run, "--n", 1, "--calls", 5, "--out", tmp_path / "z")
     assert "advice.json is not used: it is damaged" in said.out
+
+
+def test_advice_by_the_law_of_the_samples(run, call, tmp_path, monkeypatch):
+    few = {name: advise.solvers.SOLVERS[name] for name in ("unipc", "dpm++2m_sde", "ancestral")}
+    monkeypatch.setattr(advise.solvers, "SOLVERS", few)
+    path, quick = tmp_path / "some.npy", ("--calls", 3, "--items", 8, "--fine", 12, "--samples", 40)
+    np.save(path, np.random.default_rng(0).integers(0, 17, (60, 1, 4, 4), dtype=np.uint8))
+    said = call("advise", run, path, "--levels", 17, *quick)
+    assert (said.code, said.err) == (0, "")
+    for words in ("the law: 40 samples of 3 calls", "training items", "kernel", "kept in"):
+        assert words in said.out
+    told = json.loads((run / "advice.json").read_text())["advice"]["3"]
+    rows = told["laws"]
+    assert (told["samples"], len(rows), rows[-1]["solver"]) == (40, 5, "training items")
+    assert rows[0]["solver"] == str(Choice(told["solver"], 1, settings=told["settings"]))
+    assert rows[0]["levels"] == ("fitted" if told["times"] else told["spacing"])
+    apart = [row["Fréchet"][0] for row in rows[:-1]]
+    assert apart == sorted(apart)
+    assert rows[1]["behind the best"][0] == pytest.approx(apart[1] - apart[0])
+    said = call("advise", run, path, "--levels", 18, *quick)
+    assert (said.code, said.err[:13]) == (3, "error[SHAPE] ")
+    assert "of 18 levels" in said.err
+    np.save(path, np.random.default_rng(1).integers(0, 17, (19, 1, 4, 4), dtype=np.uint8))
+    said = call("advise", run, path, "--levels", 17, *quick)
+    assert (said.code, said.err[:11]) == (3, "error[FEW] ")
+
+
+def test_a_built_in_set_is_judged_without_being_named(call, tmp_path, monkeypatch):
+    few = {name: advise.solvers.SOLVERS[name] for name in ("unipc", "dpm++2m_sde")}
+    monkeypatch.setattr(advise.solvers, "SOLVERS", few)
+    own = model(0, (2,), Identity())
+    own.info = {"name": "two-moons", "levels": None}
+    checkpoint.save(own, tmp_path / "model.safetensors")
+    said = call("advise", tmp_path, "--calls", 2, "--items", 8, "--fine", 8, "--samples", 20)
+    assert "the law: 20 samples" in said.out, said
 
 
 def test_advice_is_kept_as_it_was_given(tmp_path):

@@ -14,8 +14,8 @@ from undiffuse.advise import Choice
 from undiffuse.diffusion import Diffusion
 from undiffuse.errors import ConfigError
 
-QUALITIES = {"draft": Choice("unipc", 8), "good": Choice("unipc", 25), "best": Choice("unipc", 100)}
-"""One and the same sample, ever nearer to where the flow ends; measured in benchmarks/RECORDS.md."""
+QUALITIES = {"draft": Choice("dpm++2m_sde", 10), "good": Choice("dpm++2m_sde", 25), "best": Choice("dpm++2m_sde", 100)}
+"""Ever nearer to the law of the chain; docs/choosing.md says how near, and why the solver draws noise."""
 OTHERS = 100
 """Steps of a solver that is asked for by name."""
 ADVICE = "advice.json"

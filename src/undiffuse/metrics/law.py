@@ -1,0 +1,125 @@
+"""Whose samples have the law of the data: walks that draw noise and walks that do not, judged alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from undiffuse import solvers
+from undiffuse.advise import SAME, Choice, Reference, fitted, most
+from undiffuse.diffusion import Diffusion
+from undiffuse.metrics.distance import frechet, kernel
+
+COMPONENTS = 64
+"""Principal components of the data in which laws are compared, at most."""
+GROUPS = 10
+"""Parts of the samples of which one is left out at a time, for the standard error."""
+
+FINAL = 4
+"""So many walks are compared by all samples, after all were by a quarter of them."""
+FEWEST = 20
+"""So many items are the least that can be compared."""
+
+
+class Judged(NamedTuple):
+    """A choice (None: other items of the data), and how far its samples' law is from that of the data.
+
+    ``distance`` is the Fréchet distance, in units of x²; ``without`` (`GROUPS`,) the same with a part of the
+    samples left out. ``kernel`` is the kernel distance of as many items of the data and its standard error.
+    """
+
+    choice: Choice | None
+    distance: float
+    without: Tensor
+    kernel: tuple[float, float]
+
+    @property
+    def mean(self) -> tuple[float, float]:
+        """The Fréchet distance and its standard error over the samples, by the jackknife; the data stay."""
+        return self.distance, _jackknife(self.without)
+
+    def behind(self, best: Judged) -> tuple[float, float]:
+        """How much farther it is than ``best``, from the same starts: the difference and its standard error."""
+        return self.distance - best.distance, _jackknife(self.without - best.without)
+
+
+def noisy(model: Diffusion, known: Reference, calls: int) -> list[Choice]:
+    """Walks of at most ``calls`` by the solvers that draw noise: even in t, Karras's, and fitted to the flow ``known``.
+
+    A solver without an order of convergence has none to be fitted by, and is left out.
+    """
+    found = []
+    for name in solvers.SOLVERS:
+        solver = solvers.build(name)
+        if not solver.draws or solver.order is None or name in SAME:
+            continue
+        for spacing in ("uniform", "karras", "fitted"):
+            power = 1 / (solver.order + 1)
+            times = (lambda n, p=power: fitted(known, model.schedule, n, p)) if spacing == "fitted" else _none
+            found.append(most(Choice(name, 1, spacing), model.schedule, calls, times))
+    return [choice for choice in found if choice is not None]
+
+
+@torch.no_grad()
+def judge(
+    model: Diffusion,
+    choices: Sequence[Choice],
+    data: Tensor,
+    others: Tensor,
+    n: int = 500,
+    seed: int = 0,
+    batch: int = 64,
+    tick: Callable[[int], None] = lambda steps: None,
+) -> tuple[list[Judged], Judged]:
+    """``choices`` by how far ``n`` samples of each are from the ``data`` values (N, ...), the nearest first; the floor.
+
+    The floor is the same of ``n`` of the ``others`` (M, ...), items of the data too: the principal components are
+    theirs. All samples are told nothing and have the same ``seed``. ``tick`` is called with the item-steps done.
+    """
+    first = others[torch.linspace(0, len(others) - 1, min(len(others), 2000)).long()]
+    rows = model.codec.encode(first).flatten(1).double()
+    axes = torch.linalg.svd(rows - rows.mean(0), full_matrices=False).Vh[:COMPONENTS]
+
+    def features(values: Tensor) -> Tensor:
+        return model.codec.encode(values).flatten(1).double() @ axes.T
+
+    real = features(data)
+
+    def compared(choice: Choice | None, values: Tensor) -> Judged:
+        drawn, group = features(values), torch.arange(len(values)) % GROUPS
+        without = [frechet(drawn[group != g], real) for g in range(GROUPS)]
+        blocks = min(10, len(drawn) // 2, len(real) // 2)
+        apart = frechet(drawn, real), torch.tensor(without, dtype=torch.float64), kernel(drawn, real, blocks)
+        return Judged(choice, *apart)
+
+    found = []
+    for choice in choices:
+        solver, spacing = model.solver(choice.solver, **choice.settings), choice.spacing
+        walk = {"spacing": "uniform" if choice.times else spacing, "times": choice.times}
+        found.append(compared(choice, model.sample(n, seed, solver, choice.steps, batch, tick, **walk)))
+    return sorted(found, key=lambda one: one.distance), compared(None, others[-n:])
+
+
+def nearest(
+    model: Diffusion,
+    choices: Sequence[Choice],
+    data: Tensor,
+    others: Tensor,
+    n: int = 500,
+    seed: int = 0,
+    tick: Callable[[int], None] = lambda steps: None,
+) -> tuple[list[Judged], Judged]:
+    """The `FINAL` best of ``choices`` as `judge` has it, first by a quarter of the ``n`` samples, then by all."""
+    rough, _ = judge(model, choices, data, others, max(FEWEST, n // 4), seed, tick=tick)
+    return judge(model, [one.choice for one in rough[:FINAL] if one.choice], data, others, n, seed, tick=tick)
+
+
+def _jackknife(without: Tensor) -> float:
+    return float(((len(without) - 1) * without.var(correction=0)).sqrt())
+
+
+def _none(steps: int) -> None:
+    return None
