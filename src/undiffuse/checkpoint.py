@@ -18,6 +18,8 @@ from torch import Tensor
 
 from undiffuse import codec as codecs
 from undiffuse.config import ModelConfig, from_dict
+from undiffuse.data import headers
+from undiffuse.data.problems import Refused
 from undiffuse.diffusion import Diffusion, describe
 from undiffuse.errors import CheckpointError, ConfigError, ResourceError
 from undiffuse.networks.norm import in_fast_layout
@@ -89,7 +91,7 @@ def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def fit_tensors(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raises `CheckpointError` naming the first tensor that is missing, unknown, misshapen or not finite."""
+    """Raises `CheckpointError` naming the first tensor that is missing, unknown, not finite or of another form."""
     again = "The file is damaged or belongs to another model: use an older checkpoint"
     for name in sorted(set(wanted) | set(found)):
         if name not in found:
@@ -98,6 +100,9 @@ def fit_tensors(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Te
             raise CheckpointError("TENSOR", path, f"the tensor {name!r} does not belong to this model", again)
         if wanted[name].shape != found[name].shape:
             cause = f"the tensor {name!r} has the shape {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+            raise CheckpointError("TENSOR", path, cause, again)
+        if wanted[name].dtype != found[name].dtype:
+            cause = f"the tensor {name!r} holds {found[name].dtype}, not {wanted[name].dtype}"
             raise CheckpointError("TENSOR", path, cause, again)
         if not torch.isfinite(found[name]).all():
             raise CheckpointError("NON_FINITE", path, f"the tensor {name!r} holds numbers that are not finite", again)
@@ -145,10 +150,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise CheckpointError("NOT_FOUND", path, "no such file", "Name a run folder or a .safetensors file")
     try:
+        with path.open("rb") as stream:
+            headers.read_safetensors(stream, os.fstat(stream.fileno()).st_size)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (Refused, SafetensorError, OSError, ValueError) as error:
         cause = f"not a whole safetensors file ({error})"
         raise CheckpointError("DAMAGED", path, cause[:300], "Use an older checkpoint, or copy the file again") from None
     version = metadata.get("undiffuse", "")

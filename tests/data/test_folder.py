@@ -1,16 +1,12 @@
-import io
 import os
-import socket
-import struct
-import threading
-import zlib
 
 import numpy as np
 import pytest
+from bad_inputs import encoded
 from PIL import Image
 
-from undiffuse.data import BadFiles, Prepare, load, load_folder
-from undiffuse.errors import ConfigError, DataError
+from undiffuse.data import BadFiles, Prepare, load
+from undiffuse.errors import ConfigError
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 5, 3), np.uint8)
@@ -231,105 +227,6 @@ def test_directory_links_end(tmp_path):
     assert load(tmp_path).classes == ("a", "b")
 
 
-def test_links_out_of_the_folder_are_followed_and_noted(tmp_path):
-    save(tmp_path / "away" / "a.png", RGB)
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "a.png").symlink_to(tmp_path / "away" / "a.png")
-    assert "1 links followed to files outside the folder" in load(tmp_path / "here").notes
-
-
-def png_header(width, height, bits, colour, *blocks):
-    def block(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(block(n, d) for n, d in [(b"IHDR", head), *blocks, (b"IEND", b"")])
-
-
-def encoded(array, form, **options):
-
-    stream = io.BytesIO()
-    image = array if isinstance(array, Image.Image) else Image.fromarray(array)
-    image.save(stream, form, **options)
-    return stream.getvalue()
-
-
-def frames(form, **options):
-    images = [Image.fromarray(RNG.integers(0, 256, (5, 5, 3), np.uint8)) for _ in range(3)]
-    return encoded(images[0], form, save_all=True, append_images=images[1:], **options)
-
-
-def flipped(data, at):
-    return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
-
-
-def exif_jpeg():
-    """A JPEG with a small one in its Exif block, cut within its own pixels."""
-    thumb = encoded(RGB, "JPEG")
-    exif = b"Exif\0\0" + thumb
-    return encoded(RNG.integers(0, 256, (64, 64, 3), np.uint8), "JPEG", exif=exif)
-
-
-BIG = RNG.integers(0, 256, (64, 64, 3), np.uint8)
-PNG, JPEG = encoded(BIG, "PNG"), encoded(BIG, "JPEG")
-ROW16 = zlib.compress(b"\0" + bytes(6))
-BITS = zlib.compress(bytes(1251 * 10000), 9)
-BAD_IMAGES = [
-    ("half.jpg", JPEG[: len(JPEG) // 2], "TRUNCATED"),
-    ("end.jpg", JPEG[:-1], "TRUNCATED"),
-    ("end-with-thumbnail.jpg", exif_jpeg()[:-1], "TRUNCATED"),
-    ("head.jpg", JPEG[:30], "TRUNCATED CORRUPT"),
-    ("half.png", PNG[: len(PNG) // 2], "TRUNCATED"),
-    ("end.png", PNG[:-12], "TRUNCATED"),
-    ("head.png", PNG[:20], "TRUNCATED"),
-    ("crc.png", flipped(PNG, len(PNG) // 2), "CORRUPT"),
-    ("head-crc.png", flipped(PNG, 20), "CORRUPT"),
-    ("half.webp", encoded(BIG, "WEBP")[:400], "TRUNCATED CORRUPT"),
-    ("half.bmp", encoded(BIG, "BMP")[:4000], "TRUNCATED"),
-    ("half.gif", encoded(BIG, "GIF")[:1500], "TRUNCATED"),
-    ("half.tif", encoded(BIG, "TIFF")[:4000], "TRUNCATED CORRUPT"),
-    ("empty.png", b"", "EMPTY_FILE"),
-    ("text.jpg", b"shopping list", "NOT_AN_IMAGE"),
-    ("page.png", b"\n<!DOCTYPE html><title>404", "NOT_AN_IMAGE"),
-    ("lfs.png", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "LFS_POINTER"),
-    ("moving.gif", frames("GIF"), "ANIMATED"),
-    ("moving.webp", frames("WEBP"), "ANIMATED"),
-    ("moving.png", frames("PNG"), "ANIMATED"),
-    ("pages.tif", frames("TIFF"), "MULTIPAGE"),
-    ("a.svg", b"<?xml version='1.0'?><svg></svg>", "FORMAT_NOT_ALLOWED"),
-    ("a.psd", b"8BPS\0\1", "FORMAT_NOT_ALLOWED"),
-    ("eps.png", b"%!PS-Adobe-3.0 EPSF", "FORMAT_NOT_ALLOWED"),
-    ("a.pdf", b"%PDF-1.4", "FORMAT_NOT_ALLOWED"),
-    ("a.ico", encoded(RGB, "ICO"), "FORMAT_NOT_ALLOWED"),
-    ("a.heic", b"\0\0\0\x18ftypheic", "FORMAT_NOT_ALLOWED"),
-    ("avif.jpg", b"\0\0\0\x18ftypavif", "FORMAT_NOT_ALLOWED"),
-    ("bomb.png", png_header(10000, 10000, 1, 0, (b"IDAT", BITS)), "TOO_MANY_PIXELS"),
-    ("giant.png", png_header(2**31 - 1, 2**31 - 1, 8, 2, (b"IDAT", b"")), "TOO_MANY_PIXELS"),
-    ("large.png", png_header(9000, 9000, 8, 2, (b"IDAT", b"")), "TOO_MANY_PIXELS"),
-    ("text.png", png_header(1, 1, 8, 0, (b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 25)))), "TOO_LARGE_METADATA"),
-    ("deep.png", png_header(1, 1, 16, 2, (b"IDAT", ROW16)), "UNSUPPORTED_DEPTH"),
-    ("deep-alpha.png", png_header(1, 1, 16, 4, (b"IDAT", zlib.compress(bytes(5)))), "UNSUPPORTED_DEPTH"),
-    ("int.tif", encoded(np.zeros((4, 4), np.int32), "TIFF"), "UNSUPPORTED_DEPTH"),
-    ("float.tif", encoded(np.zeros((4, 4), np.float32), "TIFF"), "NEEDS_RANGE"),
-    ("nan.tif", encoded(np.full((4, 4), np.nan, np.float32), "TIFF"), "NON_FINITE"),
-    ("cmyk.jpg", encoded(Image.fromarray(BIG).convert("CMYK"), "JPEG"), "UNSUPPORTED_COLOUR"),
-    ("lab.tif", encoded(Image.new("LAB", (4, 4)), "TIFF"), "UNSUPPORTED_COLOUR"),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "codes"), BAD_IMAGES, ids=[name for name, *_ in BAD_IMAGES])
-def test_images_that_are_refused(tmp_path, capfd, name, content, codes):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(BadFiles) as caught:
-        load(tmp_path)
-    assert caught.value.code in codes.split()
-    assert str(caught.value).startswith(f"error[{caught.value.code}] {path}: ")
-    assert "\n" not in str(caught.value)
-    assert [problem[:2] for problem in caught.value.problems] == [(path, caught.value.code)]
-    assert capfd.readouterr() == ("", "")
-
-
 @pytest.mark.parametrize("missing", [1, 2])
 def test_a_jpeg_without_its_end_is_truncated(tmp_path, missing):
     """Pillow alone lets about one in twenty pass, as their bits happen to fall."""
@@ -339,61 +236,6 @@ def test_a_jpeg_without_its_end_is_truncated(tmp_path, missing):
     with pytest.raises(BadFiles) as caught:
         load(tmp_path)
     assert [problem.code for problem in caught.value.problems] == ["TRUNCATED"] * 200
-
-
-def test_every_problem_is_told_at_once(tmp_path):
-    for name, content, _ in BAD_IMAGES:
-        (tmp_path / name).write_bytes(content)
-    save(tmp_path / "good.png", RGB)
-    (tmp_path / "link.png").symlink_to(tmp_path / "nothing.png")
-    (tmp_path / "self.png").symlink_to(tmp_path / "self.png")
-    with pytest.raises(BadFiles, match=rf"and {len(BAD_IMAGES) + 1} more: \d+ ") as caught:
-        load(tmp_path)
-    found = {problem.path.name: problem.code for problem in caught.value.problems}
-    assert all(found[name] in codes.split() for name, _, codes in BAD_IMAGES)
-    assert (found["link.png"], found["self.png"]) == ("BROKEN_LINK", "BROKEN_LINK")
-
-
-def test_pipes_and_sockets_are_not_opened(tmp_path):
-    os.mkfifo(tmp_path / "a.png")
-    (tmp_path / "null.png").symlink_to("/dev/zero")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.path.relpath(tmp_path / "b.png"))
-        found = []
-
-        def attempt():
-            try:
-                load(tmp_path)
-            except BadFiles as error:
-                found.extend(problem.code for problem in error.problems)
-
-        thread = threading.Thread(target=attempt, daemon=True)
-        thread.start()
-        thread.join(5)
-    assert found == ["NOT_A_REGULAR_FILE"] * 3
-    os.mkfifo(tmp_path / "a.npy")
-    with pytest.raises(DataError, match="NOT_A_REGULAR_FILE"):
-        load(tmp_path / "a.npy")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_files_and_folders_that_may_not_be_read(tmp_path):
-    save(tmp_path / "a.png", RGB).chmod(0)
-    (tmp_path / "folder").mkdir(mode=0)
-    with pytest.raises(BadFiles) as caught:
-        load(tmp_path)
-    assert [problem.code for problem in caught.value.problems] == ["PERMISSION", "PERMISSION"]
-
-
-def test_permission_errors_are_problems(tmp_path, monkeypatch):
-    def deny(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    path = save(tmp_path / "a.png", RGB)
-    monkeypatch.setattr("pathlib.Path.read_bytes", deny)
-    with pytest.raises(BadFiles) as caught:
-        load(tmp_path)
-    assert [problem[:2] for problem in caught.value.problems] == [(path, "PERMISSION")]
 
 
 @pytest.mark.parametrize(
@@ -454,25 +296,6 @@ def test_shapes_that_cannot_be_resized(tmp_path):
     with pytest.raises(BadFiles) as caught:
         load(tmp_path, size=9)
     assert [problem.code for problem in caught.value.problems] == ["ASPECT", "TOO_SMALL"]
-
-
-def test_folders_without_images(tmp_path):
-    with pytest.raises(DataError, match=r"^error\[NO_IMAGES\] .*it is empty"):
-        load(tmp_path)
-    (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(DataError, match=r"^error\[NO_IMAGES\] .*1 files ignored .*notes.txt"):
-        load(tmp_path)
-    with pytest.raises(ConfigError, match=r"^error\[NOT_A_DIRECTORY\] .*is a file"):
-        load_folder(tmp_path / "notes.txt")
-    with pytest.raises(ConfigError, match=r"^error\[NOT_A_DIRECTORY\] .*no such file or folder"):
-        load(tmp_path / "nothing")
-
-
-def test_a_class_without_images(tmp_path):
-    save(tmp_path / "cats" / "a.png", RGB)
-    (tmp_path / "dogs").mkdir()
-    with pytest.raises(BadFiles, match=rf"^error\[EMPTY_CLASS\] {tmp_path}/dogs: "):
-        load(tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"size": 0}, {"size": 2.0}, {"channels": 2}, {"background": "whiteish"}])

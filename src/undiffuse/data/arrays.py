@@ -209,11 +209,14 @@ def _labels(labels: np.ndarray, count: int) -> tuple[np.ndarray, tuple[str, ...]
         hint = "; it looks like one-hot, take its argmax" if labels.ndim == 2 and len(labels) == count else ""
         raise Refused("LABELS", f"their shape is {labels.shape}, for {count} items{hint}")
     if labels.dtype.kind not in "biu":
-        raise Refused("LABELS", f"they are {labels.dtype}, not whole numbers")
+        first = ", ".join(map(str, labels[:5].tolist()))
+        raise Refused("LABELS", f"they are {labels.dtype}, not whole numbers: {first}, ...")
     if len(bad := np.flatnonzero(labels < 0)):
         raise Refused("LABELS", f"{len(bad)} are negative, first at {', '.join(map(str, bad[:5]))}")
     used = np.unique(labels)
     if int(used[-1]) != len(used) - 1:
-        gaps = np.flatnonzero(used != np.arange(len(used)))[0]
-        raise Refused("LABELS", f"they go up to {used[-1]}, but {gaps} and maybe others have no item")
+        free = np.setdiff1d(np.arange(len(used) + 6), used)
+        first = ", ".join(map(str, free[free < used[-1]][:5]))
+        more = ", ... have" if used[-1] >= len(used) + 5 else " have" if "," in first else " has"
+        raise Refused("LABELS", f"they go up to {used[-1]}, but {first}{more} no item")
     return labels.astype(np.int64), tuple(str(k) for k in range(len(used)))
