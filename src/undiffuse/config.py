@@ -55,7 +55,8 @@ class TrainConfig:
     the average of weights as a share of the run (a power-function profile); ``snapshots`` says how often those of two
     lengths are written down, from which `undiffuse.train.profiles` makes any other: 8 bytes a parameter on disk
     each, 4 in memory, nothing with 0. ``precision`` is ``auto``,
-    ``float32`` or ``bfloat16``; ``flip`` mirrors images at random and is off unless asked for. With
+    ``float32`` or ``bfloat16``; ``flip`` and ``flip_vertical`` mirror images at random, ``crop`` moves items by
+    up to so many cells along each axis (`undiffuse.train.augment`): off unless asked for, and in training only. With
     ``conditional`` the network is told all that the data tell of an item (labels, vectors, tokens) but for a share
     ``condition_dropout`` of the items, told nothing: what it says without a condition is trained on these.
     A step whose loss or gradient is no number stops the run; with ``on_nonfinite`` "skip" it is left out, at most
@@ -77,6 +78,8 @@ class TrainConfig:
     seed: int = 0
     precision: str = "auto"
     flip: bool = False
+    flip_vertical: bool = False
+    crop: int = 0
     held_out: float = 0.1
     previews: int = 8
     conditional: bool = False
@@ -94,7 +97,7 @@ class TrainConfig:
         _require(0 <= self.held_out < 0.5, "held_out", self.held_out, "must be a share of the data, below 0.5")
         dropped = self.condition_dropout
         _require(0 <= dropped <= 1, "condition_dropout", dropped, "must be a share of the items, in [0, 1]")
-        for name in ("warmup", "weight_decay", "previews", "snapshots"):
+        for name in ("warmup", "weight_decay", "crop", "previews", "snapshots"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be below 0")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be a whole number from 0 to 2^63 - 1")
         _require(0 <= self.decay <= 1, "decay", self.decay, "must be a share of the run, in [0, 1]")

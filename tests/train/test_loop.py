@@ -18,6 +18,8 @@ from undiffuse.diffusion import Diffusion
 from undiffuse.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from undiffuse.presets import fitted
 from undiffuse.train import Interrupted, Run, fit, loop, state
+from undiffuse.train import batch as batches_of
+from undiffuse.train.batch import global_batch
 from undiffuse.train.stop import StoppedAtOnce, stopping_signals
 from undiffuse.train.watch import Watch
 
@@ -270,7 +272,7 @@ def plain_descent(monkeypatch):
     told, real = [], Watch.step
 
     def step(watch, *numbers):
-        told.append(numbers)
+        told.append(numbers[:3])
         real(watch, *numbers)
 
     def descent(parameters, lr, **_):
@@ -303,7 +305,7 @@ def test_one_step_by_hand(tmp_path, monkeypatch, clip):
     trained = load(train(config, tmp_path / "run"))
     torch.manual_seed(4)
     model = Diffusion(config.model, DATA.item_shape, Pixels(5)).train()
-    model.loss(*loop.global_batch(DATA, DATA.split(0.2).train, config.train, 0)).mean().backward()
+    model.loss(*global_batch(DATA, DATA.split(0.2).train, config.train, 0)).mean().backward()
     gradients = {name: p.grad for name, p in model.network.named_parameters()}
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     assert told == [(pytest.approx(told[0][0]), pytest.approx(float(norm), rel=1e-5), 0.5)]
@@ -319,7 +321,7 @@ def test_one_step_of_a_learned_schedule_by_hand(tmp_path, monkeypatch):
     trained = load(train(config, tmp_path / "run"))
     torch.manual_seed(4)
     model = Diffusion(config.model, DATA.item_shape, Pixels(5)).train()
-    model.loss(*loop.global_batch(DATA, DATA.split(0.2).train, config.train, 0)).mean().backward()
+    model.loss(*global_batch(DATA, DATA.split(0.2).train, config.train, 0)).mean().backward()
     for part, pace in (("network", 1.0), ("schedule", loop.PACE)):
         gradients = {name: p.grad for name, p in getattr(model, part).named_parameters()}
         norm = float(torch.stack([g.norm().double() for g in gradients.values()]).norm())
@@ -371,7 +373,7 @@ def straight(tmp_path_factory):
 
 @pytest.mark.parametrize(("at", "bad"), [(1, float("nan")), (5, float("inf")), (STEPS, float("nan"))])
 def test_a_gradient_that_is_no_number_stops_the_run(tmp_path, monkeypatch, straight, bad, at):
-    config, real = replace_train(CONFIG, previews=4), loop.global_batch
+    config, real = replace_train(CONFIG, previews=4), batches_of.global_batch
 
     def poisoned(data, items, settings, step):
         batch = real(data, items, settings, step)
@@ -379,13 +381,13 @@ def test_a_gradient_that_is_no_number_stops_the_run(tmp_path, monkeypatch, strai
             batch[2][3, 0, 1, 2] = bad
         return batch
 
-    monkeypatch.setattr(loop, "global_batch", poisoned)
+    monkeypatch.setattr(batches_of, "global_batch", poisoned)
     with pytest.raises(
         NonFiniteError, match=rf"the loss of step {at} is not finite, for 1 of its 12 items: \d+\. "
     ) as caught:
         train(config, tmp_path / "run")
     assert caught.value.exit_code == 5
-    monkeypatch.setattr(loop, "global_batch", real)
+    monkeypatch.setattr(batches_of, "global_batch", real)
     written = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [int(c.name[5:]) for c in written] == [k for k in (2, 4, 6) if k < at][-2:]
     for place in written:

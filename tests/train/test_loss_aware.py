@@ -15,6 +15,7 @@ from undiffuse.errors import CheckpointError
 from undiffuse.process.times import RECENT, LossAware
 from undiffuse.randomness import ItemNoise
 from undiffuse.train import fit, loop, state
+from undiffuse.train.batch import Batches
 from undiffuse.train.watch import Watch
 
 T = 4
@@ -197,13 +198,14 @@ def stop(monkeypatch):
 
 def test_three_steps_and_three_more_are_six(tmp_path, stop, monkeypatch):
     """Bit for bit, the density of times included, which has followed the losses for some steps by then."""
-    seen, real = [], loop.global_batch
+    seen, real = [], Batches.__call__
 
-    def batch(*arguments):
-        seen.append(real(*arguments)[1])
-        return real(*arguments)
+    def batch(batches, step):
+        made = real(batches, step)
+        seen.append(made[1])
+        return made
 
-    monkeypatch.setattr(loop, "global_batch", batch)
+    monkeypatch.setattr(Batches, "__call__", batch)
     stop(STEPS, CONFIG, tmp_path / "whole")
     stop(3, CONFIG, tmp_path / "parts")
     stop(STEPS, CONFIG, tmp_path / "parts")

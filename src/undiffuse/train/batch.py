@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,11 +20,42 @@ from undiffuse.errors import ConfigError
 from undiffuse.networks.embedding import Vector
 from undiffuse.process.times import low_discrepancy
 from undiffuse.randomness import generator
+from undiffuse.train.augment import augmented
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Condition | None]
 
 
-def global_batch(
-    data: Dataset, items: np.ndarray, settings: TrainConfig, step: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition | None]:
+class Batches:
+    """The batches of a run, `global_batch` by step, each made in a thread while the one before is trained on.
+
+    ``waited`` is for how many seconds training stood still for them so far.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, data: Dataset, items: np.ndarray, settings: TrainConfig) -> None:
+        self.pool, self.data, self.items, self.settings = pool, data, items, settings
+        self.ahead: dict[int, Future[Batch]] = {}
+        self.waited = 0.0
+
+    def __call__(self, step: int) -> Batch:
+        began = time.perf_counter()
+        asked = self.ahead.get(step) or self._ask(step)
+        self.ahead = {step + 1: self._ask(step + 1)}
+        batch = asked.result()
+        self.waited += time.perf_counter() - began
+        return batch
+
+    def _ask(self, step: int) -> Future[Batch]:
+        return self.pool.submit(global_batch, self.data, self.items, self.settings, step)
+
+
+@contextmanager
+def batches(data: Dataset, items: np.ndarray, settings: TrainConfig) -> Iterator[Batches]:
+    """The `Batches` of a run, whose thread ends with the block."""
+    with ThreadPoolExecutor(1, "batches") as pool:
+        yield Batches(pool, data, items, settings)
+
+
+def global_batch(data: Dataset, items: np.ndarray, settings: TrainConfig, step: int) -> Batch:
     """(values, u, eps, z, cond) of a step's whole batch, functions of (seed, step) alone.
 
     Who is told nothing has a key of its own: conditional training sees the values and the noise of any other.
@@ -35,10 +70,7 @@ def global_batch(
     u = low_discrepancy(torch.rand((), generator=g, dtype=torch.float64), settings.batch)
     u = u[torch.randperm(settings.batch, generator=g)]
     eps, z = torch.randn(2, *values.shape, generator=g)
-    if settings.flip:
-        mirrored = (torch.rand(settings.batch, generator=g) < 0.5).numpy()
-        values = np.where(mirrored.reshape(-1, *[1] * (values.ndim - 1)), values[..., ::-1], values)
-    return torch.from_numpy(np.ascontiguousarray(values)), u, eps, z, cond
+    return torch.from_numpy(np.ascontiguousarray(augmented(values, settings, step))), u, eps, z, cond
 
 
 def standardise_vectors(diffusion: Diffusion, data: Dataset, items: np.ndarray) -> None:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -25,8 +24,8 @@ from undiffuse.lattice import Lattice
 from undiffuse.networks.norm import in_fast_layout
 from undiffuse.presets import fitted
 from undiffuse.randomness import generator
-from undiffuse.train import state
-from undiffuse.train.batch import batch_items, global_batch, shares, standardise_vectors
+from undiffuse.train import augment, state
+from undiffuse.train.batch import Batches, batch_items, batches, shares, standardise_vectors
 from undiffuse.train.ema import Average
 from undiffuse.train.nonfinite import leave_out, whats_wrong
 from undiffuse.train.profiles import Profiles
@@ -60,8 +59,7 @@ def fit(
     settings, run = config.train, Run(out)
     if settings.minutes is None and settings.steps is None:
         raise ConfigError("LENGTH", "train.minutes, train.steps", "neither says when to stop", "Give one of them")
-    if settings.flip and len(data.item_shape) != 3:
-        raise ConfigError("FLIP", "train.flip", "only images can be mirrored", "Set it to false for these data")
+    augment.check(settings, data.item_shape)
     if run.finished:
         return run.folder
 
@@ -117,7 +115,10 @@ def fit(
                 memory = diffusion.memory | profiles.memory
                 state.write(run.checkpoints, progress, diffusion, average, optimiser, memory=memory)
 
-        with Watch(run, smooth, data, split, settings, progress, quiet or not first) as watch:
+        with (
+            Watch(run, smooth, data, split, settings, progress, quiet or not first) as watch,
+            batches(data, split.train, settings) as batch,
+        ):
             for line in damaged:
                 watch.say(line)
 
@@ -125,9 +126,7 @@ def fit(
             while progress.last_step is None or progress.step < progress.last_step:
                 began = time.perf_counter()
                 step = progress.step
-                u, losses, norms = gradient(
-                    accelerator, diffusion, parallel, optimiser, data, split.train, settings, step
-                )
+                u, losses, norms = gradient(accelerator, diffusion, parallel, optimiser, batch, settings, step)
                 lr = settings.lr * rate(progress, settings)
                 if wrong := whats_wrong(losses, norms):
                     items = batch_items(split.train, settings, step)
@@ -147,7 +146,7 @@ def fit(
                 progress.seconds += time.perf_counter() - began
                 plan(progress, settings)
                 agree(accelerator, progress, asked)
-                watch.step(None if wrong else float(losses.mean()), norms[0], lr)
+                watch.step(None if wrong else float(losses.mean()), norms[0], lr, batch.waited)
                 if first and watch.passed(settings.snapshots):
                     profiles.write(progress.step)
                 if watch.due() or asked:
@@ -175,8 +174,7 @@ def gradient(
     diffusion: Diffusion,
     parallel: torch.nn.Module,
     optimiser: torch.optim.Optimizer,
-    data: Dataset,
-    items: np.ndarray,
+    batch: Batches,
     settings: TrainConfig,
     step: int,
 ) -> tuple[Tensor, Tensor, list[float]]:
@@ -185,7 +183,7 @@ def gradient(
     All are of the whole batch, in every process.
     """
     torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed() + accelerator.process_index)
-    values, u, eps, z, cond = global_batch(data, items, settings, step)
+    values, u, eps, z, cond = batch(step)
     mine = shares(settings, accelerator.num_processes, accelerator.process_index)
     seen = []
     for part in mine:

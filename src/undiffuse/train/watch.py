@@ -47,6 +47,7 @@ class Watch:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
         self.bar = Progress(*columns, console=self.console, transient=True, refresh_per_second=2)
         self.losses: list[float] = []
+        self.waited = 0.0
         self.since = time.perf_counter()
         self.before = self.share = self._share()
         self.bound = math.nan
@@ -71,8 +72,11 @@ class Watch:
         """Prints a line above the bar."""
         self.console.print(line, soft_wrap=True, markup=False)
 
-    def step(self, loss: float | None, norm: float, lr: float) -> None:
-        """Takes note of a step, with no loss where it was left out; writes a record each fifty, and one at the end."""
+    def step(self, loss: float | None, norm: float, lr: float, waited: float) -> None:
+        """Takes note of a step, with no loss where it was left out; writes a record each fifty, and one at the end.
+
+        ``waited``: seconds that this process's steps have waited for data so far.
+        """
         self.before, self.share = self.share, self._share()
         if loss is None:
             self.records.append({"step": self.progress.step, "left_out": 1})
@@ -92,11 +96,12 @@ class Watch:
                 "gradient_norm": norm,
                 "lr": lr,
                 "items_per_second": round(images, 1),
+                "data_share": round((waited - self.waited) / (now - self.since), 4),
             }
         )
         status = f"step {self.progress.step:,} · loss {mean:.4f} · {images:,.0f} items/s · {_clock(left)} left"
         self.bar.update(self.task, completed=self.share, status=status)
-        self.losses, self.since = [], now
+        self.losses, self.since, self.waited = [], now, waited
 
     def _share(self) -> float:
         """How much of the run is done, in [0, 1]."""
