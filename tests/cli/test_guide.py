@@ -72,8 +72,7 @@ def test_train_classifier(call, small, tmp_path, monkeypatch):
     assert classifiers.load(run).classes == ("0", "1", "2")
     again = call("train-classifier", data, "--out", run, "--levels", 5)
     assert again == (0, f"{run} is a finished run already; give --out another folder to train again\n", "")
-    record = run / "run.json"
-    record.write_text(record.read_text().replace('"finished": true', '"finished": false'))
+    Run(run)._write({**Run(run).record, "finished": False})
     assert "3 classes, 3 steps, into" in call("train-classifier", data, "--out", run, "--levels", 5).out  # as begun
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("undiffuse.cli.classifier.fit", lambda recipe, *_: print(recipe.train.minutes))

@@ -245,9 +245,8 @@ def test_what_a_run_leaves_with_a_picture(tmp_path):
     before = (folder / "model.safetensors").read_bytes()
     assert fit(RECIPE, IMAGES, folder) == folder  # a finished run stays as it is
     assert (folder / "model.safetensors").read_bytes() == before
-    record = folder / "run.json"
-    record.write_text(record.read_text().replace('"finished": true', '"finished": false'))
-    with pytest.raises(ConfigError, match="another recipe"):
+    Run(folder)._write({**Run(folder).record, "finished": False})
+    with pytest.raises(ConfigError, match=r"model\.high was 6\.0, now 5\.0"):
         fit(replace(RECIPE, model=ClassifierConfig(UNET, high=5.0)), IMAGES, folder)
 
 

@@ -3,54 +3,12 @@ import random
 import shutil
 
 import pytest
-import torch
+from tiny_run import Trained, same
 from torch import nn
 
 from undiffuse.errors import CheckpointError, ResourceError
 from undiffuse.train import state
-from undiffuse.train.ema import Average
-from undiffuse.train.state import Progress, read_latest, write
-
-
-class Trained:
-    """A tiny network in training: its weights, their average and the optimiser's moments."""
-
-    def __init__(self, seed=0):
-        torch.manual_seed(seed)
-        self.network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-        self.average = Average(self.network, 0.1)
-        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=0.1, fused=True)
-        self.progress = Progress()
-
-    def train(self, steps=1):
-        for _ in range(steps):
-            (self.network(torch.ones(1, 3)) ** 2).sum().backward()
-            self.optimiser.step()
-            self.optimiser.zero_grad()
-            self.progress.step += 1
-            self.progress.seconds += 0.25
-            self.average.update(self.network, self.progress.step)
-        return self
-
-    def write(self, folder, **settings):
-        return write(folder, self.progress, self.network, self.average, self.optimiser, **settings)
-
-    def read(self, folder):
-        self.progress, lines = read_latest(folder, self.network, self.average, self.optimiser)
-        return lines
-
-    def tensors(self):
-        moments = self.optimiser.state_dict()["state"]
-        return {
-            **self.network.state_dict(),
-            **{f"mean {k}": v for k, v in self.average.mean.items()},
-            **{f"{i} {k}": v for i, named in moments.items() for k, v in named.items()},
-        }
-
-
-def same(one: Trained, other: Trained) -> bool:
-    a, b = one.tensors(), other.tensors()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+from undiffuse.train.state import Progress
 
 
 @pytest.fixture
