@@ -61,6 +61,10 @@ class TrainConfig:
     ``condition_dropout`` of the items, told nothing: what it says without a condition is trained on these.
     A step whose loss or gradient is no number stops the run; with ``on_nonfinite`` "skip" it is left out, at most
     five in a row.
+
+    Past one process, ``shard`` cuts weights, averages and moments into shares (FSDP2); else each process holds all
+    (DDP). ``checkpointing`` computes what a U-Net's stages hold again in the backward pass rather than keep it,
+    ``compile`` lets torch compile the network. None of them changes what is computed but for its rounding.
     """
 
     batch: int = 128
@@ -77,6 +81,9 @@ class TrainConfig:
     minutes: float | None = None
     seed: int = 0
     precision: str = "auto"
+    shard: bool = False
+    checkpointing: bool = False
+    compile: bool = False
     flip: bool = False
     flip_vertical: bool = False
     crop: int = 0

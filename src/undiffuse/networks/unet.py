@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from undiffuse.conditioning import Condition
 from undiffuse.networks.attention import Attention, CrossAttention, Tokens
@@ -96,9 +97,19 @@ class Up(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Some layers one after another; what is told goes to the residual ones, tokens to those that attend to them."""
+    """Some layers one after another; what is told goes to the residual ones, tokens to those that attend to them.
+
+    With ``recompute`` a backward pass computes again what is in between, which then takes no memory.
+    """
+
+    recompute = False
 
     def forward(self, h: Tensor, told: Tensor, tokens: Sequence[Tensor] = ()) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._through, h, told, tokens, use_reentrant=False)  # type: ignore[return-value]
+        return self._through(h, told, tokens)
+
+    def _through(self, h: Tensor, told: Tensor, tokens: Sequence[Tensor] = ()) -> Tensor:
         for layer in self:
             more = (told,) if isinstance(layer, Residual) else tokens if isinstance(layer, CrossAttention) else ()
             h = layer(h, *more)

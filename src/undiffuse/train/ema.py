@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from undiffuse.train.parallel import own, whole
+
 
 @functools.cache
 def exponent(length: float) -> float:
@@ -35,11 +37,11 @@ class Average:
         """Takes in the weights after the optimiser's ``step``-th step, counted from 1."""
         move = 1 - (1 - 1 / step) ** self.power
         for name, tensor in network.state_dict().items():
-            self.mean[name].lerp_(_wide(tensor), move)
+            own(self.mean[name]).lerp_(_wide(own(tensor)), move)
 
     def copy_to(self, network: nn.Module) -> None:
-        """Loads the average into ``network``, in its own dtypes."""
-        network.load_state_dict(self.mean)
+        """Loads the average into ``network``, in its own dtypes; every process does at the same time."""
+        network.load_state_dict({name: whole(tensor) for name, tensor in self.mean.items()})
 
     def load(self, mean: dict[str, Tensor]) -> None:
         self.mean = {name: _wide(tensor) for name, tensor in mean.items()}

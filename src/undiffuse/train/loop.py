@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from undiffuse.checkpoint import fit_tensors, load
@@ -28,9 +27,10 @@ from undiffuse.train import augment, state
 from undiffuse.train.batch import Batches, batch_items, batches, shares, standardise_vectors
 from undiffuse.train.ema import Average
 from undiffuse.train.nonfinite import leave_out, whats_wrong
+from undiffuse.train.parallel import agree, clip, cut, loudest, prepare
 from undiffuse.train.profiles import Profiles
 from undiffuse.train.run import Run, describe
-from undiffuse.train.stop import Asked, Interrupted, stopping_signals
+from undiffuse.train.stop import Interrupted, stopping_signals
 from undiffuse.train.watch import Watch
 
 PACE = 10.0
@@ -84,7 +84,8 @@ def fit(
     network = in_fast_layout(diffusion.network)
     if init is not None:
         diffusion.load_state_dict(weights_of(init, diffusion))
-    network.train()
+    smooth = deepcopy(diffusion)
+    cut(network.train(), settings, accelerator.num_processes, accelerator.device)
     optimiser = torch.optim.AdamW(groups(diffusion, settings), lr=settings.lr, betas=settings.betas, fused=True)
     average = Average(diffusion, settings.ema)
     profiles = Profiles(diffusion, average, settings.ema, settings.snapshots, run.snapshots)
@@ -105,15 +106,13 @@ def fit(
         if changed:
             progress.decay_from = progress.last_step = None
         plan(progress, settings)
-        agree(accelerator, progress, asked)
-        smooth = deepcopy(diffusion)
-        parallel, optimiser = accelerator.prepare(network, optimiser)
+        agree(accelerator, progress)
+        parallel = prepare(accelerator, network, settings)
 
         def save() -> None:
             average.copy_to(smooth)
-            if first:
-                memory = diffusion.memory | profiles.memory
-                state.write(run.checkpoints, progress, diffusion, average, optimiser, memory=memory)
+            memory = diffusion.memory | profiles.memory
+            state.write(run.checkpoints, progress, diffusion, average, optimiser, memory=memory, first=first)
 
         with (
             Watch(run, smooth, data, split, settings, progress, quiet or not first) as watch,
@@ -145,21 +144,22 @@ def fit(
 
                 progress.seconds += time.perf_counter() - began
                 plan(progress, settings)
-                agree(accelerator, progress, asked)
+                agree(accelerator, progress)
                 watch.step(None if wrong else float(losses.mean()), norms[0], lr, batch.waited)
-                if first and watch.passed(settings.snapshots):
-                    profiles.write(progress.step)
-                if watch.due() or asked:
+                stop = loudest(accelerator, asked)
+                if watch.passed(settings.snapshots):
+                    profiles.write(progress.step, first)
+                if watch.due() or stop:
                     began = time.perf_counter()
                     save()
-                    if first and asked:
+                    if first and stop:
                         watch.write_records()
                     elif first:
                         with asked.all_saved() if accelerator.num_processes == 1 else nullcontext():
                             watch.look()
                     progress.seconds += time.perf_counter() - began
-                    if asked:
-                        raise Interrupted(asked[0])
+                    if stop:
+                        raise Interrupted(stop)
 
             # The end
             save()
@@ -198,9 +198,9 @@ def gradient(
         accelerator.backward(each.mean() / len(mine))
         seen.append(each.detach())
     share_gradient(accelerator, diffusion)
-    norms = [accelerator.clip_grad_norm_(group["params"], settings.clip) for group in optimiser.param_groups]
+    norms = [clip(group["params"], settings.clip) for group in optimiser.param_groups]
     losses: Tensor = accelerator.gather(torch.cat(seen))  # type: ignore[assignment]
-    return u, losses, [float(norm or 0.0) for norm in norms]
+    return u, losses, norms
 
 
 def plan(progress: state.Progress, settings: TrainConfig) -> None:
@@ -216,19 +216,6 @@ def plan(progress: state.Progress, settings: TrainConfig) -> None:
             remaining = max(budget - progress.seconds, 0) * progress.step / progress.seconds
             progress.decay_from = progress.step
             progress.last_step = progress.step + max(round(remaining), 1)
-
-
-def agree(accelerator: Accelerator, progress: state.Progress, asked: Asked) -> None:
-    """Makes the first process's plan and clock everybody's, and a signal to any process a signal to all."""
-    if accelerator.num_processes == 1:
-        return
-    signals = torch.tensor([asked[0] if asked else 0], device=accelerator.device)
-    loudest = int(accelerator.gather(signals).max())  # pyright: ignore[reportAttributeAccessIssue]
-    said = [progress.seconds, progress.decay_from, progress.last_step]
-    broadcast_object_list(said)
-    progress.seconds, progress.decay_from, progress.last_step = said
-    if loudest and not asked:
-        asked.append(loudest)
 
 
 def rate(progress: state.Progress, settings: TrainConfig) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from undiffuse.checkpoint import FORMAT, read_tensors, write_tensors
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.train.ema import Average, exponent
+from undiffuse.train.parallel import gathered
 
 LENGTHS = (0.05, 0.10)
 """Lengths of the two averages that are kept all along [Karras24 §3.2]."""
@@ -56,12 +57,14 @@ class Profiles:
             if not path.stem[-8:].isdigit() or int(path.stem[-8:]) > step:
                 path.unlink()
 
-    def write(self, step: int) -> None:
-        """Writes a snapshot: a file a length, float32 as they are held."""
-        self.folder.mkdir(exist_ok=True)
+    def write(self, step: int, first: bool = True) -> None:
+        """Writes a snapshot: a float32 file a length. Every process calls it, and the ``first`` one writes."""
         for length, average in self.averages.items():
-            tags = {"undiffuse": str(FORMAT), "length": str(length), "step": str(step)}
-            write_tensors(self.folder / f"{length:.3f}-{step:08d}.safetensors", average.mean, tags)
+            tensors = gathered(average.mean, first)
+            if first:
+                self.folder.mkdir(exist_ok=True)
+                tags = {"undiffuse": str(FORMAT), "length": str(length), "step": str(step)}
+                write_tensors(self.folder / f"{length:.3f}-{step:08d}.safetensors", tensors, tags)
 
 
 def inner(one: Profile, other: Profile) -> float:

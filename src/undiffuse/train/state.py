@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from undiffuse.checkpoint import fit_tensors, read_tensors, sync_folder, unwritten, write_file, write_tensors
 from undiffuse.errors import CheckpointError, NonFiniteError, ResourceError
 from undiffuse.train.ema import Average
+from undiffuse.train.parallel import gathered, shared_like
 
 
 @dataclass
@@ -40,15 +41,19 @@ def write(
     optimiser: torch.optim.Optimizer,
     keep: int = 2,
     memory: Mapping[str, Tensor] | None = None,
+    first: bool = True,
 ) -> Path:
     """Writes ``folder``/step-*: files first, their sha256 in a manifest last, then one rename. Older ones go after.
 
-    ``memory`` is what training remembers apart from these; where there is none there is no file of it.
+    ``memory`` is what training remembers apart from these; where there is none there is no file of it. Every process
+    calls it, and the ``first`` one writes: what is in shares comes together there.
     Raises `NonFiniteError` where one of them is no number, and `ResourceError`; then nothing is changed.
     """
     final = folder / f"step-{progress.step:08d}"
     partial = folder / f"partial-{progress.step:08d}"
-    parts = _parts(network, average, optimiser, memory)
+    parts = {k: gathered(v, first) for k, v in _parts(network, average, optimiser, memory).items()}
+    if not first:
+        return final
     for part, tensors in parts.items():
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
@@ -129,11 +134,12 @@ def _read(
     memory: Mapping[str, Tensor],
 ) -> Progress:
     progress = _verify(folder)
-    found = {}
+    found: dict[str, dict[str, Tensor]] = {}
     for part, wanted in _parts(network, average, optimiser, memory).items():
         path = folder / f"{part}.safetensors"
         found[part], _ = read_tensors(path)
         fit_tensors(path, found[part] if part == "optimiser" else wanted, found[part])
+        found[part] = {name: shared_like(t, wanted.get(name, t)) for name, t in found[part].items()}
     network.load_state_dict(found["network"])
     average.load(found["average"])
     _unflatten(optimiser, found["optimiser"])
@@ -185,9 +191,11 @@ def _flatten(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def _unflatten(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
     for name, tensor in tensors.items():
         i, key = name.split(".", 1)
-        state.setdefault(int(i), {})[key] = tensor
+        own = parameters[int(i)]
+        state.setdefault(int(i), {})[key] = shared_like(tensor, own) if tensor.shape == own.shape else tensor
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
