@@ -25,6 +25,7 @@ from undiffuse.cli.options import (
     console,
     device_of,
 )
+from undiffuse.cli.pack import pack
 from undiffuse.cli.reading import Read, reads_data, record_skipped, say_notes
 from undiffuse.cli.restore import restore
 from undiffuse.cli.sample import sample
@@ -105,6 +106,7 @@ def train(
 
 
 app.command()(check)
+app.command()(pack)
 app.command()(sample)
 app.command("advise")(advise_command)
 app.command()(restore)

@@ -32,7 +32,7 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "value_range": (ValueRange, None),
 }
 
-Read = Callable[[str], datasets.Dataset]
+Read = Callable[..., datasets.Dataset]
 """The data set of that name, by the options that were given."""
 
 

@@ -12,8 +12,9 @@ from undiffuse.data.array_files import PICKLES, SUFFIXES, load_array, load_condi
 from undiffuse.data.arrays import from_array
 from undiffuse.data.builtin import BUILTIN, TOYS, digits, fashion_mnist, toy
 from undiffuse.data.dataset import Dataset, Split, observed
-from undiffuse.data.folder import load_folder
+from undiffuse.data.folder import Place, in_memory, load_folder
 from undiffuse.data.image import Prepare
+from undiffuse.data.pack import load_packed, told
 from undiffuse.data.problems import BadFiles, Problem, Refused
 from undiffuse.data.table import SUFFIXES as TABLES
 from undiffuse.data.table import load_table
@@ -26,13 +27,13 @@ FOLDER_OPTIONS = (*(f.name for f in fields(Prepare)), "on_bad")
 ARRAY_OPTIONS = ("layout", "levels", "value_range")
 
 
-def load(source: str | Path, *, folder: str | Path | None = None, **options: Any) -> Dataset:
+def load(source: str | Path, *, folder: str | Path | None = None, place: Place = in_memory, **options: Any) -> Dataset:
     """The data set that ``source`` names: a built-in set, an array file, a table or a folder of images on this machine.
 
-    ``folder`` is where fashion-mnist's files lie. ``options`` are those of ``Prepare`` for folders (size,
-    crop, channels, background) and of ``from_array`` for arrays (layout, levels, value_range); None and False mean
-    not given. ConfigError for a name that is nothing and for an option that the source has no use for; DataError
-    for what is wrong with the data; ResourceError where they do not fit into memory. No network is asked.
+    ``folder`` is where fashion-mnist's files lie; ``place`` makes room for decoded images. ``options`` are those of
+    ``Prepare`` and ``on_bad`` for folders, and of ``from_array`` for arrays (layout, levels, value_range); None and
+    False mean not given. ConfigError for a name that is nothing and for an option that the source has no use for;
+    DataError for what is wrong with the data; ResourceError where they do not fit into memory. No network is asked.
     """
     given = {key: value for key, value in options.items() if value is not None and value is not False}
     name, path = str(source), Path(source)
@@ -48,6 +49,9 @@ def load(source: str | Path, *, folder: str | Path | None = None, **options: Any
     if len(os.fsencode(name)) > 4096:
         raise Refused("PATH_TOO_LONG", "more than 4096 bytes").at(name[:40] + "...")
     if path.suffix.lower() in (*SUFFIXES, *PICKLES) and os.path.lexists(name) and not os.path.isdir(name):
+        if path.suffix.lower() == ".npy" and told(path).is_file():
+            _only(given, (), "a packed array")
+            return load_packed(path)
         _only(given, ARRAY_OPTIONS, "an array file")
         return observed(load_array(path, **given))
     if path.suffix.lower() in TABLES and os.path.lexists(name) and not os.path.isdir(name):
@@ -56,7 +60,7 @@ def load(source: str | Path, *, folder: str | Path | None = None, **options: Any
     if os.path.lexists(name) or os.sep in name or path.suffix:
         _only(given, FOLDER_OPTIONS, "a folder of images")
         on_bad = given.pop("on_bad", "stop")
-        return observed(load_folder(path, Prepare(**given), on_bad))
+        return observed(load_folder(path, Prepare(**given), on_bad, place))
     close = difflib.get_close_matches(name.lower(), BUILTIN, cutoff=0.5)
     hint = f"Did you mean {' or '.join(close)}? B" if close else "B"
     fix = f"{hint}uilt in are {', '.join(BUILTIN)}; or give a folder of images, an array file or a table"

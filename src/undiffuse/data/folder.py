@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections import Counter
@@ -22,6 +23,9 @@ from undiffuse.errors import ConfigError, DataError, printable
 MAX_BYTES = 1 << 29
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 
+Place = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+"""Makes room for an array of a shape and type, in memory or elsewhere."""
+
 Kind = tuple[tuple[int, ...], int]
 """Shape and levels of a picture: one data set has one."""
 
@@ -39,12 +43,24 @@ class _Scan:
     table: bool = False
 
 
-def load_folder(folder: str | Path, prepare: Prepare = Prepare(), on_bad: str = "stop") -> Dataset:  # noqa: B008 (frozen)
+def in_memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Room in memory. Raises ResourceError (MEMORY) where there is not so much."""
+    fix = "Give a smaller size, or fewer images, or pack them first: undiffuse pack"
+    require(math.prod(map(float, shape)) * dtype.itemsize, "images", fix)
+    return np.empty(shape, dtype)
+
+
+def load_folder(
+    folder: str | Path,
+    prepare: Prepare = Prepare(),  # noqa: B008 (frozen)
+    on_bad: str = "stop",
+    place: Place = in_memory,
+) -> Dataset:
     """All images under ``folder``, decoded once: values (N, C, H, W), sorted by path, labelled.
 
     Labels are those of ``labels.csv`` (columns file and label) in the folder, else sub-folders of the first level
     are classes where there are at least two and every image is in one. With ``on_bad="skip"`` files that cannot be
-    taken, or differ from most, are left out: ``Dataset.seen.skipped`` has each.
+    taken, or differ from most, are left out: ``Dataset.seen.skipped`` has each. ``place`` makes room for the values.
     Raises ConfigError (NOT_A_DIRECTORY, OPTION); BadFiles with every file that cannot be taken; DataError for what
     is wrong with all together (NO_IMAGES, MIXED_SIZES, MIXED_CHANNELS, MIXED_DEPTH, LABELS); ResourceError (MEMORY).
     """
@@ -64,7 +80,7 @@ def load_folder(folder: str | Path, prepare: Prepare = Prepare(), on_bad: str = 
         )
     if not scan.table:
         scan.problems += empty_classes(root, scan.files, scan.folders, [p.path for p in scan.problems])
-    read = _read_all(scan, prepare, on_bad == "skip")
+    read = _read_all(scan, prepare, on_bad == "skip", place)
     classes, labels, about = _labels(root, scan, read)
     notes = [f"{n} of {len(read.values)} images: {phrase}" for phrase, n in sorted(read.done.items())]
     if any("background" in phrase for phrase in read.done):
@@ -149,6 +165,7 @@ class _Read:
     """What decoding found: ``values`` (N, C, H, W) of one kind with the file of each, and what stood in the way."""
 
     problems: list[Problem]
+    place: Place = in_memory
     values: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0, 0), np.uint8))
     files: list[Path] = field(default_factory=list)
     kinds: dict[Kind, list[Path]] = field(default_factory=dict)
@@ -172,19 +189,18 @@ class _Read:
         at = len(self.files)
         if at == len(self.values):
             count = max(expected, 2 * at)
-            require(float(count) * picture.pixels.nbytes, "images", "Give a smaller size, or fewer images")
-            grown = np.empty((count, *kind[0]), picture.pixels.dtype)
+            grown = self.place((count, *kind[0]), picture.pixels.dtype)
             grown[:at] = self.values if at else 0
             self.values = grown
         self.values[at] = picture.pixels
         self.files.append(path)
 
 
-def _read_all(scan: _Scan, prepare: Prepare, skip: bool) -> _Read:
+def _read_all(scan: _Scan, prepare: Prepare, skip: bool, place: Place) -> _Read:
     """All pictures of one kind; raises everything that is wrong, or with ``skip`` keeps it in ``problems``."""
 
     def attempt(files: Sequence[Path], problems: list[Problem]) -> _Read:
-        read = _Read(problems)
+        read = _Read(problems, place)
         for path in files:
             try:
                 pictures = decode_all(_bytes(path, scan.files[path]), path.suffix, prepare)
