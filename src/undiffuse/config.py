@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import reprlib
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from undiffuse.errors import ConfigError
+
+LARGEST, LONGEST = 1 << 20, 1000
+"""Bytes that a recipe's file may have, and characters that a text in it may."""
 
 Settings = dict[str, Any]
 T = TypeVar("T")
@@ -141,13 +145,16 @@ def from_dict(kind: type[T], data: object, where: str = "config") -> T:
         raise ConfigError(
             "CONFIG", where, f"expected a table of settings, got {type(data).__name__}", "Write it as a table"
         )
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     for key in data:
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, 1)
             hint = f"Did you mean {close[0]!r}?" if close else f"It has {', '.join(hints)}"
-            raise ConfigError("CONFIG", f"{where}.{key}", "no such setting", hint.rstrip("?"))
+            raise ConfigError("CONFIG", f"{where}.{str(key)[:80]}", "no such setting", hint.rstrip("?"))
     return kind(**{key: _value(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+_hints = functools.cache(typing.get_type_hints)  # our own annotations, worked out once
 
 
 def _value(hint: Any, value: object, where: str) -> Any:
@@ -164,26 +171,30 @@ def _value(hint: Any, value: object, where: str) -> Any:
         return {str(k): v for k, v in value.items()}
     if hint is float and type(value) in (int, float) and _is_plain(value):
         return float(value)  # type: ignore[arg-type]
-    if hint in (int, str, bool) and type(value) is hint:
+    if hint in (int, str, bool) and type(value) is hint and _is_plain(value):
         return value
     name = getattr(hint, "__name__", str(hint))
     raise ConfigError("CONFIG", where, f"expected {name}, got {reprlib.repr(value)}", "Correct the value")
 
 
 def _is_plain(value: object, deep: int = 4) -> bool:
-    """Whether a setting is text, a switch, a number that a float can hold, or lists and tables of such."""
+    """Whether a setting is short text, a switch, a number that a float can hold, or lists and tables of such."""
     if isinstance(value, dict | list | tuple):
         return deep > 0 and all(_is_plain(v, deep - 1) for v in (value.values() if isinstance(value, dict) else value))
     if isinstance(value, int | float):
         return abs(value) <= sys.float_info.max
-    return value is None or isinstance(value, str)
+    return value is None or (isinstance(value, str) and len(value) <= LONGEST)
 
 
 def read(path: Path, base: Config) -> Config:
     """The recipe of a TOML (or JSON) file with tables ``model`` and ``train``, over ``base``. Raises `ConfigError`."""
     try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        with path.open("rb") as stream:
+            content = stream.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError(f"it is longer than {LARGEST:,} bytes")
+        text = content.decode("utf-8")
+        data = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ConfigError("CONFIG", path, f"cannot be read as a recipe ({error})"[:300], "Give a TOML file") from None
     if not isinstance(data, dict):
@@ -194,6 +205,14 @@ def read(path: Path, base: Config) -> Config:
             {**merged[section], **settings} if isinstance(settings, dict) and section in merged else settings
         )
     return from_dict(Config, merged, path.name)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Settings:
+    """A table of JSON; ValueError where a key occurs twice."""
+    if len(found := dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in found if keys.count(k) > 1)[:80]!r} occurs twice")
+    return found
 
 
 def replace_train(config: Config, **settings: Any) -> Config:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from torch import nn
 
+from undiffuse.data.memory import available
 from undiffuse.networks.check import require
 from undiffuse.networks.mlp import MLP
 from undiffuse.networks.unet import UNet
 
 __all__ = ["MLP", "NETWORKS", "UNet", "build"]
 
+COPIES = 2
+"""Of its weights, that no use of a network does without."""
 NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}
 
 
@@ -27,4 +31,10 @@ def build(kind: str, **settings) -> nn.Module:
         f"Choose from {', '.join(known)}",
     )
     require("channels" in settings, "channels", "missing", "Give the number of channels of the data")
+    with torch.device("meta"):  # a sketch, which has no weights
+        sketch = NETWORKS[kind](**settings)
+    need = COPIES * 4.0 * sum(parameter.numel() for parameter in sketch.parameters())
+    wide = max(("widths", "width"), key=lambda name: name in settings)
+    cause = f"its weights alone need {need / 1e9:,.0f} GB of memory, and {available() / 1e9:,.0f} GB may be used here"
+    require(need <= available(), wide, cause, "Give a smaller network")
     return NETWORKS[kind](**settings)

@@ -13,10 +13,15 @@ def require(holds: bool, name: str, cause: str, fix: str) -> None:
         raise ConfigError("NETWORK", f"network.{name}", cause, fix)
 
 
+MOST, DEEPEST, LEVELS = 1 << 24, 1000, 16
+"""The largest number that a setting may be, the most layers, and the most levels, each half the size of the last."""
+
+
 def whole(name: str, value: object, least: int = 1) -> int:
-    """``value``, if it is a whole number of at least ``least``."""
+    """``value``, if it is a whole number of at least ``least`` and at most `MOST`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         require(False, name, f"{value!r} is not a whole number of at least {least}", "Give such a number")
+    require(int(value) <= MOST, name, f"{value} is above {MOST:,}", "Give a smaller number")  # pyright: ignore[reportArgumentType]
     return int(value)  # pyright: ignore[reportArgumentType]
 
 

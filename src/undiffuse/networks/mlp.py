@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from undiffuse.conditioning import Condition
 from undiffuse.networks.attention import CrossAttention, Tokens
-from undiffuse.networks.check import share, whole
+from undiffuse.networks.check import DEEPEST, require, share, whole
 from undiffuse.networks.embedding import Embedding
 
 
@@ -55,6 +55,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         channels, width, depth = whole("channels", channels), whole("width", width), whole("depth", depth)
+        require(depth <= DEEPEST, "depth", f"{depth:,} layers are more than {DEEPEST:,}", "Give fewer")
         out_channels = channels if out_channels is None else whole("out_channels", out_channels)
         time_width = width if time_width is None else whole("time_width", time_width)
         self.embed = Embedding(64, time_width, whole("classes", classes, 0), whole("vector", vector, 0))

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from undiffuse.conditioning import Condition
 from undiffuse.networks.attention import Attention, CrossAttention, Tokens
-from undiffuse.networks.check import require, share, whole, wholes
+from undiffuse.networks.check import DEEPEST, LEVELS, require, share, whole, wholes
 from undiffuse.networks.embedding import Embedding
 from undiffuse.networks.norm import NORMS
 
@@ -156,6 +156,7 @@ class UNet(nn.Module):
         require(dims in (1, 2, 3), "dims", f"{dims!r} dimensions", "Give 1, 2 or 3")
         widths, attention = wholes("widths", widths), wholes("attention", attention, 0)
         require(len(widths) > 0, "widths", "there is no level", "Give one width a level, such as [64, 128]")
+        require(len(widths) <= LEVELS, "widths", f"{len(widths)} levels are more than {LEVELS}", "Give fewer")
         top = len(widths) - 1
         last = max(attention, default=0)
         require(last <= top, "attention", f"level {last} is not one of 0 to {top}", "Name levels of widths")
@@ -170,6 +171,8 @@ class UNet(nn.Module):
         require(norm in NORMS, "norm", f"there is no norm {norm!r}", f"Choose {' or '.join(NORMS)}")
         for name, value in {"channels": channels, "blocks": blocks, "patch": patch}.items():
             whole(name, value)
+        layers = blocks * len(widths)
+        require(layers <= DEEPEST, "blocks", f"{layers:,} layers are more than {DEEPEST:,}", "Give fewer")
         out_channels = channels if out_channels is None else whole("out_channels", out_channels)
         time_width = 4 * widths[0] if time_width is None else whole("time_width", time_width)
         dropout, classes = share("dropout", dropout), whole("classes", classes, 0)

@@ -29,6 +29,7 @@ from undiffuse.train.ema import Average
 from undiffuse.train.nonfinite import leave_out, whats_wrong
 from undiffuse.train.parallel import agree, clip, cut, loudest, prepare
 from undiffuse.train.profiles import Profiles
+from undiffuse.train.room import require_room
 from undiffuse.train.run import Run, describe
 from undiffuse.train.stop import Interrupted, stopping_signals
 from undiffuse.train.watch import Watch
@@ -75,6 +76,7 @@ def fit(
     diffusion = Diffusion(config.model, data.item_shape, codec, describe(data) | {"held_out": settings.held_out}).to(
         accelerator.device
     )
+    require_room(diffusion, settings)
     settings = replace(settings, precision=precision_of(settings.precision, accelerator.device))
     if isinstance(diffusion.network, Lattice):
         diffusion.network.start_from(torch.from_numpy(data.counts(split.train)))
