@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -27,6 +29,9 @@ PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 NAMES = ("images", "x", "data", "arr_0")
 BESIDE = {"labels": ("labels", "y"), "cond": ("cond",), "mask": ("mask",)}
 MAX_BYTES = 1 << 36
+BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+BROKEN += (EOFError, ValueError, ArithmeticError, RuntimeError)  # NotImplementedError among them
+"""What reading an archive may raise."""
 
 T = TypeVar("T")
 
@@ -110,7 +115,7 @@ def _read_npz(path: Path, start: bytes) -> Read:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             _check_members(archive, members, path.stat().st_size)
             read = {role: _read_member(archive, members[name]) for role, name in _pick(members).items()}
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except BROKEN as error:
         raise Refused("BAD_ARCHIVE", f"cannot be unpacked ({error})") from error
     return Read(read, [])
 

@@ -1,0 +1,131 @@
+"""Images and arrays that were changed at random: they are taken, or refused in one line; nothing crashes or hangs."""
+
+from __future__ import annotations
+
+import io
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from children import in_child
+from PIL import Image
+
+from undiffuse.data import load
+from undiffuse.data.headers import read_npy
+from undiffuse.data.image import Prepare, decode_all
+from undiffuse.data.problems import Refused
+from undiffuse.errors import DataError, ResourceError
+
+SECONDS, MEMORY = 5.0, 1 << 30
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
+ARRAY = np.arange(96, dtype=np.float32).reshape(2, 3, 4, 4)
+
+
+def seeds() -> dict[str, bytes]:
+    """Twelve small files, one of each kind that is read."""
+
+    def image(form: str, array: np.ndarray = PIXELS, **options) -> bytes:
+        stream = io.BytesIO()
+        Image.fromarray(array).save(stream, form, **options)
+        return stream.getvalue()
+
+    def saved(save, *arrays, **named) -> bytes:
+        stream = io.BytesIO()
+        save(stream, *arrays, **named)
+        return stream.getvalue()
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = [Image.fromarray(PIXELS[::-1])]
+    return {
+        "rgb.png": image("PNG", exif=exif),
+        "deep.png": image("PNG", PIXELS[..., 0].astype(np.uint16) * 257),
+        "alpha.png": image("PNG", np.dstack([PIXELS, PIXELS[..., :1]])),
+        "a.jpg": image("JPEG", exif=exif),
+        "progressive.jpg": image("JPEG", progressive=True, icc_profile=b"none"),
+        "a.webp": image("WEBP", lossless=True),
+        "a.bmp": image("BMP"),
+        "a.tif": image("TIFF", compression="tiff_lzw"),
+        "moving.gif": image("GIF", save_all=True, append_images=frames),
+        "a.npy": saved(np.save, ARRAY),
+        "a.npz": saved(np.savez_compressed, x=ARRAY, y=np.array([0, 1])),
+        "a.csv": b"a,b,label\n1,2,x\n3,4.5,y\n-1e3,0,x\n",
+    }
+
+
+def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
+    """One change or a few: bits, bytes, sizes in a header, pieces cut, doubled, moved or taken from another file."""
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        at, end = sorted(rng.randrange(len(changed) + 1) for _ in range(2))
+        head = min(len(changed), 64)
+        match rng.randrange(9):
+            case 0 if changed:
+                changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+            case 1 if changed:
+                changed[rng.randrange(head)] = rng.choice((0, 1, 0x7F, 0x80, 0xFF))
+            case 2:
+                place = rng.randrange(head + 1)
+                changed[place : place + 4] = rng.choice(
+                    (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", bytes(4), b"\0\1\0\0")
+                )
+            case 3:
+                del changed[at:]
+            case 4:
+                del changed[at:end]
+            case 5:
+                changed[at:at] = changed[at:end]
+            case 6:
+                changed[at:end] = other[at:end]
+            case 7:
+                changed[at:end] = rng.randbytes(end - at)
+            case 8:
+                changed += rng.randbytes(rng.randrange(64))
+    return bytes(changed)
+
+
+def fuzz(place: Path, n: int, seed: int) -> dict:
+    """How many of ``n`` changed files were taken, by what the refusals say, and the longest that one took."""
+    rng, files = random.Random(seed), seeds()
+    names, slowest, taken, codes = list(files), 0.0, 0, {}
+    for i in range(n):
+        name = names[i % len(names)]
+        content = mutated(files[name], files[rng.choice(names)], rng)
+        (place / name).write_bytes(content)
+        began = time.process_time()
+        try:
+            if name.endswith((".npy", ".npz", ".csv")):
+                load(place / name)
+            else:
+                for frames in (None, "all"):
+                    decode_all(content, name[-4:], Prepare(size=8, crop=True, channels=3, frames=frames, upscale=True))
+            taken += 1
+        except (Refused, DataError, ResourceError) as error:
+            codes[error.code] = codes.get(error.code, 0) + 1
+        except BaseException as error:
+            raise AssertionError(f"{name} {content!r}") from error
+        slowest = max(slowest, time.process_time() - began)
+    return {"taken": taken, "codes": codes, "slowest": slowest}
+
+
+@pytest.mark.parametrize("n", [2000, pytest.param(50_000, marks=pytest.mark.release)])
+def test_changed_files(tmp_path, n):
+    parts = [in_child(lambda k=k: fuzz(tmp_path, 1000, k), 300, memory=MEMORY) for k in range(n // 1000)]
+    codes = {code: sum(part["codes"].get(code, 0) for part in parts) for part in parts for code in part["codes"]}
+    taken, slowest = sum(part["taken"] for part in parts), max(part["slowest"] for part in parts)
+    print(f"{n:,} changed files: {taken:,} taken, slowest {slowest:.2f} s, {codes}")
+    assert slowest < SECONDS
+    assert taken + sum(codes.values()) == n
+    assert 0.02 * n < taken < 0.6 * n  # the changes are neither none nor all fatal at once
+    assert len(codes) >= 8
+
+
+def test_headers_of_arrays_that_are_any_bytes():
+    rng = random.Random(0)
+    start = b"\x93NUMPY\1\0v\0"
+    for _ in range(2000):
+        text = bytes(rng.choice(b"{}'(),: desc|u1fortan_FlTshp0123456789-L<>[]\\\n\xff") for _ in range(118))
+        with pytest.raises(Refused):
+            read_npy(io.BytesIO(start + text), 500)
