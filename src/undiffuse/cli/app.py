@@ -33,6 +33,7 @@ from undiffuse.diffusion import describe
 from undiffuse.errors import ConfigError
 from undiffuse.report import table
 from undiffuse.train import ChangedError, Interrupted, Run, fit
+from undiffuse.train.extend import extend as longer
 
 app = typer.Typer(
     help="Diffusion models with a likelihood you can publish: train, sample, measure.",
@@ -67,6 +68,9 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Go on with a run that was begun with other settings or data.")
     ] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Make the run in --out longer, by --minutes or --steps, as it was begun.")
+    ] = False,
     *,
     read: Read,
 ) -> None:
@@ -77,6 +81,13 @@ def train(
     dataset = read(data)
     say_notes(dataset)
     run = Run(out or Path("runs") / Path(data.rstrip("/")).name.split(".")[0])
+    if extend:
+        if (seed, preset, config, init) != (None,) * 4:
+            cause = "a run is made longer with the recipe that it was begun with"
+            raise ConfigError("USAGE", "--extend", cause, "Give it with --minutes or --steps alone")
+        _, step = longer(run.folder, dataset, steps, minutes)
+        console.print(f"{run.folder} is to be longer, and goes on from step {step:,}", markup=False)
+        minutes = steps = None
     if run.finished:
         console.print(f"{run.folder} is a finished run already; give --out another folder to train again", markup=False)
         return

@@ -117,7 +117,7 @@ def fit(
             state.write(run.checkpoints, progress, diffusion, average, optimiser, memory=memory, first=first)
 
         with (
-            Watch(run, smooth, data, split, settings, progress, quiet or not first) as watch,
+            Watch(run, smooth, data, split, settings, progress, quiet or not first, first) as watch,
             batches(data, split.train, settings) as batch,
         ):
             for line in damaged:
@@ -207,8 +207,10 @@ def gradient(
 
 def plan(progress: state.Progress, settings: TrainConfig) -> None:
     """Fixes where the decay starts and the run ends: from ``steps``, or, when it is time to decay, from the clock."""
-    if progress.last_step is not None:
+    length = settings.minutes if settings.steps is None else settings.steps
+    if progress.last_step is not None and progress.length == length:
         return
+    progress.decay_from, progress.last_step, progress.length = None, None, length
     if settings.steps is not None:
         progress.last_step = settings.steps
         progress.decay_from = round(settings.steps * (1 - settings.decay))

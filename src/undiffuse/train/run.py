@@ -129,6 +129,16 @@ class Run:
         assert record is not None
         self._write({**record, "finished": True})
 
+    def lengthen(self, config: Any, step: int) -> None:
+        """Makes the run an unfinished one of a longer recipe that goes on from ``step``, and notes that it did."""
+        record = self.record
+        assert record is not None
+        longer = to_dict(config)
+        was, now = ({key: c["train"][key] for key in ("steps", "minutes")} for c in (record["config"], longer))
+        note = {"from_step": step, "was": was, "now": now}
+        extended = [*record.get("extended", []), note]
+        self._write({**record, "config": longer, "finished": False, "extended": extended})
+
     def _claim(self) -> None:
         """Makes the folders, unless something else than a run is there."""
         try:
@@ -159,6 +169,11 @@ class Run:
             if up_to is None or record["step"] <= up_to:
                 records.append(record)
         return records
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """One more record at the end of ``metrics.jsonl``, for who watches; `write_metrics` writes it durably."""
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """All ``records`` as JSONL and as CSV with every column that one of them has."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ class Progress:
     last_step: int | None = None
     left_out: int = 0
     """Steps in a row, up to here, whose loss or gradient was no number."""
+    length: float | None = None
+    """The steps or minutes that the plan is for: it is made anew where a run is to be longer."""
 
 
 def write(
@@ -80,10 +83,37 @@ def write(
         raise unwritten(final, size, error) from None
     others = sorted(f for f in folder.glob("step-*") if f != final)
     older = [f for f in others if f.name < final.name]  # the run began before the newer ones: they were damaged
-    for other in set(others) - set(older[len(older) + 1 - keep :]):
+    kept = set(older[len(older) + 1 - keep :])
+    if progress.decay_from is not None:  # a longer run goes on from there
+        kept.update(_before_decay(older, progress)[-1:])
+    for other in set(others) - kept:
         with suppress(OSError):  # the new one is whole whatever happens to the old ones
             _discard(other)
     return final
+
+
+def rewind(folder: Path) -> int:
+    """The step that a longer run goes on from: the newest whole checkpoint before the decay, else the newest.
+
+    The later ones are removed. Raises `CheckpointError` where none is whole.
+    """
+    whole: dict[Path, Progress] = {}
+    for candidate in sorted(folder.glob("step-*")):
+        with suppress(CheckpointError):
+            whole[candidate] = _verify(candidate)
+    if not whole:
+        raise CheckpointError("DAMAGED", folder, "none of its checkpoints is whole", "Train into another folder")
+    last = (_before_decay(list(whole), list(whole.values())[-1]) or list(whole))[-1]
+    for later in folder.glob("step-*"):
+        if later.name > last.name:
+            _discard(later)
+    return whole[last].step
+
+
+def _before_decay(checkpoints: list[Path], progress: Progress) -> list[Path]:
+    """Those at whose step the learning rate has not begun to fall, by the plan of ``progress``."""
+    begins = math.inf if progress.decay_from is None else progress.decay_from
+    return [path for path in checkpoints if int(path.name[-8:]) <= begins]
 
 
 def tidy(folder: Path) -> None:

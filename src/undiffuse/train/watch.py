@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from torch import Tensor
 
 from undiffuse.checkpoint import save
 from undiffuse.conditioning import Condition
@@ -21,6 +22,7 @@ from undiffuse.diffusion import Diffusion
 from undiffuse.errors import ConfigError, ResourceError
 from undiffuse.report import pictures
 from undiffuse.train import state
+from undiffuse.train.alarm import Gap, gap, pairs
 from undiffuse.train.run import Run
 
 HELD_OUT_ITEMS, HELD_OUT_DRAWS = 64, 8
@@ -39,6 +41,7 @@ class Watch:
     settings: TrainConfig
     progress: state.Progress
     quiet: bool = False
+    first: bool = True
     records: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -50,7 +53,7 @@ class Watch:
         self.waited = 0.0
         self.since = time.perf_counter()
         self.before = self.share = self._share()
-        self.bound = math.nan
+        self.held_out, self.trained_on = pairs(self.split, HELD_OUT_ITEMS)
 
     def __enter__(self) -> Watch:
         if self.console.is_terminal:
@@ -63,6 +66,8 @@ class Watch:
             f"{parameters / 1e6:.2f} M parameters, {self.settings.precision}, batch {self.settings.batch}"
         )
         self.task = self.bar.add_task("training", total=1.0, status="")
+        if self.first and self.progress.step:
+            self.write_records()  # those of steps that are lost go
         return self
 
     def __exit__(self, *failure: object) -> None:
@@ -102,6 +107,9 @@ class Watch:
         status = f"step {self.progress.step:,} · loss {mean:.4f} · {images:,.0f} items/s · {_clock(left)} left"
         self.bar.update(self.task, completed=self.share, status=status)
         self.losses, self.since, self.waited = [], now, waited
+        if self.first:
+            with self._spared():
+                self.run.append_metrics(self.records[-1])
 
     def _share(self) -> float:
         """How much of the run is done, in [0, 1]."""
@@ -125,13 +133,18 @@ class Watch:
         """The held-out bound on fixed noise, a grid of samples, and the model so far."""
         self.smooth.info.update(self._trained())
         save(self.smooth, self.run.model)
-        mean, stderr = self._measure(draws)
+        mean, stderr, apart = self._measure(draws)
         self.records.append(
             {
                 "step": self.progress.step,
                 "seconds": round(self.progress.seconds, 2),
                 "bits_per_dim": mean,
                 "stderr": stderr,
+                **(
+                    {}
+                    if apart is None
+                    else {"gap": apart.mean, "gap_stderr": apart.stderr, "overfit": apart.significant}
+                ),
             }
         )
         self._draw(f"samples-{self.progress.step:08d}.png")
@@ -142,6 +155,11 @@ class Watch:
             f"loss {self._last('loss'):.4f}  held out ≤ {mean:.3f} ± {stderr:.3f} {unit}  "
             f"{self._last('items_per_second'):,.0f} items/s"
         )
+        if apart is not None and apart.significant:
+            self.say(
+                f"{'':8}  it begins to remember its training items: they take {apart.mean:.3f} ± {apart.stderr:.3f} "
+                f"{unit} less than held-out ones, on the same noise and times"
+            )
         self.since = time.perf_counter()
 
     def finish(self) -> None:
@@ -168,14 +186,17 @@ class Watch:
         except (OSError, ResourceError) as error:
             self.say(f"not written: {error}")
 
-    def _measure(self, draws: int) -> tuple[float, float]:
-        items = self.split.validation[:HELD_OUT_ITEMS]
-        if len(items) == 0:
-            return math.nan, math.nan
+    def _measure(self, draws: int) -> tuple[float, float, Gap | None]:
+        """The held-out bound ± its standard error, and how far it is from the training items' on the same noise."""
+        if len(self.held_out) == 0:
+            return math.nan, math.nan, None
+        (bits, stderr), (trained_on, _) = (self._bound_of(items, draws) for items in (self.held_out, self.trained_on))
+        return float(bits.mean()), stderr, gap(bits, trained_on, self.settings.previews + 1)
+
+    def _bound_of(self, items: np.ndarray, draws: int) -> tuple[Tensor, float]:
         values = torch.from_numpy(self.data.values[items])
         result = self.smooth.nll(values, seed=0, draws=draws, batch=HELD_OUT_ITEMS, cond=self._told(items))
-        bits = result.bits_per_dim(self.smooth.dims)
-        return float(bits.mean()), float(result.stderr) / (self.smooth.dims * math.log(2))
+        return result.bits_per_dim(self.smooth.dims), float(result.stderr) / (self.smooth.dims * math.log(2))
 
     def _draw(self, name: str, n: int = SHOWN, steps: int = SHOWN_STEPS) -> None:
         samples = self.smooth.sample(n, seed=0, steps=steps, cond=self._shown(n))
