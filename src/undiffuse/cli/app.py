@@ -29,6 +29,7 @@ from undiffuse.cli.pack import pack
 from undiffuse.cli.reading import Read, reads_data, record_skipped, say_notes
 from undiffuse.cli.restore import restore
 from undiffuse.cli.sample import sample
+from undiffuse.cli.watch import watch
 from undiffuse.diffusion import describe
 from undiffuse.errors import ConfigError
 from undiffuse.report import table
@@ -124,6 +125,7 @@ app.command()(restore)
 app.command()(interpolate)
 app.command()(train_classifier)
 app.command()(ema)
+app.command()(watch)
 
 
 @app.command()

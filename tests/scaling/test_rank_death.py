@@ -1,0 +1,57 @@
+"""A process of two is killed under torchrun: the other one ends, both are begun again, and nothing is lost.
+
+One kill takes some thirty seconds, for four interpreters begin: ten of them are for a release.
+"""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_processes import free_port
+
+from undiffuse.checkpoint import read_tensors
+from undiffuse.train.watch import Watch
+
+KILLS, STEPS = 10, 8
+
+
+def launch(run: Path, step: int, rank: int) -> float:
+    """Seconds that two processes under torchrun take, of which ``rank`` is killed after ``step``."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "--monitor-interval", "0.1", "--master-port", str(free_port())]
+    command += [str(Path(__file__).parent / "member.py"), str(run), str(step), str(rank)]
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return time.monotonic() - began
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    files = [run / "model.safetensors", *(run / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors")]
+    files += [*(run / "snapshots").glob("*.safetensors")]
+    return {f"{file.name} {key}": t for file in files for key, t in read_tensors(file)[0].items()}
+
+
+@pytest.mark.release
+def test_a_killed_process_costs_nothing(tmp_path, monkeypatch):
+    for name in ("step", "look", "finish"):
+        monkeypatch.setattr(Watch, name, getattr(Watch, name))
+    g, seconds, whole = random.Random(0), [], None
+    for kill in range(-1, KILLS):
+        place = tmp_path / str(kill)
+        place.mkdir()
+        step, rank = (0, 0) if kill < 0 else (g.randrange(1, STEPS + 1), g.randrange(2))
+        seconds.append(launch(place / "run", step, rank))
+        assert (place / "killed").exists() == (kill >= 0)
+        found = tensors(place / "run")
+        whole = found if whole is None else whole
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in whole.items()), (step, rank)
+    assert max(seconds) < 60 + seconds[0]
+    print(
+        f"\nA12: {KILLS} kills of one process of two, {KILLS} runs equal to the bit; at most {max(seconds):.0f} s each"
+    )

@@ -1,0 +1,132 @@
+"""`undiffuse watch`: a picture of what a run has written, whether it goes on or not."""
+
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from undiffuse.cli import main
+from undiffuse.cli import watch as command
+from undiffuse.config import Config, TrainConfig
+from undiffuse.data import from_array
+from undiffuse.report.spark import BARS, spark
+from undiffuse.train import Run
+
+DATA = from_array(np.arange(40).reshape(20, 2) % 5, name="tiny")
+
+
+def begun(folder, settings, records=()):
+    run = Run(folder)
+    run.open(Config(train=TrainConfig(**settings)), DATA)
+    for record in records:
+        run.append_metrics(record)
+    return run
+
+
+def shown(run):
+    console = Console(width=120)
+    with console.capture() as caught:
+        console.print(command.picture(run))
+    return caught.get()
+
+
+RECORDS = [
+    {"step": 50, "seconds": 10.0, "loss": 1.0, "lr": 0.5, "items_per_second": 9.0, "gradient_norm": 2.0},
+    {"step": 60, "seconds": 12.0, "bits_per_dim": 3.25, "gap": 0.01, "gap_stderr": 0.1, "overfit": False},
+    {"step": 100, "seconds": 20.0, "loss": 0.5, "lr": 0.25, "items_per_second": 8.0, "gradient_norm": 1.0},
+    {"step": 120, "seconds": 24.0, "bits_per_dim": 3.5, "gap": 0.5, "gap_stderr": 0.1, "overfit": True},
+]
+
+
+def test_spark():
+    assert spark([0, 1, 2, 3, 4, 5, 6, 7]) == BARS
+    assert spark([5, 5]) == "▁▁"
+    assert spark([]) == ""
+    assert spark([1, math.nan, 2]) == "▁ █"
+    assert spark([math.nan] * 3) == "   "
+    assert spark(list(range(100)), 4) == "▁▃▆█"
+    assert len(spark(list(range(1000)))) == 40
+
+
+def test_a_run_that_stopped(tmp_path):
+    run = begun(tmp_path / "run", {"steps": 480}, RECORDS)
+    (run.checkpoints / "step-00000120").mkdir()
+    said = shown(run)
+    assert "tiny, stopped; the command that began it goes on with it" in said
+    assert "step 120 after 0:00:24, about 0:01:12 left · last checkpoint at step 120" in said
+    assert "training loss         0.5  █▁" in said
+    assert "held out, bits/dim         3.5  ▁█" in said
+    assert "best held out        3.25  at step 60" in said
+    assert "learning rate        0.25" in said
+    assert "it begins to remember" in said
+
+
+def test_a_run_that_goes_on_by_the_clock(tmp_path):
+    run = begun(tmp_path / "run", {"minutes": 2.0}, RECORDS[:3])
+    (run.folder / "lock").write_text(f"{os.getpid()}\n")
+    said = shown(run)
+    assert f"training, process {os.getpid()}" in said
+    assert "step 100 after 0:00:20, about 0:01:40 left · no checkpoint yet" in said
+    assert "it begins to remember" not in said
+    run.metrics.write_text(run.metrics.read_text() + '{"step": 150, "lo')  # a line that is being written
+    assert shown(run) == said
+
+
+def test_a_finished_run_and_one_that_has_hardly_begun(tmp_path, capsys):
+    run = begun(tmp_path / "run", {"steps": 120}, RECORDS)
+    run.finish()
+    assert main(["watch", str(run.folder)]) == 0  # ends by itself
+    said = capsys.readouterr().out
+    assert "finished" in said
+    assert "left" not in said
+    fresh = begun(tmp_path / "fresh", {"steps": 120})
+    before = {f: f.stat().st_mtime_ns for f in fresh.folder.rglob("*")}
+    assert main(["watch", str(fresh.folder), "--once"]) == 0
+    assert "step 0 after 0:00:00 · no checkpoint yet" in capsys.readouterr().out
+    assert before == {f: f.stat().st_mtime_ns for f in fresh.folder.rglob("*")}  # it touches nothing
+    assert main(["watch", str(tmp_path / "none"), "--once"]) == 4
+    assert "there is no run in this folder" in capsys.readouterr().err
+
+
+def test_it_follows_until_the_end_or_ctrl_c(tmp_path, monkeypatch, capsys):
+    run, naps = begun(tmp_path / "run", {"steps": 120}, RECORDS[:1]), []
+
+    def sleep(seconds):
+        naps.append(seconds)
+        run.append_metrics(RECORDS[len(naps)])
+        if len(naps) == 3:
+            run.finish()
+
+    monkeypatch.setattr(command.time, "sleep", sleep)
+    assert main(["watch", str(run.folder), "--every", "7"]) == 0
+    assert naps == [7.0] * 3
+    assert "step 120" in capsys.readouterr().out
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    going = begun(tmp_path / "going", {"steps": 120}, RECORDS[:1])
+    monkeypatch.setattr(command.time, "sleep", interrupt)
+    assert main(["watch", str(going.folder)]) == 0
+
+
+def test_tensorboard_has_the_numbers_of_the_run(tmp_path, monkeypatch, capsys):
+    run = begun(tmp_path / "run", {"steps": 120}, RECORDS)
+    run.finish()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main(["watch", str(run.folder), "--tensorboard", str(tmp_path / "board")]) == 2
+    assert "pip install 'undiffuse[tensorboard]'" in capsys.readouterr().err
+    monkeypatch.undo()
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert main(["watch", str(run.folder), "--tensorboard", str(tmp_path / "board")]) == 0
+    read = accumulator.EventAccumulator(str(tmp_path / "board"))
+    read.Reload()
+    assert sorted(read.Tags()["scalars"]) == sorted({key for r in RECORDS for key in r} - {"step"})
+    for name in ("loss", "bits_per_dim", "overfit"):
+        points = [(e.step, e.value) for e in read.Scalars(name)]
+        assert points == [(r["step"], float(r[name])) for r in RECORDS if name in r]
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0]) == RECORDS[0]
