@@ -12,12 +12,12 @@ from undiffuse.cli.app import app
 from undiffuse.data import BadFiles, Problem
 from undiffuse.errors import UndiffuseError, printable
 from undiffuse.train import Interrupted
+from undiffuse.train.stop import StoppedAtOnce, ending_at_once
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]  # typer has click's or a copy
 
 SHOWN = 20
 """Problems of files that are listed one by one."""
-STOPPED = "stopped at once; the last checkpoint is whole"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,16 +29,17 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        code = app(arguments, prog_name="undiffuse", standalone_mode=False) or 0
+        with ending_at_once():
+            code = app(arguments, prog_name="undiffuse", standalone_mode=False) or 0
         if code == 130:  # typer's own way to say Ctrl-C
-            _report(STOPPED, code, debug)
+            _report(StoppedAtOnce.said, code, debug)
     except UsageError as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "undiffuse"
         cause = error.format_message().replace("\n", " ").rstrip(".")  # pyright: ignore[reportAttributeAccessIssue]
         code = _report(f"error[USAGE] {command}: {cause}. See '{command} --help'.", 2, debug)
     except (typer.Abort, KeyboardInterrupt):
-        code = _report(STOPPED, 130, debug)
+        code = _report(StoppedAtOnce.said, 130, debug)
     except Interrupted as stopped:
         code = _report(stopped.said, stopped.exit_code, False)
     except BadFiles as error:

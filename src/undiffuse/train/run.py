@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
-from undiffuse.checkpoint import write_file
+from undiffuse.checkpoint import unwritten, write_file
 from undiffuse.config import from_dict, to_dict
 from undiffuse.data import Dataset
 from undiffuse.errors import CheckpointError, ConfigError, ResourceError
@@ -82,19 +82,25 @@ class Run:
         Raises `ResourceError` that names the process which is there already. One that was killed holds nothing.
         """
         self._claim()
-        with open(self.folder / "lock", "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                cause = f"process {_holder(file)} is training into this folder"
-                raise ResourceError("BUSY", self.folder, cause, "Wait for it, stop it, or give another --out") from None
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-            try:
-                yield
-            finally:
-                file.truncate(0)
+        lock, pid = self.folder / "lock", f"{os.getpid()}\n".encode()
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise unwritten(lock, len(pid), error) from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, pid, 0)
+        except BlockingIOError:
+            cause = f"process {_holder(lock)} is training into this folder"
+            raise ResourceError("BUSY", self.folder, cause, "Wait for it, stop it, or give another --out") from None
+        except OSError as error:
+            raise unwritten(lock, len(pid), error) from None
+        else:
+            yield
+            os.ftruncate(handle, 0)
+        finally:
+            os.close(handle)
 
     def open(self, config: Any, data: Dataset, force: bool = False) -> bool:
         """Begins the record of this recipe, or makes sure that the run there is of it, of the data and of this torch.
@@ -223,11 +229,10 @@ def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _holder(file: TextIO) -> str:
+def _holder(lock: Path) -> str:
     """The number that the process which holds the lock writes there just after it has it."""
     for _ in range(100):
-        file.seek(0)
-        if number := file.read().strip():
+        if number := lock.read_text().strip():
             return number
         time.sleep(0.01)
     return "unknown"

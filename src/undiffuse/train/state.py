@@ -140,20 +140,18 @@ def read_latest(
     The tensors of ``memory`` are filled in place. Progress 0 if there is none. Raises `CheckpointError` if there
     are some and none is whole.
     """
-    damaged: list[str] = []
+    damaged: list[CheckpointError] = []
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         try:
-            return _read(candidate, network, average, optimiser, memory or {}), damaged
+            progress = _read(candidate, network, average, optimiser, memory or {})
         except CheckpointError as error:
-            damaged.append(str(error))
+            damaged.append(error)
+        else:
+            return progress, [str(error) for error in damaged]
     if damaged:
-        raise CheckpointError(
-            "DAMAGED",
-            folder,
-            f"none of its {len(damaged)} checkpoints is whole, the newest: {damaged[0]}",
-            "Train again into another folder",
-        )
-    return Progress(), damaged
+        cause = f"none of its {len(damaged)} checkpoints is whole, the newest: {damaged[0].where}: {damaged[0].cause}"
+        raise CheckpointError("DAMAGED", folder, cause, "Train again into another folder")
+    return Progress(), []
 
 
 def _read(
@@ -183,22 +181,24 @@ def _verify(folder: Path) -> Progress:
 
     The manifest needs no sha256 of its own: it has one form, and all that it says is compared with the files.
     """
-    again = "An older checkpoint is used"
+    path = folder / "manifest.json"
     try:
-        text = (folder / "manifest.json").read_bytes()
+        text = path.read_bytes()
         manifest: dict[str, str] = json.loads(text)
         if _manifest_text(manifest) != text or "progress.json" not in manifest:
-            raise ValueError("manifest.json is not as it was written")
+            raise ValueError("it is not as it was written")
         for name, sha256 in manifest.items():
-            with open(folder / name, "rb") as file:
+            path = folder / name
+            with open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    cause = "its contents do not match the manifest"
-                    raise CheckpointError("DAMAGED", folder / name, cause, again)
-        progress = Progress(**json.loads((folder / "progress.json").read_bytes()))
+                    raise ValueError("its contents do not match the manifest")
+        path = folder / "progress.json"
+        progress = Progress(**json.loads(path.read_bytes()))
         if not folder.name.endswith(f"-{progress.step:08d}"):
-            raise ValueError(f"progress.json is that of step {progress.step}")
+            raise ValueError(f"it is that of step {progress.step}")
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError("DAMAGED", folder, f"not a whole checkpoint ({error})", again) from None
+        cause = f"no part of a whole checkpoint ({getattr(error, 'strerror', None) or error})"
+        raise CheckpointError("DAMAGED", path, cause, "An older checkpoint is used") from None
     return progress
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -50,15 +50,32 @@ class Asked(list[int]):
 
 
 @contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Within it SIGTERM raises `StoppedAtOnce`, as SIGINT raises KeyboardInterrupt, so that commands end in order."""
+
+    def end(number: int, frame: object) -> None:
+        raise StoppedAtOnce(number)
+
+    with _handling(end, signal.SIGTERM):
+        yield
+
+
+@contextmanager
 def stopping_signals() -> Iterator[Asked]:
     """A list that SIGINT and SIGTERM write their number into; the second one raises `StoppedAtOnce`."""
     asked = Asked()
+    with _handling(asked.note, signal.SIGINT, signal.SIGTERM):
+        yield asked
+
+
+@contextmanager
+def _handling(handler: Callable[[int, object], None], *numbers: int) -> Iterator[None]:
     try:
-        before = {n: signal.signal(n, asked.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        before = {n: signal.signal(n, handler) for n in numbers}
     except ValueError:  # not the main thread: signals are somebody else's
         before = {}
     try:
-        yield asked
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

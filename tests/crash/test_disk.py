@@ -1,0 +1,110 @@
+"""A disk that is full or fails in the middle of training takes nothing away from what was there before."""
+
+import errno
+import itertools
+import os
+
+import pytest
+from PIL import Image
+from tiny_run import data, held, made, quick_looks, recipe, stopping_at, train
+
+from undiffuse.errors import ConfigError, ResourceError
+from undiffuse.train import Run, state
+from undiffuse.train.watch import Watch
+
+ITEMS, RECIPE, STEPS = data(), recipe(8), 8
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    with quick_looks():
+        return outcome(train(RECIPE, tmp_path_factory.mktemp("straight"), ITEMS))
+
+
+def outcome(folder):
+    return held(folder, STEPS) | made(folder, ITEMS)
+
+
+class Failing:
+    """os.write, os.fsync and os.replace, of which one call fails."""
+
+    def __init__(self, patch, last, number):
+        self.calls, self.last, self.number = 0, last, number
+        for name in ("write", "fsync", "replace"):
+            patch.setattr(os, name, self.around(getattr(os, name)))
+
+    def around(self, real):
+        def call(*arguments):
+            self.calls += 1
+            if self.calls == self.last:
+                raise OSError(self.number, os.strerror(self.number))
+            return real(*arguments)
+
+        return call
+
+
+def harm(cases, folder, straight):
+    """The number of cases in which the run ended with an error[DISK]; others could do without what was not written."""
+    ended = 0
+    for last, number in cases:
+        place = folder / f"{last}-{number}"
+        with quick_looks(), stopping_at(2):
+            train(RECIPE, place, ITEMS)
+        before, name = held(place, 2), os.strerror(number)
+        with quick_looks(), pytest.MonkeyPatch.context() as patch:
+            failing = Failing(patch, last, number)
+            try:
+                train(RECIPE, place, ITEMS)
+            except ResourceError as error:
+                said = str(error)
+                ended += said.startswith(f"error[DISK] {place}") and f" bytes could not be written ({name})" in said
+        newest = max(state._verify(step).step for step in (place / "checkpoints").glob("step-*"))
+        assert newest > 2 or held(place, 2) == before
+        assert not list(place.rglob("partial-*"))
+        with quick_looks():
+            train(RECIPE, place, ITEMS)
+        assert outcome(place) == straight, (last, number)
+        assert failing.calls >= last
+    return ended
+
+
+def test_some_calls_fail(tmp_path, straight):
+    cases = [(last, ERRORS[last % 3]) for last in (1, 2, 3, 8, 17, 18, 19, 26, 31, 38, 44, 51, 58)]
+    assert harm(cases, tmp_path, straight) > 8
+
+
+@pytest.mark.release
+def test_each_of_sixty_calls_fails(tmp_path, straight):
+    ended = harm(itertools.product(range(1, 61), ERRORS), tmp_path, straight)
+    print(f"A4: 180 failing writes, fsyncs and renames: {ended} runs ended with exit 6, the others went on; 0 harm")
+    assert ended > 120
+
+
+def test_writes_that_take_half(tmp_path, monkeypatch, straight):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda handle, content: real(handle, content[: max(1, len(content) // 2)]))
+    with quick_looks():
+        assert outcome(train(RECIPE, tmp_path, ITEMS)) == straight
+
+
+def test_pictures_and_records_are_spared(tmp_path, monkeypatch):
+    """Training goes on without them, and says so; the model and the state are there."""
+    said = []
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def unwritten(path, content):
+        raise ResourceError("DISK", path, "no room", "Make some")
+
+    def missing(_):
+        raise ConfigError("MISSING_PACKAGE", "matplotlib", "is not installed", "Install it")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Run, "write_metrics", lambda *_: unwritten(tmp_path / "metrics.jsonl", b""))
+    monkeypatch.setattr("undiffuse.report.pictures.training_curve", missing)
+    monkeypatch.setattr(Watch, "say", lambda watch, line: said.append(line))
+    train(recipe(2, previews=0), tmp_path, ITEMS)
+    assert len([line for line in said if line.startswith("not written: ")]) == 3
+    assert (tmp_path / "model.safetensors").is_file()

@@ -1,0 +1,31 @@
+"""Kills, stops, races and limits, each a fork of one process of its own: see kill.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def kill(*arguments):
+    command = [sys.executable, str(Path(__file__).with_name("kill.py")), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_some_kills_stops_and_races():
+    said = kill("--kills", 20, "--stops", 4, "--races", 2, "--points")
+    assert [line.split(":")[0] for line in said.splitlines()] == [
+        "A2 kills",
+        "A5 stops",
+        "A6 races",
+        "A2 named points",
+        "A4 limits on files of 0, 300, 1000, 3000, 9000, 90000 bytes",
+    ]
+
+
+@pytest.mark.release
+def test_many_kills_stops_and_races():
+    kill("--kills", 200, "--stops", 40, "--races", 50, "--points", "--seed", 1)
