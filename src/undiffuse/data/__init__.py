@@ -13,15 +13,17 @@ from undiffuse.data.arrays import from_array
 from undiffuse.data.builtin import BUILTIN, TOYS, digits, fashion_mnist, toy
 from undiffuse.data.dataset import Dataset, Split, observed
 from undiffuse.data.folder import Place, in_memory, load_folder
+from undiffuse.data.hub import is_saved, load_saved
 from undiffuse.data.image import Prepare
 from undiffuse.data.pack import load_packed, told
 from undiffuse.data.problems import BadFiles, Problem, Refused
+from undiffuse.data.shards import load_shards, shards_of
 from undiffuse.data.table import SUFFIXES as TABLES
 from undiffuse.data.table import load_table
 from undiffuse.errors import ConfigError
 
 __all__ = ["BUILTIN", "BadFiles", "Dataset", "Prepare", "Problem", "Split", "from_array", "load", "load_array"]
-__all__ += ["load_conditions", "load_folder", "load_table"]
+__all__ += ["load_conditions", "load_folder", "load_saved", "load_shards", "load_table"]
 
 FOLDER_OPTIONS = (*(f.name for f in fields(Prepare)), "on_bad")
 ARRAY_OPTIONS = ("layout", "levels", "value_range")
@@ -60,6 +62,10 @@ def load(source: str | Path, *, folder: str | Path | None = None, place: Place =
     if os.path.lexists(name) or os.sep in name or path.suffix:
         _only(given, FOLDER_OPTIONS, "a folder of images")
         on_bad = given.pop("on_bad", "stop")
+        if is_saved(path):
+            return observed(load_saved(path, Prepare(**given), on_bad))
+        if shards_of(path):
+            return observed(load_shards(path, Prepare(**given), on_bad))
         return observed(load_folder(path, Prepare(**given), on_bad, place))
     close = difflib.get_close_matches(name.lower(), BUILTIN, cutoff=0.5)
     hint = f"Did you mean {' or '.join(close)}? B" if close else "B"

@@ -214,18 +214,18 @@ def _read_all(scan: _Scan, prepare: Prepare, skip: bool, place: Place) -> _Read:
 
     read = attempt(list(scan.files), list(scan.problems))
     if skip and len(read.kinds) > 1:
-        differing = _mixed(read.kinds).problems
+        differing = mixed(read.kinds).problems
         others = {problem.path for problem in (*read.problems, *differing)}
         read = attempt([path for path in scan.files if path not in others], [*read.problems, *differing])
     if not read.kinds or (read.problems and not skip):
         raise BadFiles(read.problems)
     if len(read.kinds) > 1:
-        raise _mixed(read.kinds)
+        raise mixed(read.kinds)
     read.values = read.values[: len(read.files)]
     return read
 
 
-def _mixed(kinds: dict[Kind, list[Path]]) -> BadFiles:
+def mixed(kinds: dict[Kind, list[Path]]) -> BadFiles:
     """Why images that are fine one by one are no set: the first thing in which they differ, with examples."""
     aspects: dict[str, Callable[[tuple[int, ...], int], str]] = {
         "MIXED_SIZES": lambda shape, _: f"{shape[2]} x {shape[1]} pixels",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -65,7 +65,7 @@ def _dataset(name: str, lines: Iterator[str]) -> Dataset:
         row, column = map(int, bad[0])
         cause = f"item {row}, column {columns[column]}: {values[row, column]:g} (and {len(bad) - 1} more)"
         raise Refused("NON_FINITE", cause)
-    classes, labels = _classes(words) if label is not None else ((), None)
+    classes, labels = named(words) if label is not None else ((), None)
     notes = [f"{len(columns)} columns: {', '.join(columns[:6])}{', ...' * (len(columns) > 6)}"]
     if label is not None:
         notes.append(f"{len(classes)} classes from the column {names[label]}: {', '.join(classes[:6])}")
@@ -93,7 +93,7 @@ def _cells(rows: Iterator[list[str]], names: list[str], label: int | None) -> tu
     return cells, words
 
 
-def _classes(words: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
+def named(words: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
     """The distinct ``words``, numbers in the order of size, and which each is."""
     if "" in words:
         raise Refused("LABELS", f"{words.count('')} are empty, first that of item {words.index('')}")

@@ -15,6 +15,7 @@ from torch import Tensor
 from undiffuse.conditioning import Condition
 from undiffuse.config import TrainConfig
 from undiffuse.data import Dataset
+from undiffuse.data.rows import Rows
 from undiffuse.diffusion import Diffusion
 from undiffuse.errors import ConfigError
 from undiffuse.networks.embedding import Vector
@@ -39,7 +40,8 @@ class Batches:
     def __call__(self, step: int) -> Batch:
         began = time.perf_counter()
         asked = self.ahead.get(step) or self._ask(step)
-        self.ahead = {step + 1: self._ask(step + 1)}
+        # a decoder sets what a warning is for the whole process, so nothing else may run beside it
+        self.ahead = {} if isinstance(self.data.values, Rows) else {step + 1: self._ask(step + 1)}
         batch = asked.result()
         self.waited += time.perf_counter() - began
         return batch
