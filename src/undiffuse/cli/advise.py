@@ -16,19 +16,8 @@ from undiffuse.advise import SPACINGS, VARIANTS, Advice, advise
 from undiffuse.cli.choose import unit, write_advice
 from undiffuse.cli.evaluate import choose_items
 from undiffuse.cli.guide import class_names
-from undiffuse.cli.options import (
-    Channels,
-    Crop,
-    Device,
-    Folder,
-    Layout,
-    Levels,
-    RunArgument,
-    Size,
-    beside,
-    console,
-    device_of,
-)
+from undiffuse.cli.options import Device, RunArgument, beside, console, device_of
+from undiffuse.cli.reading import Read, reads_data
 from undiffuse.cli.told import tell
 from undiffuse.denoiser import Told
 from undiffuse.diffusion import Diffusion
@@ -45,6 +34,7 @@ AT_MOST = 10_000
 
 
 @torch.no_grad()
+@reads_data
 def advise_command(
     run: RunArgument,
     data: Annotated[
@@ -62,12 +52,8 @@ def advise_command(
     label: Annotated[list[str] | None, typer.Option(help="Classes to be sampled, in turn; see sample.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the starts.")] = 1,
     device: Device = "auto",
-    folder: Folder = None,
-    size: Size = None,
-    crop: Crop = False,
-    channels: Channels = None,
-    layout: Layout = None,
-    levels: Levels = None,
+    *,
+    read: Read,
 ) -> None:
     """Measure which solver and levels are best for a number of network calls on this model; 'sample --calls' uses it.
 
@@ -75,9 +61,8 @@ def advise_command(
     the best of them and all that draw noise are judged by how far their samples are from held-out data.
     """
     model = checkpoint.load(run, device_of(device))
-    options = {"folder": folder, "size": size, "crop": crop, "channels": channels, "layout": layout, "levels": levels}
     name = data or next((name for name in datasets.BUILTIN if name == model.info.get("name")), None)
-    compared = _items(model, datasets.load(name, **options)) if name and not label else None
+    compared = _items(model, read(name)) if name and not label else None
     noise = ItemNoise(seed, range(items), model.item_shape, "advise", model.device)
     start, told = prior_sample(model.levels[0], noise(1)[0]), tell(class_names(model), label or ())
     denoise = model.sampler()

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from undiffuse import config as configuration
 from undiffuse import data as datasets
 from undiffuse import presets
-from undiffuse.cli.options import (
-    Channels,
-    Crop,
-    DataArgument,
-    Device,
-    Folder,
-    Layout,
-    Levels,
-    Size,
-    ValueRange,
-    console,
-    device_of,
-)
+from undiffuse.cli.options import DataArgument, Device, console, device_of
+from undiffuse.cli.reading import Read, reads_data
 from undiffuse.errors import ConfigError
 from undiffuse.report import table
 from undiffuse.train import Run
@@ -31,6 +20,7 @@ from undiffuse.train.classifier import ClassifierConfig, load
 from undiffuse.train.classifier_loop import Recipe, fit
 
 
+@reads_data
 def train_classifier(
     data: DataArgument,
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/DATA-classifier if not given.")] = None,
@@ -38,20 +28,13 @@ def train_classifier(
     steps: Annotated[int | None, typer.Option(help="Train for so many optimiser steps.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "auto",
-    folder: Folder = None,
-    size: Size = None,
-    crop: Crop = False,
-    channels: Channels = None,
-    layout: Layout = None,
-    levels: Levels = None,
-    value_range: ValueRange = None,
+    *,
+    read: Read,
 ) -> None:
     """Train a classifier of noisy items on the labels of DATA, for `sample --classifier`; goes on where it stopped."""
     if minutes is not None and steps is not None:
         raise ConfigError("USAGE", "--minutes, --steps", "both say when to stop", "Give one of them")
-    options: dict[str, Any] = {"folder": folder, "size": size, "crop": crop, "channels": channels}
-    options |= {"layout": layout, "levels": levels, "value_range": value_range}
-    dataset = datasets.load(data, **options)
+    dataset = read(data)
     run = Run(out or Path("runs") / f"{Path(data.rstrip('/')).name.split('.')[0]}-classifier")
     if run.finished:
         console.print(f"{run.folder} is a finished run already; give --out another folder to train again", markup=False)

@@ -8,24 +8,15 @@ from typing import Annotated
 import typer
 
 from undiffuse import checkpoint
-from undiffuse import data as datasets
-from undiffuse.cli.options import (
-    Channels,
-    Crop,
-    Device,
-    Folder,
-    Layout,
-    Levels,
-    Size,
-    console,
-    device_of,
-)
+from undiffuse.cli.options import Device, console, device_of
+from undiffuse.cli.reading import Read, reads_data
 from undiffuse.errors import ConfigError
 from undiffuse.report import table
 from undiffuse.train import Run
 from undiffuse.train.lengths import LENGTHS, Measured, compare, model_of
 
 
+@reads_data
 def ema(
     run: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
     data: Annotated[str | None, typer.Argument(help="The data of the run, for --best.", metavar="DATA")] = None,
@@ -37,12 +28,8 @@ def ema(
     draws: Annotated[int, typer.Option(help="Steps of the chain for each of them.", min=1)] = 16,
     out: Annotated[Path | None, typer.Option(help="The file to write; model-ema-LENGTH in RUN if not given.")] = None,
     device: Device = "auto",
-    folder: Folder = None,
-    size: Size = None,
-    crop: Crop = False,
-    channels: Channels = None,
-    layout: Layout = None,
-    levels: Levels = None,
+    *,
+    read: Read,
 ) -> None:
     """Average the weights of a finished run over another length, without training again."""
     if best != (data is not None) or (not best and len(length or ()) != 1):
@@ -51,10 +38,7 @@ def ema(
     wanted, device = Run(run), device_of(device)
     chosen = (length or [0.0])[0]
     if data is not None:
-        options = {
-            "folder": folder, "size": size, "crop": crop, "channels": channels, "layout": layout, "levels": levels
-        }  # fmt: skip
-        dataset = datasets.load(data, **options)
+        dataset = read(data)
         found = compare(wanted, dataset, length or LENGTHS, items, draws, device)
         first = min(found, key=lambda one: one.bits)
         table.render([_row(one) for one in found], f"{dataset.name}, held out for validation")
