@@ -7,7 +7,7 @@ import torch
 from oracles import GaussianData, MixtureData, Spy
 
 from undiffuse import solvers
-from undiffuse.advise import SAME, Choice, Measured, Reference, advise, fitted, most, reference, refine, rmse
+from undiffuse.advise import SAME, Choice, Measured, Reference, advise, fitted, leaping, most, reference, refine, rmse
 from undiffuse.errors import ConfigError
 from undiffuse.process import schedule as schedules
 
@@ -53,6 +53,20 @@ def test_the_change_is_that_of_the_prediction_along_the_flow():
     exact = torch.stack([denoise(data.flow(start, known.levels[0], level), level).x for level in known.levels[:-1]])
     change = exact.diff(dim=0).square().mean((1, 2)).sqrt()
     torch.testing.assert_close(known.change, change, rtol=0.02, atol=1e-5)
+
+
+def test_a_leap_to_data():
+    times = leaping(LINE, 5, 2.0)
+    assert (times[0], times[-1]) == (1.0, 0.0)
+    found = LINE(torch.tensor(times[:-1], dtype=F64)).log_snr
+    torch.testing.assert_close(found, torch.tensor([-8.0, -5.5, -3.0, -0.5, 2.0], dtype=F64), rtol=0, atol=1e-9)
+    table = SCHEDULES["linear"]
+    k = 1000 * torch.tensor(leaping(table, 5, 2.0), dtype=F64)
+    torch.testing.assert_close(k, k.round(), rtol=0, atol=1e-9)
+    at = table(k[1:-1] / 1000).log_snr
+    top = float(table(1.0).log_snr)
+    assert float((at - torch.linspace(top, 2.0, 5, dtype=F64)[1:]).abs().max()) < 0.02
+    assert leaping(LINE, 1, 2.0) == (1.0, 0.0)
 
 
 def known_of(schedule, lam, size):

@@ -2,7 +2,7 @@
 
 Deterministic solvers approximate one thing, the end of the probability flow from a given start. All are given
 the same starts, and what is measured is how far their ends are from those of a fine reference. Stochastic ones
-draw from a law instead, which a common start does not compare; they are left out.
+draw from a law instead, which a common start does not compare: `metrics.law` judges them beside the best of these.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from undiffuse.conditioning import Condition
 from undiffuse.denoiser import Denoiser, Prediction
 from undiffuse.errors import ConfigError
 from undiffuse.grids import grid
+from undiffuse.likelihood.continuous import finite_ends
 from undiffuse.process.level import NoiseLevel
 from undiffuse.process.schedule import Schedule
 from undiffuse.sample import to_data, trajectory
@@ -245,6 +246,15 @@ def fitted(known: Reference, schedule: Schedule, steps: int, power: float) -> tu
     i = torch.searchsorted(total, goal).clamp(1, len(share))
     t = schedule.inverse(2 * torch.lerp(lam[i - 1], lam[i], (goal - total[i - 1]) / share[i - 1]))
     return (1.0, *_own(t, schedule).unique().flip(0).tolist(), 0.0)
+
+
+def leaping(schedule: Schedule, steps: int, log_snr: float) -> tuple[float, ...]:
+    """Times from 1 to 0: ``steps`` − 1 steps of equal log_snr to the one given, and from there a leap to data.
+
+    What lies beyond is noise that x̂ is rid of at once: with few calls it is not worth any. On a table as `fitted`.
+    """
+    line = torch.linspace(float(finite_ends(schedule)[0].log_snr.detach()), log_snr, steps, dtype=F64)[1:]
+    return (1.0, *_own(schedule.inverse(line), schedule).unique().flip(0).tolist(), 0.0)
 
 
 def most(

@@ -95,7 +95,7 @@ def test_more_components_than_compared_are_left_out(monkeypatch):
     assert floor.distance < 1  # the second number, which differs by 4, is not seen
 
 
-def test_every_solver_that_draws_noise_and_converges():
+def test_every_solver_that_draws_noise_and_converges(monkeypatch):
     model = exact()
     known = advise.reference(model.sampler(), torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), 40)
     found = noisy(model, known, 10)
@@ -108,8 +108,18 @@ def test_every_solver_that_draws_noise_and_converges():
         if choice.spacing == "fitted":
             order = solvers.build(choice.solver).order or 0
             assert choice.times == advise.fitted(known, model.schedule, choice.steps, 1 / (order + 1))
+        elif choice.settings:
+            leap = float(choice.spacing.removeprefix("to log-SNR "))
+            assert choice.settings == {"end": "low"}
+            assert choice.times == advise.leaping(model.schedule, choice.steps, leap)
         else:
             assert choice.times is None
+    leaps = [(one.solver, one.spacing.split()[-1]) for one in found if one.settings]
+    assert leaps == [(name, leap) for name in ("dpm++2m_sde", "dpm++3m_sde") for leap in ("1.5", "3", "4.5", "6")]
+    monkeypatch.setattr(law, "LEAPS", (-8.0, -7.9, 9.9, 10.0))
+    ends = {one.spacing for one in noisy(model, known, 10) if one.settings}
+    assert ends == {"to log-SNR -7.9", "to log-SNR 9.9"}
+    assert not any(one.settings for one in noisy(model, known, 1))
     assert noisy(model, known, 0) == []
 
 

@@ -6,6 +6,7 @@ Levels are pairs (alpha, sigma), lambda = log(alpha/sigma). Where it is infinite
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -135,6 +136,19 @@ def adams(points: int, eta: float = 0.0, low: bool = False):
             else:
                 x = integral(x, t, s, known, eta, z[0] if eta else None)
         return x
+
+    return reference
+
+
+def ended(walk, eta: float = 0.0):
+    """``walk`` but for its last step, which is DPM-Solver++ 1 or its SDE (Lu 2022b, as their code ends few steps)."""
+
+    def reference(hand) -> Array:
+        *_, t, s = hand.levels
+        x, z = walk(replace(hand, times=hand.times[:-1])), hand.noise[len(hand.levels) - 2]
+        if not is_finite(t, s):
+            return ends(hand, x, t, s, eta, z)
+        return integral(x, t, s, [(hand.predict(x, *t), lam(t))], eta, z[0] if eta else None)
 
     return reference
 

@@ -368,6 +368,8 @@ ROWS: dict[str, Row] = {
     "exponential 4": Row(Multistep(4), by_lambda.adams(4), 4, calls=lambda steps: steps + 2 * min(steps, 2), late=True),
     "dpm++ 3m from low": Row(Multistep(3, start="low"), by_lambda.adams(3, low=True), 2, late=True),
     "dpm++ 3m sde": Row(Multistep(3, 1.0), by_lambda.adams(3, 1.0), 2, 1, late=True),
+    "dpm++ 2m sde to low": Row(Multistep(2, 1.0, "bh2", end="low"), by_lambda.ended(by_lambda.two_m_sde, 1.0), 2, 1),
+    "dpm++ 3m to low": Row(Multistep(3, end="low"), by_lambda.ended(by_lambda.adams(3, low=True)), 2, late=True),
     "unipc 3 from low": Row(UniPC(3, "bh1", "low"), by_lambda.unipc(3, "bh1", True), 3, late=True),
     "product": Row(Product(), ancestral("small"), None, 1),  # with a factor: test_product.py
 }

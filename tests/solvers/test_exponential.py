@@ -122,7 +122,8 @@ def test_a_polynomial_in_lambda_is_integrated_exactly_by_as_many_points(points, 
     denoise = InLambda(clean, S.LinearLogSNR())
     *before, t, s = grid(denoise.schedule, times=[0.9, 0.8, 0.72, 0.6, 0.3])
     x = torch.full((1, 1), 0.8, dtype=f64)
-    state = tuple((denoise(x, level).x, level) for level in before[::-1])[: points - 1]
+    known = tuple((denoise(x, level).x, level) for level in before[::-1])[: points - 1]
+    state = (torch.zeros((), dtype=f64), *known)
     x_s, _ = Multistep(points, eta).step(denoise, x, t, s, state, torch.zeros(1, 1, 1, dtype=f64))
     left, right = float(t.log_snr) / 2, float(s.log_snr) / 2
     kept = float(s.sigma / t.sigma) * math.exp(-eta * (right - left))
@@ -190,6 +191,7 @@ def slope(monkeypatch, solver, ends, steps) -> float:
         (Multistep(4), "flow", [128, 256, 512, 1024]),
         (Multistep(3, start="low"), "log-SNR", [64, 128, 256, 512]),  # of order 2 by its first step
         (Multistep(3, start="low"), "exploding", [64, 128, 256, 512]),
+        (Multistep(3, end="low"), "log-SNR", [256, 512, 1024]),  # of order 2 by its last step
         (Multistep(3, 1.0), "log-SNR", [64, 128, 256, 512]),
         (UniPC(3, "bh1", "low"), "log-SNR", [256, 512, 1024]),
     ],
@@ -218,6 +220,7 @@ def test_what_there_is_not_is_refused():
         lambda: Multistep(2, math.nan),
         lambda: Multistep(2, rule="heun"),
         lambda: Multistep(2, start="slow"),
+        lambda: Multistep(2, end="slow"),
         lambda: UniPC(4),
         lambda: UniPC(0),
         lambda: UniPC(2, "bh3"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from undiffuse import solvers
-from undiffuse.advise import SAME, Choice, Reference, fitted, most
+from undiffuse.advise import Choice, Reference, fitted, leaping, most
 from undiffuse.diffusion import Diffusion
 from undiffuse.metrics.distance import frechet, kernel
 
@@ -18,6 +19,10 @@ COMPONENTS = 64
 GROUPS = 10
 """Parts of the samples of which one is left out at a time, for the standard error."""
 
+LEAPS = (1.5, 3.0, 4.5, 6.0)
+"""Log-SNRs from which a walk of few calls may go to data at once."""
+ENDED = ("dpm++2m_sde", "dpm++3m_sde")
+"""Solvers whose last step can be of low order, as a leap asks for."""
 FINAL = 4
 """So many walks are compared by all samples, after all were by a quarter of them."""
 FEWEST = 20
@@ -49,17 +54,22 @@ class Judged(NamedTuple):
 def noisy(model: Diffusion, known: Reference, calls: int) -> list[Choice]:
     """Walks of at most ``calls`` by the solvers that draw noise: even in t, Karras's, and fitted to the flow ``known``.
 
-    A solver without an order of convergence has none to be fitted by, and is left out.
+    Those that end low also leap to data from each of `LEAPS` inside the schedule. A solver without an order of
+    convergence has none to be fitted by, and is left out.
     """
-    found = []
+    schedule, found = model.schedule, []
+    clean, top = float(model.levels[-1].log_snr), float(model.levels[0].log_snr)
     for name in solvers.SOLVERS:
-        solver = solvers.build(name)
-        if not solver.draws or solver.order is None or name in SAME:
+        order = solvers.build(name).order
+        if not solvers.build(name).draws or order is None:
             continue
-        for spacing in ("uniform", "karras", "fitted"):
-            power = 1 / (solver.order + 1)
-            times = (lambda n, p=power: fitted(known, model.schedule, n, p)) if spacing == "fitted" else _none
-            found.append(most(Choice(name, 1, spacing), model.schedule, calls, times))
+        found += [most(Choice(name, 1, spacing), schedule, calls) for spacing in ("uniform", "karras")]
+        even = partial(fitted, known, schedule, power=1 / (order + 1))
+        found.append(most(Choice(name, 1, "fitted"), schedule, calls, even))
+        for log_snr in LEAPS if name in ENDED and calls > 1 else ():
+            bare = Choice(name, 1, f"to log-SNR {log_snr:g}", {"end": "low"})
+            if top < log_snr < clean:
+                found.append(most(bare, schedule, calls, partial(leaping, schedule, log_snr=log_snr)))
     return [choice for choice in found if choice is not None]
 
 
@@ -119,7 +129,3 @@ def nearest(
 
 def _jackknife(without: Tensor) -> float:
     return float(((len(without) - 1) * without.var(correction=0)).sqrt())
-
-
-def _none(steps: int) -> None:
-    return None

@@ -23,43 +23,48 @@ class Multistep:
     the SDE [Lu22b §5], whose noise is that of DDIM's eta only at 0 and 1. ``start`` = ``"high"`` begins with single
     steps, and then fewer points, of order ``points`` − 1, so that the whole is of order ``points``; ``"low"`` begins
     with 1, 2, ... points, as others do, and is of order 2 at most. An SDE always begins so. After a step out of pure
-    noise it begins anew. Raises `ConfigError`.
+    noise it begins anew. ``end`` = ``"low"`` takes the last step with x̂ at t alone, where a polynomial would reach far:
+    for grids that leap to data from a level with noise yet; it is of order 2 at most too. Raises `ConfigError`.
     """
 
     points: int = 2
     eta: float = 0.0
     rule: str = "exact"
     start: str = "high"
+    end: str = "high"
     calls: int = 1
 
     def __post_init__(self) -> None:
-        where = f"points={self.points!r}, eta={self.eta!r}, rule={self.rule!r}, start={self.start!r}"
+        where = f"points={self.points!r}, eta={self.eta!r}, rule={self.rule!r}, start={self.start!r}, end={self.end!r}"
         if (
             self.points not in (1, 2, 3, 4)
             or not self.eta >= 0
             or self.rule not in RULES
-            or self.start not in ("high", "low")
+            or not {self.start, self.end} <= {"high", "low"}
         ):
-            fix = f"Use 1 to 4 points, eta of at least 0, the rule {' or '.join(RULES)}, the start high or low"
+            fix = f"Use 1 to 4 points, eta of at least 0, the rule {' or '.join(RULES)}, start and end high or low"
             raise ConfigError("SOLVER", where, "there is no such multistep method", fix)
 
     @property
     def order(self) -> int:
-        return min(self.points, 2) if self.start == "low" or self.eta > 0 else self.points
+        return min(self.points, 2) if "low" in (self.start, self.end) or self.eta > 0 else self.points
 
     @property
     def draws(self) -> int:
         return 0 if self.eta == 0 else 1
 
     def init(self, x: Tensor, levels: list[NoiseLevel]) -> State:
-        return ()
+        """The time of the last level; x̂ of the levels before are put after it."""
+        return (levels[-1].t,)
 
     def step(
         self, denoise: Denoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, state: State, noise: Tensor
     ) -> tuple[Tensor, State]:
-        known = ((denoise(x_t, t, to=s).x, t), *state)
+        last, *before = state
+        known = ((denoise(x_t, t, to=s).x, t), *before)
         if self.order > len(known) + 1:
             x_s = single(denoise, x_t, t, s, known[0], self.order - 1)
         else:
-            x_s = advance(x_t, t, s, known, self.rule, self.eta, noise[0] if self.draws else None)
-        return x_s, known[: self.points - 1] if finite(t, s) else ()
+            heard = known[:1] if self.end == "low" and bool(s.t == last) else known
+            x_s = advance(x_t, t, s, heard, self.rule, self.eta, noise[0] if self.draws else None)
+        return x_s, (last, *(known[: self.points - 1] if finite(t, s) else ()))
