@@ -23,6 +23,7 @@ from undiffuse.train.state import Progress, read_latest, write
 from undiffuse.train.watch import Watch
 
 STEPS = 40
+ITEM_SHAPE = (1, 4, 4)
 NET = {"kind": "tiny"}
 
 

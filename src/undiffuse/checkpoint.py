@@ -72,8 +72,16 @@ def fingerprint(diffusion: Diffusion) -> str:
 
 
 def weights(diffusion: Diffusion) -> dict[str, Tensor]:
-    """All that is trained, in place: the network's tensors by their names, a learned schedule's as ``schedule.*``."""
-    return {name.removeprefix("network."): tensor for name, tensor in diffusion.state_dict().items()}
+    """All that is trained, in place: the network's tensors by their names, a learned schedule's as ``schedule.*``.
+
+    The names are those of the bare network, also where it was compiled or wrapped for several processes.
+    """
+    return {plain(name).removeprefix("network."): tensor for name, tensor in diffusion.state_dict().items()}
+
+
+def plain(name: str) -> str:
+    """The name of a tensor without those of the wrappers of torch.compile and DistributedDataParallel."""
+    return re.sub(r"(?<![^.])(_orig_mod|module)\.", "", name)
 
 
 def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

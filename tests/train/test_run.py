@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from undiffuse.config import Config, ModelConfig, TrainConfig, to_dict
 from undiffuse.data import from_array
 from undiffuse.errors import CheckpointError, ConfigError, ResourceError
-from undiffuse.train.run import Run, describe
+from undiffuse.train.run import Run, _holder, describe
 
 DATA = from_array(np.arange(40).reshape(20, 2) % 5, name="tiny")
 CONFIG = Config()
@@ -110,3 +111,42 @@ def test_metrics(tmp_path):
     with open(run.metrics, "a") as file:
         file.write('{"step": 4, "lo')  # torn
     assert run.read_metrics() == records
+
+
+def test_one_writer(tmp_path):
+    run = Run(tmp_path / "run")
+    with run.alone():
+        assert (run.folder / "lock").read_text() == f"{os.getpid()}\n"
+        with (
+            pytest.raises(ResourceError, match=rf"error\[BUSY\] .*process {os.getpid()} is training") as caught,
+            run.alone(),
+        ):
+            raise AssertionError("two writers")
+        assert caught.value.exit_code == 6
+    with run.alone():  # it is free again
+        pass
+    (run.folder / "lock").write_text("123456\n")  # of a process that was killed
+    with run.alone():
+        assert (run.folder / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_writer_that_has_not_said_its_number_yet(tmp_path, monkeypatch):
+    (tmp_path / "lock").touch()
+    monkeypatch.setattr("undiffuse.train.run.time.sleep", lambda _: (tmp_path / "lock").write_text("7\n"))
+    assert _holder(tmp_path / "lock") == "7"
+    (tmp_path / "lock").write_text("")
+    monkeypatch.setattr("undiffuse.train.run.time.sleep", lambda _: None)
+    assert _holder(tmp_path / "lock") == "unknown"
+
+
+@pytest.mark.parametrize("call", ["open", "ftruncate", "pwrite"])
+def test_a_lock_that_cannot_be_written(tmp_path, monkeypatch, call):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"undiffuse.train.run.os.{call}", full)
+    with (
+        pytest.raises(ResourceError, match=r"lock: its \d+ bytes could not be written \(No space"),
+        Run(tmp_path).alone(),
+    ):
+        raise AssertionError("no lock")
