@@ -119,6 +119,18 @@ def test_edm_without_churn_is_heun_to_the_bit(name):
     assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(*runs, strict=True))
 
 
+def test_churn_holds_at_both_ends_of_its_range():
+    t, s = grid(S.LinearLogSNR(), times=[0.7, 0.4])
+    u, x, noise = float(t.sigma / t.alpha), torch.ones(1, D, dtype=f64), torch.ones(1, 1, D, dtype=f64)
+
+    def walked(low: float, high: float) -> torch.Tensor:
+        return EDM(5.0, low, high).step(DATA.denoiser(S.LinearLogSNR()), x, t, s, (1,), noise)[0]
+
+    assert torch.equal(walked(u, u), walked(0.0, math.inf))
+    for low, high in (0.0, u - 1e-9), (u + 1e-9, math.inf):
+        assert not torch.equal(walked(low, high), walked(u, u))
+
+
 def test_churn_stays_below_the_noisiest_level():
     x = torch.ones(1, D, dtype=f64)
     for schedule, most in ((S.linear(10), 1.0), (S.Tabulated([0.1, 0.2, 0.3, 0.5, 1.0]), 0.8), (S.LinearLogSNR(), 1.0)):
