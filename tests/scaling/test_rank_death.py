@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_processes import free_port
 
 from undiffuse.checkpoint import read_tensors
 from undiffuse.train.watch import Watch
@@ -21,8 +20,8 @@ KILLS, STEPS = 10, 8
 
 def launch(run: Path, step: int, rank: int) -> float:
     """Seconds that two processes under torchrun take, of which ``rank`` is killed after ``step``."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "1", "--monitor-interval", "0.1", "--master-port", str(free_port())]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1"]
     command += [str(Path(__file__).parent / "member.py"), str(run), str(step), str(rank)]
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)

@@ -27,7 +27,7 @@ from undiffuse.train import augment, state
 from undiffuse.train.batch import Batches, batch_items, batches, shares, standardise_vectors
 from undiffuse.train.ema import Average
 from undiffuse.train.nonfinite import leave_out, whats_wrong
-from undiffuse.train.parallel import agree, clip, cut, loudest, prepare
+from undiffuse.train.parallel import agree, clip, cut, loudest, meet, prepare
 from undiffuse.train.profiles import Profiles
 from undiffuse.train.room import require_room
 from undiffuse.train.run import Run, describe
@@ -65,6 +65,7 @@ def fit(
         return run.folder
 
     # Where it runs, and what it is
+    meet(device)
     accelerator = Accelerator(cpu=device == "cpu", gradient_accumulation_steps=1)
     split = data.split(settings.held_out)
     if settings.conditional and not data.hearing:

@@ -9,10 +9,12 @@ needs them does.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
@@ -22,6 +24,17 @@ from undiffuse.networks.unet import Stage
 
 if TYPE_CHECKING:
     from undiffuse.train.state import Progress
+
+
+def meet(device: str) -> None:
+    """Joins a launcher's processes on processors, in a place of the store that is this attempt's own.
+
+    Processes that torchrun begins again would else find the addresses of those that died, and wait for them.
+    """
+    if device == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        store, rank, size = next(dist.rendezvous("env://"))
+        own = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
 
 
 def cut(network: nn.Module, settings: TrainConfig, processes: int, device: torch.device) -> nn.Module:
