@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from undiffuse.codec import Pixels
-from undiffuse.denoiser import Denoiser
+from undiffuse.conditioning import Condition
+from undiffuse.denoiser import Denoiser, Told
 from undiffuse.diffusion import Diffusion
 from undiffuse.errors import ConfigError
 from undiffuse.inverse import DPS, MMPS, Linear, Observation, PiGDM, Repaint, blur, identity, jumps, mask, mean_pool
@@ -98,13 +99,14 @@ def restored(
     batch: int = 16,
     floor: float = 0.0,
     progress: Callable[[int], None] | None = None,
+    cond: Condition | None = None,
 ) -> Tensor:
     """n draws of x given y, as data values (n, *item_shape); item i's noise is a function of (seed, i) alone.
 
     ``image`` (*S B shape) in the units of x; what the mask hides of it is not read. ``method`` is one of `NAMES`;
     ``floor`` is added to the noise (squared), as rounding to levels is. Where nothing but a mask and rounding is
     between, known values are the image's own. ``progress`` is called with the number of finished item-steps.
-    Raises `ConfigError`.
+    ``cond`` tells the model of each of the n items. Raises `ConfigError`.
     """
     if method not in NAMES:
         raise ConfigError("METHOD", repr(method), "no such method", f"Use one of {', '.join(NAMES)}")
@@ -112,11 +114,11 @@ def restored(
         cause = "it fills in what a mask hides, and knows of no blur, shrinking or noise"
         raise ConfigError("METHOD", "'repaint'", cause, "Use 'mmps'")
     model.eval()
-    image, parts = image[None].to(model.device), []
+    image, parts, told = image[None].to(model.device), [], cond and model.heard(cond, n)
     for start in range(0, n, batch):
         items = range(start, min(start + batch, n))
         x = image
-        for state in _walk(model, damage, image, items, method, seed, steps, floor):
+        for state in _walk(model, damage, image, items, method, seed, steps, floor, told):
             x = to_data(state.x, state.level)
             if progress:
                 progress(len(items))
@@ -145,19 +147,32 @@ def walked(model: Diffusion, method: str, steps: int) -> int:
 
 
 def _walk(
-    model: Diffusion, damage: Damage, image: Tensor, items: range, method: str, seed: int, steps: int, floor: float
+    model: Diffusion,
+    damage: Damage,
+    image: Tensor,
+    items: range,
+    method: str,
+    seed: int,
+    steps: int,
+    floor: float,
+    cond: Condition | None,
 ) -> Iterator[Step]:
     """The states of ``items`` after each step."""
-    solver, levels, guide = model.solver("ancestral"), model.walk(steps), None
+    solver, levels, given_y = model.solver("ancestral"), model.walk(steps), None
     if method == "repaint":
         assert damage.known is not None
         solver = Repaint(image, damage.known.to(image.device), solver)
         levels = jumps(levels, LENGTH, REPEATS)
     else:
         observed = Observation(damage.operator, damage.seen(image), math.hypot(damage.noise_std, floor))
-        guide = partial(METHODS[method], observed)
+        given_y = partial(METHODS[method], observed)
     noise = ItemNoise(seed, items, model.item_shape, device=model.device)
     start = prior_sample(levels[0], noise(1)[0])
+
+    def guide(denoise: Denoiser) -> Denoiser:
+        denoise = denoise if cond is None else Told(denoise, cond.take(slice(items.start, items.stop)))
+        return denoise if given_y is None else given_y(denoise)
+
     states = trajectory(model.sampler(guide=guide), solver, levels, start, noise)
     next(states)
     return states

@@ -117,6 +117,8 @@ def test_what_is_asked_reaches_the_library(place, call):
         settings = {"method": method, "seed": 4, "steps": 3, "floor": rounding(256)}
         expected = restored(model, damage, image, 2, **settings)
         np.testing.assert_array_equal(np.stack([read(out / f"{i:06d}.png") for i in range(2)]), expected[:, 0])
+    code, _, error = call("restore", place / "run", place / "small.png", *more, "--label", "cat")
+    assert (code, error[:13]) == (2, "error[LABEL] ")
     code, said, _ = call("restore", place / "run", place / "whole.png", *more, "--degrade")
     assert code == 0
     assert "away from the whole image" in said

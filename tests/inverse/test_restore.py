@@ -8,6 +8,7 @@ import torch
 from test_posterior import F64, PAIR, GaussianData, random
 
 from undiffuse.codec import Identity, Pixels
+from undiffuse.conditioning import Condition
 from undiffuse.config import ModelConfig
 from undiffuse.denoiser import Clipped
 from undiffuse.diffusion import Diffusion
@@ -22,9 +23,9 @@ NETWORK = {"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()}
 LEFT = torch.tensor([True, False])
 
 
-def small(codec, shape=(1, 4, 4)) -> Diffusion:
+def small(codec, shape=(1, 4, 4), **more) -> Diffusion:
     torch.manual_seed(0)
-    config = ModelConfig(network=NETWORK, schedule={"name": "linear_log_snr", "high": 8.0}, steps=20)
+    config = ModelConfig(network=NETWORK | more, schedule={"name": "linear_log_snr", "high": 8.0}, steps=20)
     return Diffusion(config, shape, codec)
 
 
@@ -126,6 +127,22 @@ def test_every_method_keeps_what_is_known(method):
     assert sum(done) == 3 * walked(model, method, 5)
     torch.testing.assert_close(misfit(model, damage, image, answers), torch.zeros(3))
     assert not model.training
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_each_answer_is_told_its_own_class(method):
+    model, known = small(Pixels(256), classes=3), torch.rand(4, 4, generator=torch.Generator().manual_seed(1)) < 0.5
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
+    image, damage = torch.zeros(1, 4, 4), Damage((1, 4, 4), known=known)
+    walk = partial(restored, model, damage, image, method=method, steps=5)
+    told = walk(n=3, batch=2, cond=Condition(label=torch.tensor([2, 1, 0])))
+    assert torch.equal(told[2:], walk(n=3, cond=Condition(label=torch.tensor([1, 1, 0])))[2:])
+    assert not torch.equal(told[0], walk(n=1, cond=Condition(label=torch.tensor([1])))[0])
+    assert not torch.equal(told[0], walk(n=1)[0])
+    with pytest.raises(ConfigError):
+        restored(small(Pixels(256)), damage, image, 1, cond=Condition(label=torch.tensor([1])))
 
 
 def test_misfit_is_what_is_left():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.progress import Progress
 
 from undiffuse import checkpoint
+from undiffuse.cli.guide import class_names
 from undiffuse.cli.options import Device, RunArgument, beside, console, device_of
+from undiffuse.cli.told import tell
 from undiffuse.codec import Pixels
 from undiffuse.data.single import load_image
 from undiffuse.diffusion import Diffusion
@@ -41,6 +43,9 @@ def restore(
     method: Annotated[
         str | None, typer.Option(help=f"{', '.join(NAMES)}; pigdm if not given and blurred, else mmps.")
     ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="What IMAGE is: a class of the model; several in turn.")
+    ] = None,
     n: Annotated[int, typer.Option(help="How many answers: all agree with IMAGE, none is the truth.", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="Answer i is a function of (seed, i) alone.")] = 0,
     steps: Annotated[int, typer.Option(help="Steps of the solver.", min=1)] = 100,
@@ -64,16 +69,30 @@ def restore(
         damage = Damage(model.item_shape, blur, upsample, 2 * noise, known)
     method = method or best(damage)
     seen = degraded(damage, given, seed, picture.levels) if degrade else given
-    steps = min(steps, model.steps)
+    steps, told = min(steps, model.steps), tell(class_names(model), label or ())
     began = time.perf_counter()
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("restoring", total=n * walked(model, method, steps))
-        settings = {"method": method, "seed": seed, "steps": steps, "batch": batch, "floor": rounding(picture.levels)}
-        values = restored(model, damage, seen, n, **settings, progress=lambda done: bar.advance(task, done))
+        settings: dict[str, Any] = {
+            "method": method,
+            "seed": seed,
+            "steps": steps,
+            "batch": batch,
+            "floor": rounding(picture.levels),
+        }
+        settings |= {"progress": lambda done: bar.advance(task, done), "cond": told and told(range(n))}
+        values = restored(model, damage, seen, n, **settings)
     seconds = time.perf_counter() - began
     folder = out or beside(run) / "restored" / f"{image.stem}-{method}"
     fits = misfit(model, damage, seen, values)
-    asked = {"mask": mask and str(mask), "upsample": upsample, "blur": blur, "noise": noise, "degrade": degrade}
+    asked = {
+        "mask": mask and str(mask),
+        "upsample": upsample,
+        "blur": blur,
+        "noise": noise,
+        "degrade": degrade,
+        "label": label,
+    }
     plan = {"model": str(run), "image": str(image), **asked, "method": method, "seed": seed, "steps": steps}
     write_samples(folder, values.numpy(), model.info.get("levels"), {**plan, "misfit": [float(f) / 2 for f in fits]})
     strip(model, damage, given if degrade else None, seen, values).save(folder / "strip.png")
