@@ -106,7 +106,7 @@ def test_a_manifest_that_says_less_is_not_believed(two, tmp_path):
     shutil.copytree(two / "step-00000002", tmp_path / "step-00000002")
     for text in (b"{}", b"[]", b"7", state._manifest_text({"network.safetensors": "0"})):
         (tmp_path / "step-00000002" / "manifest.json").write_bytes(text)
-        with pytest.raises(CheckpointError, match=r"manifest\.json: no part of a whole"):
+        with pytest.raises(CheckpointError, match=r"manifest\.json: not as the manifest says"):
             Trained(width=400).read(tmp_path)
 
 

@@ -197,7 +197,7 @@ def _verify(folder: Path) -> Progress:
         if not folder.name.endswith(f"-{progress.step:08d}"):
             raise ValueError(f"it is that of step {progress.step}")
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        cause = f"no part of a whole checkpoint ({getattr(error, 'strerror', None) or error})"
+        cause = f"not as the manifest says ({getattr(error, 'strerror', None) or error})"
         raise CheckpointError("DAMAGED", path, cause, "An older checkpoint is used") from None
     return progress
 
