@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,7 +132,7 @@ def test_the_next_batch_is_made_meanwhile_and_its_error_comes_with_it(monkeypatc
 
     monkeypatch.setattr(batches_of, "global_batch", made)
     with AtOnce(1) as pool:
-        batch = batches_of.Batches(pool, None, None, None)
+        batch = batches_of.Batches(pool, SimpleNamespace(values=None), None, None)
         assert [batch(0), asked[:]] == [0, [0, 1]]
         assert [batch(1), asked[:]] == [1, [0, 1, 2]]
         with pytest.raises(DataError, match="was changed"):

@@ -4,6 +4,7 @@ import csv
 import json
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -482,7 +483,7 @@ def test_continuous_vectors_for_a_fraction_of_a_minute(tmp_path, monkeypatch):
     """The clock, here a step a second, plans the end of the run; the codec knows the training part alone."""
     data = from_array(np.random.default_rng(1).normal(5, 2, (60, 2)).astype(np.float32), name="vectors")
     ticks = iter(range(10**6))
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     config = Config(
         ModelConfig(network={"kind": "mlp", "width": 8, "depth": 1}, steps=5),
         TrainConfig(batch=8, minutes=0.5, warmup=2, precision="float32", previews=2),
