@@ -185,7 +185,7 @@ def test_processes_draw_what_one_does(run, call, monkeypatch, tmp_path):
     monkeypatch.setattr(Album, "add", lambda album, first, values: (added.append(first), real(album, first, values)))
     for rank in (2, 1, 0):
         assert not (tmp_path / "three" / "samples.npz").exists()
-        monkeypatch.setattr(sampling, "_crew", lambda device, rank=rank: (rank, 3, lambda: None, device))
+        monkeypatch.setattr(sampling, "join", lambda device, rank=rank: (rank, 3, device, lambda _: None))
         said = call("sample", run, *flags, tmp_path / "three")
         assert (said.code, said.err, said.out == "") == (0, "", rank > 0)
     assert len(added) == 5

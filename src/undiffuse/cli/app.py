@@ -14,6 +14,7 @@ from undiffuse import config as configuration
 from undiffuse.cli.advise import advise_command
 from undiffuse.cli.check import check
 from undiffuse.cli.classifier import train_classifier
+from undiffuse.cli.crew import join
 from undiffuse.cli.ema import ema
 from undiffuse.cli.evaluate import evaluate_model
 from undiffuse.cli.interpolate import interpolate
@@ -163,10 +164,12 @@ def evaluate(
     read: Read,
 ) -> None:
     """Measure a model on DATA in bits per dimension; goes on where an unfinished evaluation stopped."""
-    model = checkpoint.load(run, device_of(device))
+    crew = join(device_of(device))
+    model = checkpoint.load(run, crew.device)
     dataset = read(data)
     place = out or beside(run)
-    record_skipped(dataset, place / "evaluation-skipped.json")
+    if crew.rank == 0:
+        record_skipped(dataset, place / "evaluation-skipped.json")
     chosen: dict[str, Any] = {
         "estimates": estimate or (),
         "untold": untold,
@@ -175,6 +178,7 @@ def evaluate(
         "exact": exact,
         "iw": iw,
         "minutes": minutes,
+        "crew": crew,
     }
     try:
         evaluate_model(model, dataset, place, part, **chosen, seed=seed, compat=compat, console=console)

@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from undiffuse import __version__, checkpoint
 from undiffuse.cli import partial, results
-from undiffuse.conditioning import Condition
+from undiffuse.cli.crew import Crew, alone
+from undiffuse.cli.measure import measure
 from undiffuse.data import Dataset
 from undiffuse.diffusion import Diffusion, describe
-from undiffuse.errors import ConfigError, DataError, UndiffuseError
-from undiffuse.likelihood import NLL, concatenate
+from undiffuse.errors import ConfigError, DataError
 from undiffuse.report import table
 
 SHARES = {"discrete": 5, "openai": 5, "continuous": 4, "ode": 4}
@@ -34,9 +32,6 @@ LEAST = 16
 MOST_POINTS = 256
 GUESS = 400
 """Network calls that take as long as an item of the flow, with its divergence, until the first are measured."""
-
-Measured = dict[str, tuple[NLL, float]]
-"""The result of each estimate, and the seconds that it took over all sittings."""
 
 
 def evaluate_model(
@@ -54,15 +49,18 @@ def evaluate_model(
     minutes: float = 5.0,
     console: Console | None = None,
     untold: bool = False,
+    crew: Crew | None = None,
 ) -> dict[str, Any]:
     """Prints, writes and returns the estimates of −log p of the items of ``data``, in bits per dimension.
 
     A conditional model is told all that the data tell of an item, unless ``untold`` or they tell other things: then
-    nothing, and the numbers are those of p(x) by itself.
+    nothing, and the numbers are those of p(x) by itself. The processes of a ``crew`` call this together: they share
+    the batches out, and all but the first say nothing and return {}.
     Finished batches are kept in ``place``/evaluation.partial until all is done. Item i of the list that
     `spread_out` makes of the part has noise that is a function of (seed, i) alone.
     """
-    console = console or Console(highlight=False, soft_wrap=True)
+    crew = crew or alone()
+    console = Console(quiet=True) if crew.rank else console or Console(highlight=False, soft_wrap=True)
     say: partial.Say = lambda line: console.print(line, markup=False)  # noqa: E731
     names = _checked(model, data, estimates, iw, compat, minutes)
     chosen, name = choose_items(model, data, part)
@@ -91,10 +89,14 @@ def evaluate_model(
         "estimates": names, "items": items, "draws": draws, "exact": exact, "iw": iw, "minutes": minutes
     }  # fmt: skip
     folder = place / "evaluation.partial"
-    plan, key = partial.begin(
-        folder, asked, lambda: affordable(model, values, names, items, draws, exact, iw, minutes), say
-    )
-    found = measure(model, values, plan, seed, folder, key, console, bool(estimates), cond)
+
+    def choose() -> partial.Plan:
+        return affordable(model, values, names, items, draws, exact, iw, minutes * crew.processes)
+
+    plan, key = crew.gather(None if crew.rank else partial.begin(folder, asked, choose, say))[0]
+    found = measure(model, values, plan, seed, folder, key, console, crew, bool(estimates), cond)
+    if crew.rank:
+        return {}
     nll = {n: result for n, (result, _) in found.items()}
     report = about | {"estimates": {n: results.summary(model, *found[n], plan[n]["draws"]) for n in found}}
     report["minus_discrete"] = apart = results.differences(model, nll)
@@ -162,8 +164,9 @@ def affordable(
 ) -> partial.Plan:
     """What to measure of each estimate: ``items``, ``draws`` (None: every step), ``batch``, and ``expected`` seconds.
 
-    What was not asked for is chosen so that all fits into ``minutes`` on this machine, by a short measurement. Where
-    ``fit`` is true the items are only an upper limit: the batches show how many fit into the seconds expected.
+    What was not asked for is chosen so that all fits into ``minutes`` of one process on this machine, by a short
+    measurement. Where ``fit`` is true the items are only an upper limit: the batches show how many fit into the
+    seconds expected.
     """
     rate = speed(model, values[:64])
     total = MEASURING * 60 * minutes
@@ -214,79 +217,6 @@ def speed(model: Diffusion, values: torch.Tensor) -> float:
 def batch_size(model: Diffusion, long: bool) -> int:
     """Items at a time: few where each takes long, so that little is lost when stopped. No clock has a say in it."""
     return (16 if long else 64) * (16 if model.dims <= 256 or model.device.type == "cuda" else 1)
-
-
-def measure(
-    model: Diffusion,
-    values: torch.Tensor,
-    plan: partial.Plan,
-    seed: int,
-    folder: Path,
-    key: str,
-    console: Console,
-    strict: bool = True,
-    cond: Condition | None = None,
-) -> Measured:
-    """The results of ``plan``, each batch read if it is kept in ``folder`` and measured and kept there if not.
-
-    An estimate that the model has not (a flow that breaks down, say) is an error if ``strict``, else a line.
-    """
-    found: Measured = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
-    with Progress(*columns, console=console, transient=True) as bar:
-        say: partial.Say = lambda line: bar.console.print(line, markup=False)  # noqa: E731
-        task = bar.add_task("", total=None, left="")
-        later = sum(job["expected"] for job in plan.values())
-        for name, job in plan.items():
-            later -= job["expected"]
-            before = sum(seconds for _, seconds in found.values())
-
-            def progress(spent: float, left: float, name: str = name, before: float = before, later: float = later):
-                rest = timedelta(seconds=round(left + later))
-                total = before + spent + left + later
-                bar.update(task, description=name, completed=before + spent, total=total, left=f"{rest} left")
-
-            try:
-                found[name] = _measure_one(model, values, cond, name, job, seed, folder, key, say, progress)
-            except UndiffuseError as error:
-                if strict or name == "discrete":
-                    raise
-                say(f"no estimate {name!r}: {error.where}: {error.cause}")
-    return found
-
-
-def _measure_one(
-    model: Diffusion,
-    values: torch.Tensor,
-    cond: Condition | None,
-    name: str,
-    job: dict[str, Any],
-    seed: int,
-    folder: Path,
-    key: str,
-    say: partial.Say,
-    progress: Callable[[float, float], None],
-) -> tuple[NLL, float]:
-    n, start, seconds, parts = job["items"], 0, 0.0, []
-    progress(0.0, job["expected"])
-    while start < n:
-        stop = min(start + job["batch"], n)
-        batch = f"{name}-{start:08d}"
-        kept = partial.read(folder, key, batch, say)
-        if kept is None:
-            began = time.perf_counter()
-            told = cond and cond.take(slice(start, stop))
-            chosen = {"first": start, "estimate": name, "cond": told}
-            result = model.nll(values[start:stop], seed, job["draws"], job["batch"], **chosen)
-            kept = result, time.perf_counter() - began
-            partial.write(folder, key, batch, *kept)
-        parts.append(kept[0])
-        seconds += kept[1]
-        if job["fit"]:  # a function of what is kept: a resumed evaluation decides the same
-            n = min(n, max(stop, LEAST, int(stop * job["expected"] / seconds)))
-        start = stop
-        progress(seconds, seconds / stop * (n - stop))
-    return concatenate(parts), seconds
 
 
 def _checked(

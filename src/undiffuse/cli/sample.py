@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import signal
 import time
@@ -14,12 +13,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from accelerate import PartialState
 from rich.progress import Progress
 
 from undiffuse import checkpoint
 from undiffuse.advise import Choice
 from undiffuse.cli.choose import QUALITIES, choose, read_advice
+from undiffuse.cli.crew import join
 from undiffuse.cli.guide import class_names, guide
 from undiffuse.cli.options import Device, RunArgument, beside, console, device_of
 from undiffuse.cli.told import Tell, tell
@@ -75,7 +74,7 @@ def sample(
     device: Device = "auto",
 ) -> None:
     """Draw samples from a trained model: single files, a grid, an array, and a manifest. A stopped command goes on."""
-    rank, processes, wait, place = _crew(device_of(device))
+    rank, processes, place, gather = join(device_of(device))
     say = (lambda line: console.print(line, markup=False)) if rank == 0 else (lambda line: None)
     model = checkpoint.load(run, place)
     weights = checkpoint.fingerprint(model)
@@ -111,7 +110,7 @@ def sample(
         began = time.perf_counter()
         if rank == 0:
             album.begin(say)
-        wait()
+        gather(None)
         gaps, blocks = album.missing(items), [items[first : first + batch] for first in range(0, n, batch)]
         mine = [
             range(max(block.start, gap.start), min(block.stop, gap.stop))
@@ -120,7 +119,7 @@ def sample(
         ]
         try:
             _draw(model, album, [part for part in mine if part], seed, told, walk)
-            wait()
+            gather(None)
             if rank:
                 return
             seconds = time.perf_counter() - began
@@ -170,14 +169,6 @@ def _animate(
     frames = (model.codec.decode(state.x).cpu().numpy() for state in states if state.done in shown)
     animation.animate(path, frames, model.info.get("levels"))
     say(f"moving: {path}")
-
-
-def _crew(device: str) -> tuple[int, int, Callable[[], None], str]:
-    """This process's number, how many there are, how it waits for the others, and its device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1, lambda: None, device
-    state = PartialState(cpu=device == "cpu")
-    return state.process_index, state.num_processes, state.wait_for_everyone, str(state.device)
 
 
 def _steps(choice: Choice) -> int:
