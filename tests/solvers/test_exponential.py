@@ -13,6 +13,7 @@ from oracles import GaussianData, Spy
 from solver_table import PROCESSES
 from test_affine import CHAINS, COVS, MEAN, probe
 
+from undiffuse import solvers
 from undiffuse.denoiser import Prediction
 from undiffuse.errors import ConfigError
 from undiffuse.grids import grid
@@ -228,3 +229,17 @@ def test_what_there_is_not_is_refused():
     ):
         with pytest.raises(ConfigError, match=r"error\[SOLVER\] .*there is no such"):
             build()
+
+
+def test_names():
+    named = {
+        "dpm++2s": SingleStep(2),
+        "dpm++3s": SingleStep(3),
+        "dpm++2m": Multistep(2, 0.0, "bh2"),
+        "dpm++3m": Multistep(3),
+        "dpm++2m_sde": Multistep(2, 1.0, "bh2"),
+        "dpm++3m_sde": Multistep(3, 1.0),
+        "exponential": Multistep(4),
+        "unipc": UniPC(2),
+    }
+    assert {name: solvers.build(name) for name in named} == named
