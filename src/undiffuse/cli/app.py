@@ -115,7 +115,9 @@ def train(
         table.render([{"": what, "as begun": old, "now": new} for what, old, new in error.rows], str(run.folder))
         raise
     console.print(f"done: {run.folder}/model.safetensors, pictures in {run.pictures}", markup=False)
-    console.print(f"next: undiffuse sample {run.folder}   undiffuse evaluate {run.folder} {data}", markup=False)
+    tested = dataset.share_held_out(chosen.held_out)[0] > 0 or dataset.test_from is not None
+    measured = data if tested else f"{data} --part train"
+    console.print(f"next: undiffuse sample {run.folder}   undiffuse evaluate {run.folder} {measured}", markup=False)
 
 
 app.command()(check)

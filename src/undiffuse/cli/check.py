@@ -50,7 +50,7 @@ def check(
 
 def found(dataset: Dataset) -> dict[str, Any]:
     """What there is to know of ``dataset``, plain."""
-    split = dataset.split() if len(np.unique(dataset.digests)) > 2 else None
+    split = dataset.split() if dataset.share_held_out(0.1)[0] else None
     counts = np.bincount(dataset.labels, minlength=len(dataset.classes)) if dataset.labels is not None else ()
     cond = dataset.cond
     return {

@@ -65,8 +65,10 @@ def evaluate_model(
     names = _checked(model, data, estimates, iw, compat, minutes)
     chosen, name = choose_items(model, data, part)
     if len(chosen) == 0:
-        fix = "Use --part all, or other data"
-        raise DataError("EMPTY", data.name, f"no items in this part ({name})", fix)
+        cause, fix = f"no items in this part ({name})", "Use --part all, or other data"
+        if model.info.get("held_out") == 0 and data.fingerprint == model.info.get("fingerprint"):
+            cause, fix = "nothing was held out when the model was trained", "Use --part train, or other data"
+        raise DataError("EMPTY", data.name, cause, fix)
     chosen = chosen[spread_out(len(chosen))][:items]
     values = torch.from_numpy(np.ascontiguousarray(data.values[chosen]))
     given, remark = ("nothing", None) if untold else known(model, data)

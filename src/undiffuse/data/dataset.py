@@ -133,6 +133,19 @@ class Dataset:
         """The first number of each channel, (1, C, 1, ...)."""
         return self.values[:1][(slice(None), slice(None), *(slice(1),) * (self.values.ndim - 2))]
 
+    @property
+    def distinct(self) -> int:
+        """How many items differ from all before them, those of an official test part left aside."""
+        return len(np.unique(self.digests[: self.test_from]))
+
+    def share_held_out(self, asked: float) -> tuple[float, str | None]:
+        """The share that can be held out: ``asked``, or 0 and a sentence where distinct items are fewer than parts."""
+        n, kind = self.distinct, "item" if self.distinct == len(self) else "distinct item"
+        if asked == 0 or n >= (3 if self.test_from is None else 2):
+            return asked, None
+        only = f"one {kind}" if n == 1 else f"{n} {kind}s"
+        return 0.0, f"{only} only: nothing is held out, nothing is measured"
+
     def split(self, held_out: float = 0.1) -> Split:
         """Train, validation and test parts, each item's part decided by its own content.
 

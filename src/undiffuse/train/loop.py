@@ -67,6 +67,9 @@ def fit(
     # Where it runs, and what it is
     meet(device)
     accelerator = Accelerator(cpu=device == "cpu", gradient_accumulation_steps=1)
+    share, few = data.share_held_out(settings.held_out)
+    if few:
+        data, settings = data.noted(few), replace(settings, held_out=share)
     split = data.split(settings.held_out)
     if settings.conditional and not data.hearing:
         cause = "these data say nothing of their items but their values: no labels, vectors or tokens"
@@ -121,7 +124,7 @@ def fit(
             Watch(run, smooth, data, split, settings, progress, quiet or not first, first) as watch,
             batches(data, split.train, settings) as batch,
         ):
-            for line in damaged:
+            for line in [*([f"note: {few}"] if few else []), *damaged]:
                 watch.say(line)
 
             # The loop

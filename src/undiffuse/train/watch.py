@@ -22,7 +22,7 @@ from undiffuse.diffusion import Diffusion
 from undiffuse.errors import ConfigError, ResourceError
 from undiffuse.report import pictures
 from undiffuse.train import state
-from undiffuse.train.alarm import Gap, gap, pairs
+from undiffuse.train.alarm import gap, pairs
 from undiffuse.train.run import Run
 
 HELD_OUT_ITEMS, HELD_OUT_DRAWS = 64, 8
@@ -133,32 +133,21 @@ class Watch:
         """The held-out bound on fixed noise, a grid of samples, and the model so far."""
         self.smooth.info.update(self._trained())
         save(self.smooth, self.run.model)
-        mean, stderr, apart = self._measure(draws)
-        self.records.append(
-            {
-                "step": self.progress.step,
-                "seconds": round(self.progress.seconds, 2),
-                "bits_per_dim": mean,
-                "stderr": stderr,
-                **(
-                    {}
-                    if apart is None
-                    else {"gap": apart.mean, "gap_stderr": apart.stderr, "overfit": apart.significant}
-                ),
-            }
-        )
+        found = self._measure(draws)
+        if found:
+            now = {"step": self.progress.step, "seconds": round(self.progress.seconds, 2)}
+            self.records.append({**now, **found})
         self._draw(f"samples-{self.progress.step:08d}.png")
         self.write_records()
-        unit = "bits/dim"
+        bound = f"≤ {found['bits_per_dim']:.3f} ± {found['stderr']:.3f} bits/dim" if found else "nothing"
         self.say(
             f"{_clock(self.progress.seconds):>8}  step {self.progress.step:>7,}  "
-            f"loss {self._last('loss'):.4f}  held out ≤ {mean:.3f} ± {stderr:.3f} {unit}  "
-            f"{self._last('items_per_second'):,.0f} items/s"
+            f"loss {self._last('loss'):.4f}  held out {bound}  {self._last('items_per_second'):,.0f} items/s"
         )
-        if apart is not None and apart.significant:
+        if found.get("overfit"):
             self.say(
-                f"{'':8}  it begins to remember its training items: they take {apart.mean:.3f} ± {apart.stderr:.3f} "
-                f"{unit} less than held-out ones, on the same noise and times"
+                f"{'':8}  it begins to remember its training items: they take {found['gap']:.3f} ± "
+                f"{found['gap_stderr']:.3f} bits/dim less than held-out ones, on the same noise and times"
             )
         self.since = time.perf_counter()
 
@@ -186,12 +175,17 @@ class Watch:
         except (OSError, ResourceError) as error:
             self.say(f"not written: {error}")
 
-    def _measure(self, draws: int) -> tuple[float, float, Gap | None]:
-        """The held-out bound ± its standard error, and how far it is from the training items' on the same noise."""
+    def _measure(self, draws: int) -> dict[str, float]:
+        """The held-out bound ± its standard error, and how far it is from the training items' on the same noise.
+
+        Nothing where nothing is held out.
+        """
         if len(self.held_out) == 0:
-            return math.nan, math.nan, None
+            return {}
         (bits, stderr), (trained_on, _) = (self._bound_of(items, draws) for items in (self.held_out, self.trained_on))
-        return float(bits.mean()), stderr, gap(bits, trained_on, self.settings.previews + 1)
+        apart = gap(bits, trained_on, self.settings.previews + 1)
+        said = {"gap": apart.mean, "gap_stderr": apart.stderr, "overfit": apart.significant}
+        return {"bits_per_dim": float(bits.mean()), "stderr": stderr, **said}
 
     def _bound_of(self, items: np.ndarray, draws: int) -> tuple[Tensor, float]:
         values = torch.from_numpy(self.data.values[items])
