@@ -81,6 +81,9 @@ def test_the_arc():
     at_right = slerp(torch.tensor([3.0, 0.0]), torch.tensor([0.0, 3.0]), share)
     angle = share * math.pi / 2
     torch.testing.assert_close(at_right, 3 * torch.stack([torch.cos(angle), torch.sin(angle)], 1).float())
+    sixty = slerp(torch.tensor([2.0, 0.0]), torch.tensor([1.0, math.sqrt(3)]), share)
+    angle = share * math.pi / 3
+    torch.testing.assert_close(sixty, 2 * torch.stack([torch.cos(angle), torch.sin(angle)], 1).float())
     for factor in (2.0, -1.0):
         line = one * (1 + (factor - 1) * share.reshape(-1, 1, 1))
         torch.testing.assert_close(slerp(one, factor * one, share), line)
