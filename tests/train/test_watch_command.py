@@ -83,6 +83,7 @@ def test_a_finished_run_and_one_that_has_hardly_begun(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "finished" in said
     assert "left" not in said
+    assert said.endswith("\n")
     fresh = begun(tmp_path / "fresh", {"steps": 120})
     before = {f: f.stat().st_mtime_ns for f in fresh.folder.rglob("*")}
     assert main(["watch", str(fresh.folder), "--once"]) == 0

@@ -56,6 +56,8 @@ def watch(
             live.update(picture(watched))
     except KeyboardInterrupt:
         pass
+    if not console.is_terminal:
+        console.print()  # Live ends its last line on terminals only
     if board is not None:
         console.print(f"for TensorBoard: {tensorboard}", markup=False)
 
