@@ -113,13 +113,17 @@ def by_calls(curves: Mapping[str, Sequence[tuple[int, float]]], floors: Mapping[
     for i, (name, points) in enumerate((name, points) for name, points in curves.items() if points):
         calls, values = zip(*points, strict=True)
         shown = [v if v > 0 else math.nan for v in values]
-        (line,) = axes.plot(calls, shown, label=name, marker="o", markersize=3, color=COLOURS[i % len(COLOURS)])
+        mark = {"marker": "o", "markersize": 3} if len(calls) > 1 else {"marker": "*", "markersize": 11}
+        (line,) = axes.plot(calls, shown, label=name, color=COLOURS[i % len(COLOURS)], **mark)
         line.set_linestyle(STYLES[i // len(COLOURS) % len(STYLES)])
     for name, value in floors.items():
         axes.axhline(value, color="0.5", linewidth=0.8)
         axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    asked = sorted({calls for points in curves.values() for calls, _ in points})
+    axes.set_xticks(asked, [f"{calls:,}" for calls in asked])
+    axes.minorticks_off()
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
