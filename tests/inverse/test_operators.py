@@ -83,6 +83,8 @@ def test_pooling_is_the_mean_of_blocks():
     expected = x.reshape(2, 3, 2, 2, 3, 2).mean((3, 5))
     torch.testing.assert_close(mean_pool(2, (3, 4, 6))(x), expected)
     torch.testing.assert_close(mean_pool(1, (3, 4, 6))(x), x)
+    with pytest.raises(ConfigError, match="5 x 4"):
+        mean_pool(2, (1, 5, 4))
     for factor in (4, 0, -2):
         with pytest.raises(ConfigError, match="does not divide the sides of an item, 4 x 6") as error:
             mean_pool(factor, (3, 4, 6))
