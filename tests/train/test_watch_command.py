@@ -56,7 +56,8 @@ def test_a_run_that_stopped(tmp_path):
     run = begun(tmp_path / "run", {"steps": 480}, RECORDS)
     (run.checkpoints / "step-00000120").mkdir()
     said = shown(run)
-    assert "tiny, stopped; the command that began it goes on with it" in said.replace("\n", " ")  # a long path breaks the line
+    joined = said.replace("\n", " ")  # a long path breaks the line
+    assert "tiny, stopped; the command that began it goes on with it" in joined
     assert "step 120 after 0:00:24, about 0:01:12 left · last checkpoint at step 120" in said
     assert "training loss         0.5  █▁" in said
     assert "held out, bits/dim         3.5  ▁█" in said
