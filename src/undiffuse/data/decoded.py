@@ -51,15 +51,15 @@ def decoded(
             continue
         kinds.setdefault((picture.pixels.shape, picture.levels), []).append(i)
         did[i] = picture._replace(pixels=np.empty(0))
-    if len(kinds) > 1:
-        odd = mixed({kind: [where[i] for i in items] for kind, items in kinds.items()})
-        if on_bad == "stop" and not problems:
-            raise odd
+    odd = mixed({kind: [where[i] for i in items] for kind, items in kinds.items()}) if len(kinds) > 1 else None
+    if odd and on_bad == "stop" and not problems:
+        raise odd
     if not kinds or (problems and on_bad == "stop"):
         raise BadFiles(problems)
     shape, levels = most = max(kinds, key=lambda kind: len(kinds[kind]))
     kept = np.array(kinds.pop(most), np.int64)
-    problems += [Problem(where[i], odd.code, "differs from most") for items in kinds.values() for i in items]
+    if odd:
+        problems += [Problem(where[i], odd.code, "differs from most") for items in kinds.values() for i in items]
 
     def read(numbers: np.ndarray) -> np.ndarray:
         return np.stack([again(int(i)) for i in kept[numbers]])

@@ -32,8 +32,9 @@ def meet(device: str) -> None:
     Processes that torchrun begins again would else find the addresses of those that died, and wait for them.
     """
     if device == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://"))
-        own = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store, rank, size = next(dist.rendezvous("env://"))  # pyright: ignore[reportPrivateImportUsage]
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        own = dist.PrefixStore(f"attempt {attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
 
 
