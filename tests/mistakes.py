@@ -14,9 +14,10 @@ class WrongSubscript(Multistep):
     """Takes x̂ of two levels before for that of one level before."""
 
     def step(self, denoise, x_t, t, s, state, noise):
-        wrong = ((state[1][0], state[0][1]),) if len(state) == 2 else state
-        x_s, known = super().step(denoise, x_t, t, s, wrong, noise)
-        return x_s, (*known, *state[:1])
+        last, *known = state
+        wrong = [(known[1][0], known[0][1])] if len(known) == 2 else known
+        x_s, after = super().step(denoise, x_t, t, s, (last, *wrong), noise)
+        return x_s, (*after, *known[:1])
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,12 @@ class OtherThird(Multistep):
     more: float = 0.0
 
     def step(self, denoise, x_t, t, s, state, noise):
-        x_s, known = super().step(denoise, x_t, t, s, state, noise)
-        h = gap(t, s)
-        if len(state) < 2 or math.isinf(h):
-            return x_s, known
-        new, old, oldest = known[0][0], state[0][0], state[1][0]
-        r, q = (-gap(t, at) / h for _, at in state)
+        x_s, after = super().step(denoise, x_t, t, s, state, noise)
+        h, (_, *known) = gap(t, s), state
+        if len(known) < 2 or math.isinf(h):
+            return x_s, after
+        new, old, oldest = after[1][0], known[0][0], known[1][0]
+        r, q = (-gap(t, at) / h for _, at in known)
         second = ((new - old) / r - (old - oldest) / (q - r)) / q
         off = (self.times / 2 - 1) * moments((1 + self.eta) * h, 3)[2] + self.more
-        return x_s + float(s.alpha) * off * second, known
+        return x_s + float(s.alpha) * off * second, after

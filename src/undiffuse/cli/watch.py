@@ -86,7 +86,7 @@ def picture(run: Run) -> Group:
     """The run as lines of text: what it is, how far it has come, and each number with its curve."""
     record, records = run.record, run.read_metrics()
     assert record is not None
-    lines = [f"{run.folder}: {record['data']['name']}, {_state(run, record)}"]
+    lines = [f"{record['data']['name']}, {_state(run, record)}: {run.folder}"]
     step, seconds = (max((r[key] for r in records if key in r), default=0) for key in ("step", "seconds"))
     kept = sorted(int(f.name[-8:]) for f in run.checkpoints.glob("step-*"))
     lines.append(
