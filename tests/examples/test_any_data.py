@@ -44,7 +44,7 @@ def size(path):
 
 
 def test_series(tmp_path, capsys):
-    pytest.importorskip("statsmodels")
+    pytest.importorskip("statsmodels", reason="its measurements are the data; the extra `examples` has it")
     series = example("series")
     seen = series.windows()
     assert seen.item_shape == (1, 104)

@@ -88,6 +88,13 @@ def test_what_is_walked(monkeypatch):
     assert asked[1][3:] == (3, 16, print, {"spacing": "karras", "times": None})
 
 
+def test_walks_that_leave_the_numbers_are_left_out(monkeypatch):
+    model = exact()
+    monkeypatch.setattr(model, "sample", lambda n, seed, solver, steps, *a, **walk: normal(30, 5) / (steps - 2))
+    found, _ = judge(model, [Choice("ddim", 2), Choice("ddim", 3)], normal(40, 0), normal(50, 1), 30)
+    assert [one.choice for one in found] == [Choice("ddim", 3)]
+
+
 def test_more_components_than_compared_are_left_out(monkeypatch):
     monkeypatch.setattr(law, "COMPONENTS", 1)
     others = normal(500, 0) * torch.tensor([10.0, 1.0, 1.0])

@@ -122,7 +122,10 @@ def test_tensorboard_has_the_numbers_of_the_run(tmp_path, monkeypatch, capsys):
     assert main(["watch", str(run.folder), "--tensorboard", str(tmp_path / "board")]) == 2
     assert "pip install 'undiffuse[tensorboard]'" in capsys.readouterr().err
     monkeypatch.undo()
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="it reads what was written; extra `tensorboard`",
+    )
     assert main(["watch", str(run.folder), "--tensorboard", str(tmp_path / "board")]) == 0
     read = accumulator.EventAccumulator(str(tmp_path / "board"))
     read.Reload()

@@ -79,13 +79,15 @@ def advise_command(
             bar.remove_task(task)
             task = bar.add_task(f"{samples} samples a walk", total=samples * calls * (len(choices) // 4 + FINAL))
             ranking, floor = nearest(model, choices, *compared, samples, seed, lambda done: bar.advance(task, done))
-            best, ranking = ranking[0].choice or best, [*ranking, floor]
+            if ranking:
+                best, ranking = ranking[0].choice or best, [*ranking, floor]
 
     measured = {"items": items, "seed": seed, "fine": fine, "label": label, **_flow(model, advice, calls, fine)}
-    if ranking is not None:
+    if ranking:
         measured |= _laws(ranking, calls, samples)
     else:
         why = "that is done for samples that are told nothing" if label else "give held-out DATA beside RUN"
+        why = why if ranking is None else "no sample was a number"
         console.print(f"solvers that draw noise are not judged: {why}", markup=False)
     measured |= {"calls": best.calls(model.schedule), "seconds": round(time.perf_counter() - began, 1)}
     path = write_advice(beside(run), checkpoint.fingerprint(model), calls, best, measured)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from undiffuse import solvers
 from undiffuse.advise import Choice, Reference, fitted, leaping, most
 from undiffuse.diffusion import Diffusion
+from undiffuse.errors import NonFiniteError
 from undiffuse.metrics.distance import frechet, kernel
 
 COMPONENTS = 64
@@ -87,7 +89,7 @@ def judge(
     """``choices`` by how far ``n`` samples of each are from the ``data`` values (N, ...), the nearest first; the floor.
 
     The floor is the same of ``n`` of the ``others`` (M, ...), items of the data too: the principal components are
-    theirs. All samples are told nothing and have the same ``seed``. ``tick`` is called with the item-steps done.
+    theirs. Walks whose samples are no numbers are left out. All samples are told nothing and have the same ``seed``. ``tick`` is called with the item-steps done.
     """
     first = others[torch.linspace(0, len(others) - 1, min(len(others), 2000)).long()]
     rows = model.codec.encode(first).flatten(1).double()
@@ -109,7 +111,8 @@ def judge(
     for choice in choices:
         solver, spacing = model.solver(choice.solver, **choice.settings), choice.spacing
         walk = {"spacing": "uniform" if choice.times else spacing, "times": choice.times}
-        found.append(compared(choice, model.sample(n, seed, solver, choice.steps, batch, tick, **walk)))
+        with suppress(NonFiniteError):
+            found.append(compared(choice, model.sample(n, seed, solver, choice.steps, batch, tick, **walk)))
     return sorted(found, key=lambda one: one.distance), compared(None, others[-n:])
 
 
