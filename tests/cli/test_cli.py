@@ -2,7 +2,6 @@
 
 import json
 import signal
-from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -24,19 +23,6 @@ precision = "float32"
 held_out = 0.2
 previews = 1
 """
-Said = namedtuple("Said", "code out err")
-
-
-@pytest.fixture
-def call(capsys):
-    """call(*arguments) runs a command line and returns its exit code and what it printed."""
-
-    def run(*arguments) -> Said:
-        capsys.readouterr()
-        code = main([str(a) for a in arguments])
-        return Said(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 from tiny_run import data as tiny
 
 from undiffuse import checkpoint
-from undiffuse.cli import main
 from undiffuse.data import Dataset, from_array
 from undiffuse.train import Run
 
@@ -32,16 +31,6 @@ CASES = {
     "vectors": (IMAGES[:1, 0, :3].astype(np.float32), "one item only"),
 }
 NOTHING = "nothing is held out, nothing is measured"
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        code = main([str(a) for a in arguments])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

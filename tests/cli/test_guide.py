@@ -1,6 +1,5 @@
 """`train-classifier`, and what its runs and others guide `sample` by."""
 
-from collections import namedtuple
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from undiffuse import checkpoint
-from undiffuse.cli import main
 from undiffuse.cli.classifier import recipe_for
 from undiffuse.cli.guide import class_names, guide
 from undiffuse.codec import Identity, Pixels
@@ -24,17 +22,6 @@ from undiffuse.train import classifier as classifiers
 from undiffuse.train.classifier import Classifier, ClassifierConfig
 
 UNET = {"kind": "unet", "widths": (4,), "blocks": 1, "attention": ()}
-Said = namedtuple("Said", "code out err")
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*arguments) -> Said:
-        capsys.readouterr()
-        code = main([str(a) for a in arguments])
-        return Said(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

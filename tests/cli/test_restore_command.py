@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from undiffuse.checkpoint import save
-from undiffuse.cli import main
 from undiffuse.codec import Identity, Pixels
 from undiffuse.config import ModelConfig
 from undiffuse.diffusion import Diffusion
@@ -39,16 +38,6 @@ def place(tmp_path_factory):
     Image.fromarray(0 * hidden + 255).save(folder / "white.png")
     (folder / "torn.png").write_bytes((folder / "whole.png").read_bytes()[:60])
     return folder
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        code = main([str(a) for a in arguments])
-        return (code, *capsys.readouterr())
-
-    return run
 
 
 def read(path) -> np.ndarray:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from PIL import Image
 
 from undiffuse import advise, checkpoint
 from undiffuse.advise import Choice
-from undiffuse.cli import main
 from undiffuse.cli import sample as sampling
 from undiffuse.cli.choose import QUALITIES, choose, read_advice, unit, write_advice
 from undiffuse.codec import Identity, Pixels, Standardised
@@ -22,7 +20,6 @@ from undiffuse.diffusion import Diffusion
 from undiffuse.errors import ConfigError
 from undiffuse.report.files import Album
 
-Said = namedtuple("Said", "code out err")
 NET = {"kind": "unet", "widths": [8], "blocks": 1, "attention": []}
 CLASSES = ["circle", "square", "star"]
 
@@ -44,18 +41,6 @@ def model(seed=0, shape=(1, 4, 4), codec=None, **network) -> Diffusion:
 def run(tmp_path):
     checkpoint.save(model(), tmp_path / "model.safetensors")
     return tmp_path
-
-
-@pytest.fixture
-def call(capsys):
-    """call(*arguments) runs a command line and returns its exit code and what it printed."""
-
-    def call(*arguments) -> Said:
-        capsys.readouterr()
-        code = main([str(a) for a in arguments])
-        return Said(code, *capsys.readouterr())
-
-    return call
 
 
 def array(folder):

@@ -75,6 +75,13 @@ def noisy(model: Diffusion, known: Reference, calls: int) -> list[Choice]:
     return [choice for choice in found if choice is not None]
 
 
+def compared(choice: Choice | None, drawn: Tensor, real: Tensor) -> Judged:
+    """How far ``drawn`` features (n, D) are from the ``real`` ones (N, D)."""
+    group, blocks = torch.arange(len(drawn)) % GROUPS, min(10, len(drawn) // 2, len(real) // 2)
+    without = torch.tensor([frechet(drawn[group != g], real) for g in range(GROUPS)], dtype=torch.float64)
+    return Judged(choice, frechet(drawn, real), without, kernel(drawn, real, blocks))
+
+
 @torch.no_grad()
 def judge(
     model: Diffusion,
@@ -89,7 +96,8 @@ def judge(
     """``choices`` by how far ``n`` samples of each are from the ``data`` values (N, ...), the nearest first; the floor.
 
     The floor is the same of ``n`` of the ``others`` (M, ...), items of the data too: the principal components are
-    theirs. Walks whose samples are no numbers are left out. All samples are told nothing and have the same ``seed``. ``tick`` is called with the item-steps done.
+    theirs. Walks whose samples are no numbers are left out. All samples are told nothing and have the same ``seed``.
+    ``tick`` is called with the item-steps done.
     """
     first = others[torch.linspace(0, len(others) - 1, min(len(others), 2000)).long()]
     rows = model.codec.encode(first).flatten(1).double()
@@ -100,20 +108,15 @@ def judge(
 
     real = features(data)
 
-    def compared(choice: Choice | None, values: Tensor) -> Judged:
-        drawn, group = features(values), torch.arange(len(values)) % GROUPS
-        without = [frechet(drawn[group != g], real) for g in range(GROUPS)]
-        blocks = min(10, len(drawn) // 2, len(real) // 2)
-        apart = frechet(drawn, real), torch.tensor(without, dtype=torch.float64), kernel(drawn, real, blocks)
-        return Judged(choice, *apart)
-
     found = []
     for choice in choices:
         solver, spacing = model.solver(choice.solver, **choice.settings), choice.spacing
         walk = {"spacing": "uniform" if choice.times else spacing, "times": choice.times}
         with suppress(NonFiniteError):
-            found.append(compared(choice, model.sample(n, seed, solver, choice.steps, batch, tick, **walk)))
-    return sorted(found, key=lambda one: one.distance), compared(None, others[-n:])
+            found.append(
+                compared(choice, features(model.sample(n, seed, solver, choice.steps, batch, tick, **walk)), real)
+            )
+    return sorted(found, key=lambda one: one.distance), compared(None, features(others[-n:]), real)
 
 
 def nearest(
