@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from importlib.metadata import version
 
-import conftest
+import offline
 import pytest
 
 FLOORS = {"torch": (2, 10), "Pillow": (13, 0, 0), "safetensors": (0, 8)}
@@ -22,12 +22,12 @@ def test_nothing_reaches_out(address):
     family = socket.AF_INET if len(address) == 2 else socket.AF_INET6
     with socket.socket(family) as connection:
         for connect in (connection.connect, connection.connect_ex):
-            with pytest.raises(conftest.NetworkError, match=address[0]):
+            with pytest.raises(offline.NetworkError, match=address[0]):
                 connect(address)
-    with pytest.raises(conftest.NetworkError):
+    with pytest.raises(offline.NetworkError):
         socket.create_connection(("example.org", 80), timeout=1)
-    assert len(conftest.attempts) == 3
-    conftest.attempts.clear()
+    assert len(offline.attempts) == 3
+    offline.attempts.clear()
 
 
 def test_this_machine_may_be_reached():
@@ -35,4 +35,4 @@ def test_this_machine_may_be_reached():
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         socket.create_connection(listener.getsockname(), timeout=5).close()
-    assert not conftest.attempts
+    assert not offline.attempts
