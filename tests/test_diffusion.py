@@ -9,7 +9,7 @@ from undiffuse.codec import Identity, Pixels, Standardised
 from undiffuse.conditioning import Condition
 from undiffuse.config import ModelConfig
 from undiffuse.diffusion import Diffusion
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, NonFiniteError
 from undiffuse.randomness import ItemNoise
 
 NET = {"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()}
@@ -200,6 +200,17 @@ def test_samples_do_not_depend_on_the_batch_and_go_on_where_asked():
     first = [next(diffusion.trajectory(items, seed=5)).x for items in (range(4), range(2, 4))]
     assert torch.equal(first[0][2:], first[1])
     assert diffusion.sample(0).shape == (0, 1, 4, 4)
+
+
+@pytest.mark.parametrize("call", ["sample", "encode", "decode"])
+def test_an_item_that_grows_beyond_all_numbers_is_refused_and_not_rounded_to_a_value(call):
+    diffusion = model((2,), Identity())
+    with torch.no_grad():
+        for parameter in diffusion.parameters():
+            parameter.fill_(3e19)
+    given = 5 if call == "sample" else torch.ones(5, 2)
+    with pytest.raises(NonFiniteError, match="item 0: 5 of 5 items grew beyond all numbers"):
+        getattr(diffusion, call)(given)
 
 
 def test_samples_are_values_of_the_data():

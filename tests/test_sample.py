@@ -6,11 +6,12 @@ import pytest
 import torch
 from oracles import GaussianData, MixtureData, Spy
 
+from undiffuse.errors import NonFiniteError
 from undiffuse.grids import grid
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import forward
 from undiffuse.randomness import ItemNoise, generator
-from undiffuse.sample import Step, forward_trajectory, prior_sample, prior_scale, to_data, trajectory
+from undiffuse.sample import Step, forward_trajectory, numbers, prior_sample, prior_scale, to_data, trajectory
 from undiffuse.solvers import DDIM, Ancestral
 
 f64 = torch.float64
@@ -119,6 +120,15 @@ def test_to_data_undoes_the_last_scale():
     assert torch.equal(to_data(x, S.linear(5)(0.0)), x)
     assert torch.equal(to_data(x, S.Flow()(0.5)), torch.tensor([[1.0, -0.5]]))
     assert to_data(x, S.Flow()(0.5)).dtype == torch.float32
+
+
+def test_what_is_no_number_is_refused_by_its_item():
+    x = torch.zeros(4, 2, 3)
+    assert numbers(x) is x
+    for lost in (math.nan, math.inf, -math.inf):
+        x[2, 1, 0] = lost
+        with pytest.raises(NonFiniteError, match="item 12: 1 of 4 items grew beyond all numbers"):
+            numbers(x, first=10)
 
 
 @pytest.mark.parametrize("solver", [Ancestral(), DDIM(), DDIM(0.5)])

@@ -31,7 +31,7 @@ from undiffuse.process.gaussian import diffuse
 from undiffuse.process.learned import Learned
 from undiffuse.process.level import NoiseLevel
 from undiffuse.randomness import ItemNoise
-from undiffuse.sample import Step, prior_sample, to_data, trajectory
+from undiffuse.sample import Step, numbers, prior_sample, to_data, trajectory
 
 LONGEST = 10_000
 """Steps that a chain may have."""
@@ -272,7 +272,7 @@ class Diffusion(nn.Module):
         """n samples as data values (n, *item_shape), items ``first`` and on; the same for any ``batch``.
 
         ``progress`` is called with the number of finished item-steps. ``cond`` tells of each of the n items; the
-        rest as in `trajectory`.
+        rest as in `trajectory`. Raises `NonFiniteError` where an item grows beyond all numbers.
         """
         cond = self.heard(cond, n) if cond and guide is None else cond
         self.eval()
@@ -285,18 +285,18 @@ class Diffusion(nn.Module):
                 if progress and state.done:
                     progress(len(items))
             assert state is not None
-            parts.append(self.codec.decode(to_data(state.x, state.level)).cpu())
+            parts.append(self.codec.decode(numbers(to_data(state.x, state.level), items.start)).cpu())
         return torch.cat(parts) if parts else torch.empty(0, *self.item_shape)
 
     def encode(self, values: Tensor, steps: int = 50) -> Tensor:
         """The codes (n, *item_shape) that the flow carries ``values`` to: N(0, I) as far as the model is right."""
         x, levels = self.codec.encode(values).to(self.device), codes.inner(self.schedule, self.walk(steps))
-        return codes.to_codes(self.denoiser(), x, levels)
+        return numbers(codes.to_codes(self.denoiser(), x, levels))
 
     def decode(self, code: Tensor, steps: int = 50) -> Tensor:
         """The values of codes: the inverse of `encode`, but for the solver's error and the values' rounding."""
         levels = codes.inner(self.schedule, self.walk(steps))
-        return self.codec.decode(codes.from_codes(self.denoiser(), code, levels))
+        return self.codec.decode(numbers(codes.from_codes(self.denoiser(), code, levels)))
 
     @torch.no_grad()
     def nll(

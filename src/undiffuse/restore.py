@@ -17,7 +17,7 @@ from undiffuse.diffusion import Diffusion
 from undiffuse.errors import ConfigError
 from undiffuse.inverse import DPS, MMPS, Linear, Observation, PiGDM, Repaint, blur, identity, jumps, mask, mean_pool
 from undiffuse.randomness import ItemNoise
-from undiffuse.sample import Step, prior_sample, to_data, trajectory
+from undiffuse.sample import Step, numbers, prior_sample, to_data, trajectory
 
 ITERATIONS, DATA_STD, STEP, LENGTH, REPEATS = 1, 0.5, 1.0, 10, 4
 """Settings of MMPS, PiGDM, DPS and RePaint's walk (`jumps`), as measured in docs/inverse.md."""
@@ -106,7 +106,7 @@ def restored(
     ``image`` (*S B shape) in the units of x; what the mask hides of it is not read. ``method`` is one of `NAMES`;
     ``floor`` is added to the noise (squared), as rounding to levels is. Where nothing but a mask and rounding is
     between, known values are the image's own. ``progress`` is called with the number of finished item-steps.
-    ``cond`` tells the model of each of the n items. Raises `ConfigError`.
+    ``cond`` tells the model of each of the n items. Raises `ConfigError` and `NonFiniteError`.
     """
     if method not in NAMES:
         raise ConfigError("METHOD", repr(method), "no such method", f"Use one of {', '.join(NAMES)}")
@@ -126,7 +126,7 @@ def restored(
     x = torch.cat(parts)
     if damage.only_mask and damage.known is not None:
         x = torch.where(damage.known.to(x.device), image, x)
-    return model.codec.decode(x).cpu()
+    return model.codec.decode(numbers(x)).cpu()
 
 
 def misfit(model: Diffusion, damage: Damage, image: Tensor, values: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from undiffuse.denoiser import Denoiser
+from undiffuse.errors import NonFiniteError
 from undiffuse.process.gaussian import forward
 from undiffuse.process.level import NoiseLevel
 from undiffuse.randomness import Noise
@@ -66,3 +68,13 @@ def prior_scale(level: NoiseLevel) -> float:
 def to_data(x: Tensor, level: NoiseLevel) -> Tensor:
     """x/alpha at the last level of a chain, its estimate of the data (alpha is 1 where sigma is 0)."""
     return x / float(level.alpha)
+
+
+def numbers(x: Tensor, first: int = 0) -> Tensor:
+    """``x`` (B, ...), items ``first`` and on, if it holds nothing but finite numbers. Raises `NonFiniteError`."""
+    lost = torch.isfinite(x).flatten(1).all(1).logical_not().nonzero().flatten().tolist()
+    if lost:
+        cause = f"{len(lost)} of {len(x)} items grew beyond all numbers on the way"
+        fix = "Lower the guidance, take more steps or the solver 'ddim', or train the model longer"
+        raise NonFiniteError("NON_FINITE", f"item {first + lost[0]}", cause, fix)
+    return x

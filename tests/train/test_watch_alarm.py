@@ -11,6 +11,7 @@ from undiffuse.config import Config, ModelConfig, TrainConfig, replace_train
 from undiffuse.data import Split, from_array
 from undiffuse.diffusion import Diffusion
 from undiffuse.likelihood import NLL
+from undiffuse.sample import numbers
 from undiffuse.train import Run, fit
 from undiffuse.train.alarm import FALSE, gap, pairs
 from undiffuse.train.watch import Watch
@@ -100,3 +101,15 @@ def test_a_run_says_it(tmp_path, monkeypatch, remembers):
         assert looks[0]["gap"] == pytest.approx(0.5 / math.log(2), abs=1e-6)
     none = fit(replace_train(CONFIG, held_out=0.0), DATA, tmp_path / "none", device="cpu", quiet=True)
     assert not any("gap" in r for r in Run(none).read_metrics())
+
+
+def test_samples_that_are_no_numbers_cost_the_run_its_picture_alone(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(Diffusion, "sample", lambda model, n, **_: numbers(torch.full((n, 2), math.inf)))
+    monkeypatch.setattr(Watch, "say", lambda watch, line: said.append(line))
+    folder = fit(CONFIG, DATA, tmp_path / "run", device="cpu", quiet=True)
+    lost = [line for line in said if line.startswith("no picture of the samples: ")]
+    assert len(lost) == 3
+    assert all("grew beyond all numbers" in line for line in lost)
+    assert Run(folder).read_metrics()[-1]["step"] == 4
+    assert not (folder / "pictures" / "samples.png").exists()

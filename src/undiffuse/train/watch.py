@@ -19,7 +19,7 @@ from undiffuse.conditioning import Condition
 from undiffuse.config import TrainConfig
 from undiffuse.data import Dataset, Split
 from undiffuse.diffusion import Diffusion
-from undiffuse.errors import ConfigError, ResourceError
+from undiffuse.errors import ConfigError, NonFiniteError, ResourceError
 from undiffuse.report import pictures
 from undiffuse.train import state
 from undiffuse.train.alarm import gap, pairs
@@ -193,12 +193,12 @@ class Watch:
         return result.bits_per_dim(self.smooth.dims), float(result.stderr) / (self.smooth.dims * math.log(2))
 
     def _draw(self, name: str, n: int = SHOWN, steps: int = SHOWN_STEPS) -> None:
-        samples = self.smooth.sample(n, seed=0, steps=steps, cond=self._shown(n))
         try:
+            samples = self.smooth.sample(n, seed=0, steps=steps, cond=self._shown(n))
             picture = pictures.grid(samples.numpy(), self.data.levels, names=self.data.columns)
             with self._spared():
                 picture.save(self.run.pictures / name)
-        except ConfigError as error:
+        except (ConfigError, NonFiniteError) as error:
             self.say(f"no picture of the samples: {error.cause}")
 
     def _told(self, items: np.ndarray) -> Condition | None:
