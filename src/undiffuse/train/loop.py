@@ -193,15 +193,16 @@ def gradient(
     mine = shares(settings, accelerator.num_processes, accelerator.process_index)
     seen = []
     for part in mine:
-        each = diffusion.loss(
-            values[part],
-            u[part],
-            eps[part].to(diffusion.device),
-            z[part].to(diffusion.device),
-            cond and cond.take(part).to(diffusion.device),
-            network=parallel,
-        )
-        accelerator.backward(each.mean() / len(mine))
+        with nullcontext() if part is mine[-1] else accelerator.no_sync(parallel):  # replicas meet once a step
+            each = diffusion.loss(
+                values[part],
+                u[part],
+                eps[part].to(diffusion.device),
+                z[part].to(diffusion.device),
+                cond and cond.take(part).to(diffusion.device),
+                network=parallel,
+            )
+            accelerator.backward(each.mean() / len(mine))
         seen.append(each.detach())
     share_gradient(accelerator, diffusion)
     norms = [clip(group["params"], settings.clip) for group in optimiser.param_groups]
