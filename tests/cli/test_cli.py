@@ -5,6 +5,7 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 
 from undiffuse.checkpoint import load
 from undiffuse.cli import main
@@ -195,8 +196,14 @@ def test_other_errors(place, call, monkeypatch):
         6,
         "error[SYSTEM] run/file: No space left on device. Check the disk and the rights there.\n",
     )
-    said = fails(MemoryError())
-    assert (said.code, said.err.startswith("error[MEMORY]")) == (6, True)
+    full = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+    with pytest.raises(RuntimeError, match="can't allocate memory") as caught:
+        torch.empty(10**15)
+    for error in [*full, caught.value]:
+        said = fails(error)
+        assert (said.code, said.err.startswith("error[MEMORY]")) == (6, True)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        fails(RuntimeError("a mistake of ours"))
     said = fails(KeyboardInterrupt())
     assert (said.code, said.err) == (130, "stopped at once; the last checkpoint is whole\n")
 

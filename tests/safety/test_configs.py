@@ -21,7 +21,7 @@ from undiffuse.data import memory
 from undiffuse.diffusion import Diffusion
 from undiffuse.errors import ConfigError
 from undiffuse.networks import build
-from undiffuse.train.room import require_room
+from undiffuse.train.room import activations, require_room
 
 UNKNOWN = ("_target_", "__class__", "target_", "bacth", "../x", "a.b", "", "é", "_import_", "python/object", "exec")
 WRONG = {
@@ -160,17 +160,26 @@ def test_networks_that_no_memory_holds(monkeypatch):
 
 
 def test_trainings_that_no_memory_holds(monkeypatch):
-    model = Diffusion(from_dict(ModelConfig, {"network": {"kind": "mlp", "width": 4, "depth": 1}}), (3,), Pixels(5))
-    weights = 28 * sum(p.numel() for p in model.parameters())
-    for batch, share, where in ((1, 1.0, None), (1, 0.99, "model.network"), (10**6, 0.99, "train.batch = 1,000,000")):
-        need = weights + 16 * 3 * batch
-        monkeypatch.setattr("undiffuse.train.room.available", lambda n=need, s=share: s * n)
-        if where is None:
-            require_room(model, TrainConfig(batch=batch))
-        else:
-            with pytest.raises(ConfigError) as caught:
-                require_room(model, TrainConfig(batch=batch))
-            assert caught.value.where == where
+    model = Diffusion(from_dict(ModelConfig, {"network": {"kind": "mlp", "width": 64, "depth": 1}}), (3,), Pixels(5))
+    weights, each = 28 * sum(p.numel() for p in model.parameters()), activations(model)
+
+    def asks(settings, processes=1, share=1.0):
+        items = settings.batch // settings.accumulate // processes
+        need = weights + 16 * 3 * settings.batch + each * items
+        monkeypatch.setattr("undiffuse.train.room.available", lambda: share * need)
+        require_room(model, settings, processes)
+
+    for settings in (TrainConfig(batch=1), TrainConfig(batch=10**6), TrainConfig(batch=600, accumulate=3)):
+        for processes in (1, 2) if settings.batch > 1 else (1,):
+            asks(settings, processes)
+            with pytest.raises(ConfigError, match=r"may be used here\. Give a smaller") as caught:
+                asks(settings, processes, share=0.99)
+            assert caught.value.where == (
+                "model.network" if settings.batch == 1 else f"train.batch = {settings.batch:,}"
+            )
+    monkeypatch.setattr("undiffuse.train.room.available", lambda: weights + 48 + each - 1)  # one item is too many
+    with pytest.raises(ConfigError, match="may be used here"):
+        require_room(model, TrainConfig(batch=1))
 
 
 def test_memory_of_the_machine_and_of_its_container(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from undiffuse.config import TrainConfig
 from undiffuse.networks.unet import Stage, UNet
-from undiffuse.train.parallel import agree, cut, gathered, loudest, prepare, shared_like
+from undiffuse.train.parallel import agree, cut, gathered, loudest, prepare, recompute, shared_like
 from undiffuse.train.state import Progress
 
 
@@ -28,7 +28,7 @@ def test_what_is_computed_again_is_the_same_and_takes_less_memory(accelerator):
     x, time, gradients, kept = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.7]), [], []
     for again in (False, True):
         network, saved = net(), []
-        assert prepare(accelerator, network, TrainConfig(checkpointing=again)) is network
+        assert recompute(network, TrainConfig(checkpointing=again)) is prepare(accelerator, network, TrainConfig())
         torch.manual_seed(1)
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, saved=saved: (saved.append(t.numel()), t)[1], lambda t: t

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -47,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         code = _report(str(error), error.exit_code, debug)
     except UndiffuseError as error:
         code = _report(str(error), error.exit_code, debug)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
         code = _report("error[MEMORY] undiffuse: out of memory. Use a smaller batch.", 6, debug)
     except OSError as error:
         place = error.filename or "undiffuse"

@@ -27,7 +27,7 @@ from undiffuse.train import augment, state
 from undiffuse.train.batch import Batches, batch_items, batches, shares, standardise_vectors
 from undiffuse.train.ema import Average
 from undiffuse.train.nonfinite import leave_out, whats_wrong
-from undiffuse.train.parallel import agree, clip, cut, loudest, meet, prepare
+from undiffuse.train.parallel import agree, clip, cut, loudest, meet, prepare, recompute
 from undiffuse.train.profiles import Profiles
 from undiffuse.train.room import require_room
 from undiffuse.train.run import Run, describe
@@ -80,14 +80,14 @@ def fit(
     diffusion = Diffusion(config.model, data.item_shape, codec, describe(data) | {"held_out": settings.held_out}).to(
         accelerator.device
     )
-    require_room(diffusion, settings)
     settings = replace(settings, precision=precision_of(settings.precision, accelerator.device))
     if isinstance(diffusion.network, Lattice):
         diffusion.network.start_from(torch.from_numpy(data.counts(split.train)))
     if settings.conditional:
         standardise_vectors(diffusion, data, split.train)
     diffusion.autocast = torch.bfloat16 if settings.precision == "bfloat16" else None
-    network = in_fast_layout(diffusion.network)
+    network = recompute(in_fast_layout(diffusion.network), settings)
+    require_room(diffusion, settings, accelerator.num_processes)
     if init is not None:
         diffusion.load_state_dict(weights_of(init, diffusion))
     smooth = deepcopy(diffusion)

@@ -52,11 +52,16 @@ def cut(network: nn.Module, settings: TrainConfig, processes: int, device: torch
     return network
 
 
-def prepare(accelerator: Accelerator, network: nn.Module, settings: TrainConfig) -> Any:
-    """What training calls for ``network``, whose own names its weights keep: replicated, compiled, or itself."""
+def recompute(network: nn.Module, settings: TrainConfig) -> nn.Module:
+    """``network``, whose stages compute what is inside them again in the backward pass if ``settings`` say so."""
     for module in network.modules():
         if isinstance(module, Stage):
             module.recompute = settings.checkpointing
+    return network
+
+
+def prepare(accelerator: Accelerator, network: nn.Module, settings: TrainConfig) -> Any:
+    """What training calls for ``network``, whose own names its weights keep: replicated, compiled, or itself."""
     sharded = any(map(in_shares, network.parameters()))
     called = network if sharded else accelerator.prepare_model(network)
     return torch.compile(called) if settings.compile else called

@@ -10,7 +10,7 @@ def memory(parameters: int, processes: int = 1, shard: bool = False, averages: i
     """Bytes that one process holds all the time: float32 weights, gradient, two moments, averages, and the model shown.
 
     In shares all but the last are divided by the ``processes``. ``averages``: the model's own and that of length 0.1;
-    3 where the model's is neither 0.05 nor 0.1, 1 without snapshots. Activations come on top: measure them.
+    3 where the model's is neither 0.05 nor 0.1, 1 without snapshots. Activations come on top: see `room.activations`.
     """
     divided = FLOAT * parameters * (4 + averages)
     return FLOAT * parameters + (-(-divided // processes) if shard else divided)
