@@ -143,7 +143,7 @@ class Diffusion(nn.Module):
     def denoiser(self, network: nn.Module | None = None) -> NetworkDenoiser:
         """The network (or another in its place) as a denoiser."""
         return NetworkDenoiser(
-            network or self.network,
+            self.network if network is None else network,
             self.schedule,
             self.target,
             self.preconditioning(),

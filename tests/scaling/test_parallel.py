@@ -1,13 +1,19 @@
 """What calls the network in training, in one process."""
 
+from functools import partial
+
+import crew
 import pytest
 import torch
 from accelerate import Accelerator
 
-from undiffuse.config import TrainConfig
+from undiffuse.checkpoint import read_tensors
+from undiffuse.config import TrainConfig, replace_train
 from undiffuse.networks.unet import Stage, UNet
+from undiffuse.train import fit
 from undiffuse.train.parallel import agree, cut, gathered, loudest, prepare, recompute, shared_like
 from undiffuse.train.state import Progress
+from undiffuse.train.watch import Watch
 
 
 @pytest.fixture
@@ -53,6 +59,21 @@ def test_compiling_is_asked_for_and_leaves_the_names(accelerator, monkeypatch):
     assert asked == [network]
     assert called is not network
     assert list(network.state_dict()) == names
+
+
+def test_what_is_compiled_trains_as_ever(tmp_path, monkeypatch):
+    """By dynamo without its code generator, which takes minutes: `make test-release` has the whole."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(Watch, "look", lambda *_: None)
+    monkeypatch.setattr(Watch, "finish", crew.end)
+    runs = [
+        fit(replace_train(crew.CONFIG, compile=compiled), crew.DATA, tmp_path / str(compiled), device="cpu", quiet=True)
+        for compiled in (False, True)
+    ]
+    (one, _), (two, _) = (read_tensors(run / "model.safetensors") for run in runs)
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-6, msg=key)
 
 
 def test_one_process_cuts_nothing(accelerator):
