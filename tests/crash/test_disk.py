@@ -3,6 +3,9 @@
 import errno
 import itertools
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -79,6 +82,16 @@ def test_each_of_sixty_calls_fails(tmp_path, straight):
     ended = harm(itertools.product(range(1, 61), ERRORS), tmp_path, straight)
     print(f"A4: 180 failing writes, fsyncs and renames: {ended} runs ended with exit 6, the others went on; 0 harm")
     assert ended > 120
+
+
+@pytest.mark.release
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk of its own")
+def test_disks_that_are_full():
+    command = ["unshare", "--mount", sys.executable, str(Path(__file__).with_name("full.py"))]
+    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
 
 
 def test_writes_that_take_half(tmp_path, monkeypatch, straight):

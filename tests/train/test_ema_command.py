@@ -76,6 +76,22 @@ def test_the_best_length_by_the_bound_of_held_out_items(trained, capsys):
         assert f"{one.bits:.4f} ± {one.stderr:.4f}" in said
 
 
+def test_items_are_told_their_labels_where_the_run_heard_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(Watch, "look", lambda *_: None)
+    monkeypatch.setattr(Watch, "finish", lambda watch: save(watch.smooth, watch.run.model))
+    labels = np.arange(80) % 2
+    data = from_array(VALUES + 3 * labels[:, None].astype(np.float32), labels=labels)
+    fit(replace_train(CONFIG, conditional=True, steps=6), data, tmp_path, device="cpu", quiet=True)
+    model, _ = model_of(Run(tmp_path), 0.1)
+    validation = data.split(0.2).validation[:8]
+    held_out = torch.from_numpy(data.values[validation])
+    told = model.nll(held_out, draws=5, cond=data.condition(validation)).bits_per_dim(3).double().mean()
+    untold = model.nll(held_out, draws=5).bits_per_dim(3).double().mean()
+    (found,) = compare(Run(tmp_path), data, (0.1,), items=8, draws=5)
+    assert found.bits == pytest.approx(float(told))
+    assert abs(float(told - untold)) > 1e-4
+
+
 def test_what_cannot_be(trained, tmp_path, capsys):
     run, data = trained
     for asked in ([], ["--best"], [str(data)], ["--length", "0.1", "--length", "0.2"], ["--length", "0.4"]):
