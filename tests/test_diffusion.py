@@ -315,6 +315,17 @@ def test_each_sample_is_of_its_own_label_in_any_batch():
     assert torch.equal(values, diffusion.codec.decode(whole))
 
 
+def test_codes_are_those_of_the_flow_that_is_told():
+    diffusion = model(codec=Identity(), network=NET | {"classes": 3})
+    values = torch.randn(7, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    cond = Condition(label=LABELS)
+    code = diffusion.encode(values, cond=cond)
+    torch.testing.assert_close(diffusion.decode(code, cond=cond), values, rtol=0, atol=1e-3)
+    for apart in (diffusion.encode(values) - code, diffusion.decode(code) - values):
+        assert apart[LABELS >= 0].abs().amax((1, 2, 3)).min() > 1e-2
+        assert apart[2].abs().max() < 1e-3  # the null label is no label
+
+
 @pytest.mark.parametrize("estimate", ["discrete", "continuous", "ode", "openai"])
 def test_each_item_is_measured_given_its_own_label(estimate):
     diffusion = model((3,), Pixels(256), network=MLP | {"classes": 3}, scale=0.5, **HO)

@@ -288,15 +288,18 @@ class Diffusion(nn.Module):
             parts.append(self.codec.decode(numbers(to_data(state.x, state.level), items.start)).cpu())
         return torch.cat(parts) if parts else torch.empty(0, *self.item_shape)
 
-    def encode(self, values: Tensor, steps: int = 50) -> Tensor:
+    def encode(self, values: Tensor, steps: int = 50, cond: Condition | None = None) -> Tensor:
         """The codes (n, *item_shape) that the flow carries ``values`` to: N(0, I) as far as the model is right."""
         x, levels = self.codec.encode(values).to(self.device), codes.inner(self.schedule, self.walk(steps))
-        return numbers(codes.to_codes(self.denoiser(), x, levels))
+        return numbers(codes.to_codes(self._told(cond, len(x)), x, levels))
 
-    def decode(self, code: Tensor, steps: int = 50) -> Tensor:
+    def decode(self, code: Tensor, steps: int = 50, cond: Condition | None = None) -> Tensor:
         """The values of codes: the inverse of `encode`, but for the solver's error and the values' rounding."""
         levels = codes.inner(self.schedule, self.walk(steps))
-        return self.codec.decode(numbers(codes.from_codes(self.denoiser(), code, levels)))
+        return self.codec.decode(numbers(codes.from_codes(self._told(cond, len(code)), code, levels)))
+
+    def _told(self, cond: Condition | None, items: int) -> Denoiser:
+        return self.denoiser() if cond is None else Told(self.denoiser(), self.heard(cond, items))
 
     @torch.no_grad()
     def nll(
@@ -320,9 +323,7 @@ class Diffusion(nn.Module):
         ``cond``, which tells of each item, it is −log p(item given what is told).
         """
         if draws is not None and draws < 1:
-            raise ConfigError(
-                "DRAWS", f"draws = {draws}", "nothing would be measured", "Give at least 1, or None for all"
-            )
+            raise ConfigError("DRAWS", f"draws = {draws}", "nothing would be measured", "Give 1 or more")
         self.eval()
         cond = cond and self.heard(cond, len(values))
         measure, parts = estimates.get(estimate), []

@@ -162,3 +162,5 @@ def test_the_way_between_two_images(place, call):
     assert call("interpolate", place / "line", place / "whole.png", place / "black.png")[0] == 2
     assert call("interpolate", place / "run", place / "whole.png", place / "small.png")[0] == 3
     assert call("interpolate", place / "run", place / "whole.png", place / "black.png", "--n", 1)[0] == 2
+    code, _, err = call("interpolate", place / "run", place / "whole.png", place / "black.png", "--label", "cat")
+    assert (code, "the model was trained without labels" in err) == (2, True)
