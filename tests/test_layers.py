@@ -82,6 +82,8 @@ def upward_imports(tree: ast.Module, module: str) -> Iterator[tuple[int, str]]:
 
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "imp"}
 UNSAFE_NAMES = {"torch.load", "torch.save", "yaml.load", "yaml.unsafe_load", "os.system", "importlib.import_module"}
+UNSAFE_NAMES |= {f"accelerate.utils.{name}" for name in ("gather_object", "broadcast_object_list")}
+UNSAFE_NAMES |= {f"dist.{name}" for name in ("all_gather_object", "gather_object", "broadcast_object_list")}
 UNSAFE_CALLS = {"eval", "exec", "__import__", "import_module"}
 UNSAFE_FLAGS = {"allow_pickle", "shell"}
 
@@ -169,6 +171,8 @@ def test_the_source_keeps_the_rule(rule: Rule) -> None:
         (data_as_code, "data.array", "from torch import load"),
         (data_as_code, "data.array", "from yaml import load"),
         (data_as_code, "data.array", "x = numpy.load(y, allow_pickle=True)"),
+        (data_as_code, "cli.crew", "from accelerate.utils import gather_object"),
+        (data_as_code, "cli.crew", "dist.all_gather_object(x, y)"),
         (data_as_code, "data.array", "x = run(y, shell=flag)"),
         (foreign_letters, "loss", "gamma = 1"),
         (foreign_letters, "loss", "def f(min_snr_gamma): ..."),

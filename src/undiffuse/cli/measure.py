@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from undiffuse import errors
 from undiffuse.cli import partial
 from undiffuse.cli.crew import Crew
 from undiffuse.conditioning import Condition
@@ -126,8 +127,8 @@ def _fill(
                 kept[start] = make(start)
         except UndiffuseError as error:
             failed = error
-        said = failed and (type(failed), failed.code, failed.where, failed.cause, failed.fix)
+        said = failed and [type(failed).__name__, failed.code, failed.where, failed.cause, failed.fix]
         for kind, *told in filter(None, crew.gather(said)):
-            raise kind(*told) from failed
+            raise getattr(errors, kind)(*told) from failed
         if crew.rank == 0:
             kept |= {start: batch for start in todo[1:] if (batch := read(start))}
