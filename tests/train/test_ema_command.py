@@ -21,6 +21,11 @@ CONFIG = Config(
 )
 
 
+def spread(held_out, n=8):
+    """So many of the items from the first to the last, evenly: classes may come in order."""
+    return held_out[[round(i * (len(held_out) - 1) / (n - 1)) for i in range(n)]]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run folder, and the file of its data."""
@@ -41,9 +46,9 @@ def trained(tmp_path_factory):
 def test_another_length(trained, capsys):
     run, _ = trained
     assert main(["ema", str(run), "--length", "0.08"]) == 0
-    path = run / "model-ema-0.080.safetensors"
+    path = run / "model-ema-0.08.safetensors"
     _, error = profiles.combine(profiles.Profile(0.08, 30), list(profiles.snapshots(run / "snapshots")))
-    assert capsys.readouterr().out == f"the profile of length 0.08 is met to {error:.2%}: {path}\n"
+    assert capsys.readouterr().out == f"averaged over a length of 0.08, {error:.2%} of its profile missed: {path}\n"
     model, own = load(path), load(run)
     assert (model.info["ema"], model.info["steps"], model.info["ema_error"]) == (0.08, 30, error)
     assert model.config == own.config
@@ -60,7 +65,7 @@ def test_the_best_length_by_the_bound_of_held_out_items(trained, capsys):
     said = capsys.readouterr().out
     dataset = load_data(str(data))
     found = compare(Run(run), dataset, (0.05, 0.15), items=8, draws=5)
-    held_out = torch.from_numpy(dataset.values[dataset.split(0.2).validation[:8]])
+    held_out = torch.from_numpy(dataset.values[spread(dataset.split(0.2).validation)])
     bits = [model_of(Run(run), each)[0].nll(held_out, draws=5).bits_per_dim(3).double() for each in (0.05, 0.15)]
     better = int(bits[1].mean() < bits[0].mean())
     apart = bits[1 - better] - bits[better]
@@ -76,6 +81,22 @@ def test_the_best_length_by_the_bound_of_held_out_items(trained, capsys):
         assert f"{one.bits:.4f} ± {one.stderr:.4f}" in said
 
 
+def test_lengths_far_from_what_was_kept(trained, capsys):
+    run, data = trained
+    kept = list(profiles.snapshots(run / "snapshots"))
+    missed = {each: profiles.combine(profiles.Profile(each, 30), kept)[1] for each in lengths.LENGTHS}
+    near = [each for each, error in missed.items() if error <= 0.1]
+    assert 3 < len(near) < len(missed)
+    assert [one.length for one in compare(Run(run), load_data(str(data)), items=2, draws=1)] == near
+    assert main(["ema", str(run), "--length", "0.03"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert f"{missed[0.03]:.2%} of its profile missed" in said[0]
+    assert said[1].startswith("note: more snapshots")
+    assert main(["ema", str(run), "--length", "1e-9"]) == 2
+    assert "would be missed by what was kept" in capsys.readouterr().err
+    assert not (run / "model-ema-1e-09.safetensors").exists()
+
+
 def test_items_are_told_their_labels_where_the_run_heard_them(tmp_path, monkeypatch):
     monkeypatch.setattr(Watch, "look", lambda *_: None)
     monkeypatch.setattr(Watch, "finish", lambda watch: save(watch.smooth, watch.run.model))
@@ -83,7 +104,7 @@ def test_items_are_told_their_labels_where_the_run_heard_them(tmp_path, monkeypa
     data = from_array(VALUES + 3 * labels[:, None].astype(np.float32), labels=labels)
     fit(replace_train(CONFIG, conditional=True, steps=6), data, tmp_path, device="cpu", quiet=True)
     model, _ = model_of(Run(tmp_path), 0.1)
-    validation = data.split(0.2).validation[:8]
+    validation = spread(data.split(0.2).validation)
     held_out = torch.from_numpy(data.values[validation])
     told = model.nll(held_out, draws=5, cond=data.condition(validation)).bits_per_dim(3).double().mean()
     untold = model.nll(held_out, draws=5).bits_per_dim(3).double().mean()

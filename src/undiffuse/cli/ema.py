@@ -13,7 +13,7 @@ from undiffuse.cli.reading import Read, reads_data
 from undiffuse.errors import ConfigError
 from undiffuse.report import table
 from undiffuse.train import Run
-from undiffuse.train.lengths import LENGTHS, Measured, compare, model_of
+from undiffuse.train.lengths import NEAR, Measured, compare, model_of
 
 
 @reads_data
@@ -39,7 +39,7 @@ def ema(
     chosen = (length or [0.0])[0]
     if data is not None:
         dataset = read(data)
-        found = compare(wanted, dataset, length or LENGTHS, items, draws, device)
+        found = compare(wanted, dataset, length, items, draws, device)
         first = min(found, key=lambda one: one.bits)
         table.render([_row(one) for one in found], f"{dataset.name}, held out for validation")
         ties = [f"{one.length:g}" for one in found if one is not first and one.behind < 2 * one.behind_stderr]
@@ -48,15 +48,17 @@ def ema(
         )
         chosen = first.length
     model, error = model_of(wanted, chosen)
-    path = out or run / f"model-ema-{chosen:.3f}.safetensors"
+    path = out or run / f"model-ema-{chosen:g}.safetensors"
     checkpoint.save(model, path)
-    console.print(f"the profile of length {chosen:g} is met to {error:.2%}: {path}", markup=False)
+    console.print(f"averaged over a length of {chosen:g}, {error:.2%} of its profile missed: {path}", markup=False)
+    if error > NEAR:
+        console.print("note: more snapshots (in [train] of --config) come nearer to lengths so far from 0.05 and 0.1")
 
 
 def _row(one: Measured) -> dict[str, str]:
     return {
         "length": f"{one.length:g}",
-        "profile met to": f"{one.error:.2%}",
+        "profile missed": f"{one.error:.2%}",
         "bits/dim": f"{one.bits:.4f} ± {one.stderr:.4f}",
         "behind the best": f"{one.behind:.4f} ± {one.behind_stderr:.4f}",
     }

@@ -13,11 +13,13 @@ from undiffuse.checkpoint import fit_tensors, load
 from undiffuse.data import Dataset
 from undiffuse.diffusion import Diffusion
 from undiffuse.errors import ConfigError, DataError
-from undiffuse.train.profiles import reconstruct
+from undiffuse.train.profiles import Profile, combine, reconstruct, snapshots
 from undiffuse.train.run import Run
 
-LENGTHS = (0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.12, 0.15)
-"""Lengths that are compared unless others are asked for."""
+LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.12, 0.15, 0.20)
+"""Lengths that are compared unless others are asked for, as far as their profiles are met."""
+NEAR = 0.1
+"""A profile is met if no more of it is missed."""
 
 
 def model_of(run: Run, length: float, device: str = "cpu") -> tuple[Diffusion, float]:
@@ -31,6 +33,13 @@ def model_of(run: Run, length: float, device: str = "cpu") -> tuple[Diffusion, f
     model.load_state_dict(tensors)
     model.info |= {"steps": step, "ema": length, "ema_error": error}
     return model, error
+
+
+def met(run: Run) -> list[float]:
+    """Those of `LENGTHS` whose profile is met by the run's snapshots. Raises `CheckpointError`."""
+    kept = list(snapshots(run.snapshots))
+    last = max(one.step for one in kept)
+    return [length for length in LENGTHS if combine(Profile(length, last), kept)[1] <= NEAR]
 
 
 class Measured(NamedTuple):
@@ -47,7 +56,7 @@ class Measured(NamedTuple):
 def compare(
     run: Run,
     data: Dataset,
-    lengths: Sequence[float] = LENGTHS,
+    lengths: Sequence[float] | None = None,
     items: int = 256,
     draws: int = 16,
     device: str = "cpu",
@@ -55,21 +64,23 @@ def compare(
 ) -> list[Measured]:
     """The bound, bits per dimension, of held-out items for every length, in order, with the same noise for all.
 
-    ``behind`` is the mean over items of the difference from the best, whose standard error is smaller than the
-    bounds' own by what they have in common. The items are those of the validation part, that no weight was trained
-    on and no test is made with. Raises `ConfigError`, `DataError`, `CheckpointError`.
+    ``lengths`` are those of `LENGTHS` whose profile is met to within `NEAR` if not given. ``behind`` is the mean over
+    items of the difference from the best, whose standard error is smaller than the bounds' own by what they have in
+    common. The items are spread over the validation part, that no weight was trained on and no test is made with.
+    Raises `ConfigError`, `DataError`, `CheckpointError`.
     """
-    if not lengths:
+    if lengths is not None and not lengths:
         raise ConfigError("LENGTH", "lengths", "none is given", "Give at least one")
     found, info = [], load(run.folder).info
-    chosen = data.split(float(info.get("held_out", 0.1))).validation[:items]
+    held_out = data.split(float(info.get("held_out", 0.1))).validation
+    chosen = held_out[np.linspace(0, len(held_out) - 1, min(items, len(held_out))).round().astype(int)]
     if data.fingerprint != info.get("fingerprint"):
         fix = "Give the data of the run"
         raise DataError("OTHER_DATA", data.name, "the run was not trained on these data: no part is held out", fix)
     if len(chosen) < 2:
         raise DataError("EMPTY", data.name, "fewer than two items are held out", "Train with a larger held_out")
     values = torch.from_numpy(np.ascontiguousarray(data.values[chosen]))
-    for length in lengths:
+    for length in met(run) if lengths is None else lengths:
         model, error = model_of(run, length, device)
         cond = data.condition(chosen) if _told(model) else None
         found.append((length, error, model.nll(values, draws=draws, cond=cond).bits_per_dim(model.dims)))

@@ -20,6 +20,8 @@ from undiffuse.train.parallel import gathered
 
 LENGTHS = (0.05, 0.10)
 """Lengths of the two averages that are kept all along [Karras24 §3.2]."""
+FAR = 0.5
+"""An average whose profile is missed by so much is another one."""
 
 
 class Profile(NamedTuple):
@@ -115,6 +117,10 @@ def reconstruct(folder: Path, length: float) -> tuple[dict[str, Tensor], int, fl
     files = snapshots(folder)
     last = max(profile.step for profile in files)
     shares, error = combine(Profile(length, last), list(files))
+    if error > FAR:
+        cause = f"{error:.1%} of its profile would be missed by what was kept"
+        fix = "Give a length nearer to 0.05 or 0.1, or train with more snapshots in [train]"
+        raise ConfigError("LENGTH", f"length = {length:g}", cause, fix)
     total: dict[str, Tensor] = {}
     kinds: dict[str, torch.dtype] = {}
     for share, path in zip(shares.tolist(), files.values(), strict=True):
