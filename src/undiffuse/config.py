@@ -63,6 +63,7 @@ class TrainConfig:
     up to so many cells along each axis (`undiffuse.train.augment`): off unless asked for, and in training only. With
     ``conditional`` the network is told all that the data tell of an item (labels, vectors, tokens) but for a share
     ``condition_dropout`` of the items, told nothing: what it says without a condition is trained on these.
+    A checkpoint is written at each of the ``previews`` looks at the run and when ``save_minutes`` have passed since.
     A step whose loss or gradient is no number stops the run; with ``on_nonfinite`` "skip" it is left out, at most
     five in a row.
 
@@ -93,6 +94,7 @@ class TrainConfig:
     crop: int = 0
     held_out: float = 0.1
     previews: int = 8
+    save_minutes: float = 10.0
     conditional: bool = False
     condition_dropout: float = 0.1
     on_nonfinite: str = "stop"
@@ -114,6 +116,7 @@ class TrainConfig:
         _require(0 <= self.decay <= 1, "decay", self.decay, "must be a share of the run, in [0, 1]")
         _require(0 < self.ema < 0.28, "ema", self.ema, "must be a share of the run, between 0 and 0.28")
         _require(self.clip > 0, "clip", self.clip, "must be above 0")
+        _require(self.save_minutes > 0, "save_minutes", self.save_minutes, "must be above 0")
         for name in ("steps", "minutes"):
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, name, value, "must be above 0 and finite")

@@ -96,6 +96,8 @@ def test_what_changes_nothing_may_change(tmp_path):
     Run(tmp_path).open(RECIPE, ITEMS)
     assert not Run(tmp_path).open(*training(on_nonfinite="skip"))
     assert Run(tmp_path).record["config"]["train"]["on_nonfinite"] == "skip"
+    assert not Run(tmp_path).open(*training(save_minutes=1.0))
+    assert Run(tmp_path).record["config"]["train"]["save_minutes"] == 1.0
 
 
 def test_forced_on(tmp_path):

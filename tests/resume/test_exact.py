@@ -12,6 +12,7 @@ import random
 import pytest
 from tiny_run import STEPS, data, held, made, quick_looks, recipe, stopping_at, train
 
+from undiffuse.train import loop, state
 from undiffuse.train.watch import Watch
 
 SIZES = {"even": (12, 40), "odd": (9, 31)}
@@ -120,8 +121,27 @@ def test_looks_and_snapshots_change_nothing(tmp_path, place):
     """How often the run is looked at, saved and its averages are written down: one outcome."""
     items = data(40)
     known = straight(CASES[0], place)
-    for previews, snapshots in ((0, 2), (1, 5), (7, 2), (STEPS, 1)):
+    for previews, snapshots, minutes in ((0, 2, 10), (1, 5, 1e-9), (7, 2, 10), (STEPS, 1, 1e-9), (0, 0, 1e-3)):
         folder = tmp_path / f"{previews}-{snapshots}"
+        settings = {"previews": previews, "snapshots": snapshots or 2, "save_minutes": minutes}
         with quick_looks():
-            found = outcome(train(recipe(previews=previews, snapshots=snapshots), folder, items), items)
-        assert found == known, (previews, snapshots)
+            found = outcome(train(recipe(**settings), folder, items), items)
+        assert found == known, settings
+
+
+def test_a_checkpoint_is_written_when_it_is_time(tmp_path, monkeypatch):
+    """Every third step of 20 s each, where one is asked for every minute; and at the end."""
+    steps, real = [], state.write
+    monkeypatch.setattr(
+        state, "write", lambda folder, at, *rest, **more: (steps.append(at.step), real(folder, at, *rest, **more))
+    )
+    monkeypatch.setattr(loop, "agree", lambda _, progress: setattr(progress, "seconds", 20.0 * progress.step))
+    with quick_looks():
+        train(recipe(10, previews=0, save_minutes=1.0), tmp_path / "minute", data(40))
+        assert steps == [3, 6, 9, 10]
+        steps.clear()
+        train(recipe(10, previews=2, save_minutes=100.0), tmp_path / "looks", data(40))
+        assert steps == [5, 10]
+        steps.clear()
+        train(recipe(10, previews=2, save_minutes=1.0), tmp_path / "both", data(40))
+        assert steps == [3, 5, 8, 10]

@@ -128,6 +128,7 @@ def fit(
                 watch.say(line)
 
             # The loop
+            saved = progress.seconds
             while progress.last_step is None or progress.step < progress.last_step:
                 began = time.perf_counter()
                 step = progress.step
@@ -155,12 +156,13 @@ def fit(
                 stop = loudest(accelerator, asked)
                 if watch.passed(settings.snapshots):
                     profiles.write(progress.step, first)
-                if watch.due() or stop:
-                    began = time.perf_counter()
+                due, late = watch.due(), progress.seconds - saved >= 60 * settings.save_minutes
+                if due or late or stop:
+                    began, saved = time.perf_counter(), progress.seconds
                     save()
                     if first and stop:
                         watch.write_records()
-                    elif first:
+                    elif first and due:
                         with asked.all_saved() if accelerator.num_processes == 1 else nullcontext():
                             watch.look()
                     progress.seconds += time.perf_counter() - began

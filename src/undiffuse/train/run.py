@@ -24,7 +24,7 @@ from undiffuse.errors import CheckpointError, ConfigError, ResourceError
 BEFORE_RECORD = {"checkpoints", "pictures", "lock", "run.json.partial"}
 """What a run that was killed at its very beginning may leave."""
 
-FREE = {"on_nonfinite"}
+FREE = {"on_nonfinite", "save_minutes"}
 """Settings that change nothing of a run that has come so far."""
 
 OLDEST_RECORD = {"config", "data", "finished"}
@@ -126,7 +126,7 @@ class Run:
             return False
         if not force:
             raise ChangedError(self.folder, changed)
-        self._write({**fresh, "changed": [*record.get("changed", []), [list(row) for row in changed]]})
+        self._write({**record, **fresh, "changed": [*record.get("changed", []), [list(row) for row in changed]]})
         return True
 
     def finish(self) -> None:
