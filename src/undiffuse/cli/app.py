@@ -87,8 +87,11 @@ def train(
         if (seed, preset, config, init) != (None,) * 4:
             cause = "a run is made longer with the recipe that it was begun with"
             raise ConfigError("USAGE", "--extend", cause, "Give it with --minutes or --steps alone")
-        _, step = longer(run.folder, dataset, steps, minutes)
-        console.print(f"{run.folder} is to be longer, and goes on from step {step:,}", markup=False)
+        crew = join(device)
+        if crew.rank == 0:
+            _, step = longer(run.folder, dataset, steps, minutes, conditional, force)
+            console.print(f"{run.folder} is to be longer, and goes on from step {step:,}", markup=False)
+        crew.gather(None)
         minutes = steps = None
     if run.finished:
         console.print(f"{run.folder} is a finished run already; give --out another folder to train again", markup=False)

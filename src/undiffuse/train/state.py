@@ -92,10 +92,10 @@ def write(
     return final
 
 
-def rewind(folder: Path) -> int:
+def turning_point(folder: Path) -> int:
     """The step that a longer run goes on from: the newest whole checkpoint before the decay, else the newest.
 
-    The later ones are removed. Raises `CheckpointError` where none is whole.
+    Raises `CheckpointError` where none is whole.
     """
     whole: dict[Path, Progress] = {}
     for candidate in sorted(folder.glob("step-*")):
@@ -103,11 +103,20 @@ def rewind(folder: Path) -> int:
             whole[candidate] = _verify(candidate)
     if not whole:
         raise CheckpointError("DAMAGED", folder, "none of its checkpoints is whole", "Train into another folder")
-    last = (_before_decay(list(whole), list(whole.values())[-1]) or list(whole))[-1]
-    for later in folder.glob("step-*"):
-        if later.name > last.name:
-            _discard(later)
-    return whole[last].step
+    return whole[(_before_decay(list(whole), list(whole.values())[-1]) or list(whole))[-1]].step
+
+
+def rewind(folder: Path, step: int, length: float) -> int:
+    """The step of the newest checkpoint, once those after ``step`` are gone that no run of ``length`` wrote.
+
+    ``length`` is in steps or minutes, as the recipe says it.
+    """
+    for later in [path for path in folder.glob("step-*") if int(path.name[-8:]) > step]:
+        with suppress(CheckpointError):
+            if _verify(later).length == length:
+                continue
+        _discard(later)
+    return max((int(path.name[-8:]) for path in folder.glob("step-*")), default=0)
 
 
 def _before_decay(checkpoints: list[Path], progress: Progress) -> list[Path]:
