@@ -47,8 +47,8 @@ def poison(patch, place, bad, at):
 
 
 def every(folder):
-    """All tensors of all checkpoints."""
-    for part in (folder / "checkpoints").rglob("*.safetensors"):
+    """All tensors of all checkpoints and of the snapshots of averages."""
+    for part in folder.rglob("*.safetensors"):
         yield from read_tensors(part)[0].values()
 
 
@@ -62,7 +62,7 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize("at", [1, 2, STEPS])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_stops_and_its_checkpoint_is_good(place, at, bad, tmp_path, straight):
-    config = recipe(STEPS, previews=STEPS)
+    config = recipe(STEPS, previews=STEPS, snapshots=STEPS)
     with quick_looks(), pytest.MonkeyPatch.context() as patch:
         poison(patch, place, bad, at)
         with pytest.raises(NonFiniteError) as caught:
@@ -70,8 +70,8 @@ def test_a_run_stops_and_its_checkpoint_is_good(place, at, bad, tmp_path, straig
     assert (caught.value.code, caught.value.exit_code) == ("NON_FINITE", 5)
     part = "gradient" if place == "gradient" else "loss"
     if (place, bad) == ("weight", math.inf):  # which a tanh hides from the loss, but not from the checkpoint
-        assert str(tmp_path / "checkpoints" / f"step-{at:08d}") == caught.value.where
-        assert caught.value.cause.startswith("'network.first.weight' of its network holds numbers")
+        assert caught.value.where == str(tmp_path)
+        assert caught.value.cause == f"weights are not finite after step {at}: network.first.weight"
     else:
         assert str(caught.value).startswith(
             f"error[NON_FINITE] {tmp_path}: the {part} of step {at} is not finite, for "
@@ -79,6 +79,7 @@ def test_a_run_stops_and_its_checkpoint_is_good(place, at, bad, tmp_path, straig
         named = caught.value.cause.rsplit(": ", 1)[1].split(", ")
         assert len(named) == (1 if place in ("batch", "loss") else 8)  # and 4 more
         assert all(int(item.split()[0]) in ITEMS.split(0.2).train for item in named)
+    assert caught.value.fix.endswith("there is no checkpoint yet" if at == 1 else "the last checkpoint is good")
     assert all(bool(torch.isfinite(t).all()) for t in every(tmp_path))
     with quick_looks():
         assert held(train(config, tmp_path, ITEMS), STEPS) == straight
@@ -110,7 +111,8 @@ def test_a_weight_that_is_no_number_is_not_left_out_for_ever(at, tmp_path):
         with pytest.raises(NonFiniteError, match=f"step {at + 5} is not" if at < 3 else "is not written") as caught:
             train(config, tmp_path, ITEMS)
     assert caught.value.exit_code == 5
-    assert list(every(tmp_path)) == []
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+    assert all(bool(torch.isfinite(t).all()) for t in every(tmp_path))
 
 
 def test_the_row_is_counted_over_a_stop(tmp_path):
@@ -132,3 +134,13 @@ def test_the_row_is_counted_over_a_stop(tmp_path):
 def test_what_may_be_asked_for():
     with pytest.raises(ConfigError, match="is neither stop nor skip"):
         recipe(on_nonfinite="ignore")
+
+
+@pytest.mark.parametrize("choice", ["stop", "skip"])
+def test_weights_that_fly_away_reach_nothing(choice, tmp_path):
+    """A step so long that no number is: neither the averages nor their snapshots have it."""
+    config = recipe(STEPS, previews=STEPS, snapshots=STEPS, lr=1e39, warmup=0, clip=1.0, on_nonfinite=choice)
+    with quick_looks(), pytest.raises(NonFiniteError, match=r"weights are not finite after step 1: network\."):
+        train(config, tmp_path, ITEMS)
+    assert list(every(tmp_path)) == []
+    assert not list((tmp_path / "checkpoints").glob("step-*"))

@@ -26,7 +26,7 @@ from undiffuse.randomness import generator
 from undiffuse.train import augment, state
 from undiffuse.train.batch import Batches, batch_items, batches, shares, standardise_vectors
 from undiffuse.train.ema import Average
-from undiffuse.train.nonfinite import leave_out, whats_wrong
+from undiffuse.train.nonfinite import leave_out, require_finite, whats_wrong
 from undiffuse.train.parallel import agree, clip, cut, loudest, meet, prepare, recompute
 from undiffuse.train.profiles import Profiles
 from undiffuse.train.room import require_room
@@ -144,6 +144,7 @@ def fit(
                     for group in optimiser.param_groups:
                         group["lr"] = lr * group["pace"]
                     optimiser.step()
+                    require_finite(diffusion, step + 1, run.folder)
                     average.update(diffusion, step + 1)
                     profiles.update(diffusion, step + 1)
                 optimiser.zero_grad()

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from undiffuse.config import TrainConfig
 from undiffuse.errors import NonFiniteError
+from undiffuse.train.parallel import own, whole
 from undiffuse.train.state import Progress
 
 MOST_IN_A_ROW = 5
@@ -47,6 +48,22 @@ def leave_out(wrong: Wrong, items: np.ndarray, progress: Progress, settings: Tra
     progress.left_out += 1
     if settings.on_nonfinite == "stop" or progress.left_out > MOST_IN_A_ROW:
         again = "leave such steps out (--on-nonfinite skip)" if progress.left_out == 1 else "train in float32"
-        fix = f"Look at these items, lower train.lr or {again}; the last checkpoint is good"
+        fix = f"Look at these items, lower train.lr or {again}; {_standing(folder)}"
         raise NonFiniteError("NON_FINITE", folder, f"{cause}: {named}", fix)
     return f"left out: {cause}: {named}"
+
+
+def require_finite(diffusion: nn.Module, step: int, folder: Path) -> None:
+    """Raises `NonFiniteError` where a weight is no number after the optimiser's ``step``: it can not be left out."""
+    weights = dict(diffusion.named_parameters())
+    if math.isfinite(float(whole(nn.utils.get_total_norm(weights.values())))):
+        return
+    named = next((name for name, weight in weights.items() if not bool(torch.isfinite(own(weight)).all())), "some")
+    cause = f"weights are not finite after step {step}: {named}"
+    raise NonFiniteError("NON_FINITE", folder, cause, f"Lower train.lr; {_standing(folder)}")
+
+
+def _standing(folder: Path) -> str:
+    """What the run can go on from."""
+    kept = any((folder / "checkpoints").glob("step-*"))
+    return "the last checkpoint is good" if kept else "there is no checkpoint yet"
