@@ -128,8 +128,8 @@ def test_files_hold_the_same_as_memory(tmp_path, names):
 def test_npy_stays_on_disk_when_it_is_final(tmp_path):
     np.save(tmp_path / "d.npy", SMALL)
     data = load(str(tmp_path / "d.npy"))
-    assert not data.values.flags.owndata
-    assert not data.values.flags.writeable
+    assert isinstance(data.values, Rows)
+    np.testing.assert_array_equal(data.values, SMALL)
     assert data.fingerprint == from_array(SMALL).fingerprint
 
 
@@ -260,17 +260,48 @@ def test_large_arrays_on_disk_are_converted_as_they_are_read(tmp_path, monkeypat
         assert data.values[key].flags.c_contiguous
         np.testing.assert_array_equal(data.values[key], whole.values[key], strict=True)
     assert isinstance(from_array(values, layout="NHWC").values, np.ndarray)  # in memory it is already
+    mapped = from_array(np.load(tmp_path / "x.npy", mmap_mode="r"), layout="NHWC")
+    assert isinstance(mapped.values, Rows)
+    assert mapped.fingerprint == whole.fingerprint
 
 
 def test_arrays_on_disk_are_never_whole_in_memory(tmp_path, monkeypatch):
-    """Neither their type nor their order has to be changed, so that they stay mapped."""
+    """Neither their type nor their order has to be changed, so that they stay on the disk."""
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (5000, 3, 2, 2)).astype(np.uint8))
     read = []
     monkeypatch.setattr(dataset, "CHUNK_BYTES", 12 * 100)
     kept = dataset._bytes
     monkeypatch.setattr(dataset, "_bytes", lambda array: read.append(array.nbytes) or kept(array))
     data = load(tmp_path / "x.npy")
-    assert isinstance(data.values.base, np.memmap)
+    assert isinstance(data.values, Rows)
     assert len(data.fingerprint) == 64
     assert (max(read), sum(read)) == (1200, 60000)  # one pass
     assert [len(chunk) for chunk in dataset.chunks(data.values, np.arange(250))] == [100, 100, 50]
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_rows_of_a_file_are_those_of_the_array(tmp_path, monkeypatch, order):
+    monkeypatch.setattr(arrays, "COPIED", 0)
+    random = np.random.default_rng(0)
+    values = np.asarray(random.normal(size=(200, 3, 4)).astype(">f4"), order=order)
+    np.save(tmp_path / "x.npy", values)
+    data = load(tmp_path / "x.npy", layout="NCL")
+    assert data.values.beside
+    assert (data.values.nbytes, data.values.size) == (9600, 2400)
+    keys = [
+        random.integers(0, 200, 50),
+        np.sort(random.integers(0, 200, 50)),
+        np.arange(200),
+        np.arange(20)[::-1],
+        random.permutation(200),
+    ]
+    for key in (*keys, -np.ones(3, int), np.array([0, 0, 2]), slice(3, 3), slice(None, None, -7), np.int64(5), -1):
+        np.testing.assert_array_equal(data.values[key], values[key].astype(np.float32), strict=True)
+    for key in (200, -201, np.array([3, 200])):
+        with pytest.raises(IndexError, match="there are 200 items"):
+            _ = data.values[key]
+    assert np.asarray(data.values, np.float64).dtype == np.float64
+    moved = load(tmp_path / "x.npy", layout="NLC").values
+    np.testing.assert_array_equal(moved[40:90], np.moveaxis(values, -1, 1)[40:90].astype(np.float32), strict=True)
+    np.save(tmp_path / "grey.npy", np.asarray(values > 0, order=order))
+    np.testing.assert_array_equal(load(tmp_path / "grey.npy").values[7:9], (values > 0)[7:9, None])

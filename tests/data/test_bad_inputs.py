@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from undiffuse import checkpoint
 from undiffuse.cli import main
 from undiffuse.codec import Pixels
 from undiffuse.config import ModelConfig, TrainConfig
-from undiffuse.data import BadFiles, load
+from undiffuse.data import BadFiles, arrays, load, rows
 from undiffuse.diffusion import Diffusion
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.train.batch import global_batch
@@ -174,7 +175,7 @@ def test_frames_are_pictures_of_their_own(place):
 
 
 def test_files_that_change(place, monkeypatch):
-    """51: between the listing and the reading, and while a memory-mapped array is trained on."""
+    """51: between the listing and the reading."""
     from undiffuse.data import folder
 
     whole = folder._scan
@@ -194,14 +195,44 @@ def test_files_that_change(place, monkeypatch):
     for change in (Path.unlink, lambda p: os.truncate(p, 100), lambda p: p.write_bytes(PNG + b"more")):
         changed(change)
 
-    path = place / "a.npy"
-    np.save(path, np.arange(400, dtype=np.uint8).reshape(100, 4))
-    data, settings = load(path), TrainConfig(batch=8)
-    global_batch(data, np.arange(100), settings, 0)
-    for change in (lambda: os.utime(path, ns=(1, 1)), lambda: np.save(path, np.zeros(3)), path.unlink):
-        change()
-        with pytest.raises(DataError, match=rf"^error\[CHANGED_DURING_RUN\] {path}: "):
-            global_batch(data, np.arange(100), settings, 1)
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("kind", ["uint8", "float64"])
+def test_an_array_that_changes_while_it_is_trained_on(place, monkeypatch, order, kind):
+    """51: also one of many pages that is cut short, which would kill a process that had it mapped."""
+    monkeypatch.setattr(arrays, "COPIED", 0)
+    path, settings = place / "a.npy", TrainConfig(batch=8)
+    values = np.asarray(np.arange(1 << 20).reshape(256, 4096) % 251, kind, order=order)
+
+    def told(change) -> list[str]:
+        """What is said of the array after a ``change``, and that it was trained on before."""
+        np.save(path, values)
+        data = load(path)
+        assert len(global_batch(data, np.arange(256), settings, 0)[0]) == 8
+        with monkeypatch.context() as patch:
+            change(patch)
+            said = []
+            for read in (lambda: global_batch(data, np.arange(256), settings, 1), lambda: data.values[250:]):
+                with pytest.raises(DataError) as caught:
+                    read()
+                said.append(str(caught.value))
+            return said
+
+    def while_read(patch):
+        real = os.preadv
+        patch.setattr(os, "preadv", lambda *of: os.truncate(path, 5000) or real(*of))
+
+    changes = [lambda _: os.truncate(path, 5000), lambda _: os.utime(path, ns=(1, 1)), lambda _: path.unlink()]
+    changes += [lambda _: (path.unlink(), np.save(path, values))]
+    changes += [while_read] * (order == "C")
+    for change in changes:
+        for said in in_child(lambda change=change: told(change)):
+            assert said.startswith(f"error[CHANGED_DURING_RUN] {path}: was changed, replaced or deleted")
+    np.save(path, values)
+    data = load(path)
+    monkeypatch.setattr(rows.Stamp, "of", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(DataError, match=rf"^error\[UNREADABLE\] {path}: cannot be read \(Input/output error\)"):
+        _ = data.values[0]
 
 
 NETWORK = {"kind": "mlp", "width": 4, "depth": 1}

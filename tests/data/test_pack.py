@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from undiffuse.cli import main
 from undiffuse.data import BadFiles, Dataset, arrays, folder, load
 from undiffuse.data.pack import packing, told
+from undiffuse.data.rows import Rows
 from undiffuse.errors import ConfigError, DataError, ResourceError
 
 
@@ -28,7 +29,7 @@ def same(data, packed):
     assert packed.notes == data.notes
     for name in ("labels", "cond", "mask"):
         np.testing.assert_array_equal(getattr(data, name), getattr(packed, name))
-    assert isinstance(packed.values.base, np.memmap)
+    assert isinstance(packed.values, Rows)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -17,12 +16,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from undiffuse.data import headers
+from undiffuse.data import arrays, headers
 from undiffuse.data.arrays import Range, check_options, conditions, dataset_from
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.memory import require
 from undiffuse.data.problems import Refused, refusal
-from undiffuse.data.seen import Seen, Stamp
+from undiffuse.data.rows import as_array, stored
+from undiffuse.data.seen import Stamp
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
@@ -39,7 +39,6 @@ T = TypeVar("T")
 class Read(NamedTuple):
     arrays: dict[str, np.ndarray]  # by role
     notes: list[str]
-    seen: Seen = Seen()
 
 
 def load_array(
@@ -48,15 +47,14 @@ def load_array(
     """The array in ``path`` called images, x, data or arr_0 (or the only one), with labels or y if there are.
 
     An array ``cond`` beside it holds a vector (N, D) for each item, or tokens (N, L, D) with their ``mask`` (N, L).
-    ``.npy`` files in their final form stay memory-mapped. ``layout``, ``levels`` and ``value_range`` as in
+    ``.npy`` files in their final form stay on the disk. ``layout``, ``levels`` and ``value_range`` as in
     ``from_array``. DataError for what is wrong with the file or its arrays; nothing is unpickled.
     """
     check_options(layout, levels, value_range)
 
     def make(read: Read) -> Dataset:
         values = read.arrays["values"]
-        made = dataset_from(Path(path).stem, values, read.arrays, layout, levels, read.notes, value_range)
-        return replace(made, seen=read.seen)
+        return dataset_from(Path(path).stem, values, read.arrays, layout, levels, read.notes, value_range)
 
     return _read(Path(path), make)
 
@@ -96,10 +94,11 @@ def _read_npy(path: Path, start: bytes) -> Read:
     with path.open("rb") as stream:
         status = os.fstat(stream.fileno())
         header = headers.read_npy(stream, status.st_size)
-        if not header.bytes:
-            return Read({"values": np.empty(header.shape, header.dtype)}, [])
-        values = np.memmap(stream, header.dtype, "r", header.offset, header.shape, header.order).view(np.ndarray)
-    return Read({"values": values}, [], Seen(mapped={path: Stamp.of(status)}))
+    if not header.bytes or not header.shape:
+        return Read({"values": np.empty(header.shape, header.dtype)}, [])
+    rows = stored(path, header, Stamp.of(status))
+    scattered = header.order == "F" and header.bytes <= arrays.COPIED
+    return Read({"values": rows[:] if scattered else as_array(rows)}, [])
 
 
 def _check_magic(start: bytes) -> None:

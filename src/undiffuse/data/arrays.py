@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -132,11 +132,15 @@ def _channels_first(values: np.ndarray, layout: str | None, notes: list[str]) ->
         raise Refused("SHAPE", f"{shape} holds no values", "Give at least one item")
     if layout.endswith("C"):
         notes.append("channels moved from last to first")
-        return np.moveaxis(values, -1, 1)
+        return _changed(values, lambda items: np.moveaxis(items, -1, 1))
     if layout == "NHW":
         notes.append("one channel added")
-        return values[:, None]
+        return _changed(values, lambda items: items[:, None])
     return values
+
+
+def _changed(values: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return as_array(values.then(change)) if isinstance(values, Rows) else change(values)
 
 
 def _whole(values: np.ndarray, levels: int | None, notes: list[str]) -> tuple[np.ndarray, int]:
@@ -188,10 +192,11 @@ def _continuous(values: np.ndarray, notes: list[str], value_range: Range | None)
 
 def _packed(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """C-contiguous and of ``dtype``: copied only if it is not so already, and converted bit by bit if it is large."""
-    if values.dtype == dtype and values.flags.c_contiguous:
+    rows = isinstance(values, Rows)
+    if values.dtype == dtype and (rows or values.flags.c_contiguous):
         return values
-    if values.nbytes > COPIED and _on_disk(values):
-        return as_array(Rows(values.shape, dtype, values.__getitem__))
+    if values.nbytes > COPIED and (rows or _on_disk(values)):
+        return as_array(Rows(values.shape, dtype, values.__getitem__, beside=True))
     return np.ascontiguousarray(values, dtype)
 
 

@@ -62,7 +62,10 @@ def decoded(
         problems += [Problem(where[i], odd.code, "differs from most") for items in kinds.values() for i in items]
 
     def read(numbers: np.ndarray) -> np.ndarray:
-        return np.stack([again(int(i)) for i in kept[numbers]])
+        seen.check()
+        found = np.stack([again(int(i)) for i in kept[numbers]])
+        seen.check()
+        return found
 
     def again(i: int) -> np.ndarray:
         try:
@@ -81,8 +84,8 @@ def decoded(
         notes.append(f"{len(problems)} of {len(where)} images skipped: {codes}")
     formats = Counter(did[i].kind for i in kept)
     sizes = Counter("{} x {}".format(*did[i].stored) for i in kept)
-    values = as_array(Rows((len(kept), *shape), np.uint8 if levels <= 256 else np.uint16, read))
     seen = Seen(formats, sizes, skipped=tuple(problems), mapped=files)
+    values = as_array(Rows((len(kept), *shape), np.uint8 if levels <= 256 else np.uint16, read))
     return Dataset(name, values, levels, labels, classes, tuple(notes), seen=seen)
 
 

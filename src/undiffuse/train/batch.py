@@ -41,7 +41,9 @@ class Batches:
         began = time.perf_counter()
         asked = self.ahead.get(step) or self._ask(step)
         # a decoder sets what a warning is for the whole process, so nothing else may run beside it
-        self.ahead = {} if isinstance(self.data.values, Rows) else {step + 1: self._ask(step + 1)}
+        values = self.data.values
+        alone = isinstance(values, Rows) and not values.beside
+        self.ahead = {} if alone else {step + 1: self._ask(step + 1)}
         batch = asked.result()
         self.waited += time.perf_counter() - began
         return batch
@@ -64,7 +66,6 @@ def global_batch(data: Dataset, items: np.ndarray, settings: TrainConfig, step: 
     """
     chosen = batch_items(items, settings, step)
     values, cond = data.values[chosen], None
-    data.seen.check()
     if settings.conditional:
         g = generator(settings.seed, "condition", step)
         cond = data.condition(chosen).drop(torch.rand(settings.batch, generator=g) < settings.condition_dropout)
