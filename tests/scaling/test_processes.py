@@ -58,7 +58,7 @@ def run(plan, folder: Path, processes: int = 2) -> None:
             own = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             members.append(subprocess.Popen(command, env=own, stdout=said, stderr=subprocess.STDOUT))
     try:
-        codes = [member.wait(timeout=450) for member in members]
+        codes = [member.wait(timeout=1500) for member in members]
     finally:
         for member in members:
             member.kill()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from undiffuse.checkpoint import fit_tensors, load
@@ -66,7 +66,8 @@ def fit(
 
     # Where it runs, and what it is
     meet(device)
-    accelerator = Accelerator(cpu=device == "cpu", gradient_accumulation_steps=1)
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else gradients are held twice
+    accelerator = Accelerator(cpu=device == "cpu", gradient_accumulation_steps=1, kwargs_handlers=[views])
     share, few = data.share_held_out(settings.held_out)
     if few:
         data, settings = data.noted(few), replace(settings, held_out=share)
@@ -191,11 +192,12 @@ def gradient(
 
     All are of the whole batch, in every process.
     """
-    torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed() + accelerator.process_index)
+    seed = generator(settings.seed, "dropout", step).initial_seed()
     values, u, eps, z, cond = batch(step)
     mine = shares(settings, accelerator.num_processes, accelerator.process_index)
     seen = []
-    for part in mine:
+    for number, part in enumerate(mine, start=len(mine) * accelerator.process_index):
+        torch.manual_seed(seed + number)  # dropout is that of the pass, whichever process has it
         with nullcontext() if part is mine[-1] else accelerator.no_sync(parallel):  # replicas meet once a step
             each = diffusion.loss(
                 values[part],
