@@ -14,7 +14,9 @@ import typer
 from undiffuse.cli.options import DataArgument, console
 from undiffuse.cli.reading import Read, reads_data
 from undiffuse.data import Dataset
+from undiffuse.data.image import FORMATS
 from undiffuse.data.seen import plain
+from undiffuse.errors import ConfigError
 from undiffuse.report import pictures, table
 
 SHOWN = 12
@@ -25,12 +27,14 @@ TILES = 64
 @reads_data
 def check(
     data: DataArgument,
-    out: Annotated[Path | None, typer.Option(help="Write a contact sheet to this PNG file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a contact sheet to this picture, such as sheet.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
     *,
     read: Read,
 ) -> None:
     """Show what the software sees in DATA: items, sizes, levels, labels, duplicates, the held-out split."""
+    if out is not None and out.suffix.lower() not in " ".join(FORMATS.values()).split():
+        raise ConfigError("OPTION", "--out", f"{out.name!r} is no name of a picture", "Give one that ends in .png")
     dataset = read(data)
     facts = found(dataset)
     if as_json:
