@@ -75,6 +75,6 @@ def numbers(x: Tensor, first: int = 0) -> Tensor:
     lost = torch.isfinite(x).flatten(1).all(1).logical_not().nonzero().flatten().tolist()
     if lost:
         cause = f"{len(lost)} of {len(x)} items grew beyond all numbers on the way"
-        fix = "Lower the guidance, take more steps or the solver 'ddim', or train the model longer"
+        fix = "Lower the guidance, take more steps or another solver, or train the model longer"
         raise NonFiniteError("NON_FINITE", f"item {first + lost[0]}", cause, fix)
     return x
