@@ -121,7 +121,13 @@ def test_areas_of_bits_per_step_are_bits():
 def test_training_curve_draws_what_is_there(tmp_path):
     losses = [{"step": i, "loss": 1 / (1 + i)} for i in range(200)]
     bounds = [{"step": 100, "bits_per_dim": 2.5, "stderr": 0.1}, {"step": 200, "bits_per_dim": 2.25}]
+    final = {"step": 200, "bits_per_dim": 2.25, "final_bits_per_dim": 2.3125}
+    assert training_curve([*losses, final]).axes[1].get_title(loc="left") == "at the end, of more draws, 2.312"
+    exact = training_curve([*losses, final | {"final_stderr": 0.0625}, {"step": 201, "bits_per_dim": 2.5}]).axes[1]
+    assert exact.get_title(loc="left") == "at the end, of more draws, 2.312 ± 0.062"
+    assert exact.get_title(loc="right") == "best 2.250 at step 200"
     both = training_curve(losses + bounds)
+    assert both.axes[1].get_title(loc="left") == ""
     assert [axes.get_ylabel() for axes in both.axes] == ["training loss", "held-out bits per dimension"]
     assert both.axes[1].get_title(loc="right") == "best 2.250 at step 200"
     raw, smooth = both.axes[0].lines

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -95,12 +96,31 @@ def test_a_run_says_it(tmp_path, monkeypatch, remembers):
     folder = fit(CONFIG, DATA, tmp_path / "run", device="cpu", quiet=True)
     looks = [r for r in Run(folder).read_metrics() if "gap" in r]
     assert [r["overfit"] for r in looks] == [remembers] * 2
-    assert asked[0] == asked[1]  # the same noise and times for both
+    assert asked == [(0, 8)] * 4 + [(0, 32)]  # the same noise and times for both and at each look, and once more draws
+    assert [[name for name in r if name.startswith("final")] for r in looks] == [
+        [],
+        ["final_bits_per_dim", "final_stderr"],
+    ]
+    assert looks[0]["bits_per_dim"] == looks[1]["bits_per_dim"]
     assert sum("it begins to remember its training items" in line for line in said) == 2 * remembers
     if remembers:
         assert looks[0]["gap"] == pytest.approx(0.5 / math.log(2), abs=1e-6)
     none = fit(replace_train(CONFIG, held_out=0.0), DATA, tmp_path / "none", device="cpu", quiet=True)
     assert not any("gap" in r for r in Run(none).read_metrics())
+
+
+def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
+    """Before fifty steps there is no loss yet, and of one held-out item there is no error."""
+    said = []
+    monkeypatch.setattr(Watch, "_draw", lambda *_: None)
+    monkeypatch.setattr(Watch, "say", lambda watch, line: said.append(line))
+    few = from_array(DATA.values[:3], name="three")
+    folder = fit(replace_train(CONFIG, held_out=0.4), few, tmp_path / "run", device="cpu", quiet=True)
+    first, last, exact = (re.sub(r"[\d.]+", "#", line.strip()) for line in said[1:])
+    assert first == "#:#  step       #  held out ≤ # bits/dim"
+    assert last == "#:#  step       #  loss #  held out ≤ # bits/dim  # items/s"
+    assert exact == "at the end, of # draws and not #: ≤ # bits/dim"
+    assert "NaN" not in (folder / "metrics.jsonl").read_text()
 
 
 def test_samples_that_are_no_numbers_cost_the_run_its_picture_alone(tmp_path, monkeypatch):

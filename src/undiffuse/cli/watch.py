@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,20 +98,22 @@ def picture(run: Run) -> Group:
     bounds = [(r["bits_per_dim"], r["step"]) for r in records if "bits_per_dim" in r]
     if bounds:
         lines.append(f"{'best held out':>30} {min(bounds)[0]:>11.5g}  at step {min(bounds)[1]:,}")
-    if any(r.get("overfit") for r in records[-1:]):
+    for r in [r for r in records if "final_bits_per_dim" in r][-1:]:
+        error = f"± {r['final_stderr']:.2g}  " if "final_stderr" in r else ""
+        lines.append(
+            f"{'at the end, of more draws':>30} {r['final_bits_per_dim']:>11.5g}  {error}at step {r['step']:,}"
+        )
+    if any([r["overfit"] for r in records if "overfit" in r][-1:]):
         lines.append("it begins to remember its training items: the gap to held-out ones is no accident")
     return Group(*(Text(line, no_wrap=True) for line in lines))
 
 
 def _state(run: Run, record: Record) -> str:
-    """Finished, or training by a process that holds the lock, or stopped."""
+    """Finished, or training by the process that holds the lock, or stopped."""
     if record["finished"]:
         return "finished"
-    with suppress(OSError, ValueError):
-        number = int((run.folder / "lock").read_text())
-        os.kill(number, 0)
-        return f"training, process {number}"
-    return "stopped; the command that began it goes on with it"
+    trainer = run.trainer
+    return f"training, process {trainer}" if trainer else "stopped; the command that began it goes on with it"
 
 
 def _left(record: Record, step: int, seconds: float) -> str:

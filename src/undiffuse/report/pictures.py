@@ -131,7 +131,8 @@ def by_calls(curves: Mapping[str, Sequence[tuple[int, float]]], floors: Mapping[
 def training_curve(records: Iterable[Mapping[str, Any]]) -> Figure:
     """A figure of the training loss and the held-out bound against the step, whichever are recorded.
 
-    Each record has ``step`` and some of ``loss``, ``bits_per_dim`` (held out) and its ``stderr``.
+    Each record has ``step`` and some of ``loss``, ``bits_per_dim`` (held out) and its ``stderr``. The last
+    ``final_bits_per_dim`` ± ``final_stderr``, of more draws than the curve, is said above it.
     Raises DataError if none has a loss or a bound.
     """
     records = list(records)
@@ -145,6 +146,10 @@ def training_curve(records: Iterable[Mapping[str, Any]]) -> Figure:
     for row, (draw, points) in zip(figure.subplots(len(panels), sharex=True, squeeze=False), panels, strict=True):
         draw(row[0], points)
     figure.axes[-1].set_xlabel("step")
+    for r in [r for r in held_out if "final_bits_per_dim" in r][-1:]:
+        error = f" ± {r['final_stderr']:.3f}" if "final_stderr" in r else ""
+        said = f"at the end, of more draws, {r['final_bits_per_dim']:.3f}{error}"
+        figure.axes[-1].set_title(said, loc="left", fontsize=9, color="0.35")
     return figure
 
 

@@ -88,7 +88,7 @@ class Run:
         except OSError as error:
             raise unwritten(lock, len(pid), error) from None
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(handle)
             os.ftruncate(handle, 0)
             os.pwrite(handle, pid, 0)
         except BlockingIOError:
@@ -101,6 +101,17 @@ class Run:
             os.ftruncate(handle, 0)
         finally:
             os.close(handle)
+
+    @property
+    def trainer(self) -> str | None:
+        """The number of the process that trains into the run, None if none does: by its lock, and not by its number."""
+        lock = self.folder / "lock"
+        with suppress(OSError), open(lock) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return _holder(lock)
+        return None
 
     def open(self, config: Any, data: Dataset, force: bool = False) -> bool:
         """Begins the record of this recipe, or makes sure that the run there is of it, of the data and of this torch.
@@ -227,6 +238,15 @@ def _differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, str
 
 def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _take(handle: int) -> None:
+    """Locks the file, which who only looks, by `Run.trainer`, may hold for a moment. Raises BlockingIOError."""
+    for _ in range(50):
+        with suppress(BlockingIOError):
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.01)
+    return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _holder(lock: Path) -> str:

@@ -129,21 +129,28 @@ class Watch:
         """Whether it is time to look: ``previews`` times a run, the last at its end, which `finish` does."""
         return self.passed(self.settings.previews) and self.share < 1
 
-    def look(self, draws: int = HELD_OUT_DRAWS) -> None:
-        """The held-out bound on fixed noise, a grid of samples, and the model so far."""
+    def look(self, last: bool = False) -> None:
+        """The held-out bound on fixed noise, a grid of samples, and the model so far.
+
+        Every look has the same noise, so that they make a curve; the ``last`` says also, apart, what more draws find.
+        """
         self.smooth.info.update(self._trained())
         save(self.smooth, self.run.model)
-        found = self._measure(draws)
+        found = self._measure(last)
         if found:
             now = {"step": self.progress.step, "seconds": round(self.progress.seconds, 2)}
             self.records.append({**now, **found})
         self._draw(f"samples-{self.progress.step:08d}.png")
         self.write_records()
-        bound = f"≤ {found['bits_per_dim']:.3f} ± {found['stderr']:.3f} bits/dim" if found else "nothing"
-        self.say(
-            f"{_clock(self.progress.seconds):>8}  step {self.progress.step:>7,}  "
-            f"loss {self._last('loss'):.4f}  held out {bound}  {self._last('items_per_second'):,.0f} items/s"
-        )
+        known = [
+            f"{_clock(self.progress.seconds):>8}  step {self.progress.step:>7,}",
+            *self._last("loss", "loss {:.4f}"),
+            f"held out {_bound(found) if found else 'nothing'}",
+            *self._last("items_per_second", "{:,.0f} items/s"),
+        ]
+        self.say("  ".join(known))
+        if "final_bits_per_dim" in found:
+            self.say(f"{'':8}  at the end, of {LAST_DRAWS} draws and not {HELD_OUT_DRAWS}: {_bound(found, 'final_')}")
         if found.get("overfit"):
             self.say(
                 f"{'':8}  it begins to remember its training items: they take {found['gap']:.3f} ± "
@@ -153,7 +160,7 @@ class Watch:
 
     def finish(self) -> None:
         """The last look, the pictures of the finished model, and the mark that it is one."""
-        self.look(LAST_DRAWS)
+        self.look(last=True)
         self._draw("samples.png", LAST_SHOWN, LAST_STEPS)
         try:
             with self._spared():
@@ -175,17 +182,22 @@ class Watch:
         except (OSError, ResourceError) as error:
             self.say(f"not written: {error}")
 
-    def _measure(self, draws: int) -> dict[str, float]:
+    def _measure(self, last: bool) -> dict[str, float]:
         """The held-out bound ± its standard error, and how far it is from the training items' on the same noise.
 
-        Nothing where nothing is held out.
+        Nothing where nothing is held out, and no error of a single item.
         """
         if len(self.held_out) == 0:
             return {}
-        (bits, stderr), (trained_on, _) = (self._bound_of(items, draws) for items in (self.held_out, self.trained_on))
+        parts = (self.held_out, self.trained_on)
+        (bits, stderr), (trained_on, _) = (self._bound_of(items, HELD_OUT_DRAWS) for items in parts)
         apart = gap(bits, trained_on, self.settings.previews + 1)
-        said = {"gap": apart.mean, "gap_stderr": apart.stderr, "overfit": apart.significant}
-        return {"bits_per_dim": float(bits.mean()), "stderr": stderr, **said}
+        said = {"bits_per_dim": float(bits.mean()), "stderr": stderr}
+        said |= {"gap": apart.mean, "gap_stderr": apart.stderr, "overfit": apart.significant}
+        if last:
+            bits, stderr = self._bound_of(self.held_out, LAST_DRAWS)
+            said |= {"final_bits_per_dim": float(bits.mean()), "final_stderr": stderr}
+        return {key: x for key, x in said.items() if not (key.endswith("stderr") and math.isnan(x))}
 
     def _bound_of(self, items: np.ndarray, draws: int) -> tuple[Tensor, float]:
         values = torch.from_numpy(self.data.values[items])
@@ -220,8 +232,14 @@ class Watch:
             "torch": torch.__version__,
         }
 
-    def _last(self, key: str) -> float:
-        return next((r[key] for r in reversed(self.records) if key in r), math.nan)
+    def _last(self, key: str, form: str) -> list[str]:
+        """The last number of that name, as it is said; none where none is known yet."""
+        return [form.format(r[key]) for r in self.records if key in r][-1:]
+
+
+def _bound(found: dict[str, float], part: str = "") -> str:
+    error = f" ± {found[part + 'stderr']:.3f}" if part + "stderr" in found else ""
+    return f"≤ {found[part + 'bits_per_dim']:.3f}{error} bits/dim"
 
 
 def _clock(seconds: float) -> str:
