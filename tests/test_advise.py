@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from oracles import GaussianData, MixtureData, Spy
+from oracles import GaussianData, LabelledMixture, MixtureData, Spy
 
 from undiffuse import solvers
 from undiffuse.advise import SAME, Choice, Measured, Reference, advise, fitted, leaping, most, reference, refine, rmse
+from undiffuse.conditioning import Condition
 from undiffuse.errors import ConfigError
 from undiffuse.process import schedule as schedules
 
@@ -182,6 +183,24 @@ def test_the_ranking_is_right(name):
     assert set(advice.left_out) == {"ancestral", "euler", "inversion"}
     assert all(one.calls <= 10 for one in advice.ranking)
     assert sum(ticks) > 150 + 10 * len(advice.ranking)
+
+
+def test_what_is_told_is_told_to_every_item():
+    """The label of each item goes with it, to the half that fits grids too: as if their data had been alone."""
+    labels = torch.tensor([0, 0, 1])
+    known = LabelledMixture(CLUSTERS.weights, CLUSTERS.means, CLUSTERS.values, labels)
+    spy, start = Spy(known.denoiser(LINE)), starts(LINE, 15)
+    for label in (0, 1):
+        cond = Condition(label=torch.full((15,), label))
+        advice = advise(spy, start, 6, names=["ddim", "dpm++2m"], fine=20, cond=cond)
+        alone = advise(known.group(label).denoiser(LINE), start, 6, names=["ddim", "dpm++2m"], fine=20)
+        torch.testing.assert_close(advice.known.end, alone.known.end, rtol=0, atol=1e-9)
+        assert [one.choice.solver for one in advice.ranking] == [one.choice.solver for one in alone.ranking]
+    turns = Condition(label=torch.arange(15) % 2)
+    spy.seen.clear()
+    advise(spy, start, 3, names=["ddim"], fine=4, cond=turns)
+    assert {len(x) for x, *_ in spy.seen} == {7, 15}
+    assert all(torch.equal(cond.label, turns.label[: len(x)]) for x, _, cond, _ in spy.seen)
 
 
 @pytest.mark.parametrize("name", ["linear_log_snr", "flow", "linear"])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from undiffuse import solvers
 from undiffuse.conditioning import Condition
-from undiffuse.denoiser import Denoiser, Prediction
+from undiffuse.denoiser import Denoiser, Prediction, Told
 from undiffuse.errors import ConfigError
 from undiffuse.grids import grid
 from undiffuse.likelihood.continuous import finite_ends
@@ -119,8 +119,11 @@ def advise(
     tick: Callable[[int], None] = lambda calls: None,
     names: Sequence[str] | None = None,
     fine: int = 200,
+    cond: Condition | None = None,
 ) -> Advice:
     """Solvers and grids of at most ``calls`` network calls, ranked by their error from ``start`` (n, ...) at t = 1.
+
+    ``denoise`` is told ``cond``, one of each item of ``start``.
 
     The solvers are those (of ``names``) that draw no noise and have an order, on every one of `SPACINGS`. The best are
     also given a grid of their own: their best one or the `fitted` one, as `refine` makes it. The first half of the
@@ -130,10 +133,12 @@ def advise(
         where = f"calls = {calls}, fine = {fine}"
         raise ConfigError("ADVISE", where, "nothing can be measured", "Give at least 1 call, and 4 fine steps")
     schedule, left_out, tried, half = denoise.schedule, {}, [], len(start) // 2
-    known = reference(denoise, start, fine, tick)
+    first = slice(half or None)
+    told, half_told = (Told(denoise, cond and cond.take(items)) for items in (slice(None), first))
+    known = reference(told, start, fine, tick)
 
     def measure(found: Choice) -> Measured:
-        error = rmse(found.walk(denoise, start), known.end)
+        error = rmse(found.walk(told, start), known.end)
         tick(calls)
         return Measured(found, found.calls(schedule), error[half:])
 
@@ -150,11 +155,10 @@ def advise(
         if walks:
             tried.append((solver.order, sorted(map(measure, walks.values()), key=_size)))
     ranking = [one for _, own in tried for one in own]
-    first = slice(half or None)
     for order, (best, *_) in sorted(tried, key=lambda own: _size(own[1][0]))[:BEST]:
         bare = replace(best.choice, spacing="fitted")
         own = most(bare, schedule, calls, lambda n, p=order: fitted(known, schedule, n, 1 / (p + 1)))
-        better = refine([best.choice, *([own] if own else [])], denoise, start[first], known.end[first], tick)
+        better = refine([best.choice, *([own] if own else [])], half_told, start[first], known.end[first], tick)
         ranking += [] if better == best.choice else [measure(better)]
     return Advice(sorted(ranking, key=_size), known, left_out)
 

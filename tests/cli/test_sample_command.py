@@ -294,6 +294,31 @@ def test_advise_and_use_it(run, call, tmp_path, monkeypatch):
     assert "advice.json is not used: it is damaged" in said.out
 
 
+def test_advice_for_a_label_says_so(call, tmp_path, monkeypatch):
+    """It is measured on all items, each told its own; samples that are told or guided otherwise are told of it."""
+    few = {name: advise.solvers.SOLVERS[name] for name in ("dpm++2m_sde", "unipc")}
+    monkeypatch.setattr(advise.solvers, "SOLVERS", few)
+    checkpoint.save(model(classes=3), tmp_path / "model.safetensors")
+    flags = ["--calls", 3, "--items", 9, "--fine", 8]
+    said = call("advise", tmp_path, *flags, "--label", "star", "--label", 0)
+    assert (said.code, said.err) == (0, "")
+    assert "not judged: that is done for samples that are told nothing" in said.out
+    assert "--calls 3 --label star --label 0" in " ".join(said.out.split())
+    told = json.loads((tmp_path / "advice.json").read_text())["advice"]["3"]
+    assert (told["label"], told["items"]) == (["star", "0"], 9)
+    for label, words in (
+        (["--label", "star", "--label", 0], None),
+        ([], "was measured for label star, 0, unguided: other label may want another walk"),
+        (["--label", "star", "--guidance", 2], "other label, guidance may want another walk"),
+    ):
+        said = call("sample", tmp_path, "--n", 1, "--calls", 3, *label)
+        assert (said.code, said.err, "was measured for" in said.out) == (0, "", words is not None)
+        assert words is None or words in said.out
+    call("advise", tmp_path, *flags)
+    said = call("sample", tmp_path, "--n", 1, "--calls", 3, "--label", "star")
+    assert "was measured for samples that are told nothing, unguided: other label may want another walk" in said.out
+
+
 def test_advice_by_the_law_of_the_samples(run, call, tmp_path, monkeypatch):
     few = {name: advise.solvers.SOLVERS[name] for name in ("unipc", "dpm++2m_sde", "ancestral")}
     monkeypatch.setattr(advise.solvers, "SOLVERS", few)

@@ -19,7 +19,6 @@ from undiffuse.cli.guide import class_names
 from undiffuse.cli.options import Device, RunArgument, beside, console, device_of
 from undiffuse.cli.reading import Read, reads_data
 from undiffuse.cli.told import tell
-from undiffuse.denoiser import Told
 from undiffuse.diffusion import Diffusion
 from undiffuse.errors import DataError
 from undiffuse.metrics.law import FEWEST, FINAL, Judged, nearest, noisy
@@ -65,14 +64,12 @@ def advise_command(
     compared = _items(model, read(name)) if name and not label else None
     noise = ItemNoise(seed, range(items), model.item_shape, "advise", model.device)
     start, told = prior_sample(model.levels[0], noise(1)[0]), tell(class_names(model), label or ())
-    denoise = model.sampler()
-    if told is not None:
-        denoise = Told(denoise, model.heard(told(range(items)), items))
+    cond = told and model.heard(told(range(items)), items)
     began = time.perf_counter()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         rows = (len(SOLVERS) + len(VARIANTS)) // 2 * len(SPACINGS)
         task = bar.add_task(f"the flow in {calls} calls", total=1.5 * fine + calls * (rows + 60))
-        advice = advise(denoise, start, calls, lambda done: bar.advance(task, done), fine=fine)
+        advice = advise(model.sampler(), start, calls, lambda done: bar.advance(task, done), fine=fine, cond=cond)
         best, ranking = advice.ranking[0].choice, None
         if compared is not None:
             choices = [best, *noisy(model, advice.known, calls)]
@@ -91,8 +88,9 @@ def advise_command(
         console.print(f"solvers that draw noise are not judged: {why}", markup=False)
     measured |= {"calls": best.calls(model.schedule), "seconds": round(time.perf_counter() - began, 1)}
     path = write_advice(beside(run), checkpoint.fingerprint(model), calls, best, measured)
+    same = "".join(f" --label {one}" for one in label or ())
     console.print(
-        f"kept in {path}: {best}, {best.spacing} levels; undiffuse sample {run} --calls {calls}", markup=False
+        f"kept in {path}: {best}, {best.spacing} levels; undiffuse sample {run} --calls {calls}{same}", markup=False
     )
 
 

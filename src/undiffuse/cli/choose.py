@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,13 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def read_advice(folder: Path, weights: str, calls: int, say: Callable[[str], None]) -> Choice | None:
-    """The choice for ``calls`` in the folder's advice, if it is of these ``weights``; ``say`` is told if not."""
+def read_advice(
+    folder: Path, weights: str, calls: int, say: Callable[[str], None], asked: Mapping[str, Any] | None = None
+) -> Choice | None:
+    """The choice for ``calls`` in the folder's advice, if it is of these ``weights``; ``say`` is told if not.
+
+    And where what the samples are ``asked`` to be (``label`` and what guides; None: nothing) is not what it is for.
+    """
     path = folder / ADVICE
     try:
         told = json.loads(path.read_text())
@@ -78,6 +83,9 @@ def read_advice(folder: Path, weights: str, calls: int, say: Callable[[str], Non
             say(f"{path} says nothing of {calls} calls, but of {', '.join(told['advice'])}")
             return None
         times = found["times"] and tuple(map(float, found["times"]))
+        if other := [name for name, value in (asked or {}).items() if value != found.get(name)]:
+            made = f"label {', '.join(found['label'])}" if found.get("label") else "samples that are told nothing"
+            say(f"{path} was measured for {made}, unguided: other {', '.join(other)} may want another walk")
         return Choice(found["solver"], int(found["steps"]), found["spacing"], found["settings"], times)
     except FileNotFoundError:
         say(f"no advice for this model yet: 'undiffuse advise RUN --calls {calls}' would measure what is best")

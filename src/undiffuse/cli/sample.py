@@ -78,13 +78,15 @@ def sample(
     say = (lambda line: console.print(line, markup=False)) if rank == 0 else (lambda line: None)
     model = checkpoint.load(run, place)
     weights = checkpoint.fingerprint(model)
-    choice = choose(
-        model,
-        lambda calls: read_advice(beside(run), weights, calls, say),
-        *(quality, calls, solver, setting or (), steps, spacing),
-    )
     low, high = guidance_interval or (None, None)
     scales = Guidance(guidance, low, high, guidance_rescale, classifier_scale, autoguide_scale, threshold)
+    asked = {"label": label, "guidance": None if scales == Guidance() else asdict(scales)}
+    files = {"cond": cond, "classifier": classifier, "autoguide": autoguide}
+    choice = choose(
+        model,
+        lambda calls: read_advice(beside(run), weights, calls, say, asked | files),
+        *(quality, calls, solver, setting or (), steps, spacing),
+    )
     walk = {
         "solver": model.solver(choice.solver, **choice.settings),
         "steps": choice.steps,
@@ -93,8 +95,6 @@ def sample(
         "guide": guide(model, scales, classifier, autoguide, bool(label or cond)),
     }
     told = tell(class_names(model, classifier), label or (), cond)
-    asked = {"label": label, "guidance": None if scales == Guidance() else asdict(scales)}
-    files = {"cond": cond, "classifier": classifier, "autoguide": autoguide}
     plan = {"weights": weights, "seed": seed, **asdict(choice), **asked}
     plan |= {name: None if path is None else _sha256(path) for name, path in files.items()}
     folder = out or beside(run) / "samples" / _name(choice, label, scales, [p for p in files.values() if p], seed)
