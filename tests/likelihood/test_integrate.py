@@ -164,7 +164,13 @@ def test_calls_are_bounded():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"method": "euler"}, {"method": "rk4", "steps": 0}, {"rtol": -1e-9}, {"atol": 0.0}]
+    "settings",
+    [
+        {"method": "euler"},
+        {"method": "rk4", "steps": 0},
+        *({"rtol": bad} for bad in (-1e-9, math.nan, math.inf)),
+        *({"atol": bad} for bad in (0.0, math.nan, math.inf)),
+    ],
 )
 def test_settings_that_cannot_work(settings):
     with pytest.raises(ConfigError) as error:

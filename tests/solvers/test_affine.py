@@ -198,5 +198,5 @@ def test_build():
     with pytest.raises(ConfigError) as error:
         solvers.build("magic")
     assert (error.value.code, error.value.where) == ("SOLVER", "'magic'")
-    with pytest.raises(ConfigError, match="no such setting among eta, speed"):
+    with pytest.raises(ConfigError, match=r"eta = 0.3: there is no such setting. Its settings are var"):
         solvers.build("ancestral", eta=0.3, speed=3)

@@ -219,10 +219,10 @@ def test_settings():
     assert solvers.build("annealed_langevin") == AnnealedLangevin(0.1, 100)
     assert solvers.build("annealed_langevin", step_size=0.3, each=5) == AnnealedLangevin(0.3, 5)
     assert AnnealedLangevin(1.5, 1).calls == 1
-    for step_size, each in ((0.0, 1), (2.0, 1), (math.nan, 5), (0.1, 0)):
-        cause = "the updates do not settle" if each else "there is no update"
+    for step_size, each in ((0.0, 1), (2.0, 1), (math.nan, 5), (0.1, 0), (0.1, 10_001)):
+        cause = "the updates do not settle" if each in (1, 5) else "there is no update, or more than 10,000"
         with pytest.raises(ConfigError, match=rf"SOLVER.*: {cause}. Give a step_size between 0 and 2, and each of at"):
-            solvers.build("annealed_langevin", step_size=step_size, each=each)
+            AnnealedLangevin(step_size, each)
     zero_terminal = grid(S.Flow(), 4)
     with pytest.raises(ConfigError, match=r"'annealed_langevin': .*zero-terminal SNR.*Use 'ddim'"):
         AnnealedLangevin().init(torch.zeros(1, 1), zero_terminal)

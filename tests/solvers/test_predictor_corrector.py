@@ -116,6 +116,6 @@ def test_settings():
     assert solvers.build("predictor_corrector") == PredictorCorrector(Ancestral(), Corrector(0.16, 1))
     assert (Corrector(each=3).calls, Corrector(each=3).draws, Corrector().order) == (3, 3, None)
     assert Corrector().init(torch.zeros(1), []) == ()
-    for snr, each in ((0.0, 1), (math.nan, 1), (0.1, 0)):
-        with pytest.raises(ConfigError, match=r"there is no update. Give a snr above 0, and each of at least 1"):
+    for snr, each in ((0.0, 1), (math.nan, 1), (math.inf, 1), (0.1, 0), (0.1, 10_001)):
+        with pytest.raises(ConfigError, match=r"no update can be made so. Give a snr above 0, and each from 1 to 1"):
             Corrector(snr, each)

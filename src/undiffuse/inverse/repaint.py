@@ -28,7 +28,7 @@ class Repaint:
     y: Tensor
     mask: Tensor
     solver: Solver = field(default_factory=Ancestral)
-    order: int | None = None
+    order: int | None = field(default=None, init=False, repr=False)
 
     @property
     def calls(self) -> int:

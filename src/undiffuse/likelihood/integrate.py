@@ -77,7 +77,12 @@ class Integrator:
     max_calls: int = 10_000
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS or self.steps < 1 or self.rtol < 0 or self.atol <= 0:
+        if (
+            self.method not in METHODS
+            or self.steps < 1
+            or not 0 <= self.rtol < math.inf
+            or not 0 < self.atol < math.inf
+        ):
             raise ConfigError(
                 "ODE_METHOD",
                 f"method = {self.method!r}, steps = {self.steps}, rtol = {self.rtol:g}, atol = {self.atol:g}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,9 +28,9 @@ class Adaptive:
     rtol: float = 1e-5
     atol: float = 1e-5
     max_calls: int = 10_000
-    order: int | None = None
-    calls: int = 7
-    draws: int = 0
+    order: int | None = field(default=None, init=False, repr=False)
+    calls: int = field(default=7, init=False, repr=False)
+    draws: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._integrator()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ class Ancestral:
     """
 
     variance: Variance = "small"
-    order: int | None = 1
-    calls: int = 1
-    draws: int = 1
+    order: int | None = field(default=1, init=False, repr=False)
+    calls: int = field(default=1, init=False, repr=False)
+    draws: int = field(default=1, init=False, repr=False)
 
     def init(self, x: Tensor, levels: list[NoiseLevel]) -> State:
         return ()

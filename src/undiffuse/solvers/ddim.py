@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from undiffuse.denoiser import Denoiser
+from undiffuse.errors import ConfigError
 from undiffuse.process.level import NoiseLevel, frac, like
 from undiffuse.solvers.solver import State
 
 
 @dataclass(frozen=True)
 class DDIM:
-    """x_s = alpha_s x̂ + sigma_s √(1 − eta² frac) ε̂ + eta sigma_s √frac z."""
+    """x_s = alpha_s x̂ + sigma_s √(1 − eta² frac) ε̂ + eta sigma_s √frac z, 0 ≤ eta ≤ 1. Raises `ConfigError`."""
 
     eta: float = 0.0
-    order: int | None = 1
-    calls: int = 1
+    order: int | None = field(default=1, init=False, repr=False)
+    calls: int = field(default=1, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            cause = "it is a share of the noise of ancestral sampling"
+            raise ConfigError("SOLVER", f"eta = {self.eta!r}", cause, "Give a number from 0 to 1")
 
     @property
     def draws(self) -> int:

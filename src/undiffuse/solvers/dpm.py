@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class SingleStep:
     """
 
     order: int = 2
-    draws: int = 0
+    draws: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,12 +34,12 @@ class EDM:
     low: float = 0.05
     high: float = 50.0
     inflation: float = 1.003
-    calls: int = 2
+    calls: int = field(default=2, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not (self.churn >= 0 and 0 <= self.low <= self.high and self.inflation > 0):
+        if not (self.churn >= 0 and 0 <= self.low <= self.high and 0 < self.inflation <= 2):
             where = f"churn = {self.churn:g}, low = {self.low:g}, high = {self.high:g}, inflation = {self.inflation:g}"
-            fix = "Give churn of at least 0, low of at most high, and an inflation such as 1"
+            fix = "Give churn of at least 0, low of at most high, and an inflation near 1, at most 2"
             raise ConfigError("SOLVER", where, "no noise can be added so", fix)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ class EulerMaruyama:
     data or out of pure noise, where these rates are infinite, is DDIM's.
     """
 
-    order: int | None = 1
-    calls: int = 1
-    draws: int = 1
+    order: int | None = field(default=1, init=False, repr=False)
+    calls: int = field(default=1, init=False, repr=False)
+    draws: int = field(default=1, init=False, repr=False)
 
     def init(self, x: Tensor, levels: list[NoiseLevel]) -> State:
         return ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -43,9 +43,9 @@ class Inversion:
     """
 
     form: str = "scaled"
-    order: int | None = None
-    calls: int = 1
-    draws: int = 0
+    order: int | None = field(default=None, init=False, repr=False)
+    calls: int = field(default=1, init=False, repr=False)
+    draws: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.form not in ("scaled", "printed"):

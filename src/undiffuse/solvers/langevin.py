@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from undiffuse.errors import ConfigError
 from undiffuse.process.level import NoiseLevel, like
 from undiffuse.score import predicted
 from undiffuse.solvers.inversion import require_signal
-from undiffuse.solvers.solver import State
+from undiffuse.solvers.solver import MANY, State
 
 
 def langevin(x: Tensor, score: Tensor, size: Tensor | float, noise: Tensor) -> Tensor:
@@ -36,11 +36,12 @@ class AnnealedLangevin:
 
     step_size: float = 0.1
     each: int = 100
-    order: int | None = None
+    order: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not (0 < self.step_size < 2 and self.each >= 1):
-            cause = "the updates do not settle" if self.each >= 1 else "there is no update"
+        if not (0 < self.step_size < 2 and 1 <= self.each <= MANY):
+            some = 1 <= self.each <= MANY
+            cause = "the updates do not settle" if some else f"there is no update, or more than {MANY:,}"
             where = f"step_size={self.step_size!r}, each={self.each!r}"
             raise ConfigError("SOLVER", where, cause, "Give a step_size between 0 and 2, and each of at least 1")
 

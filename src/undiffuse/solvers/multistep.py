@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -32,13 +33,13 @@ class Multistep:
     rule: str = "exact"
     start: str = "high"
     end: str = "high"
-    calls: int = 1
+    calls: int = field(default=1, init=False, repr=False)
 
     def __post_init__(self) -> None:
         where = f"points={self.points!r}, eta={self.eta!r}, rule={self.rule!r}, start={self.start!r}, end={self.end!r}"
         if (
             self.points not in (1, 2, 3, 4)
-            or not self.eta >= 0
+            or not 0 <= self.eta < math.inf
             or self.rule not in RULES
             or not {self.start, self.end} <= {"high", "low"}
         ):

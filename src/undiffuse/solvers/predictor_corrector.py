@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,7 @@ from undiffuse.process.level import NoiseLevel
 from undiffuse.score import predicted
 from undiffuse.solvers.ancestral import Ancestral
 from undiffuse.solvers.langevin import langevin
-from undiffuse.solvers.solver import Solver, State
+from undiffuse.solvers.solver import MANY, Solver, State
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Corrector:
 
     snr: float = 0.16
     each: int = 1
-    order: int | None = None
+    order: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not (self.snr > 0 and self.each >= 1):
+        if not (0 < self.snr < math.inf and 1 <= self.each <= MANY):
             where = f"snr = {self.snr!r}, each = {self.each!r}"
-            raise ConfigError("SOLVER", where, "there is no update", "Give a snr above 0, and each of at least 1")
+            raise ConfigError(
+                "SOLVER", where, "no update can be made so", f"Give a snr above 0, and each from 1 to {MANY}"
+            )
 
     @property
     def calls(self) -> int:
@@ -70,7 +73,7 @@ class PredictorCorrector:
 
     predictor: Solver = field(default_factory=Ancestral)
     corrector: Solver = field(default_factory=Corrector)
-    order: int | None = None
+    order: int | None = field(default=None, init=False, repr=False)
 
     @property
     def calls(self) -> int:

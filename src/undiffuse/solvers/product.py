@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from undiffuse.denoiser import Denoiser
 from undiffuse.errors import ConfigError
 from undiffuse.process.gaussian import Gaussian, Variance, forward, reverse
 from undiffuse.process.level import NoiseLevel, like
-from undiffuse.solvers.solver import State
+from undiffuse.solvers.solver import MANY, State
 
 Factor = Callable[[NoiseLevel], Gaussian]
 """r_s as a function of the level s: a Gaussian that broadcasts to x, where ``log_var`` = inf stands for r = 1."""
@@ -62,11 +62,12 @@ class Product:
     factor: Factor = nothing
     variance: Variance = "small"
     repeats: int = 1
-    order: int | None = None
+    order: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ConfigError("SOLVER", f"repeats = {self.repeats}", "a step is made once or more", "Give 1 or more")
+        if not 1 <= self.repeats <= MANY:
+            cause = f"a step is made once or more, and not more than {MANY:,} times"
+            raise ConfigError("SOLVER", f"repeats = {self.repeats}", cause, "Give a number such as 10")
 
     @property
     def calls(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import fsum
 from typing import NamedTuple
 
@@ -80,7 +80,7 @@ class RungeKutta:
 
     method: str = "heun"
     variable: str = "ratio"
-    draws: int = 0
+    draws: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, value, table in (("method", self.method, METHODS), ("variable", self.variable, VARIABLES)):

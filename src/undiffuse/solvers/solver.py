@@ -13,6 +13,10 @@ State = tuple[Any, ...]
 """What a solver remembers: tensors of x's shape and `NoiseLevel`s, never anything that changes."""
 
 
+MANY = 10_000
+"""Network calls in one step: what asks for more of them is a slip."""
+
+
 class Solver(Protocol):
     """``order`` (declared; strong where ``draws`` is 0, else weak; None without one), network ``calls`` and
     noises (``draws``) a step. Branches on Python integers only, never on the values of tensors."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -28,8 +28,8 @@ class UniPC:
     points: int = 2
     rule: str = "bh2"
     start: str = "high"
-    calls: int = 1
-    draws: int = 0
+    calls: int = field(default=1, init=False, repr=False)
+    draws: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.points not in (1, 2, 3) or self.rule not in RULES or self.start not in ("high", "low"):
