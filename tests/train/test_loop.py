@@ -222,8 +222,8 @@ def test_a_conditional_model_knows_what_it_hears(tmp_path, monkeypatch):
     torch.testing.assert_close(model.network.embed.vector.mean.double(), vector.mean(0), rtol=1e-6, atol=1e-6)
     std = torch.stack([vector[:, 0].std(correction=0), torch.ones(()).double()])
     torch.testing.assert_close(model.network.embed.vector.std.double(), std, rtol=1e-6, atol=1e-6)
-    told = [sorted(cond.label.tolist()) for cond in seen[-2:]]  # bounds are those given all that is known: of the
-    assert told[0] == sorted(TOLD.labels[split.validation].tolist())  # held-out items, and of as many others
+    told = [sorted(cond.label.tolist()) for cond in seen[-3:]]  # bounds are those given all that is known: of the
+    assert told[0] == told[2] == sorted(TOLD.labels[split.validation].tolist())  # held-out items, and of as many others
     assert len(told[1]) == len(told[0])
     assert drawn[-1].vector.tolist() == TOLD.cond[np.resize(split.validation, 64)].tolist()
     labelled = from_array(DATA.values, np.arange(40) % 3, levels=5)
