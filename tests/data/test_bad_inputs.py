@@ -169,6 +169,7 @@ def test_frames_are_pictures_of_their_own(place):
     data = load(place, frames="all")
     np.testing.assert_array_equal(data.values, pictures.transpose(0, 3, 1, 2))
     assert data.labels.tolist() == [0, 0, 0, 0, 1]
+    assert data.names == (*["a/a.png"] * 4, "b/b.tif")
     assert len(load(place, frames="first")) == 2
     with pytest.raises(ConfigError, match="OPTION"):
         load(place, frames="last")

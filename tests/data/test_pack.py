@@ -24,7 +24,17 @@ def pack(source, out, **options):
 
 
 def same(data, packed):
-    for name in ("name", "levels", "classes", "test_from", "value_range", "columns", "fingerprint", "item_shape"):
+    for name in (
+        "name",
+        "levels",
+        "classes",
+        "test_from",
+        "value_range",
+        "columns",
+        "names",
+        "fingerprint",
+        "item_shape",
+    ):
         assert getattr(data, name) == getattr(packed, name), name
     assert packed.notes == data.notes
     for name in ("labels", "cond", "mask"):
@@ -48,6 +58,7 @@ def test_a_folder_without_ever_being_in_memory(images, tmp_path, monkeypatch):
     packed = pack(images, tmp_path / "out.npy")
     monkeypatch.undo()
     assert packed.classes == ("a", "b")
+    assert packed.names == ("a/0.png", "a/2.png", "a/4.png", "b/1.png", "b/3.png", "b/5.png")
     same(whole, load(tmp_path / "out.npy"))
     assert sorted(os.listdir(tmp_path)) == ["in", "out.npy", "out.told.safetensors"]
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), whole.values)
@@ -127,6 +138,7 @@ def test_what_cannot_be_packed(tmp_path, monkeypatch):
         "[" * 10_000,
         {"labels": np.zeros(2, np.int64)},
         {"labels": np.zeros(3)},
+        {"names": np.frombuffer(b"a\0b", np.uint8)},
     ],
 )
 def test_what_is_told_must_fit(tmp_path, about):

@@ -56,10 +56,11 @@ def test_shards_are_their_images_in_order(shards):
     np.testing.assert_array_equal(data.values[:], np.moveaxis(PIXELS, -1, 1))
     assert (data.name, data.levels, data.classes, data.labels.tolist()) == ("in", 256, ("9", "10"), [1, 0] * 3 + [1])
     assert "2 shards" in data.notes
+    assert data.names == tuple(f"{'a' if i < 4 else 'b'}.tar/a/{i:04d}.png" for i in range(7))
     folder = load_folder(shards.parent / "files")
     assert sorted(data.digests) == sorted(folder.digests)
     one = load(shards / "a.tar")
-    assert (len(one), one.name) == (4, "a")
+    assert (len(one), one.name, one.names[3]) == (4, "a", "a/0003.png")
     grey = load(shards, channels=1, size=None)
     assert grey.item_shape == (1, 6, 5)
     (shards / "more.txt").write_text("x")
@@ -144,6 +145,7 @@ def test_bad_images_are_all_told_or_left_out(tmp_path):
     assert sorted(problem.path.name for problem in data.seen.skipped) == ["1.png", "2.png", "3.png"]
     np.testing.assert_array_equal(data.values[:], np.moveaxis(PIXELS[[0, 4]], -1, 1))
     assert "3 of 5 images skipped: 2 MIXED_SIZES, 1 NOT_AN_IMAGE" in data.notes
+    assert data.called(np.array([1, 0])).tolist() == ["4.png", "0.png"]
     with pytest.raises(ConfigError, match="on_bad"):
         load(path, on_bad="ignore")
     with pytest.raises(ConfigError, match="frames"):
@@ -181,7 +183,7 @@ def test_a_folder_of_the_library_datasets(tmp_path, monkeypatch):
     datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "paths"))
     with pytest.raises(BadFiles, match="row 3: the row holds no bytes of an image"):
         load(tmp_path / "paths")
-    assert len(load(tmp_path / "paths", on_bad="skip")) == 6
+    assert load(tmp_path / "paths", on_bad="skip").names == tuple(f"row {i}" for i in (0, 1, 2, 4, 5, 6))
     saved.remove_columns("image").save_to_disk(str(tmp_path / "none"))
     with pytest.raises(DataError, match=r"error\[NO_IMAGES\] .*has the columns kind, n"):
         load(tmp_path / "none")

@@ -1,6 +1,7 @@
 """NaN and Inf in the batch, the loss, a gradient or a weight: none reaches a checkpoint, an average or a moment."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from tiny_run import data, held, quick_looks, recipe, stopping_at, train
 
 from undiffuse.checkpoint import read_tensors
 from undiffuse.errors import ConfigError, NonFiniteError
-from undiffuse.train import loop, state
+from undiffuse.train import fit, loop, state
+from undiffuse.train.batch import batch_items
 
 ITEMS, STEPS = data(), 8
 PLACES = ("batch", "loss", "gradient", "weight")
@@ -77,7 +79,7 @@ def test_a_run_stops_and_its_checkpoint_is_good(place, at, bad, tmp_path, straig
             f"error[NON_FINITE] {tmp_path}: the {part} of step {at} is not finite, for "
         )
         named = caught.value.cause.rsplit(": ", 1)[1].split(", ")
-        assert len(named) == (1 if place in ("batch", "loss") else 8)  # and 4 more
+        assert len(named) == (1 if place in ("batch", "loss") else 5)  # and 7 more
         assert all(int(item.split()[0]) in ITEMS.split(0.2).train for item in named)
     assert caught.value.fix.endswith("there is no checkpoint yet" if at == 1 else "the last checkpoint is good")
     assert all(bool(torch.isfinite(t).all()) for t in every(tmp_path))
@@ -129,6 +131,30 @@ def test_the_row_is_counted_over_a_stop(tmp_path):
             train(config, tmp_path, ITEMS)
         with pytest.raises(NonFiniteError, match="the loss of step 6 is not finite"):
             train(config, tmp_path, ITEMS)
+
+
+def test_items_are_called_what_their_files_are(tmp_path, capsys):
+    names = tuple(f"cats/{i}\n.png" for i in range(len(ITEMS)))
+    items, config = replace(ITEMS, names=names), recipe(STEPS, previews=0, on_nonfinite="skip")
+    third = batch_items(ITEMS.split(0.2).train, config.train, 1)
+    called = [f"cats/{i}\\n.png" for i in third]
+
+    def all_bad(*arguments):
+        u, losses, norms = real(*arguments)
+        bad = torch.zeros(12).index_fill(0, torch.arange(4 if arguments[-1] == 1 else 0), math.nan)
+        return u, losses + (bad if arguments[-1] < 2 else math.nan), norms
+
+    with quick_looks(), pytest.MonkeyPatch.context() as patch:
+        real = loop.gradient
+        patch.setattr(loop, "gradient", all_bad)
+        with pytest.raises(NonFiniteError) as caught:
+            fit(config, items, tmp_path, device="cpu")
+    said = capsys.readouterr().out
+    assert f"left out: the loss of step 2 is not finite, for 4 of its 12 items: {', '.join(called[:4])}\n" in said
+    last = batch_items(ITEMS.split(0.2).train, config.train, 6)[:5]
+    named = ", ".join(f"cats/{i}\\n.png" for i in last)
+    assert f"the loss of step 7 is not finite, for 12 of its 12 items: {named} and 7 more. Look" in str(caught.value)
+    assert "step 1 is" not in said
 
 
 def test_what_may_be_asked_for():

@@ -39,11 +39,12 @@ class Dataset:
     0 .. len(classes) − 1, or None. ``notes`` are sentences that say what was seen and done. Items from
     ``test_from`` on are an official test part. ``cond`` float32 is what else is known of each item: a vector
     (N, D), or a sequence of tokens (N, L, D) with ``mask`` (N, L), True where one counts. ``value_range`` (low, high)
-    is where continuous values are said to lie, ``columns`` what the numbers of a vector are called, ``seen`` what the
-    source held beside. ValueError where these do not fit each other: the loaders (and ``from_array``) are what checks
-    a person's data.
+    is where continuous values are said to lie, ``columns`` what the numbers of a vector are called, ``names`` what each
+    item is called in its source (a file by its path in the folder; none in an array), ``seen`` what the source held
+    beside. ValueError where these do not fit each other: the loaders (and ``from_array``) are what checks a person's
+    data.
 
-    ``values`` may be memory-mapped: nothing here reads more than a chunk of them at a time.
+    ``values`` may lie on the disk (`undiffuse.data.rows.Rows`): nothing here reads more than a chunk of them at a time.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Dataset:
     mask: np.ndarray | None = None
     value_range: tuple[float, float] | None = None
     columns: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     seen: Seen = field(default_factory=Seen)
 
     def __post_init__(self) -> None:
@@ -65,6 +67,8 @@ class Dataset:
             raise ValueError(f"no data of {self.levels} levels: {self.values.dtype} {self.values.shape}")
         if self.labels is not None and (self.labels.shape != (len(self),) or self.labels.dtype != np.int64):
             raise ValueError(f"labels must be ({len(self)},) int64, not {self.labels.shape} {self.labels.dtype}")
+        if self.names and len(self.names) != len(self):
+            raise ValueError(f"{len(self.names)} names of {len(self)} items")
 
     def __len__(self) -> int:
         return len(self.values)
@@ -86,6 +90,10 @@ class Dataset:
         if self.cond is not None:
             told[_kind(self.cond)] = self.cond
         return Condition(**{name: torch.from_numpy(v[items]) for name, v in told.items() if v is not None})
+
+    def called(self, items: np.ndarray) -> np.ndarray:
+        """What the ``items`` are called in their source; their own numbers where it has no names."""
+        return np.array([self.names[i] for i in items], object) if self.names else items
 
     def noted(self, *notes: str) -> Dataset:
         """The same data with ``notes`` added; hashes already worked out are kept."""

@@ -23,14 +23,15 @@ Encoded = Callable[[int], bytes]
 
 def decoded(
     name: str,
-    where: Sequence[Path],
+    source: Path,
+    places: Sequence[str],
     encoded: Encoded,
     words: Sequence[str | None],
     prepare: Prepare,
     on_bad: str,
     files: Mapping[Path, Stamp],
 ) -> Dataset:
-    """The images ``where`` tells the place of, each looked at once and then decoded anew whenever it is needed.
+    """The images at ``places`` in ``source``, each looked at once and then decoded anew whenever it is needed.
 
     ``words`` are their classes, or all None; ``files`` hold them and must stay as they are. Raises BadFiles with every
     image that cannot be taken, unless ``on_bad="skip"`` leaves it out; DataError (LABELS), ConfigError (OPTION).
@@ -39,6 +40,7 @@ def decoded(
         raise ConfigError("OPTION", "on_bad", f"{on_bad!r} is unknown", "Give stop or skip")
     if prepare.frames == "all":
         raise ConfigError("OPTION", "frames", "one image an item is taken here", "Give first, or a folder of files")
+    where = [source / place for place in places]
     kinds: dict[Kind, list[int]] = {}
     problems: list[Problem] = []
     did: dict[int, Picture] = {}
@@ -86,7 +88,8 @@ def decoded(
     sizes = Counter("{} x {}".format(*did[i].stored) for i in kept)
     seen = Seen(formats, sizes, skipped=tuple(problems), mapped=files)
     values = as_array(Rows((len(kept), *shape), np.uint8 if levels <= 256 else np.uint16, read))
-    return Dataset(name, values, levels, labels, classes, tuple(notes), seen=seen)
+    names = tuple(places[i] for i in map(int, kept))
+    return Dataset(name, values, levels, labels, classes, tuple(notes), names=names, seen=seen)
 
 
 def _labels(name: str, words: list[str | None]) -> tuple[tuple[str, ...], np.ndarray | None]:

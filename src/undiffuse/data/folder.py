@@ -90,7 +90,8 @@ def load_folder(
         notes.append(f"{len(read.problems)} of {len(scan.files) + len(scan.problems)} files skipped: {codes}")
     notes = [*_left_aside(scan), *about, *notes]
     seen = Seen(read.formats, read.sizes, len(scan.others), scan.hidden, tuple(read.problems))
-    return Dataset(root.resolve().name, read.values, read.levels, labels, classes, tuple(notes), seen=seen)
+    names = tuple(path.relative_to(root).as_posix() for path in read.files)
+    return Dataset(root.resolve().name, read.values, read.levels, labels, classes, tuple(notes), names=names, seen=seen)
 
 
 def _scan(root: Path) -> _Scan:

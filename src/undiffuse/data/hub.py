@@ -59,5 +59,6 @@ def load_saved(source: str | Path, prepare: Prepare = Prepare(), on_bad: str = "
         names = table.features[label].names
         words = [names[k] if k is not None and k >= 0 else None for k in table[label]]
     paths = [Path(file["filename"]) for file in table.cache_files]
-    where = [source / f"row {number}" for number in range(len(rows))]
-    return decoded(source.name, where, encoded, words, prepare, on_bad, {path: Stamp.of(path.stat()) for path in paths})
+    files = {path: Stamp.of(path.stat()) for path in paths}
+    places = [f"row {number}" for number in range(len(rows))]
+    return decoded(source.name, source, places, encoded, words, prepare, on_bad, files)

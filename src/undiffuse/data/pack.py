@@ -70,6 +70,8 @@ class Packing:
             os.fsync(file.fileno())
         about = {name: getattr(data, name) for name in ABOUT if name != "shape"} | {"shape": values.shape}
         beside = {name: array for name in BESIDE if (array := getattr(data, name)) is not None}
+        if data.names:
+            beside["names"] = np.frombuffer(os.fsencode("\0".join(data.names)), np.uint8)
         save_file(beside, self.folder / "told", {"about": json.dumps(about)})
         os.replace(self.folder / "told", told(out))
         os.replace(path, out)
@@ -95,9 +97,11 @@ def load_packed(path: Path) -> Dataset:
     try:
         with safe_open(told(path), framework="np") as file:
             about: dict[str, Any] = json.loads((file.metadata() or {})["about"])
-            beside = {name: file.get_tensor(name) for name in BESIDE if name in file.keys()}  # noqa: SIM118
+            beside = {name: file.get_tensor(name) for name in (*BESIDE, "names") if name in file.keys()}  # noqa: SIM118
         ends = about["value_range"]
         kinds = {name: tuple(about[name]) for name in ("classes", "notes", "columns")}
+        if (names := beside.pop("names", None)) is not None:
+            kinds["names"] = tuple(os.fsdecode(names.tobytes()).split("\0"))
         data = load_array(
             path, layout=LAYOUTS[len(about["shape"])], levels=about["levels"], value_range=ends and (ends[0], ends[1])
         )

@@ -64,8 +64,9 @@ def load_shards(source: str | Path, prepare: Prepare = Prepare(), on_bad: str = 
         with image.shard.open("rb") as file:
             return os.pread(file.fileno(), image.size, image.start)
 
-    where = [image.shard / image.member for image in images]
-    made = decoded(source.stem, where, encoded, [image.word for image in images], prepare, on_bad, files)
+    places = [f"{image.shard.name}/{image.member}" if source.is_dir() else image.member for image in images]
+    words = [image.word for image in images]
+    made = decoded(source.stem, source, places, encoded, words, prepare, on_bad, files)
     others = sum(path not in files for path in source.iterdir()) if source.is_dir() else 0
     return made.noted(f"{len(files)} shards", *[f"{others} files ignored that are no shards"] * (others > 0))
 

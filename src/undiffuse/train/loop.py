@@ -136,7 +136,7 @@ def fit(
                 u, losses, norms = gradient(accelerator, diffusion, parallel, optimiser, batch, settings, step)
                 lr = settings.lr * rate(progress, settings)
                 if wrong := whats_wrong(losses, norms):
-                    items = batch_items(split.train, settings, step)
+                    items = data.called(batch_items(split.train, settings, step))
                     watch.say(leave_out(wrong, items, progress, settings, run.folder))
                 else:
                     progress.left_out = 0

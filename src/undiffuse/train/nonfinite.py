@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from undiffuse.config import TrainConfig
-from undiffuse.errors import NonFiniteError
+from undiffuse.errors import NonFiniteError, printable
 from undiffuse.train.parallel import own, whole
 from undiffuse.train.state import Progress
 
 MOST_IN_A_ROW = 5
 """Steps that may be left out one after the other: more are no accident of a batch."""
-NAMED = 8
+NAMED = 5
 
 
 class Wrong(NamedTuple):
@@ -39,11 +39,11 @@ def whats_wrong(losses: Tensor, norms: Sequence[float]) -> Wrong | None:
 def leave_out(wrong: Wrong, items: np.ndarray, progress: Progress, settings: TrainConfig, folder: Path) -> str:
     """A line that says that the step to come is left out. Raises `NonFiniteError` where it may not be.
 
-    ``items`` (B,) are the places in the data of what the batch holds.
+    ``items`` (B,) are what the data call those of the batch (`Dataset.called`).
     """
     which = items[wrong.which]
     more = f" and {len(which) - NAMED} more" if len(which) > NAMED else ""
-    named = ", ".join(map(str, which[:NAMED])) + more
+    named = ", ".join(printable(str(item)) for item in which[:NAMED]) + more
     cause = f"the {wrong.part} of step {progress.step + 1} is not finite, for {len(which)} of its {len(items)} items"
     progress.left_out += 1
     if settings.on_nonfinite == "stop" or progress.left_out > MOST_IN_A_ROW:
