@@ -242,7 +242,7 @@ def _digest(record: dict[str, Any]) -> str:
 
 def _take(handle: int) -> None:
     """Locks the file, which who only looks, by `Run.trainer`, may hold for a moment. Raises BlockingIOError."""
-    for _ in range(50):
+    for _ in range(10):
         with suppress(BlockingIOError):
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         time.sleep(0.01)
