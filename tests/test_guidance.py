@@ -397,6 +397,8 @@ def test_what_is_asked_for_is_built():
     ("make", "says"),
     [
         (lambda d: ClassifierFree(d, math.nan), r"scale = nan: it is not finite\. Give a number"),
+        (lambda d: Autoguided(d, d, math.inf), r"scale = inf: it is not finite\. Give a number"),
+        (lambda d: ClassifierGuided(d, exact_log_prob, math.nan), r"scale = nan: it is not finite\. Give a number"),
         (lambda d: ClassifierFree(d, 2.0, rescale=1.1), r"rescale = 1.1: it is a share\. Give a number from 0 to 1"),
         (lambda d: ClassifierFree(d, 2.0, rescale=-0.1), "rescale = -0.1"),
         (lambda d: ClassifierFree(d, 2.0, 1.0, 1.0), r"the interval 1.0 to 1.0: nothing lies between\. Give the lower"),

@@ -50,8 +50,7 @@ class ClassifierFree:
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise _refused(f"scale = {self.scale}", "it is not finite", "Give a number, such as 2")
+        _finite(self.scale)
         if not 0 <= self.rescale <= 1:
             raise _refused(f"rescale = {self.rescale}", "it is a share", "Give a number from 0 to 1, such as 0.7")
         if not self._low < self._high:
@@ -91,7 +90,7 @@ class ClassifierFree:
 class Autoguided:
     """weak + scale (denoise − weak), both told the same; a ``weak`` model errs alike, and more [Karras24b eq. 2].
 
-    Raises `ConfigError` where the two are not of one noise process.
+    Raises `ConfigError` where the two are not of one noise process, or the scale is not finite.
     """
 
     denoise: Denoiser
@@ -99,6 +98,7 @@ class Autoguided:
     scale: float
 
     def __post_init__(self) -> None:
+        _finite(self.scale)
         if not same_process(self.denoise.schedule, self.weak.schedule):
             cause = "the two models are of different noise processes"
             raise _refused("the weak model", cause, "Use an earlier or a smaller model with the same schedule")
@@ -121,11 +121,15 @@ class ClassifierGuided:
     The score is then ∇log q(x_t) + scale ∇log p(cond|x_t). ``denoise`` is told too: of a model with labels the guided
     one is the conditional, unless it is `Told` nothing. The gradient is by autograd, under ``no_grad`` too, and itself
     differentiable where gradients are on. Where alpha is 0, x_t says nothing of the condition and nothing is added.
+    Raises `ConfigError`.
     """
 
     denoise: Denoiser
     log_prob: LogProb
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _finite(self.scale)
 
     @property
     def schedule(self) -> Schedule:
@@ -228,6 +232,11 @@ def _spread(x: Tensor) -> Tensor:
 def _from_x(x: Tensor, x_t: Tensor, level: NoiseLevel, nu: Tensor | None) -> Prediction:
     at = level.like(x_t)
     return Prediction(x, (x_t - at.alpha * x) / at.sigma, nu)
+
+
+def _finite(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise _refused(f"scale = {scale}", "it is not finite", "Give a number, such as 2")
 
 
 def _refused(where: str, cause: str, fix: str) -> ConfigError:

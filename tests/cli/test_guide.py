@@ -1,5 +1,6 @@
 """`train-classifier`, and what its runs and others guide `sample` by."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -92,8 +93,8 @@ def test_the_recipe_suits_the_data():
 # --- the guide --------------------------------------------------------------------------------------------------------
 
 
-def model(classes=0, name="model", shape=(1, 4, 4), codec=Pixels(5), names=("a", "b", "c"), **config):  # noqa: B008
-    torch.manual_seed(0)
+def model(classes=0, seed=0, shape=(1, 4, 4), codec=Pixels(5), names=("a", "b", "c"), **config):  # noqa: B008
+    torch.manual_seed(seed)
     network = {**UNET, "classes": classes} if classes else UNET
     made = Diffusion(ModelConfig(network=network, steps=5, **config), shape, codec, {"classes": list(names)})
     with torch.no_grad():
@@ -104,9 +105,10 @@ def model(classes=0, name="model", shape=(1, 4, 4), codec=Pixels(5), names=("a",
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Files of a weak model, one of other data, one of another process, a classifier and one of other classes."""
+    """Files of a model, a weak one, one of other data, one of another process, and two classifiers."""
     tmp_path = tmp_path_factory.mktemp("runs")
-    checkpoint.save(model(3), tmp_path / "weak")
+    checkpoint.save(model(3), tmp_path / "itself")
+    checkpoint.save(model(3, seed=1), tmp_path / "weak")
     checkpoint.save(model(3, codec=Identity()), tmp_path / "other")
     checkpoint.save(model(3, schedule={"name": "flow"}), tmp_path / "flow")
     for name, classes in {"classifier": ("a", "b", "c"), "strange": ("a", "c", "b")}.items():
@@ -151,9 +153,9 @@ def test_samples_follow(runs):
         drawn(conditional, Guidance(3.0)),
         drawn(conditional, classifier="classifier"),
         drawn(conditional, Guidance(threshold="dynamic")),
+        drawn(conditional, autoguide="weak"),
     ):
         assert not torch.allclose(base, other)
-    assert torch.equal(base, drawn(conditional, autoguide="weak"))  # by itself
     *_, free = plain.trajectory(range(3), steps=4, clip=False)
     assert not torch.allclose(free.x, drawn(plain, classifier="classifier"))
     strong, twice = (drawn(plain, Guidance(classifier_scale=s), classifier="classifier") for s in (50.0, 100.0))
@@ -176,6 +178,15 @@ def test_what_does_not_go_together_is_refused(runs):
         (model(3), Guidance(), None, "other"): r"--autoguide: .*other is of other data: items .* Identity\(\)\. Use",
         (model(3), Guidance(), None, "flow"): r"the weak model: the two models are of different noise processes",
         (model(3), Guidance(threshold="hard"), None, None): "threshold 'hard': unknown",
+        (model(3), Guidance(), None, "itself"): r"--autoguide: .*itself is the model itself, .* Use an earlier",
+        (model(3), Guidance(weak_scale=math.inf), None, "weak"): "scale = inf: it is not finite",
+        (model(3), Guidance(classifier_scale=math.nan), "classifier", None): "scale = nan: it is not finite",
+        (model(3), Guidance(rescale=0.7), None, None): "-rescale: it does nothing without --guidance other than 1",
+        (model(3), Guidance(low=0.0), None, None): "-interval: it does nothing without --guidance other than 1",
+        (model(3), Guidance(classifier_scale=5.0), None, "weak"): "-scale: it does nothing without --classifier",
+        (model(3), Guidance(weak_scale=math.inf), "classifier", None): r"-scale: it does nothing without --autoguide\.",
+        (model(codec=Identity()), Guidance(threshold="static"), None, None): r"--threshold static: .* have no range",
+        (model(codec=Identity()), Guidance(threshold="dynamic"), None, None): r"--threshold dynamic: .* have no range",
     }.items():
         of, guidance, *files = asked
         with pytest.raises(ConfigError, match=rf"^error\[GUIDANCE\] .*{says}"):

@@ -87,6 +87,10 @@ def test_flags_are_what_the_library_is_asked(run, call, tmp_path):
     assert manifest(tmp_path / "draft")["steps"] == QUALITIES["draft"].steps
     assert call("sample", run, "--n", 2, "--solver", "ancestral", "--out", tmp_path / "old").code == 0
     assert manifest(tmp_path / "old")["steps"] == 50  # the chain has no more
+    long = call("sample", run, "--n", 2, "--solver", "ddim", "--steps", 5000, "--out", tmp_path / "long")
+    assert "5,000 steps are more than the chain of this model has: all its 50 are walked\n" in long.out
+    assert "in 50 steps" in long.out
+    assert "more than" not in call("sample", run, "--n", 2, "--steps", 50, "--out", tmp_path / "whole").out
 
 
 def test_labels_guidance_and_thresholds(tmp_path, call):
@@ -109,6 +113,9 @@ def test_labels_guidance_and_thresholds(tmp_path, call):
     assert manifest(folder)["guidance"]["scale"] == 2.5
     assert call("sample", tmp_path, *flags).code == 0
     assert len(list((tmp_path / "samples").iterdir())) == 2
+    said = call("sample", tmp_path, "--label", "none", "--guidance", 3)
+    assert (said.code, "--guidance: nothing is told that it could guide to" in said.err) == (2, True)
+    assert call("sample", tmp_path, *flags, "--label", "none", "--guidance", 3).code == 0  # the others are told
     said = call("sample", tmp_path, "--label", "sqare")
     assert (said.code, "Did you mean square" in said.err) == (2, True)
 
@@ -213,7 +220,7 @@ def test_a_moving_picture(run, call, tmp_path):
     [
         (["--solver", "best"], "error[SOLVER] 'best': no such solver"),
         (["--solver", "ddim", "--set", "eta"], "--set eta: no setting. Write name=value"),
-        (["--solver", "ddim", "--set", "heat=2"], "no such setting among heat"),
+        (["--solver", "ddim", "--set", "heat=2"], "ddim: heat = 2: there is no such setting"),
         (["--quality", "great"], "--quality great: unknown. Use one of draft, good, best"),
         (["--quality", "good", "--steps", "3"], "--quality, --steps: each says how long the walk is"),
         (["--calls", "9", "--steps", "3"], "--calls, --steps: each says how long"),
@@ -223,6 +230,22 @@ def test_a_moving_picture(run, call, tmp_path):
         (["--label", "star"], "the model was trained without labels"),
         (["--guidance", "2"], "there is nothing to be guided to"),
         (["--threshold", "soft"], "threshold 'soft': unknown"),
+        (
+            ["--classifier-scale", "5"],
+            "--classifier-scale: it does nothing without --classifier. Give both, or neither",
+        ),
+        (
+            ["--calls", "30", "--solver", "adaptive"],
+            "--calls 30: adaptive takes as many calls as its tolerances ask for",
+        ),
+        (
+            ["--solver", "ddim", "--set", "eta=NaN"],
+            "ddim: eta = nan: it has to be a finite number. Its settings are eta",
+        ),
+        (
+            ["--solver", "ancestral", "--set", "draws=0"],
+            "draws = 0: there is no such setting. Its settings are variance",
+        ),
     ],
 )
 def test_what_cannot_be_done(run, call, flags, words):

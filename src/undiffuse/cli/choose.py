@@ -45,13 +45,16 @@ def choose(
         named = Choice(solver, OTHERS if quality is None else named.steps)
     named = replace(named, settings={**named.settings, **dict(map(_setting, settings))})
     named = replace(named, spacing=spacing or named.spacing, steps=min(steps or named.steps, model.steps))
-    model.solver(named.solver, **named.settings)
+    built = model.solver(named.solver, **named.settings)
     if calls is None:
         return named
+    if isinstance(built, solvers.Adaptive):
+        cause = f"{named.solver} takes as many calls as its tolerances ask for"
+        raise ConfigError("CALLS", f"--calls {calls}", cause, "Give --steps and --set rtol=..., or another --solver")
     found = advised(calls) if (solver, spacing, *settings) == (None, None) else None
     if found := found or advise.most(named, model.schedule, calls):
         return found
-    cause = f"a step of {named.solver} takes {solvers.build(named.solver, **named.settings).calls}"
+    cause = f"a step of {named.solver} takes {built.calls}"
     raise ConfigError("CALLS", f"--calls {calls}", cause, "Give more calls, or another --solver")
 
 

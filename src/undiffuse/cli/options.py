@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Folder = Annotated[Path | None, typer.Option(help="Where the files of fashion-mnist lie.")]
 Size = Annotated[int | None, typer.Option(help="Resize images to this many pixels a side.")]
 Crop = Annotated[bool, typer.Option("--crop", help="Crop images to a square in their middle first.")]
-Channels = Annotated[int | None, typer.Option(help="Convert images to 1 (grey) or 3 (RGB) channels.")]
+Channels = Annotated[
+    int | None, typer.Option(help="Convert images to 1 (grey), 3 (RGB) or 4 (RGB and opacity) channels.")
+]
 Layout = Annotated[str | None, typer.Option(help="The order of an array's dimensions, such as NHWC.")]
 Levels = Annotated[int | None, typer.Option(help="How many levels the whole numbers of an array have.")]
 ValueRange = Annotated[
@@ -39,6 +42,15 @@ def device_of(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("DEVICE", "--device cuda", "this machine has no GPU that torch can use", "Use --device cpu")
     return name
+
+
+def at_most(steps: int, chain: int, say: Callable[[str], None] | None = None) -> int:
+    """``steps``, or as many as the ``chain`` has, with a line to ``say`` (the console) where more are asked for."""
+    if steps > chain:
+        (say or console.print)(
+            f"{steps:,} steps are more than the chain of this model has: all its {chain:,} are walked"
+        )
+    return min(steps, chain)
 
 
 def beside(run: Path) -> Path:

@@ -20,8 +20,8 @@ from undiffuse.advise import Choice
 from undiffuse.cli.choose import QUALITIES, choose, read_advice
 from undiffuse.cli.crew import join
 from undiffuse.cli.guide import class_names, guide
-from undiffuse.cli.options import Device, RunArgument, beside, console, device_of
-from undiffuse.cli.told import Tell, tell
+from undiffuse.cli.options import Device, RunArgument, at_most, beside, console, device_of
+from undiffuse.cli.told import Tell, says_something, tell
 from undiffuse.diffusion import Diffusion
 from undiffuse.grids import SPACINGS
 from undiffuse.guidance import THRESHOLDS, Guidance
@@ -46,7 +46,7 @@ def sample(
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the solver, such as eta=0.5; may be repeated.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the solver.", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the solver, at most the chain's own.", min=1)] = None,
     spacing: Annotated[str | None, typer.Option(help=f"Where they are: {', '.join(SPACINGS)}.")] = None,
     label: Annotated[
         list[str] | None, typer.Option(help="A class by name or number, all or none; several are taken in turn.")
@@ -64,7 +64,11 @@ def sample(
     autoguide: Annotated[Path | None, typer.Option(help="A weaker model, to be led away from.")] = None,
     autoguide_scale: Annotated[float, typer.Option(help="How much; 1 is not at all.")] = 2.0,
     threshold: Annotated[
-        str, typer.Option(help=f"What becomes of x̂ beyond the data: {', '.join(THRESHOLDS)}.")
+        str,
+        typer.Option(
+            help=f"{', '.join(THRESHOLDS)}: x̂ beyond the range of the data is cut off in any case (none and static); "
+            "dynamic shrinks the item instead. Only for data that have a range."
+        ),
     ] = "none",
     animate: Annotated[
         Path | None, typer.Option(help="Also a moving picture of the first ones' way, .gif or .mp4.")
@@ -82,6 +86,9 @@ def sample(
     scales = Guidance(guidance, low, high, guidance_rescale, classifier_scale, autoguide_scale, threshold)
     asked = {"label": label, "guidance": None if scales == Guidance() else asdict(scales)}
     files = {"cond": cond, "classifier": classifier, "autoguide": autoguide}
+    names = class_names(model, classifier)
+    told = tell(names, label or (), cond)
+    steps = steps and at_most(steps, model.steps, say)
     choice = choose(
         model,
         lambda calls: read_advice(beside(run), weights, calls, say, asked | files),
@@ -92,9 +99,8 @@ def sample(
         "steps": choice.steps,
         "spacing": choice.spacing if choice.times is None else "uniform",
         "times": choice.times,
-        "guide": guide(model, scales, classifier, autoguide, bool(label or cond)),
+        "guide": guide(model, scales, classifier, autoguide, cond is not None or says_something(names, label or ())),
     }
-    told = tell(class_names(model, classifier), label or (), cond)
     plan = {"weights": weights, "seed": seed, **asdict(choice), **asked}
     plan |= {name: None if path is None else _sha256(path) for name, path in files.items()}
     folder = out or beside(run) / "samples" / _name(choice, label, scales, [p for p in files.values() if p], seed)

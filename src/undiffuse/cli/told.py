@@ -55,6 +55,11 @@ def labels_for(classes: Sequence[str], asked: Sequence[str]) -> Tensor:
     return torch.tensor([label for name in asked for label in _labels(list(classes), name)])
 
 
+def says_something(classes: Sequence[str], asked: Sequence[str]) -> bool:
+    """Whether any of the labels that are ``asked`` for is more than "none"."""
+    return bool(asked) and bool((labels_for(classes, asked) >= 0).any())
+
+
 def _labels(classes: list[str], name: str) -> list[int]:
     small = [c.casefold() for c in classes]
     for names, wanted in ((classes, name), (small, name.casefold())):
