@@ -23,9 +23,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Folder = Annotated[Path | None, typer.Option(help="Where the files of fashion-mnist lie.")]
 Size = Annotated[int | None, typer.Option(help="Resize images to this many pixels a side.")]
 Crop = Annotated[bool, typer.Option("--crop", help="Crop images to a square in their middle first.")]
-Channels = Annotated[
-    int | None, typer.Option(help="Convert images to 1 (grey), 3 (RGB) or 4 (RGB and opacity) channels.")
-]
+Channels = Annotated[int | None, typer.Option(help="Convert images to 1 (grey), 3 (RGB) or 4 (RGBA) channels.")]
 Layout = Annotated[str | None, typer.Option(help="The order of an array's dimensions, such as NHWC.")]
 Levels = Annotated[int | None, typer.Option(help="How many levels the whole numbers of an array have.")]
 ValueRange = Annotated[

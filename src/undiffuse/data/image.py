@@ -35,8 +35,9 @@ class Prepare:
     """What may be done to every image beside decoding it; by default nothing but compositing over white.
 
     ``size``: pixels a side to resize squares to; ``crop``: cut the centre square out first; ``channels``:
-    1 or 3 to convert to; ``background``: colour under transparent pixels, a name or "#rrggbb"; ``frames``: "first" or
-    "all" of a file that holds several; ``upscale``: enlarge to more than four times an image's side.
+    1 (grey), 3 (RGB) or 4 (RGB and opacity) to convert to; ``background``: colour under transparent pixels, a name or
+    "#rrggbb"; ``frames``: "first" or "all" of a file that holds several; ``upscale``: enlarge to more than four times
+    an image's side.
     """
 
     size: int | None = None
@@ -49,8 +50,9 @@ class Prepare:
     def __post_init__(self) -> None:
         if self.size is not None and (type(self.size) is not int or not 1 <= self.size <= 8000):
             raise ConfigError("OPTION", "size", f"{self.size!r} is no side in pixels", "Give a number from 1 to 8000")
-        if self.channels not in (None, 1, 3):
-            raise ConfigError("OPTION", "channels", f"{self.channels!r} is neither 1 nor 3", "Give 1 (grey) or 3 (RGB)")
+        if self.channels not in (None, 1, 3, 4):
+            fix = "Give 1 (grey), 3 (RGB) or 4 (RGBA)"
+            raise ConfigError("OPTION", "channels", f"{self.channels!r} is none of 1, 3 and 4", fix)
         if self.frames not in (None, "first", "all"):
             raise ConfigError("OPTION", "frames", f"{self.frames!r} is unknown", "Give first or all")
         _ = self.colour
@@ -77,7 +79,9 @@ class Picture(NamedTuple):
 
 
 def decode(data: bytes, suffix: str, prepare: Prepare) -> Picture:
-    """The picture in ``data``, upright and opaque; ``suffix`` is only compared with what it turns out to be.
+    """The picture in ``data``, upright; opaque unless 4 channels are asked for.
+
+    ``suffix`` is only compared with what it turns out to be.
 
     Raises Refused for everything that is not one whole image of an allowed format, or several if ``frames`` are given.
     """
@@ -126,7 +130,7 @@ def _frame(
     done += ["colour profile ignored"] * ("icc_profile" in image.info)
     done += ["CMYK made RGB, without a colour profile"] * (image.mode == "CMYK")
     done += ["turned upright as its EXIF orientation says"] * (turned or image.getexif().get(0x0112, 1) != 1)
-    pixels, levels, how = _opaque(ImageOps.exif_transpose(image), prepare.colour)
+    pixels, levels, how = _pixels(ImageOps.exif_transpose(image), prepare.colour, prepare.channels == 4)
     if kind == "PNG" and _is_deep_colour(data):
         pixels, levels = pixels.astype(np.uint16) << 8 | _low_bytes(data), 65536
     return _prepared(pixels, levels, [*done, *how], prepare, kind, image.size)
@@ -210,8 +214,11 @@ def _check_values(image: Image.Image) -> None:
         raise Refused("NEEDS_RANGE", "holds floating-point pixels, whose range an image file does not say")
 
 
-def _opaque(image: Image.Image, background: tuple[int, int, int]) -> tuple[np.ndarray, int, list[str]]:
-    """(H, W, C) pixels, levels, what was done: palettes looked up, transparency composited, nothing rescaled."""
+def _pixels(image: Image.Image, background: tuple[int, int, int], keep: bool) -> tuple[np.ndarray, int, list[str]]:
+    """(H, W, C) pixels, levels, what was done: palettes looked up, nothing rescaled.
+
+    Transparency is composited, or with ``keep`` a fourth channel; then what nobody can see is made ``background``.
+    """
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)[..., None], 65536, []
     if not image.has_transparency_data:
@@ -219,9 +226,13 @@ def _opaque(image: Image.Image, background: tuple[int, int, int]) -> tuple[np.nd
             return np.asarray(image).astype(np.uint8)[..., None], 2, []
         flat = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "CMYK") else image)
         return flat.reshape(*flat.shape[:2], -1), 256, []
-    grey = image.mode in ("L", "LA") and len(set(background)) == 1
+    grey = image.mode in ("L", "LA") and len(set(background)) == 1 and not keep
     layers = np.asarray(image.convert("LA" if grey else "RGBA")).astype(np.uint16)  # 255 * 255 + 127 fits
     colour, alpha = layers[..., :-1], layers[..., -1:]
+    if keep:
+        shown = np.where(alpha > 0, colour, background)
+        did = ["colours of what is wholly transparent made the background's"] * bool((shown != colour).any())
+        return np.concatenate([shown, alpha], 2).astype(np.uint8), 256, did
     if (alpha == 255).all():
         return colour.astype(np.uint8), 256, ["alpha channel, opaque everywhere, dropped"]
     below = np.array(background[:1] if grey else background, np.uint16)
@@ -247,18 +258,35 @@ def _prepared(
     if prepare.channels == 1 and pixels.shape[2] == 3:
         pixels = ((pixels @ LUMA + 0x8000) >> 16).astype(pixels.dtype)[..., None]
         did.append("RGB made grey (ITU-R 601 luma)")
-    elif prepare.channels == 3 and pixels.shape[2] == 1:
+    elif prepare.channels in (3, 4) and pixels.shape[2] == 1:
         pixels = pixels.repeat(3, axis=2)
         did.append("grey repeated as RGB")
+    if prepare.channels == 4 and pixels.shape[2] == 3:
+        pixels = np.dstack([pixels, np.full_like(pixels[..., :1], levels - 1)])
+        did.append("opaque, and said to be")
     if prepare.size and side != prepare.size:
         if side * 4 < prepare.size and not prepare.upscale:
             raise Refused("TOO_SMALL", f"{side} pixels a side are under a quarter of {prepare.size}")
-        pixels = np.stack([_resized(pixels[..., c], prepare.size) for c in range(pixels.shape[2])], axis=2)
+        pixels = _resized(pixels, prepare.size, prepare.colour)
         did.append(f"{'enlarged' if side < prepare.size else 'reduced'} to {prepare.size} x {prepare.size}")
     return Picture(np.ascontiguousarray(pixels.transpose(2, 0, 1)), levels, tuple(did), kind, stored)
 
 
-def _resized(plane: np.ndarray, side: int) -> np.ndarray:
-    """One channel resized with a Hamming window, whose weights are all positive: nothing can overshoot."""
-    small = Image.fromarray(plane.astype(np.float32)).resize((side, side), Image.Resampling.HAMMING)
-    return np.rint(np.asarray(small)).astype(plane.dtype)
+def _resized(pixels: np.ndarray, side: int, background: tuple[int, int, int]) -> np.ndarray:
+    """(side, side, C) with a Hamming window, whose weights are all positive: nothing can overshoot.
+
+    Of four channels the last is the opacity, by which the others are weighted: what is transparent colours nothing.
+    """
+
+    def small(plane: np.ndarray) -> np.ndarray:
+        image = Image.fromarray(plane.astype(np.float32))
+        return np.asarray(image.resize((side, side), Image.Resampling.HAMMING))
+
+    if pixels.shape[2] < 4:
+        return np.rint(np.dstack([small(plane) for plane in np.moveaxis(pixels, 2, 0)])).astype(pixels.dtype)
+    *planes, weight = np.moveaxis(pixels.astype(np.float32), 2, 0)
+    opacity = small(weight)
+    shown = np.rint(opacity) > 0
+    below = np.maximum(opacity, 0.5)
+    colours = [np.where(shown, small(p * weight) / below, b) for p, b in zip(planes, background, strict=True)]
+    return np.rint(np.dstack([*colours, opacity])).astype(pixels.dtype)

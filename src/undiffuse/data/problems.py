@@ -25,7 +25,7 @@ FIXES = {
     "FORMAT_NOT_ALLOWED": "Save it as PNG, JPEG, WebP, BMP, TIFF or GIF",
     "LABELS": "Give one whole number from 0 for each item, with no number left out",
     "LFS_POINTER": "Run git lfs pull",
-    "MIXED_CHANNELS": "Give channels=1 or channels=3 to convert them",
+    "MIXED_CHANNELS": "Give channels=1, 3 or 4 to convert them",
     "MIXED_DEPTH": "Save all with the same number of bits (channels=1 spreads 1-bit images to 8 bits)",
     "MIXED_SIZES": "Give size to resize them (and crop, where they are not square)",
     "MULTIPAGE": "Give frames=first or frames=all, or one file for each page",

@@ -13,7 +13,10 @@ from undiffuse.errors import DataError
 
 
 def load_image(path: str | Path, channels: int, size: Sequence[int] | None = None) -> Picture:
-    """The picture in a file with 1 (grey) or 3 (RGB) channels, of ``size`` (height, width). Raises `DataError`."""
+    """The picture in a file with 1 (grey), 3 (RGB) or 4 (RGBA) channels, of ``size`` (height, width).
+
+    Raises `DataError`.
+    """
     path = Path(path)
     if not path.is_file():
         raise DataError("NO_FILE", path, "there is no such file", "Name an image file")
