@@ -160,7 +160,7 @@ class Watch:
 
     def finish(self) -> None:
         """The last look, the pictures of the finished model, and the mark that it is one."""
-        self.look(last=True)
+        self.look(True)
         self._draw("samples.png", LAST_SHOWN, LAST_STEPS)
         try:
             with self._spared():
