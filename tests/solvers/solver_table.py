@@ -8,7 +8,7 @@ every solver is an affine map, so `test_affine.py` compares both on basis vector
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -126,7 +126,7 @@ class Row(NamedTuple):
     """``solver`` against ``reference``; of ``order`` in strength (``draws`` = 0) or weakly; None has none.
 
     ``calls(steps)`` is how often it calls the denoiser on a chain with finite ends. ``signal``: it needs alpha > 0.
-    ``late``: its order shows with more steps than `test_order.py` takes, in `test_exponential.py`.
+    ``finest``: the steps with which its order shows, where that is more than the 512 of `test_order.py`, by schedule.
     """
 
     solver: Solver
@@ -135,7 +135,7 @@ class Row(NamedTuple):
     draws: int = 0
     calls: Callable[[int], int] = lambda steps: steps
     signal: bool = False
-    late: bool = False
+    finest: Mapping[str, int] = {}
 
 
 def stepwise(step: Callable[..., Array]) -> Reference:
@@ -365,11 +365,19 @@ ROWS: dict[str, Row] = {
     "unipc 2": Row(UniPC(2), by_lambda.unipc(2, "bh2"), 3),
     "unipc 2 bh1": Row(UniPC(2, "bh1"), by_lambda.unipc(2, "bh1"), 3),
     "unipc 3": Row(UniPC(3), by_lambda.unipc(3, "bh2"), 4, calls=lambda steps: steps + 2),
-    "exponential 4": Row(Multistep(4), by_lambda.adams(4), 4, calls=lambda steps: steps + 2 * min(steps, 2), late=True),
-    "dpm++ 3m from low": Row(Multistep(3, start="low"), by_lambda.adams(3, low=True), 2, late=True),
-    "dpm++ 3m sde": Row(Multistep(3, 1.0), by_lambda.adams(3, 1.0), 2, 1, late=True),
+    "exponential 4": Row(
+        Multistep(4), by_lambda.adams(4), 4, calls=lambda steps: steps + 2 * min(steps, 2), finest={"flow": 1024}
+    ),
+    # of order 2 by its first step, and "to low" by its last
+    "dpm++ 3m from low": Row(Multistep(3, start="low"), by_lambda.adams(3, low=True), 2, finest={"flow": 2048}),
+    "dpm++ 3m sde": Row(Multistep(3, 1.0), by_lambda.adams(3, 1.0), 2, 1, finest={"flow": 2048, "exploding": 1024}),
     "dpm++ 2m sde to low": Row(Multistep(2, 1.0, "bh2", end="low"), by_lambda.ended(by_lambda.two_m_sde, 1.0), 2, 1),
-    "dpm++ 3m to low": Row(Multistep(3, end="low"), by_lambda.ended(by_lambda.adams(3, low=True)), 2, late=True),
-    "unipc 3 from low": Row(UniPC(3, "bh1", "low"), by_lambda.unipc(3, "bh1", True), 3, late=True),
+    "dpm++ 3m to low": Row(Multistep(3, end="low"), by_lambda.ended(by_lambda.adams(3, low=True)), 2),
+    "unipc 3 from low": Row(
+        UniPC(3, "bh1", "low"),
+        by_lambda.unipc(3, "bh1", True),
+        3,
+        finest={"log-SNR": 1024, "flow": 6144, "exploding": 2048},
+    ),
     "product": Row(Product(), ancestral("small"), None, 1),  # with a factor: test_product.py
 }
