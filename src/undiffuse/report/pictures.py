@@ -103,25 +103,28 @@ def bits_per_step(curves: Mapping[str, tuple[Any, Any]], title: str = "") -> Fig
     return figure
 
 
-def by_calls(curves: Mapping[str, Sequence[tuple[int, float]]], floors: Mapping[str, float], measure: str) -> Figure:
-    """A figure of a ``measure`` of samplers, both axes logarithmic: ``curves`` are name: [(network calls, measure)].
+def by_calls(
+    curves: Mapping[str, Sequence[tuple[int, float, float]]], floors: Mapping[str, float], measure: str
+) -> Figure:
+    """A figure of a ``measure`` of samplers, both axes logarithmic, from [(network calls, measure, its error)] by name.
 
     ``floors`` are lines across, name: measure. What is not above 0 is left out.
     """
     figure = _figure(7.6, 4.6)
     axes = _tidy(figure.subplots(), "network calls a sample", measure)
     for i, (name, points) in enumerate((name, points) for name, points in curves.items() if points):
-        calls, values = zip(*points, strict=True)
+        calls, values, errors = zip(*points, strict=True)
         shown = [v if v > 0 else math.nan for v in values]
         mark = {"marker": "o", "markersize": 3} if len(calls) > 1 else {"marker": "*", "markersize": 11}
         (line,) = axes.plot(calls, shown, label=name, color=COLOURS[i % len(COLOURS)], **mark)
         line.set_linestyle(STYLES[i // len(COLOURS) % len(STYLES)])
+        axes.errorbar(calls, shown, errors, fmt="none", ecolor=line.get_color(), elinewidth=0.7, alpha=0.7)
     for name, value in floors.items():
         axes.axhline(value, color="0.5", linewidth=0.8)
         axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    asked = sorted({calls for points in curves.values() for calls, _ in points})
+    asked = sorted({calls for points in curves.values() for calls, *_ in points})
     axes.set_xticks(asked, [f"{calls:,}" for calls in asked])
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
