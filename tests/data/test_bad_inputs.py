@@ -223,9 +223,13 @@ def test_an_array_that_changes_while_it_is_trained_on(place, monkeypatch, order,
         real = os.preadv
         patch.setattr(os, "preadv", lambda *of: os.truncate(path, 5000) or real(*of))
 
+    def touched_while_read(patch):
+        real = os.preadv
+        patch.setattr(os, "preadv", lambda *of: os.utime(path, ns=(1, 1)) or real(*of))
+
     changes = [lambda _: os.truncate(path, 5000), lambda _: os.utime(path, ns=(1, 1)), lambda _: path.unlink()]
     changes += [lambda _: (path.unlink(), np.save(path, values))]
-    changes += [while_read] * (order == "C")
+    changes += [while_read, touched_while_read] * (order == "C")
     for change in changes:
         for said in in_child(lambda change=change: told(change)):
             assert said.startswith(f"error[CHANGED_DURING_RUN] {path}: was changed, replaced or deleted")
