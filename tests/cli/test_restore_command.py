@@ -79,7 +79,7 @@ def test_what_is_asked_reaches_the_library(place, call):
     """Every option: the same answers as the library's own."""
     from undiffuse.checkpoint import load
 
-    model, out = load(place / "run"), place / "all"
+    model = load(place / "run")
     more = [
         "--upsample",
         2,
@@ -96,24 +96,64 @@ def test_what_is_asked_reaches_the_library(place, call):
         "--batch",
         1,
         "--out",
-        out,
     ]
     for method in ("dps", "pigdm"):
         asked = [] if method == "pigdm" else ["--method", method]  # which is the best for what is blurred
-        assert call("restore", place / "run", place / "small.png", *more, *asked)[0] == 0
+        assert call("restore", place / "run", place / "small.png", *more, place / method, *asked)[0] == 0
         damage = Damage((1, 8, 8), 0.7, 2, 0.1)
         image = Pixels(256).encode(torch.tensor(SMALL)[None])
         settings = {"method": method, "seed": 4, "steps": 3, "floor": rounding(256)}
         expected = restored(model, damage, image, 2, **settings)
-        np.testing.assert_array_equal(np.stack([read(out / f"{i:06d}.png") for i in range(2)]), expected[:, 0])
-    code, _, error = call("restore", place / "run", place / "small.png", *more, "--label", "cat")
+        np.testing.assert_array_equal(
+            np.stack([read(place / method / f"{i:06d}.png") for i in range(2)]), expected[:, 0]
+        )
+    out = place / "all"
+    code, _, error = call("restore", place / "run", place / "small.png", *more, out, "--label", "cat")
     assert (code, error[:13]) == (2, "error[LABEL] ")
-    code, said, _ = call("restore", place / "run", place / "whole.png", *more, "--degrade")
+    code, said, _ = call("restore", place / "run", place / "whole.png", *more, out, "--degrade")
     assert code == 0
     assert "away from the whole image" in said
     image = degraded(damage, Pixels(256).encode(torch.tensor(WHOLE)[None]), 4, 256)
     expected = restored(model, damage, image, 2, **settings)
     np.testing.assert_array_equal(np.stack([read(out / f"{i:06d}.png") for i in range(2)]), expected[:, 0])
+
+
+def test_answers_are_never_replaced(place, call):
+    """A folder with answers is refused by name; without a name the next free one is taken."""
+    flags = ["restore", place / "run", place / "colour.png", "--noise", 0.1, "--n", 1, "--steps", 2]
+    for name in ("colour-mmps", "colour-mmps-2", "colour-mmps-3"):
+        said = call(*flags, "--seed", len(name))
+        assert f"{place / 'run' / 'restored' / name}/strip.png" in said.out
+        assert json.loads((place / "run" / "restored" / name / "manifest.json").read_text())["seed"] == len(name)
+    first = place / "run" / "restored" / "colour-mmps"
+    before = (first / "000000.png").read_bytes()
+    said = call(*flags, "--seed", 1, "--out", first)
+    assert (said.code, said.err) == (
+        2,
+        f"error[OUT] {first}: there are answers already. Give another folder, or remove it.\n",
+    )
+    assert (first / "000000.png").read_bytes() == before
+
+
+def test_what_is_transparent_in_a_mask_is_made_up(place, call):
+    hidden = np.zeros((8, 8, 4), np.uint8)
+    hidden[..., 3], hidden[:, 4:, 3] = 255, 0  # black throughout, and nothing there on the right
+    Image.fromarray(hidden).save(place / "erased.png")
+    out = place / "erased"
+    flags = ["--mask", place / "erased.png", "--n", 1, "--out", out]
+    assert call("restore", place / "run", place / "whole.png", *flags).code == 0
+    made = read(out / "000000.png")
+    np.testing.assert_array_equal(made[:, :4], WHOLE[:, :4])
+    assert (made[:, 4:] != WHOLE[:, 4:]).mean() > 0.9
+
+
+def test_more_steps_than_the_chain_has_are_told(place, call):
+    words = "99,999 steps are more than the chain of this model has: all its 6 are walked\n"
+    for flags in (
+        ["restore", place / "run", place / "whole.png", "--noise", 0.1, "--n", 1, "--out", place / "long"],
+        ["interpolate", place / "run", place / "whole.png", place / "black.png", "--out", place / "long.png"],
+    ):
+        assert words in call(*flags, "--steps", 99_999).out
 
 
 def test_colours_are_made_grey_and_one_answer_has_no_spread(place, call):
@@ -132,6 +172,7 @@ def test_colours_are_made_grey_and_one_answer_has_no_spread(place, call):
         (2, ["run", "whole.png", "--blur", "1", "--method", "magic"], "'magic': no such method"),
         (2, ["run", "whole.png", "--blur", "1", "--method", "repaint"], "it fills in what a mask hides"),
         (2, ["run", "whole.png", "--mask", "white.png"], "it hides everything"),
+        (2, ["run", "whole.png", "--mask", "black.png"], "it hides nothing, so there is nothing to be made up"),
         (3, ["run", "whole.png", "--upsample", "2"], "it has 8 x 8 pixels, and 4 x 4 are needed"),
         (3, ["run", "small.png", "--noise", "0.1"], "it has 4 x 4 pixels, and 8 x 8 are needed"),
         (3, ["run", "small.png", "--upsample", "2", "--degrade"], "it has 4 x 4 pixels, and 8 x 8 are needed"),
@@ -159,6 +200,8 @@ def test_the_way_between_two_images(place, call):
     first, _, _, last = tiles(path)
     np.testing.assert_allclose(first.astype(int), WHOLE, atol=1)
     np.testing.assert_allclose(last, 0, atol=1)
+    said = call("interpolate", place / "run", place / "whole.png", place / "black.png", "--out", place / "way.foo")
+    assert (said.code, f"{place / 'way.foo'}: it names no PNG file" in said.err) == (2, True)
     assert call("interpolate", place / "line", place / "whole.png", place / "black.png")[0] == 2
     assert call("interpolate", place / "run", place / "whole.png", place / "small.png")[0] == 3
     assert call("interpolate", place / "run", place / "whole.png", place / "black.png", "--n", 1)[0] == 2

@@ -10,11 +10,12 @@ import typer
 
 from undiffuse import checkpoint
 from undiffuse.cli.guide import class_names
-from undiffuse.cli.options import Device, RunArgument, beside, console, device_of
+from undiffuse.cli.options import Device, RunArgument, at_most, beside, console, device_of
 from undiffuse.cli.restore import image_model
 from undiffuse.cli.told import tell
 from undiffuse.codec import Pixels
 from undiffuse.data.single import load_image
+from undiffuse.errors import ConfigError
 from undiffuse.inverse.codes import slerp
 from undiffuse.report import pictures
 
@@ -24,14 +25,19 @@ def interpolate(
     one: Annotated[Path, typer.Argument(help="The image to begin with.", metavar="A")],
     other: Annotated[Path, typer.Argument(help="The image to end with.", metavar="B")],
     n: Annotated[int, typer.Option(help="How many images, A and B among them.", min=2)] = 9,
-    steps: Annotated[int, typer.Option(help="Steps of the flow each way, four calls each.", min=1)] = 50,
+    steps: Annotated[
+        int, typer.Option(help="Steps of the flow each way, four calls each, at most the chain's.", min=1)
+    ] = 50,
     label: Annotated[str | None, typer.Option(help="What A and B are: a class of the model.")] = None,
     out: Annotated[Path | None, typer.Option(help="The PNG file; in the run's pictures if not given.")] = None,
     device: Device = "auto",
 ) -> None:
     """A strip of images from A to B: their codes under the model's flow, and what lies on the arc between."""
+    if out is not None and out.suffix.lower() != ".png":
+        raise ConfigError("OUT", out, "it names no PNG file", "Give a name that ends in .png")
     model = image_model(checkpoint.load(run, device_of(device)), run)
     channels, *sides = model.item_shape
+    steps = at_most(steps, model.steps)
     assert isinstance(model.codec, Pixels)
     ends, told = [], tell(class_names(model), [label] if label else ())
     for path in (one, other):

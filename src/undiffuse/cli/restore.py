@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from rich.progress import Progress
 
 from undiffuse import checkpoint
 from undiffuse.cli.guide import class_names
-from undiffuse.cli.options import Device, RunArgument, beside, console, device_of
+from undiffuse.cli.options import Device, RunArgument, at_most, beside, console, device_of
 from undiffuse.cli.told import tell
 from undiffuse.codec import Pixels
 from undiffuse.data.single import load_image
@@ -30,7 +31,8 @@ def restore(
     run: RunArgument,
     image: Annotated[Path, typer.Argument(help="The image to restore.", metavar="IMAGE")],
     mask: Annotated[
-        Path | None, typer.Option(help="An image of IMAGE's size: white where IMAGE is to be made up, black elsewhere.")
+        Path | None,
+        typer.Option(help="An image of IMAGE's size: white or transparent where IMAGE is to be made up, else black."),
     ] = None,
     upsample: Annotated[int, typer.Option(help="IMAGE is so many times smaller a side than the model's.", min=1)] = 1,
     blur: Annotated[float, typer.Option(help="IMAGE was blurred by a Gaussian of so many (large) pixels.", min=0)] = 0,
@@ -48,12 +50,14 @@ def restore(
     ] = None,
     n: Annotated[int, typer.Option(help="How many answers: all agree with IMAGE, none is the truth.", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="Answer i is a function of (seed, i) alone.")] = 0,
-    steps: Annotated[int, typer.Option(help="Steps of the solver.", min=1)] = 100,
+    steps: Annotated[int, typer.Option(help="Steps of the solver, at most the chain's own.", min=1)] = 100,
     batch: Annotated[int, typer.Option(help="Answers at a time; changes no result.", min=1)] = 16,
-    out: Annotated[Path | None, typer.Option(help="Where to put them; a folder in the run if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder for them; one in the run if not given.")] = None,
     device: Device = "auto",
 ) -> None:
     """Fill in, enlarge, sharpen or denoise IMAGE with a model of such images: answers, their mean and spread."""
+    if out is not None and _taken(out):
+        raise ConfigError("OUT", out, "there are answers already", "Give another folder, or remove it")
     model = image_model(checkpoint.load(run, device_of(device)), run)
     channels, *sides = model.item_shape
     if mask is None and upsample == 1 and not blur and not noise:
@@ -67,9 +71,12 @@ def restore(
         hidden = load_image(mask, 1, small)
         known = torch.tensor(2 * hidden.pixels.astype(int) < hidden.levels)
         damage = Damage(model.item_shape, blur, upsample, 2 * noise, known)
+        if damage.only_mask and bool(known.all()):
+            cause = "it hides nothing, so there is nothing to be made up"
+            raise ConfigError("MASK", mask, cause, "Make white what is to be made up")
     method = method or best(damage)
     seen = degraded(damage, given, seed, picture.levels) if degrade else given
-    steps, told = min(steps, model.steps), tell(class_names(model), label or ())
+    steps, told = at_most(steps, model.steps), tell(class_names(model), label or ())
     began = time.perf_counter()
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("restoring", total=n * walked(model, method, steps))
@@ -83,7 +90,7 @@ def restore(
         settings |= {"progress": lambda done: bar.advance(task, done), "cond": told and told(range(n))}
         values = restored(model, damage, seen, n, **settings)
     seconds = time.perf_counter() - began
-    folder = out or beside(run) / "restored" / f"{image.stem}-{method}"
+    folder = out or _free(beside(run) / "restored" / f"{image.stem}-{method}")
     fits = misfit(model, damage, seen, values)
     asked = {
         "mask": mask and str(mask),
@@ -107,6 +114,16 @@ def restore(
         error = 50 * float((model.codec.encode(values).mean(0) - given).square().mean().sqrt())
         console.print(f"their mean is {error:.2f} % away from the whole image (root mean square)", markup=False)
     console.print(f"side by side: {folder}/strip.png, one by one: {folder}/000000.png ...", markup=False)
+
+
+def _taken(folder: Path) -> bool:
+    return (folder / "manifest.json").exists()
+
+
+def _free(folder: Path) -> Path:
+    """``folder``, or the first of folder-2, folder-3, ... where there are no answers yet."""
+    names = itertools.chain([folder.name], (f"{folder.name}-{i}" for i in itertools.count(2)))
+    return next(path for path in map(folder.with_name, names) if not _taken(path))
 
 
 def image_model(model: Diffusion, run: Path) -> Diffusion:
