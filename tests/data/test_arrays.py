@@ -297,8 +297,12 @@ def test_rows_of_a_file_are_those_of_the_array(tmp_path, monkeypatch, order):
     ]
     for key in (*keys, -np.ones(3, int), np.array([0, 0, 2]), slice(3, 3), slice(None, None, -7), np.int64(5), -1):
         np.testing.assert_array_equal(data.values[key], values[key].astype(np.float32), strict=True)
-    for key in (200, -201, np.array([3, 200])):
-        with pytest.raises(IndexError, match="there are 200 items"):
+    mask = random.random(200) < 0.3
+    parts = [(slice(None), 0), (slice(3, 90), slice(1, None), 2), (7, 1), (mask, ..., 0), (slice(5), None)]
+    for key in (mask, ~mask & False, *parts, (np.array([4, 2]), 1)):
+        np.testing.assert_array_equal(data.values[key], values[key].astype(np.float32), strict=True)
+    for key in (200, -201, np.array([3, 200]), mask[:50]):
+        with pytest.raises(IndexError, match="there are 200 items|size of axis is 200"):
             _ = data.values[key]
     assert np.asarray(data.values, np.float64).dtype == np.float64
     moved = load(tmp_path / "x.npy", layout="NLC").values

@@ -18,9 +18,9 @@ from undiffuse.data.seen import Stamp, changed
 class Rows:
     """As much of an array of ``shape`` and ``dtype`` as a data set needs, of items that lie elsewhere.
 
-    ``read`` gives the items whose numbers, int64, it is given. ``rows[5]``, ``rows[2:9]`` and ``rows[numbers]`` are
-    arrays in memory, C-contiguous; ``np.asarray(rows)`` is all of them. ``beside`` says that a thread may read while
-    others work.
+    ``read`` gives the items whose numbers, int64, it is given. ``rows[5]``, ``rows[2:9]``, ``rows[numbers]`` and
+    ``rows[mask]`` are arrays in memory, C-contiguous, of which more indices take parts: ``rows[:, 0]``;
+    ``np.asarray(rows)`` is all of them. ``beside`` says that a thread may read while others work.
     """
 
     def __init__(
@@ -34,7 +34,12 @@ class Rows:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> np.ndarray:
+        if isinstance(key, tuple):
+            items = self[key[0]]
+            return items[(slice(None),) * (items.ndim - self.ndim + 1) + key[1:]]
         numbers = np.arange(*key.indices(len(self))) if isinstance(key, slice) else np.asarray(key)
+        if numbers.dtype == bool:
+            numbers = np.arange(len(self))[numbers]
         if ((numbers < -len(self)) | (numbers >= len(self))).any():
             raise IndexError(f"there are {len(self)} items")
         if not numbers.size:
