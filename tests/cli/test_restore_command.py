@@ -132,6 +132,8 @@ def test_answers_are_never_replaced(place, call):
         2,
         f"error[OUT] {first}: there are answers already. Give another folder, or remove it.\n",
     )
+    said = call(*flags, "--out", first / "000000.png")
+    assert (said.code, "000000.png: it is a file. " in said.err) == (2, True)
     assert (first / "000000.png").read_bytes() == before
 
 

@@ -56,8 +56,9 @@ def restore(
     device: Device = "auto",
 ) -> None:
     """Fill in, enlarge, sharpen or denoise IMAGE with a model of such images: answers, their mean and spread."""
-    if out is not None and _taken(out):
-        raise ConfigError("OUT", out, "there are answers already", "Give another folder, or remove it")
+    if out is not None and (out.is_file() or _taken(out)):
+        cause = "it is a file" if out.is_file() else "there are answers already"
+        raise ConfigError("OUT", out, cause, "Give another folder, or remove it")
     model = image_model(checkpoint.load(run, device_of(device)), run)
     channels, *sides = model.item_shape
     if mask is None and upsample == 1 and not blur and not noise:
