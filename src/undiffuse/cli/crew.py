@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate.utils import gather, pad_across_processes
 
 from undiffuse.train.parallel import meet
 
@@ -44,7 +44,5 @@ def join(device: str) -> Crew:
 def _gather(device: str, said: Any) -> list[Any]:
     """By JSON in tensors: launchers' own way to gather objects is by pickle."""
     text = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8, device=device)
-    sizes: list[int] = gather(torch.tensor([len(text)], device=device)).tolist()  # pyright: ignore
-    padded = torch.nn.functional.pad(text, (0, max(sizes) - len(text)))
-    texts = gather(padded[None]).cpu().numpy()  # pyright: ignore
-    return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)]
+    rows = gather(pad_across_processes(text, pad_index=ord(" "))[None])  # pyright: ignore
+    return [json.loads(row.tobytes()) for row in rows.cpu().numpy()]  # pyright: ignore
