@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 
@@ -137,3 +138,9 @@ def test_the_ends_of_what_is_allowed():
             solvers.DDIM(wrong)
     with pytest.raises(ConfigError):
         solvers.Multistep(eta=math.inf)
+
+
+@pytest.mark.parametrize("name", solvers.SOLVERS)
+def test_what_a_solver_says_of_itself_is_no_setting_and_is_not_shown(name):
+    made = solvers.build(name)
+    assert all(part.repr == part.init for part in dataclasses.fields(made))
