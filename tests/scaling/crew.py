@@ -16,7 +16,7 @@ import torch
 from undiffuse.checkpoint import save
 from undiffuse.config import Config, ModelConfig, TrainConfig, replace_train
 from undiffuse.data import from_array
-from undiffuse.train import Interrupted, fit
+from undiffuse.train import Interrupted, fit, loop
 from undiffuse.train.watch import Watch
 
 DATA = from_array(
@@ -42,7 +42,13 @@ def end(watch):
 
 def train(folder, settings, stop=None, wide=False):
     """The numbers of every step: loss, norm of the gradient, learning rate."""
-    told, real = [], Watch.step
+    told, real, share = [], Watch.step, loop.share_gradient
+    replicated = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not settings.get("shard")
+
+    def shared(accelerator, diffusion):
+        share(accelerator, diffusion)
+        gradients = [p.grad for p in diffusion.network.parameters()]
+        assert not replicated or all(g.untyped_storage().nbytes() > g.nbytes for g in gradients)  # in DDP's buckets
 
     def step(watch, loss, norm, lr, *more):
         real(watch, loss, norm, lr, *more)
@@ -52,12 +58,13 @@ def train(folder, settings, stop=None, wide=False):
 
     torch.set_default_dtype(torch.float64 if wide else torch.float32)
     Watch.step, Watch.look, Watch.finish = step, lambda *_: None, end
+    loop.share_gradient = shared
     try:
         fit(replace_train(CONFIG, **settings), DATA, folder, device="cpu", quiet=True)
     except Interrupted:
         assert stop is not None
     finally:
-        Watch.step = real
+        Watch.step, loop.share_gradient = real, share
         torch.set_default_dtype(torch.float32)
     return told
 
