@@ -1,24 +1,24 @@
-# One word a chore; the work is in scripts/, so that a person, this file and CI run the same thing.
+# One word for each chore. The work is in scripts/, so that a person, this file and CI run the same commands.
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-release check docs
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\): *## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
-demo:            ## train, sample and measure a small model; ARGS="..." goes to it
+demo:            ## train, sample and measure a small model; ARGS="..." is passed to it
 	@scripts/demo $(ARGS)
 
-test:            ## the tests, a few minutes; ARGS="..." goes to pytest
+test:            ## the tests, a few minutes; ARGS="..." is passed to pytest
 	@scripts/test $(ARGS)
 
-test-release:    ## the heavy tests and the mutation tester
+test-release:    ## the heavy tests, line coverage and the mutation tester
 	@scripts/release $(ARGS)
 
-check:           ## lint, types, documentation links
+check:           ## lint, types, documentation build
 	@scripts/check
 
-docs:            ## the documentation, served on this machine
+docs:            ## serve the documentation on this machine
 	@scripts/docs $(ARGS)
 
-venv:
-	@scripts/venv
+venv:            ## create .venv with everything that a developer needs
+	@scripts/venv check

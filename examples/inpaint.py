@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from undiffuse import Diffusion, data, load
-from undiffuse.report import pictures
-from undiffuse.sample import to_data
-from undiffuse.solvers.product import Product, known
+from undiffuse import load_data
+from undiffuse.model.checkpoint import load
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.report import figures as pictures
+from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.solvers.product import Product, inpainting_factor
+from undiffuse.sampling.trajectory import rescale
 
 
 def inpaint(model: Diffusion, values: Tensor, mask: Tensor, seed: int, steps: int = 100, repeats: int = 4) -> Tensor:
@@ -22,15 +25,15 @@ def inpaint(model: Diffusion, values: Tensor, mask: Tensor, seed: int, steps: in
     One pass hardly looks at what is known; each repeat of a step brings the new numbers nearer to their law given
     the known ones (docs/maths.md, products).
     """
-    x = model.codec.encode(values).to(model.device)
-    solver = Product(known(x, mask.to(x.device)), model.config.variance, repeats)
-    *_, last = model.trajectory(range(len(x)), seed, solver, steps)
-    return model.codec.decode(to_data(last.x, last.level)).cpu()
+    x = model.transform.to_model(values).to(model.device)
+    solver = Product(inpainting_factor(x, mask.to(x.device)), model.config.variance, repeats)
+    *_, last = model.trajectory(range(len(x)), seed, Sampler(solver, steps))
+    return model.transform.to_data(rescale(last.x, last.level)).cpu()
 
 
 def main(run: str, source: str | None = None, images: int = 8, steps: int = 100, repeats: int = 4) -> Path:
     model = load(run)
-    held = data.load(source or model.info["name"])
+    held = load_data(source or model.info["name"])
     if held.fingerprint != model.info["fingerprint"]:
         raise SystemExit(
             f"{held.name} is not what this model was trained on, so nothing says which items are new to it"
@@ -40,7 +43,7 @@ def main(run: str, source: str | None = None, images: int = 8, steps: int = 100,
     grey = values.double().mean().to(values.dtype)
     columns = [values, torch.where(mask, values, grey)]
     columns += [inpaint(model, values, mask, seed, steps, repeats) for seed in range(3)]
-    picture = pictures.grid(torch.stack(columns, 1).flatten(0, 1).numpy(), held.levels, columns=len(columns))
+    picture = pictures.image_grid(torch.stack(columns, 1).flatten(0, 1).numpy(), held.num_values, columns=len(columns))
     path = Path(run) / "pictures" / "inpainted.png"
     picture.save(path)
     return path

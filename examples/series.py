@@ -1,8 +1,7 @@
-"""Learns two years of carbon dioxide in the air, week by week: ``python examples/series.py OUT [MINUTES]``.
+"""Learn two-year windows of weekly CO2 measurements: ``python examples/series.py OUT [MINUTES]``.
 
-The measurements are those of Mauna Loa that come with statsmodels (``pip install statsmodels``). The model learns from
-windows of the first decades and is measured on the last years, which it has not seen. OUT/windows.png shows windows
-that it draws, the table how they compare with real ones.
+The measurements are those of Mauna Loa in statsmodels (``pip install statsmodels``). The model is trained on the first
+80 % of the time and tested on the rest. OUT/windows.png shows generated windows; a table compares them with real ones.
 """
 
 import sys
@@ -12,39 +11,39 @@ from pathlib import Path
 import numpy as np
 from statsmodels.datasets import co2
 
-from undiffuse import Config, data, fit, load, presets
-from undiffuse.config import replace_train
-from undiffuse.report import pictures, table
+from undiffuse import Config, Dataset, fit, from_array, load, preset, replace_train
+from undiffuse.report import table
+from undiffuse.report.figures import image_grid
 
-WEEKS, EVERY, LEARNED = 104, 2, 0.8  # of a window, between two of them, and the share of time to learn from
-
-
-def windows() -> data.Dataset:
-    """(N, 1, 104) ppm above the window's mean; the last are an official test part that shares no week with the rest."""
-    air = co2.load_pandas().data.co2.interpolate().to_numpy(np.float32)
-    cut = int(LEARNED * len(air))
-    early, late = (np.lib.stride_tricks.sliding_window_view(part, WEEKS)[::EVERY] for part in (air[:cut], air[cut:]))
-    both = np.concatenate([early, late])[:, None]
-    made = data.from_array(both - both.mean(-1, keepdims=True), layout="NCL", name="co2")
-    return replace(made, test_from=len(early))
+WEEKS, STRIDE, TRAIN_FRACTION = 104, 2, 0.8  # weeks in a window and between two windows; fraction of the time
 
 
-def told(values: np.ndarray) -> dict[str, float]:
-    """What one can say of windows in ppm: how far they swing, rise in a year, and jump from week to week."""
+def windows() -> Dataset:
+    """(N, 1, 104) ppm above the window's mean. The last windows are the test part; no week is in both parts."""
+    ppm = co2.load_pandas().data.co2.interpolate().to_numpy(np.float32)
+    cut = int(TRAIN_FRACTION * len(ppm))
+    early, late = (np.lib.stride_tricks.sliding_window_view(part, WEEKS)[::STRIDE] for part in (ppm[:cut], ppm[cut:]))
+    values = np.concatenate([early, late])[:, None]
+    data = from_array(values - values.mean(-1, keepdims=True), layout="NCL", name="co2")
+    return replace(data, test_from=len(early))
+
+
+def statistics(values: np.ndarray) -> dict[str, float]:
+    """Mean range within a window, mean and standard deviation of the yearly rise, and that of the weekly change."""
     values = values[:, 0].astype(float)
-    year = values[:, 52:].mean(1) - values[:, :52].mean(1)
-    swing, jump = values.max(1) - values.min(1), np.diff(values)
-    return {"swing": swing.mean(), "a year's rise": year.mean(), "its spread": year.std(), "weekly jump": jump.std()}
+    rise = values[:, 52:].mean(1) - values[:, :52].mean(1)
+    extent = values.max(1) - values.min(1)
+    return {"range": extent.mean(), "rise": rise.mean(), "rise std": rise.std(), "weekly std": np.diff(values).std()}
 
 
 def main(out: Path, recipe: Config) -> Path:
-    seen = windows()
-    model = load(fit(recipe, seen, out / "run"))
-    drawn = model.sample(200, seed=1).numpy()
-    split = seen.split(recipe.train.held_out)
-    groups = {"learned from": seen.values[split.train], "years after": seen.values[split.test], "drawn": drawn}
-    table.render([{"ppm": name, **told(values)} for name, values in groups.items()], "windows of two years")
-    pictures.grid(drawn[:16]).save(out / "windows.png")
+    data = windows()
+    model = load(fit(recipe, data, out / "run"))
+    samples = model.sample(200, seed=1).numpy()
+    split = data.split(recipe.train.held_out)
+    groups = {"training": data.values[split.train], "test": data.values[split.test], "generated": samples}
+    table.render([{"ppm": name, **statistics(values)} for name, values in groups.items()], "two-year windows")
+    image_grid(samples[:16]).save(out / "windows.png")
     return out / "windows.png"
 
 
@@ -52,4 +51,4 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
     minutes = float(sys.argv[2]) if len(sys.argv) > 2 else 5.0
-    print(main(Path(sys.argv[1]), replace_train(presets.get("series"), minutes=minutes)))
+    print(main(Path(sys.argv[1]), replace_train(preset("series"), minutes=minutes)))

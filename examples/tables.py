@@ -1,7 +1,7 @@
-"""Learns a table and draws new rows of it, kind by kind: ``python examples/tables.py OUT [MINUTES]``.
+"""Learn a table and generate new rows of each class: ``python examples/tables.py OUT [MINUTES]``.
 
-The table is scikit-learn's of 178 wines: thirteen measurements and which of three growers. OUT/wine.csv is what it
-learns from, OUT/drawn.csv has as many new rows, OUT/drawn.png shows them, and the table compares columns.
+The table has 178 wines of scikit-learn: thirteen measurements, and three growers as classes. OUT/wine.csv is the
+training data, OUT/generated.csv has as many new rows, OUT/generated.png plots them; a table compares the columns.
 """
 
 import csv
@@ -12,44 +12,44 @@ import numpy as np
 import torch
 from sklearn.datasets import load_wine
 
-from undiffuse import Condition, Config, data, fit, load, presets
-from undiffuse.config import replace_train
-from undiffuse.report import pictures, table
+from undiffuse import Condition, Config, fit, load, load_data, preset, replace_train
+from undiffuse.report import table
+from undiffuse.report.figures import image_grid
 
 
-def write(path: Path, names: list[str], rows: np.ndarray, words: list[str]) -> None:
+def write(path: Path, columns: list[str], rows: np.ndarray, labels: list[str]) -> None:
     with path.open("w", newline="") as file:
-        csv.writer(file).writerows([[*names, "label"], *([*row, word] for row, word in zip(rows, words, strict=True))])
+        writer = csv.writer(file)
+        writer.writerow([*columns, "label"])
+        writer.writerows([*row, label] for row, label in zip(rows, labels, strict=True))
 
 
 def main(out: Path, recipe: Config) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     wine = load_wine()
     write(out / "wine.csv", wine.feature_names, wine.data, [str(wine.target_names[i]) for i in wine.target])
-    real = data.load(out / "wine.csv")
-    model = load(fit(replace_train(recipe, conditional=True), real, out / "run"))
-    labels = torch.from_numpy(real.labels)
-    drawn = model.sample(len(real), seed=1, cond=Condition(label=labels)).numpy()
-    write(out / "drawn.csv", list(real.columns), drawn, [real.classes[i] for i in real.labels])
-    pictures.grid(drawn, names=real.columns).save(out / "drawn.png")
+    data = load_data(out / "wine.csv")
+    model = load(fit(replace_train(recipe, conditional=True), data, out / "run"))
+    cond = Condition(label=torch.from_numpy(data.labels))
+    samples = model.sample(len(data), seed=1, cond=cond).numpy()
+    write(out / "generated.csv", list(data.columns), samples, [data.classes[i] for i in data.labels])
+    image_grid(samples, names=data.columns).save(out / "generated.png")
     rows = []
-    for i, name in enumerate(real.columns):
-        row: dict[str, object] = {"column": name}
-        for kind, word in enumerate(real.classes):
-            values, new = (rows[real.labels == kind, i].astype(float) for rows in (real.values, drawn))
-            row |= {
-                word: f"{values.mean():.4g} ± {values.std():.2g}",
-                f"drawn {word}": f"{new.mean():.4g} ± {new.std():.2g}",
-            }
+    for i, column in enumerate(data.columns):
+        row: dict[str, object] = {"column": column}
+        for label, name in enumerate(data.classes):
+            for title, values in ((name, data.values), (f"generated {name}", samples)):
+                cells = values[data.labels == label, i].astype(float)
+                row[title] = f"{cells.mean():.4g} ± {cells.std():.2g}"
         rows.append(row)
-    table.render(rows, "mean ± standard deviation of a column")
-    apart = np.abs(np.corrcoef(real.values.T) - np.corrcoef(drawn.T)).max()
-    print(f"correlations of two columns are at most {apart:.2f} apart; drawn.csv is in {out}")
-    return out / "drawn.png"
+    table.render(rows, "mean ± standard deviation")
+    difference = np.abs(np.corrcoef(data.values.T) - np.corrcoef(samples.T)).max()
+    print(f"correlations of two columns differ by at most {difference:.2f}; the rows are in {out}/generated.csv")
+    return out / "generated.png"
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
     minutes = float(sys.argv[2]) if len(sys.argv) > 2 else 2.0
-    print(main(Path(sys.argv[1]), replace_train(presets.get("vector"), batch=128, minutes=minutes)))
+    print(main(Path(sys.argv[1]), replace_train(preset("vector"), batch=128, minutes=minutes)))

@@ -1,4 +1,4 @@
-"""Work in a forked child: as another user, within memory and time, and where nothing it breaks is ours."""
+"""Run a function in a forked child: as another user, within limits of memory and time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ NOBODY = 65534
 
 
 def in_child(work: Callable[[], Any], seconds: float = 60, user: int | None = None, memory: int | None = None) -> Any:
-    """What ``work()`` returns, plain data, done by a child as ``user`` and with at most so many bytes of memory more.
+    """The plain data that ``work()`` returns, run by a child as ``user`` with at most ``memory`` more bytes.
 
-    AssertionError where it raises, is killed by a signal or takes longer than so many ``seconds``.
+    AssertionError if it raises, is killed by a signal or takes longer than ``seconds``.
     """
     out, into = os.pipe()
     child = os.fork()
@@ -33,11 +33,11 @@ def in_child(work: Callable[[], Any], seconds: float = 60, user: int | None = No
                 os.setgroups([])
                 os.setegid(user)
                 os.seteuid(user)
-            said = {"result": work()}
+            outcome = {"result": work()}
         except BaseException:
-            said = {"error": traceback.format_exc()}
+            outcome = {"error": traceback.format_exc()}
         with os.fdopen(into, "w") as file:
-            json.dump(said, file)
+            json.dump(outcome, file)
         os._exit(0)
     os.close(into)
     end, text = time.monotonic() + seconds, b""
@@ -52,6 +52,6 @@ def in_child(work: Callable[[], Any], seconds: float = 60, user: int | None = No
             text += more
     _, status = os.waitpid(child, 0)
     assert not os.WIFSIGNALED(status), f"killed by signal {os.WTERMSIG(status)}, after {text[-200:]!r}"
-    said = json.loads(text)
-    assert "error" not in said, said["error"]
-    return said["result"]
+    outcome = json.loads(text)
+    assert "error" not in outcome, outcome["error"]
+    return outcome["result"]

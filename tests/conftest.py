@@ -1,5 +1,9 @@
 """Shared by all tests: this folder is on the path (`import oracles`), examples never change; no network."""
 
+import os
+import shutil
+from pathlib import Path
+
 import offline
 import torch
 from hypothesis import settings
@@ -8,6 +12,8 @@ settings.register_profile("undiffuse", derandomize=True, deadline=None, database
 settings.load_profile("undiffuse")
 torch.set_num_threads(1)
 offline.close()
+if Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 4e9:  # fsync takes most of a short run on disks
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 
 def pytest_sessionfinish(session):

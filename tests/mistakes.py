@@ -1,17 +1,17 @@
-"""Solvers with a mistake planted in them: what a wrong subscript costs, and a coefficient that is often printed."""
+"""Solvers with planted mistakes: a wrong subscript, and a coefficient that is often printed."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from undiffuse.solvers import Multistep
-from undiffuse.solvers.exponential import gap, moments
+from undiffuse.sampling.solvers.dpm_multistep import Multistep
+from undiffuse.sampling.solvers.exponential import half_log_snr_gap, moments
 
 
 @dataclass(frozen=True)
 class WrongSubscript(Multistep):
-    """Takes x̂ of two levels before for that of one level before."""
+    """Uses x̂ of two levels before in place of that of one level before."""
 
     def step(self, denoise, x_t, t, s, state, noise):
         last, *known = state
@@ -35,11 +35,11 @@ class OtherThird(Multistep):
 
     def step(self, denoise, x_t, t, s, state, noise):
         x_s, after = super().step(denoise, x_t, t, s, state, noise)
-        h, (_, *known) = gap(t, s), state
+        h, (_, *known) = half_log_snr_gap(t, s), state
         if len(known) < 2 or math.isinf(h):
             return x_s, after
         new, old, oldest = after[1][0], known[0][0], known[1][0]
-        r, q = (-gap(t, at) / h for _, at in known)
+        r, q = (-half_log_snr_gap(t, at) / h for _, at in known)
         second = ((new - old) / r - (old - oldest) / (q - r)) / q
         off = (self.times / 2 - 1) * moments((1 + self.eta) * h, 3)[2] + self.more
         return x_s + float(s.alpha) * off * second, after

@@ -1,6 +1,6 @@
-"""Closed forms in float64: what a perfect network would say, and what the process does to known data.
+"""Exact denoisers, scores, densities and flows of Gaussian, mixture and empirical data, in float64.
 
-Everything here is written from the definition x_t = alpha x + sigma eps, without the package's own formulas.
+Derived from the definition x_t = alpha x + sigma eps, without the formulas of the package.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from undiffuse.conditioning import Condition
-from undiffuse.denoiser import Prediction
-from undiffuse.process.level import NoiseLevel
+from undiffuse.denoising.denoiser import Prediction
+from undiffuse.networks.condition import Condition
+from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.schedule import Schedule
 
 
@@ -29,7 +29,7 @@ def gaussian_kl(mean: Tensor, var: Tensor, mean2: Tensor, var2: Tensor) -> Tenso
 
 
 class Mixture:
-    """Σ_k weights_k N(means_k, covs_k): ``means`` (K, *shape); ``covs`` (K, *shape) of variances or (K, D, D)."""
+    """Σ_k weights_k N(means_k, covs_k): ``means`` (K, *shape); ``covs`` of variances (K, *shape) or (K, D, D)."""
 
     def __init__(self, weights: Tensor, means: Tensor, covs: Tensor) -> None:
         means = torch.as_tensor(means, dtype=torch.float64)
@@ -47,7 +47,7 @@ class Mixture:
     def _at(
         self, x_t: Tensor, level: NoiseLevel, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """alpha, sigma (B or 1, 1, 1); residuals in each component's eigenbasis (B, K, D), their variances, log w_k."""
+        """alpha, sigma (B or 1, 1, 1); residuals in each component's eigenbasis (B, K, D), their variances; log w_k."""
         alpha, sigma = (v.detach().double().cpu().reshape(-1, 1, 1) for v in (level.alpha, level.sigma))
         x = x_t.double().flatten(1)[:, None]
         residual = torch.einsum("bkd,kde->bke", x - alpha * self.means, self.vectors)
@@ -56,27 +56,27 @@ class Mixture:
         return alpha, sigma, residual, variance, log_w
 
     def log_density(self, x_t: Tensor, level: NoiseLevel, label: Tensor | None = None) -> Tensor:
-        """log q(x_t), (B,) nats; of a `LabelledMixture` given the labels (B,)."""
+        """log q(x_t), (B,) nats; for a `LabelledMixture` log q(x_t|label) with labels (B,)."""
         return torch.logsumexp(self._at(x_t, level, label)[-1], dim=1)
 
-    def _mean(self, share: Tensor, log_w: Tensor) -> Tensor:
-        return torch.einsum("bk,bke,kde->bd", torch.softmax(log_w, 1), share, self.vectors)
+    def _mean(self, coordinates: Tensor, log_w: Tensor) -> Tensor:
+        return torch.einsum("bk,bke,kde->bd", torch.softmax(log_w, 1), coordinates, self.vectors)
 
     def score(self, x_t: Tensor, level: NoiseLevel, label: Tensor | None = None) -> Tensor:
-        """∇ log q(x_t), of x_t's shape; of a `LabelledMixture` given the labels (B,)."""
+        """∇ log q(x_t), of x_t's shape; for a `LabelledMixture` ∇ log q(x_t|label) with labels (B,)."""
         _, _, residual, variance, log_w = self._at(x_t, level, label)
         return self._mean(-residual / variance, log_w).reshape(x_t.shape)
 
     def predict(self, x_t: Tensor, level: NoiseLevel, label: Tensor | None = None) -> Prediction:
-        """E[x|x_t] and E[eps|x_t], float64; of a `LabelledMixture` given the labels (B,)."""
+        """E[x|x_t] and E[eps|x_t], float64; for a `LabelledMixture` given the labels (B,)."""
         alpha, sigma, residual, variance, log_w = self._at(x_t, level, label)
         x = torch.softmax(log_w, 1) @ self.means + self._mean(alpha * self.values / variance * residual, log_w)
         eps = self._mean(sigma / variance * residual, log_w)
         return Prediction(x.reshape(x_t.shape), eps.reshape(x_t.shape))
 
-    def denoiser(self, schedule: Schedule, nu: float | Tensor | None = None) -> ExactDenoiser:
-        """The perfect network; ``nu`` is what it says of its variance."""
-        return ExactDenoiser(self, schedule, nu)
+    def denoiser(self, schedule: Schedule, var_interp: float | Tensor | None = None) -> ExactDenoiser:
+        """The exact denoiser, which predicts the given ``var_interp``."""
+        return ExactDenoiser(self, schedule, var_interp)
 
     def velocity(self, x_t: Tensor, level: NoiseLevel, alpha_rate: float, sigma_rate: float) -> Tensor:
         """dx_t/dt of the probability flow, alpha' x̂ + sigma' ε̂."""
@@ -90,7 +90,7 @@ class Mixture:
         return (self.weights * torch.special.ndtr(z)).sum(-1)
 
     def flow(self, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
-        """Where the probability flow carries x_t: one-dimensional data keep their quantile."""
+        """The end of the probability flow from x_t, which preserves the quantile of one-dimensional data."""
         assert self.means.shape[1] == 1
         goal = self.cdf(x_t, t)
         reach = 50 * (s.alpha * (self.means.abs().max() + self.values.max().sqrt()) + s.sigma)
@@ -111,7 +111,7 @@ class Mixture:
         return within + torch.einsum("k,kd,ke->de", self.weights, centred, centred)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """(n, *shape) draws of the data."""
+        """(n, *shape) samples of the data."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         z = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
         x = self.means[k] + torch.einsum("nde,ne->nd", self.vectors[k], self.values[k].sqrt() * z)
@@ -123,50 +123,52 @@ class MixtureData(Mixture):
 
 
 class LabelledMixture(Mixture):
-    """A mixture whose component k has the label ``labels[k]``, whole numbers from 0; −1 or None is any label.
+    """A mixture whose component k has the label ``labels[k]``, a whole number from 0; −1 or None means any label.
 
-    Its denoiser is the exact one given ``cond.label``. log q(x_t|label) + log P(label) = log q(x_t) +
+    Its denoiser is conditioned on ``cond.label``. log q(x_t|label) + log P(label) = log q(x_t) +
     log p(label|x_t), so the classifier's gradient is score(x_t, level, label) − score(x_t, level).
     """
 
     def __init__(self, weights: Tensor, means: Tensor, covs: Tensor, labels: Tensor) -> None:
         super().__init__(weights, means, covs)
         self.labels = torch.as_tensor(labels)
-        self.shares = torch.stack([self.weights[self.labels == c].sum() for c in range(int(self.labels.max()) + 1)])
+        self.label_probs = torch.stack(
+            [self.weights[self.labels == c].sum() for c in range(int(self.labels.max()) + 1)]
+        )
 
     def _at(
         self, x_t: Tensor, level: NoiseLevel, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         *others, log_w = super()._at(x_t, level)
         if label is not None:
-            told = label.cpu()[:, None]
-            share = torch.where(told < 0, 1.0, self.shares[told.clamp(min=0)])
-            log_w = torch.where((told < 0) | (told == self.labels), log_w - share.log(), -math.inf)
+            label = label.cpu()[:, None]
+            prob = torch.where(label < 0, 1.0, self.label_probs[label.clamp(min=0)])
+            log_w = torch.where((label < 0) | (label == self.labels), log_w - prob.log(), -math.inf)
         return *others, log_w  # pyright: ignore[reportReturnType]
 
     def log_posterior(self, x_t: Tensor, level: NoiseLevel) -> Tensor:
-        """log p(label|x_t) of every label, (B, labels) nats, with its gradient to x_t."""
+        """log p(label|x_t) of every label, (B, labels) nats, differentiable in x_t."""
         log_w = self._at(x_t, level)[-1]
-        each = [torch.logsumexp(log_w[:, self.labels == c], 1) for c in range(len(self.shares))]
+        each = [torch.logsumexp(log_w[:, self.labels == c], 1) for c in range(len(self.label_probs))]
         return torch.log_softmax(torch.stack(each, 1), 1)
 
     def group(self, label: int) -> MixtureData:
-        """The data that have ``label``, by themselves."""
+        """The distribution of the data with this ``label``."""
         mine = self.labels == label
         covs = torch.einsum("kde,ke,kfe->kdf", self.vectors[mine], self.values[mine], self.vectors[mine])
         return MixtureData(self.weights[mine], self.means[mine].reshape(-1, *self.shape), covs)
 
     def sample_labelled(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(n, *shape) draws of the data and their labels (n,)."""
-        label = torch.multinomial(self.shares, n, replacement=True, generator=generator)
+        """Samples (n, *shape) of the data, and their labels (n,)."""
+        label = torch.multinomial(self.label_probs, n, replacement=True, generator=generator)
         x = torch.empty(n, *self.shape, dtype=torch.float64)
-        for c in range(len(self.shares)):
+        for c in range(len(self.label_probs)):
             x[label == c] = self.group(c).sample(int((label == c).sum()), generator)
         return x, label
 
 
 class EmpiricalData(Mixture):
-    """The ``points`` (n, *shape) themselves, equally likely: what a network that remembers them says."""
+    """The ``points`` (n, *shape), equally likely: the data of a network that has memorised them."""
 
     def __init__(self, points: Tensor) -> None:
         points = torch.as_tensor(points, dtype=torch.float64)
@@ -174,7 +176,7 @@ class EmpiricalData(Mixture):
 
 
 class GaussianData(Mixture):
-    """N(mean, cov): ``cov`` of ``mean``'s shape holds variances, else it is (D, D)."""
+    """N(mean, cov): ``cov`` are variances of ``mean``'s shape, or a matrix (D, D)."""
 
     def __init__(self, mean: Tensor, cov: Tensor) -> None:
         self.m = torch.as_tensor(mean, dtype=torch.float64)
@@ -189,13 +191,15 @@ class GaussianData(Mixture):
         return x_s.reshape(x_t.shape)
 
     def marginal_var(self, level: NoiseLevel) -> Tensor:
-        """alpha² var + sigma² of independent dimensions, of the item's shape."""
+        """alpha² var + sigma² for independent dimensions, of the item's shape."""
         return level.alpha**2 * self.cov + level.sigma**2
 
     def reverse_log_var(self, t: NoiseLevel, s: NoiseLevel) -> Tensor:
-        """log var(x_s|x_t) = log(V_s (V_t − c² V_s)/V_t), c = alpha_t/alpha_s, of independent dimensions."""
+        """log var(x_s|x_t) = log(V_s (V_t − c² V_s)/V_t), c = alpha_t/alpha_s, for independent dimensions."""
         if t.alpha.ndim:
-            t, s = (level.like(torch.empty(len(t.alpha), *self.shape, dtype=torch.float64)) for level in (t, s))
+            t, s = (
+                level.broadcast_like(torch.empty(len(t.alpha), *self.shape, dtype=torch.float64)) for level in (t, s)
+            )
         V_t, V_s, c = self.marginal_var(t), self.marginal_var(s), t.alpha / s.alpha
         return torch.log(V_s * (t.sigma**2 - c**2 * s.sigma**2) / V_t)
 
@@ -205,7 +209,7 @@ class GaussianData(Mixture):
         return (signal / (signal + level.sigma[..., None] ** 2)).mean(-1)
 
     def entropy(self) -> Tensor:
-        """Of the data, nats per item."""
+        """The entropy of the data, nats per item."""
         return 0.5 * torch.log(2 * math.pi * math.e * self.values[0]).sum()
 
 
@@ -213,15 +217,17 @@ class GaussianData(Mixture):
 class ExactDenoiser:
     data: Mixture
     schedule: Schedule
-    nu: float | Tensor | None = None
+    var_interp: float | Tensor | None = None
 
     def __call__(
-        self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, to: NoiseLevel | None = None
+        self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, next_level: NoiseLevel | None = None
     ) -> Prediction:
         label = None if cond is None else cond.label
         x, eps, _ = (None if v is None else v.to(x_t.dtype) for v in self.data.predict(x_t, level, label))
-        nu = None if self.nu is None else torch.as_tensor(self.nu, dtype=x_t.dtype).expand(x_t.shape)
-        return Prediction(x, eps, nu)
+        var_interp = (
+            None if self.var_interp is None else torch.as_tensor(self.var_interp, dtype=x_t.dtype).expand(x_t.shape)
+        )
+        return Prediction(x, eps, var_interp)
 
 
 @dataclass
@@ -237,6 +243,6 @@ class Spy:
     def schedule(self) -> Schedule:
         return self.denoise.schedule
 
-    def __call__(self, x_t, level, cond=None, to=None) -> Prediction:
-        self.seen.append((x_t, level, cond, to))
-        return self.denoise(x_t, level, cond, to)
+    def __call__(self, x_t, level, cond=None, next_level=None) -> Prediction:
+        self.seen.append((x_t, level, cond, next_level))
+        return self.denoise(x_t, level, cond, next_level)

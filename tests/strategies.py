@@ -1,4 +1,4 @@
-"""Hypothesis strategies: schedules, chains and Gaussian data of every size that the package promises."""
+"""Hypothesis strategies for schedules, chains and Gaussian data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ betas = st.lists(st.floats(1e-5, 0.999), min_size=1, max_size=12)
 
 @st.composite
 def tables(draw) -> S.Tabulated:
-    """Anybody's table, its last beta possibly 1."""
+    """A table of arbitrary beta, the last possibly 1."""
     beta = draw(betas)
     return S.Tabulated([*beta[:-1], 1.0] if draw(st.booleans()) and len(beta) > 1 else beta)
 
@@ -39,14 +39,14 @@ schedules = st.one_of(tables(), functions())
 @st.composite
 def chains(draw, schedule: st.SearchStrategy = schedules) -> list:
     """A chain of 1 to 12 steps of some schedule, from t = 1 to its cleanest level."""
-    which = draw(schedule)
-    if which.steps is not None:
-        inner = draw(st.sets(st.integers(1, max(which.steps - 1, 1)), max_size=8)) - {which.steps}
-        times = [k / which.steps for k in sorted(inner, reverse=True)]
+    chosen = draw(schedule)
+    if chosen.chain_length is not None:
+        inner = draw(st.sets(st.integers(1, max(chosen.chain_length - 1, 1)), max_size=8)) - {chosen.chain_length}
+        times = [k / chosen.chain_length for k in sorted(inner, reverse=True)]
     else:
         inner = draw(st.sets(st.integers(1, 63), max_size=11))
         times = [k / 64 for k in sorted(inner, reverse=True)]
-    return S.chain(which, [1.0, *times, 0.0])
+    return S.chain(chosen, [1.0, *times, 0.0])
 
 
 @st.composite

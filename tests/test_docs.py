@@ -11,11 +11,15 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from undiffuse import checkpoint, codec, data, train
-from undiffuse.config import Config
-from undiffuse.diffusion import Diffusion
+import undiffuse
+from undiffuse.data.transform import IntegerLevels
+from undiffuse.model import checkpoint
+from undiffuse.model.config import Config
+from undiffuse.model.diffusion import Diffusion
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -96,27 +100,31 @@ def test_examples_compile(path: Path) -> None:
 
 def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys) -> None:
     """As it is written, but for the training: `fit` is replaced by one that takes the same arguments."""
-    asked: list[Config] = []
-    signature = inspect.signature(train.fit)
+    configs: list[Config] = []
+    signature = inspect.signature(undiffuse.fit)
 
     def fit(*args, **named) -> Path:
         given = signature.bind(*args, **named).arguments
-        asked.append(given["config"])
-        model = replace(
-            given["config"].model, steps=2, network={"kind": "unet", "widths": [8], "blocks": 1, "attention": []}
-        )
-        pixels = codec.Pixels(given["data"].levels)
-        Path(given["out"]).mkdir(parents=True)
-        checkpoint.save(Diffusion(model, given["data"].item_shape, pixels), Path(given["out"]) / "model.safetensors")
-        return Path(given["out"])
+        config, data, out = given["config"], given["data"], Path(given["out"])
+        configs.append(config)
+        network = {"kind": "unet", "widths": [8], "blocks": 1, "attention": []}
+        model = replace(config.model, chain_length=2, network=network)
+        out.mkdir(parents=True)
+        diffusion = Diffusion(model, data.item_shape, IntegerLevels(data.num_values))
+        checkpoint.save(diffusion, out / "model.safetensors")
+        return out
 
-    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(undiffuse, "fit", fit)
     monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for i in range(40):
+        pixels = np.random.default_rng(i).integers(256, size=(32, 32, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(f"photos/{i}.png")
     (source,) = blocks(ROOT / "README.md", "python")
     names: dict[str, object] = {}
     exec(compile(source, "README.md", "exec"), names)
-    assert asked[0].train.minutes is not None or asked[0].train.steps is not None
-    assert names["samples"].shape == (16, *data.load("digits").item_shape)
+    assert configs[0].train.minutes is not None or configs[0].train.max_steps is not None
+    assert names["samples"].shape == (64, 3, 32, 32)
     assert "bits" in capsys.readouterr().out
 
 
@@ -141,7 +149,7 @@ def test_commands_and_flags_exist(path: Path) -> None:
 
 def test_the_checks_can_fail() -> None:
     with pytest.raises(AttributeError):
-        resolve("undiffuse.process.level.nothing")
+        resolve("undiffuse.process.noise_level.nothing")
     with pytest.raises(AttributeError):
         resolve("nothing_at_all.here")
     assert resolve("undiffuse.process.gaussian.Gaussian.kl") is sys.modules["undiffuse.process.gaussian"].Gaussian.kl

@@ -25,7 +25,7 @@ def test_every_error_is_one_line_with_an_exit_code(kind):
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "printed"),
     [
         ("plain, ü, 語, ᾱ", "plain, ü, 語, ᾱ"),
         ("a\nb\tc\r", "a\\nb\\tc\\r"),
@@ -35,9 +35,9 @@ def test_every_error_is_one_line_with_an_exit_code(kind):
         ("bad \udc80 byte", "bad \\udc80 byte"),
     ],
 )
-def test_nothing_in_a_message_reaches_the_terminal_as_a_control(text, shown):
-    assert errors.printable(text) == shown
+def test_control_characters_in_messages_are_escaped(text, printed):
+    assert errors.printable(text) == printed
     line = str(errors.DataError("X", text, text, text))
-    assert line == f"error[X] {shown}: {shown}. {shown}."
+    assert line == f"error[X] {printed}: {printed}. {printed}."
     assert line.isprintable()
     line.encode()

@@ -1,4 +1,4 @@
-"""The oracles, by other means: differentiation, integration, scipy."""
+"""The oracles against differentiation, integration and scipy."""
 
 import math
 from functools import partial
@@ -9,7 +9,7 @@ import torch
 from oracles import EmpiricalData, GaussianData, LabelledMixture, MixtureData, gaussian_kl, gaussian_log_prob
 from scipy import integrate, stats
 
-from undiffuse.conditioning import Condition
+from undiffuse.networks.condition import Condition
 from undiffuse.process import schedule as S
 
 f64 = torch.float64
@@ -34,12 +34,12 @@ x_t = tensor([[0.1, -0.7, 0.5], [1.3, 0.2, -2.0], [0.4, 0.5, 0.6]])
 
 @pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
 @pytest.mark.parametrize("data", DATA.values(), ids=DATA)
-def test_score_is_the_gradient_of_the_log_density_and_gives_the_means(data, level):
+def test_score_is_the_gradient_of_the_log_density_and_agrees_with_the_means(data, level):
     point = x_t.clone().requires_grad_()
     data.log_density(point, level).sum().backward()
     score = data.score(x_t, level)
     torch.testing.assert_close(score, point.grad, rtol=1e-10, atol=1e-10)
-    at = level.like(x_t)
+    at = level.broadcast_like(x_t)
     x, eps, nu = data.denoiser(S.Flow())(x_t, level)
     assert nu is None
     torch.testing.assert_close(x, (x_t + at.sigma**2 * score) / at.alpha, rtol=1e-9, atol=1e-9)  # Tweedie
@@ -47,7 +47,7 @@ def test_score_is_the_gradient_of_the_log_density_and_gives_the_means(data, leve
     torch.testing.assert_close(at.alpha * x + at.sigma * eps, x_t, rtol=1e-12, atol=1e-12)
 
 
-def test_density_is_that_of_scipy():
+def test_density_agrees_with_scipy():
     alpha, sigma = (float(v) for v in LEVELS["VP"][1:3])
     for name, weights, means, covs in [
         ("full", [1.0], rows[:1], [root @ root.T]),
@@ -63,7 +63,7 @@ def test_density_is_that_of_scipy():
 
 
 @pytest.mark.parametrize("level", [LEVELS["VP"], LEVELS["flow"]])
-def test_mean_and_density_are_the_integrals_over_the_data(level):
+def test_mean_and_density_agree_with_quadrature(level):
     alpha, sigma = float(level.alpha), float(level.sigma)
     data = MixtureData(tensor([0.4, 0.6]), tensor([[-1.0], [0.7]]), tensor([[0.09], [0.25]]))
     y = 0.35
@@ -86,7 +86,7 @@ def test_mean_and_density_are_the_integrals_over_the_data(level):
     assert float(data.cdf(at, level)) == pytest.approx(below, abs=1e-7)
 
 
-def test_empirical_data_are_a_mixture_without_width():
+def test_empirical_data_are_a_mixture_of_zero_variance():
     points = torch.cat([rows, -rows])
     thin = MixtureData(torch.ones(4), points, torch.full((4, 3), 1e-13))
     level = S.Flow()(0.5)
@@ -99,13 +99,13 @@ def test_empirical_data_are_a_mixture_without_width():
 
 def test_moments_and_samples():
     for data in DATA.values():
-        draws = data.sample(20_000, torch.Generator().manual_seed(0))
+        samples = data.sample(20_000, torch.Generator().manual_seed(0))
         std = data.covariance().diagonal().sqrt()
-        assert bool(((draws.mean(0) - data.mean()).abs() < 5 * std / math.sqrt(20_000)).all())
-        torch.testing.assert_close(draws.T.cov(), data.covariance(), rtol=0.05, atol=0.05)
+        assert bool(((samples.mean(0) - data.mean()).abs() < 5 * std / math.sqrt(20_000)).all())
+        torch.testing.assert_close(samples.T.cov(), data.covariance(), rtol=0.05, atol=0.05)
 
 
-def test_shaped_items_are_flat_items():
+def test_shaped_items_agree_with_flat_items():
     shaped = MixtureData(torch.ones(2), rows.reshape(2, 1, 3, 1), rows.abs().reshape(2, 1, 3, 1))
     flat = MixtureData(torch.ones(2), rows, rows.abs())
     for a, b in zip(shaped.predict(x_t.reshape(3, 1, 3, 1), LEVELS["batch"]), flat.predict(x_t, LEVELS["batch"])):  # noqa: B905
@@ -114,7 +114,7 @@ def test_shaped_items_are_flat_items():
 
 
 @pytest.mark.parametrize("schedule", [S.LinearLogSNR(), S.Flow(), S.VarianceExploding(), S.cosine(50)])
-def test_reverse_variance_is_that_of_the_joint_gaussian(schedule):
+def test_reverse_variance_agrees_with_the_joint_gaussian(schedule):
     data = DATA["diagonal"]
     t, s = schedule(tensor([0.8, 0.5])), schedule(tensor([0.46, 0.0]))
     result = data.reverse_log_var(t, s)
@@ -149,15 +149,15 @@ def test_flow_solves_the_probability_flow(name, schedule):
         level = schedule(t)
         return data.velocity(torch.as_tensor(y).reshape(start.shape), level, *rates(level, schedule)).numpy().ravel()
 
-    walk = integrate.solve_ivp(velocity, (0.9, 0.2), start.numpy().ravel(), rtol=1e-10, atol=1e-12, method="DOP853")
+    solution = integrate.solve_ivp(velocity, (0.9, 0.2), start.numpy().ravel(), rtol=1e-10, atol=1e-12, method="DOP853")
     exact = data.flow(start, schedule(0.9), schedule(0.2))
-    np.testing.assert_allclose(exact.numpy().ravel(), walk.y[:, -1], atol=1e-7)
+    np.testing.assert_allclose(exact.numpy().ravel(), solution.y[:, -1], atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["diagonal", "full"])
 def test_loss_minimum_is_the_mean_squared_error_of_the_exact_denoiser(name):
     data, level = DATA[name], LEVELS["flow"]
-    # the error is linear in (x, eps): average it over ± each axis of the data and of the noise
+    # the error is linear in (x, eps): average its square over each axis of the data and of the noise
     x = data.mean() + data.vectors[0].T * data.values[0].sqrt()[:, None]
     error = torch.zeros(1, dtype=f64)
     for axis in range(3):
@@ -187,8 +187,8 @@ LABELLED = LabelledMixture(
 
 
 @pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
-def test_a_label_leaves_its_own_components(level):
-    """Each label's law is that of its components by themselves, and all together add up to the whole."""
+def test_a_label_selects_its_components(level):
+    """The distribution of a label is that of its components, and those of all labels add up to the whole."""
     parts = []
     for c, (means, weights) in enumerate([(LABELLED.means[[0, 2]], [0.2, 0.5]), (LABELLED.means[[1]], [1.0])]):
         covs = torch.stack([root @ root.T, torch.eye(3, dtype=f64)]) if c == 0 else torch.eye(3, dtype=f64)[None]
@@ -197,26 +197,26 @@ def test_a_label_leaves_its_own_components(level):
         close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
         close(LABELLED.log_density(x_t, level, label), alone.log_density(x_t, level))
         close(LABELLED.score(x_t, level, label), alone.score(x_t, level))
-        told = LABELLED.denoiser(S.Flow())(x_t, level, Condition(label=label))
-        close(told.x, alone.predict(x_t, level).x)
-        close(told.eps, alone.predict(x_t, level).eps)
+        prediction = LABELLED.denoiser(S.Flow())(x_t, level, Condition(label=label))
+        close(prediction.x, alone.predict(x_t, level).x)
+        close(prediction.eps, alone.predict(x_t, level).eps)
         close(LABELLED.group(c).score(x_t, level), alone.score(x_t, level))
         close(LABELLED.log_posterior(x_t, level)[:, c], parts[c] - LABELLED.log_density(x_t, level))
     torch.testing.assert_close(torch.logaddexp(*parts), LABELLED.log_density(x_t, level))
 
 
-def test_labels_are_told_item_by_item_and_null_tells_nothing():
+def test_labels_apply_per_item_and_minus_one_is_unconditional():
     level, denoise = LEVELS["batch"], LABELLED.denoiser(S.Flow())
     mixed = denoise(x_t, level, Condition(label=torch.tensor([1, -1, 0]))).x
-    nothing = denoise(x_t, level, Condition(label=torch.full((3,), -1))).x
-    assert torch.equal(nothing, denoise(x_t, level).x)
-    assert torch.equal(nothing, denoise(x_t, level, Condition()).x)
+    unconditional = denoise(x_t, level, Condition(label=torch.full((3,), -1))).x
+    assert torch.equal(unconditional, denoise(x_t, level).x)
+    assert torch.equal(unconditional, denoise(x_t, level, Condition()).x)
     for i, label in enumerate([1, -1, 0]):
         assert torch.equal(mixed[i], denoise(x_t, level, Condition(label=torch.full((3,), label))).x[i])
-    assert not torch.isclose(mixed[[0, 2]], nothing[[0, 2]]).all(1).any()
+    assert not torch.isclose(mixed[[0, 2]], unconditional[[0, 2]]).all(1).any()
 
 
-def test_the_classifier_has_the_gradient_that_guidance_wants():
+def test_the_gradient_of_the_classifier_is_the_difference_of_scores():
     point = x_t.clone().requires_grad_()
     label, level = torch.tensor([1, 0, 1]), LEVELS["batch"]
     LABELLED.log_posterior(point, level)[torch.arange(3), label].sum().backward()
@@ -224,12 +224,12 @@ def test_the_classifier_has_the_gradient_that_guidance_wants():
     torch.testing.assert_close(point.grad, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_labelled_draws_have_the_moments_of_their_label():
-    """False alarm below 1e-6 by |z| < 5.2 over 7 numbers; a mean of another label is off by 100 deviations."""
+def test_labelled_samples_have_the_moments_of_their_label():
+    """|z| < 5.2 for 7 numbers: a false alarm in less than 1e-6; the mean of the other label is 100 deviations away."""
     n = 20_000
     x, label = LABELLED.sample_labelled(n, torch.Generator().manual_seed(0))
     assert abs(float((label == 0).sum()) - 0.7 * n) < 5.2 * math.sqrt(0.21 * n)
     for c in range(2):
-        mine, law = x[label == c], LABELLED.group(c)
-        error = (mine.mean(0) - law.mean()) / (law.covariance().diagonal() / len(mine)).sqrt()
+        selected, expected = x[label == c], LABELLED.group(c)
+        error = (selected.mean(0) - expected.mean()) / (expected.covariance().diagonal() / len(selected)).sqrt()
         assert (error.abs() < 5.2).all()

@@ -1,6 +1,6 @@
-"""The table of what the texts describe, as code: each row calls a function and computes the same another way.
+"""The formulas of introductory texts: each row of the table compares a function with an independent computation.
 
-The other way is in the letters of Ho et al. 2020 (beta, bar), an integral or a matrix, and uses nothing of the package.
+The independent one is in the notation of Ho et al. 2020 (beta, bar), an integral or a matrix, without the package.
 """
 
 from __future__ import annotations
@@ -20,31 +20,42 @@ from oracles import GaussianData, MixtureData
 from scipy import integrate, stats
 from test_docs import resolve
 
-from undiffuse.codec import Identity
-from undiffuse.config import ModelConfig
-from undiffuse.denoiser import Prediction
-from undiffuse.diffusion import Diffusion
-from undiffuse.grids import grid
-from undiffuse.likelihood import prior_kl, vlb, vlb_continuous
-from undiffuse.loss import full_bound, hybrid, mean_matching, simple
+from undiffuse.data.transform import Identity
+from undiffuse.denoising.denoiser import Prediction
+from undiffuse.denoising.score_matching import (
+    conditional_score,
+    denoising,
+    explicit,
+    noise_form,
+    score_from_prediction,
+    stein,
+    tweedie,
+)
+from undiffuse.likelihood.reverse_chain import ReverseChain
+from undiffuse.likelihood.vlb import vlb
+from undiffuse.likelihood.vlb_continuous import vlb_continuous
+from undiffuse.model.config import ModelConfig
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.losses import eps_mse, full_bound, hybrid, mean_matching
 from undiffuse.process import schedule as S
+from undiffuse.process.discrete_schedule import linear
 from undiffuse.process.gaussian import Gaussian, diffuse, forward, posterior, reverse, step_log_var
-from undiffuse.process.level import NoiseLevel
-from undiffuse.process.table import linear
+from undiffuse.process.noise_level import NoiseLevel
+from undiffuse.process.prior import prior_kl
 from undiffuse.process.target import TARGETS
 from undiffuse.process.weighting import bound
-from undiffuse.sample import forward_trajectory, trajectory
-from undiffuse.score import conditional, denoising, explicit, noise_form, predicted, stein, tweedie
-from undiffuse.solvers import Ancestral
-from undiffuse.solvers.inversion import Inversion
-from undiffuse.solvers.langevin import AnnealedLangevin
-from undiffuse.solvers.product import Product, observed
+from undiffuse.sampling.solvers.ancestral import Ancestral
+from undiffuse.sampling.solvers.langevin import AnnealedLangevin
+from undiffuse.sampling.solvers.one_step_inversion import OneStepInversion
+from undiffuse.sampling.solvers.product import Product, observation_factor
+from undiffuse.sampling.time_grids import time_grid
+from undiffuse.sampling.trajectory import forward_trajectory, trajectory
 
 DOCS = Path(__file__).parent.parent / "docs"
 BETA = np.linspace(1e-4, 0.02, 1000)
 BAR = np.concatenate([[1.0], np.cumprod(1 - BETA)])  # BAR[t]
 SMALL = np.concatenate([[np.nan, np.nan], BETA[1:] * (1 - BAR[1:-1]) / (1 - BAR[2:])])  # SMALL[t], t ≥ 2
-CHAIN = grid(S.linear())[::-1]  # CHAIN[t]
+CHAIN = time_grid(S.linear())[::-1]  # CHAIN[t]
 T, X, EPS = 700, 0.7, -1.3
 X_T = math.sqrt(BAR[T]) * X + math.sqrt(1 - BAR[T]) * EPS
 ONE = torch.ones(1, 1, dtype=torch.float64)
@@ -55,29 +66,29 @@ MIXTURE = MixtureData(torch.tensor([0.3, 0.7]), torch.tensor([[-1.0], [1.0]]), t
 
 
 class Row(NamedTuple):
-    what: str
-    function: str
+    topic: str
+    function: str  # below undiffuse
     call: Callable[[], Any]
     oracle: Callable[[], Any]
     tolerance: float = 1e-9
 
 
 def fed(numbers: np.ndarray) -> Callable[[int], torch.Tensor]:
-    """Noise that gives one of ``numbers`` a step."""
+    """A noise function that returns one of ``numbers`` per step."""
     fresh = iter(numbers)
     return lambda n: next(fresh) * ONE[None]
 
 
-def said(eps: float, x_t: float = X_T, t: int = T, nu: float | None = None) -> Prediction:
+def prediction(eps: float, x_t: float = X_T, t: int = T, var_interp: float | None = None) -> Prediction:
     x = (x_t - math.sqrt(1 - BAR[t]) * eps) / math.sqrt(BAR[t])
-    return Prediction(x * ONE, eps * ONE, None if nu is None else nu * ONE)
+    return Prediction(x * ONE, eps * ONE, None if var_interp is None else var_interp * ONE)
 
 
 def moments(density: np.ndarray) -> list[float]:
-    """Mean and variance of what is proportional to ``density`` on LINE."""
-    share = density / density.sum()
-    mean = float(share @ LINE)
-    return [mean, float(share @ (LINE - mean) ** 2)]
+    """Mean and variance of the density proportional to ``density`` on LINE."""
+    weights = density / density.sum()
+    mean = float(weights @ LINE)
+    return [mean, float(weights @ (LINE - mean) ** 2)]
 
 
 def exact_slope(t: int, v: float = 0.25) -> float:
@@ -141,7 +152,9 @@ def r1_oracle():
 
 
 def r2():
-    models = [reverse(said(0.2, X_T, t, nu=0.3), X_T * ONE, CHAIN[t], CHAIN[t - 1], "learned") for t in (2, T)]
+    models = [
+        reverse(prediction(0.2, X_T, t, var_interp=0.3), X_T * ONE, CHAIN[t], CHAIN[t - 1], "learned") for t in (2, T)
+    ]
     return [value for model in models for value in (model.mean, model.log_var.exp())]
 
 
@@ -150,8 +163,8 @@ def r2_oracle():
 
 
 def r3():
-    law = posterior(X_T * ONE, X * ONE, CHAIN[T], CHAIN[T - 1])
-    return [law.mean, law.log_var.exp()]
+    gaussian = posterior(X_T * ONE, X * ONE, CHAIN[T], CHAIN[T - 1])
+    return [gaussian.mean, gaussian.log_var.exp()]
 
 
 def r3_oracle():
@@ -167,20 +180,20 @@ def r5():
 def r6():
     def step(t: int, variance: str) -> torch.Tensor:
         t_, s_ = CHAIN[t], CHAIN[t - 1]
-        return Ancestral(variance).step(lambda *_, **__: said(0.2, X_T, t), X_T * ONE, t_, s_, (), ONE[None])[0]
+        return Ancestral(variance).step(lambda *_, **__: prediction(0.2, X_T, t), X_T * ONE, t_, s_, (), ONE[None])[0]
 
     return [step(t, variance) for t in (T, 1) for variance in ("small", "large")]
 
 
 def r6_oracle():
-    drawn = [mean_of(X_T, 0.2, T) + math.sqrt(v) for v in (SMALL[T], BETA[T - 1])]
-    return [*drawn, *[mean_of(X_T, 0.2, 1)] * 2]
+    with_noise = [mean_of(X_T, 0.2, T) + math.sqrt(v) for v in (SMALL[T], BETA[T - 1])]
+    return [*with_noise, *[mean_of(X_T, 0.2, 1)] * 2]
 
 
 def r7():
     ends = []
     for form in ("scaled", "printed"):
-        *_, last = trajectory(DATA.denoiser(S.linear()), Inversion(form), CHAIN[::-1], ONE, lambda n: ONE[:n])
+        *_, last = trajectory(DATA.denoiser(S.linear()), OneStepInversion(form), CHAIN[::-1], ONE, lambda n: ONE[:n])
         ends.append(last.x)
     return ends
 
@@ -202,22 +215,25 @@ class Affine:
 
     schedule = S.Flow()
 
-    def __call__(self, x_t, level, cond=None, to=None):
+    def __call__(self, x_t, level, cond=None, next_level=None):
         eps = 0.6 * x_t - 0.2
-        return Prediction((x_t - level.like(x_t).sigma * eps) / level.like(x_t).alpha, eps)
+        return Prediction((x_t - level.broadcast_like(x_t).sigma * eps) / level.broadcast_like(x_t).alpha, eps)
+
+
+def six_steps() -> ReverseChain:
+    return ReverseChain(Affine(), time_grid(S.Tabulated(SIX)), "large")
 
 
 def t1():
-    """The total, with each step's expectation exact: it is quadratic in that step's number."""
+    """The total with the exact expectation of each step, which is quadratic in the step's number."""
     x, noise = torch.full((2, 1), X, dtype=torch.float64), torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
-    total = vlb(Affine(), x, grid(S.Tabulated(SIX)), lambda n: noise[None], variance="large").total
-    return total.mean()
+    return vlb(six_steps(), x, lambda n: noise[None]).total.mean()
 
 
 def n1_training():
-    """The same as one loss: items of one number."""
+    """The same as a loss, for items of one dimension."""
     x, noise = torch.full((2, 1), X, dtype=torch.float64), torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
-    return full_bound(Affine(), x, grid(S.Tabulated(SIX)), lambda n: noise[None], variance="large").mean()
+    return full_bound(six_steps(), x, lambda n: noise[None]).mean()
 
 
 def t1_oracle():
@@ -271,27 +287,25 @@ def t4():
     signs = torch.tensor(list(product([0.5, -0.5], [1.0, -1.0])), dtype=torch.float64)
     x, eps = signs[:, :1], signs[:, 1:]
     denoise = DATA.denoiser(S.linear())
-    return [simple(denoise(diffuse(x, level, eps), level), eps).mean() for level in CHAIN[1:]]
+    return [eps_mse(denoise(diffuse(x, level, eps), level), eps).mean() for level in CHAIN[1:]]
 
 
 def t6():
-    """x_{t−1} itself, from x, the noise of x_t and what of x_{t−1} the two do not tell."""
+    """x_{t−1} from x, the noise of x_t and the rest of x_{t−1}, which is independent of the two."""
     x_s = -0.4
     x_t = math.sqrt(1 - BETA[T - 1]) * x_s + math.sqrt(BETA[T - 1]) * 0.9
     eps = (x_t - math.sqrt(BAR[T]) * X) / math.sqrt(1 - BAR[T])
     z = (x_s - mean_of(x_t, eps, T)) / math.sqrt(SMALL[T])
-    return TARGETS["previous"].encode(X * ONE, eps * ONE, CHAIN[T], CHAIN[T - 1], z * ONE)
+    return TARGETS["previous"].combine(X * ONE, eps * ONE, CHAIN[T], CHAIN[T - 1], z * ONE)
 
 
 def t7():
-    """The loss's gradients by what the network says of the variance, and of the noise."""
-    nu, eps_hat = torch.full((1, 1), 0.3, dtype=torch.float64), torch.full((1, 1), 0.2, dtype=torch.float64)
-    nu.requires_grad_()
-    eps_hat.requires_grad_()
+    """The gradients of the loss by the network's variance and by its noise."""
+    var_interp, eps_hat = (torch.full((1, 1), v, dtype=torch.float64, requires_grad=True) for v in (0.3, 0.2))
     x_t, t, s = X_T * ONE, CHAIN[T], CHAIN[T - 1]
     x_hat = (x_t - t.sigma * eps_hat) / t.alpha
-    hybrid(Prediction(x_hat, eps_hat, nu), EPS * ONE, X * ONE, x_t, t, s, 1000).sum().backward()
-    return [nu.grad, eps_hat.grad]
+    hybrid(Prediction(x_hat, eps_hat, var_interp), EPS * ONE, X * ONE, x_t, t, s, 1000).sum().backward()
+    return [var_interp.grad, eps_hat.grad]
 
 
 def t7_oracle():
@@ -322,7 +336,7 @@ FRESH = NOISES[:8].reshape(4, 2)
 
 
 def t8():
-    """Algorithm 1: its loss at these times and noises, and the direction of its step."""
+    """Algorithm 1: its loss at these times and noises, and the gradient of its step."""
     torch.manual_seed(0)
     config = ModelConfig(
         network={"kind": "mlp", "width": 8, "depth": 1},
@@ -359,7 +373,7 @@ def log_density(x_t, t: int = T):
 
 
 def s3():
-    """The difference of the two losses for two scores, over all x and ε by quadrature: the same number."""
+    """The difference of the two losses for two scores, over x and ε by quadrature: the same number."""
     nodes, share = np.polynomial.hermite_e.hermegauss(60)
     share = torch.from_numpy(np.outer(share, share).ravel() / (2 * np.pi))
     z, eps = (torch.from_numpy(v.reshape(-1, 1)) for v in np.meshgrid(nodes, nodes))
@@ -375,7 +389,7 @@ def s3():
 
 
 def s3_oracle():
-    """½ (1/σ² − ∫ (q′)²/q): half of what is lost by not knowing x."""
+    """½ (1/σ² − ∫ (q′)²/q): half of the conditional Fisher information less the marginal one."""
 
     def fisher(x):
         return float(mpmath.diff(log_density, x) ** 2 * mpmath.exp(log_density(x)))
@@ -385,10 +399,12 @@ def s3_oracle():
 
 
 def langevin_variance(solver: AnnealedLangevin, t: NoiseLevel, s: NoiseLevel, v: float) -> float:
-    """Of x_s for x_t of variance ``v`` and data of N(0, 1/4), by the slope and on each noise."""
-    start = torch.zeros(solver.draws + 1, 1, dtype=torch.float64)
+    """The variance of x_s for x_t of variance ``v`` and data of N(0, 1/4), from the slopes on x_t and on each noise."""
+    start = torch.zeros(solver.noises_per_step + 1, 1, dtype=torch.float64)
     start[0] = 1
-    fresh = torch.cat([torch.zeros(solver.draws, 1), torch.eye(solver.draws)], 1).double()[..., None]
+    fresh = torch.cat([torch.zeros(solver.noises_per_step, 1), torch.eye(solver.noises_per_step)], 1).double()[
+        ..., None
+    ]
     x, _ = solver.step(DATA.denoiser(S.linear()), start, t, s, (), fresh)
     return float(v * x[0] ** 2 + (x[1:] ** 2).sum())
 
@@ -398,7 +414,7 @@ def s4():
 
 
 def s4_oracle():
-    """x ← x + g s + √(2g) z on N(0, V) keeps V/(1 − g/(2V)), and 80 updates forget where they began."""
+    """x ← x + g s + √(2g) z on N(0, V) has the stationary variance V/(1 − g/(2V)), reached after 80 updates."""
     V, g = BAR[900] * 0.25 + 1 - BAR[900], 0.3 * (1 - BAR[900])
     return V / (1 - g / (2 * V))
 
@@ -419,19 +435,17 @@ def s6():
 
 
 def v1():
-    levels = grid(S.Tabulated(SIX))
+    levels = time_grid(S.Tabulated(SIX))
     top = levels[0]
     prior = Gaussian(0 * ONE[0], torch.log(DATA.marginal_var(top)))
     signs = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
-    result = vlb(
-        DATA.denoiser(S.Flow()), X * signs.abs(), levels, lambda n: signs[None],
-        variance=DATA.reverse_log_var, prior=prior,
-    )  # fmt: skip
+    chain = ReverseChain(DATA.denoiser(S.Flow()), levels, DATA.reverse_log_var)
+    result = vlb(chain, X * signs.abs(), lambda n: signs[None], prior=prior)
     return result.bits_per_dim(1).mean()
 
 
 def v2():
-    """The bound between two log-SNRs along three schedules, the integral by the middles of 300 intervals."""
+    """The bound between two log-SNRs for three schedules, the integral by the midpoint rule with 300 intervals."""
     signs, totals = torch.tensor([[1.0], [-1.0]], dtype=torch.float64), []
     for schedule in (S.LinearLogSNR(8.0, -5.0), S.Sigmoid(), S.cosine(100)):
         top, clean = (schedule(schedule.inverse(log_snr)) for log_snr in (-5.0, 8.0))
@@ -444,7 +458,7 @@ def v2():
 
 
 def v2_oracle():
-    """With the exact denoiser the integral is the fall of KL(q(z given x) to q(z)) from the clean end to the noisy."""
+    """With the exact denoiser the integral is KL(q(z given x) to q(z)) at the clean end less that at the noisy end."""
 
     def kl(log_snr: float, variance: float | None = None) -> float:
         bar = 1 / (1 + math.exp(-log_snr))
@@ -459,24 +473,26 @@ def v2_oracle():
 
 
 def n1():
-    """Mean and variance of a reverse step times what is seen of x."""
-    factor = observed(torch.full((1, 1), 0.9, dtype=torch.float64), torch.tensor(math.log(0.2), dtype=torch.float64))
+    """Mean and variance of a reverse step times the factor of an observation."""
+    factor = observation_factor(
+        torch.full((1, 1), 0.9, dtype=torch.float64), torch.tensor(math.log(0.2), dtype=torch.float64)
+    )
     step = [
-        Product(factor, "large").step(lambda *_, **__: said(0.2), X_T * ONE, CHAIN[T], CHAIN[T - 1], (), z * ONE[None])[
-            0
-        ]
+        Product(factor, "large").step(
+            lambda *_, **__: prediction(0.2), X_T * ONE, CHAIN[T], CHAIN[T - 1], (), z * ONE[None]
+        )[0]
         for z in (0.0, 1.0)
     ]
     return [step[0], (step[1] - step[0]) ** 2]
 
 
 def n1_oracle():
-    seen = stats.norm.pdf(LINE, math.sqrt(BAR[T - 1]) * 0.9, math.sqrt(BAR[T - 1] * 0.2 + 1 - BAR[T - 1]))
-    return moments(seen * stats.norm.pdf(LINE, mean_of(X_T, 0.2, T), math.sqrt(BETA[T - 1])))
+    observed = stats.norm.pdf(LINE, math.sqrt(BAR[T - 1]) * 0.9, math.sqrt(BAR[T - 1] * 0.2 + 1 - BAR[T - 1]))
+    return moments(observed * stats.norm.pdf(LINE, mean_of(X_T, 0.2, T), math.sqrt(BETA[T - 1])))
 
 
 def n4():
-    """The slope that denoising score matching finds, and the variance of annealed Langevin samples."""
+    """The slope fitted by denoising score matching, and the variance of annealed Langevin samples."""
     signs = torch.tensor(list(product([0.5, -0.5], [1.0, -1.0])), dtype=torch.float64)
     x, eps = signs[:, :1], signs[:, 1:]
     down, flat, up = (float(denoising(lambda x_t: w * x_t, x, eps, CHAIN[T]).mean()) for w in (-1, 0, 1))  # noqa: B023
@@ -503,55 +519,57 @@ def n4_oracle():
 
 
 ROWS = {
-    "F1": Row("one step", "undiffuse.process.gaussian.forward", f1,
+    "F1": Row("one step", "process.gaussian.forward", f1,
               lambda: [math.sqrt(1 - BETA[T - 1]) * X, BETA[T - 1]]),
-    "F2": Row("the whole chain", "undiffuse.sample.forward_trajectory", f2, f2_oracle),
-    "F3": Row("the jump to t", "undiffuse.process.gaussian.diffuse",
+    "F2": Row("the whole chain", "sampling.trajectory.forward_trajectory", f2, f2_oracle),
+    "F3": Row("the jump to t", "process.gaussian.diffuse",
               lambda: [diffuse(X * ONE, level, EPS * ONE) for level in CHAIN[1:]], f3_oracle, 1e-12),
-    "F4": Row("the schedule", "undiffuse.process.table.linear",
+    "F4": Row("the schedule", "process.discrete_schedule.linear",
               lambda: linear().beta, lambda: [1e-4 + k * (0.02 - 1e-4) / 999 for k in range(1000)], 1e-14),
-    "F5": Row("the end is the prior, bits", "undiffuse.likelihood.prior_kl",
+    "F5": Row("the last level is close to the prior, bits", "process.prior.prior_kl",
               lambda: prior_kl(X * ONE, CHAIN[1000]) / math.log(2), f5_oracle, 1e-10),
-    "R1": Row("the reverse chain, kept", "undiffuse.sample.trajectory", r1, r1_oracle),
-    "R2": Row("mean and variance from the network", "undiffuse.process.gaussian.reverse", r2, r2_oracle),
-    "R3": Row("the posterior", "undiffuse.process.gaussian.posterior", r3, r3_oracle),
-    "R4": Row("its mean from the noise", "undiffuse.process.gaussian.reverse",
-              lambda: reverse(said(EPS), X_T * ONE, CHAIN[T], CHAIN[T - 1]).mean, lambda: r3_oracle()[0]),
-    "R5": Row("fixed variances", "undiffuse.process.gaussian.step_log_var", r5, lambda: [*BETA[1:], *SMALL[2:]]),
-    "R6": Row("ancestral sampling", "undiffuse.solvers.Ancestral", r6, r6_oracle),
-    "R7": Row("one-step inversion", "undiffuse.solvers.inversion.Inversion", r7, r7_oracle),
-    "T1": Row("the bound", "undiffuse.likelihood.vlb", t1, t1_oracle),
-    "T2": Row("KL of equal variances", "undiffuse.process.gaussian.Gaussian.kl", t2, t2_oracle),
-    "T3": Row("weighted noise loss", "undiffuse.process.weighting.bound", t3, t3_oracle),
-    "T4": Row("L_simple", "undiffuse.loss.simple", t4, lambda: BAR[1:] * 0.25 / (BAR[1:] * 0.25 + 1 - BAR[1:])),
-    "T5": Row("mean matching", "undiffuse.loss.mean_matching",
-              lambda: mean_matching(said(0.2), X * ONE, X_T * ONE, CHAIN[T], CHAIN[T - 1]),
+    "R1": Row("the reverse chain as a trajectory", "sampling.trajectory.trajectory", r1, r1_oracle),
+    "R2": Row("mean and variance from the network", "process.gaussian.reverse", r2, r2_oracle),
+    "R3": Row("the posterior", "process.gaussian.posterior", r3, r3_oracle),
+    "R4": Row("its mean from the noise", "process.gaussian.reverse",
+              lambda: reverse(prediction(EPS), X_T * ONE, CHAIN[T], CHAIN[T - 1]).mean, lambda: r3_oracle()[0]),
+    "R5": Row("fixed variances", "process.gaussian.step_log_var", r5, lambda: [*BETA[1:], *SMALL[2:]]),
+    "R6": Row("ancestral sampling", "sampling.solvers.ancestral.Ancestral", r6, r6_oracle),
+    "R7": Row("one-step inversion", "sampling.solvers.one_step_inversion.OneStepInversion", r7, r7_oracle),
+    "T1": Row("the bound", "likelihood.vlb.vlb", t1, t1_oracle),
+    "T2": Row("KL of equal variances", "process.gaussian.Gaussian.kl", t2, t2_oracle),
+    "T3": Row("weighted noise loss", "process.weighting.bound", t3, t3_oracle),
+    "T4": Row("L_simple", "model.losses.eps_mse", t4, lambda: BAR[1:] * 0.25 / (BAR[1:] * 0.25 + 1 - BAR[1:])),
+    "T5": Row("mean matching", "model.losses.mean_matching",
+              lambda: mean_matching(prediction(0.2), X * ONE, X_T * ONE, CHAIN[T], CHAIN[T - 1]),
               lambda: (r3_oracle()[0] - mean_of(X_T, 0.2, T)) ** 2),
-    "T6": Row("predicting x_{t-1}", "undiffuse.process.target.TARGETS", t6, lambda: -0.4),
-    "T7": Row("the variance by the bound", "undiffuse.loss.hybrid", t7, t7_oracle),
-    "T8": Row("algorithm 1", "undiffuse.Diffusion.loss", t8, t8_oracle, 1e-6),
-    "S1": Row("conditional score", "undiffuse.score.conditional", lambda: conditional(EPS * ONE, CHAIN[T]),
+    "T6": Row("predicting x_{t-1}", "process.target.TARGETS", t6, lambda: -0.4),
+    "T7": Row("the variance trained by the bound", "model.losses.hybrid", t7, t7_oracle),
+    "T8": Row("algorithm 1", "Diffusion.loss", t8, t8_oracle, 1e-6),
+    "S1": Row("conditional score", "denoising.score_matching.conditional_score",
+              lambda: conditional_score(EPS * ONE, CHAIN[T]),
               lambda: -(X_T - math.sqrt(BAR[T]) * X) / (1 - BAR[T])),
-    "S2": Row("the network as score", "undiffuse.score.predicted",
-              lambda: predicted(MIXTURE.predict(X_T * ONE, CHAIN[T]), CHAIN[T]), lambda: mpmath.diff(log_density, X_T)),
-    "S3": Row("denoising and explicit matching", "undiffuse.score.denoising", s3, s3_oracle),
-    "S4": Row("Langevin dynamics", "undiffuse.solvers.langevin.AnnealedLangevin", s4, s4_oracle),
-    "S5": Row("the score's loss on the noise", "undiffuse.score.noise_form",
-              lambda: noise_form(said(0.2), EPS * ONE, CHAIN[T]), s5_oracle),
-    "S6": Row("Tweedie", "undiffuse.score.tweedie", s6, s6_oracle),
-    "S7": Row("Stein, both sides for sin", "undiffuse.score.stein", lambda: stein(torch.sin, 0.4, 1.5),
+    "S2": Row("the network as score", "denoising.score_matching.score_from_prediction",
+              lambda: score_from_prediction(MIXTURE.predict(X_T * ONE, CHAIN[T]), CHAIN[T]),
+              lambda: mpmath.diff(log_density, X_T)),
+    "S3": Row("denoising and explicit matching", "denoising.score_matching.denoising", s3, s3_oracle),
+    "S4": Row("Langevin dynamics", "sampling.solvers.langevin.AnnealedLangevin", s4, s4_oracle),
+    "S5": Row("the score's loss in noise form", "denoising.score_matching.noise_form",
+              lambda: noise_form(prediction(0.2), EPS * ONE, CHAIN[T]), s5_oracle),
+    "S6": Row("Tweedie", "denoising.score_matching.tweedie", s6, s6_oracle),
+    "S7": Row("Stein, both sides for sin", "denoising.score_matching.stein", lambda: stein(torch.sin, 0.4, 1.5),
               lambda: [1.5**2 * math.exp(-(1.5**2) / 2) * math.cos(0.4)] * 2),
-    "V1": Row("bits per dimension", "undiffuse.likelihood.NLL.bits_per_dim", v1,
+    "V1": Row("bits per dimension", "likelihood.nll.NLL.bits_per_dim", v1,
               lambda: -stats.norm.logpdf(X, 0, 0.5) / math.log(2)),
-    "V2": Row("the bound in continuous time", "undiffuse.likelihood.vlb_continuous", v2, v2_oracle, 2e-6),
-    "N1": Row("inpainting by products", "undiffuse.solvers.product.Product", n1, n1_oracle),
-    "N1, training": Row("the full bound as a loss", "undiffuse.loss.full_bound", n1_training, t1_oracle),
-    "N4": Row("denoising matching, then Langevin", "undiffuse.solvers.langevin.AnnealedLangevin", n4, n4_oracle),
+    "V2": Row("the bound in continuous time", "likelihood.vlb_continuous.vlb_continuous", v2, v2_oracle, 2e-6),
+    "N1": Row("inpainting by multiplying distributions", "sampling.solvers.product.Product", n1, n1_oracle),
+    "N1, training": Row("the full bound as a loss", "model.losses.full_bound", n1_training, t1_oracle),
+    "N4": Row("denoising matching, then Langevin", "sampling.solvers.langevin.AnnealedLangevin", n4, n4_oracle),
 }  # fmt: skip
 
 
 def numbers(values: Any) -> np.ndarray:
-    """Of a number, a tensor or a list of such."""
+    """The values of a number, a tensor or a list of either as one array."""
     if isinstance(values, torch.Tensor | np.ndarray):
         values = values.flatten().tolist()
     return np.array([float(v) for v in values] if isinstance(values, list | tuple) else [float(values)])
@@ -560,19 +578,19 @@ def numbers(values: Any) -> np.ndarray:
 @pytest.mark.parametrize("name", ROWS)
 def test_row(name: str) -> None:
     row = ROWS[name]
-    got, wanted = numbers(row.call()), numbers(row.oracle())
-    assert got.shape == wanted.shape
-    assert np.isfinite(wanted).all()
-    np.testing.assert_allclose(got, wanted, rtol=row.tolerance, atol=row.tolerance)
+    result, expected = numbers(row.call()), numbers(row.oracle())
+    assert result.shape == expected.shape
+    assert np.isfinite(expected).all()
+    np.testing.assert_allclose(result, expected, rtol=row.tolerance, atol=row.tolerance)
 
 
-def test_every_row_is_there_and_told() -> None:
-    wanted = {"F": 5, "R": 7, "T": 8, "S": 7, "V": 2}
-    ids = {f"{letter}{n}" for letter, count in wanted.items() for n in range(1, count + 1)}
+def test_every_row_exists_and_is_documented() -> None:
+    counts = {"F": 5, "R": 7, "T": 8, "S": 7, "V": 2}
+    ids = {f"{letter}{n}" for letter, count in counts.items() for n in range(1, count + 1)}
     assert set(ROWS) == ids | {"N1", "N1, training", "N4"}
-    told = "".join((DOCS / page).read_text() for page in ("maths.md", "errata.md"))
+    pages = "".join((DOCS / page).read_text() for page in ("maths.md", "errata.md"))
     for name, row in ROWS.items():
-        resolve(row.function)
-        assert f"`{row.function}`" in told, f"{name}: {row.function}"
-        used = inspect.getsource(row.call)
-        assert row.function.rpartition(".")[2] in used, f"{name} does not call {row.function}"
+        resolve(f"undiffuse.{row.function}")
+        assert f"`undiffuse.{row.function}`" in pages, f"{name}: {row.function}"
+        source = inspect.getsource(row.call)
+        assert row.function.rpartition(".")[2] in source, f"{name} does not call {row.function}"

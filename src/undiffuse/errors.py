@@ -1,10 +1,10 @@
-"""What can go wrong, as one tree. Every error is one line: ``error[CODE] path: cause. What to do.``
+"""The errors that a user can act on. Each is one line: ``error[CODE] place: cause. What to do.``
 
 UndiffuseError
 ├── ConfigError      exit 2   a flag, a configuration or a combination that cannot work
 ├── DataError        exit 3   the user's data
 ├── CheckpointError  exit 4   a file or folder that should hold a model
-├── NonFiniteError   exit 5   numbers that are no longer numbers
+├── NonFiniteError   exit 5   values that became NaN or infinite
 └── ResourceError    exit 6   disk, memory, locks
 """
 
@@ -14,10 +14,10 @@ from pathlib import Path
 
 
 class UndiffuseError(Exception):
-    """Base of all errors that a user can mend.
+    """Base of all errors that a user can act on.
 
-    ``code`` names the kind in capitals (``TRUNCATED``), ``where`` the file, flag or field,
-    ``cause`` what is wrong with it and ``fix`` what to do; both are sentences without a full stop.
+    ``code`` names the kind in capitals (``TRUNCATED``), ``where`` the file, flag or field, ``cause`` the problem and
+    ``fix`` what to do about it. ``cause`` and ``fix`` are sentences without a full stop.
     """
 
     exit_code = 1
@@ -51,5 +51,5 @@ class ResourceError(UndiffuseError):
 
 
 def printable(text: str) -> str:
-    """``text`` on one line of a terminal: control and direction characters are shown as escapes."""
+    """``text`` on one line: control characters, direction marks and lone surrogates become escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

@@ -1,4 +1,4 @@
-"""``undiffuse check``: everything that it says of data, in words and as JSON."""
+"""``undiffuse check``: everything it reports about data, as text and as JSON."""
 
 import json
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from undiffuse.cli import main
-from undiffuse.cli.check import found, in_words
-from undiffuse.data import from_array, load
+from undiffuse.cli.check import data_facts, describe_facts
+from undiffuse.data.from_array import from_array
+from undiffuse.data.sources.registry import OPTIONS, load
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of PNG and JPEG files, one file twice, one that is none, one hidden."""
+    """Two classes of PNG and JPEG files, one file twice, one that is not an image, one hidden."""
     rng = np.random.default_rng(0)
     for name in ("cats/0.png", "cats/1.png", "cats/2.jpg", "dogs/0.png"):
         path = tmp_path / name
@@ -25,9 +25,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_as_json(folder, capsys):
-    assert main(["check", str(folder), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
+def test_json(folder, call):
+    code, out, _ = call("check", folder, "--json")
+    assert code == 0
+    facts = json.loads(out)
     split, notes = facts.pop("split"), facts.pop("notes")
     assert sum(split.values()) == 5
     assert "1 of 5 items repeat another one exactly" in notes
@@ -35,12 +36,12 @@ def test_as_json(folder, capsys):
         "name": folder.name,
         "items": 5,
         "item_shape": [3, 6, 6],
-        "levels": 256,
+        "num_values": 256,
         "bytes": 540,
         "formats": {"PNG": 4, "JPEG": 1},
         "sizes": {"6 x 6": 5},
         "classes": {"cats": 3, "dogs": 2},
-        "told_beside": None,
+        "conditions": None,
         "duplicates": 1,
         "ignored": 1,
         "hidden": 1,
@@ -49,45 +50,54 @@ def test_as_json(folder, capsys):
     }
 
 
-def test_in_words(folder, capsys):
+def test_text(folder, call):
     (folder / "dogs" / "bad.png").touch()
-    assert main(["check", str(folder), "--on-bad", "skip", "--out", str(folder / "sheet.png")]) == 0
-    said = capsys.readouterr().out
-    for words in (
+    code, out, _ = call("check", folder, "--on-bad", "skip", "--out", folder / "sheet.png")
+    assert code == 0
+    for text in (
         "5 of 3×6×6",
-        "256 levels, 8 bits; 540 bytes as packed",
+        "integers 0 to 255 (8 bits); 540 bytes in total",
         "PNG (4), JPEG (1)",
         "6 x 6 (5)",
         "cats (3), dogs (2)",
         "1 items repeat another one",
-        "1 ignored files, 1 hidden files, 1 skipped files",
-        f"skipped: [EMPTY_FILE] {folder}/dogs/bad.png: holds no bytes",
-        "contact sheet of 5 items",
+        "1 ignored, 1 hidden, 1 skipped",
+        "note: 1 of 5 items repeat another one exactly",
+        f"skipped: [EMPTY_FILE] {folder}/dogs/bad.png: the file is empty",
+        "contact sheet of 5 evenly spaced items",
     ):
-        assert words in said, said
+        assert text in out
     with Image.open(folder / "sheet.png") as sheet:
         assert sheet.width > 60
 
 
-def test_of_arrays():
+def test_facts_of_arrays():
     values = np.arange(60, dtype=np.float32).reshape(30, 2) / 7
-    facts = found(from_array(values, np.arange(30)))
+    facts = data_facts(from_array(values, np.arange(30)))
     assert facts["split"] == {name: len(getattr(from_array(values).split(), name)) for name in facts["split"]}
-    words = in_words(facts)
-    assert (words["items"], words["values"]) == ("30 of 2", "continuous; 240 bytes as packed")
-    assert words["labels"].startswith("0 (1), 1 (1), ")
-    assert words["labels"].endswith("11 (1) and 18 more")
-    assert not {"channels", "files", "sizes in files", "left aside"} & set(words)
-    assert (words["duplicates"], words["told beside"]) == ("none", "nothing")
-    few = found(from_array(np.array([[0, 1], [0, 1], [16, 3]], np.uint8), levels=17))
+    lines = describe_facts(facts)
+    assert (lines["items"], lines["values"]) == ("30 of 2", "continuous; 240 bytes in total")
+    assert lines["labels"].startswith("0 (1), 1 (1), ")
+    assert lines["labels"].endswith("11 (1) and 18 more")
+    assert not {"channels", "files", "sizes in files", "unused files"} & set(lines)
+    assert (lines["duplicates"], lines["conditions"]) == ("none", "none")
+    few = data_facts(from_array(np.array([[0, 1], [0, 1], [16, 3]], np.uint8), num_values=17))
     assert (few["split"], few["classes"], few["duplicates"]) == (None, {}, 1)
-    assert in_words(few)["values"] == "17 levels; 6 bytes as packed"
-    assert in_words(few)["split"] == "none"
+    assert describe_facts(few)["values"] == "integers 0 to 16; 6 bytes in total"
+    assert describe_facts(few)["split"] == "none"
 
 
-def test_options_are_those_of_every_command_that_reads_data(capsys):
-    for command in ("train", "evaluate", "check", "train-classifier", "advise", "ema"):
-        assert main([command, "--help"]) == 0
-        said = capsys.readouterr().out
-        for option in ("--background", "--frames", "--allow-upscale", "--on-bad", "--value-range", "--layout"):
-            assert option in said, (command, option)
+@pytest.mark.parametrize(
+    ("shape", "text"), [((5, 3), "a vector of 3 numbers"), ((5, 4, 3), "up to 4 tokens of 3 numbers")]
+)
+def test_conditions(shape, text):
+    data = from_array(np.zeros((5, 2), np.uint8), cond=np.zeros(shape))
+    assert describe_facts(data_facts(data))["conditions"] == text
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "check", "pack", "train-classifier", "advise", "ema"])
+def test_every_command_that_reads_data_has_all_options(command, call):
+    code, out, _ = call(command, "--help")
+    assert code == 0
+    for option in OPTIONS.values():
+        assert (option.flag or f"--{option.name.replace('_', '-')}") in out

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from undiffuse.checkpoint import load
 from undiffuse.cli import main
-from undiffuse.train import Run
-from undiffuse.train.watch import Watch
+from undiffuse.model.checkpoint import load
+from undiffuse.training.monitor import Monitor
+from undiffuse.training.run_folder import Run
 
 RECIPE = """
 [model]
 network = {kind = "unet", widths = [8], blocks = 1, attention = []}
 schedule = {name = "linear_log_snr", high = 6.0}
-steps = 5
+chain_length = 5
 [train]
 batch = 8
 warmup = 1
@@ -58,7 +58,7 @@ def place(tmp_path_factory):
 def test_train(place, call):
     run = place / "run"
     assert Run(run).finished
-    assert Run(run).record["config"]["train"]["steps"] == 3
+    assert Run(run).record["config"]["train"]["max_steps"] == 3
     assert {f.name for f in run.iterdir()} >= {"model.safetensors", "metrics.jsonl", "metrics.csv", "run.json"}
     assert {f.name for f in (run / "pictures").iterdir()} == {"samples-00000003.png", "samples.png", "training.png"}
     before = (run / "model.safetensors").read_bytes()
@@ -72,17 +72,17 @@ def test_train(place, call):
 def test_inspect(place, call):
     said = call("inspect", place / "run")
     assert (said.code, said.err) == (0, "")
-    for word in ("1×4×4, 256 levels", "widths=[8]", "5 steps", "steps 3", "precision float32"):
+    for word in ("1×4×4, 256 values", "widths=[8]", "5 steps", "steps 3", "precision float32"):
         assert word in said.out, said.out
     described = json.loads(call("inspect", place / "run", "--json").out)
-    assert (described["item_shape"], described["codec"]) == ([1, 4, 4], {"kind": "pixels", "levels": 256})
+    assert (described["item_shape"], described["transform"]) == ([1, 4, 4], {"kind": "integer", "num_values": 256})
     assert described["info"]["steps"] == 3
 
 
 def test_check(place, call):
     said = call("check", place / "data.npy", "--out", place / "sheet.png")
     assert (said.code, said.err) == (0, "")
-    for word in ("40 of 1×4×4", "256 levels", "train", "one channel added"):
+    for word in ("40 of 1×4×4", "integers 0 to 255", "train", "one channel added"):
         assert word in said.out, said.out
     assert (place / "sheet.png").is_file()
 
@@ -90,21 +90,21 @@ def test_check(place, call):
 def test_a_stopped_run_goes_on(place, call, monkeypatch):
     arguments = ["train", place / "data.npy", "--out", place / "stopped", "--steps", 3]
     arguments += ["--config", place / "recipe.toml", "--device", "cpu"]
-    real = Watch.step
+    real = Monitor.record_step
 
     def step(watch, *numbers):
         real(watch, *numbers)
         if watch.progress.step == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Watch, "step", step)
+    monkeypatch.setattr(Monitor, "record_step", step)
     said = call(*arguments)
     assert said.code == 143
-    assert said.err == "stopped; all is saved, and the same command goes on from here\n"
-    monkeypatch.setattr(Watch, "step", real)
+    assert said.err == "stopped; everything is saved, and the same command continues from here\n"
+    monkeypatch.setattr(Monitor, "record_step", real)
     said = call(*arguments)
     assert said.code == 0
-    assert "training goes on" in said.out
+    assert "training resumes" in said.out
     ours, straight = load(place / "stopped"), load(place / "run")
     for name, tensor in straight.network.state_dict().items():
         assert (ours.network.state_dict()[name] == tensor).all()
@@ -118,31 +118,31 @@ def test_a_stopped_run_goes_on(place, call, monkeypatch):
         (["sample"], "error[USAGE] undiffuse sample: Missing argument 'RUN'"),
         (["train", "DATA", "--bacth", "3"], "No such option"),
         (["train", "DATA", "--steps", "many"], "Invalid value for '--steps'"),
-        (["train", "DATA", "--steps", "0"], "train.steps = 0: must be above 0"),
+        (["train", "DATA", "--steps", "0"], "train.max_steps = 0: must be above 0"),
         (["train", "DATA", "--minutes", "nan"], "train.minutes = nan"),
         (["train", "DATA", "--minutes", "inf"], "train.minutes = inf"),
         (["train", "DATA", "--seed", "-1"], "train.seed = -1"),
-        (["train", "DATA", "--minutes", "1", "--steps", "3"], "both say when to stop"),
+        (["train", "DATA", "--minutes", "1", "--steps", "3"], "each determines the length of the run"),
         (["train", "DATA", "--preset", "best"], "error[PRESET] 'best': no such preset"),
         (["train", "DATA", "--steps", "1", "--preset", "vector"], "does not take items of shape (1, 4, 4)"),
         (["train", "DATA", "--steps", "1", "--preset", "volume"], "model.network.dims = 3"),
         (["train", "DATA", "--device", "tpu"], "error[DEVICE] --device tpu: unknown"),
         (["train", "DATA", "--config", "none.toml"], "none.toml: cannot be read as a recipe"),
         (["train", "DATA", "--layout", "HWN"], "error[OPTION] layout"),
-        (["train", "DATA", "--size", "3"], "error[OPTION] size: an array file has no use for it"),
+        (["train", "DATA", "--size", "3"], "error[OPTION] size: an array file does not take this option"),
         (["train", "two-mons"], "Did you mean two-moons?"),
         (["train", "two-moons", "--steps", "1", "--preset", "gpu"], "does not take items of shape (2,)"),
-        (["train", "nowhere/none"], "nowhere/none: there is no such file or folder"),
-        (["check", "none.npy"], "none.npy: there is no such file or folder"),
+        (["train", "nowhere/none"], "nowhere/none: no such file or folder"),
+        (["check", "none.npy"], "none.npy: no such file or folder"),
         (["check", "digitz"], "Did you mean digits?"),
         (["sample", "RUN", "--n", "0"], "Invalid value for '--n'"),
         (["sample", "RUN", "--solver", "best"], "error[SOLVER] 'best': no such solver. Use one of ancestral, ddim"),
         (["evaluate", "RUN", "DATA", "--part", "best"], "error[PART] --part best: no such part"),
         (["evaluate", "RUN", "DATA", "--estimate", "openai"], "Use one of discrete, continuous, ode"),
         (["evaluate", "RUN", "DATA", "--compat", "best"], "error[COMPAT] --compat best: no such script"),
-        (["evaluate", "RUN", "DATA", "--minutes", "nan"], "error[MINUTES] --minutes nan: no length of time"),
+        (["evaluate", "RUN", "DATA", "--minutes", "nan"], "error[MINUTES] --minutes nan: not a duration"),
         (["evaluate", "RUN", "DATA", "--items", "1"], "Invalid value for '--items'"),
-        (["train", "DATA", "--out", "SOMEBODY"], "is not empty and is no run"),
+        (["train", "DATA", "--out", "SOMEBODY"], "is neither empty nor a run"),
     ],
 )
 def test_usage_errors(place, refused, arguments, words, monkeypatch):
@@ -167,7 +167,7 @@ def test_data_errors(place, refused, tmp_path):
     (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY")
     refused(3, "train", tmp_path / "bad.npy")
     line = refused(3, "evaluate", place / "run", place / "wide.npy")
-    assert "1×4×8 of 256 levels, the model's 1×4×4 of 256 levels" in line
+    assert "1×4×8 with 256 possible values, those of the model 1×4×4 with 256 possible values" in line
     assert "17" in refused(3, "evaluate", place / "run", "digits")
 
 
@@ -188,13 +188,13 @@ def test_other_errors(place, call, monkeypatch):
         def raise_it(*_, **__):
             raise error
 
-        monkeypatch.setattr("undiffuse.checkpoint.load", raise_it)
+        monkeypatch.setattr("undiffuse.model.checkpoint.load", raise_it)
         return call("inspect", place / "run")
 
     said = fails(OSError(28, "No space left on device", "run/file"))
     assert (said.code, said.err) == (
         6,
-        "error[SYSTEM] run/file: No space left on device. Check the disk and the rights there.\n",
+        "error[SYSTEM] run/file: No space left on device. Check the disk and the permissions.\n",
     )
     full = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
     with pytest.raises(RuntimeError, match="can't allocate memory") as caught:
@@ -205,14 +205,14 @@ def test_other_errors(place, call, monkeypatch):
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         fails(RuntimeError("a mistake of ours"))
     said = fails(KeyboardInterrupt())
-    assert (said.code, said.err) == (130, "stopped at once; the last checkpoint is whole\n")
+    assert (said.code, said.err) == (130, "stopped at once; the last checkpoint is valid\n")
 
 
 def test_a_changed_recipe(place, call, refused, monkeypatch):
     def step(watch, *_):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Watch, "step", step)
+    monkeypatch.setattr(Monitor, "record_step", step)
     arguments = ["train", place / "data.npy", "--out", place / "begun", "--config", place / "recipe.toml"]
     assert call(*arguments, "--steps", 3).code == 143
     assert "train.seed was 0, now 1" in refused(2, *arguments, "--steps", 3, "--seed", 1)
@@ -231,7 +231,20 @@ def test_debug_shows_the_traceback(place, call):
     [
         ("train", ["DATA", "--out", "--steps", "--minutes", "--seed", "--device", "--preset", "--init"]),
         ("sample", ["RUN", "--n", "--seed"]),
-        ("evaluate", ["RUN", "DATA", "--exact", "--estimate", "--items", "--draws", "--iw", "--compat", "--minutes"]),
+        (
+            "evaluate",
+            [
+                "RUN",
+                "DATA",
+                "--exact",
+                "--estimate",
+                "--items",
+                "--mc-samples",
+                "--iw-samples",
+                "--compat",
+                "--minutes",
+            ],
+        ),
         ("inspect", ["RUN"]),
         ("check", ["DATA"]),
     ],
@@ -265,13 +278,13 @@ def test_continuous_data_of_any_width(tmp_path, call, monkeypatch):
     assert "grid" in said.out
     (table,) = (tmp_path / "runs" / "vectors").glob("samples/*/samples.csv")
     assert (table.read_text().count("\n"), table.read_text()[:6]) == (6, "a,b,c\n")
-    said = call("evaluate", "runs/vectors", "vectors.csv", "--items", 4, "--draws", 2)
+    said = call("evaluate", "runs/vectors", "vectors.csv", "--items", 4, "--mc-samples", 2)
     assert (said.code, said.err) == (0, "")
     assert "a density" in said.out
     assert "probability flow: exact, to the integrator's tolerance" in said.out
     (flow,) = (line for line in said.out.splitlines() if line.startswith("  probability flow"))
     assert "≤" not in flow
-    for option, value in (("--iw", 2), ("--compat", "openai")):
+    for option, value in (("--iw-samples", 2), ("--compat", "openai")):
         said = call("evaluate", "runs/vectors", "vectors.csv", option, value)
         assert (said.code, said.err.count("\n")) == (2, 1)
 
@@ -284,10 +297,10 @@ def test_training_on_what_the_data_tell(place, call, refused, capsys):
     assert "a vector of" not in said.out
     np.savez(place / "vectors.npz", x=values, cond=np.ones((40, 7)))
     assert "a vector of 7 numbers" in call("check", place / "vectors.npz").out
-    assert "told beside" in call("check", place / "data.npy").out
+    assert "conditions" in call("check", place / "data.npy").out
     recipe = ["--steps", 2, "--config", place / "recipe.toml", "--device", "cpu"]
     line = refused(3, "train", place / "data.npy", "--out", place / "none", *recipe, "--conditional")
-    assert line.startswith("error[NO_CONDITIONS] data: these data say nothing of their items but their values")
+    assert line.startswith("error[NO_CONDITIONS] data: these data have no labels, vectors or tokens")
     assert call("train", place / "told.npz", "--out", place / "told", *recipe, "--conditional").code == 0
     model = load(place / "told")
     assert (model.config.network["classes"], model.config.network["tokens"]) == (4, 2)

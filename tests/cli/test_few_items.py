@@ -1,4 +1,4 @@
-"""Data of a handful of items through the command line: they train, and what cannot be measured is left out."""
+"""Data of a few items through the command line: training works, and nothing is measured where nothing is held out."""
 
 import json
 
@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from tiny_run import data as tiny
 
-from undiffuse import checkpoint
-from undiffuse.data import Dataset, from_array
-from undiffuse.train import Run
+from undiffuse.data.dataset import Dataset
+from undiffuse.data.from_array import from_array
+from undiffuse.model import checkpoint
+from undiffuse.training.run_folder import Run
 
 RECIPE = """
 [model]
 network = NETWORK
 schedule = {name = "linear_log_snr", high = 6.0}
-steps = 5
+chain_length = 5
 [train]
 batch = 64
 warmup = 1
@@ -30,6 +31,8 @@ CASES = {
     "pairs": (IMAGES[[0, 1, 0, 1]], "2 distinct items only"),
     "vectors": (IMAGES[:1, 0, :3].astype(np.float32), "one item only"),
 }
+TRAINED = ("pairs", "vectors")
+"""Cases that are trained through the command line; the others differ from them in the data alone."""
 NOTHING = "nothing is held out, nothing is measured"
 
 
@@ -50,14 +53,21 @@ def train(call, tmp_path):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_the_fraction_that_can_be_held_out(name):
+    values, words = CASES[name]
+    data = from_array(values, num_values=256 if values.dtype == np.uint8 else None)
+    assert data.held_out_fraction(0.1) == (0.0, f"{words}: {NOTHING}")
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_too_few_items_to_hold_any_out(train, call, name):
     values, words = CASES[name]
     path, folder, out = train(values)
     assert f"note: {words}: {NOTHING}\n" in out
     assert f"training on {len(values)} items" in out
-    assert out.count("held out nothing") == 2
+    assert out.count("no held-out items") == 2
     assert "± nan" not in out
-    assert f"next: undiffuse sample {folder}   undiffuse evaluate {folder} {path} --part train" in out
+    assert f"next: undiffuse sample {folder}\nnext: undiffuse evaluate {folder} {path} --part train\n" in out
 
     record = Run(folder).record
     assert record["finished"]
@@ -75,18 +85,18 @@ def test_too_few_items_to_hold_any_out(train, call, name):
         code, _, err = call("evaluate", folder, path, "--device", "cpu", *part)
         cause = "nothing was held out when the model was trained. Use --part train, or other data."
         assert (code, err) == (3, f"error[EMPTY] x: {cause}\n")
-    asked = ["--part", "train", "--estimate", "discrete", "--draws", 2, "--device", "cpu"]
-    code, out, err = call("evaluate", folder, path, *asked)
+    options = ["--part", "train", "--estimate", "discrete", "--mc-samples", 2, "--device", "cpu"]
+    code, out, err = call("evaluate", folder, path, *options)
     assert (code, err) == (0, "")
-    found = json.loads((folder / "evaluation.json").read_text())
-    assert (found["part"], found["estimates"]["discrete"]["items"]) == ("trained on", len(values))
+    summary = json.loads((folder / "evaluation.json").read_text())
+    assert (summary["part"], summary["estimates"]["discrete"]["items"]) == ("trained on", len(values))
 
 
-def test_a_run_of_one_item_goes_on_as_it_was_begun(train, call, tmp_path):
+def test_a_run_of_one_item_is_extended(train, call, tmp_path):
     path, folder, _ = train(IMAGES[:1])
     code, out, _ = call("train", path, "--out", folder, "--extend", "--steps", 3, "--device", "cpu")
     assert code == 0
-    assert "is to be longer" in out
+    assert "is extended and resumes" in out
     assert checkpoint.load(folder).info["steps"] == 5
     assert Run(folder).record["config"]["train"]["held_out"] == 0
 
@@ -100,19 +110,18 @@ def test_three_distinct_items_are_enough(train):
 
 
 def test_fewer_items_than_a_batch(train):
-    """Epochs are laid end to end: five items, of which three are trained on, fill a batch of 64."""
+    """Epochs follow each other without a gap: five items, of which three are trained on, fill a batch of 64."""
     _, folder, out = train(IMAGES)
     assert "training on 3 items" in out
     assert checkpoint.load(folder).info["steps"] == 2
 
 
-def test_what_can_be_held_out():
+def test_what_can_be_held_out_of_more_items():
     data = tiny(10)
-    assert data.share_held_out(0.2) == (0.2, None)
-    assert from_array(data.values[:2], levels=5).share_held_out(0.0) == (0.0, None)
+    assert data.held_out_fraction(0.2) == (0.2, None)
+    assert from_array(data.values[:2], num_values=5).held_out_fraction(0.0) == (0.0, None)
     for items, share in ((1, 0.0), (2, 0.2)):
         official = Dataset("official", data.values, 5, test_from=items)
-        found, why = official.share_held_out(0.2)
-        assert (found, why is None) == (share, share > 0)
-        assert len(official.split(found).test) == 10 - items
-    assert why is None
+        fraction, reason = official.held_out_fraction(0.2)
+        assert (fraction, reason is None) == (share, share > 0)
+        assert len(official.split(fraction).test) == 10 - items

@@ -1,4 +1,4 @@
-"""The commands sample and advise on a model as built: what they write, how they go on, and what they refuse."""
+"""The commands sample and advise on an untrained model: their output, how they resume, and their errors."""
 
 import json
 import os
@@ -10,15 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
-from undiffuse import advise, checkpoint
-from undiffuse.advise import Choice
-from undiffuse.cli import sample as sampling
-from undiffuse.cli.choose import QUALITIES, choose, read_advice, unit, write_advice
-from undiffuse.codec import Identity, Pixels, Standardised
-from undiffuse.config import ModelConfig
-from undiffuse.diffusion import Diffusion
+from undiffuse.cli.advise import data_unit
+from undiffuse.cli.sampler_options import QUALITIES, parse_sampler, read_advice, write_advice
+from undiffuse.data.transform import Identity, IntegerLevels, Standardized
 from undiffuse.errors import ConfigError
-from undiffuse.report.files import Album
+from undiffuse.model import checkpoint
+from undiffuse.model.config import ModelConfig
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.networks.condition import Condition
+from undiffuse.report.sample_folder import SampleFolder
+from undiffuse.runtime import distributed_group
+from undiffuse.sampling import sampler_search
+from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.sampler_search import count_calls
+from undiffuse.sampling.solvers import SOLVERS
 
 NET = {"kind": "unet", "widths": [8], "blocks": 1, "attention": []}
 CLASSES = ["circle", "square", "star"]
@@ -27,9 +32,9 @@ CLASSES = ["circle", "square", "star"]
 def model(seed=0, shape=(1, 4, 4), codec=None, **network) -> Diffusion:
     torch.manual_seed(seed)
     kind = NET if len(shape) > 1 else {"kind": "mlp", "width": 8, "depth": 1}
-    codec = codec or Pixels(17)
-    info = {"levels": getattr(codec, "levels", None), "classes": CLASSES if "classes" in network else []}
-    settings = {"schedule": {"name": "linear_log_snr", "high": 6.0}, "steps": 50}
+    codec = codec or IntegerLevels(17)
+    info = {"num_values": getattr(codec, "num_values", None), "classes": CLASSES if "classes" in network else []}
+    settings = {"schedule": {"name": "linear_log_snr", "high": 6.0}, "chain_length": 50}
     built = Diffusion(ModelConfig(network=kind | network, **settings), shape, codec, info)
     with torch.no_grad():
         for parameter in built.parameters():
@@ -52,78 +57,82 @@ def manifest(folder):
     return json.loads((folder / "manifest.json").read_text())
 
 
-def test_what_people_get_who_ask_for_nothing(run, call):
+def sampler_of(folder) -> Sampler:
+    return Sampler.from_dict(manifest(folder)["sampler"])
+
+
+@pytest.fixture
+def few_solvers(monkeypatch):
+    """few_solvers(*names) makes advise measure only those solvers."""
+    return lambda *names: monkeypatch.setattr(sampler_search, "SOLVERS", {name: SOLVERS[name] for name in names})
+
+
+def test_defaults(run, call):
     said = call("sample", run)
     assert (said.code, said.err) == (0, "")
     good = QUALITIES["good"]
-    assert f"64 samples by {good} in {good.steps} steps" in said.out
-    folder = run / "samples" / f"{good.solver}-{good.steps}-seed-0"
+    assert f"64 samples by {good} in {good.num_steps} steps" in said.out
+    folder = run / "samples" / f"{good.solver}-{good.num_steps}-seed-0"
     assert str(folder / "grid.png") in said.out
-    values, told = array(folder), manifest(folder)
+    values, stored = array(folder), manifest(folder)
     assert (values.shape, values.dtype) == ((64, 1, 4, 4), np.uint8)
     assert len(list(folder.glob("0*.png"))) == 64
     for item in (0, 63):
         with Image.open(folder / f"{item:06d}.png") as picture:
             np.testing.assert_array_equal(np.asarray(picture), np.rint(values[item, 0] * (255 / 16)))
-    assert told["items"] == [*range(64)]
-    assert told["weights"] == checkpoint.fingerprint(checkpoint.load(run))
-    assert (told["seed"], told["solver"], told["steps"]) == (0, good.solver, good.steps)
-    assert (told["spacing"], told["model"]) == (good.spacing, str(run))
-    straight = model().sample(64, 0, good.solver, good.steps, spacing=good.spacing)
-    np.testing.assert_array_equal(values, straight.numpy())
+    assert stored["items"] == [*range(64)]
+    assert stored["weights"] == checkpoint.fingerprint(checkpoint.load(run))
+    assert (stored["seed"], stored["model"], sampler_of(folder)) == (0, str(run), good)
+    np.testing.assert_array_equal(values, model().sample(64, 0, good).numpy())
 
 
-def test_flags_are_what_the_library_is_asked(run, call, tmp_path):
+def test_options_make_the_sampler(run, call, tmp_path):
     flags = ["--n", 3, "--seed", 1, "--solver", "ddim", "--set", "eta=0.5", "--steps", 7, "--spacing", "karras"]
     said = call("sample", run / "model.safetensors", *flags)
     assert (said.code, said.err) == (0, "")
     folder = run / "samples" / "ddim-eta-0.5-7-karras-seed-1"
-    own = model()
-    straight = own.sample(3, 1, own.solver("ddim", eta=0.5), 7, spacing="karras")
-    np.testing.assert_array_equal(array(folder), straight.numpy())
-    assert manifest(folder)["settings"] == {"eta": 0.5}
+    sampler = Sampler("ddim", 7, "karras", {"eta": 0.5})
+    np.testing.assert_array_equal(array(folder), model().sample(3, 1, sampler).numpy())
+    assert sampler_of(folder) == sampler
     assert call("sample", run, *flags, "--quality", "best").code == 2
     assert call("sample", run, "--n", 2, "--quality", "draft", "--out", tmp_path / "draft").code == 0
-    assert manifest(tmp_path / "draft")["steps"] == QUALITIES["draft"].steps
+    assert sampler_of(tmp_path / "draft") == QUALITIES["draft"]
     assert call("sample", run, "--n", 2, "--solver", "ancestral", "--out", tmp_path / "old").code == 0
-    assert manifest(tmp_path / "old")["steps"] == 50  # the chain has no more
+    assert sampler_of(tmp_path / "old") == Sampler("ancestral", 50)  # the length of the chain
     long = call("sample", run, "--n", 2, "--solver", "ddim", "--steps", 5000, "--out", tmp_path / "long")
-    assert "5,000 steps are more than the chain of this model has: all its 50 are walked\n" in long.out
+    assert "--steps 5,000 exceeds the model's chain: 50 steps are used\n" in long.out
     assert "in 50 steps" in long.out
     assert "more than" not in call("sample", run, "--n", 2, "--steps", 50, "--out", tmp_path / "whole").out
 
 
 def test_labels_guidance_and_thresholds(tmp_path, call):
-    told = model(classes=3)
-    checkpoint.save(told, tmp_path / "model.safetensors")
+    conditional = model(classes=3)
+    checkpoint.save(conditional, tmp_path / "model.safetensors")
     flags = ["--n", 5, "--batch", 2, "--solver", "ddim", "--steps", 4, "--label", "star", "--label", 0]
-    said = call("sample", tmp_path, *flags, "--guidance", 2.5, "--threshold", "static")
+    said = call("sample", tmp_path, *flags, "--guidance", 2.5, "--threshold", "dynamic")
     assert (said.code, said.err) == (0, "")
     (folder,) = (tmp_path / "samples").iterdir()
-    assert folder.name == "ddim-4-star-0-scale-2.5-threshold-static-seed-0"
-    from undiffuse.conditioning import Condition
-    from undiffuse.denoiser import Clipped
-    from undiffuse.guidance import ClassifierFree
-
+    assert folder.name == "ddim-4-star-0-guidance-2.5-threshold-dynamic-seed-0"
     cond = Condition(label=torch.tensor([2, 0, 2, 0, 2]))
-    expected = told.sample(5, 0, "ddim", 4, cond=cond, guide=lambda d: Clipped(ClassifierFree(d, 2.5)))
-    np.testing.assert_array_equal(array(folder), expected.numpy())
-    assert not np.array_equal(array(folder), told.sample(5, 0, "ddim", 4, cond=cond).numpy())
-    assert manifest(folder)["label"] == ["star", "0"]
-    assert manifest(folder)["guidance"]["scale"] == 2.5
+    sampler = Sampler("ddim", 4, guidance=2.5, threshold="dynamic")
+    np.testing.assert_array_equal(array(folder), conditional.sample(5, 0, sampler, cond).numpy())
+    assert not np.array_equal(array(folder), conditional.sample(5, 0, Sampler("ddim", 4), cond).numpy())
+    assert (manifest(folder)["label"], sampler_of(folder)) == (["star", "0"], sampler)
     assert call("sample", tmp_path, *flags).code == 0
     assert len(list((tmp_path / "samples").iterdir())) == 2
     said = call("sample", tmp_path, "--label", "none", "--guidance", 3)
-    assert (said.code, "--guidance: nothing is told that it could guide to" in said.err) == (2, True)
-    assert call("sample", tmp_path, *flags, "--label", "none", "--guidance", 3).code == 0  # the others are told
+    assert (said.code, "--guidance: it needs a condition. Give --label or --cond" in said.err) == (2, True)
+    assert (
+        call("sample", tmp_path, *flags, "--label", "none", "--guidance", 3).code == 0
+    )  # the other labels are classes
     said = call("sample", tmp_path, "--label", "sqare")
     assert (said.code, "Did you mean square" in said.err) == (2, True)
 
 
-def test_a_killed_command_goes_on(run, call, monkeypatch, tmp_path):
+def test_resume_after_an_interrupt(run, call, monkeypatch, tmp_path):
     flags = ["--n", 11, "--solver", "ancestral", "--steps", 6]
     assert call("sample", run, *flags, "--batch", 4, "--out", tmp_path / "straight").code == 0
-    real, added = Album.add, []
+    real, added = SampleFolder.add, []
 
     def add(album, first, values):
         if len(added) == 2:
@@ -131,53 +140,56 @@ def test_a_killed_command_goes_on(run, call, monkeypatch, tmp_path):
         added.append(first)
         real(album, first, values)
 
-    monkeypatch.setattr(Album, "add", add)
+    monkeypatch.setattr(SampleFolder, "add", add)
     said = call("sample", run, *flags, "--batch", 4, "--out", tmp_path / "killed")
     assert said.code == 130
-    assert said.err == "stopped; all is saved, and the same command goes on from here\n"
+    assert said.err == "stopped; everything is saved, and the same command continues from here\n"
     assert not (tmp_path / "killed" / "samples.npz").exists()
-    monkeypatch.setattr(Album, "add", real)
+    monkeypatch.setattr(SampleFolder, "add", real)
     said = call("sample", run, *flags, "--batch", 2, "--out", tmp_path / "killed")
-    assert "goes on: 8 samples are kept" in said.out
+    assert "resuming: 8 samples are in" in said.out
     np.testing.assert_array_equal(array(tmp_path / "killed"), array(tmp_path / "straight"))
     assert len(list((tmp_path / "killed").glob("0*.png"))) == 11
     (tmp_path / "killed" / "parts").mkdir()
     said = call("sample", run, *flags, "--out", tmp_path / "killed")
     assert not (tmp_path / "killed" / "parts").exists()
-    assert "these 11 samples are all there already" in said.out
+    assert "these 11 samples exist already" in said.out
     assert str(tmp_path / "killed" / "grid.png") in said.out
 
 
-def test_other_weights_are_drawn_anew(run, call, tmp_path):
+def test_other_weights_replace_the_samples(run, call, tmp_path):
     flags = ["sample", run, "--n", 2, "--quality", "draft", "--out", tmp_path / "x"]
     call(*flags)
     before = array(tmp_path / "x")
     checkpoint.save(model(1), run / "model.safetensors")
     said = call(*flags)
-    assert "drawn anew" in said.out
-    assert "differs in weights" in said.out
+    assert "starting over" in said.out
+    assert "differ in weights" in said.out
     assert not np.array_equal(array(tmp_path / "x"), before)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_the_same_noise_and_samples_in_any_batch(run, call, batch, tmp_path):
+def test_batch_does_not_change_the_samples(run, call, batch, tmp_path):
     flags = ["--n", 7, "--solver", "ancestral", "--steps", 9, "--batch", batch, "--out", tmp_path / "x"]
     assert call("sample", run, *flags).code == 0
-    whole = model().sample(7, 0, "ancestral", 9)
-    assert np.abs(array(tmp_path / "x").astype(int) - whole.numpy().astype(int)).max() <= 1  # a tie may round elsewhere
+    whole = model().sample(7, 0, Sampler("ancestral", 9))
+    assert np.abs(array(tmp_path / "x").astype(int) - whole.numpy().astype(int)).max() <= 1  # ties may round either way
     assert (array(tmp_path / "x") == whole.numpy()).mean() > 0.99
 
 
-def test_processes_draw_what_one_does(run, call, monkeypatch, tmp_path):
-    """Each draws parts of its own: here one after the other, the first of them last, for it puts them together."""
+def test_processes_share_the_samples(run, call, monkeypatch, tmp_path):
+    """Each process draws its own parts; here one after the other, rank 0 last because it joins the parts."""
     flags = ["--n", 9, "--solver", "ancestral", "--steps", 5, "--batch", 2, "--out"]
     assert call("sample", run, *flags, tmp_path / "one").code == 0
     (tmp_path / "three" / "parts").mkdir(parents=True)
-    added, real = [], Album.add
-    monkeypatch.setattr(Album, "add", lambda album, first, values: (added.append(first), real(album, first, values)))
+    added, real = [], SampleFolder.add
+    monkeypatch.setattr(
+        SampleFolder, "add", lambda album, first, values: (added.append(first), real(album, first, values))
+    )
     for rank in (2, 1, 0):
         assert not (tmp_path / "three" / "samples.npz").exists()
-        monkeypatch.setattr(sampling, "join", lambda device, rank=rank: (rank, 3, device, lambda _: None))
+        group = (rank, 3, "cpu", lambda _: None)
+        monkeypatch.setattr(distributed_group, "init_process_group", lambda device, group=group: group)
         said = call("sample", run, *flags, tmp_path / "three")
         assert (said.code, said.err, said.out == "") == (0, "", rank > 0)
     assert len(added) == 5
@@ -187,26 +199,27 @@ def test_processes_draw_what_one_does(run, call, monkeypatch, tmp_path):
 
 
 @pytest.mark.release
-def test_two_real_processes_draw_what_one_does(run, call, tmp_path):
-    """Over gloo."""
+def test_two_processes_over_gloo_draw_the_same_samples(run, call, tmp_path):
     flags = ["--n", "9", "--solver", "ancestral", "--steps", "5", "--batch", "2", "--device", "cpu"]
     assert call("sample", run, *flags, "--out", tmp_path / "one").code == 0
     own = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "undiffuse", "sample", str(run), *flags, "--out", str(tmp_path / "two")]
-    crew = [subprocess.Popen(command, env=own | {"RANK": r, "LOCAL_RANK": r}, stdout=-1, stderr=-1) for r in ("0", "1")]
-    said = [process.communicate(timeout=120) for process in crew]
-    assert [process.returncode for process in crew] == [0, 0], said
+    processes = [
+        subprocess.Popen(command, env=own | {"RANK": r, "LOCAL_RANK": r}, stdout=-1, stderr=-1) for r in ("0", "1")
+    ]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
     assert b"9 samples by ancestral" in said[0][0]
     assert said[1][0] == b""
     np.testing.assert_array_equal(array(tmp_path / "one"), array(tmp_path / "two"))
     assert {f.name for f in (tmp_path / "one").iterdir()} == {f.name for f in (tmp_path / "two").iterdir()}
 
 
-def test_a_moving_picture(run, call, tmp_path):
+def test_animation(run, call, tmp_path):
     flags = ["--n", 3, "--solver", "ddim", "--steps", 5, "--out", tmp_path / "x"]
     said = call("sample", run, *flags, "--animate", tmp_path / "way.gif")
     assert (said.code, said.err) == (0, "")
-    assert f"moving: {tmp_path / 'way.gif'}" in said.out
+    assert f"animation: {tmp_path / 'way.gif'}" in said.out
     with Image.open(tmp_path / "way.gif") as picture, Image.open(tmp_path / "x" / "grid.png") as grid:
         assert picture.n_frames == 6
         picture.seek(5)
@@ -219,36 +232,36 @@ def test_a_moving_picture(run, call, tmp_path):
     ("flags", "words"),
     [
         (["--solver", "best"], "error[SOLVER] 'best': no such solver"),
-        (["--solver", "ddim", "--set", "eta"], "--set eta: no setting. Write name=value"),
+        (["--solver", "ddim", "--set", "eta"], "--set eta: not a setting. Write name=value"),
         (["--solver", "ddim", "--set", "heat=2"], "ddim: heat = 2: there is no such setting"),
         (["--quality", "great"], "--quality great: unknown. Use one of draft, good, best"),
-        (["--quality", "good", "--steps", "3"], "--quality, --steps: each says how long the walk is"),
-        (["--calls", "9", "--steps", "3"], "--calls, --steps: each says how long"),
+        (["--quality", "good", "--steps", "3"], "--quality, --steps: each determines the number of steps"),
+        (["--calls", "9", "--steps", "3"], "--calls, --steps: each determines the number of steps"),
         (["--calls", "3", "--solver", "rk4", "--set", "variable=u"], "Use"),
         (["--calls", "1", "--solver", "annealed_langevin"], "a step of annealed_langevin takes 100"),
-        (["--spacing", "wide"], "no such spacing of levels"),
+        (["--spacing", "wide"], "no such spacing of noise levels"),
         (["--label", "star"], "the model was trained without labels"),
-        (["--guidance", "2"], "there is nothing to be guided to"),
+        (["--guidance", "2"], "the model was trained without labels or other conditions"),
         (["--threshold", "soft"], "threshold 'soft': unknown"),
         (
             ["--classifier-scale", "5"],
-            "--classifier-scale: it does nothing without --classifier. Give both, or neither",
+            "--classifier-scale: it has no effect without --classifier. Give both, or neither",
         ),
         (
             ["--calls", "30", "--solver", "adaptive"],
-            "--calls 30: adaptive takes as many calls as its tolerances ask for",
+            "--calls 30: the number of calls of adaptive depends on its tolerances",
         ),
         (
             ["--solver", "ddim", "--set", "eta=NaN"],
             "ddim: eta = nan: it has to be a finite number. Its settings are eta",
         ),
         (
-            ["--solver", "ancestral", "--set", "draws=0"],
-            "draws = 0: there is no such setting. Its settings are variance",
+            ["--solver", "ancestral", "--set", "noises_per_step=0"],
+            "noises_per_step = 0: there is no such setting. Its settings are variance",
         ),
     ],
 )
-def test_what_cannot_be_done(run, call, flags, words):
+def test_errors(run, call, flags, words):
     said = call("sample", run, *flags)
     assert (said.code, said.err.count("\n"), said.err[:6]) == (2, 1, "error["), said
     assert words in said.err
@@ -256,32 +269,31 @@ def test_what_cannot_be_done(run, call, flags, words):
 
 def test_calls_without_advice(run, call, tmp_path):
     said = call("sample", run, "--n", 1, "--calls", 12, "--out", tmp_path / "x")
-    assert "no advice for this model yet: 'undiffuse advise RUN --calls 12' would measure" in said.out
-    good = QUALITIES["good"]
-    assert (manifest(tmp_path / "x")["solver"], manifest(tmp_path / "x")["steps"]) == (good.solver, 12)
+    assert "no advice for this model yet: 'undiffuse advise RUN --calls 12' measures" in said.out
+    assert sampler_of(tmp_path / "x") == Sampler(QUALITIES["good"].solver, 12)
     said = call("sample", run, "--n", 1, "--calls", 12, "--solver", "heun", "--out", tmp_path / "x")
     assert "advice for this model" not in said.out
-    assert (manifest(tmp_path / "x")["solver"], manifest(tmp_path / "x")["steps"]) == ("heun", 6)
+    assert sampler_of(tmp_path / "x") == Sampler("heun", 6)
 
 
-def test_advise_and_use_it(run, call, tmp_path, monkeypatch):
-    few = {name: advise.solvers.SOLVERS[name] for name in ("dpm++2m", "dpm++2m_sde", "ancestral", "unipc")}
-    monkeypatch.setattr(advise.solvers, "SOLVERS", few)
+def test_advise_and_sample(run, call, tmp_path, few_solvers):
+    few_solvers("dpm++2m", "dpm++2m_sde", "ancestral", "unipc")
     said = call("advise", run, "--calls", 5, "--items", 8, "--fine", 12)
     assert (said.code, said.err) == (0, "")
     for words in (
         "error (levels)",
         "behind the best",
-        "left out: dpm++2m_sde, ancestral (draws noise)",
+        "excluded: dpm++2m_sde, ancestral (draws noise)",
         "sample --calls",
-        "of 4 items",
-        "not judged: give held-out DATA beside RUN",
+        "over 4 items",
+        "stochastic solvers were not compared: give held-out DATA after RUN",
     ):
         assert words.replace("sample --calls", "--calls 5") in said.out, said.out
-    told = json.loads((run / "advice.json").read_text())
-    best = told["advice"]["5"]
-    assert told["weights"] == checkpoint.fingerprint(checkpoint.load(run))
-    assert best["ranking"][0]["solver"] == str(Choice(best["solver"], 1, settings=best["settings"]))
+    stored = json.loads((run / "advice.json").read_text())
+    best = stored["advice"]["5"]
+    sampler = Sampler.from_dict(best["sampler"])
+    assert stored["weights"] == checkpoint.fingerprint(checkpoint.load(run))
+    assert best["ranking"][0]["solver"] == str(sampler)
     assert best["ranking"][0]["error (levels)"] == best["error"]
     errors = [row["error (levels)"][0] for row in best["ranking"]]
     assert errors == sorted(errors)
@@ -292,23 +304,11 @@ def test_advise_and_use_it(run, call, tmp_path, monkeypatch):
     assert set(json.loads((run / "advice.json").read_text())["advice"]) == {"2", "5"}
 
     said = call("sample", run, "--n", 2, "--calls", 5, "--out", tmp_path / "x")
-    told = manifest(tmp_path / "x")
     assert "advice" not in said.out
-    assert {name: told[name] for name in ("solver", "settings", "steps", "times")} == {
-        name: best[name] for name in ("solver", "settings", "steps", "times")
-    }
-    own = model()
-    straight = own.sample(
-        2,
-        0,
-        own.solver(best["solver"], **best["settings"]),
-        best["steps"],
-        spacing="uniform" if best["times"] else best["spacing"],
-        times=best["times"],
-    )
-    np.testing.assert_array_equal(array(tmp_path / "x"), straight.numpy())
+    assert sampler_of(tmp_path / "x") == sampler
+    np.testing.assert_array_equal(array(tmp_path / "x"), model().sample(2, 0, sampler).numpy())
     said = call("sample", run, "--n", 1, "--calls", 4, "--out", tmp_path / "y")
-    assert "says nothing of 4 calls, but of 5, 2" in said.out
+    assert "has no advice for 4 calls, only for 5, 2" in said.out
     checkpoint.save(model(1), run / "model.safetensors")
     said = call("sample", run, "--n", 1, "--calls", 5, "--out", tmp_path / "y")
     assert "advice.json is not used: the weights have changed since. Run advise again" in said.out
@@ -317,91 +317,89 @@ def test_advise_and_use_it(run, call, tmp_path, monkeypatch):
     assert "advice.json is not used: it is damaged" in said.out
 
 
-def test_advice_for_a_label_says_so(call, tmp_path, monkeypatch):
-    """It is measured on all items, each told its own; samples that are told or guided otherwise are told of it."""
-    few = {name: advise.solvers.SOLVERS[name] for name in ("dpm++2m_sde", "unipc")}
-    monkeypatch.setattr(advise.solvers, "SOLVERS", few)
+def test_advice_names_its_label(call, tmp_path, few_solvers):
+    """It is measured with the labels of the items; samples with other labels or with guidance get a warning."""
+    few_solvers("dpm++2m_sde", "unipc")
     checkpoint.save(model(classes=3), tmp_path / "model.safetensors")
     flags = ["--calls", 3, "--items", 9, "--fine", 8]
     said = call("advise", tmp_path, *flags, "--label", "star", "--label", 0)
     assert (said.code, said.err) == (0, "")
-    assert "not judged: that is done for samples that are told nothing" in said.out
+    assert "stochastic solvers were not compared: they are compared without labels only" in said.out
     assert "--calls 3 --label star --label 0" in " ".join(said.out.split())
-    told = json.loads((tmp_path / "advice.json").read_text())["advice"]["3"]
-    assert (told["label"], told["items"]) == (["star", "0"], 9)
+    stored = json.loads((tmp_path / "advice.json").read_text())["advice"]["3"]
+    assert (stored["label"], stored["items"]) == (["star", "0"], 9)
     for label, words in (
         (["--label", "star", "--label", 0], None),
-        ([], "was measured for label star, 0, unguided: other label may want another walk"),
-        (["--label", "star", "--guidance", 2], "other label, guidance may want another walk"),
+        ([], "was measured for label star, 0 and without guidance; with other --label the best sampler may differ"),
+        (["--label", "star", "--guidance", 2], "with other --label, --guidance the best sampler may differ"),
     ):
         said = call("sample", tmp_path, "--n", 1, "--calls", 3, *label)
         assert (said.code, said.err, "was measured for" in said.out) == (0, "", words is not None)
         assert words is None or words in said.out
     call("advise", tmp_path, *flags)
     said = call("sample", tmp_path, "--n", 1, "--calls", 3, "--label", "star")
-    assert "was measured for samples that are told nothing, unguided: other label may want another walk" in said.out
+    assert (
+        "was measured without labels and without guidance; with other --label the best sampler may differ" in said.out
+    )
 
 
-def test_advice_by_the_law_of_the_samples(run, call, tmp_path, monkeypatch):
-    few = {name: advise.solvers.SOLVERS[name] for name in ("unipc", "dpm++2m_sde", "ancestral")}
-    monkeypatch.setattr(advise.solvers, "SOLVERS", few)
+def test_advice_by_distance_to_held_out_data(run, call, tmp_path, few_solvers):
+    few_solvers("unipc", "dpm++2m_sde", "ancestral")
     path, quick = tmp_path / "some.npy", ("--calls", 3, "--items", 8, "--fine", 12, "--samples", 40)
     np.save(path, np.random.default_rng(0).integers(0, 17, (60, 1, 4, 4), dtype=np.uint8))
-    said = call("advise", run, path, "--levels", 17, *quick)
+    said = call("advise", run, path, "--num-values", 17, *quick)
     assert (said.code, said.err) == (0, "")
-    for words in ("the law: 40 samples of 3 calls", "training items", "kernel", "kept in"):
+    for words in ("samples: 40 per sampler of 3 calls", "training items", "kernel", "stored in"):
         assert words in said.out
-    told = json.loads((run / "advice.json").read_text())["advice"]["3"]
-    rows = told["laws"]
-    assert (told["samples"], len(rows), rows[-1]["solver"]) == (40, 5, "training items")
-    assert rows[0]["solver"] == str(Choice(told["solver"], 1, settings=told["settings"]))
-    assert rows[0]["levels"] == ("fitted" if told["times"] else told["spacing"])
-    apart = [row["Fréchet"][0] for row in rows[:-1]]
-    assert apart == sorted(apart)
-    assert rows[1]["behind the best"][0] == pytest.approx(apart[1] - apart[0])
-    said = call("advise", run, path, "--levels", 18, *quick)
+    stored = json.loads((run / "advice.json").read_text())["advice"]["3"]
+    rows, sampler = stored["scores"], Sampler.from_dict(stored["sampler"])
+    assert (stored["samples"], len(rows), rows[-1]["solver"]) == (40, 5, "training items")
+    assert (rows[0]["solver"], rows[0]["levels"]) == (str(sampler), sampler.spacing)
+    distances = [row["Fréchet"][0] for row in rows[:-1]]
+    assert distances == sorted(distances)
+    assert rows[1]["behind the best"][0] == pytest.approx(distances[1] - distances[0])
+    said = call("advise", run, path, "--num-values", 18, *quick)
     assert (said.code, said.err[:13]) == (3, "error[SHAPE] ")
     assert "of 18 levels" in said.err
     np.save(path, np.random.default_rng(1).integers(0, 17, (19, 1, 4, 4), dtype=np.uint8))
-    said = call("advise", run, path, "--levels", 17, *quick)
+    said = call("advise", run, path, "--num-values", 17, *quick)
     assert (said.code, said.err[:11]) == (3, "error[FEW] ")
 
 
-def test_a_built_in_set_is_judged_without_being_named(call, tmp_path, monkeypatch):
-    few = {name: advise.solvers.SOLVERS[name] for name in ("unipc", "dpm++2m_sde")}
-    monkeypatch.setattr(advise.solvers, "SOLVERS", few)
+def test_data_of_a_built_in_set_need_not_be_given(call, tmp_path, few_solvers):
+    few_solvers("unipc", "dpm++2m_sde")
     own = model(0, (2,), Identity())
-    own.info = {"name": "two-moons", "levels": None}
+    own.info = {"name": "two-moons", "num_values": None}
     checkpoint.save(own, tmp_path / "model.safetensors")
     said = call("advise", tmp_path, "--calls", 2, "--items", 8, "--fine", 8, "--samples", 20)
-    assert "the law: 20 samples" in said.out, said
+    assert "samples: 20 per sampler" in said.out, said
 
 
-def test_advice_is_kept_as_it_was_given(tmp_path):
-    said = []
-    first, second = Choice("ddim", 3, "fitted", {"eta": 0.0}, (1.0, 0.5, 0.25, 0.0)), Choice("heun", 2, "karras")
-    assert read_advice(tmp_path, "a", 3, said.append) is None
+def test_advice_is_stored_and_read(tmp_path):
+    lines = []
+    first, second = Sampler("ddim", 3, "fitted", {"eta": 0.0}, (1.0, 0.5, 0.25, 0.0)), Sampler("heun", 2, "karras")
+    assert read_advice(tmp_path, "a", 3, lines.append) is None
     write_advice(tmp_path, "a", 3, first, {})
     write_advice(tmp_path, "a", 4, second, {"error": (1, 2)})
-    assert read_advice(tmp_path, "a", 3, said.append) == first
-    assert read_advice(tmp_path, "a", 4, said.append) == second
-    assert len(said) == 1
+    assert read_advice(tmp_path, "a", 3, lines.append) == first
+    assert read_advice(tmp_path, "a", 4, lines.append) == second
+    assert len(lines) == 1
     write_advice(tmp_path, "b", 4, first, {})
-    assert read_advice(tmp_path, "b", 3, said.append) is None
-    assert read_advice(tmp_path, "b", 4, said.append) == first
+    assert read_advice(tmp_path, "b", 3, lines.append) is None
+    assert read_advice(tmp_path, "b", 4, lines.append) == first
 
 
 def test_units_of_the_data():
-    assert unit(model()) == (8.0, "levels")  # 17 levels on [-1, 1]
-    scale, name = unit(model(0, (2,), Standardised((1.0, 0.0), (2.0, 8.0))))
+    assert data_unit(model()) == (8.0, "levels")  # 17 levels on [-1, 1]
+    scale, name = data_unit(model(0, (2,), Standardized((1.0, 0.0), (2.0, 8.0))))
     assert (scale, name) == (pytest.approx(4.0), "units of the data")
-    assert unit(model(0, (2,), Identity())) == (1.0, "units of the data")
+    assert data_unit(model(0, (2,), Identity())) == (1.0, "units of the data")
 
 
-def test_every_quality_is_a_walk_that_can_be_made():
-    own = model()
-    steps = [choose(own, lambda calls: None, quality=name).calls(own.schedule) for name in QUALITIES]
-    assert steps == sorted(steps)
-    assert choose(own, lambda calls: None) == choose(own, lambda calls: None, "good")
+def test_every_quality_can_be_sampled():
+    schedule = model().schedule
+    calls = [count_calls(parse_sampler(quality), schedule) for quality in QUALITIES]
+    assert calls == sorted(calls)
+    assert parse_sampler() == parse_sampler("good")
     with pytest.raises(ConfigError):
-        choose(own, lambda calls: None, settings=["nothing=1"])
+        parse_sampler(settings=["unknown=1"]).build_solver()

@@ -1,9 +1,9 @@
-"""Kills, stops and races training, and compares what comes out of it with a run that nothing disturbed.
+"""Kills, stops and races training, and compares the results with an undisturbed run.
 
     python tests/crash/kill.py --kills 200 --stops 40 --races 50
 
-One line of figures a part; exit 1 where a promise is broken. A fork server: this process has imported everything, and
-each training is the command line in a fork of it, so that a kill costs a second and not ten.
+Prints one line of figures for each part; exit 1 if a promise is broken. This process has imported everything, and each
+training is the command line in a fork of it, so that a kill costs a second and not ten.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny_run import STEPS, Trained, data, held, made, quick_look, same
+from tiny_run import STEPS, Trained, checkpoint_hashes, data, equal_states, model_hashes, save_only
 
 from undiffuse.cli import main
 from undiffuse.errors import CheckpointError, ConfigError
-from undiffuse.train import Run, state
-from undiffuse.train.watch import Watch
+from undiffuse.training import train_state as state
+from undiffuse.training.monitor import Monitor
+from undiffuse.training.run_folder import Run
 
 RECIPE = f"""
 [model]
 network = {{kind = "tiny"}}
 schedule = {{name = "linear_log_snr", high = 6.0}}
 weight = {{name = "edm"}}
-steps = 5
+chain_length = 5
 [train]
 batch = 12
-steps = {STEPS}
+max_steps = {STEPS}
 warmup = 3
 lr = 0.01
 precision = "float32"
@@ -52,13 +53,13 @@ snapshots = 2
 """
 
 
-def cheap_looks(patch: pytest.MonkeyPatch) -> None:
+def cheap_evaluations(patch: pytest.MonkeyPatch) -> None:
     def missing(_: object) -> None:
         raise ConfigError("MISSING_PACKAGE", "matplotlib", "is not installed", "Install it")
 
-    patch.setattr(Watch, "look", quick_look)
-    patch.setattr(Watch, "_draw", lambda watch, *_: None)
-    patch.setattr("undiffuse.report.pictures.training_curve", missing)
+    patch.setattr(Monitor, "evaluate_now", save_only)
+    patch.setattr(Monitor, "_draw", lambda monitor, *_: None)
+    patch.setattr("undiffuse.report.figures.training_curve", missing)
 
 
 class Server:
@@ -69,7 +70,7 @@ class Server:
         self.items, self.runs = data(), 0
         np.save(place / "tiny.npy", self.items.values)
         (place / "recipe.toml").write_text(RECIPE)
-        assert self.train(place / "warm") == 0  # in this process: what a first run imports and builds is forked
+        assert self.train(place / "warm") == 0  # forks inherit what a first run imports and caches
         began = time.monotonic()
         assert self.wait(self.start(place / "straight")) == 0
         self.seconds = time.monotonic() - began
@@ -93,9 +94,9 @@ class Server:
         return pid
 
     def train(self, folder: Path) -> int:
-        told = ["--levels", "5", "--config", str(self.place / "recipe.toml"), "--device", "cpu"]
+        options = ["--num-values", "5", "--config", str(self.place / "recipe.toml"), "--device", "cpu"]
         with contextlib.redirect_stdout(sys.stderr):
-            return main(["train", str(self.place / "tiny.npy"), "--out", str(folder), *told])
+            return main(["train", str(self.place / "tiny.npy"), "--out", str(folder), *options])
 
     def start(self, folder: Path) -> int:
         return self.fork(lambda: self.train(folder), folder.with_suffix(".log"))
@@ -117,16 +118,16 @@ class Server:
 
     def outcome(self, folder: Path) -> dict[str, str]:
         assert Run(folder).finished, folder
-        left = [f for name in ("partial-*", "trash-*", "*.partial") for f in folder.rglob(name)]
-        assert not left, left
-        return held(folder) | made(folder, self.items)
+        leftovers = [f for name in ("partial-*", "trash-*", "*.partial") for f in folder.rglob(name)]
+        assert not leftovers, leftovers
+        return checkpoint_hashes(folder) | model_hashes(folder, self.items)
 
 
-def whole(folder: Path) -> bool:
-    """Whether every step-* of a run is what was written, whatever is beside it."""
+def intact(folder: Path) -> bool:
+    """Whether every checkpoint step-* of a run is intact."""
     for step in (folder / "checkpoints").glob("step-*"):
         try:
-            state._verify(step)
+            state.verify_checkpoint(step)
         except CheckpointError as error:
             print(error)
             return False
@@ -145,7 +146,7 @@ def kills(server: Server, wanted: int) -> str:
                 server.wait(pid)
                 killed += 1
                 writing += any(True for name in ("partial-*", "*.partial", "trash-*") for _ in folder.rglob(name))
-                invalid += not whole(folder)
+                invalid += not intact(folder)
         runs += 1
         different += code != 0 or server.outcome(folder) != server.expected
         shutil.rmtree(folder)
@@ -157,29 +158,29 @@ def kills(server: Server, wanted: int) -> str:
 
 
 def stops(server: Server, wanted: int) -> str:
-    asked = runs = early = 0
+    sent = runs = early = 0
     slowest = 0.0
-    while asked < wanted:
+    while sent < wanted:
         folder, code = server.fresh(), None
         while code != 0:
             pid = server.start(folder)
             code = server.wait(pid, server.random.uniform(0.02, 1.1 * server.seconds))
             if code is None:
-                number = (signal.SIGTERM, signal.SIGINT)[asked % 2]
+                number = (signal.SIGTERM, signal.SIGINT)[sent % 2]
                 began = time.monotonic()
                 os.kill(pid, number)
                 code = server.wait(pid)
                 slowest = max(slowest, time.monotonic() - began)
-                asked += 1
-                assert code in (0, 128 + number), (code, number)  # 0: it had just finished
+                sent += 1
+                assert code in (0, 128 + number), (code, number)  # 0: it has just finished
                 early += not (folder / "run.json").exists()
-                assert whole(folder)
+                assert intact(folder)
         runs += 1
         assert server.outcome(folder) == server.expected
         shutil.rmtree(folder)
     assert slowest < 5 + server.seconds
     return (
-        f"A5 stops: {asked}, {early} of them before the run began; slowest {slowest:.2f} s; {runs} runs, all identical"
+        f"A5 stops: {sent}, {early} of them before the run began; slowest {slowest:.2f} s; {runs} runs, all identical"
     )
 
 
@@ -193,18 +194,16 @@ def races(server: Server, wanted: int) -> str:
         slowest = max(slowest, time.monotonic() - began)
         other = pids[1 - pids.index(first)]
         assert (os.waitstatus_to_exitcode(status), server.wait(other)) == (6, 0)
-        said = folder.with_suffix(".log").read_text()
-        assert f"error[BUSY] {folder}: process {other} is training into this folder" in said, said
+        output = folder.with_suffix(".log").read_text()
+        assert f"error[BUSY] {folder}: process {other} is training into this folder" in output, output
         assert server.outcome(folder) == server.expected
         shutil.rmtree(folder)
-    assert slowest < 2 + server.seconds / 4  # both share what there is of processors
-    return (
-        f"A6 races: {wanted}, one of two trained in each; the other said the first's number and left in {slowest:.2f} s"
-    )
+    assert slowest < 2 + server.seconds / 4  # both share the processors
+    return f"A6 races: {wanted}, one of two trained in each; the other named it and exited within {slowest:.2f} s"
 
 
 def limits(server: Server) -> str:
-    """A real limit on the size of a file, which no write goes past; what is said goes into a pipe, which has none."""
+    """A limit on the size of files, set by the system; output goes into a pipe, which has none."""
     sizes = (0, 300, 1000, 3000, 9000, 90000)
     codes = []
     for size in sizes:
@@ -218,19 +217,19 @@ def limits(server: Server) -> str:
         codes.append(server.wait(server.fork(work, writing)))
         os.close(writing)
         with open(reading) as pipe:
-            said = pipe.read()
-        failed = "error[DISK]" in said and "bytes could not be written (File too large)" in said
-        assert (codes[-1] == 6) == failed, said
-        assert whole(folder)
+            output = pipe.read()
+        failed = "error[DISK]" in output and "bytes could not be written (File too large)" in output
+        assert (codes[-1] == 6) == failed, output
+        assert intact(folder)
         assert server.wait(server.start(folder)) == 0
         assert server.outcome(folder) == server.expected
     assert codes == sorted(codes, reverse=True), codes
     assert (codes[0], codes[-1]) == (6, 0), codes
-    return f"A4 limits on files of {', '.join(map(str, sizes))} bytes: exit {codes}; all went on to the same sha256"
+    return f"A4 limits on files of {', '.join(map(str, sizes))} bytes: exit {codes}; all resumed to the same sha256"
 
 
 class Points:
-    """Counts the moments before and after each system call of a checkpoint's write, and dies at the ``last``-th."""
+    """Counts the moments before and after each system call of a checkpoint's write; kills at number ``last``."""
 
     def __init__(self, last: int | None) -> None:
         self.last, self.names = last, []
@@ -240,7 +239,7 @@ class Points:
         if len(self.names) == self.last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def watch(self, patch: pytest.MonkeyPatch) -> None:
+    def install(self, patch: pytest.MonkeyPatch) -> None:
         for name in ("mkdir", "fsync", "replace", "unlink", "rmdir"):
             patch.setattr(os, name, self._around(name, getattr(os, name)))
         patch.setattr(os, "write", self._piecewise(os.write))
@@ -266,7 +265,7 @@ class Points:
 
 
 def points(server: Server) -> str:
-    """Dies at each moment of a write: the first one, over one of the same step, and with only one kept."""
+    """Kill at each moment of a write: of the first checkpoint, over one of the same step, and with keep = 1."""
     old, new, died, names = Trained(seed=3).train(2), Trained().train(4), 0, set()
     for scenario in ("first", "overwrite", "keep=1"):
         last, ended = 0, False
@@ -279,28 +278,29 @@ def points(server: Server) -> str:
 
             def work(folder: Path = folder, last: int = last, scenario: str = scenario) -> int:
                 with pytest.MonkeyPatch.context() as patch:
-                    Points(last).watch(patch)
+                    Points(last).install(patch)
                     new.write(folder, keep=1 if scenario == "keep=1" else 2)
                 return 0
 
             ended = server.wait(server.fork(work)) == 0
-            state.tidy(folder)
+            state.finish_interrupted_writes(folder)
             assert all(f.name.startswith("step-") for f in folder.iterdir()) if folder.exists() else scenario == "first"
-            found = Trained(seed=1)
-            assert found.read(folder) == []
-            none = found.progress.step == 0 and scenario == "first"
-            assert none or same(found, new) or (scenario != "first" and same(found, old)), (scenario, last)
-            assert not ended or same(found, new)
+            resumed = Trained(seed=1)
+            assert resumed.read(folder) == []
+            none = resumed.progress.step == 0 and scenario == "first"
+            is_old = scenario != "first" and equal_states(resumed, old)
+            assert none or is_old or equal_states(resumed, new), (scenario, last)
+            assert not ended or equal_states(resumed, new)
             new.write(folder)
-            assert found.read(folder) == []
-            assert same(found, new)
+            assert resumed.read(folder) == []
+            assert equal_states(resumed, new)
             shutil.rmtree(folder)
             died += not ended
-        seen = Points(None)
+        all_points = Points(None)
         with pytest.MonkeyPatch.context() as patch:
-            seen.watch(patch)
+            all_points.install(patch)
             new.write(server.fresh())
-        names |= set(seen.names)
+        names |= set(all_points.names)
     return f"A2 named points: died at {died} moments of 3 kinds of write ({len(names)} names), 0 invalid, 0 lost"
 
 
@@ -310,15 +310,15 @@ def run(arguments: list[str]) -> None:
         parser.add_argument(f"--{part}", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--points", action="store_true", help="named points of a write, and limits on files")
-    told = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
-        cheap_looks(patch)
-        server = Server(Path(place), told.seed)
+        cheap_evaluations(patch)
+        server = Server(Path(place), options.seed)
         for part in (kills, stops, races):
-            if wanted := getattr(told, part.__name__):
+            if wanted := getattr(options, part.__name__):
                 print(part(server, wanted), flush=True)
-        if told.points:
+        if options.points:
             print(points(server), flush=True)
             print(limits(server), flush=True)
 

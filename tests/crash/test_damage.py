@@ -1,14 +1,15 @@
-"""Whatever happens to a file of the newest checkpoint is found and named, and the one before it is used."""
+"""Damage to any file of the newest checkpoint is detected and named, and the previous checkpoint is used."""
 
 import random
 import shutil
 
 import pytest
-from tiny_run import Trained, data, quick_looks, recipe, same, stopping_at, train
+from tiny_run import Trained, data, equal_states, quick_looks, recipe, stopping_at, train
 
 from undiffuse.errors import CheckpointError
-from undiffuse.train import Run, state
-from undiffuse.train.watch import Watch
+from undiffuse.training import train_state as state
+from undiffuse.training.monitor import Monitor
+from undiffuse.training.run_folder import Run
 
 PAGE = 4096
 
@@ -47,7 +48,7 @@ def swap(g, path, _):
 
 
 def older(g, path, before):
-    """That file of the checkpoint before."""
+    """Replace it by the same file of the previous checkpoint."""
     shutil.copy(before / path.name, path)
 
 
@@ -56,7 +57,7 @@ KINDS = [flip, flip, flip, truncate, zero, lengthen, delete, swap, older]
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The checkpoints of steps 2 and 4 of a network whose files take several pages."""
+    """Checkpoints of steps 2 and 4, with files of several pages."""
     folder = tmp_path_factory.mktemp("damage")
     for step in (2, 4):
         Trained(width=400).train(step).write(folder)
@@ -64,45 +65,45 @@ def two(tmp_path_factory):
 
 
 def undetected(two, cases, seed=0):
-    """(kind, file) of each damage that was not found, not named, or not answered with the checkpoint of step 2."""
+    """(kind, file, messages) of each damage that is not detected, not named, or after which step 2 is not loaded."""
     first, again, missed, g = Trained(width=400).train(2), Trained(width=400), [], random.Random(seed)
     newest, before = two / "step-00000004", two / "step-00000002"
-    kept = {path: path.read_bytes() for path in sorted(newest.iterdir())}
+    originals = {path: path.read_bytes() for path in sorted(newest.iterdir())}
     for _ in range(cases):
-        damage, path = g.choice(KINDS), g.choice(sorted(kept))
+        damage, path = g.choice(KINDS), g.choice(sorted(originals))
         damage(g, path, before)
-        changed = {p.name for p, content in kept.items() if not p.exists() or p.read_bytes() != content}
+        changed = {p.name for p, content in originals.items() if not p.exists() or p.read_bytes() != content}
         lines = again.read(two)
         if changed:
             names = changed | ({"the manifest"} if "manifest.json" in changed else set())
             named = len(lines) == 1 and str(newest) in lines[0] and any(name in lines[0] for name in names)
-            if not (named and again.progress.step == 2 and same(again, first)):
+            if not (named and again.progress.step == 2 and equal_states(again, first)):
                 missed.append((damage.__name__, path.name, lines))
-        for p, content in kept.items():
+        for p, content in originals.items():
             p.write_bytes(content)
-    assert again.read(two) == []  # as it was
+    assert again.read(two) == []  # restored
     return missed
 
 
-def test_some_damage(two):
-    assert undetected(two, 300) == []
+def test_damage_is_detected(two):
+    assert undetected(two, 200) == []
 
 
 @pytest.mark.release
-def test_much_damage(two):
+def test_damage_is_detected_in_ten_thousand_cases(two):
     missed = undetected(two, 10_000, seed=1)
-    print(f"A3: 10,000 damages of a checkpoint's files, {len(missed)} not found")
+    print(f"A3: 10,000 damages of a checkpoint's files, {len(missed)} not detected")
     assert missed == []
 
 
-def test_a_checkpoint_of_another_step_is_none(two, tmp_path):
-    """Each file of it is whole, but it is not what its name says."""
+def test_a_checkpoint_of_another_step_is_refused(two, tmp_path):
+    """Each of its files is valid, but not the step in its name."""
     shutil.copytree(two / "step-00000002", tmp_path / "step-00000009")
     with pytest.raises(CheckpointError, match=r"progress\.json: .*that of step 2"):
         Trained(width=400).read(tmp_path)
 
 
-def test_a_manifest_that_says_less_is_not_believed(two, tmp_path):
+def test_an_incomplete_manifest_is_refused(two, tmp_path):
     shutil.copytree(two / "step-00000002", tmp_path / "step-00000002")
     for text in (b"{}", b"[]", b"7", state._manifest_text({"network.safetensors": "0"})):
         (tmp_path / "step-00000002" / "manifest.json").write_bytes(text)
@@ -114,29 +115,29 @@ def test_a_record_with_a_flipped_bit_is_refused(tmp_path):
     items, g = data(), random.Random(0)
     Run(tmp_path).open(recipe(), items)
     path = tmp_path / "run.json"
-    whole, record = path.read_bytes(), Run(tmp_path).record
+    original, record = path.read_bytes(), Run(tmp_path).record
     for _ in range(200):
-        content = bytearray(whole)
-        content[g.randrange(len(whole))] ^= 1 << g.randrange(8)
+        content = bytearray(original)
+        content[g.randrange(len(original))] ^= 1 << g.randrange(8)
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="or damaged"):
             _ = Run(tmp_path).record
-    path.write_bytes(whole)
+    path.write_bytes(original)
     assert Run(tmp_path).record == record
 
 
-def test_a_run_goes_on_from_the_one_before_and_says_so(tmp_path, monkeypatch):
-    items, said = data(), []
-    monkeypatch.setattr(Watch, "say", lambda watch, line: said.append(line))
+def test_a_run_continues_from_the_previous_checkpoint_with_a_message(tmp_path, monkeypatch):
+    items, lines = data(), []
+    monkeypatch.setattr(Monitor, "log", lambda monitor, line: lines.append(line))
     with quick_looks():
-        with stopping_at(25):  # after a look at step 20
+        with stopping_at(25):  # after the evaluation at step 20
             train(recipe(), tmp_path, items)
         path = tmp_path / "checkpoints" / "step-00000025" / "optimiser.safetensors"
         flip(random.Random(0), path, None)
         train(recipe(), tmp_path, items)
-        assert [line for line in said if str(path) in line]
+        assert [line for line in lines if str(path) in line]
         for step in (tmp_path / "checkpoints").iterdir():
             delete(None, step / "average.safetensors", None)
-        with pytest.raises(CheckpointError, match=r"none of its \d checkpoints is whole") as caught:
+        with pytest.raises(CheckpointError, match=r"none of its \d checkpoints is intact") as caught:
             train(recipe(), tmp_path, items)
     assert caught.value.exit_code == 4

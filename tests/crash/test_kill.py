@@ -1,4 +1,4 @@
-"""Kills, stops, races and limits, each a fork of one process of its own: see kill.py."""
+"""Kills, stops, races and limits on files, each in a fork of a separate process: see kill.py."""
 
 import subprocess
 import sys
@@ -15,9 +15,9 @@ def kill(*arguments):
     return done.stdout
 
 
-def test_some_kills_stops_and_races():
-    said = kill("--kills", 20, "--stops", 4, "--races", 2, "--points")
-    assert [line.split(":")[0] for line in said.splitlines()] == [
+def test_kills_stops_and_races_change_nothing():
+    output = kill("--kills", 20, "--stops", 4, "--races", 2, "--points")
+    assert [line.split(":")[0] for line in output.splitlines()] == [
         "A2 kills",
         "A5 stops",
         "A6 races",
@@ -27,5 +27,5 @@ def test_some_kills_stops_and_races():
 
 
 @pytest.mark.release
-def test_many_kills_stops_and_races():
+def test_many_kills_stops_and_races_change_nothing():
     kill("--kills", 200, "--stops", 40, "--races", 50, "--points", "--seed", 1)

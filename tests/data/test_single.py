@@ -1,6 +1,7 @@
-"""One image by name: what comes of it, and every way in which it is refused."""
+"""`load_image`: one image file, and every way in which it is refused."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,31 +23,27 @@ def path(tmp_path) -> Path:
 def test_channels_and_levels(path, tmp_path):
     assert (load_image(path, 3).pixels == PIXELS.transpose(2, 0, 1)).all()
     assert load_image(path, 1).pixels.shape == (1, 4, 5)
-    assert load_image(path, 1, (4, 5)).levels == 256
+    assert load_image(path, 1, (4, 5)).num_values == 256
     deep = np.arange(20, dtype=np.uint16).reshape(4, 5) * 3000
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    picture = load_image(tmp_path / "deep.png", 1, [4, 5])
-    assert (picture.levels, picture.pixels.max()) == (65536, 57000)
+    image = load_image(tmp_path / "deep.png", 1, [4, 5])
+    assert (image.num_values, image.pixels.max()) == (65536, 57000)
 
 
-def test_what_is_refused(path, tmp_path, monkeypatch):
-    def refused(code: str, said: str, where: Path = path, size=None) -> None:
-        with pytest.raises(DataError, match=said) as error:
-            load_image(where, 1, size)
-        assert (error.value.code, error.value.where) == (code, str(where))
+def test_refused_files(path, tmp_path, monkeypatch):
+    def check(code: str, text: str, file: Path = path, size=None) -> None:
+        with pytest.raises(DataError, match=text) as error:
+            load_image(file, 1, size)
+        assert (error.value.code, error.value.where) == (code, str(file))
 
-    refused("NO_FILE", "there is no such file", tmp_path / "b.png")
-    refused("NO_FILE", "there is no such file", tmp_path)
-    refused("SIZE", "it has 5 x 4 pixels, and 4 x 5 are needed", size=(5, 4))
+    check("NO_FILE", "no such file", tmp_path / "b.png")
+    check("NO_FILE", "no such file", tmp_path)
+    check("SIZE", "it has 5 x 4 pixels instead of 4 x 5", size=(5, 4))
     (tmp_path / "text.png").write_text("not an image")
-    refused("NOT_AN_IMAGE", "no image format begins like this", tmp_path / "text.png")
-    monkeypatch.setattr(single, "MAX_BYTES", 10)
-    refused("TOO_LARGE", "it is larger than 10 bytes")
-    monkeypatch.setattr(single, "MAX_BYTES", path.stat().st_size)
-    assert load_image(path, 1).levels == 256
-
-    def broken(self):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "read_bytes", broken)
-    refused("PERMISSION", "may not be read")
+    check("NOT_AN_IMAGE", "its first bytes are not those of an image", tmp_path / "text.png")
+    monkeypatch.setattr(single, "MAX_FILE_BYTES", 10)
+    check("TOO_LARGE", "it has more than 10 bytes")
+    monkeypatch.setattr(single, "MAX_FILE_BYTES", path.stat().st_size)
+    assert load_image(path, 1).num_values == 256
+    monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=PermissionError(13, "Permission denied")))
+    check("PERMISSION", "may not be read")

@@ -1,24 +1,29 @@
+"""`load`: built-in data sets, unknown names, and the options of each source."""
+
 import gzip
 import hashlib
+import inspect
 import struct
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
-from undiffuse.codec import Pixels, codec_for
-from undiffuse.data import BUILTIN, load
-from undiffuse.data.builtin import FASHION_FILES, FASHION_FOLDER, TOYS
+from undiffuse.data.image_decoding import ImageOptions
+from undiffuse.data.sources.builtin import BUILTIN, FASHION_FILES, FASHION_FOLDER, TOYS
+from undiffuse.data.sources.registry import OPTIONS, SOURCES, load
+from undiffuse.data.transform import IntegerLevels, transform_for
 from undiffuse.errors import ConfigError, DataError
 
 
 def test_digits():
     data = load("digits")
-    assert (data.values.shape, data.values.dtype, data.levels) == ((1797, 1, 8, 8), np.uint8, 17)
+    assert (data.values.shape, data.values.dtype, data.num_values) == ((1797, 1, 8, 8), np.uint8, 17)
     assert (data.values.min(), data.values.max(), len(data.classes)) == (0, 16, 10)
     assert data.values[0, 0, 0].tolist() == [0, 0, 5, 13, 9, 1, 0, 0]
     assert data.labels[:10].tolist() == list(range(10))
-    assert codec_for(data) == Pixels(17)
+    assert transform_for(data) == IntegerLevels(17)
 
 
 def test_digits_without_scikit_learn(monkeypatch):
@@ -28,9 +33,9 @@ def test_digits_without_scikit_learn(monkeypatch):
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_toy_densities_are_always_the_same_points(name):
+def test_toy_densities_are_reproducible(name):
     data = load(name)
-    assert (data.values.shape, data.values.dtype, data.levels) == ((10_000, 2), np.float32, None)
+    assert (data.values.shape, data.values.dtype, data.num_values) == ((10_000, 2), np.float32, None)
     assert data.fingerprint == load(name).fingerprint
     mean, std = data.moments(data.split().train)
     assert np.abs(mean).max() < 0.6
@@ -38,7 +43,7 @@ def test_toy_densities_are_always_the_same_points(name):
     assert len(data.classes) == (0 if data.labels is None else len(np.unique(data.labels)))
 
 
-def test_toy_densities_are_where_they_should_be():
+def test_toy_densities():
     radius = np.linalg.norm(load("eight-gaussians").values, axis=1)
     assert radius.mean() == pytest.approx(2 + 0.2**2 / 4, abs=0.01)
     board = load("checkerboard").values
@@ -63,8 +68,7 @@ def fake_fashion(folder):
     return arrays
 
 
-def test_fashion_mnist_is_read_from_a_folder(tmp_path, monkeypatch):
-
+def test_fashion_mnist_from_a_folder(tmp_path, monkeypatch):
     train, train_labels, test, test_labels = fake_fashion(tmp_path)
     for name in FASHION_FILES:
         sha = hashlib.sha256(gzip.decompress((tmp_path / name).read_bytes())).hexdigest()
@@ -75,7 +79,7 @@ def test_fashion_mnist_is_read_from_a_folder(tmp_path, monkeypatch):
     assert data.split().test.tolist() == list(range(30, 40))
 
 
-def test_what_is_not_fashion_mnist(tmp_path):
+def test_files_that_are_not_fashion_mnist(tmp_path):
     with pytest.raises(DataError, match=r"^error\[MISSING_DATA\] .*dataset-fashion-mnist, or give a folder"):
         load("fashion-mnist", folder=tmp_path)
     fake_fashion(tmp_path)
@@ -88,7 +92,7 @@ def test_what_is_not_fashion_mnist(tmp_path):
 
 
 @pytest.mark.skipif(not FASHION_FOLDER.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
-def test_fashion_mnist_itself():
+def test_installed_fashion_mnist():
     data = load("fashion-mnist")
     assert data.values.shape == (70_000, 1, 28, 28)
     assert np.bincount(data.labels).tolist() == [7000] * 10
@@ -100,7 +104,7 @@ def test_fashion_mnist_itself():
 
 
 @pytest.mark.parametrize(
-    ("source", "code", "words"),
+    ("source", "code", "text"),
     [
         ("moons", "UNKNOWN_DATA", "Did you mean two-moons"),
         ("fashionmnist", "UNKNOWN_DATA", "Did you mean fashion-mnist"),
@@ -110,33 +114,51 @@ def test_fashion_mnist_itself():
         ("https://example.org/images.zip", "NOT_A_DIRECTORY", "no such"),
     ],
 )
-def test_names_that_are_nothing(source, code, words, tmp_path, monkeypatch):
+def test_unknown_sources(source, code, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
         load(source)
     assert caught.value.code == code
-    assert words in str(caught.value)
+    assert text in str(caught.value)
 
 
-def test_paths_that_are_too_long():
+def test_long_paths():
     with pytest.raises(DataError, match=r"^error\[PATH_TOO_LONG\]"):
         load("a/" * 2500)
 
 
 @pytest.mark.parametrize(
-    ("source", "options"),
-    [("digits", {"size": 8}), ("digits", {"folder": "x"}), ("x", {"folder": "x"}), (".", {"levels": 2})],
+    ("source", "options", "message"),
+    [
+        ("digits", {"size": 8}, "size: a built-in data set does not take this option. Its options are folder."),
+        ("digits", {"folder": "x"}, "folder: digits does not take this option. Leave it out."),
+        (".", {"folder": "x"}, "folder: a folder of images does not take this option. Its options are size, crop,"),
+        (".", {"num_values": 2}, "num_values: a folder of images does not take this option."),
+        ("a.npy", {"size": 4}, "size: an array file does not take this option. Its options are layout, num_values,"),
+        ("a.csv", {"layout": "ND"}, "layout: a table does not take this option. Leave it out."),
+    ],
 )
-def test_options_without_a_use(source, options):
-    with pytest.raises(ConfigError, match=r"^error\[OPTION\]"):
+def test_options_that_a_source_does_not_take(source, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("a.npy", np.arange(6.0).reshape(3, 2) / 7)
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError) as caught:
         load(source, **options)
+    assert str(caught.value).startswith(f"error[OPTION] {message}")
 
 
-def test_options_that_were_not_given(tmp_path, monkeypatch):
+def test_options_that_are_not_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()
-    data = load("digits", size=None, crop=False)
-    assert data.notes[-1] == "a folder called digits is here too; ./digits would mean that one"
-    np.save("a.npy", np.arange(6.0).reshape(3, 2) / 7)
-    with pytest.raises(ConfigError, match=r"^error\[OPTION\] size"):
-        load("a.npy", size=4)
+    data = load("digits", **{option.name: option.default for option in OPTIONS.values()})
+    assert data.notes == ("digits is the built-in data set; the file or folder of that name is ./digits",)
+
+
+def test_the_table_matches_the_loaders():
+    """Each option of a row is a keyword of its loader, or a field of `ImageOptions`."""
+    images = {field.name for field in fields(ImageOptions)}
+    for row in SOURCES:
+        parameters = inspect.signature(row.module().load).parameters
+        accepted = set(parameters) | (images if "image_options" in parameters else set())
+        assert {option.name for option in row.options} == accepted - {"source", "allocate", "image_options"}, row.title
+        assert row.allocates == ("allocate" in parameters)

@@ -8,16 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from undiffuse.checkpoint import save
-from undiffuse.config import Config, ModelConfig, TrainConfig
-from undiffuse.data import load_array
-from undiffuse.train import fit
-from undiffuse.train.watch import Watch
+from undiffuse.data.sources import array_files
+from undiffuse.model.checkpoint import save
+from undiffuse.model.config import Config, ModelConfig, TrainConfig
+from undiffuse.training.diffusion_task import fit_diffusion as fit
+from undiffuse.training.monitor import Monitor
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "inpaint.py"
 CONFIG = Config(
-    ModelConfig(network={"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()}, steps=5),
-    TrainConfig(batch=8, steps=2, warmup=1, precision="float32", held_out=0.2, previews=0),
+    ModelConfig(network={"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()}, chain_length=5),
+    TrainConfig(batch=8, max_steps=2, warmup=1, precision="float32", held_out=0.2, previews=0),
 )
 
 
@@ -39,8 +39,8 @@ def place(tmp_path_factory):
         values = np.random.default_rng(seed).integers(256, size=(40, 64, 16)).astype(np.uint8)
         np.save(folder / name, values)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Watch, "finish", lambda watch: save(watch.smooth, watch.run.model))  # without its last look
-        fit(CONFIG, load_array(folder / "data.npy"), folder / "run", device="cpu", quiet=True)
+        patch.setattr(Monitor, "finish", lambda watch: save(watch.ema_model, watch.run.model))  # without its last look
+        fit(CONFIG, array_files.load(folder / "data.npy"), folder / "run", device="cpu", quiet=True)
     return folder
 
 
@@ -50,7 +50,7 @@ def test_the_example_is_short():
 
 def test_known_pixels_stay_and_the_others_are_new(example, place):
     model = example.load(place / "run")
-    values = torch.from_numpy(load_array(place / "data.npy").values[[0, 1]])
+    values = torch.from_numpy(array_files.load(place / "data.npy").values[[0, 1]])
     mask = torch.rand(64, 16, generator=torch.Generator().manual_seed(0)) < 0.5
     one, other, again = (example.inpaint(model, values, mask, seed, steps=3, repeats=2) for seed in (0, 1, 0))
     assert one.dtype == torch.uint8
@@ -63,7 +63,7 @@ def test_known_pixels_stay_and_the_others_are_new(example, place):
 def test_the_picture_has_a_row_an_image(example, place):
     path = example.main(str(place / "run"), str(place / "data.npy"), images=2, steps=2, repeats=1)
     assert path == place / "run" / "pictures" / "inpainted.png"
-    data = load_array(place / "data.npy")
+    data = array_files.load(place / "data.npy")
     values = data.values[data.split(0.2).test[:2]]
     with Image.open(path) as picture:
         shown = np.asarray(picture.convert("L"))

@@ -1,6 +1,6 @@
-"""The bound against a recursion by hand in the letters of Ho et al. 2020, and against −log p of linear chains.
+"""The bound against a recursion in the notation of Ho et al. 2020, and against −log p of linear-Gaussian chains.
 
-Nothing here but `vlb` and what it is given (levels, prior) is the package's.
+Of the package only `vlb` and its arguments (chain, noise levels, prior) are used.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from undiffuse.denoiser import Prediction
-from undiffuse.grids import grid
-from undiffuse.likelihood import vlb
+from undiffuse.denoising.denoiser import Prediction
+from undiffuse.likelihood.reverse_chain import ReverseChain
+from undiffuse.likelihood.vlb import vlb
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian
+from undiffuse.sampling.time_grids import time_grid
 
 DIMS = 5
 
@@ -27,28 +28,28 @@ def cosine(T: int) -> np.ndarray:
     return np.minimum(1 - f[1:] / f[:-1], 0.999)
 
 
-TABLES = {  # the chain, and its beta by the paper's formula
+TABLES = {  # the schedule, and its beta by the paper's formula
     "linear 1000": (S.linear(), np.linspace(1e-4, 0.02, 1000)),
     "cosine 50": (S.cosine(50), cosine(50)),
     "quadratic 40": (S.quadratic(40, 1e-3, 0.4), np.linspace(math.sqrt(1e-3), math.sqrt(0.4), 40) ** 2),
     "one step": (S.Tabulated([0.3]), np.array([0.3])),
 }
-DECODERS = [None, 2, 17, 256]  # a density, or so many levels
+DECODERS = [None, 2, 17, 256]  # a density, or the number of values
 VARIANCES = ["small", "large", "learned"]
 EVERY = list(product(["cosine 50", "quadratic 40", "one step"], VARIANCES, DECODERS))
 EVERY += [("linear 1000", "learned", 256), ("linear 1000", "small", None)]
 
 
 class Matrix:
-    """ε̂ = matrix x_t + offset, and nu = (1 + sin x_t)/2."""
+    """ε̂ = matrix x_t + offset, and var_interp = (1 + sin x_t)/2."""
 
     schedule = S.Flow()
 
     def __init__(self, matrix: np.ndarray, offset: np.ndarray) -> None:
         self.matrix, self.offset = torch.from_numpy(matrix), torch.from_numpy(offset)
 
-    def __call__(self, x_t, level, cond=None, to=None):
-        at, eps = level.like(x_t), x_t @ self.matrix.T + self.offset
+    def __call__(self, x_t, level, cond=None, next_level=None):
+        at, eps = level.broadcast_like(x_t), x_t @ self.matrix.T + self.offset
         return Prediction((x_t - at.sigma * eps) / at.alpha, eps, (1 + torch.sin(x_t)) / 2)
 
 
@@ -90,7 +91,7 @@ def by_hand(beta, matrix, offset, x, noise, kind, L):
 
 @pytest.mark.parametrize(("table", "kind", "L"), EVERY)
 def test_a_recursion_by_hand_gives_the_same_bound(table, kind, L):
-    """To 1e-9 nats a dimension, for a denoiser that mixes the dimensions, and values in every place of the range."""
+    """To 1e-9 nats per dimension, for a denoiser that mixes the dimensions, with values at the ends of the range."""
     schedule, beta = TABLES[table]
     rng = np.random.default_rng(len(beta) + len(kind))
     matrix, offset = 0.3 * rng.normal(size=(DIMS, DIMS)), 0.1 * rng.normal(size=DIMS)
@@ -104,32 +105,26 @@ def test_a_recursion_by_hand_gives_the_same_bound(table, kind, L):
         edges = (low, high)
     noise = rng.normal(size=(len(beta), 3, DIMS))
     fresh = iter(torch.from_numpy(noise))
-    result = vlb(
-        Matrix(matrix, offset),
-        torch.from_numpy(x),
-        grid(schedule),
-        lambda n: next(fresh)[None],
-        variance=kind,
-        edges=edges,
-    )
+    chain = ReverseChain(Matrix(matrix, offset), time_grid(schedule), kind)
+    result = vlb(chain, torch.from_numpy(x), lambda n: next(fresh)[None], edges=edges)
     wanted = by_hand(beta, matrix, offset, x, noise, kind, L)
-    for part, name in zip(wanted, ("prior", "steps", "decoder"), strict=True):
-        scale = max(1.0, float(np.abs(part).max()) / 100)  # of thousands of nats the last digits are rounding
+    for part, name in zip(wanted, ("prior", "diffusion_nats", "decoder"), strict=True):
+        scale = max(1.0, float(np.abs(part).max()) / 100)  # the last digits of thousands of nats are rounding errors
         np.testing.assert_allclose(getattr(result, name), part, rtol=0, atol=1e-9 * DIMS * scale)
     np.testing.assert_allclose(result.total, sum(wanted), rtol=1e-11, atol=1e-9 * DIMS)
 
 
-# --- chains whose likelihood is known --------------------------------------------------------------------------------
+# --- chains with a known likelihood ----------------------------------------------------------------------------------
 # p(x_T) = N(m, diag), p(x_{t−1} given x_t) = N(M_t x_t + c_t, diag v_t): then p(x_0) is Gaussian by recursion.
-# The prior, a mean and a variance of each number, may be wrong too.
+# The prior, a mean and a variance of each number, need not be that of the exact process.
 
 STEPS, CHAINS = 5, 1000
 
 
 class Chains:
-    """As many random linear chains as there are items, with matrices that mix the dimensions.
+    """One random linear chain per item, with matrices that mix the dimensions.
 
-    The denoiser says the x̂ that makes the reverse step's mean M x_t + c; the variance is v.
+    The denoiser predicts the x̂ that makes the mean of the reverse step M x_t + c; the variance is v.
     """
 
     schedule = S.Flow()
@@ -148,13 +143,13 @@ class Chains:
         self.signs = np.array(list(product([1.0, -1.0], repeat=dims)))
 
     def _each(self, values: np.ndarray) -> torch.Tensor:
-        """Of each item, for each of its signs."""
+        """``values`` (CHAINS, ...) repeated for each of the signs of an item."""
         return torch.from_numpy(np.repeat(values, len(self.signs), axis=0))
 
     def _step(self, level) -> int:
         return round(float(level.t.flatten()[0]) * STEPS)
 
-    def __call__(self, x_t, level, cond=None, to=None):
+    def __call__(self, x_t, level, cond=None, next_level=None):
         t = self._step(level)
         mean = torch.einsum("nij,nj->ni", self._each(self.M[t - 1]), x_t) + self._each(self.c[t - 1])
         b, before, after = self.beta[t - 1], self.bar[t - 1], self.bar[t]
@@ -165,18 +160,16 @@ class Chains:
         return torch.log(self._each(self.v[self._step(t) - 1]))
 
     def bound(self) -> np.ndarray:
-        """`vlb` of each chain at its x, averaged over all signs of every noise: exact, since each term is quadratic."""
+        """`vlb` of each chain at its x, averaged over all signs of every noise: exact, as each term is quadratic."""
         noise = torch.from_numpy(np.tile(self.signs, (CHAINS, 1)))
         mean, variance = (self._each(v) for v in self.prior)
-        levels = grid(S.Tabulated(self.beta))
-        result = vlb(
-            self, self._each(self.x), levels, lambda n: noise[None],
-            variance=self.log_var, prior=Gaussian(mean, torch.log(variance)),
-        )  # fmt: skip
+        chain = ReverseChain(self, time_grid(S.Tabulated(self.beta)), self.log_var)
+        prior = Gaussian(mean, torch.log(variance))
+        result = vlb(chain, self._each(self.x), lambda n: noise[None], prior=prior)
         return result.total.reshape(CHAINS, -1).mean(1).numpy()
 
     def log_prob(self) -> np.ndarray:
-        """log p(x_0), x_0 being Gaussian."""
+        """log p(x_0) of the Gaussian x_0."""
         mean, cov = self.prior[0], np.einsum("ni,ij->nij", self.prior[1], np.eye(self.x.shape[1]))
         for M, c, v in zip(self.M[::-1], self.c[::-1], self.v[::-1], strict=True):
             mean = np.einsum("nij,nj->ni", M, mean) + c
@@ -214,12 +207,12 @@ class Chains:
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_the_bound_is_the_likelihood_and_the_gap(dims):
+def test_the_bound_is_the_likelihood_plus_the_gap(dims):
     chains = Chains(dims, seed=dims)
     bound, exact, gap = chains.bound(), -chains.log_prob(), chains.gap()
     assert bool((bound > exact - 1e-9).all())
-    assert np.median(gap) > 0.1  # the chains are wrong enough for the test to say something
-    assert gap.min() < 1e-4  # and some nearly right
+    assert np.median(gap) > 0.1  # most chains are wrong enough to make a difference
+    assert gap.min() < 1e-4  # and some are nearly right
     np.testing.assert_allclose(bound, exact + gap, rtol=1e-9, atol=1e-9)
 
 

@@ -22,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from oracles import GaussianData, MixtureData
 
-from undiffuse.denoiser import NetworkDenoiser, Preconditioning
+from undiffuse.denoising.denoiser import NetworkDenoiser, Preconditioning
 from undiffuse.process import schedule as S
-from undiffuse.process.level import NoiseLevel
+from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.target import TARGETS
-from undiffuse.sample import trajectory
-from undiffuse.solvers import Solver
+from undiffuse.sampling.solvers.solver import Solver
+from undiffuse.sampling.trajectory import trajectory
 
 f64 = torch.float64
 
@@ -119,7 +119,7 @@ def ours(solver: Solver, scheduler) -> tuple[list[NoiseLevel], list[Tensor]]:
     """The levels and states of our chain on a scheduler's table and timesteps, which it counts from 0."""
     schedule = table(scheduler)
     times = [(float(t) + 1) / 1000 for t in dict.fromkeys(scheduler.timesteps.tolist())]
-    denoise = NetworkDenoiser(NET, schedule, TARGETS["eps"], Preconditioning(time="step", steps=1000))
+    denoise = NetworkDenoiser(NET, schedule, TARGETS["eps"], Preconditioning(time="step", chain_length=1000))
     levels = S.chain(schedule, [*times, 0.0])
     return levels, [step.x for step in trajectory(denoise, solver, levels, X, noises())]
 
@@ -225,7 +225,7 @@ def main() -> None:
     """The table of `docs/peers.md`: the order over 64, 128 and 256 steps, and the error at 64."""
     from mistakes import OtherThird
 
-    from undiffuse.solvers import Multistep
+    from undiffuse.sampling.solvers.dpm_multistep import Multistep
 
     K = k_diffusion()
     flow, sde = "DPM-Solver++ 3M, the flow", "DPM-Solver++ 3M, the SDE"

@@ -13,7 +13,11 @@ import pytest
 from mistakes import OtherThird
 from peers import Z, differences, noises, order, strong, weak
 
-from undiffuse.solvers import DDIM, Ancestral, Multistep, RungeKutta, UniPC
+from undiffuse.sampling.solvers.ancestral import Ancestral
+from undiffuse.sampling.solvers.ddim import DDIM
+from undiffuse.sampling.solvers.dpm_multistep import Multistep
+from undiffuse.sampling.solvers.runge_kutta import RungeKutta
+from undiffuse.sampling.solvers.unipc import UniPC
 
 pytestmark = [pytest.mark.release, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # theirs
 

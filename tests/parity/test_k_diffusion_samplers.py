@@ -15,12 +15,17 @@ import torch
 from mistakes import OtherThird
 from peers import NET, X, by_k_diffusion, by_ours, noises, order, strong
 
-from undiffuse.denoiser import NetworkDenoiser, Preconditioning
+from undiffuse.denoising.denoiser import NetworkDenoiser, Preconditioning
 from undiffuse.process import schedule as S
-from undiffuse.process.level import NoiseLevel
+from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.target import TARGETS
-from undiffuse.sample import trajectory
-from undiffuse.solvers import DDIM, EDM, Ancestral, Multistep, RungeKutta, SingleStep
+from undiffuse.sampling.solvers.ancestral import Ancestral
+from undiffuse.sampling.solvers.ddim import DDIM
+from undiffuse.sampling.solvers.dpm_multistep import Multistep
+from undiffuse.sampling.solvers.dpm_singlestep import SingleStep
+from undiffuse.sampling.solvers.edm import EDM
+from undiffuse.sampling.solvers.runge_kutta import RungeKutta
+from undiffuse.sampling.trajectory import trajectory
 
 pytestmark = pytest.mark.release
 

@@ -1,4 +1,4 @@
-"""The schedules again, in 50-digit arithmetic, from the papers' own definitions; nothing of the package is used."""
+"""The schedules in 50-digit arithmetic, from the definitions of the papers, without the package."""
 
 from functools import cache
 
@@ -10,12 +10,12 @@ mpf = mp.mpf
 
 SIZES = [1, 2, 3, 5, 10, 19, 20, 100, 1000, 4000, 10_000]
 FIRST, LAST, LIMIT = mpf("0.0001"), mpf("0.02"), mpf("0.999")
-ANYBODY = [0.3, 1e-9, 0.999999, 0.25, 1e-5, 0.5, 2.0**-40]  # a table that no formula makes
+ARBITRARY = [0.3, 1e-9, 0.999999, 0.25, 1e-5, 0.5, 2.0**-40]  # a table that follows no formula
 
 
-def anybody(T):
-    """T of them, over and over, weakened so that 10,000 leave some signal."""
-    return [ANYBODY[k % len(ANYBODY)] / max(1, T // 50) for k in range(T)]
+def arbitrary(T):
+    """`ARBITRARY` repeated to length T, scaled down so that some signal is left after 10,000 steps."""
+    return [ARBITRARY[k % len(ARBITRARY)] / max(1, T // 50) for k in range(T)]
 
 
 def _line(first, last, k, T):
@@ -27,12 +27,12 @@ def _cosine(T):
     return [min(1 - f[k + 1] / f[k], LIMIT) for k in range(T)]
 
 
-BETAS = {  # of T, a list of T numbers
+BETAS = {  # T -> the T values of beta
     "linear": lambda T: [_line(FIRST, LAST, k, T) for k in range(T)],
     "linear_rescaled": lambda T: [min(_line(FIRST, LAST, k, T) * 1000 / T, LIMIT) for k in range(T)],
     "quadratic": lambda T: [_line(mp.sqrt(FIRST), mp.sqrt(LAST), k, T) ** 2 for k in range(T)],
     "cosine": _cosine,
-    "tabulated": lambda T: [mpf(b) for b in anybody(T)],
+    "tabulated": lambda T: [mpf(b) for b in arbitrary(T)],
 }
 
 
@@ -46,7 +46,7 @@ def table(name, T):
 
 
 def tabulated(name, T):
-    """(alpha², sigma²) at any t of a table: log alpha_bar is linear between the grid's times."""
+    """t -> (alpha², sigma²) of a table: log alpha_bar is linear between the grid's times."""
     alpha_bar = table(name, T)[1]
 
     def powers(t):
@@ -68,12 +68,12 @@ def linear_log_snr(high="13.3", low="-5"):
     )
 
 
-def sigmoid(start="-3", end="3", width="1", keep="1e-9"):
-    start, end, width, keep = mpf(start), mpf(end), mpf(width), mpf(keep)
+def sigmoid(start="-3", end="3", width="1", min_signal="1e-9"):
+    start, end, width, min_signal = map(mpf, (start, end, width, min_signal))
     v0, v1 = logistic(start / width), logistic(end / width)
 
     def powers(t):
-        noise = (1 - keep) * (logistic((start + (end - start) * t) / width) - v0) / (v1 - v0)
+        noise = (1 - min_signal) * (logistic((start + (end - start) * t) / width) - v0) / (v1 - v0)
         return 1 - noise, noise
 
     return powers
@@ -92,7 +92,7 @@ def log_snr(powers):
 
 
 def normal_bin(low, high):
-    """log(Φ(high) − Φ(low)), from the tails, where no digit is lost."""
+    """log(Φ(high) − Φ(low)), computed from the tails to keep all digits."""
     if low > 0:
         low, high = -high, -low
     return mp.log((mp.erfc(-high / mp.sqrt(2)) - mp.erfc(-low / mp.sqrt(2))) / 2)

@@ -10,16 +10,8 @@ from strategies import schedules
 
 from undiffuse.errors import ConfigError
 from undiffuse.process import schedule as S
-from undiffuse.process.gaussian import (
-    Gaussian,
-    diffuse,
-    forward,
-    posterior,
-    posterior_scales,
-    reverse,
-    step_log_var,
-)
-from undiffuse.process.level import frac, log_var_large, log_var_small
+from undiffuse.process.gaussian import Gaussian, diffuse, forward, posterior, posterior_scales, reverse, step_log_var
+from undiffuse.process.noise_level import log_var_large, log_var_small, transition_frac
 
 F64 = torch.float64
 reals = st.floats(-5, 5)
@@ -43,7 +35,7 @@ def test_log_prob_is_the_normal_density(x, mean, log_var):
     assert abs(mpf(value.item()) - truth) < 1e-12 * max(1, abs(truth))
 
 
-def test_sample_is_the_mean_and_noise_of_this_scale():
+def test_sample_scales_the_noise_and_adds_the_mean():
     p = Gaussian(scalar(1.0, -2.0), scalar(0.0, math.log(9)))
     assert p.sample(scalar(0.5, -1.0)).tolist() == pytest.approx([1.5, -5.0])
 
@@ -63,7 +55,7 @@ def test_kl_of_equal_variances_is_the_squared_distance_over_twice_the_variance()
     assert p.kl(p) == 0
 
 
-def test_kl_keeps_its_digits_where_the_variances_nearly_agree():
+def test_kl_is_accurate_for_nearly_equal_variances():
     log_var = torch.tensor([0.0, 1e-3, -1e-6, 1e-9, 3e-12], dtype=F64)
     value = Gaussian(torch.zeros(5, dtype=F64), log_var).kl(
         Gaussian(torch.zeros(5, dtype=F64), torch.zeros(5, dtype=F64))
@@ -77,7 +69,7 @@ def test_kl_keeps_its_digits_where_the_variances_nearly_agree():
 
 @pytest.mark.parametrize("std", [1.0, 0.01])
 @pytest.mark.parametrize("levels", [2, 17, 256, 65536])
-def test_bins_agree_with_fifty_digits_from_the_middle_to_forty_sigma(levels, std):
+def test_bins_agree_with_fifty_digits_up_to_forty_sigma(levels, std):
     distance = torch.tensor([0, 1e-7, 0.3, 1, 2, 4, 5, 8, 8.3, 13, 20, 37.5, 38, 40], dtype=F64)
     low = torch.cat([-distance, distance - 2 / levels / std / 2]) * std
     high = low + 2 / levels
@@ -123,7 +115,7 @@ def test_bins_sum_to_one(levels, dtype):
         assert torch.exp(p.bin_log_prob(edges)).sum().item() == pytest.approx(1, abs=1e-12)
 
 
-def test_bins_have_finite_gradients_and_the_right_ones():
+def test_bin_gradients_are_finite_and_correct():
     edges = [(-math.inf, -0.5), (-0.5, 0.25), (0.25, 0.5), (0.5, math.inf), (-math.inf, math.inf)]
     low, high = (torch.tensor(e, dtype=F64) for e in zip(*edges, strict=True))
     for shift in (0.0, 0.3, 60.0, -60.0):
@@ -146,7 +138,7 @@ def _bin(a, b, mean, log_var):
 
 
 @given(schedules, st.floats(0, 1), reals, reals)
-def test_jump(schedule, t, x, eps):
+def test_diffuse(schedule, t, x, eps):
     level = schedule(t)
     x_t = diffuse(torch.full((1, 2), x, dtype=F64), level, torch.full((1, 2), eps, dtype=F64))
     torch.testing.assert_close(x_t, torch.full((1, 2), float(level.alpha) * x + float(level.sigma) * eps, dtype=F64))
@@ -169,7 +161,7 @@ def test_low_precision_data_are_noised_in_float32(dtype, shape):
 def test_every_one_of_a_thousand_steps_changes_float32_data(name):
     schedule = S.build(name)
     t, x = torch.arange(1001, dtype=F64) / 1000, torch.full((1001, 1), 0.3)
-    x_t = diffuse(x, schedule(t), torch.zeros(1001, 1))  # the signal alone, the smaller of the two changes
+    x_t = diffuse(x, schedule(t), torch.zeros(1001, 1))  # the signal changes less than the noise
     noisy = diffuse(x, schedule(t), torch.ones(1001, 1))
     assert bool((x_t[1:] < x_t[:-1]).all())
     assert bool((noisy[1:] != noisy[:-1]).all())
@@ -180,7 +172,7 @@ def test_levels_of_a_batch_broadcast_to_their_items():
     t, s = schedule(torch.tensor([0.2, 0.9])), schedule(torch.tensor([0.1, 0.5]))
     x, eps = torch.randn(2, 2, 3, 4, 5, dtype=F64)
     x_t = diffuse(x, t, eps)
-    noise = SimpleNamespace(x=x, nu=torch.rand(2, 3, 4, 5, dtype=F64))
+    noise = SimpleNamespace(x=x, var_interp=torch.rand(2, 3, 4, 5, dtype=F64))
     for i in range(2):
         ti, si, xi, xti = t.take(i), s.take(i), x[i : i + 1], x_t[i : i + 1]
         torch.testing.assert_close(xti, diffuse(xi, ti, eps[i : i + 1]))
@@ -189,7 +181,7 @@ def test_levels_of_a_batch_broadcast_to_their_items():
         torch.testing.assert_close(together.log_var[i : i + 1], alone.log_var)
         torch.testing.assert_close(forward(x_t, s, t).mean[i : i + 1], forward(xti, si, ti).mean)
         torch.testing.assert_close(forward(x_t, s, t).log_var[i : i + 1], forward(xti, si, ti).log_var)
-        one = SimpleNamespace(x=xi, nu=noise.nu[i : i + 1])
+        one = SimpleNamespace(x=xi, var_interp=noise.var_interp[i : i + 1])
         for variance in ("small", "large", "learned", lambda a, b: a.log_snr - b.log_snr):
             torch.testing.assert_close(
                 reverse(noise, x_t, t, s, variance).log_var.expand(2, 3, 4, 5)[i : i + 1],
@@ -207,7 +199,7 @@ def test_one_step_is_ho_equation_2():
 
 
 @given(st.integers(2, 20))
-def test_steps_compose_to_the_jump(T):
+def test_steps_compose_to_diffuse(T):
     schedule = S.cosine(T)
     mean, var = scalar(1.0), 0.0
     for k in range(1, T + 1):
@@ -222,13 +214,13 @@ def test_steps_compose_to_the_jump(T):
 
 
 @given(schedules, st.floats(0.05, 1), st.floats(0.02, 0.98), reals, reals, reals)
-def test_posterior_is_bayes_rule(schedule, at, share, x, x_s, x_t):
-    t, s = schedule(at), schedule(at * share)
-    if t.alpha == 0 or s.sigma == 0 or frac(t, s) < 1e-6:
+def test_posterior_is_bayes_rule(schedule, at, ratio, x, x_s, x_t):
+    t, s = schedule(at), schedule(at * ratio)
+    if t.alpha == 0 or s.sigma == 0 or transition_frac(t, s) < 1e-6:
         return
     x, x_s, x_t = (torch.full((1,), v, dtype=F64) for v in (x, x_s, x_t))
-    jump = lambda level: Gaussian(level.alpha * x, 2 * torch.log(level.sigma))  # noqa: E731
-    terms = [forward(x_s, s, t).log_prob(x_t), jump(s).log_prob(x_s), -jump(t).log_prob(x_t)]
+    at_t, at_s = (Gaussian(level.alpha * x, 2 * torch.log(level.sigma)) for level in (t, s))
+    terms = [forward(x_s, s, t).log_prob(x_t), at_s.log_prob(x_s), -at_t.log_prob(x_t)]
     size = max(1.0, *(abs(float(v)) for v in terms))
     assert float(posterior(x_t, x, t, s).log_prob(x_s)) == pytest.approx(float(sum(terms)), abs=1e-8 * size)
 
@@ -244,12 +236,12 @@ def test_reverse_by_hos_formulas(name):
         b, now, before = (float(v) for v in (beta[k - 1], alpha_bar[k], alpha_bar[k - 1]))
         x_t = math.sqrt(now) * x + math.sqrt(1 - now) * eps
         mean = (x_t - b * eps / math.sqrt(1 - now)) / math.sqrt(1 - b)  # R4
-        prediction = SimpleNamespace(x=x, nu=torch.tensor([[0.25, 1.5]], dtype=F64))
+        prediction = SimpleNamespace(x=x, var_interp=torch.tensor([[0.25, 1.5]], dtype=F64))
         small, large = math.log(b * (1 - before) / (1 - now)), math.log(b)
         rows = {
             "small": [small],
             "large": [large],
-            "learned": [0.25 * large + 0.75 * small, 1.5 * large - 0.5 * small],  # nu is not clamped
+            "learned": [0.25 * large + 0.75 * small, 1.5 * large - 0.5 * small],  # var_interp is not clamped
         }
         for variance, log_var in rows.items():
             p = reverse(prediction, x_t, t, s, variance)
@@ -266,13 +258,13 @@ def test_karras_step_between_two_sigmas():
     assert [v.item() for v in posterior_scales(t, s)] == pytest.approx([0.01, 0.99])
 
 
-def test_the_last_step_ends_in_x_with_the_floor_or_as_asked():
+def test_the_last_step_ends_in_x_with_the_chosen_variance():
     schedule = S.linear(10)
     t, s = schedule(0.1), schedule(0.0)
     x, x_t = torch.randn(2, 1, 3, dtype=F64)
     beta, alpha_bar = (list(map(float, v)) for v in table("linear", 10))
     small = math.log(beta[1] * (1 - alpha_bar[1]) / (1 - alpha_bar[2]))
-    prediction = SimpleNamespace(x=x, nu=torch.full((1, 3), 0.5, dtype=F64))
+    prediction = SimpleNamespace(x=x, var_interp=torch.full((1, 3), 0.5, dtype=F64))
     rows = [
         (("small",), small),
         (("large",), math.log(beta[0])),
@@ -310,10 +302,10 @@ def test_a_variance_may_be_a_function_of_any_shape_that_broadcasts():
     [
         (("learned",), "error[VARIANCE] variance='learned': this model does not predict a variance. Use 'small' or"),
         (("medium",), "error[VARIANCE] variance='medium': unknown. Use 'small', 'large', 'learned' or a function"),
-        (("large", None, "ho"), "error[FIRST_LARGE] 'ho': not a way to treat the first large variance. Use 'beta' or"),
+        (("large", None, "ho"), "error[FIRST_LARGE] 'ho': unknown. Use 'beta' or"),
     ],
 )
-def test_variances_that_cannot_be(arguments, message):
+def test_invalid_variances(arguments, message):
     schedule = S.linear(10)
     with pytest.raises(ConfigError) as error:
         step_log_var(torch.zeros(1), schedule(0.5), schedule(0.4), *arguments)

@@ -12,18 +12,18 @@ from strategies import schedules, tables
 
 from undiffuse.errors import ConfigError
 from undiffuse.process import schedule as S
+from undiffuse.process.discrete_schedule import compensated_cumsum
 from undiffuse.process.gaussian import forward, posterior, posterior_scales
-from undiffuse.process.level import frac, log_var_large, log_var_small
-from undiffuse.process.table import compensated_cumsum
+from undiffuse.process.noise_level import log_var_large, log_var_small, transition_frac
 
-TABLES = {  # how the package makes each table of T steps; one row each
+TABLES = {  # the constructor of each table of T steps
     "linear": S.linear,
     "linear_rescaled": S.linear_rescaled,
     "quadratic": S.quadratic,
     "cosine": S.cosine,
-    "tabulated": lambda T: S.Tabulated(exact.anybody(T)),
+    "tabulated": lambda T: S.Tabulated(exact.arbitrary(T)),
 }
-FUNCTIONS = {  # name: the package's, and the same in 50 digits; defaults and settings that are far from them
+FUNCTIONS = {  # name: the schedule, and (alpha², sigma²) in 50 digits; with default and with unusual settings
     "sigmoid": (S.Sigmoid(), exact.sigmoid()),
     "sigmoid, cut": (S.Sigmoid(0.0, 3.0, 0.75, 0.125), exact.sigmoid("0", "3", "0.75", "0.125")),
     "linear_log_snr": (S.LinearLogSNR(), exact.linear_log_snr()),
@@ -49,24 +49,24 @@ def off(value, truth):
 def check_table(name, T, steps):
     beta, alpha_bar = table(name, T)
     schedule = TABLES[name](T)
-    assert schedule.steps == T
+    assert schedule.chain_length == T
     assert schedule.t_min == 1 / T
     levels = schedule(grid(T))
     t, s = levels.take(slice(1, None)), levels.take(slice(0, -1))
     small, large = log_var_small(t, s), log_var_large(t, s)
     A, B = posterior_scales(t, s)
-    of = [v.tolist() for v in (t.alpha, t.sigma, t.log_snr, frac(t, s), small, large, A, B)]
+    of = [v.tolist() for v in (t.alpha, t.sigma, t.log_snr, transition_frac(t, s), small, large, A, B)]
     for k in steps:
         now, before, b = alpha_bar[k], alpha_bar[k - 1], beta[k - 1]
-        alpha, sigma, log_snr, share, log_small, log_large, a_k, b_k = (column[k - 1] for column in of)
+        alpha, sigma, log_snr, frac, log_small, log_large, a_k, b_k = (column[k - 1] for column in of)
         variance = b * (1 - before) / (1 - now)  # Ho20 eq. 7
-        if k == 1:  # the floor: what the step before the last one has
+        if k == 1:  # final_log_var: that of the step before the last
             variance = b if T == 1 else beta[1] * (1 - alpha_bar[1]) / (1 - alpha_bar[2])
         relative = {
             "alpha": off(alpha, mp.sqrt(now)),
             "sigma²": off(sigma**2, 1 - now),
             "log_snr, absolute": abs(mpf(log_snr) - mp.log(now / (1 - now))),
-            "frac": off(share, b / (1 - now)),
+            "frac": off(frac, b / (1 - now)),
             "small": off(mp.exp(log_small), variance),
             "large": off(mp.exp(log_large), b),
             "A": off(a_k, mp.sqrt(1 - b) * (1 - before) / (1 - now)) if k > 1 else mpf(a_k),
@@ -80,27 +80,27 @@ def check_table(name, T, steps):
 
 
 def some(T):
-    """All of 1..T, or about 200 of them with both ends."""
-    return sorted({1, 2, 3, T - 2, T - 1, T, *range(1, T, T // 195)}) if T > 200 else range(1, T + 1)
+    """All of 1..T, or about 100 of these with both ends."""
+    return sorted({1, 2, 3, T - 2, T - 1, T, *range(1, T, T // 95)}) if T > 100 else range(1, T + 1)
 
 
 @pytest.mark.parametrize("T", SIZES)
 @pytest.mark.parametrize("name", BETAS)
-def test_tables_keep_twelve_digits(name, T):
+def test_tables_are_accurate_to_twelve_digits(name, T):
     check_table(name, T, some(T))
 
 
 @pytest.mark.release
 @pytest.mark.parametrize("T", SIZES[-3:])
 @pytest.mark.parametrize("name", BETAS)
-def test_tables_keep_twelve_digits_at_every_step(name, T):
+def test_tables_are_accurate_to_twelve_digits_at_every_step(name, T):
     check_table(name, T, range(1, T + 1))
 
 
 def check_function(name, T, steps):
     schedule, powers = FUNCTIONS[name]
     levels = schedule(grid(T))
-    share = frac(levels.take(slice(1, None)), levels.take(slice(0, -1))).tolist()
+    frac = transition_frac(levels.take(slice(1, None)), levels.take(slice(0, -1))).tolist()
     t, alpha, sigma, log_snr = (v.tolist() for v in levels[:4])
     for k in sorted({*steps, *(k - 1 for k in steps)}):
         signal, noise = powers(mpf(t[k]))
@@ -114,27 +114,27 @@ def check_function(name, T, steps):
             assert abs(mpf(log_snr[k]) - mp.log(signal / noise)) < mpf("1e-12"), k
     for k in steps:
         (signal, noise), (cleaner, less) = powers(mpf(t[k])), powers(mpf(t[k - 1]))
-        assert off(share[k - 1], 1 - signal * less / (noise * cleaner)) < mpf("1e-12"), k
+        assert off(frac[k - 1], 1 - signal * less / (noise * cleaner)) < mpf("1e-12"), k
 
 
 @pytest.mark.parametrize("T", SIZES)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_keep_twelve_digits(name, T):
+def test_functions_are_accurate_to_twelve_digits(name, T):
     check_function(name, T, some(T))
 
 
 @pytest.mark.release
 @pytest.mark.parametrize("T", SIZES[-3:])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_keep_twelve_digits_at_every_step(name, T):
+def test_functions_are_accurate_to_twelve_digits_at_every_step(name, T):
     check_function(name, T, range(1, T + 1))
 
 
-INSIDE = [0.01237, 0.25193, 0.50141, 0.75071, 0.98763]  # no grid's times
+INSIDE = [0.01237, 0.25193, 0.50141, 0.75071, 0.98763]  # on no grid
 
 
 @pytest.mark.parametrize("name", SMOOTH)
-def test_levels_between_grid_times_and_the_rate_are_those_of_the_formula(name):
+def test_levels_between_grid_times_and_the_rate_follow_the_formula(name):
     schedule, powers = SMOOTH[name]
     log_snr = exact.log_snr(powers)
     level, rate = schedule(torch.tensor(INSIDE)), schedule.log_snr_rate(torch.tensor(INSIDE))
@@ -149,14 +149,14 @@ def test_levels_between_grid_times_and_the_rate_are_those_of_the_formula(name):
 
 
 @pytest.mark.parametrize("name", SMOOTH)
-def test_inverse_undoes_the_schedule_and_stays_in_the_unit_interval(name):
+def test_inverse(name):
     schedule = SMOOTH[name][0]
-    t = torch.cat([grid(schedule.steps or 64), torch.tensor(INSIDE, dtype=torch.float64)])
+    t = torch.cat([grid(schedule.chain_length or 64), torch.tensor(INSIDE, dtype=torch.float64)])
     back = schedule.inverse(schedule(t).log_snr)
     assert back.dtype == torch.float64
     log_snr = schedule(t).log_snr
     torch.testing.assert_close(schedule(back).log_snr, log_snr, rtol=0, atol=1e-11)
-    if "tabulated" not in name:  # where steps of 1e-9 and less leave log_snr as it is
+    if "tabulated" not in name:  # its steps of 1e-9 and less do not change log_snr
         torch.testing.assert_close(back, t, rtol=0, atol=1e-10)
     beyond = schedule.inverse(torch.tensor([[math.inf, 800.0], [-800.0, -math.inf]]))
     assert beyond.shape == (2, 2)
@@ -167,7 +167,7 @@ def test_inverse_undoes_the_schedule_and_stays_in_the_unit_interval(name):
     assert schedule(0.5).log_snr.shape == ()
 
 
-def test_rounding_does_not_take_the_inverse_past_the_ends():
+def test_inverse_stays_in_the_unit_interval_despite_rounding():
     for start, end in ((-k / 7, j / 3) for k in range(1, 12) for j in range(1, 12)):
         ends = S.Sigmoid(start, end).inverse(torch.tensor([math.inf, -math.inf]))
         assert ends[0] >= 0
@@ -175,7 +175,7 @@ def test_rounding_does_not_take_the_inverse_past_the_ends():
 
 
 @given(schedules, st.lists(st.floats(0, 1), min_size=2, max_size=9))
-def test_log_snr_falls_and_the_pair_agrees_with_it(schedule, times):
+def test_log_snr_falls_and_agrees_with_alpha_and_sigma(schedule, times):
     t = torch.tensor(times, dtype=torch.float64).sort().values
     level = schedule(t)
     assert bool((level.log_snr[1:] <= level.log_snr[:-1]).all())
@@ -186,8 +186,8 @@ def test_log_snr_falls_and_the_pair_agrees_with_it(schedule, times):
 
 
 @given(tables())
-def test_tables_give_back_their_beta(schedule):
-    levels = schedule(grid(schedule.steps))
+def test_beta_can_be_recovered_from_a_table(schedule):
+    levels = schedule(grid(schedule.chain_length))
     now, before = levels.take(slice(1, None)), levels.take(slice(0, -1))
     torch.testing.assert_close(torch.exp(log_var_large(now, before)), schedule.beta, rtol=1e-11, atol=0)
     torch.testing.assert_close((now.alpha / before.alpha) ** 2, 1 - schedule.beta, rtol=1e-11, atol=1e-12)
@@ -215,7 +215,8 @@ def test_defaults_are_the_papers():
         "variance_exploding": 0.0,
         "flow": 1e-5,
     }
-    assert {make[0].steps for make in FUNCTIONS.values()} == {None}
+    assert {make[0].chain_length for make in FUNCTIONS.values()} == {None}
+    assert {name.split(",")[0] for name in FUNCTIONS} | {*TABLES, "learned", "tabulated"} == {*S.SCHEDULES}
 
 
 def test_settings_reach_the_tables():
@@ -228,15 +229,15 @@ def test_settings_reach_the_tables():
     assert S.cosine(4, limit=0.25).beta.tolist()[1:] == [0.25] * 3
 
 
-def test_linear_has_its_T_up_to_ten_thousand_and_ends_where_it_says():
+def test_ends_of_linear_tables():
     assert S.linear(10_000).beta[[0, -1]].tolist() == [1e-4, 0.02]
     assert S.linear(1).beta.tolist() == [1e-4]
     for T in range(2, 20):  # Dhariwal's rule without a limit leaves (0, 1) here
         assert 0.999 == S.linear_rescaled(T).beta[-1] > S.linear_rescaled(T).beta[0]
 
 
-def test_the_sum_in_the_log_domain_is_compensated():
-    # a plain sum of these is off by 1e-12; math.fsum is exact
+def test_cumsum_is_compensated():
+    # a plain sum of these has an error of 1e-12; math.fsum is exact
     terms = torch.log1p(torch.full((100_000,), -1e-4, dtype=torch.float64))
     sums, lost = (v.tolist() for v in compensated_cumsum(terms))
     for k in (0, 1, 10, 99_999, 100_000):
@@ -265,16 +266,16 @@ def test_zero_terminal_table_ends_in_pure_noise():
     assert schedule.inverse(levels.log_snr).tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1], abs=1e-15)
     assert schedule.log_snr_rate(1.0) == -math.inf
     now, before = levels.take(slice(1, None)), levels.take(slice(0, -1))
-    assert frac(now, before).tolist() == pytest.approx([1, 0.5 / 0.55, 1], rel=1e-14)
+    assert transition_frac(now, before).tolist() == pytest.approx([1, 0.5 / 0.55, 1], rel=1e-14)
     x, x_t = torch.randn(2, 5, dtype=torch.float64)
-    last = posterior(x_t, x, levels.take(3), levels.take(2))  # x_T says nothing of x
+    last = posterior(x_t, x, levels.take(3), levels.take(2))  # x_T does not depend on x
     torch.testing.assert_close(last.mean, math.sqrt(0.45) * x)
     torch.testing.assert_close(torch.exp(last.log_var), torch.full((1,), 0.55, dtype=torch.float64))
     assert S.Tabulated([1.0])(torch.tensor([0.0, 1.0])).alpha.tolist() == [1, 0]
     assert float(log_var_small(levels.take(1), levels.take(0))) == pytest.approx(math.log(0.5 * 0.1 / 0.55))
 
 
-def test_times_within_rounding_of_the_grid_are_on_it():
+def test_times_within_rounding_of_the_grid_count_as_grid_times():
     schedule = S.linear(1000)
     on = schedule(torch.tensor(0.3, dtype=torch.float64))
     for near in (0.1 * 3, 0.3 + 9e-10, 0.3 - 9e-10):
@@ -294,7 +295,7 @@ def test_T_must_be_a_whole_number_in_range(name, T):
     with pytest.raises(ConfigError) as error:
         S.build(name, T=T)
     assert str(error.value) == (
-        f"error[SCHEDULE] T = {T}: the number of steps must be a whole number from 1 to 10,000. Choose such a T."
+        f"error[SCHEDULE] T = {T}: the number of steps must be a whole number from 1 to 10,000. Change T."
     )
 
 
@@ -309,12 +310,12 @@ def test_T_must_be_a_whole_number_in_range(name, T):
         ([0.5, 0.5, math.inf], "beta[2] = inf"),
     ],
 )
-def test_beta_outside_its_range_is_named(beta, where):
+def test_beta_outside_its_range(beta, where):
     with pytest.raises(ConfigError) as error:
         S.Tabulated(beta)
     assert str(error.value) == (
         f"error[SCHEDULE] {where}: every beta must lie in (0, 1), the last may be 1. "
-        "Mend the table, or use a schedule that fits this T (linear_rescaled, cosine)."
+        "Correct the table, or use a schedule that fits this T (linear_rescaled, cosine)."
     )
 
 
@@ -326,7 +327,7 @@ def test_beta_must_be_a_list(beta):
 
 @pytest.mark.release
 def test_a_million_steps_are_allowed():
-    assert S.Tabulated(torch.full((1_000_000,), 1e-6)).steps == 1_000_000
+    assert S.Tabulated(torch.full((1_000_000,), 1e-6)).chain_length == 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -344,7 +345,7 @@ def test_a_million_steps_are_allowed():
         (lambda: S.build("linear", steps=3), "schedule 'linear': got an unexpected keyword argument 'steps'. Check"),
     ],
 )
-def test_schedules_that_cannot_be_are_refused_on_one_line(make, where):
+def test_invalid_schedules(make, where):
     with pytest.raises(ConfigError) as error:
         make()
     assert str(error.value).startswith(f"error[SCHEDULE] {where}")
@@ -353,7 +354,7 @@ def test_schedules_that_cannot_be_are_refused_on_one_line(make, where):
 
 def test_build_passes_settings():
     assert S.build("variance_exploding", sigma_min=0.002, sigma_max=80.0) == S.VarianceExploding(0.002, 80.0)
-    assert S.build("cosine", T=7).steps == 7
+    assert S.build("cosine", T=7).chain_length == 7
     assert S.build("tabulated", beta=[0.5]).beta.tolist() == [0.5]
 
 
@@ -361,19 +362,19 @@ def test_build_passes_settings():
 @pytest.mark.parametrize("name", ["linear", "sigmoid", "linear_log_snr", "variance_exploding", "flow"])
 def test_times_outside_the_unit_interval_are_refused(name, t):
     schedule = S.build(name)
-    for ask in (schedule, schedule.log_snr_rate):
+    for function in (schedule, schedule.log_snr_rate):
         with pytest.raises(ValueError, match=r"a time must be in \[0, 1\], 0 for data and 1 for noise; got \["):
-            ask(t)
+            function(t)
 
 
-def test_a_learned_time_gives_no_gradient_and_any_dtype_gives_float64():
+def test_times_are_detached_and_become_float64():
     level = S.LinearLogSNR()(torch.tensor([0.5], dtype=torch.float16, requires_grad=True))
     assert not level.log_snr.requires_grad
     assert {v.dtype for v in level[:4]} == {torch.float64}
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_sub_grid_is_a_chain_with_its_own_floor(name):
+def test_a_sub_grid_is_a_chain_with_its_own_final_variance(name):
     T = 20
     alpha_bar = table(name, T)[1]
     for ks in ([20, 13, 6, 1, 0], [20, 7, 0], [20, 0], [17, 5, 2]):
@@ -385,21 +386,21 @@ def test_a_sub_grid_is_a_chain_with_its_own_floor(name):
             large = 1 - now / before
             small = large * (1 - before) / (1 - now)
             variances.append(small if j else (variances[-1] if variances else large))
-            assert off(frac(t, s).item(), large / (1 - now)) < 1e-12
+            assert off(transition_frac(t, s).item(), large / (1 - now)) < 1e-12
             assert off(math.exp(log_var_large(t, s)), large) < 1e-12
             assert off(math.exp(log_var_small(t, s)), variances[-1]) < 1e-12
             step = forward(torch.ones(1, dtype=torch.float64), s, t)
             assert off(step.mean.item(), mp.sqrt(now / before)) < 1e-12
 
 
-def test_the_chain_of_one_step_floors_at_its_large_variance_and_others_keep_theirs():
-    assert S.chain(S.linear(10), [1.0, 0.0])[-1].floor is None
+def test_final_log_var_of_short_chains():
+    assert S.chain(S.linear(10), [1.0, 0.0])[-1].final_log_var is None
     schedule = S.linear(10)
-    assert S.chain(schedule, [1.0, 0.1])[-1].floor == schedule(0.1).floor
-    assert S.chain(S.VarianceExploding(), [1.0, 0.0])[-1].floor is None
+    assert S.chain(schedule, [1.0, 0.1])[-1].final_log_var == schedule(0.1).final_log_var
+    assert S.chain(S.VarianceExploding(), [1.0, 0.0])[-1].final_log_var is None
 
 
 @pytest.mark.parametrize("times", [[1.0], [0.0, 1.0], [1.0, 0.5, 0.5], [[1.0, 0.0]], [1.0, 1.0], [2.0, 0.0]])
-def test_chains_fall(times):
+def test_chains_must_fall(times):
     with pytest.raises(ValueError, match=r"a chain is a falling list of at least two times|a time must be in"):
         S.chain(S.linear(10), times)

@@ -17,11 +17,11 @@ SNR = [1e-4, 0.2, 0.9, 1.0, 1.1, 4.9, 5.1, 300.0]
 
 
 def karras(sigma_data):
-    """1/c_out² on x [Karras22 table 1], of the noise-to-signal ratio; on eps it is over SNR."""
+    """1/c_out² for x [Karras22 table 1] as a function of SNR; divided by SNR for eps."""
     return lambda snr: (1 / snr + sigma_data**2) / (1 / snr * sigma_data**2) / snr
 
 
-ROWS = [  # name, settings, the weight of the eps loss by the papers, of the signal-to-noise ratio
+ROWS = [  # name, settings, and the weight of the eps loss in the paper as a function of SNR
     ("simple", {}, lambda snr: 1.0),
     ("truncated_snr", {}, lambda snr: max(snr, 1) / snr),  # on x: max(SNR, 1)
     ("min_snr", {}, lambda snr: min(snr, 5) / snr),  # on x: min(SNR, 5)
@@ -38,7 +38,7 @@ ROWS = [  # name, settings, the weight of the eps loss by the papers, of the sig
 def test_every_weight_is_tested():
     assert {name for name, *_ in ROWS} | {"bound"} == set(WEIGHTS)
     assert {name: row.name for name, row in WEIGHTS.items()} == {name: name for name in WEIGHTS}
-    assert [name for name, row in WEIGHTS.items() if row.pair] == ["bound"]
+    assert [name for name, row in WEIGHTS.items() if row.needs_next_level] == ["bound"]
 
 
 @pytest.mark.parametrize(("name", "settings", "formula"), ROWS)
@@ -51,7 +51,7 @@ def test_weights_are_the_papers(name, settings, formula, schedule):
     assert build(name, **settings)(level.take(0)).shape == ()
 
 
-def test_weights_in_the_frames_where_the_papers_write_them():
+def test_weights_in_the_frames_of_the_papers():
     level = S.LinearLogSNR()(torch.linspace(0, 1, 9))
     snr = torch.exp(level.log_snr)
     for weight, frame, expected in (
@@ -74,7 +74,7 @@ def test_bound_is_ho_equation_12(name):
     k = torch.arange(1, T + 1, dtype=F64)
     t, s = schedule(k / T), schedule((k - 1) / T)
     small = [b * (1 - alpha_bar[i]) / (1 - alpha_bar[i + 1]) for i, b in enumerate(beta)]
-    small[0] = small[1]  # the floor
+    small[0] = small[1]  # final_log_var
     for weight, variance in (
         (build("bound"), small),
         (build("bound", variance="small"), small),
@@ -89,15 +89,15 @@ def test_bound_is_ho_equation_12(name):
 
 
 @given(st.floats(0.02, 1), st.floats(0.01, 0.99))
-def test_bound_with_the_small_variance_is_half_the_fall_in_snr_over_snr(at, share):
+def test_bound_with_the_small_variance_is_a_difference_of_snr(at, ratio):
     for schedule in (S.LinearLogSNR(), S.VarianceExploding(), S.Sigmoid()):
-        t, s = schedule(at), schedule(at * share)
+        t, s = schedule(at), schedule(at * ratio)
         expected = 0.5 * math.expm1(float(s.log_snr - t.log_snr))
         assert build("bound")(t, s).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_previous_in_noise_form_has_the_weight_of_the_one_step_noise():
-    # T6: β/(1−β) on the one-step noise, which is √(β/(1−ᾱ)) times eps; here of the posterior mean's frame
+def test_weight_of_previous_in_terms_of_the_one_step_noise():
+    # T6: weight β/(1−β) on the one-step noise √(β/(1−ᾱ)) eps, converted to the frame of the posterior mean
     schedule = S.linear(10)
     beta, alpha_bar = ([float(v) for v in column] for column in table("linear", 10))
     t, s = schedule(0.6), schedule(0.5)
@@ -107,7 +107,7 @@ def test_previous_in_noise_form_has_the_weight_of_the_one_step_noise():
         assert w_y.item() == pytest.approx(1, rel=1e-11)
 
 
-def test_a_pair_weight_needs_the_pair():
+def test_a_weight_between_two_levels_needs_both():
     with pytest.raises(ConfigError) as error:
         build("bound")(S.Flow()(0.5))
     assert str(error.value) == (
@@ -126,7 +126,7 @@ def test_a_pair_weight_needs_the_pair():
         ("bound", {"shift": 1.0}, "error[WEIGHT] weight 'bound': no setting 'shift'. It has variance."),
     ],
 )
-def test_build_refuses_what_it_does_not_have(name, settings, message):
+def test_invalid_names_and_settings(name, settings, message):
     with pytest.raises(ConfigError) as error:
         build(name, **settings)
     assert str(error.value).startswith(message)

@@ -1,4 +1,4 @@
-"""The table: its text, its numbers, and no escape codes where nobody can see colour."""
+"""Tables: their text and numbers, and escape codes on terminals only."""
 
 import io
 
@@ -7,7 +7,7 @@ import pytest
 from undiffuse.report.table import cell, render
 
 
-def printed(rows, **more):
+def table_text(rows, **more):
     out = io.StringIO()
     render(rows, file=out, **more)
     return out.getvalue()
@@ -19,7 +19,7 @@ def test_text_of_a_table(monkeypatch):
         {"model": "ours [red]\x1b[31m", "bits": (1.98123, 0.0123), "items": 1800},
         {"model": "pixels", "seconds": 0.5},
     ]
-    lines = [line.rstrip() for line in printed(rows, title="digits").splitlines()]
+    lines = [line.rstrip() for line in table_text(rows, title="digits").splitlines()]
     assert lines[0] == "digits"
     assert lines[2].split() == ["model", "bits", "items", "seconds"]
     assert lines[4].split() == ["ours", "[red]\\x1b[31m", "1.981", "±", "0.012", "1,800"]
@@ -40,7 +40,7 @@ def test_a_terminal_gets_styles():
 def test_standard_output_and_long_cells(capsys):
     render([{"path": "x" * 300}])
     assert "x" * 300 in capsys.readouterr().out
-    assert printed([]).strip() == ""
+    assert table_text([]).strip() == ""
 
 
 @pytest.mark.parametrize(

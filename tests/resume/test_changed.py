@@ -1,18 +1,17 @@
-"""A run goes on with what it was begun with, or says what is different; with --force it goes on all the same."""
+"""A run resumes with the recipe and data that it began with; changes are named, and accepted with --force."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tiny_run import data, held, quick_looks, recipe, stopping_at, train
+from tiny_run import checkpoint_hashes, data, quick_looks, recipe, stopping_at, train
 
 from undiffuse.cli import main
-from undiffuse.config import replace_train
-from undiffuse.data import from_array
+from undiffuse.data.from_array import from_array
 from undiffuse.errors import ConfigError
-from undiffuse.train import Run
+from undiffuse.model.config import replace_train
+from undiffuse.training.run_folder import Run
 
 ITEMS, RECIPE = data(), recipe(8)
 VALUES = ITEMS.values
@@ -27,11 +26,11 @@ def training(**changes):
 
 
 def images(values, levels=5):
-    return RECIPE, from_array(values, np.arange(len(values)) % 3, levels=levels)
+    return RECIPE, from_array(values, np.arange(len(values)) % 3, num_values=levels)
 
 
 CHANGES = {
-    "model.steps": model(steps=6),
+    "model.chain_length": model(chain_length=6),
     "model.schedule.high": model(schedule={"name": "linear_log_snr", "high": 7.0}),
     "model.schedule.name": model(schedule={"name": "cosine"}),
     "model.network.kind": model(network={"kind": "unet"}),
@@ -43,14 +42,14 @@ CHANGES = {
     "train.lr": training(lr=0.02),
     "train.seed": training(seed=5),
     "train.batch": training(batch=6),
-    "train.steps": training(steps=9),
+    "train.max_steps": training(max_steps=9),
     "train.ema": training(ema=0.1),
     "train.precision": training(precision="bfloat16"),
     "train.flip": training(flip=False),
     "train.conditional": training(conditional=False),
     "data.items": images(VALUES[:39]),
     "data.item_shape": images(VALUES[:, :, :3]),
-    "data.levels": images(VALUES, 6),
+    "data.num_values": images(VALUES, 6),
     "data.fingerprint": images(VALUES[::-1].copy()),
 }
 
@@ -66,33 +65,32 @@ def test_a_changed_field_is_named(name, tmp_path):
     assert all(old != new for _, old, new in caught.value.rows)
     assert "--force" in caught.value.fix
     assert Run(tmp_path).open(config, items, force=True)
-    assert not Run(tmp_path).open(config, items)  # it is the run's own now
+    assert not Run(tmp_path).open(config, items)  # the record has changed
     (rows,) = Run(tmp_path).record["changed"]
     assert name in [what for what, _, _ in rows]
 
 
 def test_another_torch_is_named(tmp_path, monkeypatch):
     Run(tmp_path).open(RECIPE, ITEMS)
-    monkeypatch.setattr(torch, "__version__", torch.__version__ + ".1")  # a later build of the same
+    monkeypatch.setattr(torch, "__version__", torch.__version__ + ".1")  # a later build of the same major version
     assert not Run(tmp_path).open(RECIPE, ITEMS)
     monkeypatch.setattr(torch, "__version__", "3.0")
     with pytest.raises(ConfigError, match="torch was '2', now '3'"):
         Run(tmp_path).open(RECIPE, ITEMS)
 
 
-def test_a_record_of_an_older_version_is_taken(tmp_path):
-    """It holds no torch, no sha256 and not the settings that came later, which have their defaults."""
-    Run(tmp_path).open(RECIPE, ITEMS)
-    path = tmp_path / "run.json"
-    record = json.loads(path.read_text())
-    del record["torch"], record["sha256"], record["config"]["train"]["on_nonfinite"]
-    path.write_text(json.dumps(record))
-    assert not Run(tmp_path).open(RECIPE, ITEMS)
+def test_settings_newer_than_the_record_have_their_defaults(tmp_path):
+    run = Run(tmp_path)
+    run.open(RECIPE, ITEMS)
+    record = run.record
+    del record["config"]["train"]["on_nonfinite"]
+    run._write(record)
+    assert not run.open(RECIPE, ITEMS)
     with pytest.raises(ConfigError, match=r"train\.lr was 0\.01, now 0\.02"):
-        Run(tmp_path).open(*training(lr=0.02))
+        run.open(*training(lr=0.02))
 
 
-def test_what_changes_nothing_may_change(tmp_path):
+def test_settings_that_do_not_affect_training_may_change(tmp_path):
     Run(tmp_path).open(RECIPE, ITEMS)
     assert not Run(tmp_path).open(*training(on_nonfinite="skip"))
     assert Run(tmp_path).record["config"]["train"]["on_nonfinite"] == "skip"
@@ -100,35 +98,44 @@ def test_what_changes_nothing_may_change(tmp_path):
     assert Run(tmp_path).record["config"]["train"]["save_minutes"] == 1.0
 
 
-def test_forced_on(tmp_path):
-    """It goes on from the step where it stood, towards the end that is asked for now."""
+def test_force_resumes_with_the_new_recipe(tmp_path):
+    """From the step that was reached, to the new end."""
     with quick_looks():
         with stopping_at(5):
             train(RECIPE, tmp_path, ITEMS)
-        config, _ = training(lr=0.02, steps=11)
-        with pytest.raises(ConfigError, match="begun with other settings"):
+        config, _ = training(lr=0.02, max_steps=11)
+        with pytest.raises(ConfigError, match="began with other settings"):
             train(config, tmp_path, ITEMS)
         train(config, tmp_path, ITEMS, force=True)
-    assert held(tmp_path, 11)
-    assert [what for what, _, _ in Run(tmp_path).record["changed"][0]] == ["train.lr", "train.steps"]
+    assert checkpoint_hashes(tmp_path, 11)
+    assert [what for what, _, _ in Run(tmp_path).record["changed"][0]] == ["train.lr", "train.max_steps"]
 
 
-def test_the_command_shows_both_columns(tmp_path, capsys):
+def test_the_command_prints_a_table_of_changes(tmp_path, capsys):
     np.save(tmp_path / "tiny.npy", VALUES)
-    table = '[model]\nnetwork = {kind = "tiny"}\nsteps = 5\n[train]\nbatch = 12\nsnapshots = 0\npreviews = 0\n'
+    table = '[model]\nnetwork = {kind = "tiny"}\nchain_length = 5\n[train]\nbatch = 12\nsnapshots = 0\npreviews = 0\n'
     (tmp_path / "recipe.toml").write_text(table)
 
     def call(*more):
-        told = ["--levels", "5", "--config", tmp_path / "recipe.toml", "--out", tmp_path / "run", "--device", "cpu"]
-        code = main([str(word) for word in ("train", tmp_path / "tiny.npy", *told, *more)])
+        options = [
+            "--num-values",
+            "5",
+            "--config",
+            tmp_path / "recipe.toml",
+            "--out",
+            tmp_path / "run",
+            "--device",
+            "cpu",
+        ]
+        code = main([str(word) for word in ("train", tmp_path / "tiny.npy", *options, *more)])
         return code, *capsys.readouterr()
 
-    with quick_looks():  # which leave it unfinished
+    with quick_looks():  # the run stays unfinished
         assert call("--steps", 2)[0] == 0
         code, out, err = call("--steps", 3, "--seed", 7)
         assert code == 2
         assert [line.split() for line in out.splitlines() if "train." in line] == [
-            ["train.steps", "2", "3"],
+            ["train.max_steps", "2", "3"],
             ["train.seed", "0", "7"],
         ]
         assert "as begun" in out

@@ -1,4 +1,4 @@
-"""Weights go from any kind of network to any other: bare, compiled, wrapped for several processes, both."""
+"""Weights can be saved from and loaded into a network that is bare, compiled, wrapped by DDP, or both."""
 
 import itertools
 
@@ -9,9 +9,9 @@ from tiny_run import ITEM_SHAPE, recipe
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from undiffuse.checkpoint import load, save, weights
-from undiffuse.codec import Pixels
-from undiffuse.diffusion import Diffusion
+from undiffuse.data.transform import IntegerLevels
+from undiffuse.model.checkpoint import load, save, weights
+from undiffuse.model.diffusion import Diffusion
 
 KINDS = {
     "bare": lambda network: network,
@@ -30,21 +30,21 @@ def process():
 
 def wrapped(kind, seed):
     torch.manual_seed(seed)
-    model = Diffusion(recipe().model, ITEM_SHAPE, Pixels(5))
+    model = Diffusion(recipe().model, ITEM_SHAPE, IntegerLevels(5))
     model.network = KINDS[kind](model.network)
     return model
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.product(KINDS, repeat=2)))
-def test_from_each_to_each(one, other, tmp_path):
+def test_weights_go_from_each_kind_to_each(one, other, tmp_path):
     model, goal = wrapped(one, 0), wrapped(other, 1)
     save(model, tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "_orig_mod" in name or "module" in name]  # noqa: SIM118
-    found = weights(load(tmp_path / "model.safetensors"))
+    stored = weights(load(tmp_path / "model.safetensors"))
     for name, tensor in weights(goal).items():
-        assert not torch.equal(tensor, found[name]) or not tensor.any()
-        tensor.copy_(found[name])
+        assert not torch.equal(tensor, stored[name]) or not tensor.any()
+        tensor.copy_(stored[name])
     bare = wrapped("bare", 0)
     assert torch.equal(goal.state_dict()[next(iter(goal.state_dict()))], next(iter(bare.state_dict().values())))
     assert weights(goal).keys() == weights(bare).keys()

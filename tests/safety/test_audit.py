@@ -1,4 +1,4 @@
-"""Loading any file runs nothing: hostile files of every format, as data and as models, under an audit."""
+"""Loading a file never runs code: hostile files of every format, as data and as models, under an audit hook."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from children import in_child
 
-from undiffuse import checkpoint, config
-from undiffuse.codec import Pixels
-from undiffuse.config import Config, ModelConfig
-from undiffuse.data import load, load_conditions
 from undiffuse.data.single import load_image
-from undiffuse.diffusion import Diffusion
+from undiffuse.data.sources.array_files import load_conditions
+from undiffuse.data.sources.registry import load
+from undiffuse.data.transform import IntegerLevels
 from undiffuse.errors import UndiffuseError
-from undiffuse.train.state import read_latest
+from undiffuse.model import checkpoint, config
+from undiffuse.model.config import Config, ModelConfig
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.training.train_state import load_latest
 
 WATCHED = ("exec", "compile", "pickle.find_class", "marshal.loads", "os.system", "os.exec", "os.posix_spawn", "os.fork")
 FAMILIES = ("subprocess.", "socket.", "ctypes.", "urllib.", "ftplib.", "smtplib.")
@@ -32,7 +33,7 @@ SUFFIXES = (".pt", ".pth", ".ckpt", ".npy", ".npz", ".zip", ".safetensors", ".pn
 
 
 class Canary:
-    """What leaves a folder where it is loaded."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, place: Path) -> None:
         self.place = str(place)
@@ -42,39 +43,39 @@ class Canary:
 
 
 def payloads(canary: Path) -> list[bytes]:
-    """Contents that run something in a loader that trusts them, and near misses of them."""
-    bird = Canary(canary)
-    pickles = [pickle.dumps(bird, protocol) for protocol in range(6)]
-    found = [*pickles, b"\x80\x02" + pickles[0], *(p[:-1] for p in pickles[:2])]
+    """Contents that run code in a loader that trusts them, and close variants."""
+    hostile = Canary(canary)
+    pickles = [pickle.dumps(hostile, protocol) for protocol in range(6)]
+    contents = [*pickles, b"\x80\x02" + pickles[0], *(p[:-1] for p in pickles[:2])]
     for new in (True, False):
         stream = io.BytesIO()
-        torch.save({"weight": bird}, stream, _use_new_zipfile_serialization=new)
-        found.append(stream.getvalue())
+        torch.save({"weight": hostile}, stream, _use_new_zipfile_serialization=new)
+        contents.append(stream.getvalue())
     objects = io.BytesIO()
-    np.save(objects, np.array([bird], dtype=object), allow_pickle=True)
-    found.append(objects.getvalue())
+    np.save(objects, np.array([hostile], dtype=object), allow_pickle=True)
+    contents.append(objects.getvalue())
     code = f"__import__('os').mkdir({str(canary)!r})"
     for descr in (f"'|u1' if {code} else '|u1'", "'|O'", "[('a', '|O')]", f"'|u1', 'x': {code}"):
         header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': (1,), }}\n".encode()
-        found.append(b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + pickles[2])
+        contents.append(b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + pickles[2])
     for name in ("x.npy", "archive/data.pkl", "data.pkl", "../x.npy", "x"):
         stream = io.BytesIO()
         with zipfile.ZipFile(stream, "w") as archive:
             archive.writestr(name, objects.getvalue() if name.endswith("npy") else pickles[2])
-        found.append(stream.getvalue())
-    for about in ({"model": code}, {"undiffuse": "2", "model": code, "sha256": "0"}, {"undiffuse": code}):
+        contents.append(stream.getvalue())
+    for metadata in ({"model": code}, {"undiffuse": "2", "model": code, "sha256": "0"}, {"undiffuse": code}):
         header = json.dumps(
-            {"__metadata__": about, "x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
+            {"__metadata__": metadata, "x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
         ).encode()
-        found.append(struct.pack("<Q", len(header)) + header + b"\0")
-    found += [code.encode(), b"!!python/object/apply:os.mkdir [" + str(canary).encode() + b"]"]
-    found.append(f"a,b\n={code},{code}\n".encode())
-    found.append(f'[model]\nnetwork = {{kind = "os", _target_ = "{canary}"}}\n'.encode())
-    return found
+        contents.append(struct.pack("<Q", len(header)) + header + b"\0")
+    contents += [code.encode(), b"!!python/object/apply:os.mkdir [" + str(canary).encode() + b"]"]
+    contents.append(f"a,b\n={code},{code}\n".encode())
+    contents.append(f'[model]\nnetwork = {{kind = "os", _target_ = "{canary}"}}\n'.encode())
+    return contents
 
 
 def good(place: Path) -> None:
-    """One readable file of each kind, so that what is imported when first needed has been."""
+    """One readable file of each kind, so that lazy imports happen before the audit."""
     values = np.arange(64, dtype=np.uint8).reshape(4, 1, 4, 4)
     np.save(place / "a.npy", values)
     np.savez(place / "a.npz", x=values)
@@ -82,13 +83,15 @@ def good(place: Path) -> None:
     (place / "a.toml").write_text("[train]\nbatch = 3\n")
     (place / "a.json").write_text('{"train": {"batch": 3}}')
     network = {"kind": "mlp", "width": 4, "depth": 1}
-    checkpoint.save(Diffusion(ModelConfig(network=network, steps=4), (2,), Pixels(5)), place / "a.safetensors")
+    checkpoint.save(
+        Diffusion(ModelConfig(network=network, chain_length=4), (2,), IntegerLevels(5)), place / "a.safetensors"
+    )
 
 
 def try_all(path: Path) -> int:
-    """Everything that reads a file, tried on one; how many took it."""
-    taken = 0
-    for reads in (
+    """The number of readers that accept the file."""
+    accepted = 0
+    for read in (
         load,
         load_conditions,
         checkpoint.load,
@@ -97,11 +100,11 @@ def try_all(path: Path) -> int:
         lambda p: config.read(p, Config()),
     ):
         try:
-            reads(path)
-            taken += 1
+            read(path)
+            accepted += 1
         except UndiffuseError:
             pass
-    return taken
+    return accepted
 
 
 def watched(place: Path) -> dict:
@@ -110,7 +113,8 @@ def watched(place: Path) -> dict:
     watching = False
 
     def hook(event: str, arguments: tuple) -> None:
-        if watching and (event in WATCHED or event.startswith(FAMILIES)):
+        parses = event == "compile" and arguments[1] == "<unknown>"  # ast.literal_eval: nothing is compiled to code
+        if watching and not parses and (event in WATCHED or event.startswith(FAMILIES)):
             events.append(f"{event} {str(arguments)[-200:]}")
 
     (place / "good").mkdir()
@@ -132,24 +136,24 @@ def watched(place: Path) -> dict:
                 name.write_bytes(content)
             watching = True
             try_all(path)
-            for whole in (load, checkpoint.load, lambda f: read_latest(f / "checkpoints", None, None, None)):
+            for read in (load, checkpoint.load, lambda f: load_latest(f / "checkpoints", None, None, None)):
                 with contextlib.suppress(UndiffuseError):
-                    whole(folder)
+                    read(folder)
             watching = False
             files += 1
             shutil.rmtree(folder)
-    sung, caused = canary.exists(), list(events)
+    ran, caused = canary.exists(), list(events)
     watching = True
-    pickle.loads(payloads(canary)[2])  # the canary sings where it is let, and is heard
+    pickle.loads(payloads(canary)[2])  # control: this one runs, and the hook notices
     watching = False
-    heard = sorted({event.split()[0] for event in events[len(caused) :]})
-    return {"files": files, "sung": sung, "events": caused, "heard": heard, "sings": canary.exists()}
+    noticed = sorted({event.split()[0] for event in events[len(caused) :]})
+    return {"files": files, "ran": ran, "events": caused, "noticed": noticed, "control": canary.exists()}
 
 
-def test_nothing_is_run(tmp_path):
-    found = in_child(lambda: watched(tmp_path), seconds=300)
-    assert found["files"] >= 300
-    assert not found["sung"]
-    assert found["sings"]
-    assert {"compile", "exec", "pickle.find_class"} <= set(found["heard"])
-    assert found["events"] == [], sorted({e[:160] for e in found["events"]})[:20]
+def test_no_code_is_run(tmp_path):
+    result = in_child(lambda: watched(tmp_path), seconds=300)
+    assert result["files"] >= 300
+    assert not result["ran"]
+    assert result["control"]
+    assert {"compile", "exec", "pickle.find_class"} <= set(result["noticed"])
+    assert result["events"] == [], sorted({e[:160] for e in result["events"]})[:20]

@@ -1,4 +1,4 @@
-"""Images and arrays that were changed at random: they are taken, or refused in one line; nothing crashes or hangs."""
+"""Randomly mutated images and arrays are accepted or refused in one line, without a crash or a hang."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 from children import in_child
 from PIL import Image
 
-from undiffuse.data import load
-from undiffuse.data.headers import read_npy
-from undiffuse.data.image import Prepare, decode_all
-from undiffuse.data.problems import Refused
+from undiffuse.data.image_decoding import ImageOptions, decode_frames
+from undiffuse.data.sources.registry import load
 from undiffuse.errors import DataError, ResourceError
+from undiffuse.runtime.file_errors import FileError
+from undiffuse.runtime.file_headers import read_npy_header
 
 SECONDS, MEMORY = 5.0, 1 << 30
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
@@ -24,7 +24,7 @@ ARRAY = np.arange(96, dtype=np.float32).reshape(2, 3, 4, 4)
 
 
 def seeds() -> dict[str, bytes]:
-    """Twelve small files, one of each kind that is read."""
+    """Twelve small files of different kinds."""
 
     def image(form: str, array: np.ndarray = PIXELS, **options) -> bytes:
         stream = io.BytesIO()
@@ -56,7 +56,7 @@ def seeds() -> dict[str, bytes]:
 
 
 def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
-    """One change or a few: bits, bytes, sizes in a header, pieces cut, doubled, moved or taken from another file."""
+    """``data`` with random changes: bits, bytes, sizes in a header, pieces cut, doubled or taken from another."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
         at, end = sorted(rng.randrange(len(changed) + 1) for _ in range(2))
@@ -87,9 +87,9 @@ def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
 
 
 def fuzz(place: Path, n: int, seed: int) -> dict:
-    """How many of ``n`` changed files were taken, by what the refusals say, and the longest that one took."""
+    """How many of ``n`` mutated files are accepted, the codes of the errors, and the longest time of one."""
     rng, files = random.Random(seed), seeds()
-    names, slowest, taken, codes = list(files), 0.0, 0, {}
+    names, slowest, accepted, codes = list(files), 0.0, 0, {}
     for i in range(n):
         name = names[i % len(names)]
         content = mutated(files[name], files[rng.choice(names)], rng)
@@ -100,32 +100,34 @@ def fuzz(place: Path, n: int, seed: int) -> dict:
                 load(place / name)
             else:
                 for frames in (None, "all"):
-                    decode_all(content, name[-4:], Prepare(size=8, crop=True, channels=3, frames=frames, upscale=True))
-            taken += 1
-        except (Refused, DataError, ResourceError) as error:
+                    decode_frames(
+                        content, name[-4:], ImageOptions(size=8, crop=True, channels=3, frames=frames, upscale=True)
+                    )
+            accepted += 1
+        except (FileError, DataError, ResourceError) as error:
             codes[error.code] = codes.get(error.code, 0) + 1
         except BaseException as error:
             raise AssertionError(f"{name} {content!r}") from error
         slowest = max(slowest, time.process_time() - began)
-    return {"taken": taken, "codes": codes, "slowest": slowest}
+    return {"accepted": accepted, "codes": codes, "slowest": slowest}
 
 
 @pytest.mark.parametrize("n", [2000, pytest.param(50_000, marks=pytest.mark.release)])
-def test_changed_files(tmp_path, n):
+def test_mutated_files(tmp_path, n):
     parts = [in_child(lambda k=k: fuzz(tmp_path, 1000, k), 300, memory=MEMORY) for k in range(n // 1000)]
     codes = {code: sum(part["codes"].get(code, 0) for part in parts) for part in parts for code in part["codes"]}
-    taken, slowest = sum(part["taken"] for part in parts), max(part["slowest"] for part in parts)
-    print(f"{n:,} changed files: {taken:,} taken, slowest {slowest:.2f} s, {codes}")
+    accepted, slowest = sum(part["accepted"] for part in parts), max(part["slowest"] for part in parts)
+    print(f"{n:,} mutated files: {accepted:,} accepted, slowest {slowest:.2f} s, {codes}")
     assert slowest < SECONDS
-    assert taken + sum(codes.values()) == n
-    assert 0.02 * n < taken < 0.6 * n  # the changes are neither none nor all fatal at once
+    assert accepted + sum(codes.values()) == n
+    assert 0.02 * n < accepted < 0.6 * n  # some mutations are harmless and some are not
     assert len(codes) >= 8
 
 
-def test_headers_of_arrays_that_are_any_bytes():
+def test_npy_headers_of_random_bytes():
     rng = random.Random(0)
     start = b"\x93NUMPY\1\0v\0"
     for _ in range(2000):
         text = bytes(rng.choice(b"{}'(),: desc|u1fortan_FlTshp0123456789-L<>[]\\\n\xff") for _ in range(118))
-        with pytest.raises(Refused):
-            read_npy(io.BytesIO(start + text), 500)
+        with pytest.raises(FileError):
+            read_npy_header(io.BytesIO(start + text), 500)

@@ -1,19 +1,27 @@
-"""What calls the network in training, in one process."""
+"""The wrapper of the network in training, in one process: checkpointing, compilation, sharding."""
 
 from functools import partial
 
-import crew
+import gathering
 import pytest
 import torch
 from accelerate import Accelerator
 
-from undiffuse.checkpoint import read_tensors
-from undiffuse.config import TrainConfig, replace_train
-from undiffuse.networks.unet import Stage, UNet
-from undiffuse.train import fit
-from undiffuse.train.parallel import agree, cut, gathered, loudest, prepare, recompute, shared_like
-from undiffuse.train.state import Progress
-from undiffuse.train.watch import Watch
+from undiffuse.model.config import TrainConfig, replace_train
+from undiffuse.networks.unet import UNet
+from undiffuse.runtime.tensor_file import read_tensors
+from undiffuse.training.diffusion_task import fit_diffusion
+from undiffuse.training.distributed import (
+    broadcast_progress,
+    distribute_like,
+    gather_full,
+    prepare_network,
+    reduce_signal,
+    set_checkpointing,
+    shard_network,
+)
+from undiffuse.training.monitor import Monitor
+from undiffuse.training.progress import Progress
 
 
 @pytest.fixture
@@ -30,11 +38,13 @@ def net(dropout=0.5):
     return network
 
 
-def test_what_is_computed_again_is_the_same_and_takes_less_memory(accelerator):
+def test_checkpointing_keeps_gradients_and_saves_memory(accelerator):
     x, time, gradients, kept = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.7]), [], []
     for again in (False, True):
         network, saved = net(), []
-        assert recompute(network, TrainConfig(checkpointing=again)) is prepare(accelerator, network, TrainConfig())
+        assert set_checkpointing(network, TrainConfig(checkpointing=again)) is prepare_network(
+            accelerator, network, TrainConfig()
+        )
         torch.manual_seed(1)
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, saved=saved: (saved.append(t.numel()), t)[1], lambda t: t
@@ -50,25 +60,25 @@ def test_what_is_computed_again_is_the_same_and_takes_less_memory(accelerator):
         assert torch.equal(network(x, time), net(0.0).eval()(x, time))
 
 
-def test_compiling_is_asked_for_and_leaves_the_names(accelerator, monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda network: asked.append(network) or torch.nn.Sequential(network))
+def test_compiling_keeps_the_names_of_weights(accelerator, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or torch.nn.Sequential(network))
     network = net()
     names = list(network.state_dict())
-    called = prepare(accelerator, network, TrainConfig(compile=True))
-    assert asked == [network]
+    called = prepare_network(accelerator, network, TrainConfig(compile=True))
+    assert compiled == [network]
     assert called is not network
     assert list(network.state_dict()) == names
 
 
-def test_what_is_compiled_trains_as_ever(tmp_path, monkeypatch):
-    """By dynamo without its code generator, which takes minutes: `make test-release` has the whole."""
+def test_a_compiled_network_trains_like_any_other(tmp_path, monkeypatch):
+    """By dynamo without its code generator, which takes minutes: `make test-release` includes it."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(Watch, "look", lambda *_: None)
-    monkeypatch.setattr(Watch, "finish", crew.end)
+    monkeypatch.setattr(Monitor, "evaluate_now", lambda *_: None)
+    monkeypatch.setattr(Monitor, "finish", gathering.finish_only)
     runs = [
-        fit(replace_train(crew.CONFIG, compile=compiled), crew.DATA, tmp_path / str(compiled), device="cpu", quiet=True)
-        for compiled in (False, True)
+        fit_diffusion(replace_train(gathering.CONFIG, compile=c), gathering.DATA, tmp_path / str(c), "cpu", quiet=True)
+        for c in (False, True)
     ]
     (one, _), (two, _) = (read_tensors(run / "model.safetensors") for run in runs)
     assert one.keys() == two.keys()
@@ -76,16 +86,15 @@ def test_what_is_compiled_trains_as_ever(tmp_path, monkeypatch):
         torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-6, msg=key)
 
 
-def test_one_process_cuts_nothing(accelerator):
+def test_one_process_shards_nothing(accelerator):
     network = net()
-    assert cut(network, TrainConfig(shard=True), 1, torch.device("cpu")) is network
-    assert not any(module.recompute for module in network.modules() if isinstance(module, Stage))
+    assert shard_network(network, TrainConfig(shard=True), 1, torch.device("cpu")) is network
     tensors = network.state_dict()
-    assert gathered(tensors)["norm.weight"] is not None
-    assert gathered(tensors, keep=False) == {}
-    assert shared_like(tensors["norm.weight"], tensors["norm.bias"]) is tensors["norm.weight"]
+    assert gather_full(tensors)["norm.weight"] is not None
+    assert gather_full(tensors, keep=False) == {}
+    assert distribute_like(tensors["norm.weight"], tensors["norm.bias"]) is tensors["norm.weight"]
     progress = Progress(3, 1.5, None, 9)
-    agree(accelerator, progress)
+    broadcast_progress(accelerator, progress)
     assert progress == Progress(3, 1.5, None, 9)
-    assert loudest(accelerator, []) == 0
-    assert loudest(accelerator, [15, 2]) == 15
+    assert reduce_signal(accelerator, []) == 0
+    assert reduce_signal(accelerator, [15, 2]) == 15

@@ -1,164 +1,215 @@
-"""``undiffuse advise``: measure which solver and levels suit a model, and keep the best for ``sample --calls``."""
+"""``undiffuse advise``: measure which sampler suits a model, and store the best one for ``sample --calls``."""
 
 from __future__ import annotations
 
+import math
+import shlex
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import torch
 import typer
 from rich.progress import Progress
 
-from undiffuse import checkpoint
-from undiffuse import data as datasets
-from undiffuse.advise import SPACINGS, VARIANTS, Advice, advise
-from undiffuse.cli.choose import unit, write_advice
-from undiffuse.cli.evaluate import choose_items
-from undiffuse.cli.guide import class_names
-from undiffuse.cli.options import Device, RunArgument, beside, console, device_of
-from undiffuse.cli.reading import Read, reads_data
-from undiffuse.cli.told import tell
-from undiffuse.diffusion import Diffusion
+from undiffuse.cli.data_options import ReadData, with_data_options
+from undiffuse.cli.guidance_options import class_names
+from undiffuse.cli.label_options import make_condition
+from undiffuse.cli.options import (
+    Device,
+    NetworkFile,
+    RunArgument,
+    console,
+    network_option,
+    register_network,
+    resolve_device,
+    run_folder,
+)
+from undiffuse.cli.sampler_options import write_advice
 from undiffuse.errors import DataError
-from undiffuse.metrics.law import FEWEST, FINAL, Judged, nearest, noisy
-from undiffuse.randomness import ItemNoise
-from undiffuse.report import table
-from undiffuse.sample import prior_sample
-from undiffuse.solvers import SOLVERS
 
-SHOWN = 12
-AT_MOST = 10_000
-"""So many items of the data are compared with."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from undiffuse.data.dataset import Dataset
+    from undiffuse.evaluation.sampler_ranking import SamplerScore
+    from undiffuse.model.diffusion import Diffusion
+    from undiffuse.sampling.sampler import Sampler
+    from undiffuse.sampling.sampler_search import SearchResult
+
+MAX_ROWS = 12
+"""The most samplers in the table."""
+MAX_ITEMS = 10_000
+"""The most items of the data that samples are compared with."""
 
 
-@torch.no_grad()
-@reads_data
+@with_data_options
 def advise_command(
     run: RunArgument,
     data: Annotated[
         str | None,
         typer.Argument(
-            help="The data, to judge solvers that draw noise too; built-in sets are found.", metavar="[DATA]"
+            help="Held-out data, to compare stochastic solvers too; not needed for a model of a built-in set.",
+            metavar="DATA",
         ),
     ] = None,
-    calls: Annotated[int, typer.Option(help="Network calls that a sample may take.", min=1)] = 10,
+    calls: Annotated[int, typer.Option(help="Network calls per sample.", min=1)] = 10,
     items: Annotated[
-        int, typer.Option(help="Walks of the flow that are compared; half serve to fit grids.", min=8)
+        int, typer.Option(help="Starting points of the flow; half of them serve to fit times.", min=8)
     ] = 64,
-    samples: Annotated[int, typer.Option(help="Samples of each walk that are compared with the data.", min=20)] = 500,
-    fine: Annotated[int, typer.Option(help="Steps of the flow's reference.", min=4)] = 200,
-    label: Annotated[list[str] | None, typer.Option(help="Classes to be sampled, in turn; see sample.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the starts.")] = 1,
+    samples: Annotated[int, typer.Option(help="Samples per sampler that are compared with the data.", min=20)] = 500,
+    fine: Annotated[int, typer.Option(help="Steps of the reference solution of the flow.", min=4)] = 200,
+    label: Annotated[list[str] | None, typer.Option(help="Classes to sample, used in turn; see sample.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the starting points and samples.")] = 1,
+    network: NetworkFile = None,
     device: Device = "auto",
     *,
-    read: Read,
+    read: ReadData,
 ) -> None:
-    """Measure which solver and levels are best for a number of network calls on this model; 'sample --calls' uses it.
+    """Measure which sampler is best for a number of network calls on this model; 'sample --calls' uses the result.
 
-    First every solver of the flow walks from the same noise, and its ends are compared with those of a fine walk. Then
-    the best of them and all that draw noise are judged by how far their samples are from held-out data.
+    First all deterministic solvers start from the same noise, and their endpoints are compared with those of a fine
+    solution of the flow. Then the best of them and all stochastic solvers are ranked by the distance of their samples
+    to held-out data.
     """
-    model = checkpoint.load(run, device_of(device))
-    name = data or next((name for name in datasets.BUILTIN if name == model.info.get("name")), None)
-    compared = _items(model, read(name)) if name and not label else None
+    import torch
+
+    from undiffuse.data.sources.builtin import BUILTIN
+    from undiffuse.evaluation.sampler_ranking import NUM_FINALISTS, rank_samplers, stochastic_samplers
+    from undiffuse.model import checkpoint
+    from undiffuse.process.prior import prior_sample
+    from undiffuse.process.seeded_noise import ItemNoise
+    from undiffuse.sampling.sampler_search import SEARCH_SPACINGS, SEARCH_VARIANTS, search_sampler
+    from undiffuse.sampling.solvers import SOLVERS
+
+    register_network(network)
+    model = checkpoint.load(run, resolve_device(device))
+    name = data or next((name for name in BUILTIN if name == model.info.get("name")), None)
+    real = _held_out_and_training(model, read(name)) if name and not label else None
     noise = ItemNoise(seed, range(items), model.item_shape, "advise", model.device)
-    start, told = prior_sample(model.levels[0], noise(1)[0]), tell(class_names(model), label or ())
-    cond = told and model.heard(told(range(items)), items)
+    start, condition = prior_sample(model.chain[0], noise(1)[0]), make_condition(class_names(model), label or ())
+    cond = condition and model.prepare_condition(condition(range(items)), items)
     began = time.perf_counter()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        rows = (len(SOLVERS) + len(VARIANTS)) // 2 * len(SPACINGS)
-        task = bar.add_task(f"the flow in {calls} calls", total=1.5 * fine + calls * (rows + 60))
-        advice = advise(model.sampler(), start, calls, lambda done: bar.advance(task, done), fine=fine, cond=cond)
-        best, ranking = advice.ranking[0].choice, None
-        if compared is not None:
-            choices = [best, *noisy(model, advice.known, calls)]
+    with torch.no_grad(), Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        rows = (len(SOLVERS) + len(SEARCH_VARIANTS)) // 2 * len(SEARCH_SPACINGS)
+        task = bar.add_task(f"flow, {calls} calls", total=1.5 * fine + calls * (rows + 60))
+        result = search_sampler(
+            model.sampling_denoiser(), start, calls, lambda done: bar.advance(task, done), fine=fine, cond=cond
+        )
+        best, scores, floor = result.ranking[0].sampler, [], None
+        if real is not None:
+            samplers = [best, *stochastic_samplers(model, result.reference, calls)]
             bar.remove_task(task)
-            task = bar.add_task(f"{samples} samples a walk", total=samples * calls * (len(choices) // 4 + FINAL))
-            ranking, floor = nearest(model, choices, *compared, samples, seed, lambda done: bar.advance(task, done))
-            if ranking:
-                best, ranking = ranking[0].choice or best, [*ranking, floor]
+            total = samples * calls * (len(samplers) // 4 + NUM_FINALISTS)
+            task = bar.add_task(f"{samples} samples per sampler", total=total)
+            scores, floor = rank_samplers(model, samplers, *real, samples, seed, lambda done: bar.advance(task, done))
+            best = (scores[0].sampler if scores else None) or best
 
-    measured = {"items": items, "seed": seed, "fine": fine, "label": label, **_flow(model, advice, calls, fine)}
-    if ranking:
-        measured |= _laws(ranking, calls, samples)
+    measured = {"items": items, "seed": seed, "fine": fine, "label": label, **_show_flow(model, result, calls, fine)}
+    if scores and floor is not None:
+        measured |= _show_scores([*scores, floor], calls, samples)
     else:
-        why = "that is done for samples that are told nothing" if label else "give held-out DATA beside RUN"
-        why = why if ranking is None else "no sample was a number"
-        console.print(f"solvers that draw noise are not judged: {why}", markup=False)
-    measured |= {"calls": best.calls(model.schedule), "seconds": round(time.perf_counter() - began, 1)}
-    path = write_advice(beside(run), checkpoint.fingerprint(model), calls, best, measured)
-    same = "".join(f" --label {one}" for one in label or ())
-    console.print(
-        f"kept in {path}: {best}, {best.spacing} levels; undiffuse sample {run} --calls {calls}{same}", markup=False
-    )
+        reason = "give held-out DATA after RUN"
+        if real is not None:
+            reason = "all samples became NaN or infinite"
+        elif label:
+            reason = "they are compared without labels only"
+        console.print(f"stochastic solvers were not compared: {reason}", markup=False)
+    own = network_option(network)
+    _store(run, model, calls, best, measured | {"seconds": round(time.perf_counter() - began, 1)}, own)
 
 
-def _items(model: Diffusion, data: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of validation items, or of all of data that it was not trained on; and of training items."""
-    if data.item_shape != model.item_shape or data.levels != model.info.get("levels"):
-        shape = "×".join(map(str, model.item_shape))
-        cause = f"its items are {'×'.join(map(str, data.item_shape))} of {data.levels} levels, the model's {shape}"
+def _store(run: RunArgument, model: Diffusion, calls: int, best: Sampler, measured: dict[str, Any], own: str) -> None:
+    from undiffuse.model import checkpoint
+    from undiffuse.sampling.sampler_search import count_calls
+
+    measured |= {"calls": count_calls(best, model.schedule)}
+    path = write_advice(run_folder(run), checkpoint.fingerprint(model), calls, best, measured)
+    labels = "".join(f" --label {shlex.quote(one)}" for one in measured["label"] or ())
+    console.print(f"best: {best}, {best.spacing} levels, stored in {path}", markup=False)
+    console.print(f"next: undiffuse sample {shlex.quote(str(run))} --calls {calls}{labels}{own}", markup=False)
+
+
+def _held_out_and_training(model: Diffusion, data: Dataset) -> tuple[Tensor, Tensor]:
+    """(values of validation items, or of all of ``data`` if the model was not trained on it; of training items)."""
+    import numpy as np
+    import torch
+
+    from undiffuse.evaluation.plan import select_items
+    from undiffuse.evaluation.sampler_ranking import MIN_ITEMS
+
+    if data.item_shape != model.item_shape or data.num_values != model.info.get("num_values"):
+        shapes = ["×".join(map(str, shape)) for shape in (data.item_shape, model.item_shape)]
+        cause = f"its items are {shapes[0]} of {data.num_values} levels, those of the model {shapes[1]}"
         raise DataError("SHAPE", data.name, cause, "Give the data that the model was trained on")
-    own = data.fingerprint == model.info.get("fingerprint")
-    parts = [choose_items(model, data, part)[0] for part in ("validation" if own else "all", "train")]
-    chosen = (part[np.linspace(0, len(part) - 1, min(len(part), AT_MOST)).astype(int)] for part in parts)
+    trained_on_it = data.fingerprint == model.info.get("fingerprint")
+    parts = [select_items(model, data, part)[0] for part in ("validation" if trained_on_it else "all", "train")]
+    chosen = (part[np.linspace(0, len(part) - 1, min(len(part), MAX_ITEMS)).astype(int)] for part in parts)
     held_out, train = (torch.from_numpy(data.values[part]) for part in chosen)
-    if min(len(held_out), len(train)) < FEWEST:
-        cause = f"{len(held_out)} items to compare with, and {len(train)} others"
-        raise DataError("FEW", data.name, cause, f"Give at least {FEWEST} of each")
+    if min(len(held_out), len(train)) < MIN_ITEMS:
+        cause = f"it has {len(held_out)} items to compare with, and {len(train)} others"
+        raise DataError("FEW", data.name, cause, f"Give at least {MIN_ITEMS} of each")
     return held_out, train
 
 
-def _flow(model: Diffusion, advice: Advice, calls: int, fine: int) -> dict[str, Any]:
-    """Shows the ranking of the solvers of the flow; the same to be kept."""
-    scale, name = unit(model)
-    best = advice.ranking[0]
+def _show_flow(model: Diffusion, result: SearchResult, calls: int, fine: int) -> dict[str, Any]:
+    """Prints the ranking of the deterministic solvers; returns the numbers to store."""
+    from undiffuse.report import table
+
+    scale, unit = data_unit(model)
+    best = result.ranking[0]
 
     def scaled(numbers: tuple[float, float]) -> tuple[float, float]:
         return scale * numbers[0], scale * numbers[1]
 
-    shown = [
+    rows = [
         {
-            "solver": str(one.choice),
-            "levels": one.choice.spacing,
+            "solver": str(one.sampler),
+            "levels": one.sampler.spacing,
             "calls": one.calls,
-            f"error ({name})": scaled(one.mean),
-            "behind the best": None if one is best else scaled(one.behind(best)),
+            f"error ({unit})": scaled(one.mean_error),
+            "behind the best": None if one is best else scaled(one.regret(best)),
         }
-        for one in advice.ranking
+        for one in result.ranking
     ]
-    coarse = scale * float(advice.known.coarse.mean())
-    table.render(shown[:SHOWN], f"the flow: the best {min(SHOWN, len(shown))} of {len(shown)} walks of {calls} calls")
-    console.print(f"error: the root mean square between an end and that of {fine} steps, of {len(best.error)} items")
+    coarse = scale * float(result.reference.coarse_error.mean())
+    title = f"flow: the best {min(MAX_ROWS, len(rows))} of {len(rows)} deterministic samplers of {calls} calls"
+    table.render(rows[:MAX_ROWS], title)
+    console.print(f"error: root mean square distance to the endpoint of {fine} steps, over {len(best.error)} items")
     console.print(f"that reference differs by {coarse:.2g} from one of half as many steps")
-    console.print("left out: " + "; ".join(_left_out(advice.left_out)), markup=False)
-    ranking = [{**row, "behind the best": row["behind the best"] or (0.0, 0.0)} for row in shown]
-    return {"error": scaled(best.mean), "unit": name, "coarse": coarse, "ranking": ranking}
+    console.print("excluded: " + "; ".join(_by_reason(result.excluded)), markup=False)
+    ranking = [{**row, "behind the best": row["behind the best"] or (0.0, 0.0)} for row in rows]
+    return {"error": scaled(best.mean_error), "unit": unit, "coarse": coarse, "ranking": ranking}
 
 
-def _laws(ranking: list[Judged], calls: int, samples: int) -> dict[str, Any]:
-    """Shows whose samples are nearest to the data, the floor last; the same to be kept."""
-    best, *_, floor = ranking
-    shown: list[dict[str, Any]] = [
+def _show_scores(scores: list[SamplerScore], calls: int, samples: int) -> dict[str, Any]:
+    """Prints the samplers by the distance of their samples to the data, the floor last; returns what to store."""
+    from undiffuse.report import table
+
+    best, *_, floor = scores
+    rows: list[dict[str, Any]] = [
         {
-            "solver": "training items" if one.choice is None else str(one.choice),
-            "levels": one.choice and one.choice.spacing,
-            "Fréchet": one.mean,
-            "behind the best": None if one is best or one is floor else one.behind(best),
-            "kernel": one.kernel,
+            "solver": "training items" if score.sampler is None else str(score.sampler),
+            "levels": score.sampler and score.sampler.spacing,
+            "Fréchet": score.mean,
+            "behind the best": None if score is best or score is floor else score.regret(best),
+            "kernel": score.kernel,
         }
-        for one in ranking
+        for score in scores
     ]
-    table.render(shown, f"the law: {samples} samples of {calls} calls beside held-out items")
-    console.print(
-        "Fréchet and kernel: how far the principal components' laws are apart; the least there can be is last"
-    )
-    return {"laws": shown, "samples": samples}
+    table.render(rows, f"samples: {samples} per sampler of {calls} calls, compared with held-out items")
+    console.print("Fréchet, kernel: distances in principal components; the last row is the floor for a perfect sampler")
+    return {"scores": rows, "samples": samples}
 
 
-def _left_out(reasons: dict[str, str]) -> list[str]:
+def _by_reason(excluded: dict[str, str]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
+    for name, reason in excluded.items():
         by_reason.setdefault(reason, []).append(name)
     return [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+
+
+def data_unit(model: Diffusion) -> tuple[float, str]:
+    """(units of the data in one unit of x, their name); the geometric mean if the scales of channels differ."""
+    num_values = model.info.get("num_values")
+    if num_values:
+        return (num_values - 1) / 2, "levels"
+    return math.exp(-model.transform.log_abs_det(model.item_shape) / model.dims), "units of the data"

@@ -1,4 +1,4 @@
-"""``undiffuse check``: what the software sees in data, before anything is trained on them."""
+"""``undiffuse check``: what the software finds in data, before a model is trained on them."""
 
 from __future__ import annotations
 
@@ -6,111 +6,132 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
+from undiffuse.cli.data_options import ReadData, print_notes, with_data_options
 from undiffuse.cli.options import DataArgument, console
-from undiffuse.cli.reading import Read, reads_data
-from undiffuse.data import Dataset
-from undiffuse.data.image import FORMATS
-from undiffuse.data.seen import plain
 from undiffuse.errors import ConfigError
-from undiffuse.report import pictures, table
 
-SHOWN = 12
-"""Classes and sizes that are named one by one."""
-TILES = 64
+if TYPE_CHECKING:
+    from undiffuse.data.dataset import Dataset
+
+MAX_LISTED = 12
+"""Classes, sizes and formats that are listed by name."""
+SHEET_ITEMS = 64
 
 
-@reads_data
+@with_data_options
 def check(
     data: DataArgument,
-    out: Annotated[Path | None, typer.Option(help="Write a contact sheet to this picture, such as sheet.png.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Write a contact sheet to this image file, such as sheet.png.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     *,
-    read: Read,
+    read: ReadData,
 ) -> None:
-    """Show what the software sees in DATA: items, sizes, levels, labels, duplicates, the held-out split."""
+    """Show what DATA contain: items, sizes, values, labels, duplicates, the held-out split."""
+    from undiffuse.data.image_decoding import FORMATS
+    from undiffuse.report import table
+
     if out is not None and out.suffix.lower() not in " ".join(FORMATS.values()).split():
-        raise ConfigError("OPTION", "--out", f"{out.name!r} is no name of a picture", "Give one that ends in .png")
+        cause = f"{out.name!r} does not end in the extension of an image format"
+        raise ConfigError("OPTION", "--out", cause, "Give a name that ends in .png")
     dataset = read(data)
-    facts = found(dataset)
+    facts = data_facts(dataset)
     if as_json:
         print(json.dumps(facts, indent=1))
     else:
-        table.render([{"": name, "data": said} for name, said in in_words(facts).items()], data)
-        for note in dataset.notes:
-            console.print(f"note: {note}", markup=False)
+        table.render([{"": name, "data": text} for name, text in describe_facts(facts).items()], data)
+        print_notes(dataset)
         for problem in facts["skipped"]:
             console.print(f"skipped: [{problem['code']}] {problem['path']}: {problem['reason']}", markup=False)
     if out is not None:
-        chosen = np.linspace(0, len(dataset) - 1, min(TILES, len(dataset))).astype(np.int64)
-        pictures.grid(dataset.values[chosen], dataset.levels, names=dataset.columns).save(out)
+        count = write_contact_sheet(dataset, out)
         if not as_json:
-            console.print(f"contact sheet of {len(chosen)} items, spread over all: {out}", markup=False)
+            console.print(f"contact sheet of {count} evenly spaced items: {out}", markup=False)
 
 
-def found(dataset: Dataset) -> dict[str, Any]:
-    """What there is to know of ``dataset``, plain."""
-    split = dataset.split() if dataset.share_held_out(0.1)[0] else None
+def write_contact_sheet(dataset: Dataset, out: Path) -> int:
+    """Write up to SHEET_ITEMS evenly spaced items as one image to ``out``; returns how many."""
+    import numpy as np
+
+    from undiffuse.report.figures import image_grid
+
+    items = np.linspace(0, len(dataset) - 1, min(SHEET_ITEMS, len(dataset))).astype(np.int64)
+    image_grid(dataset.values[items], dataset.num_values, names=dataset.columns).save(out)
+    return len(items)
+
+
+def data_facts(dataset: Dataset) -> dict[str, Any]:
+    """Everything about ``dataset`` as data that JSON can represent."""
+    import numpy as np
+
+    from undiffuse.data.source_report import plain_problems
+
+    split = dataset.split() if dataset.held_out_fraction(0.1)[0] else None
     counts = np.bincount(dataset.labels, minlength=len(dataset.classes)) if dataset.labels is not None else ()
     cond = dataset.cond
     return {
         "name": dataset.name,
         "items": len(dataset),
         "item_shape": list(dataset.item_shape),
-        "levels": dataset.levels,
+        "num_values": dataset.num_values,
         "bytes": dataset.values.nbytes,
-        "formats": dict(dataset.seen.formats),
-        "sizes": dict(dataset.seen.sizes),
+        "formats": dict(dataset.report.formats),
+        "sizes": dict(dataset.report.sizes),
         "classes": dict(zip(dataset.classes, map(int, counts), strict=True)) if dataset.labels is not None else {},
-        "told_beside": None if cond is None else {"shape": list(cond.shape[1:]), "tokens": dataset.mask is not None},
+        "conditions": None if cond is None else {"shape": list(cond.shape[1:]), "tokens": dataset.mask is not None},
         "duplicates": len(dataset) - len(np.unique(dataset.digests)),
-        "ignored": dataset.seen.ignored,
-        "hidden": dataset.seen.hidden,
-        "skipped": plain(dataset.seen.skipped),
+        "ignored": dataset.report.ignored,
+        "hidden": dataset.report.hidden,
+        "skipped": plain_problems(dataset.report.skipped),
         "split": split and {name: len(getattr(split, name)) for name in ("train", "validation", "test")},
         "notes": list(dataset.notes),
         "fingerprint": dataset.fingerprint,
     }
 
 
-def in_words(facts: Mapping[str, Any]) -> dict[str, str]:
-    """The same for people, without the notes."""
+def describe_facts(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The facts of `data_facts` as text, without the notes; facts that do not apply are left out."""
     channels, *size = facts["item_shape"]
-    depth = "continuous" if facts["levels"] is None else f"{facts['levels']:,} levels"
-    if facts["levels"] and math.log2(facts["levels"]).is_integer():
-        depth += f", {round(math.log2(facts['levels']))} bits"
-    aside = {"ignored": facts["ignored"], "hidden": facts["hidden"], "skipped": len(facts["skipped"])}
-    words = {
+    unused = {"ignored": facts["ignored"], "hidden": facts["hidden"], "skipped": len(facts["skipped"])}
+    lines = {
         "items": f"{facts['items']:,} of {'×'.join(map(str, facts['item_shape']))}",
-        "values": f"{depth}; {facts['bytes']:,} bytes as packed",
+        "values": f"{_describe_values(facts['num_values'])}; {facts['bytes']:,} bytes in total",
         "channels": f"{channels:,}" if size else "",
-        "files": _counted(facts["formats"]),
-        "sizes in files": _counted(facts["sizes"]),
-        "labels": _counted(facts["classes"]) or "none",
-        "told beside": _told_beside(facts["told_beside"]),
+        "files": _describe_counts(facts["formats"]),
+        "sizes in files": _describe_counts(facts["sizes"]),
+        "labels": _describe_counts(facts["classes"]) or "none",
+        "conditions": _describe_conditions(facts["conditions"]),
         "duplicates": f"{facts['duplicates']:,} items repeat another one" if facts["duplicates"] else "none",
-        "left aside": ", ".join(f"{n:,} {name} files" for name, n in aside.items() if n),
+        "unused files": ", ".join(f"{count:,} {name}" for name, count in unused.items() if count),
         "split": ", ".join(f"{n:,} {part}" for part, n in facts["split"].items()) if facts["split"] else "none",
         "fingerprint": facts["fingerprint"][:16],
     }
-    return {name: said for name, said in words.items() if said}
+    return {name: text for name, text in lines.items() if text}
 
 
-def _counted(counts: Mapping[str, int]) -> str:
-    """Names with how many there are of each, the most frequent first where there are too many to show."""
-    shown = list(counts.items())
-    if len(shown) > SHOWN:
-        shown = sorted(shown, key=lambda item: -item[1])[:SHOWN]
-    more = f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
-    return ", ".join(f"{name} ({n:,})" for name, n in shown) + more
+def _describe_values(num_values: int | None) -> str:
+    if num_values is None:
+        return "continuous"
+    bits = math.log2(num_values)
+    return f"integers 0 to {num_values - 1:,}" + (f" ({bits:.0f} bits)" if bits.is_integer() else "")
 
 
-def _told_beside(cond: Mapping[str, Any] | None) -> str:
+def _describe_counts(counts: Mapping[str, int]) -> str:
+    """Names with their counts; only the most frequent ones if there are more than MAX_LISTED."""
+    listed = list(counts.items())
+    if len(listed) > MAX_LISTED:
+        listed = sorted(listed, key=lambda item: -item[1])[:MAX_LISTED]
+    more = f" and {len(counts) - MAX_LISTED} more" if len(counts) > MAX_LISTED else ""
+    return ", ".join(f"{name} ({count:,})" for name, count in listed) + more
+
+
+def _describe_conditions(cond: Mapping[str, Any] | None) -> str:
     if cond is None:
-        return "nothing"
+        return "none"
     length = f"up to {cond['shape'][0]} tokens" if cond["tokens"] else "a vector"
     return f"{length} of {cond['shape'][-1]} numbers"

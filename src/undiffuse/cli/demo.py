@@ -11,19 +11,22 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from undiffuse import checkpoint, presets
-from undiffuse import data as datasets
-from undiffuse.cli.results import bits_picture
-from undiffuse.config import replace_train
-from undiffuse.diffusion import Diffusion
+from undiffuse.data.sources.registry import load
 from undiffuse.errors import UndiffuseError
-from undiffuse.metrics.baselines import Baseline, gaussian_mixtures, independent_pixels
-from undiffuse.metrics.distance import with_floor
-from undiffuse.randomness import ItemNoise
-from undiffuse.report import pictures, table
-from undiffuse.report.files import write_samples
-from undiffuse.sample import forward_trajectory
-from undiffuse.train import Run, fit
+from undiffuse.evaluation.baselines import Baseline, gaussian_mixtures, independent_pixels
+from undiffuse.evaluation.distances import with_floor
+from undiffuse.model import checkpoint, presets
+from undiffuse.model.config import replace_train
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.process.seeded_noise import ItemNoise
+from undiffuse.report import figures as pictures
+from undiffuse.report import table
+from undiffuse.report.evaluation_report import bits_figure
+from undiffuse.report.sample_folder import write_samples
+from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.trajectory import forward_trajectory
+from undiffuse.training.diffusion_task import fit_diffusion
+from undiffuse.training.run_folder import Run
 
 MINUTES = 2.5
 LOG2 = math.log(2)
@@ -33,33 +36,33 @@ def demo(folder: Path, minutes: float, console: Console) -> None:
     """Trains on scikit-learn's digits into ``folder`` (unless that is done), samples, measures, draws."""
     began = time.perf_counter()
     console.rule("1. train on 8×8 digits, seventeen grey levels")
-    data = datasets.load("digits")
+    data = load("digits")
     run = Run(folder)
     if run.finished:
         console.print(f"{folder} holds a finished run; remove it to train again", markup=False)
     else:
-        fit(replace_train(presets.get("digits"), minutes=minutes), data, folder)
+        fit_diffusion(replace_train(presets.get("digits"), minutes=minutes), data, folder)
     model = checkpoint.load(folder)
 
     console.rule("2. sample")
     split = data.split()
     held_out = data.values[split.test]
-    samples = model.sample(len(held_out), seed=1, solver="ancestral", steps=125, batch=180).numpy()
-    write_samples(run.folder / "samples", samples, data.levels, {"seed": 1})
-    pictures.grid(samples[:64], data.levels, columns=16).save(run.pictures / "grid.png")
+    samples = model.sample(len(held_out), seed=1, sampler=Sampler("ancestral", num_steps=125), batch=180).numpy()
+    write_samples(run.folder / "samples", samples, data.num_values, {"seed": 1})
+    pictures.image_grid(samples[:64], data.num_values, columns=16).save(run.pictures / "grid.png")
     forward_strip(model, held_out[:4]).save(run.pictures / "forward.png")
     reverse_strip(model).save(run.pictures / "reverse.png")
 
     console.rule("3. measure: held-out digits, bits per dimension")
     result = model.nll(torch.from_numpy(held_out), batch=len(held_out))
-    bits_picture(model, {"discrete": result}).savefig(run.pictures / "bits-per-step.png", dpi=150)
+    bits_figure(model, {"discrete": result}).savefig(run.pictures / "bits-per-step.png", dpi=150)
     parts = [data.values[items].reshape(len(items), -1) for items in (split.train, split.validation, split.test)]
-    independent = independent_pixels(*parts, levels=17)
-    single, eight = gaussian_mixtures(*parts, levels=17, averages=(1, 8))
+    independent = independent_pixels(*parts, num_values=17)
+    single, eight = gaussian_mixtures(*parts, num_values=17, averages=(1, 8))
     ours = result.bits_per_dim(model.dims).numpy()
     rows = [
         {"model": "undiffuse: prior", "bits/dim": with_error(result.prior.numpy() / model.dims / LOG2)},
-        {"model": "undiffuse: steps", "bits/dim": with_error(result.steps.numpy() / model.dims / LOG2)},
+        {"model": "undiffuse: steps", "bits/dim": with_error(result.diffusion_nats.numpy() / model.dims / LOG2)},
         {"model": "undiffuse: decoder", "bits/dim": with_error(result.decoder.numpy() / model.dims / LOG2)},
         {"model": "undiffuse: in all, at most", "bits/dim": with_error(ours)},
         *(
@@ -71,7 +74,7 @@ def demo(folder: Path, minutes: float, console: Console) -> None:
             )
         ),
     ]
-    table.render(rows, f"{len(held_out)} held-out digits, all {model.steps} steps of the chain")
+    table.render(rows, f"{len(held_out)} held-out digits, all {model.chain_length} steps of the chain")
     console.print("ahead: how much lower our bound is, item by item; baselines are exact, tuned on validation data")
 
     drawn, trained, unseen = (pixels(a) for a in (samples, parts[0], parts[2]))
@@ -114,25 +117,25 @@ def against(ours: np.ndarray, name: str, baseline: Baseline) -> dict[str, object
 
 def forward_strip(model: Diffusion, values: np.ndarray, columns: int = 9):
     """Items on their way to noise along one chain q(x_1..x_T), at equally spaced times."""
-    levels = model.levels
+    levels = model.chain
     noise = ItemNoise(0, range(len(values)), model.item_shape, "forward")
     first = torch.from_numpy(values)
-    states = list(forward_trajectory(model.codec.encode(first) * float(levels[-1].alpha), levels, noise))
+    states = list(forward_trajectory(model.transform.to_model(first) * float(levels[-1].alpha), levels, noise))
     return strip(model, [(s.level, s.x) for s in states], columns)
 
 
 def reverse_strip(model: Diffusion, items: int = 4, columns: int = 9):
     """Samples on their way from noise."""
-    states = list(model.trajectory(range(items), seed=2, solver="ancestral", steps=model.steps))
+    states = list(model.trajectory(range(items), seed=2, sampler=Sampler("ancestral", num_steps=None)))
     return strip(model, [(s.level, s.x) for s in states], columns)
 
 
 def strip(model: Diffusion, states: list, columns: int):
     """A picture of states (level, x) at equal distances, captioned with their log-SNR."""
     chosen = [states[round(i * (len(states) - 1) / (columns - 1))] for i in range(columns)]
-    frames = np.stack([model.codec.decode(x).numpy() for _, x in chosen])
+    frames = np.stack([model.transform.to_data(x).numpy() for _, x in chosen])
     captions = [f"log SNR {float(level.log_snr):.1f}" for level, _ in chosen]
-    return pictures.strip(frames, captions, model.info.get("levels"))
+    return pictures.image_strip(frames, captions, model.info.get("num_values"))
 
 
 def main() -> int:

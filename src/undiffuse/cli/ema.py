@@ -1,64 +1,78 @@
-"""``undiffuse ema``: the model of a run with its weights averaged over another length, or over the best."""
+"""``undiffuse ema``: the model of a run with its weights averaged over another length, or over the best length."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from undiffuse import checkpoint
-from undiffuse.cli.options import Device, console, device_of
-from undiffuse.cli.reading import Read, reads_data
+from undiffuse.cli.data_options import ReadData, with_data_options
+from undiffuse.cli.options import Device, NetworkFile, console, register_network, resolve_device
 from undiffuse.errors import ConfigError
-from undiffuse.report import table
-from undiffuse.train import Run
-from undiffuse.train.lengths import NEAR, Measured, compare, model_of
+
+if TYPE_CHECKING:
+    from undiffuse.training.posthoc_ema import EMAScore
 
 
-@reads_data
+@with_data_options
 def ema(
     run: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
     data: Annotated[str | None, typer.Argument(help="The data of the run, for --best.", metavar="DATA")] = None,
     length: Annotated[
-        list[float] | None, typer.Option(help="A share of the run, such as 0.08; several to compare with --best.")
+        list[float] | None,
+        typer.Option(help="Length as a fraction of the run, such as 0.08; repeatable with --best."),
     ] = None,
-    best: Annotated[bool, typer.Option("--best", help="Measure held-out items and take the best length.")] = False,
-    items: Annotated[int, typer.Option(help="Held-out items that are measured, at most.", min=2)] = 256,
-    draws: Annotated[int, typer.Option(help="Steps of the chain for each of them.", min=1)] = 16,
-    out: Annotated[Path | None, typer.Option(help="The file to write; model-ema-LENGTH in RUN if not given.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Choose the length with the lowest held-out bound.")] = False,
+    items: Annotated[int, typer.Option(help="Largest number of held-out items to measure.", min=2)] = 256,
+    mc_samples: Annotated[
+        int, typer.Option(help="Monte Carlo samples of the bound for each item: steps of the chain.", min=1)
+    ] = 16,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; by default model-ema-LENGTH.safetensors in RUN.")
+    ] = None,
+    network: NetworkFile = None,
     device: Device = "auto",
     *,
-    read: Read,
+    read: ReadData,
 ) -> None:
-    """Average the weights of a finished run over another length, without training again."""
+    """Average the weights of a finished run over another length, without training again.
+
+    Give one --length, or --best and DATA."""
+    from undiffuse.model import checkpoint
+    from undiffuse.report import table
+    from undiffuse.training.posthoc_ema import MAX_PROFILE_ERROR, compare_lengths, with_ema_length
+    from undiffuse.training.run_folder import Run
+
     if best != (data is not None) or (not best and len(length or ()) != 1):
-        cause = "say one --length, or --best with the data of the run"
+        cause = "it needs one --length, or --best and the data of the run"
         raise ConfigError("USAGE", "undiffuse ema", cause, "See 'undiffuse ema --help'")
-    wanted, device = Run(run), device_of(device)
+    register_network(network)
+    source, device = Run(run), resolve_device(device)
     chosen = (length or [0.0])[0]
     if data is not None:
         dataset = read(data)
-        found = compare(wanted, dataset, length, items, draws, device)
-        first = min(found, key=lambda one: one.bits)
-        table.render([_row(one) for one in found], f"{dataset.name}, held out for validation")
-        ties = [f"{one.length:g}" for one in found if one is not first and one.behind < 2 * one.behind_stderr]
-        console.print(
-            f"best: {first.length:g}" + (f"; no worse by two standard errors: {', '.join(ties)}" * bool(ties))
-        )
-        chosen = first.length
-    model, error = model_of(wanted, chosen)
+        scores = compare_lengths(source, dataset, length, items, mc_samples, device)
+        lowest = min(scores, key=lambda score: score.bits)
+        table.render([_row(score) for score in scores], f"{dataset.name}, held out for validation")
+        ties = [
+            f"{score.length:g}" for score in scores if score is not lowest and score.regret < 2 * score.regret_stderr
+        ]
+        tied = f"; within two standard errors of it: {', '.join(ties)}" if ties else ""
+        console.print(f"best: {lowest.length:g}{tied}")
+        chosen = lowest.length
+    model, error = with_ema_length(source, chosen)
     path = out or run / f"model-ema-{chosen:g}.safetensors"
     checkpoint.save(model, path)
-    console.print(f"averaged over a length of {chosen:g}, {error:.2%} of its profile missed: {path}", markup=False)
-    if error > NEAR:
-        console.print("note: more snapshots (in [train] of --config) come nearer to lengths so far from 0.05 and 0.1")
+    console.print(f"average of length {chosen:g}, {error:.2%} error of its profile: {path}", markup=False)
+    if error > MAX_PROFILE_ERROR:
+        console.print("note: more snapshots (in [train] of --config) reduce the error of lengths far from 0.05 and 0.1")
 
 
-def _row(one: Measured) -> dict[str, str]:
+def _row(score: EMAScore) -> dict[str, str]:
     return {
-        "length": f"{one.length:g}",
-        "profile missed": f"{one.error:.2%}",
-        "bits/dim": f"{one.bits:.4f} ± {one.stderr:.4f}",
-        "behind the best": f"{one.behind:.4f} ± {one.behind_stderr:.4f}",
+        "length": f"{score.length:g}",
+        "profile error": f"{score.error:.2%}",
+        "bits/dim": f"{score.bits:.4f} ± {score.stderr:.4f}",
+        "above the best": f"{score.regret:.4f} ± {score.regret_stderr:.4f}",
     }

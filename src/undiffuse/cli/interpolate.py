@@ -1,54 +1,69 @@
-"""``undiffuse interpolate``."""
+"""``undiffuse interpolate``: images between two images."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from undiffuse import checkpoint
-from undiffuse.cli.guide import class_names
-from undiffuse.cli.options import Device, RunArgument, at_most, beside, console, device_of
-from undiffuse.cli.restore import image_model
-from undiffuse.cli.told import tell
-from undiffuse.codec import Pixels
-from undiffuse.data.single import load_image
+from undiffuse.cli.guidance_options import class_names
+from undiffuse.cli.label_options import make_condition
+from undiffuse.cli.options import (
+    Device,
+    NetworkFile,
+    RunArgument,
+    console,
+    limit_steps,
+    register_network,
+    resolve_device,
+    run_folder,
+)
 from undiffuse.errors import ConfigError
-from undiffuse.inverse.codes import slerp
-from undiffuse.report import pictures
 
 
 def interpolate(
     run: RunArgument,
-    one: Annotated[Path, typer.Argument(help="The image to begin with.", metavar="A")],
-    other: Annotated[Path, typer.Argument(help="The image to end with.", metavar="B")],
-    n: Annotated[int, typer.Option(help="How many images, A and B among them.", min=2)] = 9,
+    one: Annotated[Path, typer.Argument(help="The first image.", metavar="A")],
+    other: Annotated[Path, typer.Argument(help="The last image.", metavar="B")],
+    n: Annotated[int, typer.Option(help="Number of images, including A and B.", min=2)] = 9,
     steps: Annotated[
-        int, typer.Option(help="Steps of the flow each way, four calls each, at most the chain's.", min=1)
+        int, typer.Option(help="Steps of the flow each way, four calls each, at most those of the chain.", min=1)
     ] = 50,
-    label: Annotated[str | None, typer.Option(help="What A and B are: a class of the model.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The PNG file; in the run's pictures if not given.")] = None,
+    label: Annotated[str | None, typer.Option(help="The class of A and B.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The PNG file; default is in the run's pictures.")] = None,
+    network: NetworkFile = None,
     device: Device = "auto",
 ) -> None:
-    """A strip of images from A to B: their codes under the model's flow, and what lies on the arc between."""
+    """A strip of images from A to B: their latents under the model's flow, interpolated on an arc."""
+    import torch
+
+    from undiffuse.data.single import load_image
+    from undiffuse.data.transform import IntegerLevels
+    from undiffuse.model import checkpoint
+    from undiffuse.model.restoration import check_image_model
+    from undiffuse.report import figures
+    from undiffuse.sampling.ddim_inversion import slerp
+
     if out is not None and out.suffix.lower() != ".png":
-        raise ConfigError("OUT", out, "it names no PNG file", "Give a name that ends in .png")
-    model = image_model(checkpoint.load(run, device_of(device)), run)
+        raise ConfigError("OUT", out, "it is not the name of a PNG file", "Give a name that ends in .png")
+    register_network(network)
+    model = checkpoint.load(run, resolve_device(device))
+    transform = check_image_model(model, run)
     channels, *sides = model.item_shape
-    steps = at_most(steps, model.steps)
-    assert isinstance(model.codec, Pixels)
-    ends, told = [], tell(class_names(model), [label] if label else ())
-    for path in (one, other):
-        picture = load_image(path, channels, sides)
-        ends.append(model.codec.decode(Pixels(picture.levels).encode(torch.tensor(picture.pixels)[None])))
-    codes = model.encode(torch.cat(ends), steps, told and told(range(2)))
-    share = torch.linspace(0, 1, n)
-    values = model.decode(slerp(codes[0], codes[1], share), steps, told and told(range(n)))
-    away = (values[[0, -1]].long() - torch.cat(ends).long()).abs().max()
-    path = out or beside(run) / "pictures" / f"{one.stem}-to-{other.stem}.png"
+    steps = limit_steps(steps, model.chain_length)
+    condition = make_condition(class_names(model), [label] if label else ())
+    images = [load_image(path, channels, sides) for path in (one, other)]
+    x = [IntegerLevels(image.num_values).to_model(torch.tensor(image.pixels)[None]) for image in images]
+    ends = torch.cat([transform.to_data(item) for item in x])
+    latents = model.to_latent(ends, steps, condition and condition(range(2)))
+    weight = torch.linspace(0, 1, n)
+    values = model.from_latent(slerp(latents[0], latents[1], weight), steps, condition and condition(range(n)))
+    error = (values[[0, -1]].long() - ends.long()).abs().max()
+    path = out or run_folder(run) / "pictures" / f"{one.stem}-to-{other.stem}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    labels = [f"{float(w):.2f}" for w in share]
-    pictures.strip(values[:, None].numpy(), labels, model.codec.levels).save(path)
-    console.print(f"{n} images, of which the first and last are A and B to {int(away)} levels: {path}", markup=False)
+    captions = [f"{float(w):.2f}" for w in weight]
+    figures.image_strip(values[:, None].numpy(), captions, transform.num_values).save(path)
+    console.print(
+        f"{n} images: {path}; the first and last differ from A and B by at most {int(error)} levels", markup=False
+    )

@@ -1,30 +1,32 @@
-"""``undiffuse pack``: data larger than memory as one file."""
+"""``undiffuse pack``: write data that are larger than memory to one file."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from undiffuse.cli.data_options import ReadData, print_notes, record_skipped, with_data_options
 from undiffuse.cli.options import DataArgument, console
-from undiffuse.cli.reading import Read, reads_data, record_skipped, say_notes
-from undiffuse.data.pack import packing, told
 
 
-@reads_data
+@with_data_options
 def pack(
     data: DataArgument,
     out: Annotated[Path, typer.Argument(help="The .npy file to write.", metavar="OUT.npy")],
     *,
-    read: Read,
+    read: ReadData,
 ) -> None:
-    """Write DATA to one file that all commands take and none reads into memory: for more than memory holds."""
-    with packing(out) as packed:
-        dataset = read(data, place=packed.place)
-        packed.write(dataset, out)
-    say_notes(dataset)
+    """Write DATA to one file. Commands read it from disk in parts, so that it may be larger than memory."""
+    from undiffuse.data.sources.packed_array import pack_writer, sidecar_path
+
+    with pack_writer(out) as writer:
+        dataset = read(data, allocate=writer.allocate)
+        writer.write(dataset, out)
+    print_notes(dataset)
     record_skipped(dataset, out.with_name(out.stem + ".skipped.json"))
     size = f"{out.stat().st_size / 1e9:,.2f} GB"
-    console.print(f"packed: {len(dataset):,} items, {size}, {out} and beside it {told(out).name}", markup=False)
-    console.print(f"next: undiffuse train {out}", markup=False)
+    console.print(f"packed: {len(dataset):,} items, {size}, in {out} and {sidecar_path(out).name}", markup=False)
+    console.print(f"next: undiffuse train {shlex.quote(str(out))}", markup=False)

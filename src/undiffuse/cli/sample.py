@@ -1,197 +1,242 @@
-"""``undiffuse sample``: as many as asked for, part by part, by any solver, guided or not, stopped and gone on with."""
+"""``undiffuse sample``: draw samples with any solver and guidance, in parts that a stopped command resumes from."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.progress import Progress
 
-from undiffuse import checkpoint
-from undiffuse.advise import Choice
-from undiffuse.cli.choose import QUALITIES, choose, read_advice
-from undiffuse.cli.crew import join
-from undiffuse.cli.guide import class_names, guide
-from undiffuse.cli.options import Device, RunArgument, at_most, beside, console, device_of
-from undiffuse.cli.told import Tell, says_something, tell
-from undiffuse.diffusion import Diffusion
-from undiffuse.grids import SPACINGS
-from undiffuse.guidance import THRESHOLDS, Guidance
-from undiffuse.report import animation
-from undiffuse.report.files import Album
-from undiffuse.solvers import SOLVERS
-from undiffuse.train import Interrupted
+from undiffuse.cli.guidance_options import class_names, load_guide
+from undiffuse.cli.label_options import ConditionFn, has_label, make_condition
+from undiffuse.cli.options import (
+    Device,
+    NetworkFile,
+    RunArgument,
+    console,
+    limit_steps,
+    register_network,
+    resolve_device,
+    run_folder,
+)
+from undiffuse.cli.sampler_options import (
+    DEFAULT_QUALITY,
+    QUALITIES,
+    check_one_length,
+    parse_sampler,
+    read_advice,
+    within_calls,
+)
+from undiffuse.sampling.sampler import THRESHOLDS, Sampler, guidance_changes
+from undiffuse.sampling.solvers import SOLVERS
+from undiffuse.sampling.tables import SPACINGS
 
-MOVING, MOMENTS = 16, 60
-"""Items of a moving picture, and the most moments that it shows."""
+if TYPE_CHECKING:
+    from undiffuse.denoising.guidance import Guide
+    from undiffuse.model.diffusion import Diffusion
+    from undiffuse.report.sample_folder import SampleFolder
+
+MAX_ANIMATED, MAX_FRAMES = 16, 60
+"""The most items and frames of an animation."""
 
 
 def sample(
     run: RunArgument,
-    n: Annotated[int, typer.Option(help="How many samples.", min=1)] = 64,
-    seed: Annotated[int, typer.Option(help="Item i is a function of (seed, i) alone.")] = 0,
-    quality: Annotated[str | None, typer.Option(help=f"{', '.join(QUALITIES)}; good if nothing else is said.")] = None,
+    n: Annotated[int, typer.Option(help="Number of samples.", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="Sample i depends on (seed, i) alone.")] = 0,
+    quality: Annotated[str | None, typer.Option(help=f"{', '.join(QUALITIES)}; default {DEFAULT_QUALITY}.")] = None,
     calls: Annotated[
-        int | None, typer.Option(help="Network calls a sample; by the advice of 'advise' if there is any.", min=1)
+        int | None,
+        typer.Option(
+            help="Network calls per sample; uses the result of 'advise' for this number if there is one.", min=1
+        ),
     ] = None,
     solver: Annotated[str | None, typer.Option(help=f"One of {', '.join(SOLVERS)}.")] = None,
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of the solver, such as eta=0.5; may be repeated.")
+        list[str] | None, typer.Option("--set", help="A setting of the solver, such as eta=0.5; repeatable.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the solver, at most the chain's own.", min=1)] = None,
-    spacing: Annotated[str | None, typer.Option(help=f"Where they are: {', '.join(SPACINGS)}.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the solver, at most those of the chain.", min=1)] = None,
+    spacing: Annotated[str | None, typer.Option(help=f"Spacing of the steps: {', '.join(SPACINGS)}.")] = None,
     label: Annotated[
-        list[str] | None, typer.Option(help="A class by name or number, all or none; several are taken in turn.")
+        list[str] | None, typer.Option(help="A class by name or index, all or none; repeatable, used in turn.")
     ] = None,
     cond: Annotated[
-        Path | None, typer.Option(help="An array file of vectors or tokens to be told, taken in turn.")
+        Path | None, typer.Option(help="An array file of condition vectors or tokens, used in turn.")
     ] = None,
-    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")] = 1.0,
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 disables it.")] = 1.0,
     guidance_interval: Annotated[
-        tuple[float, float] | None, typer.Option(help="The log-SNRs, low and high, between which it works.")
+        tuple[float, float] | None, typer.Option(help="Lowest and highest log-SNR of the guidance.")
     ] = None,
-    guidance_rescale: Annotated[float, typer.Option(help="Share in which its spread is brought back, 0 to 1.")] = 0.0,
-    classifier: Annotated[Path | None, typer.Option(help="A run of train-classifier that guides to --label.")] = None,
-    classifier_scale: Annotated[float, typer.Option(help="How much it does.")] = 1.0,
-    autoguide: Annotated[Path | None, typer.Option(help="A weaker model, to be led away from.")] = None,
-    autoguide_scale: Annotated[float, typer.Option(help="How much; 1 is not at all.")] = 2.0,
+    guidance_rescale: Annotated[float, typer.Option(help="Guidance rescale phi [Lin23], 0 to 1.")] = 0.0,
+    classifier: Annotated[
+        Path | None, typer.Option(help="A run of train-classifier, for classifier guidance to --label.")
+    ] = None,
+    classifier_scale: Annotated[float, typer.Option(help="Scale of the classifier's gradient.")] = 1.0,
+    autoguide: Annotated[
+        Path | None, typer.Option(help="A run of a weaker model of the same data, for autoguidance.")
+    ] = None,
+    autoguide_scale: Annotated[float, typer.Option(help="Autoguidance scale; 1 disables it.")] = 2.0,
     threshold: Annotated[
         str,
         typer.Option(
-            help=f"{', '.join(THRESHOLDS)}: x̂ beyond the range of the data is cut off in any case (none and static); "
-            "dynamic shrinks the item instead. Only for data that have a range."
+            help=f"{', '.join(THRESHOLDS)}: static clamps predictions to the range of bounded data; dynamic rescales "
+            "each item instead."
         ),
-    ] = "none",
+    ] = "static",
     animate: Annotated[
-        Path | None, typer.Option(help="Also a moving picture of the first ones' way, .gif or .mp4.")
+        Path | None, typer.Option(help="Also write an animation of the first samples, .gif or .mp4.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Samples at a time; changes no result.", min=1)] = 64,
-    out: Annotated[Path | None, typer.Option(help="Where to put them; a folder in the run if not given.")] = None,
+    batch: Annotated[int, typer.Option(help="Samples per batch; does not change the samples.", min=1)] = 64,
+    out: Annotated[Path | None, typer.Option(help="Output folder; default is a folder in the run.")] = None,
+    network: NetworkFile = None,
     device: Device = "auto",
 ) -> None:
-    """Draw samples from a trained model: single files, a grid, an array, and a manifest. A stopped command goes on."""
-    rank, processes, place, gather = join(device_of(device))
-    say = (lambda line: console.print(line, markup=False)) if rank == 0 else (lambda line: None)
+    """Draw samples from a trained model: single files, a grid, an array, and a manifest. Resumes a stopped command."""
+    from undiffuse.model import checkpoint
+    from undiffuse.report.sample_folder import SampleFolder
+    from undiffuse.runtime.distributed_group import init_process_group
+    from undiffuse.runtime.signals import Interrupted
+
+    check_one_length(quality, calls, steps)
+    register_network(network)
+    rank, processes, place, gather = init_process_group(resolve_device(device))
+    log = (lambda line: console.print(line, markup=False)) if rank == 0 else (lambda line: None)
     model = checkpoint.load(run, place)
-    weights = checkpoint.fingerprint(model)
-    low, high = guidance_interval or (None, None)
-    scales = Guidance(guidance, low, high, guidance_rescale, classifier_scale, autoguide_scale, threshold)
-    asked = {"label": label, "guidance": None if scales == Guidance() else asdict(scales)}
-    files = {"cond": cond, "classifier": classifier, "autoguide": autoguide}
-    names = class_names(model, classifier)
-    told = tell(names, label or (), cond)
-    steps = steps and at_most(steps, model.steps, say)
-    choice = choose(
-        model,
-        lambda calls: read_advice(beside(run), weights, calls, say, asked | files),
-        *(quality, calls, solver, setting or (), steps, spacing),
+    weights, labels, names = checkpoint.fingerprint(model), label or [], class_names(model, classifier)
+    condition = make_condition(names, labels, cond)
+    sampler = parse_sampler(
+        quality,
+        solver,
+        setting or (),
+        steps and limit_steps(steps, model.chain_length, log),
+        spacing,
+        guidance=guidance,
+        guidance_interval=guidance_interval,
+        guidance_rescale=guidance_rescale,
+        classifier_scale=classifier_scale,
+        autoguidance_scale=autoguide_scale,
+        threshold=threshold,
     )
-    walk = {
-        "solver": model.solver(choice.solver, **choice.settings),
-        "steps": choice.steps,
-        "spacing": choice.spacing if choice.times is None else "uniform",
-        "times": choice.times,
-        "guide": guide(model, scales, classifier, autoguide, cond is not None or says_something(names, label or ())),
-    }
-    plan = {"weights": weights, "seed": seed, **asdict(choice), **asked}
+    sampler = replace(sampler, num_steps=min(sampler.num_steps or model.chain_length, model.chain_length))
+    model.build_solver(sampler)  # raises before any work if a setting is wrong
+    files = {"cond": cond, "classifier": classifier, "autoguide": autoguide}
+    if calls is not None:
+        advised = None
+        if solver is None and spacing is None and not setting:
+            conditions = {"label": label, **files}
+            advised = read_advice(run_folder(run), weights, calls, log, sampler, conditions)
+        sampler = advised or within_calls(model, sampler, calls)
+    guide = load_guide(model, sampler, classifier, autoguide, cond is not None or has_label(names, labels))
+
+    plan = {"weights": weights, "seed": seed, "sampler": sampler.to_dict(), "label": label}
     plan |= {name: None if path is None else _sha256(path) for name, path in files.items()}
-    folder = out or beside(run) / "samples" / _name(choice, label, scales, [p for p in files.values() if p], seed)
-    album, items = Album(folder, plan, model.info.get("levels"), model.info.get("columns", ())), range(n)
+    out = out or run_folder(run) / "samples" / _folder_name(sampler, labels, [p for p in files.values() if p], seed)
+    folder, items = SampleFolder(out, plan, model.info.get("num_values"), model.info.get("columns", ())), range(n)
     if animate is not None and rank == 0:
-        _animate(animate, model, seed, range(min(n, MOVING)), told, walk, say)
-    if album.finished(items):
+        _animate(animate, model, seed, range(min(n, MAX_ANIMATED)), sampler, condition, guide)
+        log(f"animation: {animate}")
+    if folder.finished(items):
         if rank == 0:
-            album.tidy()
-        say(f"these {n:,} samples are all there already")
-        picture = folder / "grid.png"
+            folder.remove_parts()
+        log(f"these {n:,} samples exist already")
+        picture = folder.folder / "grid.png"
     else:
         began = time.perf_counter()
         if rank == 0:
-            album.begin(say)
+            folder.open(log)
         gather(None)
-        gaps, blocks = album.missing(items), [items[first : first + batch] for first in range(0, n, batch)]
-        mine = [
+        missing, blocks = folder.missing_items(items), [items[start : start + batch] for start in range(0, n, batch)]
+        parts = [
             range(max(block.start, gap.start), min(block.stop, gap.stop))
             for block in blocks[rank::processes]
-            for gap in gaps
+            for gap in missing
         ]
         try:
-            _draw(model, album, [part for part in mine if part], seed, told, walk)
+            _draw(folder, model, seed, [part for part in parts if part], sampler, condition, guide)
             gather(None)
             if rank:
                 return
             seconds = time.perf_counter() - began
-            picture = album.finish(items, {"model": str(run), "seconds": round(seconds, 3)})
+            picture = folder.finish(items, {"model": str(run), "seconds": round(seconds, 3)})
         except KeyboardInterrupt:
             raise Interrupted(signal.SIGINT) from None
-        each = sum(map(len, gaps)) / seconds
-        say(f"{n:,} samples by {choice} in {_steps(choice)} steps, {seconds:.1f} s ({each:.1f} a second)")
+        rate = sum(map(len, missing)) / seconds
+        log(f"{n:,} samples by {sampler} in {_num_steps(sampler)} steps, {seconds:.1f} s ({rate:.1f} per second)")
     if picture is not None and picture.is_file():
-        say(f"grid: {picture}")
-    say(f"all of them: {album.array}, how they were made in {album.manifest}")
+        log(f"grid: {picture}")
+    log(f"samples: {folder.array}, manifest: {folder.manifest}")
 
 
 def _draw(
-    model: Diffusion, album: Album, parts: list[range], seed: int, told: Tell | None, walk: dict[str, Any]
+    folder: SampleFolder,
+    model: Diffusion,
+    seed: int,
+    parts: list[range],
+    sampler: Sampler,
+    condition: ConditionFn | None,
+    guide: Guide | None,
 ) -> None:
-    levels = model.walk(walk["steps"], walk["spacing"], walk["times"])
+    """Adds the samples of ``parts`` to ``folder``, with a progress bar."""
+    num_steps = len(model.noise_levels(sampler)) - 1
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("sampling", total=sum(map(len, parts)) * (len(levels) - 1))
+        task = bar.add_task("sampling", total=sum(map(len, parts)) * num_steps)
         for part in parts:
             values = model.sample(
                 len(part),
                 seed,
+                sampler,
+                condition and condition(part),
+                guide=guide,
                 batch=len(part),
-                progress=lambda done: bar.advance(task, done),
                 first=part.start,
-                cond=told and told(part),
-                **walk,
+                progress=lambda done: bar.advance(task, done),
             )
-            album.add(part.start, values.numpy())
+            folder.add(part.start, values.numpy())
 
 
-@torch.no_grad()
 def _animate(
     path: Path,
     model: Diffusion,
     seed: int,
     items: range,
-    told: Tell | None,
-    walk: dict[str, Any],
-    say: Callable[[str], None],
+    sampler: Sampler,
+    condition: ConditionFn | None,
+    guide: Guide | None,
 ) -> None:
-    animation.check(path)
-    states = model.trajectory(items, seed, cond=told and told(items), **walk)
-    steps = len(model.walk(walk["steps"], walk["spacing"], walk["times"])) - 1
-    shown = {round(i * steps / min(steps, MOMENTS)) for i in range(min(steps, MOMENTS) + 1)}
-    frames = (model.codec.decode(state.x).cpu().numpy() for state in states if state.done in shown)
-    animation.animate(path, frames, model.info.get("levels"))
-    say(f"moving: {path}")
+    """Writes an animation of the trajectory of ``items``."""
+    import torch
+
+    from undiffuse.report import animation
+
+    animation.check_animation_path(path)
+    with torch.no_grad():
+        states = model.trajectory(items, seed, sampler, condition and condition(items), guide)
+        num_steps = len(model.noise_levels(sampler)) - 1
+        frames = min(num_steps, MAX_FRAMES)
+        shown = {round(i * num_steps / frames) for i in range(frames + 1)}
+        values = (model.transform.to_data(state.x).cpu().numpy() for state in states if state.done in shown)
+        animation.animate(path, values, model.info.get("num_values"))
 
 
-def _steps(choice: Choice) -> int:
-    return choice.steps if choice.times is None else len(choice.times) - 1
+def _num_steps(sampler: Sampler) -> int | None:
+    return sampler.num_steps if sampler.times is None else len(sampler.times) - 1
 
 
-def _name(choice: Choice, label: list[str] | None, scales: Guidance, files: list[Path], seed: int) -> str:
-    """A name for a folder that says what is in it, as far as it differs from what most people draw."""
-    spacing = [] if choice.spacing == "uniform" else [choice.spacing]
-    words = [*str(choice).split(), str(_steps(choice)), *spacing, *(label or [])]
-    default = asdict(Guidance())
-    words += [f"{key}-{value}" for key, value in asdict(scales).items() if value != default[key]]
+def _folder_name(sampler: Sampler, labels: list[str], files: list[Path], seed: int) -> str:
+    """A name that lists the sampler, labels and files, leaving out what has its default."""
+    spacing = [] if sampler.spacing == "uniform" else [sampler.spacing]
+    words = [*str(sampler).split(), str(_num_steps(sampler)), *spacing, *labels]
+    words += [f"{name}-{value}" for name, value in guidance_changes(sampler).items()]
     words += [path.stem for path in files]
     return re.sub(r"[^\w.+-]+", "-", "-".join([*words, f"seed-{seed}"]))[-120:].strip("-.")
 
 
 def _sha256(path: Path) -> str:
-    file = path / "model.safetensors" if path.is_dir() else path
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    from undiffuse.runtime.atomic_file import file_digest
+
+    return file_digest(path / "model.safetensors" if path.is_dir() else path)

@@ -1,4 +1,4 @@
-"""``undiffuse watch``: how a run goes, from what it writes; it touches nothing of the run itself."""
+"""``undiffuse watch``: curves of a run from the files that it writes; the run itself is not touched."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
@@ -15,43 +15,48 @@ from rich.text import Text
 
 from undiffuse.cli.options import console
 from undiffuse.errors import CheckpointError, ConfigError
-from undiffuse.report.spark import spark
-from undiffuse.train import Run
+
+if TYPE_CHECKING:
+    from undiffuse.training.run_folder import Run
 
 Record = Mapping[str, Any]
 CURVES = {
     "loss": "training loss",
     "bits_per_dim": "held out, bits/dim",
     "gap": "held out − training, bits/dim",
-    "items_per_second": "items a second",
+    "accuracy": "held-out accuracy",
+    "items_per_second": "items per second",
     "lr": "learning rate",
-    "gradient_norm": "norm of the gradient",
+    "gradient_norm": "gradient norm",
 }
+"""Names of records, in the order shown, and what they are called."""
 
 
 def watch(
     run: Annotated[Path, typer.Argument(help="A run folder, finished or not.", metavar="RUN")],
-    once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
-    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Show the run once and exit.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between two updates.", min=0.1)] = 2.0,
     tensorboard: Annotated[
         Path | None, typer.Option(help="Also write the run's records into this folder, for TensorBoard.")
     ] = None,
 ) -> None:
-    """Show how a run goes, as it goes: curves, rates, what is left. Ctrl-C ends it, and not the run."""
+    """Show the curves of a run while it trains, and the time left. Ctrl-C ends the display, not the run."""
+    from undiffuse.training.run_folder import Run
+
     watched = Run(run)
     if watched.record is None:
-        raise CheckpointError("NOT_FOUND", run, "there is no run in this folder", "Name the folder of a run")
+        raise CheckpointError("NOT_FOUND", run, "there is no run in this folder", "Give the folder of a run")
     board = None if tensorboard is None else Board(tensorboard)
     try:
-        with Live(picture(watched), console=console, refresh_per_second=4, transient=False) as live:
+        with Live(summary(watched), console=console, refresh_per_second=4, transient=False) as live:
             while True:
                 if board is not None:
                     board.add(watched.read_metrics())
                 if once or watched.finished:
                     break
                 time.sleep(every)
-                live.update(picture(watched))
-            live.update(picture(watched))
+                live.update(summary(watched))
+            live.update(summary(watched))
     except KeyboardInterrupt:
         pass
     if not console.is_terminal:
@@ -61,7 +66,7 @@ def watch(
 
 
 class Board:
-    """Writes records as TensorBoard's scalars, each of them once. Raises `ConfigError` if the package is missing."""
+    """Writes records as TensorBoard scalars, each once. Raises `ConfigError` if TensorBoard is not installed."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -69,59 +74,61 @@ class Board:
         except ImportError:
             fix = "Install it: pip install 'undiffuse[tensorboard]'"
             raise ConfigError("MISSING_PACKAGE", "tensorboard", "is not installed", fix) from None
-        self.writer, self.done = SummaryWriter(str(folder)), set()
+        self.writer, self.written = SummaryWriter(str(folder)), set()
 
     def add(self, records: Sequence[Record]) -> None:
+        """Write the numbers of ``records`` that are not yet written."""
         for record in records:
             for name, value in record.items():
-                if name != "step" and (record["step"], name) not in self.done:
-                    self.done.add((record["step"], name))
+                if name != "step" and (record["step"], name) not in self.written:
+                    self.written.add((record["step"], name))
                     self.writer.add_scalar(name, float(value), record["step"])
         self.writer.flush()
 
 
-def picture(run: Run) -> Group:
-    """The run as lines of text: what it is, how far it has come, and each number with its curve."""
+def summary(run: Run) -> Group:
+    """The run as lines of text: its data and state, steps and time, and each number with its curve."""
+    from undiffuse.report.table import spark
+
     record, records = run.record, run.read_metrics()
     assert record is not None
-    lines = [f"{record['data']['name']}, {_state(run, record)}: {run.folder}"]
     step, seconds = (max((r[key] for r in records if key in r), default=0) for key in ("step", "seconds"))
-    kept = sorted(int(f.name[-8:]) for f in run.checkpoints.glob("step-*"))
-    lines.append(
-        f"step {step:,} after {_time(seconds)}{_left(record, step, seconds)}"
-        + (f" · last checkpoint at step {kept[-1]:,}" if kept else " · no checkpoint yet")
-    )
+    saved = sorted(int(folder.name[-8:]) for folder in run.checkpoints.glob("step-*"))
+    checkpoint = f"last checkpoint at step {saved[-1]:,}" if saved else "no checkpoint yet"
+    lines = [
+        f"{record['data']['name']}, {_state(run, record)}: {run.folder}",
+        f"step {step:,} after {_time(seconds)}{_time_left(record, step, seconds)} · {checkpoint}",
+    ]
     for key, name in CURVES.items():
-        values = [r[key] for r in records if key in r]
-        if values:
+        if values := [r[key] for r in records if key in r]:
             lines.append(f"{name:>30} {values[-1]:>11.5g}  {spark(values)}")
-    bounds = [(r["bits_per_dim"], r["step"]) for r in records if "bits_per_dim" in r]
-    if bounds:
-        lines.append(f"{'best held out':>30} {min(bounds)[0]:>11.5g}  at step {min(bounds)[1]:,}")
+    if bounds := [(r["bits_per_dim"], r["step"]) for r in records if "bits_per_dim" in r]:
+        best, at = min(bounds)
+        lines.append(f"{'best held out':>30} {best:>11.5g}  at step {at:,}")
     for r in [r for r in records if "final_bits_per_dim" in r][-1:]:
-        error = f"± {r['final_stderr']:.2g}  " if "final_stderr" in r else ""
+        stderr = f"± {r['final_stderr']:.2g}  " if "final_stderr" in r else ""
         lines.append(
-            f"{'at the end, of more draws':>30} {r['final_bits_per_dim']:>11.5g}  {error}at step {r['step']:,}"
+            f"{'final, more noise levels':>30} {r['final_bits_per_dim']:>11.5g}  {stderr}at step {r['step']:,}"
         )
     if any([r["overfit"] for r in records if "overfit" in r][-1:]):
-        lines.append("it begins to remember its training items: the gap to held-out ones is no accident")
+        lines.append("overfitting: the gap between held-out and training items is significant")
     return Group(*(Text(line, no_wrap=True) for line in lines))
 
 
 def _state(run: Run, record: Record) -> str:
-    """Finished, or training by the process that holds the lock, or stopped."""
+    """Finished, training (in the process that holds the lock), or stopped."""
     if record["finished"]:
         return "finished"
-    trainer = run.trainer
-    return f"training, process {trainer}" if trainer else "stopped; the command that began it goes on with it"
+    pid = run.training_pid
+    return f"training, process {pid}" if pid else "stopped; the command that began it resumes it"
 
 
-def _left(record: Record, step: int, seconds: float) -> str:
-    """How much of the run is to come, as its recipe says and the time so far suggests."""
+def _time_left(record: Record, step: int, seconds: float) -> str:
+    """The time left, from the length of the run and the speed so far; nothing for a finished run."""
     settings = record["config"]["train"]
     if record["finished"] or not step:
         return ""
-    left = seconds * (settings["steps"] / step - 1) if settings["steps"] else 60 * settings["minutes"] - seconds
+    left = seconds * (settings["max_steps"] / step - 1) if settings["max_steps"] else 60 * settings["minutes"] - seconds
     return f", about {_time(max(left, 0))} left"
 
 

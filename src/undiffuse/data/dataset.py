@@ -1,4 +1,4 @@
-"""What every source of data becomes: one packed array that says what was done to it."""
+"""`Dataset`: items in one array with labels, conditions and notes, which every source of data returns."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from undiffuse.conditioning import Condition
-from undiffuse.data.seen import Seen
+from undiffuse.data.source_report import SourceReport
 from undiffuse.errors import ConfigError, DataError
+from undiffuse.networks.condition import Condition
 
-CHUNK, CHUNK_BYTES = 4096, 1 << 24
-"""Items, and bytes, that are read at a time, so that data larger than memory never lie in it as a whole."""
+MAX_CHUNK_ITEMS, MAX_CHUNK_BYTES = 4096, 1 << 24
+"""Limits of what is read at a time, so that data may be larger than memory."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Three increasing index arrays, int64, that share no item and together hold all."""
+    """Indices of the items of each part: int64, increasing, disjoint, together 0 .. N − 1."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -32,24 +32,26 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """N items in one array, channels first, in the type that they are stored in.
+    """N items in one array, channels first, in the type in which they are stored.
 
-    ``values`` (N, C, *size) or (N, D): uint8 or uint16 for data with ``levels`` (whole numbers in
-    0 .. levels − 1), float32 for continuous data (``levels`` None). ``labels`` (N,) int64 in
-    0 .. len(classes) − 1, or None. ``notes`` are sentences that say what was seen and done. Items from
-    ``test_from`` on are an official test part. ``cond`` float32 is what else is known of each item: a vector
-    (N, D), or a sequence of tokens (N, L, D) with ``mask`` (N, L), True where one counts. ``value_range`` (low, high)
-    is where continuous values are said to lie, ``columns`` what the numbers of a vector are called, ``names`` what each
-    item is called in its source (a file by its path in the folder; none in an array), ``seen`` what the source held
-    beside. ValueError where these do not fit each other: the loaders (and ``from_array``) are what checks a person's
-    data.
+    values       (N, C, *size) or (N, D): uint8 or uint16 for integers in 0 .. num_values − 1, float32 for
+                 continuous data. May be a `LazyArray`: no method here reads more than a chunk of it at a time
+    num_values   number of values of integer data (2 .. 65536), None for continuous data
+    labels       (N,) int64 in 0 .. len(classes) − 1, or None
+    notes        sentences about what was noticed and changed when the data were read
+    test_from    index of the first item of an official test part, which goes on to the end
+    cond         (N, D) float32 vectors, or (N, L, D) float32 tokens with ``mask`` (N, L), True where a token counts
+    value_range  (low, high), declared limits of continuous data
+    columns      names of the D numbers of an item (N, D)
+    names        name of each item in its source (the path of a file within its folder); empty for arrays
+    report       formats, sizes and skipped files of the source
 
-    ``values`` may lie on the disk (`undiffuse.data.rows.Rows`): nothing here reads more than a chunk of them at a time.
+    Raises ValueError if these contradict one another. User data are checked earlier, by `from_array` and the loaders.
     """
 
     name: str
     values: np.ndarray
-    levels: int | None
+    num_values: int | None
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -59,16 +61,18 @@ class Dataset:
     value_range: tuple[float, float] | None = None
     columns: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
-    seen: Seen = field(default_factory=Seen)
+    report: SourceReport = field(default_factory=SourceReport)
 
     def __post_init__(self) -> None:
-        kinds = ("float32",) if self.levels is None else ("uint8",) if self.levels <= 256 else ("uint16",)
-        if self.values.ndim < 2 or not self.values.size or self.values.dtype.name not in kinds:
-            raise ValueError(f"no data of {self.levels} levels: {self.values.dtype} {self.values.shape}")
+        dtype = "float32" if self.num_values is None else "uint8" if self.num_values <= 256 else "uint16"
+        if self.values.ndim < 2 or not self.values.size or self.values.dtype.name != dtype:
+            raise ValueError(
+                f"num_values={self.num_values} needs {dtype} items, not {self.values.dtype} {self.values.shape}"
+            )
         if self.labels is not None and (self.labels.shape != (len(self),) or self.labels.dtype != np.int64):
             raise ValueError(f"labels must be ({len(self)},) int64, not {self.labels.shape} {self.labels.dtype}")
         if self.names and len(self.names) != len(self):
-            raise ValueError(f"{len(self.names)} names of {len(self)} items")
+            raise ValueError(f"{len(self.names)} names for {len(self)} items")
 
     def __len__(self) -> int:
         return len(self.values)
@@ -79,107 +83,112 @@ class Dataset:
         return self.values.shape[1:]
 
     @property
-    def hearing(self) -> dict[str, int]:
-        """The settings of a network that hears all that these data tell of an item: classes, vector, tokens."""
-        said = {"classes": len(self.classes)} if self.labels is not None else {}
-        return said if self.cond is None else {**said, _kind(self.cond): self.cond.shape[-1]}
-
-    def condition(self, items: np.ndarray) -> Condition:
-        """All that these data tell of the ``items``."""
-        told = {"label": self.labels, "mask": self.mask}
+    def condition_sizes(self) -> dict[str, int]:
+        """Settings of a network that accepts all conditions of these data: ``classes``, ``vector``, ``tokens``."""
+        sizes = {"classes": len(self.classes)} if self.labels is not None else {}
         if self.cond is not None:
-            told[_kind(self.cond)] = self.cond
-        return Condition(**{name: torch.from_numpy(v[items]) for name, v in told.items() if v is not None})
+            sizes[_condition_field(self.cond)] = self.cond.shape[-1]
+        return sizes
 
-    def called(self, items: np.ndarray) -> np.ndarray:
-        """What the ``items`` are called in their source; their own numbers where it has no names."""
-        return np.array([self.names[i] for i in items], object) if self.names else items
+    def condition(self, indices: np.ndarray) -> Condition:
+        """The labels, vectors or tokens of the items ``indices``."""
+        fields = {"label": self.labels, "mask": self.mask}
+        if self.cond is not None:
+            fields[_condition_field(self.cond)] = self.cond
+        return Condition(**{name: torch.from_numpy(v[indices]) for name, v in fields.items() if v is not None})
 
-    def noted(self, *notes: str) -> Dataset:
-        """The same data with ``notes`` added; hashes already worked out are kept."""
+    def item_names(self, indices: np.ndarray) -> np.ndarray:
+        """The names of the items ``indices``; the indices themselves if items have no names."""
+        return np.array([self.names[i] for i in indices], object) if self.names else indices
+
+    def with_notes(self, *notes: str) -> Dataset:
+        """The same data with more ``notes``; digests that were computed are kept."""
         other = copy.copy(self)
         object.__setattr__(other, "notes", (*self.notes, *notes))
         return other
 
     @property
     def digests(self) -> np.ndarray:
-        """(N,) uint64: the first eight bytes of BLAKE2b over each item's own bytes and nothing else."""
-        return self._read[0]
+        """(N,) uint64: BLAKE2b of the bytes of each item, cut to 8 bytes."""
+        return self._scan[0]
 
     @property
     def fingerprint(self) -> str:
-        """sha256 in hex over type, shape, levels, range, labels, conditions and bytes: equal for equal data only."""
-        return self._read[1]
+        """sha256 in hex over dtype, shape, num_values, value_range, labels, conditions and values."""
+        return self._scan[1]
 
     @property
     def constant_channels(self) -> np.ndarray:
-        """The channels that never change, int64."""
-        return self._read[2]
+        """Indices of the channels that have one value in all items, int64."""
+        return self._scan[2]
 
     @cached_property
-    def _read(self) -> tuple[np.ndarray, str, np.ndarray]:
+    def _scan(self) -> tuple[np.ndarray, str, np.ndarray]:
         """Digests, fingerprint and constant channels, from one pass over the values."""
-        head = (self.values.dtype.name, self.values.shape, self.levels, self.labels is not None)
+        head = (self.values.dtype.name, self.values.shape, self.num_values, self.labels is not None)
         digest = hashlib.sha256(json.dumps(head + (self.value_range,) * (self.value_range is not None)).encode())
         if self.labels is not None:
             digest.update(_bytes(self.labels))
-        for told in (self.cond, self.mask):
-            if told is not None:
-                digest.update(json.dumps(told.shape).encode() + _bytes(told))
+        for array in (self.cond, self.mask):
+            if array is not None:
+                digest.update(json.dumps(array.shape).encode() + _bytes(array))
         size = self.values.dtype.itemsize * math.prod(self.item_shape)
-        each, first, still = bytearray(), self._first, np.ones(self.item_shape[0], bool)
+        item_digests, first, is_constant = bytearray(), self._first, np.ones(self.item_shape[0], bool)
         for chunk in chunks(self.values):
             block = _bytes(chunk)
             digest.update(block)
             for start in range(0, len(block), size):
-                each += hashlib.blake2b(block[start : start + size], digest_size=8).digest()
-            still &= (chunk == first).all((0, *range(2, chunk.ndim)))
-        return np.frombuffer(bytes(each), "<u8").astype(np.uint64), digest.hexdigest(), np.flatnonzero(still)
+                item_digests += hashlib.blake2b(block[start : start + size], digest_size=8).digest()
+            is_constant &= (chunk == first).all((0, *range(2, chunk.ndim)))
+        digests = np.frombuffer(bytes(item_digests), "<u8").astype(np.uint64)
+        return digests, digest.hexdigest(), np.flatnonzero(is_constant)
 
     @property
     def _first(self) -> np.ndarray:
-        """The first number of each channel, (1, C, 1, ...)."""
+        """The first value of each channel, (1, C, 1, ...)."""
         return self.values[:1][(slice(None), slice(None), *(slice(1),) * (self.values.ndim - 2))]
 
     @property
-    def distinct(self) -> int:
-        """How many items differ from all before them, those of an official test part left aside."""
+    def num_distinct(self) -> int:
+        """Number of distinct items, without those of an official test part."""
         return len(np.unique(self.digests[: self.test_from]))
 
-    def share_held_out(self, asked: float) -> tuple[float, str | None]:
-        """The share that can be held out: ``asked``, or 0 and a sentence where distinct items are fewer than parts."""
-        n, kind = self.distinct, "item" if self.distinct == len(self) else "distinct item"
-        if asked == 0 or n >= (3 if self.test_from is None else 2):
-            return asked, None
-        only = f"one {kind}" if n == 1 else f"{n} {kind}s"
-        return 0.0, f"{only} only: nothing is held out, nothing is measured"
+    def held_out_fraction(self, requested: float) -> tuple[float, str | None]:
+        """(requested, None), or (0, a sentence) if there are fewer distinct items than parts of `split`."""
+        n, kind = self.num_distinct, "item" if self.num_distinct == len(self) else "distinct item"
+        if requested == 0 or n >= (3 if self.test_from is None else 2):
+            return requested, None
+        count = f"one {kind}" if n == 1 else f"{n} {kind}s"
+        return 0.0, f"{count} only: nothing is held out, nothing is measured"
 
     def split(self, held_out: float = 0.1) -> Split:
-        """Train, validation and test parts, each item's part decided by its own content.
+        """Training, validation and test parts; the content of an item decides its part.
 
-        The digest is a number u in [0, 1): u < ``held_out`` is test, u >= 1 − ``held_out`` validation. So
-        equal items share a part, order and labels do not matter, and an item that is added moves no other;
-        only where a part would be empty does the distinct item nearest to it step in. An official test part
-        stays as it is. ``held_out=0`` leaves all else in train. ConfigError unless 0 <= held_out < 0.5;
-        DataError (TOO_FEW_ITEMS) where there are fewer distinct items than parts to fill.
+        The digest of an item is a number u in [0, 1): u < held_out is test, u >= 1 − held_out is validation. So equal
+        items share a part, order and labels do not matter, and a new item moves no other one. If a part would be empty,
+        it gets the distinct item with the nearest u. An official test part stays as it is. With held_out = 0 all other
+        items are training data. Raises `ConfigError` unless 0 <= held_out < 0.5, `DataError` (TOO_FEW_ITEMS) if there
+        are fewer distinct items than parts.
         """
         if not 0 <= held_out < 0.5:
-            raise ConfigError("HELD_OUT", "held_out", f"{held_out} is no share", "Give a number from 0 to below 0.5")
-        ours = slice(0, self.test_from)
-        distinct, rank = np.unique(self.digests[ours], return_inverse=True)
+            raise ConfigError(
+                "HELD_OUT", "held_out", f"{held_out} is not in [0, 0.5)", "Give a number from 0 to below 0.5"
+            )
+        distinct, rank = np.unique(self.digests[: self.test_from], return_inverse=True)
         u = (distinct >> np.uint64(11)) * 2.0**-53
-        least = int(held_out > 0)
-        least_test = least if self.test_from is None else 0
-        if len(distinct) < 1 + least + least_test:
+        min_validation = int(held_out > 0)
+        min_test = min_validation if self.test_from is None else 0
+        parts = 1 + min_validation + min_test
+        if len(distinct) < parts:
             raise DataError(
                 "TOO_FEW_ITEMS",
                 self.name,
-                f"{len(distinct)} distinct items cannot fill {1 + least + least_test} parts",
-                "Give more items, or held_out=0 to train on all of them and measure nothing",
+                f"{len(distinct)} distinct items are too few for {parts} parts",
+                "Give more items, or held_out=0 to train on all of them without measuring",
             )
-        wanted = int((u < held_out).sum()) if least_test else 0
-        tests = min(max(wanted, least_test), len(distinct) - 1 - least)
-        validations = min(max(int((u >= 1 - held_out).sum()), least), len(distinct) - 1 - tests)
+        tests = int((u < held_out).sum()) if min_test else 0
+        tests = min(max(tests, min_test), len(distinct) - 1 - min_validation)
+        validations = min(max(int((u >= 1 - held_out).sum()), min_validation), len(distinct) - 1 - tests)
         is_test, is_validation = rank < tests, rank >= len(distinct) - validations
         official = np.arange(len(rank), len(self))
         return Split(
@@ -188,57 +197,56 @@ class Dataset:
             test=np.concatenate([np.flatnonzero(is_test), official]),
         )
 
-    def moments(self, items: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(mean, std) of each channel over the ``items``, (C,) each, summed in float64.
+    def moments(self, indices: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std) of each channel over the items ``indices``, (C,) each, summed in float64.
 
-        std = sqrt(mean of squares about the mean). A channel that never changes has std 1, so that it can
-        still be standardised; the notes of ``observed`` say which those are.
+        std = √(mean of squared deviations), and 1 for a constant channel, so that it can be standardized.
         """
         first = self._first.astype(np.float64)
         axes = (0, *range(2, self.values.ndim))
-        count = len(items) * math.prod(self.item_shape[1:])
+        count = len(indices) * math.prod(self.item_shape[1:])
 
         def average(function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
             total = np.zeros_like(first)
-            for chunk in chunks(self.values, items):
+            for chunk in chunks(self.values, indices):
                 total += function(chunk.astype(np.float64)).sum(axes, keepdims=True)
             return total / count
 
-        mean = first + average(lambda v: v - first)  # exact where nothing changes, however many are summed
+        mean = first + average(lambda v: v - first)  # exact for constant channels
         std = np.sqrt(average(lambda v: (v - mean) ** 2))
         return tuple(mean.ravel().tolist()), tuple(np.where(std > 0, std, 1.0).ravel().tolist())
 
-    def counts(self, items: np.ndarray) -> np.ndarray:
-        """How often each level occurs in each channel of the ``items``, (C, levels)."""
-        assert self.levels is not None
-        total = np.zeros((self.item_shape[0], self.levels), np.int64)
-        for chunk in chunks(self.values, items):
+    def counts(self, indices: np.ndarray) -> np.ndarray:
+        """(C, num_values) int64: how often each value occurs in each channel of the items ``indices``."""
+        assert self.num_values is not None
+        total = np.zeros((self.item_shape[0], self.num_values), np.int64)
+        for chunk in chunks(self.values, indices):
             for channel, values in enumerate(np.moveaxis(chunk, 1, 0)):
-                total[channel] += np.bincount(values.ravel(), minlength=self.levels)
+                total[channel] += np.bincount(values.ravel(), minlength=self.num_values)
         return total
 
 
-def observed(data: Dataset) -> Dataset:
-    """The same data, noted: items that are equal, channels that never change, a single item."""
+def with_observations(data: Dataset) -> Dataset:
+    """The same data with notes on repeated items, constant channels and a single item."""
     notes = ["there is only one item"] if len(data) == 1 else []
     if repeats := len(data) - len(np.unique(data.digests)):
         notes.append(f"{repeats} of {len(data)} items repeat another one exactly")
-    if len(still := data.constant_channels):
-        names = [data.columns[i] if data.columns else str(i) for i in still[:5]]
-        more = f" and {len(still) - 5} more" if len(still) > 5 else ""
+    if len(constant := data.constant_channels):
+        names = [data.columns[i] if data.columns else str(i) for i in constant[:5]]
+        more = f" and {len(constant) - 5} more" if len(constant) > 5 else ""
         notes.append(f"the same value everywhere in channel {', '.join(names)}{more}")
-    return data.noted(*notes)
+    return data.with_notes(*notes)
 
 
-def chunks(values: np.ndarray, items: np.ndarray | None = None) -> Iterator[np.ndarray]:
-    """Consecutive pieces of ``values``, or of some ``items`` of them: at most CHUNK items, and about CHUNK_BYTES."""
-    size = max(1, min(CHUNK, CHUNK_BYTES // max(values.dtype.itemsize * math.prod(values.shape[1:]), 1)))
-    for start in range(0, len(values) if items is None else len(items), size):
-        here = slice(start, start + size)
-        yield values[here if items is None else items[here]]
+def chunks(values: np.ndarray, indices: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Consecutive parts of ``values``, or of its items ``indices``, within MAX_CHUNK_ITEMS and MAX_CHUNK_BYTES."""
+    size = max(1, min(MAX_CHUNK_ITEMS, MAX_CHUNK_BYTES // max(values.dtype.itemsize * math.prod(values.shape[1:]), 1)))
+    for start in range(0, len(values) if indices is None else len(indices), size):
+        part = slice(start, start + size)
+        yield values[part if indices is None else indices[part]]
 
 
-def _kind(cond: np.ndarray) -> str:
+def _condition_field(cond: np.ndarray) -> str:
     return "vector" if cond.ndim == 2 else "tokens"
 
 

@@ -1,4 +1,4 @@
-"""Attention over the positions of a feature map of any number of dimensions, and to tokens beside it."""
+"""Attention among the positions of a feature map of any number of dimensions, and to the tokens of a condition."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from undiffuse.conditioning import Condition
+from undiffuse.networks.condition import Condition
 from undiffuse.networks.norm import GroupNorm
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ/√d) v for (B, heads, N, d), in float32 on a processor whatever comes.
+    """softmax(q kᵀ/√d) v for (B, heads, N, d), over the keys whose ``mask`` (..., keys) is True.
 
-    Only keys count whose ``mask``, which broadcasts to (B, heads, N, keys), is True.
-    There the fused kernel's backward in bfloat16 takes six times as long as in float32
-    (docs/networks-notes.md); on an accelerator the dtype stays.
+    ``mask`` broadcasts to (B, heads, N, keys). On a CPU it is computed in float32, because the backward pass of the
+    fused kernel takes six times as long in bfloat16 (docs/networks-notes.md); on an accelerator in the dtype of q.
     """
     if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
         return F.scaled_dot_product_attention(q, k, v, mask)
@@ -24,7 +23,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 class Attention(nn.Module):
-    """h + proj(attend(q, k, v)) with q, k, v one linear map of the normed positions of h (B, width, ...)."""
+    """h + proj(attend(q, k, v)), q, k, v linear in the normed positions of h (B, width, ...)."""
 
     def __init__(self, width: int, heads: int = 1) -> None:
         super().__init__()
@@ -40,35 +39,38 @@ class Attention(nn.Module):
         return h + mixed.transpose(1, 2).reshape(h.shape)
 
 
-class Tokens(nn.Module):
-    """(B, L + 1, width) normed tokens with one of its own before them, and their mask (B, 1, 1, L + 1).
+class TokenEmbedding(nn.Module):
+    """A learned null token followed by the tokens, normed, (B, L + 1, width), and their mask (B, 1, 1, L + 1).
 
-    Its own always counts, and alone where nothing is told: no tokens at all, or every one of them masked.
+    The null token is never masked: it is all there is to attend to without tokens or where every token is masked.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.own = nn.Parameter(torch.randn(1, 1, width))
+        self.null_token = nn.Parameter(torch.randn(1, 1, width))
 
     def forward(self, cond: Condition | None, x: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, own = cond.tokens if cond is not None else None, self.own.expand(len(x), -1, -1)
+        tokens, rows = cond.tokens if cond is not None else None, self.null_token.expand(len(x), -1, -1)
         mask = torch.ones(len(x), 1, 1, 1, dtype=torch.bool, device=x.device)
         if cond is not None and tokens is not None and cond.mask is not None:
-            told = torch.where(cond.mask[..., None], tokens.to(own.dtype), 0.0)  # 0 · NaN would not be nothing
-            own, mask = torch.cat([own, told], 1), torch.cat([mask, cond.mask[:, None, None]], 3)
-        return self.norm(own), mask
+            kept = torch.where(cond.mask[..., None], tokens.to(rows.dtype), 0.0)  # 0 · NaN would be NaN
+            rows, mask = torch.cat([rows, kept], 1), torch.cat([mask, cond.mask[:, None, None]], 3)
+        return self.norm(rows), mask
 
 
 class CrossAttention(nn.Module):
-    """h + proj(attend(q, k, v)) with q linear in the normed positions of h (B, width, ...), k and v in the tokens."""
+    """h + proj(attend(q, k, v)), q linear in the normed positions of h (B, width, ...), k and v in the tokens.
 
-    def __init__(self, width: int, tokens: int, heads: int = 1) -> None:
+    ``token_width`` is the size of a token. Returns h at initialisation.
+    """
+
+    def __init__(self, width: int, token_width: int, heads: int = 1) -> None:
         super().__init__()
         self.heads = heads
         self.norm = GroupNorm(width)
         self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(tokens, 2 * width)
+        self.kv = nn.Linear(token_width, 2 * width)
         self.proj = nn.Linear(width, width)
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)

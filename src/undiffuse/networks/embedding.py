@@ -1,4 +1,4 @@
-"""What a network knows beside x: the time (any real number) and, where it hears them, a label and a vector."""
+"""The embedding of the time (any real number) and, where a network accepts them, of a label and a vector."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from undiffuse.conditioning import Condition
+from undiffuse.networks.condition import Condition
+from undiffuse.networks.protocol import DataStatistics
 
 
 def sinusoids(time: Tensor, width: int) -> Tensor:
     """(n, width) = [sin(f time), cos(f time)], f = 10000^(−j/(width/2 − 1)), j = 0 … width/2 − 1 [Ho20].
 
-    The slow half tells integer steps in the thousands apart, the fast half log-SNR and its like. Never below
-    float32: in bfloat16 the steps 999 and 1000 are one number.
+    The low frequencies distinguish integer steps in the thousands, the high ones values such as log-SNR. Never below
+    float32: in bfloat16 the steps 999 and 1000 are equal.
     """
     half = width // 2
     time = time if time.dtype == torch.float64 else time.float()
@@ -24,10 +25,10 @@ def sinusoids(time: Tensor, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
-class Vector(nn.Module):
-    """(B or 1, width) W₂ SiLU(W₁ (vector − mean)/std), and a row of its own for a vector with NaN or for none at all.
+class VectorEmbedding(nn.Module):
+    """(B or 1, width) W₂ SiLU(W₁ (vector − mean)/std), a learned row for a vector with NaN and without a vector.
 
-    ``mean`` and ``std`` are 0 and 1 until `start_from` says what the data's are.
+    ``mean`` and ``std`` are 0 and 1 until `init_moments`.
     """
 
     mean: Tensor
@@ -37,45 +38,49 @@ class Vector(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
-        self.rise = nn.Linear(size, width)
-        self.mix = nn.Linear(width, width)
+        self.fc1 = nn.Linear(size, width)
+        self.fc2 = nn.Linear(width, width)
         self.null = nn.Parameter(torch.randn(1, width))
 
-    def start_from(self, mean: Tensor, std: Tensor) -> None:
-        """Before any training, takes the moments (size,) of the data's vectors."""
+    def init_moments(self, mean: Tensor, std: Tensor) -> None:
+        """Sets the moments (size,) of the training data's vectors. Before any training."""
         self.mean.copy_(mean)
         self.std.copy_(std)
+
+    def init_statistics(self, statistics: DataStatistics) -> None:
+        if moments := statistics.vector_moments:
+            self.init_moments(*moments)
 
     def forward(self, vector: Tensor | None) -> Tensor:
         if vector is None:
             return self.null
-        known = ~vector.isnan().any(1, keepdim=True)
-        inner = torch.where(known, (vector.to(self.mean.dtype) - self.mean) / self.std, 0.0)
-        return torch.where(known, self.mix(F.silu(self.rise(inner))), self.null)
+        given = ~vector.isnan().any(1, keepdim=True)
+        h = torch.where(given, (vector.to(self.mean.dtype) - self.mean) / self.std, 0.0)
+        return torch.where(given, self.fc2(F.silu(self.fc1(h))), self.null)
 
 
-class Embedding(nn.Module):
-    """(B or 1, width) SiLU of what the blocks are told: an MLP of the time's sinusoids, plus the label's row, `Vector`.
+class ConditionEmbedding(nn.Module):
+    """(B or 1, width) SiLU(MLP(sinusoids(time)) + row of the label + `VectorEmbedding`), which conditions the blocks.
 
-    Row 0 is the null class (label −1), and where no label comes at all it is the row that is taken. What a
-    network does not hear (``classes`` or ``vector`` 0) is not looked at.
+    Row 0 is the null class (label −1), which is also used without a label. A condition of size 0 (``classes`` or
+    ``vector``) is ignored.
     """
 
     def __init__(self, features: int, width: int, classes: int, vector: int = 0) -> None:
         super().__init__()
         self.features = features
-        self.rise = nn.Linear(features, width)
-        self.mix = nn.Linear(width, width)
+        self.fc1 = nn.Linear(features, width)
+        self.fc2 = nn.Linear(width, width)
         self.label = nn.Embedding(classes + 1, width) if classes else None
-        self.vector = Vector(vector, width) if vector else None
+        self.vector = VectorEmbedding(vector, width) if vector else None
 
     def forward(self, time: Tensor, cond: Condition | None) -> Tensor:
-        with torch.autocast(time.device.type, enabled=False):  # a few rows: exactness here costs nothing
-            told = sinusoids(time, self.features).to(self.rise.weight.dtype)
-            told = self.mix(F.silu(self.rise(told)))
+        with torch.autocast(time.device.type, enabled=False):  # a few rows: full precision costs nothing here
+            h = sinusoids(time, self.features).to(self.fc1.weight.dtype)
+            h = self.fc2(F.silu(self.fc1(h)))
             if self.vector is not None:
-                told = told + self.vector(cond.vector if cond is not None else None)
+                h = h + self.vector(cond.vector if cond is not None else None)
         if self.label is not None:
             label = cond.label if cond is not None else None
-            told = told + self.label(told.new_zeros(1, dtype=torch.int64) if label is None else label + 1)
-        return F.silu(told)
+            h = h + self.label(h.new_zeros(1, dtype=torch.int64) if label is None else label + 1)
+        return F.silu(h)

@@ -1,4 +1,4 @@
-"""A network for vectors."""
+"""A residual network for vectors."""
 
 from __future__ import annotations
 
@@ -6,39 +6,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from undiffuse.conditioning import Condition
-from undiffuse.networks.attention import CrossAttention, Tokens
-from undiffuse.networks.check import DEEPEST, require, share, whole
-from undiffuse.networks.embedding import Embedding
+from undiffuse.networks.attention import CrossAttention, TokenEmbedding
+from undiffuse.networks.condition import Condition
+from undiffuse.networks.embedding import ConditionEmbedding
+from undiffuse.networks.settings import MAX_LAYERS, check_fraction, check_int, require
 
 
-class Layer(nn.Module):
-    """h + W₂ dropout(SiLU(W₁ (norm(h) (1 + scale) + shift))), scale and shift linear in what is told."""
+class ResidualLayer(nn.Module):
+    """h + W₂ dropout(SiLU(W₁ (norm(h) (1 + scale) + shift))), scale and shift linear in ``cond``."""
 
-    def __init__(self, width: int, told: int, dropout: float) -> None:
+    def __init__(self, width: int, cond_width: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.told = nn.Linear(told, 2 * width)
-        self.rise = nn.Linear(width, 2 * width)
+        self.cond = nn.Linear(cond_width, 2 * width)
+        self.fc1 = nn.Linear(width, 2 * width)
         self.dropout = nn.Dropout(dropout)
-        self.fall = nn.Linear(2 * width, width)
-        nn.init.zeros_(self.fall.weight)
-        nn.init.zeros_(self.fall.bias)
+        self.fc2 = nn.Linear(2 * width, width)
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
 
-    def forward(self, h: Tensor, told: Tensor) -> Tensor:
-        scale, shift = self.told(told).chunk(2, 1)
+    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
+        scale, shift = self.cond(cond).chunk(2, 1)
         y = torch.addcmul(shift, self.norm(h).to(shift.dtype), 1 + scale)
-        return h + self.fall(self.dropout(F.silu(self.rise(y))))
+        return h + self.fc2(self.dropout(F.silu(self.fc1(y))))
 
 
 class MLP(nn.Module):
-    """y (B, out_channels) in x's dtype, from x (B, channels), time (B,) or () and what it is told.
+    """y (B, out_channels) in x's dtype, from x (B, channels), time (B,) or () and a condition. 0 at initialisation.
 
-    ``depth`` residual layers of ``width`` features, each told the time. It hears labels 0 … ``classes`` − 1 beside
-    the null label −1, vectors of ``vector`` numbers, and tokens of ``tokens`` numbers, to which it attends before
-    every layer. Zero at initialisation.
-    ``ConfigError`` for settings that cannot work.
+    ``depth`` residual layers of ``width`` features, each conditioned on the embedding of the time, of labels
+    0 … ``classes`` − 1 (−1 is null) and of vectors of ``vector`` numbers. Before each layer it attends to tokens of
+    ``tokens`` numbers. A size of 0 means that it does not accept that condition. Raises `ConfigError` for settings
+    that cannot work.
     """
+
+    item_dims = (0,)
 
     def __init__(
         self,
@@ -54,26 +56,31 @@ class MLP(nn.Module):
         tokens: int = 0,
     ) -> None:
         super().__init__()
-        channels, width, depth = whole("channels", channels), whole("width", width), whole("depth", depth)
-        require(depth <= DEEPEST, "depth", f"{depth:,} layers are more than {DEEPEST:,}", "Give fewer")
-        out_channels = channels if out_channels is None else whole("out_channels", out_channels)
-        time_width = width if time_width is None else whole("time_width", time_width)
-        self.embed = Embedding(64, time_width, whole("classes", classes, 0), whole("vector", vector, 0))
-        self.tokens = Tokens(tokens) if whole("tokens", tokens, 0) else None
+        channels, width, depth = check_int("channels", channels), check_int("width", width), check_int("depth", depth)
+        require(depth <= MAX_LAYERS, "depth", f"{depth:,} layers are more than {MAX_LAYERS:,}", "Give fewer")
+        out_channels = channels if out_channels is None else check_int("out_channels", out_channels)
+        time_width = width if time_width is None else check_int("time_width", time_width)
+        self.condition_sizes = {"classes": classes, "vector": vector, "tokens": tokens}
+        self.embed = ConditionEmbedding(
+            64, time_width, check_int("classes", classes, 0), check_int("vector", vector, 0)
+        )
+        self.tokens = TokenEmbedding(tokens) if check_int("tokens", tokens, 0) else None
         self.attend = nn.ModuleList(CrossAttention(width, tokens) for _ in range(depth if tokens else 0))
-        self.enter = nn.Linear(channels, width)
-        self.layers = nn.ModuleList(Layer(width, time_width, share("dropout", dropout)) for _ in range(depth))
+        self.proj_in = nn.Linear(channels, width)
+        self.layers = nn.ModuleList(
+            ResidualLayer(width, time_width, check_fraction("dropout", dropout)) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width)
-        self.leave = nn.Linear(width, out_channels)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        self.proj_out = nn.Linear(width, out_channels)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
 
     def forward(self, x: Tensor, time: Tensor, cond: Condition | None = None) -> Tensor:
-        told = self.embed(time, cond)
-        context = self.tokens(cond, x) if self.tokens is not None else None
-        h = self.enter(x)
+        embedding = self.embed(time, cond)
+        tokens = self.tokens(cond, x) if self.tokens is not None else None
+        h = self.proj_in(x)
         for i, layer in enumerate(self.layers):
-            if context is not None:
-                h = self.attend[i](h[..., None], *context)[..., 0]
-            h = layer(h, told)
-        return self.leave(F.silu(self.norm(h))).to(x.dtype)
+            if tokens is not None:
+                h = self.attend[i](h[..., None], *tokens)[..., 0]
+            h = layer(h, embedding)
+        return self.proj_out(F.silu(self.norm(h))).to(x.dtype)

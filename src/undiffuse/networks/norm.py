@@ -1,4 +1,4 @@
-"""Normalisation that picks its own groups and leaves the dtype alone."""
+"""Group and layer norm for feature maps, which keep the dtype of their input under autocast."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def groups_of(width: int) -> int:
-    """The largest divisor of ``width`` up to 32 that leaves four channels a group, where one can."""
+def num_groups_for(width: int) -> int:
+    """The largest divisor of ``width`` up to 32 with at least four channels a group, or 1."""
     return max(n for n in range(1, 33) if width % n == 0 and n <= max(width // 4, 1))
 
 
 class GroupNorm(nn.GroupNorm):
     """(h − mean)/√(var + 1e-6) · weight + bias, moments over each group's channels and positions.
 
-    The kernel sums in float32 whatever h is; the result keeps h's dtype also where autocast would widen it.
+    The kernel sums in float32 for every dtype; the result has h's dtype, also under autocast.
     """
 
     def __init__(self, width: int) -> None:
-        super().__init__(groups_of(width), width, eps=1e-6)
+        super().__init__(num_groups_for(width), width, eps=1e-6)
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
@@ -32,7 +32,7 @@ class GroupNorm(nn.GroupNorm):
 class LayerNorm(nn.LayerNorm):
     """(h − mean)/√(var + 1e-6) · weight + bias, moments over the channels of each position.
 
-    Its kernel is fast where the channels lie together (channels last), which convolutions on a processor like too.
+    The kernel is fast on channels-last memory, which is also the faster layout of convolutions on a CPU.
     """
 
     def __init__(self, width: int) -> None:
@@ -47,13 +47,13 @@ class LayerNorm(nn.LayerNorm):
 NORMS: dict[str, Callable[[int], nn.Module]] = {"group": GroupNorm, "layer": LayerNorm}
 
 
-def in_fast_layout(network: nn.Module) -> nn.Module:
-    """``network`` with the channels of its images' weights last, where that is faster: on a GPU, and with `LayerNorm`.
+def to_fast_layout(network: nn.Module) -> nn.Module:
+    """``network``, with channels-last weights if it has 2-D convolutions and is on a GPU or has a `LayerNorm`.
 
-    On a processor group norms lose more by it than the convolutions gain.
+    On a CPU group norms lose more by it than the convolutions gain.
     """
-    images = any(isinstance(module, nn.Conv2d) for module in network.modules())
-    likes = any(isinstance(module, LayerNorm) for module in network.modules())
-    if images and (likes or next(network.parameters()).device.type == "cuda"):
+    convolutions = any(isinstance(module, nn.Conv2d) for module in network.modules())
+    layer_norms = any(isinstance(module, LayerNorm) for module in network.modules())
+    if convolutions and (layer_norms or next(network.parameters()).device.type == "cuda"):
         return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return network

@@ -1,0 +1,1 @@
+"""The mathematics of the diffusion process: noise levels, schedules, Gaussians, targets and weights. Torch only."""

@@ -1,4 +1,4 @@
-"""The Gaussians of the forward and the reverse process, as functions of two noise levels."""
+"""Gaussians of the forward and the reverse process, as functions of two noise levels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from undiffuse.errors import ConfigError
-from undiffuse.process.level import NoiseLevel, frac, like, log_var_large, log_var_small
+from undiffuse.process.noise_level import NoiseLevel, broadcast_like, log_var_large, log_var_small, transition_frac
 
 Variance = str | Callable[[NoiseLevel, NoiseLevel], Tensor]
-"""``"small"``, ``"large"``, ``"learned"``, or a function of (t, s) that gives the log-variance."""
+"""``"small"``, ``"large"``, ``"learned"``, or a function of (t, s) that returns the log-variance."""
 
 
 class Gaussian(NamedTuple):
-    """A diagonal Gaussian; ``log_var`` broadcasts to ``mean``. All results are per element, in nats."""
+    """A diagonal Gaussian; ``log_var`` broadcasts to ``mean``. Results are per element, in nats."""
 
     mean: Tensor
     log_var: Tensor
@@ -36,14 +36,14 @@ class Gaussian(NamedTuple):
         return 0.5 * (torch.expm1(d) - d + (self.mean - other.mean) ** 2 * torch.exp(-other.log_var))
 
     def times(self, other: Gaussian) -> tuple[Gaussian, Tensor]:
-        """(N(mean, var), log Z) of self(x) other(x) = Z N(x; mean, var): precisions add, and weigh the means.
+        """(N(mean, var), log Z) of self(x) other(x) = Z N(x; mean, var).
 
         1/var = 1/var' + 1/var'', mean = var (mean'/var' + mean''/var''), Z = N(mean'; mean'', var' + var'').
-        ``log_var`` = inf is the factor 1, which says nothing (log Z = 0); −inf is a known value. Of two values
-        that are known and differ log Z is −inf, and the mean between them.
+        ``log_var`` = inf is the constant factor 1 (log Z = 0), −inf a point mass. For two point masses at different
+        places log Z is −inf and the mean lies halfway.
         """
-        share = torch.sigmoid(torch.nan_to_num(self.log_var - other.log_var))
-        product = Gaussian(torch.lerp(self.mean, other.mean, share), -torch.logaddexp(-self.log_var, -other.log_var))
+        weight = torch.sigmoid(torch.nan_to_num(self.log_var - other.log_var))
+        product = Gaussian(torch.lerp(self.mean, other.mean, weight), -torch.logaddexp(-self.log_var, -other.log_var))
         spread = torch.logaddexp(self.log_var, other.log_var)
         gap = (self.mean - other.mean) ** 2
         far = torch.where(gap > 0, gap * torch.exp(-spread), 0)
@@ -53,9 +53,8 @@ class Gaussian(NamedTuple):
     def bin_log_prob(self, edges: tuple[Tensor, Tensor]) -> Tensor:
         """log(Φ((high − mean)/std) − Φ((low − mean)/std)) in float64, for bins of any width.
 
-        ``edges`` = (low, high), low < high, each of ``mean``'s shape, possibly infinite. A bin above
-        the mean is mirrored, so that both values of log Φ are taken where it keeps its digits:
-        log(e^b − e^a) = b + log(−expm1(a − b)).
+        ``edges`` = (low, high), low < high, each of ``mean``'s shape, possibly infinite. A bin above the mean is
+        mirrored, so that log Φ is evaluated where it is accurate: log(e^b − e^a) = b + log(−expm1(a − b)).
         """
         mean = self.mean.double()
         scale = torch.exp(-0.5 * self.log_var.double())
@@ -67,44 +66,44 @@ class Gaussian(NamedTuple):
 
 
 def _standard(edge: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """(edge − mean) scale, with an infinite edge far outside so that it has a gradient, 0."""
+    """(edge − mean) scale; an infinite edge becomes ±1e15, so that its gradient is 0 and not NaN."""
     finite = torch.isfinite(edge)
     inside = (torch.where(finite, edge, torch.zeros_like(edge)) - mean) * scale
     return torch.where(finite, inside, torch.sign(edge) * 1e15)
 
 
 class PredictionLike(Protocol):
-    """What `reverse` reads of a denoiser's prediction."""
+    """The part of a denoiser's prediction that `reverse` needs."""
 
     @property
     def x(self) -> Tensor: ...
     @property
-    def nu(self) -> Tensor | None: ...
+    def var_interp(self) -> Tensor | None: ...
 
 
 def diffuse(x: Tensor, level: NoiseLevel, eps: Tensor) -> Tensor:
     """x_t = alpha x + sigma eps, of ``x``'s shape [Ho20 eq. 4]."""
-    at = level.like(x)
+    at = level.broadcast_like(x)
     return at.alpha * x + at.sigma * eps
 
 
 def forward(x_s: Tensor, s: NoiseLevel, t: NoiseLevel) -> Gaussian:
     """q(x_t given x_s) = N((alpha_t/alpha_s) x_s, sigma_t² frac), s cleaner than t [Ho20 eq. 2]."""
-    return Gaussian(like(t.alpha / s.alpha, x_s) * x_s, like(log_var_large(t, s), x_s))
+    return Gaussian(broadcast_like(t.alpha / s.alpha, x_s) * x_s, broadcast_like(log_var_large(t, s), x_s))
 
 
 def posterior_scales(t: NoiseLevel, s: NoiseLevel) -> tuple[Tensor, Tensor]:
     """(A, B) of the posterior mean A x_t + B x: A = (alpha_t/alpha_s)(sigma_s/sigma_t)², B = alpha_s frac."""
-    return (t.alpha / s.alpha) * (s.sigma / t.sigma) ** 2, s.alpha * frac(t, s)
+    return (t.alpha / s.alpha) * (s.sigma / t.sigma) ** 2, s.alpha * transition_frac(t, s)
 
 
 def posterior(x_t: Tensor, x: Tensor, t: NoiseLevel, s: NoiseLevel) -> Gaussian:
     """q(x_s given x_t, x) = N((alpha_t/alpha_s)(sigma_s²/sigma_t²) x_t + alpha_s frac x, sigma_s² frac) [Ho20 eq. 7].
 
-    Where sigma_s is 0 the mean is x, and the log-variance `NoiseLevel.floor` (see `log_var_small`).
+    Where sigma_s is 0 the mean is x and the log-variance ``s.final_log_var`` (see `log_var_small`).
     """
     a, b = posterior_scales(t, s)
-    return Gaussian(like(a, x_t) * x_t + like(b, x_t) * x, like(log_var_small(t, s), x_t))
+    return Gaussian(broadcast_like(a, x_t) * x_t + broadcast_like(b, x_t) * x, broadcast_like(log_var_small(t, s), x_t))
 
 
 def reverse(
@@ -115,16 +114,16 @@ def reverse(
     variance: Variance = "small",
     first_large: str = "beta",
 ) -> Gaussian:
-    """p(x_s given x_t): the posterior at the predicted x, with a chosen variance [Ho20 eq. 11, §3.2].
+    """p(x_s given x_t) = N(A x_t + B x̂, exp(log_var)), the `posterior` at the predicted x̂ [Ho20 eq. 11, §3.2].
 
-    ``variance`` is ``"small"`` (sigma_s² frac), ``"large"`` (sigma_t² frac, Ho's beta_t), ``"learned"``
-    (the prediction's ``nu`` between their logs) [Nichol21 eq. 15], or a function of (t, s) that gives
-    the log-variance, of any shape that broadcasts to ``x_t``. ``first_large="clipped"`` takes the small
-    one at the step that ends in data, as improved-diffusion does. Raises `ConfigError`.
+    ``variance`` is ``"small"`` (sigma_s² frac), ``"large"`` (sigma_t² frac, Ho's beta_t), ``"learned"`` (their logs
+    interpolated by the prediction's ``var_interp``) [Nichol21 eq. 15], or a function of (t, s) that returns the
+    log-variance, of any shape that broadcasts to ``x_t``. ``first_large="clipped"`` uses the small variance in the
+    step that ends in data, as improved-diffusion does. Raises `ConfigError`.
     """
     a, b = posterior_scales(t, s)
-    mean = like(a, x_t) * x_t + like(b, x_t) * prediction.x
-    return Gaussian(mean, step_log_var(x_t, t, s, variance, prediction.nu, first_large))
+    mean = broadcast_like(a, x_t) * x_t + broadcast_like(b, x_t) * prediction.x
+    return Gaussian(mean, step_log_var(x_t, t, s, variance, prediction.var_interp, first_large))
 
 
 def step_log_var(
@@ -132,36 +131,36 @@ def step_log_var(
     t: NoiseLevel,
     s: NoiseLevel,
     variance: Variance = "small",
-    nu: Tensor | None = None,
+    var_interp: Tensor | None = None,
     first_large: str = "beta",
 ) -> Tensor:
     """The log-variance of the reverse step from t to s in ``x_t``'s dtype; see `reverse`."""
     if callable(variance):
         log_var = variance(t, s)
         if log_var.shape == t.t.shape:
-            return like(log_var, x_t)
+            return broadcast_like(log_var, x_t)
         return log_var.to(x_t.device, torch.promote_types(x_t.dtype, torch.float32))
     small, large = log_var_small(t, s), log_var_large(t, s)
     if variance == "small":
-        return like(small, x_t)
+        return broadcast_like(small, x_t)
     if variance == "large":
         if first_large not in ("beta", "clipped"):
             raise ConfigError(
                 "FIRST_LARGE",
                 repr(first_large),
-                "not a way to treat the first large variance",
+                "unknown",
                 "Use 'beta' or 'clipped'",
             )
-        return like(large if first_large == "beta" else torch.where(s.sigma > 0, large, small), x_t)
+        return broadcast_like(large if first_large == "beta" else torch.where(s.sigma > 0, large, small), x_t)
     if variance == "learned":
-        if nu is None:
+        if var_interp is None:
             raise ConfigError(
                 "VARIANCE",
                 "variance='learned'",
                 "this model does not predict a variance",
                 "Use 'small' or 'large', or train with a learned variance",
             )
-        return nu * like(large, x_t) + (1 - nu) * like(small, x_t)
+        return var_interp * broadcast_like(large, x_t) + (1 - var_interp) * broadcast_like(small, x_t)
     raise ConfigError(
         "VARIANCE", f"variance={variance!r}", "unknown", "Use 'small', 'large', 'learned' or a function of (t, s)"
     )

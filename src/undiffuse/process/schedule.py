@@ -1,7 +1,7 @@
 """Schedules: maps from t in [0, 1] (0 data, 1 noise) to a noise level, float64 on the CPU.
 
-The discrete chain is a table (`undiffuse.process.table`); the others are functions. Discrete and
-continuous time are the same code.
+Here are the functions of time and the table of all schedules by name; `undiffuse.process.discrete_schedule` has the
+discrete chains. Discrete and continuous time are the same code.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import torch
 from torch import Tensor
 
 from undiffuse.errors import ConfigError
-from undiffuse.process.learned import Learned
-from undiffuse.process.level import NoiseLevel, descending, double, frac, preserving, time_of
-from undiffuse.process.table import Tabulated, cosine, linear, linear_rescaled, quadratic
+from undiffuse.process.discrete_schedule import Tabulated, cosine, linear, linear_rescaled, quadratic
+from undiffuse.process.learned_schedule import LearnedSchedule
+from undiffuse.process.noise_level import NoiseLevel, as_float64, check_ascending, check_time, transition_frac, vp_level
 
 
 class Schedule(Protocol):
     @property
-    def steps(self) -> int | None:
-        """T of a table, whose levels are at t = k/T; None where every t is as good as another."""
+    def chain_length(self) -> int | None:
+        """T of a discrete chain, whose levels are at t = k/T; None for a function of time."""
         ...
 
     @property
     def t_min(self) -> float:
-        """The cleanest time that a network is called at: log_snr is finite from here to t = 1 excluded."""
+        """The cleanest time at which a network is called: log_snr is finite on [t_min, 1)."""
         ...
 
     def __call__(self, t: Tensor | float) -> NoiseLevel:
-        """The noise level at ``t`` in [0, 1], of ``t``'s shape. Raises ValueError outside."""
+        """The noise level at ``t``, of ``t``'s shape. Raises ValueError outside [0, 1]."""
         ...
 
     def inverse(self, log_snr: Tensor | float) -> Tensor:
-        """The t whose level has this ``log_snr``; clamped to [0, 1]."""
+        """The t whose level has this ``log_snr``, clamped to [0, 1]."""
         ...
 
     def log_snr_rate(self, t: Tensor | float) -> Tensor:
@@ -50,69 +50,69 @@ class LinearLogSNR:
 
     high: float = 13.3
     low: float = -5.0
-    steps = None
+    chain_length = None
     t_min = 0.0
 
     def __post_init__(self) -> None:
-        descending(self.low, self.high, "low", "high")
+        check_ascending(self.low, self.high, "low", "high")
 
     def __call__(self, t: Tensor | float) -> NoiseLevel:
-        t = time_of(t)
-        return preserving(t, self.high + (self.low - self.high) * t)._replace(between=self.between)
+        t = check_time(t)
+        return vp_level(t, self.high + (self.low - self.high) * t)._replace(frac_fn=self.frac_between)
 
-    def between(self, t: Tensor, s: Tensor) -> Tensor:
+    def frac_between(self, t: Tensor, s: Tensor) -> Tensor:
         return -torch.expm1((self.low - self.high) * (t - s))
 
     def inverse(self, log_snr: Tensor | float) -> Tensor:
-        return ((double(log_snr) - self.high) / (self.low - self.high)).clamp(0, 1)
+        return ((as_float64(log_snr) - self.high) / (self.low - self.high)).clamp(0, 1)
 
     def log_snr_rate(self, t: Tensor | float) -> Tensor:
-        return torch.full_like(time_of(t), self.low - self.high)
+        return torch.full_like(check_time(t), self.low - self.high)
 
 
 @dataclass(frozen=True)
 class Sigmoid:
     """alpha² = δ + (1 − δ)(v(end) − v(z))/(v(end) − v(start)), z = start + (end − start) t [Jabri22 alg. 1].
 
-    v(z) = sigmoid(z/width); ``δ`` = 1e-9 keeps some signal at t = 1. log_snr is +inf at t = 0.
+    v(z) = sigmoid(z/width); δ = ``min_signal`` is the signal at t = 1. log_snr is +inf at t = 0.
     """
 
     start: float = -3.0
     end: float = 3.0
     width: float = 1.0
-    keep: float = 1e-9
-    steps = None
+    min_signal: float = 1e-9
+    chain_length = None
     t_min = 1e-5
 
     def __post_init__(self) -> None:
-        descending(self.start, self.end, "start", "end")
-        descending(0.0, self.width, "0", "width")
+        check_ascending(self.start, self.end, "start", "end")
+        check_ascending(0.0, self.width, "0", "width")
 
     def _halves(self) -> tuple[float, float, float]:
         a, b = self.start / (2 * self.width), self.end / (2 * self.width)
         return b - a, a, b
 
     def __call__(self, t: Tensor | float) -> NoiseLevel:
-        t = time_of(t)
+        t = check_time(t)
         h, a, b = self._halves()
         under = torch.cosh(a + h * t) * math.sinh(h)
         # sigmoid(p) − sigmoid(q) = sinh((p − q)/2)/(2 cosh(p/2) cosh(q/2)), for signal and noise alike
         signal = torch.sinh(h * (1 - t)) * math.cosh(a) / under
-        noise = (1 - self.keep) * torch.sinh(h * t) * math.cosh(b) / under
-        signal = self.keep + (1 - self.keep) * signal
+        noise = (1 - self.min_signal) * torch.sinh(h * t) * math.cosh(b) / under
+        signal = self.min_signal + (1 - self.min_signal) * signal
         log_signal = torch.where(noise < 0.5, torch.log1p(-noise), torch.log(signal))
         log_snr = log_signal - torch.log(noise)
-        return NoiseLevel(t, torch.exp(0.5 * log_signal), torch.sqrt(noise), log_snr, between=self.between)
+        return NoiseLevel(t, torch.exp(0.5 * log_signal), torch.sqrt(noise), log_snr, frac_fn=self.frac_between)
 
-    def between(self, t: Tensor, s: Tensor) -> Tensor:
-        """frac = (alpha_s² − alpha_t²)/(alpha_s sigma_t)², the difference as a product."""
+    def frac_between(self, t: Tensor, s: Tensor) -> Tensor:
+        """frac = (alpha_s² − alpha_t²)/(alpha_s sigma_t)², with the difference as a product of sinh."""
         at_t, at_s, (h, a, b) = self(t), self(s), self._halves()
         under = math.sinh(h) * torch.cosh(a + h * t) * torch.cosh(a + h * s)
-        fall = (1 - self.keep) * math.cosh(a) * math.cosh(b) * torch.sinh(h * (t - s)) / under
+        fall = (1 - self.min_signal) * math.cosh(a) * math.cosh(b) * torch.sinh(h * (t - s)) / under
         return fall / (at_s.alpha * at_t.sigma) ** 2
 
     def inverse(self, log_snr: Tensor | float) -> Tensor:
-        noise = torch.sigmoid(-double(log_snr)) / (1 - self.keep)
+        noise = torch.sigmoid(-as_float64(log_snr)) / (1 - self.min_signal)
         low, high = _sigmoid(self.start / self.width), _sigmoid(self.end / self.width)
         z = self.width * torch.logit((low + noise * (high - low)).clamp(low, high))
         return ((z - self.start) / (self.end - self.start)).clamp(0, 1)
@@ -121,59 +121,59 @@ class Sigmoid:
         level = self(t)
         low, high = _sigmoid(self.start / self.width), _sigmoid(self.end / self.width)
         v = torch.sigmoid((self.start + (self.end - self.start) * level.t) / self.width)
-        slope = (1 - self.keep) * v * (1 - v) * (self.end - self.start) / self.width / (high - low)
+        slope = (1 - self.min_signal) * v * (1 - v) * (self.end - self.start) / self.width / (high - low)
         return -slope / (level.alpha * level.sigma) ** 2
 
 
 @dataclass(frozen=True)
 class VarianceExploding:
-    """alpha = 1, sigma geometric from ``sigma_min`` to ``sigma_max`` [Song21 eq. 30; in Karras22 0.002 to 80]."""
+    """alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t [Song21 eq. 30; Karras22 use 0.002 to 80]."""
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
-    steps = None
+    chain_length = None
     t_min = 0.0
 
     def __post_init__(self) -> None:
-        descending(0.0, self.sigma_min, "0", "sigma_min")
-        descending(self.sigma_min, self.sigma_max, "sigma_min", "sigma_max")
+        check_ascending(0.0, self.sigma_min, "0", "sigma_min")
+        check_ascending(self.sigma_min, self.sigma_max, "sigma_min", "sigma_max")
 
     def __call__(self, t: Tensor | float) -> NoiseLevel:
-        t = time_of(t)
+        t = check_time(t)
         log_sigma = math.log(self.sigma_min) + math.log(self.sigma_max / self.sigma_min) * t
-        return NoiseLevel(t, torch.ones_like(t), torch.exp(log_sigma), -2 * log_sigma, between=self.between)
+        return NoiseLevel(t, torch.ones_like(t), torch.exp(log_sigma), -2 * log_sigma, frac_fn=self.frac_between)
 
-    def between(self, t: Tensor, s: Tensor) -> Tensor:
+    def frac_between(self, t: Tensor, s: Tensor) -> Tensor:
         return -torch.expm1(2 * math.log(self.sigma_max / self.sigma_min) * (s - t))
 
     def inverse(self, log_snr: Tensor | float) -> Tensor:
-        t = (-0.5 * double(log_snr) - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
+        t = (-0.5 * as_float64(log_snr) - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
         return t.clamp(0, 1)
 
     def log_snr_rate(self, t: Tensor | float) -> Tensor:
-        return torch.full_like(time_of(t), -2 * math.log(self.sigma_max / self.sigma_min))
+        return torch.full_like(check_time(t), -2 * math.log(self.sigma_max / self.sigma_min))
 
 
 @dataclass(frozen=True)
 class Flow:
-    """alpha = 1 − t, sigma = t: straight lines from data to noise [Lipman23 eq. 20]. log_snr is ±inf at the ends."""
+    """alpha = 1 − t, sigma = t [Lipman23 eq. 20]. log_snr is +inf at t = 0 and −inf at t = 1."""
 
-    steps = None
+    chain_length = None
     t_min = 1e-5
 
     def __call__(self, t: Tensor | float) -> NoiseLevel:
-        t = time_of(t)
-        return NoiseLevel(t, 1 - t, t, 2 * (torch.log1p(-t) - torch.log(t)), between=self.between)
+        t = check_time(t)
+        return NoiseLevel(t, 1 - t, t, 2 * (torch.log1p(-t) - torch.log(t)), frac_fn=self.frac_between)
 
-    def between(self, t: Tensor, s: Tensor) -> Tensor:
-        """frac = 1 − ((1 − t) s/((1 − s) t))², the difference of squares as a product."""
+    def frac_between(self, t: Tensor, s: Tensor) -> Tensor:
+        """frac = 1 − ((1 − t) s/((1 − s) t))², with the difference of squares as a product."""
         return (t - s) * (t + s - 2 * t * s) / ((1 - s) * t) ** 2
 
     def inverse(self, log_snr: Tensor | float) -> Tensor:
-        return torch.sigmoid(-0.5 * double(log_snr))
+        return torch.sigmoid(-0.5 * as_float64(log_snr))
 
     def log_snr_rate(self, t: Tensor | float) -> Tensor:
-        t = time_of(t)
+        t = check_time(t)
         return -2 / (t * (1 - t))
 
 
@@ -188,7 +188,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "cosine": cosine,
     "sigmoid": Sigmoid,
     "linear_log_snr": LinearLogSNR,
-    "learned": Learned,
+    "learned": LearnedSchedule,
     "variance_exploding": VarianceExploding,
     "flow": Flow,
     "tabulated": Tabulated,
@@ -196,7 +196,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def build(name: str, **settings: object) -> Schedule:
-    """The schedule called ``name`` with its settings. Raises `ConfigError`."""
+    """The schedule ``name`` of `SCHEDULES` with its settings. Raises `ConfigError`."""
     if name not in SCHEDULES:
         raise ConfigError("SCHEDULE", repr(name), "no such schedule", f"Use one of {', '.join(SCHEDULES)}")
     try:
@@ -208,18 +208,34 @@ def build(name: str, **settings: object) -> Schedule:
 
 
 def chain(schedule: Schedule, times: Sequence[float] | Tensor) -> list[NoiseLevel]:
-    """The levels at ``times`` (from noise to data, falling), with the floor of this very chain at its end.
+    """The levels at ``times``, which fall from noise to data.
 
-    The floor is what the log of the small variance becomes in the last step where sigma is 0: that of
-    the step before (of a chain of one step, log of the large one). Raises ValueError.
+    Where the last level has sigma = 0, its ``final_log_var`` is the small log-variance of the step before the last
+    (None in a chain of one step). Raises ValueError.
     """
-    times = time_of(torch.as_tensor(times, dtype=torch.float64))
+    times = check_time(torch.as_tensor(times, dtype=torch.float64))
     if times.ndim != 1 or len(times) < 2 or not bool((times[1:] < times[:-1]).all()):
         raise ValueError("a chain is a falling list of at least two times, from noise to data")
     levels = [schedule(t) for t in times]
     if levels[-1].sigma == 0:
-        floor = None
+        final = None
         if len(levels) > 2:
-            floor = 2 * torch.log(levels[-2].sigma) + torch.log(frac(levels[-3], levels[-2]))
-        levels[-1] = levels[-1]._replace(floor=floor)
+            final = 2 * torch.log(levels[-2].sigma) + torch.log(transition_frac(levels[-3], levels[-2]))
+        levels[-1] = levels[-1]._replace(final_log_var=final)
     return levels
+
+
+MIN_LOG_SNR = -20.0
+"""log-SNR at which schedules that reach −∞ are cut: there |x| = 1 adds 1.03e-9 nats per dimension to the prior's KL."""
+
+
+@torch.no_grad()
+def finite_ends(schedule: Schedule) -> tuple[NoiseLevel, NoiseLevel]:
+    """(noisiest, cleanest) level with finite log_snr: at t = 1, or where log_snr = `MIN_LOG_SNR`, and at t_min.
+
+    A table that ends without signal is cut one step earlier, at t = 1 − 1/T.
+    """
+    noisiest = schedule(1.0)
+    if not bool(torch.isfinite(noisiest.log_snr)):
+        noisiest = schedule(schedule.inverse(MIN_LOG_SNR))
+    return noisiest, schedule(schedule.t_min)

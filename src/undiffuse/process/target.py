@@ -1,8 +1,7 @@
-"""What a network predicts, as frames: y = a x + b eps + c z, with z fresh noise.
+"""Targets of the network: y = a x + b eps + c z, with fresh noise z.
 
-With D = alpha b − sigma a one 2×2 solve recovers x = (b x_t − sigma y)/D and eps = (alpha y − a x_t)/D.
-A target is a row of `TARGETS`; its frame is (a, b, c), functions of the noise level t, and of the
-cleaner level s where the target needs the pair.
+With D = alpha b − sigma a, x = (b x_t − sigma y)/D and eps = (alpha y − a x_t)/D. A target is a row of `TARGETS`; its
+frame (a, b, c) is a function of the noise level t, and of the cleaner level s where ``needs_next_level``.
 """
 
 from __future__ import annotations
@@ -15,60 +14,60 @@ from torch import Tensor
 
 from undiffuse.errors import ConfigError
 from undiffuse.process.gaussian import posterior_scales
-from undiffuse.process.level import NoiseLevel, frac, like
+from undiffuse.process.noise_level import NoiseLevel, broadcast_like, transition_frac
 
 Frame = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A named frame. ``pair`` says that it needs the level s which the step from t ends at."""
+    """A named frame. ``needs_next_level``: it also depends on the level s at which the step from t ends."""
 
     name: str
     rule: Callable[..., tuple[Tensor | float, Tensor | float, Tensor | float]]
-    pair: bool = False
+    needs_next_level: bool = False
     settings: tuple[tuple[str, float], ...] = ()
 
     def frame(self, t: NoiseLevel, s: NoiseLevel | None = None) -> Frame:
         """(a, b, c) of y = a x + b eps + c z at ``t`` (and ``s``), float64 of ``t``'s shape."""
-        if self.pair and s is None:
+        if self.needs_next_level and s is None:
             raise ConfigError(
                 "TARGET",
                 self.name,
                 "this target is defined between two levels, and only one was given",
                 "Pass s, the level that the step ends at",
             )
-        frame = self.rule(t, s, **dict(self.settings)) if self.pair else self.rule(t, **dict(self.settings))
+        frame = self.rule(t, s, **dict(self.settings)) if self.needs_next_level else self.rule(t, **dict(self.settings))
         a, b, c = (torch.as_tensor(v, dtype=t.alpha.dtype).expand(t.alpha.shape) for v in frame)
         return a, b, c
 
     def determinant(self, t: NoiseLevel, s: NoiseLevel | None = None) -> Tensor:
-        """D = alpha b − sigma a, which must not be 0 wherever the network is called."""
+        """D = alpha b − sigma a, which must not be 0 where the network is called."""
         a, b, _ = self.frame(t, s)
         return t.alpha * b - t.sigma * a
 
-    def encode(
+    def combine(
         self, x: Tensor, eps: Tensor, t: NoiseLevel, s: NoiseLevel | None = None, z: Tensor | None = None
     ) -> Tensor:
-        """y = a x + b eps + c z, what the network should say; ``z`` is only read where c is not 0."""
-        a, b, c = (like(v, x) for v in self.frame(t, s))
+        """y = a x + b eps + c z, the target of the network; without ``z``, y = a x + b eps."""
+        a, b, c = (broadcast_like(v, x) for v in self.frame(t, s))
         y = a * x + b * eps
         return y if z is None else y + c * z
 
-    def decode(self, y: Tensor, x_t: Tensor, t: NoiseLevel, s: NoiseLevel | None = None) -> tuple[Tensor, Tensor]:
+    def solve(self, y: Tensor, x_t: Tensor, t: NoiseLevel, s: NoiseLevel | None = None) -> tuple[Tensor, Tensor]:
         """(x, eps) = ((b x_t − sigma y)/D, (alpha y − a x_t)/D)."""
         a, b, _ = self.frame(t, s)
         d = t.alpha * b - t.sigma * a
-        x = like(b / d, x_t) * x_t - like(t.sigma / d, x_t) * y
-        eps = like(t.alpha / d, x_t) * y - like(a / d, x_t) * x_t
+        x = broadcast_like(b / d, x_t) * x_t - broadcast_like(t.sigma / d, x_t) * y
+        eps = broadcast_like(t.alpha / d, x_t) * y - broadcast_like(a / d, x_t) * x_t
         return x, eps
 
     def weight(self, w_eps: Tensor, t: NoiseLevel, s: NoiseLevel | None = None) -> Tensor:
-        """w_y = w_eps (alpha/D)²: the weight of ‖y − ŷ‖² that equals ``w_eps`` ‖eps − ε̂‖²."""
+        """w_y = w_eps (alpha/D)², so that w_y ‖y − ŷ‖² = w_eps ‖eps − ε̂‖²."""
         return w_eps * (t.alpha / self.determinant(t, s)) ** 2
 
     def check(self, levels: NoiseLevel, s: NoiseLevel | None = None) -> None:
-        """Raises `ConfigError` if some of ``levels`` (a batch) cannot be decoded to x and eps."""
+        """Raise `ConfigError` if x and eps cannot be recovered at some of ``levels`` (a batch)."""
         d = self.determinant(levels, s)
         bad = ~torch.isfinite(d) | (d == 0)
         if bad.any():
@@ -88,7 +87,7 @@ class Target:
 
 
 def _edm(t: NoiseLevel, sigma_data: float = 1.0) -> tuple[Tensor, Tensor, float]:
-    # F = (x − c_skip x_t)/c_out [Karras22 table 1] with sigma/alpha for their sigma, free of divisions by alpha
+    # F = (x − c_skip x_t)/c_out [Karras22 table 1] with sigma/alpha for their sigma, without a division by alpha
     root = torch.sqrt(t.sigma**2 + sigma_data**2 * t.alpha**2)
     return t.sigma / (sigma_data * root), -sigma_data * t.alpha / root, 0.0
 
@@ -100,7 +99,7 @@ def _posterior_mean(t: NoiseLevel, s: NoiseLevel) -> tuple[Tensor, Tensor, float
 
 def _previous(t: NoiseLevel, s: NoiseLevel) -> tuple[Tensor, Tensor, Tensor]:
     a, b, _ = _posterior_mean(t, s)
-    return a, b, s.sigma * torch.sqrt(frac(t, s))
+    return a, b, s.sigma * torch.sqrt(transition_frac(t, s))
 
 
 TARGETS = {
@@ -110,13 +109,13 @@ TARGETS = {
     "score": Target("score", lambda t: (0.0, -1 / t.sigma, 0.0)),  # Song21 eq. 7
     "flow": Target("flow", lambda t: (-1.0, 1.0, 0.0)),  # Lipman23 eq. 23, noise minus data
     "edm": Target("edm", _edm),  # Karras22 eq. 7
-    "posterior": Target("posterior", _posterior_mean, pair=True),  # Ho20 eq. 8
-    "previous": Target("previous", _previous, pair=True),  # x_{t−1} itself
+    "posterior": Target("posterior", _posterior_mean, needs_next_level=True),  # Ho20 eq. 8
+    "previous": Target("previous", _previous, needs_next_level=True),  # x_{t−1} itself
 }
 
 
 def build(name: str, **settings: float) -> Target:
-    """The target called ``name``, with its settings (``sigma_data`` of ``edm``). Raises `ConfigError`."""
+    """The target ``name`` of `TARGETS`, with its settings (``sigma_data`` of ``edm``). Raises `ConfigError`."""
     if name not in TARGETS:
         raise ConfigError("TARGET", repr(name), "no such target", f"Use one of {', '.join(TARGETS)}")
     if settings and (name != "edm" or set(settings) != {"sigma_data"}):
@@ -124,4 +123,4 @@ def build(name: str, **settings: float) -> Target:
             "TARGET", f"target {name!r}", f"no such setting: {', '.join(settings)}", "Only 'edm' has one, sigma_data"
         )
     row = TARGETS[name]
-    return Target(row.name, row.rule, row.pair, tuple(settings.items()))
+    return Target(row.name, row.rule, row.needs_next_level, tuple(settings.items()))

@@ -1,7 +1,7 @@
-"""Weights of the loss, each one formula in the frame of eps: w(t, s) ‖eps − ε̂‖².
+"""Weights w of the loss w(t, s) ‖eps − ε̂‖².
 
-A weight says how much a noise level counts; how often it is visited is the density of times
-(`undiffuse.process.times`), and the two are apart. `Target.weight` moves a weight to another frame.
+`Target.weight` converts a weight to the frame of another target. How often training visits a noise level is a separate
+setting (`undiffuse.process.time_sampling`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from undiffuse.errors import ConfigError
 from undiffuse.process.gaussian import Variance, step_log_var
-from undiffuse.process.level import NoiseLevel, frac
+from undiffuse.process.noise_level import NoiseLevel, transition_frac
 
 
 def simple(t: NoiseLevel) -> Tensor:
@@ -23,12 +23,12 @@ def simple(t: NoiseLevel) -> Tensor:
 
 
 def bound(t: NoiseLevel, s: NoiseLevel, variance: Variance = "small") -> Tensor:
-    """w = ½ (alpha_s frac sigma_t/alpha_t)² exp(−log_var), the bound's own, nats [Ho20 eq. 12].
+    """w = ½ (alpha_s frac sigma_t/alpha_t)² exp(−log_var): one step's term of the bound, nats [Ho20 eq. 12].
 
-    For the small variance it is ½ expm1(log_snr_s − log_snr_t) [VDM21 eq. 14]; as Ho writes it,
-    beta_t²/(2 σ² (1 − beta_t)(1 − alpha_bar_t)). One step's term; a chain sums them.
+    In Ho's notation beta_t²/(2 σ² (1 − beta_t)(1 − alpha_bar_t)); for the small variance it is
+    ½ expm1(log_snr_s − log_snr_t) [VDM21 eq. 14].
     """
-    shift = s.alpha * frac(t, s) * t.sigma / t.alpha
+    shift = s.alpha * transition_frac(t, s) * t.sigma / t.alpha
     return 0.5 * shift**2 * torch.exp(-step_log_var(t.alpha, t, s, variance))
 
 
@@ -62,15 +62,15 @@ def sigmoid(t: NoiseLevel, bias: float = 2.0) -> Tensor:
 
 @dataclass(frozen=True)
 class Weight:
-    """A named weight with its settings; called as w(t, s), float64 of ``t``'s shape."""
+    """A named weight with its settings; w(t, s) is float64 of ``t``'s shape."""
 
     name: str
     rule: Callable[..., Tensor]
-    pair: bool = False
+    needs_next_level: bool = False
     settings: tuple[tuple[str, float], ...] = ()
 
     def __call__(self, t: NoiseLevel, s: NoiseLevel | None = None) -> Tensor:
-        if not self.pair:
+        if not self.needs_next_level:
             return self.rule(t, **dict(self.settings))
         if s is None:
             raise ConfigError(
@@ -84,7 +84,7 @@ class Weight:
 
 WEIGHTS = {
     "simple": Weight("simple", simple),
-    "bound": Weight("bound", bound, pair=True),
+    "bound": Weight("bound", bound, needs_next_level=True),
     "truncated_snr": Weight("truncated_snr", truncated_snr),
     "min_snr": Weight("min_snr", min_snr),
     "p2": Weight("p2", p2),
@@ -94,14 +94,14 @@ WEIGHTS = {
 
 
 def build(name: str, **settings: float) -> Weight:
-    """The weight called ``name``, with its settings. Raises `ConfigError`."""
+    """The weight ``name`` of `WEIGHTS`, with its settings. Raises `ConfigError`."""
     if name not in WEIGHTS:
         raise ConfigError("WEIGHT", repr(name), "no such weight", f"Use one of {', '.join(WEIGHTS)}")
     row = WEIGHTS[name]
-    allowed = row.rule.__code__.co_varnames[2 if row.pair else 1 : row.rule.__code__.co_argcount]
+    allowed = row.rule.__code__.co_varnames[2 if row.needs_next_level else 1 : row.rule.__code__.co_argcount]
     for key in settings:
         if key not in allowed:
             raise ConfigError(
                 "WEIGHT", f"weight {name!r}", f"no setting {key!r}", f"It has {', '.join(allowed) or 'none'}"
             )
-    return Weight(row.name, row.rule, row.pair, tuple(settings.items()))
+    return Weight(row.name, row.rule, row.needs_next_level, tuple(settings.items()))

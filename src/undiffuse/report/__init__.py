@@ -1,0 +1,1 @@
+"""Figures, tables and sample folders, from arrays alone."""

@@ -1,0 +1,96 @@
+"""The `Guide` of the ``sample`` command: a classifier and a weaker model, from the runs that its options name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from undiffuse.errors import ConfigError
+from undiffuse.sampling.sampler import Sampler
+
+if TYPE_CHECKING:
+    from undiffuse.denoising.guidance import Guide
+    from undiffuse.model.diffusion import Diffusion
+    from undiffuse.model.noisy_classifier import NoisyClassifier
+
+
+def load_guide(
+    model: Diffusion,
+    sampler: Sampler,
+    classifier: Path | None = None,
+    autoguide: Path | None = None,
+    has_condition: bool = True,
+) -> Guide | None:
+    """The guide of `Diffusion.sample`, None without ``classifier`` and weak model ``autoguide``.
+
+    Checks the guidance of ``sampler`` too: raises `ConfigError` if the models do not fit together or an option has no
+    effect, for instance guidance if there is no label (``has_condition`` false), and `CheckpointError`.
+    """
+    from undiffuse.data.transform import BOUNDED
+    from undiffuse.denoising.guidance import Guide
+
+    _check_options_have_effect(sampler, classifier, autoguide)
+    if sampler.threshold != "static" and not isinstance(model.transform, BOUNDED):
+        cause = "the data of this model are unbounded"
+        raise ConfigError("GUIDANCE", f"--threshold {sampler.threshold}", cause, "Omit it")
+    if sampler.guidance != 1 and not model.condition_sizes:
+        cause = "the model was trained without labels or other conditions"
+        raise ConfigError("GUIDANCE", "--guidance", cause, "Train one with --conditional, or use --classifier")
+    if not has_condition and (sampler.guidance != 1 or classifier is not None):
+        flag = "--guidance" if classifier is None else "--classifier"
+        raise ConfigError("GUIDANCE", flag, "it needs a condition", "Give --label or --cond")
+    loaded = None if classifier is None else _load_classifier(model, classifier)
+    weak = None if autoguide is None else _load_weak_model(model, autoguide)
+    guide = Guide(loaded and loaded.log_prob, weak and weak.denoiser())
+    sampler.guide(model.denoiser(), guide)  # raises before the first step if a scale is out of range
+    return None if guide == Guide() else guide
+
+
+def class_names(model: Diffusion, classifier: Path | None = None) -> list[str]:
+    """The names of the labels: those of the model, else of the classifier, else none."""
+    from undiffuse.model import noisy_classifier
+
+    if "classes" in model.condition_sizes:
+        return list(model.info.get("classes", []))
+    return [] if classifier is None else list(noisy_classifier.load(classifier).classes)
+
+
+def _load_classifier(model: Diffusion, path: Path) -> NoisyClassifier:
+    from undiffuse.model import noisy_classifier
+
+    classifier = noisy_classifier.load(path, model.device)
+    _check_same_data(model, classifier, "--classifier", path)
+    if list(classifier.classes) != (class_names(model) or list(classifier.classes)):
+        cause = f"{path} has other classes than the model"
+        raise ConfigError("GUIDANCE", "--classifier", cause, "Train both on the same data")
+    return classifier
+
+
+def _load_weak_model(model: Diffusion, path: Path) -> Diffusion:
+    from undiffuse.model import checkpoint
+
+    weak = checkpoint.load(path, model.device)
+    _check_same_data(model, weak, "--autoguide", path)
+    if checkpoint.fingerprint(weak) == checkpoint.fingerprint(model):
+        fix = "Use an earlier or a smaller model of the same data"
+        raise ConfigError("GUIDANCE", "--autoguide", f"{path} is the model itself", fix)
+    return weak
+
+
+def _check_options_have_effect(sampler: Sampler, classifier: Path | None, autoguide: Path | None) -> None:
+    """Raises `ConfigError` for an option of a kind of guidance that is not in use."""
+    default, guided = Sampler(), sampler.guidance != 1
+    for flag, name, required, in_use in (
+        ("--guidance-interval", "guidance_interval", "--guidance other than 1", guided),
+        ("--guidance-rescale", "guidance_rescale", "--guidance other than 1", guided),
+        ("--classifier-scale", "classifier_scale", "--classifier", classifier),
+        ("--autoguide-scale", "autoguidance_scale", "--autoguide", autoguide),
+    ):
+        if getattr(sampler, name) != getattr(default, name) and not in_use:
+            raise ConfigError("GUIDANCE", flag, f"it has no effect without {required}", "Give both, or neither")
+
+
+def _check_same_data(model: Diffusion, other: Diffusion | NoisyClassifier, flag: str, path: Path) -> None:
+    if (other.item_shape, other.transform) != (model.item_shape, model.transform):
+        cause = f"{path} was trained on other data: items {other.item_shape}, {other.transform}"
+        raise ConfigError("GUIDANCE", flag, cause[:300], "Use one that was trained on the data of the model")

@@ -1,0 +1,52 @@
+"""``undiffuse inspect``: what a checkpoint contains."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from undiffuse.cli.options import NetworkFile, RunArgument, register_network
+
+
+def inspect(
+    run: RunArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the complete description as JSON.")] = False,
+    network: NetworkFile = None,
+) -> None:
+    """Describe a model: network, noise process, data and training."""
+    import json
+
+    from undiffuse.model import checkpoint
+    from undiffuse.model.diffusion import describe
+    from undiffuse.report import table
+
+    register_network(network)
+    model = checkpoint.load(run)
+    if as_json:
+        print(json.dumps(describe(model), indent=1))
+        return
+    high, low = float(model.chain[-1].log_snr), float(model.chain[0].log_snr)
+    trained = ("steps", "seconds", "seed", "batch", "precision", "torch")
+    parts = ("network", "schedule", "target", "weight", "times", "preconditioning")
+    facts: dict[str, Any] = {
+        "items": f"{'×'.join(map(str, model.item_shape))}, {_values(model.info.get('num_values'))}",
+        "data": f"{model.info.get('name', 'unknown')} ({model.info.get('items', '?')} items)",
+        "parameters": f"{sum(p.numel() for p in model.network.parameters()):,}",
+        **{part: _settings(getattr(model.config, part)) for part in parts},
+        "chain": f"{model.chain_length} steps, log-SNR {low:.2f} to {high:.2f}, variance {model.config.variance}",
+        "trained": ", ".join(f"{key} {model.info[key]}" for key in trained if key in model.info),
+        "notes": "; ".join(model.info.get("notes", [])) or "none",
+    }
+    table.render([{"": key, "model": value} for key, value in facts.items()], str(run))
+
+
+def _values(num_values: int | None) -> str:
+    return f"{num_values} values" if num_values else "continuous values"
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    """``name key=value, ...`` of one part of the configuration."""
+    rest = dict(settings)
+    name = rest.pop("name", None) or rest.pop("kind", "")
+    return f"{name} {', '.join(f'{key}={value}' for key, value in rest.items())}".strip()

@@ -1,0 +1,134 @@
+"""The `Sampler` of the ``sample`` command: from its options, or from the stored result of ``advise``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from undiffuse.errors import ConfigError
+from undiffuse.runtime.atomic_file import write_atomic
+from undiffuse.sampling.sampler import Sampler, guidance_changes
+
+if TYPE_CHECKING:
+    from undiffuse.model.diffusion import Diffusion
+
+QUALITIES = {
+    "draft": Sampler("dpm++2m_sde", 10),
+    "good": Sampler("dpm++2m_sde", 25),
+    "best": Sampler("dpm++2m_sde", 100),
+}
+"""More steps come closer to the distribution of the whole chain; docs/choosing.md has the distances, and why the solver
+draws noise."""
+DEFAULT_QUALITY = "good"
+DEFAULT_NUM_STEPS = 100
+"""Steps of a solver given by name."""
+ADVICE_FILE = "advice.json"
+
+
+def parse_sampler(
+    quality: str | None = None,
+    solver: str | None = None,
+    settings: Sequence[str] = (),
+    steps: int | None = None,
+    spacing: str | None = None,
+    **guidance: Any,
+) -> Sampler:
+    """The sampler of the options; ``guidance`` are fields of `Sampler`. Raises `ConfigError`."""
+    if quality is not None and quality not in QUALITIES:
+        raise ConfigError("QUALITY", f"--quality {quality}", "unknown", f"Use one of {', '.join(QUALITIES)}")
+    sampler = QUALITIES[quality or DEFAULT_QUALITY]
+    if solver is not None:
+        sampler = Sampler(solver, DEFAULT_NUM_STEPS if quality is None else sampler.num_steps)
+    return replace(
+        sampler,
+        settings={**sampler.settings, **dict(map(_parse_setting, settings))},
+        num_steps=steps or sampler.num_steps,
+        spacing=spacing or sampler.spacing,
+        **guidance,
+    )
+
+
+def _parse_setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise ConfigError("USAGE", f"--set {text}", "not a setting", "Write name=value, such as eta=0.5")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def check_one_length(quality: str | None, calls: int | None, steps: int | None) -> None:
+    """Raises `ConfigError` if more than one of the options that determine the number of steps is given."""
+    given = [flag for flag, value in (("--quality", quality), ("--calls", calls), ("--steps", steps)) if value]
+    if len(given) > 1:
+        raise ConfigError("USAGE", ", ".join(given), "each determines the number of steps", "Give one of them")
+
+
+def within_calls(model: Diffusion, sampler: Sampler, calls: int) -> Sampler:
+    """``sampler`` with as many steps as ``calls`` network calls allow. Raises `ConfigError` if not even one."""
+    from undiffuse.sampling.sampler_search import fit_to_budget
+    from undiffuse.sampling.solvers.adaptive import Adaptive
+
+    solver = sampler.build_solver()
+    if isinstance(solver, Adaptive):
+        cause = f"the number of calls of {sampler.solver} depends on its tolerances"
+        raise ConfigError("CALLS", f"--calls {calls}", cause, "Give --steps and --set rtol=..., or another --solver")
+    if fitted := fit_to_budget(sampler, model.schedule, calls):
+        return fitted
+    cause = f"a step of {sampler.solver} takes {solver.calls}"
+    raise ConfigError("CALLS", f"--calls {calls}", cause, "Give more calls, or another --solver")
+
+
+def read_advice(
+    folder: Path,
+    weights: str,
+    calls: int,
+    log: Callable[[str], None],
+    sampler: Sampler | None = None,
+    conditions: Mapping[str, Any] | None = None,
+) -> Sampler | None:
+    """The sampler advised for ``calls`` in the folder's advice, with the guidance of ``sampler``; None without advice.
+
+    ``log`` gets a line if there is none for these ``weights``, and if the guidance or the ``conditions`` (option ->
+    value, None if not given) differ from those of the measurement.
+    """
+    path, sampler = folder / ADVICE_FILE, sampler or Sampler()
+    try:
+        stored = json.loads(path.read_text())
+        advice = stored["advice"].get(str(calls))
+        if stored["weights"] != weights:
+            log(f"{path} is not used: the weights have changed since. Run advise again")
+            return None
+        if advice is None:
+            log(f"{path} has no advice for {calls} calls, only for {', '.join(stored['advice'])}")
+            return None
+        advised = Sampler.from_dict(advice["sampler"])
+        different = [f"--{name}" for name, value in (conditions or {}).items() if value != advice.get(name)]
+        different += ["--guidance"] if guidance_changes(sampler) else []
+        if different:
+            measured = f"for label {', '.join(advice['label'])}" if advice.get("label") else "without labels"
+            flags = ", ".join(different)
+            log(f"{path} was measured {measured} and without guidance; with other {flags} the best sampler may differ")
+        return replace(advised, **guidance_changes(sampler))
+    except FileNotFoundError:
+        log(f"no advice for this model yet: 'undiffuse advise RUN --calls {calls}' measures which sampler is best")
+    except (ConfigError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        log(f"{path} is not used: it is damaged")
+    return None
+
+
+def write_advice(folder: Path, weights: str, calls: int, sampler: Sampler, measured: dict[str, Any]) -> Path:
+    """Adds the ``sampler`` for ``calls`` to the folder's advice, dropping advice for other ``weights``."""
+    path = folder / ADVICE_FILE
+    try:
+        stored = json.loads(path.read_text())
+        advice = dict(stored["advice"]) if stored["weights"] == weights else {}
+    except (OSError, ValueError, LookupError, TypeError):
+        advice = {}
+    advice[str(calls)] = {"sampler": sampler.to_dict(), **measured}
+    write_atomic(path, json.dumps({"weights": weights, "advice": advice}, indent=1).encode())
+    return path

@@ -1,0 +1,183 @@
+"""``undiffuse train``, and what it shares with ``undiffuse train-classifier``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from undiffuse.cli.data_options import ReadData, given_options, print_notes, with_data_options
+from undiffuse.cli.options import (
+    DataArgument,
+    Device,
+    NetworkFile,
+    console,
+    network_option,
+    register_network,
+    resolve_device,
+)
+from undiffuse.errors import ConfigError
+from undiffuse.model.presets import PRESETS
+
+if TYPE_CHECKING:
+    from undiffuse.data.dataset import Dataset
+    from undiffuse.model.config import Config, TrainConfig
+    from undiffuse.training.run_folder import Run
+
+Minutes = Annotated[
+    float | None,
+    typer.Option(help="Train for about this many minutes; the learning-rate decay is planned to fit. Default 10."),
+]
+Steps = Annotated[int | None, typer.Option(help="Train for this many optimizer steps.")]
+OnNonfinite = Annotated[
+    str | None,
+    typer.Option(
+        help="At a step whose loss or gradient is NaN or infinite: stop (default) ends the run, skip omits the step."
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Resume a run although settings, data or torch have changed.")]
+Extend = Annotated[
+    bool, typer.Option("--extend", help="Make the run in --out longer by --minutes or --steps, with its own recipe.")
+]
+
+
+@with_data_options
+def train(
+    data: DataArgument,
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/DATA if not given.")] = None,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; 0 if not given.")] = None,
+    device: Device = "auto",
+    preset: Annotated[
+        str | None,
+        typer.Option(help=f"A recipe: {', '.join(PRESETS)}; by default chosen from the data and the device."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file with tables [model] and [train], which override the preset.")
+    ] = None,
+    network: NetworkFile = None,
+    init: Annotated[Path | None, typer.Option(help="Start from the weights of this run or model file.")] = None,
+    conditional: Annotated[
+        bool, typer.Option("--conditional", help="Condition the network on the labels, vectors or tokens of the data.")
+    ] = False,
+    on_nonfinite: OnNonfinite = None,
+    force: Force = False,
+    extend: Extend = False,
+    *,
+    read: ReadData,
+) -> None:
+    """Train a model on DATA; an unfinished run is resumed."""
+    from undiffuse.model import config as configs
+    from undiffuse.model import presets
+    from undiffuse.training.diffusion_task import fit_diffusion
+
+    device = resolve_device(device)
+    check_length(minutes, steps)
+    network_class = register_network(network)
+    dataset = read(data)
+    print_notes(dataset)
+    run = open_run(out, data)
+    if extend:
+        if (seed, preset, config, init) != (None,) * 4:
+            cause = "an extended run keeps the recipe that it began with"
+            raise ConfigError("USAGE", "--extend", cause, "Give it with --minutes or --steps alone")
+        extend_run(run, dataset, device, configs.Config, steps, minutes, conditional=conditional, force=force)
+        minutes = steps = None
+    if is_finished(run):
+        return
+    record = run.record
+    if record is not None and (minutes, steps, seed, preset, config) == (None,) * 5:
+        name, recipe = "as begun", configs.from_dict(configs.Config, record["config"], "run.json")
+    else:
+        name = preset or presets.choose(dataset.item_shape, dataset.num_values, device)
+        recipe = presets.get(name) if config is None else configs.read(config, presets.get(name))
+        recipe = _with_length(configs.replace_train(recipe, seed=seed or 0), minutes, steps)
+    if conditional:
+        recipe = configs.replace_train(recipe, conditional=True)
+    if on_nonfinite is not None:
+        recipe = configs.replace_train(recipe, on_nonfinite=on_nonfinite)
+    console.print(f"recipe {name!r}, {format_length(recipe.train)}, into {run.folder}", markup=False)
+    if dataset.report.skipped:
+        console.print(f"skipped files are listed in {run.folder}/skipped.json", markup=False)
+    with changes_as_table():
+        fit_diffusion(recipe, dataset, run.folder, device, init=init, force=force, network=network_class)
+    console.print(f"done: {run.folder}/model.safetensors, pictures in {run.pictures}", markup=False)
+    has_test_part = dataset.held_out_fraction(recipe.train.held_out)[0] > 0 or dataset.test_from is not None
+    own = network_option(network)
+    part = "" if has_test_part else " --part train"
+    folder, options = shlex.quote(str(run.folder)), f"{part}{given_options(read)}{own}"
+    console.print(f"next: undiffuse sample {folder}{own}", markup=False)
+    console.print(f"next: undiffuse evaluate {folder} {shlex.quote(data)}{options}", markup=False)
+
+
+def check_length(minutes: float | None, steps: int | None) -> None:
+    """Raise `ConfigError` if both are given."""
+    if minutes is not None and steps is not None:
+        raise ConfigError("USAGE", "--minutes, --steps", "each determines the length of the run", "Give one of them")
+
+
+def open_run(out: Path | None, data: str, suffix: str = "") -> Run:
+    """The run in ``out``, by default runs/DATA with a ``suffix``; nothing is created."""
+    from undiffuse.training.run_folder import Run
+
+    return Run(out or Path("runs") / f"{Path(data.rstrip('/')).name.split('.')[0]}{suffix}")
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the run is finished, with a line printed if so."""
+    if run.finished:
+        console.print(f"{run.folder} is a finished run already; give --out another folder to train again", markup=False)
+    return run.finished
+
+
+def extend_run(
+    run: Run,
+    dataset: Dataset,
+    device: str,
+    config_type: type,
+    steps: int | None,
+    minutes: float | None,
+    **options: Any,
+) -> None:
+    """Extend the run in one process of those that the launcher started; the others wait."""
+    from undiffuse.runtime.distributed_group import init_process_group
+    from undiffuse.training.extend import extend
+
+    group = init_process_group(device)
+    if group.rank == 0:
+        _, step = extend(run.folder, dataset, steps, minutes, config_type=config_type, **options)
+        console.print(f"{run.folder} is extended and resumes from step {step:,}", markup=False)
+    group.gather(None)
+
+
+def format_length(settings: TrainConfig) -> str:
+    """The length of a run in words."""
+    return f"{settings.minutes:g} minutes" if settings.minutes else f"{settings.max_steps:,} steps"
+
+
+@contextmanager
+def changes_as_table() -> Iterator[None]:
+    """Print a table of what has changed since the run began, if that is the error."""
+    from undiffuse.report import table
+    from undiffuse.training.run_folder import ChangedError
+
+    try:
+        yield
+    except ChangedError as error:
+        table.render([{"": what, "as begun": old, "now": new} for what, old, new in error.rows], error.where)
+        raise
+
+
+def _with_length(recipe: Config, minutes: float | None, steps: int | None) -> Config:
+    """The recipe with the length given by flags, else its own, else ten minutes."""
+    from undiffuse.model.config import replace_train
+
+    if minutes is not None or steps is not None:
+        return replace_train(recipe, minutes=minutes, max_steps=steps)
+    has_length = recipe.train.minutes is not None or recipe.train.max_steps is not None
+    return recipe if has_length else replace_train(recipe, minutes=10.0)

@@ -1,0 +1,105 @@
+"""``undiffuse train-classifier``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from undiffuse.cli.data_options import ReadData, print_notes, with_data_options
+from undiffuse.cli.options import DataArgument, Device, console, resolve_device
+from undiffuse.cli.train import (
+    Extend,
+    Force,
+    Minutes,
+    OnNonfinite,
+    Steps,
+    changes_as_table,
+    check_length,
+    extend_run,
+    format_length,
+    is_finished,
+    open_run,
+)
+
+if TYPE_CHECKING:
+    from undiffuse.data.dataset import Dataset
+    from undiffuse.training.classifier_task import ClassifierConfig
+
+
+@with_data_options
+def train_classifier(
+    data: DataArgument,
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/DATA-classifier if not given.")] = None,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    device: Device = "auto",
+    on_nonfinite: OnNonfinite = None,
+    force: Force = False,
+    extend: Extend = False,
+    *,
+    read: ReadData,
+) -> None:
+    """Train a classifier of noisy items on the labels of DATA, for `sample --classifier`; 5 minutes if not given.
+
+    An unfinished run is resumed.
+    """
+    from undiffuse.model import config as configs
+    from undiffuse.model.noisy_classifier import load
+    from undiffuse.report import table
+    from undiffuse.training.classifier_task import ClassifierConfig, fit_classifier
+
+    device = resolve_device(device)
+    check_length(minutes, steps)
+    dataset = read(data)
+    print_notes(dataset)
+    run = open_run(out, data, "-classifier")
+    if extend:
+        extend_run(run, dataset, device, ClassifierConfig, steps, minutes, force=force)
+        minutes = steps = None
+    if is_finished(run):
+        return
+    record = run.record
+    if record is not None and (minutes, steps, seed) == (None, None, 0):
+        recipe = configs.from_dict(ClassifierConfig, record["config"], "run.json")
+    else:
+        minutes = 5.0 if (minutes, steps) == (None, None) else minutes
+        recipe = recipe_for(dataset, device, minutes=minutes, max_steps=steps, seed=seed)
+    if on_nonfinite is not None:
+        recipe = replace(recipe, train=replace(recipe.train, on_nonfinite=on_nonfinite))
+    length = format_length(recipe.train)
+    console.print(f"a classifier of {len(dataset.classes)} classes, {length}, into {run.folder}", markup=False)
+    with changes_as_table():
+        fit_classifier(recipe, dataset, run.folder, device, force=force)
+    if rows := load(run.folder).info.get("accuracy"):
+        table.render([_row(row) for row in rows], f"{rows[0]['items']:,} held-out items")
+    console.print(
+        f"done: {run.folder}; use it by `undiffuse sample` with --classifier {run.folder} and --label", markup=False
+    )
+
+
+def recipe_for(data: Dataset, device: str, **settings: Any) -> ClassifierConfig:
+    """The network, batch and learning rate of the preset for these data, with ``settings`` of `TrainConfig`.
+
+    Weight decay is that of Dhariwal21's code. There are no snapshots, because `undiffuse ema` is for diffusion models.
+    """
+    from undiffuse.model import presets
+    from undiffuse.model.noisy_classifier import NoisyClassifierConfig
+    from undiffuse.training.classifier_task import ClassifierConfig
+
+    preset = presets.get(presets.choose(data.item_shape, data.num_values, device))
+    base = presets.adapt_to_data(preset, data.num_values)
+    log_snr = {name: base.model.schedule[name] for name in ("low", "high") if name in base.model.schedule}
+    train = replace(base.train, weight_decay=0.05, snapshots=0, **settings)
+    return ClassifierConfig(NoisyClassifierConfig(base.model.network, **log_snr), train)
+
+
+def _row(row: dict[str, float]) -> dict[str, Any]:
+    return {
+        "log SNR": f"{row['log_snr']:.1f}",
+        "held-out accuracy": (row["accuracy"], row["stderr"]),
+        "log p(label), nats": row["log_prob"],
+    }

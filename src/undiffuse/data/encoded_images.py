@@ -1,0 +1,102 @@
+"""Encoded images in a larger file, each of which is decoded at each access."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from undiffuse.data.dataset import Dataset
+from undiffuse.data.image_decoding import DecodedImage, ImageOptions, decode_image
+from undiffuse.data.lazy_array import LazyArray, cast_to_array
+from undiffuse.data.source_report import FileStamp, SourceReport, changed_error
+from undiffuse.data.sources.csv_table import label_classes
+from undiffuse.data.sources.image_folder import ImageKind, check_on_bad, image_notes, mixed_kinds_error
+from undiffuse.errors import ConfigError, DataError
+from undiffuse.runtime.file_errors import BadFilesError, FileError, FileProblem, os_error
+
+ReadBytes = Callable[[int], bytes]
+"""The bytes of the encoded image at an index."""
+
+
+def encoded_dataset(
+    name: str,
+    source: Path,
+    image_names: Sequence[str],
+    read_bytes: ReadBytes,
+    label_texts: Sequence[str | None],
+    options: ImageOptions,
+    on_bad: str,
+    files: Mapping[Path, FileStamp],
+) -> Dataset:
+    """The images ``image_names`` in ``source``: each is decoded once now, and again at each access.
+
+    ``label_texts`` are their classes, or all None; ``files`` contain the images and must not change. Raises
+    `BadFilesError` with every image that cannot be used, unless ``on_bad="skip"`` skips these; `DataError` (LABELS);
+    `ConfigError` (OPTION).
+    """
+    check_on_bad(on_bad)
+    if options.frames == "all":
+        raise ConfigError("OPTION", "frames", "only one frame per image is read here", "Give first, or image files")
+    paths = [source / image_name for image_name in image_names]
+    by_kind: dict[ImageKind, list[int]] = {}
+    problems: list[FileProblem] = []
+    decoded: dict[int, DecodedImage] = {}
+    for i, path in enumerate(paths):
+        try:
+            image = decode_image(read_bytes(i), path.suffix, options)
+        except (FileError, OSError) as error:
+            problem = os_error(error) if isinstance(error, OSError) else error
+            problems.append(FileProblem(path, problem.code, problem.reason))
+            continue
+        by_kind.setdefault((image.pixels.shape, image.num_values), []).append(i)
+        decoded[i] = image._replace(pixels=np.empty(0))
+    mixed = None
+    if len(by_kind) > 1:
+        mixed = mixed_kinds_error({kind: [paths[i] for i in indices] for kind, indices in by_kind.items()})
+    if mixed and on_bad == "stop" and not problems:
+        raise mixed
+    if not by_kind or (problems and on_bad == "stop"):
+        raise BadFilesError(problems)
+    shape, num_values = most_frequent = max(by_kind, key=lambda kind: len(by_kind[kind]))
+    kept = np.array(by_kind.pop(most_frequent), np.int64)
+    if mixed:
+        others = [i for indices in by_kind.values() for i in indices]
+        problems += [FileProblem(paths[i], mixed.code, "differs from most images") for i in others]
+
+    def read(indices: np.ndarray) -> np.ndarray:
+        report.check_unchanged()
+        items = np.stack([decode_again(int(i)) for i in kept[indices]])
+        report.check_unchanged()
+        return items
+
+    def decode_again(i: int) -> np.ndarray:
+        try:
+            pixels = decode_image(read_bytes(i), paths[i].suffix, options).pixels
+        except (FileError, OSError):
+            raise changed_error().at(paths[i]) from None
+        if pixels.shape != shape:
+            raise changed_error().at(paths[i])
+        return pixels
+
+    classes, labels = _labels(name, [label_texts[i] for i in kept])
+    changes = Counter(change for i in kept for change in decoded[i].changes)
+    notes = image_notes(changes, len(kept), problems, len(paths), "images")
+    formats = Counter(decoded[i].format for i in kept)
+    sizes = Counter("{} x {}".format(*decoded[i].size_on_disk) for i in kept)
+    report = SourceReport(formats, sizes, skipped=tuple(problems), files=files)
+    values = cast_to_array(LazyArray((len(kept), *shape), np.uint8 if num_values <= 256 else np.uint16, read))
+    names = tuple(image_names[int(i)] for i in kept)
+    return Dataset(name, values, num_values, labels, classes, tuple(notes), names=names, report=report)
+
+
+def _labels(name: str, texts: list[str | None]) -> tuple[tuple[str, ...], np.ndarray | None]:
+    labelled = [text for text in texts if text is not None]
+    if not labelled:
+        return (), None
+    if missing := len(texts) - len(labelled):
+        fix = "Give every image a label, or none"
+        raise DataError("LABELS", name, f"{missing} of {len(texts)} images have no label", fix)
+    return label_classes(labelled)

@@ -1,0 +1,67 @@
+"""Folders written by the library ``datasets``: memory-mapped Arrow tables with a column of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from undiffuse.data.dataset import Dataset
+from undiffuse.data.encoded_images import encoded_dataset
+from undiffuse.data.image_decoding import ImageOptions
+from undiffuse.data.source_report import FileStamp
+from undiffuse.errors import DataError
+from undiffuse.runtime.file_errors import FileError
+
+FIX = "Save it again with save_to_disk, one Dataset with one column of images"
+
+
+def sniff(source: str | Path) -> bool:
+    """Whether ``source`` is a folder that ``save_to_disk`` has written."""
+    folder = Path(source)
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def load(source: str | Path, *, on_bad: str = "stop", **image_options: Any) -> Dataset:
+    """The images of a folder that ``Dataset.save_to_disk`` has written, in its order, with its ClassLabel column.
+
+    Reads only files in the folder: none that a row refers to, and nothing from the network. Options and errors as
+    `image_folder.load`; also `DataError` (MISSING_PACKAGE) without the library, (BAD_HEADER) for an unreadable folder.
+    """
+    source, options = Path(source), ImageOptions(**image_options)
+    try:
+        import datasets
+    except ImportError:
+        cause = "the library datasets, which wrote this folder, is not installed"
+        raise DataError("MISSING_PACKAGE", source, cause, "pip install 'undiffuse[hub]'") from None
+    if (source / "dataset_dict.json").is_file():
+        parts = ", ".join(sorted(path.name for path in source.iterdir() if path.is_dir()))
+        cause = f"contains several data sets ({parts})"
+        raise FileError("BAD_HEADER", cause, "Name the folder of one of them").at(source)
+    try:
+        table: Any = datasets.load_from_disk(str(source), keep_in_memory=False)
+        images, labels = (
+            [column for column, feature in table.features.items() if isinstance(feature, kind)]
+            for kind in (datasets.Image, datasets.ClassLabel)
+        )
+    except Exception as error:  # the library raises exceptions of many types
+        cause = f"cannot be read ({type(error).__name__}: {error})"[:200]
+        raise FileError("BAD_HEADER", cause, FIX).at(source) from None
+    if len(images) != 1 or len(labels) > 1:
+        raise FileError("NO_IMAGES", f"has the columns {', '.join(table.features)}", FIX).at(source)
+    column = images[0]
+    rows = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+
+    def read_bytes(index: int) -> bytes:
+        cell = rows[index][column]
+        if cell is None or cell["bytes"] is None:
+            raise FileError("NOT_AN_IMAGE", "the row contains no image bytes", FIX)
+        return cell["bytes"]
+
+    label_texts: list[str | None] = [None] * len(rows)
+    for label in labels:
+        names = table.features[label].names
+        label_texts = [names[k] if k is not None and k >= 0 else None for k in table[label]]
+    paths = [Path(file["filename"]) for file in table.cache_files]
+    files = {path: FileStamp.of(path.stat()) for path in paths}
+    image_names = [f"row {index}" for index in range(len(rows))]
+    return encoded_dataset(source.name, source, image_names, read_bytes, label_texts, options, on_bad, files)

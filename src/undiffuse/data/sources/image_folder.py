@@ -1,0 +1,287 @@
+"""A folder of image files, each decoded once; all problems are collected before one is raised."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from undiffuse.data.dataset import Dataset
+from undiffuse.data.image_decoding import SUFFIXES, DecodedImage, ImageOptions, decode_frames
+from undiffuse.data.source_report import FileStamp, SourceReport, changed_error
+from undiffuse.data.sources.folder_labels import (
+    LABELS_FILE,
+    Labels,
+    empty_classes,
+    labels_from_folders,
+    labels_from_table,
+)
+from undiffuse.errors import ConfigError, DataError, printable
+from undiffuse.runtime.file_errors import FIXES, BadFilesError, FileError, FileProblem, file_errors_at, os_error
+from undiffuse.runtime.machine import require_memory
+
+MAX_FILE_BYTES = 1 << 29
+SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
+
+Allocator = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+"""Returns an array of a shape and dtype, in memory or on disk."""
+
+ImageKind = tuple[tuple[int, ...], int]
+"""Shape and num_values of an image; all images of a data set must agree in it."""
+
+
+@dataclass
+class _Scan:
+    """Files of a folder: images in the order of their paths, and counts of all others."""
+
+    images: dict[Path, FileStamp] = field(default_factory=dict)
+    problems: list[FileProblem] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)  # names of the sub-folders of the first level
+    hidden: int = 0
+    ignored: list[str] = field(default_factory=list)
+    links_outside: int = 0
+    has_labels_file: bool = False
+
+
+def sniff(source: str | Path) -> bool:
+    """Whether ``source`` is a path: it exists, or contains a separator or a file extension."""
+    name = os.fspath(source)
+    return os.path.lexists(name) or os.sep in name or bool(Path(name).suffix)
+
+
+def allocate_in_memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array in memory; raises `ResourceError` (MEMORY) if there is too little."""
+    fix = "Give a smaller size, or fewer images, or pack them first: undiffuse pack"
+    require_memory(math.prod(map(float, shape)) * dtype.itemsize, "images", fix)
+    return np.empty(shape, dtype)
+
+
+def load(
+    source: str | Path, *, on_bad: str = "stop", allocate: Allocator = allocate_in_memory, **image_options: Any
+) -> Dataset:
+    """All images in a folder and its sub-folders: values (N, C, H, W), in the order of their paths, with labels.
+
+    Labels come from ``labels.csv`` (columns file and label) in the folder, otherwise from the sub-folders of the first
+    level, if there are at least two and each image is in one. ``image_options`` are those of `ImageOptions`. With
+    ``on_bad="skip"`` files that cannot be used, or differ from most, are listed in ``Dataset.report.skipped``.
+
+    Raises `ConfigError` (NOT_A_DIRECTORY, OPTION); `BadFilesError` with every file that cannot be used; `DataError` for
+    problems of the whole (NO_IMAGES, MIXED_SIZES, MIXED_CHANNELS, MIXED_DEPTH, LABELS); `ResourceError` (MEMORY).
+    """
+    root, options = Path(source), ImageOptions(**image_options)
+    check_on_bad(on_bad)
+    if not os.path.isdir(root):
+        cause = "is a file" if os.path.exists(root) else "no such file or folder"
+        fix = "Give a folder of images, an array file or the name of a built-in data set"
+        raise ConfigError("NOT_A_DIRECTORY", root, cause, fix)
+    scan = _scan(root)
+    if not scan.images and not scan.problems:
+        contents = "; ".join(_scan_notes(scan)) or "it is empty"
+        raise DataError("NO_IMAGES", root, f"no file has the extension of an image ({contents})", FIXES["NO_IMAGES"])
+    if not scan.has_labels_file:
+        scan.problems += empty_classes(root, scan.images, scan.folders, [p.path for p in scan.problems])
+    images = _read_all(scan, options, on_bad == "skip", allocate)
+    classes, labels, label_notes = _labels(root, scan, images)
+    notes = [*_scan_notes(scan), *label_notes]
+    notes += image_notes(
+        images.changes, len(images.values), images.problems, len(scan.images) + len(scan.problems), "files"
+    )
+    if any("background" in change for change in images.changes):
+        notes.append(f"the background is {options.background}")
+    return Dataset(
+        root.resolve().name,
+        images.values,
+        images.num_values,
+        labels,
+        classes,
+        tuple(notes),
+        names=tuple(path.relative_to(root).as_posix() for path in images.paths),
+        report=SourceReport(images.formats, images.sizes, len(scan.ignored), scan.hidden, tuple(images.problems)),
+    )
+
+
+def check_on_bad(on_bad: str) -> None:
+    if on_bad not in ("stop", "skip"):
+        raise ConfigError("OPTION", "on_bad", f"{on_bad!r} is unknown", "Give stop or skip")
+
+
+def image_notes(
+    changes: Mapping[str, int], count: int, problems: Sequence[FileProblem], total: int, kind: str
+) -> list[str]:
+    """How many of the ``count`` images were changed, by change, and how many of ``total`` files were skipped, by code.
+
+    ``kind`` is the plural noun for these files.
+    """
+    notes = [f"{n} of {count} images: {change}" for change, n in sorted(changes.items())]
+    if problems:
+        codes = ", ".join(f"{n} {code}" for code, n in Counter(p.code for p in problems).most_common())
+        notes.append(f"{len(problems)} of {total} {kind} skipped: {codes}")
+    return notes
+
+
+def _scan(root: Path) -> _Scan:
+    """Visit each folder once, identified by device and inode, and links to folders after folders."""
+    scan, visited, pending = _Scan(), set(), [root]
+    inside = os.path.realpath(root) + os.sep
+    while pending:
+        folder = pending.pop()
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            scan.problems.append(_problem(folder, os_error(error)))
+            continue
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
+                scan.hidden += 1
+                continue
+            try:
+                status = entry.stat()
+            except OSError as error:
+                scan.problems.append(_problem(path, os_error(error)))
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                pending.insert(0 if entry.is_symlink() else len(pending), path)
+                scan.folders += [entry.name] * (folder == root)
+            elif folder == root and entry.name == LABELS_FILE:
+                scan.has_labels_file = True
+            elif path.suffix.lower() not in SUFFIXES:
+                scan.ignored.append(entry.name)
+            elif not stat.S_ISREG(status.st_mode):
+                scan.problems.append(FileProblem(path, "NOT_A_REGULAR_FILE", "is a pipe, a socket or a device"))
+            else:
+                scan.images[path] = FileStamp.of(status)
+                scan.links_outside += entry.is_symlink() and not os.path.realpath(path).startswith(inside)
+    scan.images = {path: scan.images[path] for path in sorted(scan.images, key=os.fsencode)}
+    scan.problems.sort(key=lambda problem: os.fsencode(problem.path))
+    return scan
+
+
+def _scan_notes(scan: _Scan) -> list[str]:
+    notes = []
+    if scan.ignored:
+        names = ", ".join(map(printable, sorted(scan.ignored)[:3])) + ", ..." * (len(scan.ignored) > 3)
+        notes.append(f"{len(scan.ignored)} files ignored (no image file extension): {names}")
+    if scan.hidden:
+        notes.append(f"{scan.hidden} hidden or system files ignored")
+    if scan.links_outside:
+        notes.append(f"{scan.links_outside} links followed to files outside the folder")
+    return notes
+
+
+def _labels(root: Path, scan: _Scan, images: _Images) -> Labels:
+    """Class names, the label of each image, and notes."""
+    if not scan.has_labels_file:
+        return labels_from_folders(root, images.paths)
+    with file_errors_at(root / LABELS_FILE):
+        return labels_from_table(root, images.paths, [problem.path for problem in images.problems])
+
+
+@dataclass
+class _Images:
+    """Decoded images of one kind in one array, and what is counted about them."""
+
+    problems: list[FileProblem]
+    allocate: Allocator = allocate_in_memory
+    values: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0, 0), np.uint8))
+    paths: list[Path] = field(default_factory=list)
+    kinds: dict[ImageKind, list[Path]] = field(default_factory=dict)
+    changes: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_values(self) -> int:
+        return next(iter(self.kinds))[1]
+
+    def add(self, path: Path, image: DecodedImage, expected: int) -> None:
+        """Append an image, of about ``expected`` in total; once there are two kinds, only count it."""
+        kind = (image.pixels.shape, image.num_values)
+        self.kinds.setdefault(kind, []).append(path)
+        if len(self.kinds) > 1:
+            return
+        self.changes.update(image.changes)
+        self.formats[image.format] += 1
+        self.sizes["{} x {}".format(*image.size_on_disk)] += 1
+        count = len(self.paths)
+        if count == len(self.values):
+            grown = self.allocate((max(expected, 2 * count), *kind[0]), image.pixels.dtype)
+            grown[:count] = self.values if count else 0
+            self.values = grown
+        self.values[count] = image.pixels
+        self.paths.append(path)
+
+
+def _read_all(scan: _Scan, options: ImageOptions, skip: bool, allocate: Allocator) -> _Images:
+    """All images of one kind. Raises every problem at once, or with ``skip`` keeps them in ``problems``."""
+
+    def attempt(paths: Sequence[Path], problems: list[FileProblem]) -> _Images:
+        images = _Images(problems, allocate)
+        for path in paths:
+            try:
+                frames = decode_frames(_bytes(path, scan.images[path]), path.suffix, options)
+            except (FileError, OSError) as error:
+                problems.append(_problem(path, os_error(error) if isinstance(error, OSError) else error))
+                continue
+            if not problems or skip:
+                for frame in frames:
+                    images.add(path, frame, len(paths))
+        return images
+
+    images = attempt(list(scan.images), list(scan.problems))
+    if skip and len(images.kinds) > 1:
+        differing = mixed_kinds_error(images.kinds).problems
+        excluded = {problem.path for problem in (*images.problems, *differing)}
+        images = attempt([path for path in scan.images if path not in excluded], [*images.problems, *differing])
+    if not images.kinds or (images.problems and not skip):
+        raise BadFilesError(images.problems)
+    if len(images.kinds) > 1:
+        raise mixed_kinds_error(images.kinds)
+    images.values = images.values[: len(images.paths)]
+    return images
+
+
+def mixed_kinds_error(kinds: dict[ImageKind, list[Path]]) -> BadFilesError:
+    """The error for images that differ in size, else in channels, else in depth, with examples."""
+    aspects: dict[str, Callable[[tuple[int, ...], int], str]] = {
+        "MIXED_SIZES": lambda shape, _: f"{shape[2]} x {shape[1]} pixels",
+        "MIXED_CHANNELS": lambda shape, _: f"{shape[0]} channel{'s' * (shape[0] > 1)}",
+        "MIXED_DEPTH": lambda _, num_values: f"{num_values} values",
+    }
+    code = next(code for code, aspect in aspects.items() if len({aspect(*kind) for kind in kinds}) > 1)
+    groups: dict[str, list[Path]] = {}
+    for kind, paths in kinds.items():
+        groups.setdefault(aspects[code](*kind), []).extend(paths)
+    ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
+    most = ranked[0][0]
+    problems = [FileProblem(p, code, f"{what}, where most have {most}") for what, paths in ranked[1:] for p in paths]
+    examples = "; ".join(f"{what} in {len(paths)}, such as {paths[0].name}" for what, paths in ranked[:3])
+    return BadFilesError(problems, examples)
+
+
+def _bytes(path: Path, stamp: FileStamp) -> bytes:
+    """The content of a file, if it still has this ``stamp``."""
+    if stamp.size > MAX_FILE_BYTES:
+        raise FileError("TOO_LARGE", f"{stamp.size:,} bytes are more than {MAX_FILE_BYTES:,}")
+    try:
+        data, now = path.read_bytes(), FileStamp.of(path.stat())
+    except FileNotFoundError:
+        raise changed_error() from None
+    if now != stamp or len(data) != stamp.size:
+        raise changed_error()
+    return data
+
+
+def _problem(path: Path, error: FileError) -> FileProblem:
+    return FileProblem(path, error.code, error.reason)

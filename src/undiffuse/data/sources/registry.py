@@ -1,0 +1,188 @@
+"""The table of data sources, and `load`, which reads the data set that a name or a path stands for.
+
+A new source is a module of this folder with the functions of `SourceModule`, and a row of `SOURCES`. The table can be
+read without torch, numpy or PIL, because the command line makes its options from it: modules of sources are imported
+by functions, when data are loaded. (They are functions and not names of modules: no text is ever imported as code.)
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from undiffuse.errors import ConfigError
+from undiffuse.runtime.file_errors import FileError
+
+if TYPE_CHECKING:
+    from undiffuse.data.dataset import Dataset
+    from undiffuse.data.sources.image_folder import Allocator
+
+MAX_PATH_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Option:
+    """A keyword of `load`, and an option of every command that reads data.
+
+    ``flag`` is its spelling on the command line where that is not ``--name``. An option that is not given is None, or
+    False if its type is bool.
+    """
+
+    name: str
+    type: Any
+    help: str
+    flag: str | None = None
+
+    @property
+    def default(self) -> bool | None:
+        return False if self.type is bool else None
+
+
+class SourceModule(Protocol):
+    """``sniff(source)``: whether this module reads it. ``load(source, **options)``: the data set."""
+
+    def sniff(self, source: str | Path) -> bool: ...
+
+    @property
+    def load(self) -> Callable[..., Dataset]: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A row: ``title`` names the source in messages, ``module`` imports its module, ``options`` are those it takes.
+
+    ``by_name``: it is recognised by a name and not by a path. ``allocates``: its `load` takes an ``allocate``.
+    ``has_observations``: its notes contain those of `with_observations` already.
+    """
+
+    title: str
+    module: Callable[[], SourceModule]
+    options: tuple[Option, ...] = ()
+    by_name: bool = False
+    allocates: bool = False
+    has_observations: bool = False
+
+
+def _builtin() -> SourceModule:
+    from undiffuse.data.sources import builtin
+
+    return builtin
+
+
+def _packed_array() -> SourceModule:
+    from undiffuse.data.sources import packed_array
+
+    return packed_array
+
+
+def _array_files() -> SourceModule:
+    from undiffuse.data.sources import array_files
+
+    return array_files
+
+
+def _csv_table() -> SourceModule:
+    from undiffuse.data.sources import csv_table
+
+    return csv_table
+
+
+def _hf_datasets() -> SourceModule:
+    from undiffuse.data.sources import hf_datasets
+
+    return hf_datasets
+
+
+def _webdataset() -> SourceModule:
+    from undiffuse.data.sources import webdataset
+
+    return webdataset
+
+
+def _image_folder() -> SourceModule:
+    from undiffuse.data.sources import image_folder
+
+    return image_folder
+
+
+IMAGE_OPTIONS = (
+    Option("size", int | None, "Resize images to this many pixels per side."),
+    Option("crop", bool, "Crop images to their centre square first.", "--crop"),
+    Option("channels", int | None, "Convert images to 1 (grey), 3 (RGB) or 4 (RGBA) channels."),
+    Option("background", str | None, "Colour behind transparent pixels (default white)."),
+    Option("frames", str | None, "Of image files with several frames or pages: first or all."),
+    Option("upscale", bool, "Allow images to be enlarged to more than four times their side.", "--allow-upscale"),
+    Option("on_bad", str | None, "What to do with unusable files: stop (default, lists all) or skip."),
+)
+ARRAY_OPTIONS = (
+    Option("layout", str | None, "Order of an array's dimensions, such as NHWC."),
+    Option("num_values", int | None, "Number of values of integer data, which lie in 0 .. num_values - 1."),
+    Option("value_range", tuple[float, float] | None, "Smallest and largest value of floating-point data."),
+)
+
+SOURCES = (
+    Source(
+        "a built-in data set",
+        _builtin,
+        (Option("folder", Path | None, "Folder that contains the files of fashion-mnist."),),
+        by_name=True,
+    ),
+    Source("a packed array", _packed_array, has_observations=True),
+    Source("an array file", _array_files, ARRAY_OPTIONS),
+    Source("a table", _csv_table),
+    Source("a folder of the library datasets", _hf_datasets, IMAGE_OPTIONS),
+    Source("a WebDataset", _webdataset, IMAGE_OPTIONS),
+    Source("a folder of images", _image_folder, IMAGE_OPTIONS, allocates=True),
+)
+"""In the order in which they are tried: the first one whose module recognises the source reads it."""
+
+OPTIONS = {option.name: option for source in SOURCES for option in source.options}
+"""All options, by name."""
+
+
+def load(source: str | Path, *, allocate: Allocator | None = None, **options: Any) -> Dataset:
+    """The data set of a built-in name or of a path: an array file, a table, or a folder of images.
+
+    ``options`` are those of `SOURCES`; None and False mean "not given". ``allocate`` provides the array for decoded
+    images. Raises `ConfigError` for an unknown name (UNKNOWN_DATA) and for an option that the source does not take
+    (OPTION), `DataError` for bad data, `ResourceError` if the data do not fit into memory. Uses no network.
+    """
+    from undiffuse.data.dataset import with_observations
+
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    name = os.fspath(source)
+    if len(os.fsencode(name)) > MAX_PATH_BYTES:
+        raise FileError("PATH_TOO_LONG", f"more than {MAX_PATH_BYTES} bytes").at(name[:40] + "...")
+    row = next((row for row in SOURCES if row.module().sniff(source)), None)
+    if row is None:
+        raise _unknown_name(name)
+    _check_options(row, given)
+    if row.allocates and allocate is not None:
+        given["allocate"] = allocate
+    data = row.module().load(source, **given)
+    if not row.has_observations:
+        data = with_observations(data)
+    if row.by_name and os.path.exists(name):
+        data = data.with_notes(f"{name} is the built-in data set; the file or folder of that name is ./{name}")
+    return data
+
+
+def _check_options(row: Source, given: Mapping[str, Any]) -> None:
+    accepted = [option.name for option in row.options]
+    for name in given:
+        if name not in accepted:
+            fix = f"Its options are {', '.join(accepted)}" if accepted else "Leave it out"
+            raise ConfigError("OPTION", name, f"{row.title} does not take this option", fix)
+
+
+def _unknown_name(name: str) -> ConfigError:
+    from undiffuse.data.sources.builtin import BUILTIN
+
+    close = difflib.get_close_matches(name.lower(), BUILTIN, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(close)}? " if close else ""
+    fix = f"{hint}Built in are {', '.join(BUILTIN)}; or give a folder of images, an array file or a table"
+    return ConfigError("UNKNOWN_DATA", name, "no built-in data set, file or folder has this name", fix)

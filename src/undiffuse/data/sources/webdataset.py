@@ -1,0 +1,111 @@
+"""WebDataset shards: tar files in which the members of an item are adjacent and share a key."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from undiffuse.data.dataset import Dataset
+from undiffuse.data.encoded_images import encoded_dataset
+from undiffuse.data.image_decoding import SUFFIXES, ImageOptions
+from undiffuse.data.source_report import FileStamp
+from undiffuse.data.sources.image_folder import MAX_FILE_BYTES
+from undiffuse.runtime.file_errors import FileError, file_errors_at
+
+FIX = "Write the shards again, uncompressed, with the members of each item adjacent and under one key"
+MAX_LABEL_BYTES = 1 << 16
+
+
+class ShardImage(NamedTuple):
+    shard: Path
+    member: str
+    start: int
+    size: int
+    label: str | None
+
+
+def sniff(source: str | Path) -> bool:
+    """Whether ``source`` is a tar file, or a folder with at least one."""
+    return bool(find_shards(Path(source)))
+
+
+def find_shards(source: Path) -> list[Path]:
+    """The tar file ``source``, or the tar files in the folder ``source`` in the order of their names."""
+    if source.is_dir():
+        return sorted((path for path in source.iterdir() if path.suffix.lower() == ".tar"), key=os.fsencode)
+    return [source] if source.suffix.lower() == ".tar" and source.is_file() else []
+
+
+def load(source: str | Path, *, on_bad: str = "stop", **image_options: Any) -> Dataset:
+    """The images of tar files, in their order: ``key.png`` (or another format), with labels.
+
+    ``key.cls`` is a label as text, ``key.json`` may contain a ``label``; other members are ignored. Shards are indexed
+    once and never unpacked: images are read at their offsets. Options and errors as `image_folder.load`.
+    """
+    source, options = Path(source), ImageOptions(**image_options)
+    images: list[ShardImage] = []
+    files = {}
+    for shard in find_shards(source):
+        with file_errors_at(shard):
+            files[shard] = FileStamp.of(shard.stat())
+            try:
+                images += _index(shard)
+            except tarfile.TarError as error:
+                raise FileError("BAD_ARCHIVE", f"is not an uncompressed tar file ({error})", FIX) from None
+    if not images:
+        raise FileError("NO_IMAGES", f"its {len(files)} tar files contain no image", FIX).at(source)
+
+    def read_bytes(index: int) -> bytes:
+        image = images[index]
+        if image.size > MAX_FILE_BYTES:
+            raise FileError("TOO_LARGE", f"{image.size:,} bytes are more than {MAX_FILE_BYTES:,}")
+        with image.shard.open("rb") as file:
+            return os.pread(file.fileno(), image.size, image.start)
+
+    image_names = [f"{image.shard.name}/{image.member}" if source.is_dir() else image.member for image in images]
+    labels = [image.label for image in images]
+    data = encoded_dataset(source.stem, source, image_names, read_bytes, labels, options, on_bad, files)
+    ignored = sum(path not in files for path in source.iterdir()) if source.is_dir() else 0
+    return data.with_notes(f"{len(files)} shards", *[f"{ignored} files ignored (not shards)"] * (ignored > 0))
+
+
+def _index(shard: Path) -> list[ShardImage]:
+    """The images of a shard with their offsets and labels."""
+    images: dict[str, ShardImage] = {}
+    labels: dict[str, str] = {}
+    last_key = None
+    with tarfile.open(shard, "r:") as archive:
+        for member in archive:
+            folder, _, name = member.name.rpartition("/")
+            stem, dot, extension = name.partition(".")
+            if not member.isreg() or not stem or not dot:
+                continue
+            key, suffix = f"{folder}/{stem}", f".{extension.lower()}"
+            if key != last_key and (key in images or key in labels):
+                raise FileError("BAD_ARCHIVE", f"the members of {key.lstrip('/')} are not adjacent", FIX)
+            last_key = key
+            if suffix in SUFFIXES:
+                if key in images:
+                    raise FileError("BAD_ARCHIVE", f"{key.lstrip('/')} has two images", FIX)
+                images[key] = ShardImage(shard, member.name, member.offset_data, member.size, None)
+            elif suffix in (".cls", ".json"):
+                file = archive.extractfile(member)
+                assert file is not None
+                if (label := _parse_label(file.read(MAX_LABEL_BYTES), suffix, member.name)) is not None:
+                    labels.setdefault(key, label)
+    return [image._replace(label=labels.get(key)) for key, image in images.items()]
+
+
+def _parse_label(text: bytes, suffix: str, name: str) -> str | None:
+    """The label in a member; None for JSON without a label."""
+    try:
+        if suffix == ".cls":
+            return text.decode().strip()
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        raise FileError("LABELS", f"{name} cannot be read", FIX) from None
+    label = content.get("label") if isinstance(content, dict) else None
+    return str(label) if isinstance(label, str | int) else None

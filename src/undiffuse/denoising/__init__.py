@@ -1,0 +1,1 @@
+"""Denoisers: what every sampler and every likelihood calls."""

@@ -1,0 +1,192 @@
+"""Denoisers: what every sampler and likelihood calls; a network as a denoiser, and the base of wrappers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from undiffuse.errors import ConfigError
+from undiffuse.networks.condition import Condition
+from undiffuse.process.noise_level import NoiseLevel, broadcast_like
+from undiffuse.process.schedule import Schedule
+from undiffuse.process.target import Target
+
+
+class Prediction(NamedTuple):
+    """x̂ and ε̂, both of x_t's shape, with x_t = alpha x̂ + sigma ε̂.
+
+    ``var_interp`` is v of [Nichol21 eq. 15] where the variance is learned: the weight, not clamped, from the log of the
+    small variance (0) to the log of the large one (1).
+    """
+
+    x: Tensor
+    eps: Tensor
+    var_interp: Tensor | None = None
+
+
+class Denoiser(Protocol):
+    @property
+    def schedule(self) -> Schedule: ...
+
+    def __call__(
+        self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, next_level: NoiseLevel | None = None
+    ) -> Prediction:
+        """The prediction at ``x_t`` (B, ...), whose ``level`` is () or (B,); a step goes to ``next_level``."""
+        ...
+
+
+INPUT_SCALES: dict[str, Callable[[NoiseLevel, float], Tensor]] = {
+    "none": lambda level, sigma_data: torch.ones_like(level.alpha),  # Ho20
+    "unit": lambda level, sigma_data: 1 / torch.sqrt(level.alpha**2 * sigma_data**2 + level.sigma**2),  # Karras22 c_in
+}
+TIME_INPUTS: dict[str, Callable[[NoiseLevel, int], Tensor]] = {
+    "t": lambda level, steps: level.t,
+    "thousand": lambda level, steps: 1000 * level.t,
+    "step": lambda level, steps: steps * level.t - 1,  # Ho20, whose code counts t from 0
+    "log_snr": lambda level, steps: level.log_snr.clamp(-30, 30),  # VDM21
+    "log_sigma": lambda level, steps: (-0.125 * level.log_snr).clamp(-8, 8),  # Karras22 c_noise = ln(sigma)/4
+}
+
+
+@dataclass(frozen=True)
+class Preconditioning:
+    """The inputs of a network: the scale of x_t, a row of `INPUT_SCALES`, and the time, a row of `TIME_INPUTS`.
+
+    The time ``"step"`` is the integer k − 1 in 0..T−1 for t = k/T, as in Ho's network.
+    """
+
+    scale: str = "none"
+    time: str = "log_snr"
+    sigma_data: float = 1.0
+    chain_length: int = 1000
+
+    def __post_init__(self) -> None:
+        for field, table in (("scale", INPUT_SCALES), ("time", TIME_INPUTS)):
+            if getattr(self, field) not in table:
+                raise ConfigError(
+                    "PRECONDITIONING",
+                    f"{field} = {getattr(self, field)!r}",
+                    "unknown",
+                    f"Use one of {', '.join(table)}",
+                )
+
+    def input_scale(self, level: NoiseLevel) -> Tensor:
+        """What x_t is multiplied with, float64 of ``level``'s shape."""
+        return INPUT_SCALES[self.scale](level, self.sigma_data)
+
+    def time_input(self, level: NoiseLevel) -> Tensor:
+        """The time that the network embeds, float64 of ``level``'s shape."""
+        return TIME_INPUTS[self.time](level, self.chain_length)
+
+
+class NetworkDenoiser:
+    """A network with its target and preconditioning, as a denoiser. Raises `ConfigError`.
+
+    The network maps (x_t, time (B,), cond) to y, of x_t's shape, or with a learned variance to twice the channels: y
+    and values of −1 for the small and 1 for the large variance. A ``categorical`` one (`CategoricalHead`) also takes
+    x_t with its level's scales, and returns x̂ in place of y. It runs in ``autocast`` precision if given; all arithmetic
+    around it is float32 at least.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        target: Target,
+        preconditioning: Preconditioning,
+        learned_variance: bool = False,
+        autocast: torch.dtype | None = None,
+        categorical: bool = False,
+    ) -> None:
+        self.network, self.schedule, self.target, self.categorical = network, schedule, target, categorical
+        self.preconditioning, self.learned_variance, self.autocast = preconditioning, learned_variance, autocast
+        if target.needs_next_level and schedule.chain_length is None:
+            raise ConfigError(
+                "TARGET",
+                f"target {target.name!r}",
+                "it is defined by the steps of a chain, and this schedule is a function of time",
+                "Use a tabulated schedule, or the target 'x', 'eps' or 'v'",
+            )
+
+    def next_level(self, level: NoiseLevel) -> NoiseLevel | None:
+        """The level s, one step of the table below ``level``, if the target needs it, else None."""
+        if not self.target.needs_next_level:
+            return None
+        chain_length = self.schedule.chain_length
+        assert chain_length is not None
+        return self.schedule((level.t - 1 / chain_length).clamp(min=0))
+
+    def outputs(self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None) -> tuple[Tensor, Tensor | None]:
+        """(y, var_interp) as the network returns them, in float32 at least."""
+        at = level.broadcast_like(x_t)
+        scaled = broadcast_like(self.preconditioning.input_scale(level), x_t) * x_t
+        time = self.preconditioning.time_input(level).to(device=x_t.device, dtype=scaled.dtype).expand(x_t.shape[0])
+        precision = contextlib.nullcontext()
+        if self.autocast is not None:
+            precision = torch.autocast(x_t.device.type, dtype=self.autocast)
+        with precision:
+            y = self.network(scaled, time, cond, *([x_t, at.alpha, at.sigma] if self.categorical else []))
+        y, v = y.to(scaled.dtype).split(x_t.shape[1], 1) if self.learned_variance else (y.to(scaled.dtype), None)
+        if self.categorical:
+            y = self.target.combine(y, (x_t - at.alpha * y) / at.sigma, level, self.next_level(level))
+        return y, None if v is None else (v + 1) / 2
+
+    def __call__(
+        self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, next_level: NoiseLevel | None = None
+    ) -> Prediction:
+        y, var_interp = self.outputs(x_t, level, cond)
+        x, eps = self.target.solve(y, x_t, level, self.next_level(level))
+        return Prediction(x, eps, var_interp)
+
+
+@dataclass(frozen=True)
+class DenoiserWrapper:
+    """Base of denoisers around a denoiser. They keep x_t = alpha x̂ + sigma ε̂, so they combine in any order."""
+
+    denoise: Denoiser
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.denoise.schedule
+
+    def __call__(
+        self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, next_level: NoiseLevel | None = None
+    ) -> Prediction:
+        raise NotImplementedError
+
+
+def prediction_from_x(x: Tensor, x_t: Tensor, level: NoiseLevel, var_interp: Tensor | None) -> Prediction:
+    """The prediction of ``x``, with ε̂ = (x_t − alpha x)/sigma."""
+    at = level.broadcast_like(x_t)
+    return Prediction(x, (x_t - at.alpha * x) / at.sigma, var_interp)
+
+
+@dataclass(frozen=True)
+class Clipped(DenoiserWrapper):
+    """x̂ clamped to [low, high], with ε̂ = (x_t − alpha x̂)/sigma to match [Ho20's code]."""
+
+    low: float = -1.0
+    high: float = 1.0
+
+    def __call__(
+        self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, next_level: NoiseLevel | None = None
+    ) -> Prediction:
+        prediction = self.denoise(x_t, level, cond, next_level)
+        return prediction_from_x(prediction.x.clamp(self.low, self.high), x_t, level, prediction.var_interp)
+
+
+@dataclass(frozen=True)
+class ConditionedDenoiser(DenoiserWrapper):
+    """A denoiser called with the condition ``cond`` (None: without), in place of the condition of each call."""
+
+    cond: Condition | None
+
+    def __call__(
+        self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, next_level: NoiseLevel | None = None
+    ) -> Prediction:
+        return self.denoise(x_t, level, self.cond, next_level)

@@ -1,0 +1,1 @@
+"""Measuring models and samples: likelihoods over a data set, distances, baselines."""

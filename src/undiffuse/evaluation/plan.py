@@ -1,0 +1,163 @@
+"""What an evaluation measures: which items, how many of them, and with how many Monte Carlo samples in a given time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from undiffuse.data.dataset import Dataset
+from undiffuse.errors import ConfigError, DataError
+from undiffuse.evaluation.resumable import Plan
+from undiffuse.model.diffusion import Diffusion
+
+TIME_SHARES = {"discrete": 5, "openai": 5, "continuous": 4, "ode": 4}
+"""The order of the estimates, and the shares in which they divide the time."""
+ESTIMATES = ("discrete", "continuous", "ode")
+PLANNED_FRACTION = 0.85
+"""The fraction of the time that is planned; loading, the measurement of speed and figures take the rest."""
+MIN_ITEMS = 16
+"""Fewest items of the flow and of a whole chain, and fewest Monte Carlo samples of a bound, at any speed."""
+MAX_POINTS = 256
+"""Most points of log-SNR of the continuous bound that are chosen automatically."""
+ODE_COST_GUESS = 400
+"""Network calls that take as long as an item of the flow with its divergence, until the first batch is measured."""
+PARTS = {"test": "held out for testing", "validation": "held out for validation", "train": "trained on"}
+"""Parts of a data set and their descriptions."""
+CONDITION_NAMES = {"classes": "labels", "vector": "vectors", "tokens": "tokens"}
+"""Settings of a network that accept a condition, and what the condition is called."""
+
+
+def select_items(model: Diffusion, data: Dataset, part: str | None) -> tuple[np.ndarray, str]:
+    """The indices of a part and its description; by default the test part of the model's own data, else all items."""
+    own = data.fingerprint == model.info.get("fingerprint")
+    part = part or ("test" if own else "all")
+    if part == "all":
+        return np.arange(len(data)), "all, including training items" if own else "all"
+    if part not in PARTS:
+        raise ConfigError("PART", f"--part {part}", "no such part", "Use test, validation, train or all")
+    items = getattr(data.split(float(model.info.get("held_out", 0.1))), part)
+    return items, PARTS[part] if own else f"{part} part of data that the model was not trained on"
+
+
+def shared_condition(model: Diffusion, data: Dataset) -> tuple[str, str | None]:
+    """The condition that ``model`` accepts and ``data`` have, or "none"; and the reason where they differ."""
+    accepted = {name: size for name in CONDITION_NAMES if (size := model.config.network.get(name, 0))}
+    if not accepted:
+        return "none", None
+    names = " and ".join(CONDITION_NAMES[name] for name in accepted)
+    if data.condition_sizes == accepted and list(data.classes) == list(model.info.get("classes", [])):
+        return names, None
+    return "none", f"the model accepts {names}, which these data lack or define differently: no condition is used"
+
+
+def bit_reversed_order(n: int) -> np.ndarray:
+    """0 to n − 1 sorted by their reversed binary digits: for every k the first k are spread evenly over all."""
+    bits = max(n - 1, 1).bit_length()
+    reversed_bits = np.zeros(1 << bits, np.int64)
+    for bit in range(bits):
+        reversed_bits |= (np.arange(1 << bits) >> bit & 1) << (bits - 1 - bit)
+    return reversed_bits[reversed_bits < n]
+
+
+def plan_evaluation(
+    model: Diffusion,
+    values: torch.Tensor,
+    names: Sequence[str],
+    items: int | None,
+    mc_samples: int | None,
+    exact: bool,
+    iw_samples: int,
+    minutes: float,
+) -> Plan:
+    """For each estimate a job: {"items", "mc_samples" (None: every step), "batch", "expected" (seconds), "fit"}.
+
+    Sizes that are not given are chosen so that all jobs fit into ``minutes`` of one process on this machine, by a short
+    measurement of its speed. Where "fit" is true, "items" is only an upper limit: while the job runs, the pace of its
+    batches decides how many fit into the expected seconds. "mc_samples" of the flow is ``iw_samples``.
+    """
+    rate = calls_per_second(model, values[:64])
+    total = PLANNED_FRACTION * 60 * minutes
+    seconds = {n: total * TIME_SHARES[n] / sum(TIME_SHARES[n] for n in names) for n in names}
+    if len(names) > 1 and "ode" in names:  # its first items may take longer than its share
+        flow = min(total / 2, max(seconds["ode"], MIN_ITEMS * ODE_COST_GUESS * iw_samples / rate))
+        seconds = {n: s * (total - flow) / (total - seconds["ode"]) for n, s in seconds.items()} | {"ode": flow}
+    calls = {n: max(1, int(rate * s)) for n, s in seconds.items()}
+    fixed_items = items is not None or exact
+    bounds = [n for n in names if n == "continuous" or (n == "discrete" and "openai" not in names)]
+
+    bound_items = len(values)
+    if bounds and not fixed_items and mc_samples is None:
+        bound_items = min(bound_items, max(64, min(calls[n] for n in bounds) // MIN_ITEMS))
+    chain_items = len(values)
+    if "openai" in names and not fixed_items:
+        chain_items = min(chain_items, max(MIN_ITEMS, min(calls["discrete"], calls["openai"]) // model.chain_length))
+
+    plan: Plan = {}
+    for name in names:
+        n, each, fit = bound_items, None, False
+        if name == "ode":
+            n, each, fit = len(values), iw_samples, not fixed_items
+        elif name not in bounds:
+            n = chain_items
+        elif exact:
+            each = None if name == "discrete" else model.chain_length
+        else:
+            most = model.chain_length if name == "discrete" else MAX_POINTS
+            each = mc_samples or max(MIN_ITEMS, min(most, calls[name] // n))
+            fit = not fixed_items and mc_samples is None
+        if name == "discrete" and each is not None and each >= model.chain_length:
+            each = None
+        cost = n * (ODE_COST_GUESS * iw_samples if name == "ode" else each or model.chain_length) / rate
+        batch = batch_size(model, name == "ode" or (each or model.chain_length) > 128)
+        expected = seconds[name] if fit else cost
+        plan[name] = {"items": n, "mc_samples": each, "batch": batch, "expected": expected, "fit": fit}
+    return plan
+
+
+def calls_per_second(model: Diffusion, values: torch.Tensor) -> float:
+    """Network calls for single items per second, measured."""
+    model.nll(values, mc_samples=2)
+    start = time.perf_counter()
+    calls = model.nll(values, mc_samples=4).calls
+    return calls * len(values) / (time.perf_counter() - start)
+
+
+def batch_size(model: Diffusion, slow: bool) -> int:
+    """Items in a batch: few where each is ``slow``, so that an interruption loses little. It depends on no clock."""
+    return (16 if slow else 64) * (16 if model.dims <= 256 or model.device.type == "cuda" else 1)
+
+
+def check_request(
+    model: Diffusion, data: Dataset, estimates: Sequence[str], iw_samples: int, compat: str | None, minutes: float
+) -> list[str]:
+    """The names of the estimates to compute, in order. Raises `DataError` and `ConfigError` before any computation."""
+    num_values = model.info.get("num_values")
+    if data.item_shape != model.item_shape or data.num_values != num_values:
+        theirs, ours = describe_items(data.item_shape, data.num_values), describe_items(model.item_shape, num_values)
+        cause = f"its items are {theirs}, those of the model {ours}"
+        raise DataError("SHAPE", data.name, cause, "Evaluate on data of the kind that the model was trained on")
+    for name in estimates:
+        if name not in ESTIMATES:
+            fix = f"Use one of {', '.join(ESTIMATES)}"
+            raise ConfigError("ESTIMATE", f"--estimate {name}", "no such estimate", fix)
+    if compat not in (None, "openai"):
+        raise ConfigError("COMPAT", f"--compat {compat}", "no such script", "Use openai, or leave it out")
+    if compat and data.num_values != 256:
+        raise ConfigError("COMPAT", f"--compat {compat}", "the script handles 256 grey levels only", "Leave it out")
+    if iw_samples > 1 and data.num_values is None:
+        cause = "the likelihood of continuous data by the flow has no importance samples"
+        raise ConfigError("IW_SAMPLES", f"--iw-samples {iw_samples}", cause, "Leave it out")
+    if not 0 < minutes < math.inf:
+        raise ConfigError("MINUTES", f"--minutes {minutes:g}", "not a duration", "Give a number above 0")
+    wanted = {*(estimates or ESTIMATES), *(("discrete", "openai") if compat else ())}
+    return [name for name in TIME_SHARES if name in wanted]
+
+
+def describe_items(shape: tuple[int, ...], num_values: int | None) -> str:
+    """An item's shape and kind of values, such as 1×28×28 with 256 possible values."""
+    kind = "continuous" if num_values is None else f"{num_values} possible"
+    return f"{'×'.join(map(str, shape))} with {kind} values"

@@ -1,0 +1,276 @@
+"""Estimates of −log p over a data set, by one process or several, in batches that can be kept on disk.
+
+A batch is a function of the plan, the seed and its first item, whichever process computes it, and which batches count
+is a function of the batches that are finished. So results are the same for any number of processes, also where that
+number changes when an evaluation is resumed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from undiffuse import __version__, errors
+from undiffuse.data.dataset import Dataset
+from undiffuse.errors import ConfigError, DataError, UndiffuseError
+from undiffuse.evaluation import plan as planning
+from undiffuse.evaluation import resumable, summary
+from undiffuse.likelihood.nll import NLL, concatenate
+from undiffuse.model import checkpoint
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.networks.condition import Condition
+from undiffuse.runtime.distributed_group import ProcessGroup, single_process
+from undiffuse.runtime.part_store import PartStore, Report
+
+Batch = tuple[NLL, float]
+"""A finished batch and the seconds that it took."""
+
+
+class Progress(NamedTuple):
+    """How far an evaluation is: the current ``estimate``, and in seconds what is ``spent``, in ``total`` and ``left``.
+
+    ``spent`` and ``total`` add up all processes; ``left`` is by the clock.
+    """
+
+    estimate: str
+    spent: float
+    total: float
+    left: float
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationResult:
+    """Estimates of −log p of items of a data set.
+
+    ``nll`` and ``seconds`` (over all processes) have a row for each estimate. ``items`` are the indices of the items in
+    the data set, in the order in which they were measured; an estimate may have fewer items than others, always the
+    first ones. ``mc_samples`` are those of each estimate, None where all steps were computed, and for "ode" the
+    importance samples. ``facts`` is plain data: data, fingerprint, part, condition, seed, digest (of the model),
+    chain_length, version.
+    """
+
+    model: Diffusion
+    facts: dict[str, Any]
+    items: np.ndarray
+    nll: dict[str, NLL] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    mc_samples: dict[str, int | None] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def bits_per_dim(self, estimate: str) -> tuple[float, float]:
+        """The mean over the items in bits per dimension and its standard error, NaN for a single item."""
+        return summary.mean_bits(self.model, self.nll[estimate].total)
+
+    def summary(self) -> dict[str, Any]:
+        """All numbers as plain data: the facts, each estimate with its parts, and paired differences."""
+        estimates = {
+            name: summary.summarize(self.model, name, nll, self.seconds[name], self.mc_samples[name])
+            for name, nll in self.nll.items()
+        }
+        return self.facts | {"estimates": estimates, "minus_discrete": summary.differences(self.model, self.nll)}
+
+    def explanations(self) -> list[str]:
+        """What the numbers mean, as sentences."""
+        return [*self.notes, *summary.explanations(self.model, self.nll, self.mc_samples.get("ode") or 1)]
+
+
+def evaluate(
+    model: Diffusion,
+    data: Dataset,
+    *,
+    part: str | None = None,
+    estimates: Sequence[str] = (),
+    items: int | None = None,
+    mc_samples: int | None = None,
+    exact: bool = False,
+    iw_samples: int = 1,
+    seed: int = 0,
+    compat: str | None = None,
+    minutes: float = 5.0,
+    unconditional: bool = False,
+    folder: Path | None = None,
+    group: ProcessGroup | None = None,
+    on_message: Report | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> EvaluationResult:
+    """Estimates of −log p of the items of ``data``, a bound or the likelihood itself for each of ``estimates``.
+
+    ``part`` is test, validation, train or all; ``estimates`` are some of discrete, continuous and ode, by default all
+    three. What ``items``, ``mc_samples``, ``exact`` and ``iw_samples`` leave open is chosen so that everything takes
+    about ``minutes``. A conditional model gets the condition that the data have, unless ``unconditional`` or the data
+    have another one: then the result is −log p(x) without a condition. ``compat="openai"`` adds the bound as
+    improved-diffusion's script computes it. Item i in `bit_reversed_order` has noise that depends on (seed, i) alone.
+
+    With ``folder``, finished batches are written there, and an interrupted evaluation with the same arguments resumes
+    from them; `resumable.remove` deletes them. The processes of a ``group`` call this together, with a ``folder`` in
+    common, and share the batches; only the first process gets the estimates and calls ``on_message`` and
+    ``on_progress``. An estimate that fails (for example where the ODE diverges) raises if it is named in ``estimates``;
+    otherwise it is skipped with a message.
+
+    Raises `ConfigError` for arguments that do not fit, `DataError` for data that do not fit the model.
+    """
+    group = group or single_process()
+    if group.world_size > 1 and folder is None:
+        raise ConfigError("FOLDER", "evaluate", "several processes need a folder in common", "Give folder")
+    report: Report = on_message if on_message and group.rank == 0 else lambda message: None
+    names = planning.check_request(model, data, estimates, iw_samples, compat, minutes)
+    chosen, description = planning.select_items(model, data, part)
+    if len(chosen) == 0:
+        cause, fix = f"no items in this part ({description})", "Use --part all, or other data"
+        if model.info.get("held_out") == 0 and data.fingerprint == model.info.get("fingerprint"):
+            cause, fix = "nothing was held out when the model was trained", "Use --part train, or other data"
+        raise DataError("EMPTY", data.name, cause, fix)
+    chosen = chosen[planning.bit_reversed_order(len(chosen))][:items]
+    values = torch.from_numpy(np.ascontiguousarray(data.values[chosen]))
+    condition, reason = ("none", None) if unconditional else planning.shared_condition(model, data)
+    cond = None if condition == "none" else data.condition(chosen)
+    facts = {
+        "data": data.name,
+        "fingerprint": data.fingerprint,
+        "part": description,
+        "condition": condition,
+        "seed": seed,
+        "digest": checkpoint.fingerprint(model),
+        "chain_length": model.chain_length,
+        "version": __version__,
+    }
+    request = facts | {
+        "estimates": names,
+        "items": items,
+        "mc_samples": mc_samples,
+        "exact": exact,
+        "iw_samples": iw_samples,
+        "minutes": minutes,
+    }
+    sizes = (items, mc_samples, exact, iw_samples, minutes * group.world_size)
+
+    def choose() -> resumable.Plan:
+        return planning.plan_evaluation(model, values, names, *sizes)
+
+    plan, store = choose() if folder is None else {}, None
+    if folder is not None:
+        opened = resumable.open_plan(folder, request, choose, report) if group.rank == 0 else ({}, None)
+        plan, key = group.gather([opened[0], opened[1] and opened[1].key])[0]
+        store = PartStore(folder, "evaluation", key)
+    computed = _compute(
+        model, values, plan, seed, store, group, bool(estimates), cond, report, on_progress or (lambda progress: None)
+    )
+    return EvaluationResult(
+        model,
+        facts,
+        chosen,
+        {name: nll for name, (nll, _) in computed.items()},
+        {name: seconds for name, (_, seconds) in computed.items()},
+        {name: plan[name]["mc_samples"] for name in computed},
+        (reason,) if reason else (),
+    )
+
+
+def _compute(
+    model: Diffusion,
+    values: torch.Tensor,
+    plan: resumable.Plan,
+    seed: int,
+    store: PartStore | None,
+    group: ProcessGroup,
+    strict: bool,
+    cond: Condition | None,
+    report: Report,
+    on_progress: Callable[[Progress], None],
+) -> dict[str, Batch]:
+    """Each estimate of ``plan`` and its seconds, in the first process; an empty dict in the others.
+
+    A batch is read from ``store`` if it is there, otherwise one process computes it and writes it. If an estimate
+    fails, raise when ``strict``, otherwise report it and go on.
+    """
+    computed: dict[str, Batch] = {}
+    later = sum(job["expected"] for job in plan.values())
+    for name, job in plan.items():
+        later -= job["expected"]
+        before = sum(seconds for _, seconds in computed.values())
+
+        def update(spent: float, left: float, name: str = name, before: float = before, later: float = later) -> None:
+            if group.rank == 0:
+                total, by_clock = before + spent + left + later, (left + later) / group.world_size
+                on_progress(Progress(name, before + spent, total, by_clock))
+
+        def read(start: int, name: str = name) -> Batch | None:
+            return None if store is None else resumable.read(store, f"{name}-{start:08d}", report)
+
+        def compute(start: int, name: str = name, job: dict[str, Any] = job) -> Batch:
+            here, began = slice(start, min(start + job["batch"], job["items"])), time.perf_counter()
+            chosen = {"first": start, "estimate": name, "cond": cond and cond.take(here)}
+            result = model.nll(values[here], seed, job["mc_samples"], job["batch"], **chosen)
+            seconds = time.perf_counter() - began
+            if store is not None:
+                resumable.write(store, f"{name}-{start:08d}", result, seconds)
+            return result, seconds
+
+        try:
+            batches = compute_batches(job, read, compute, group, update)
+        except UndiffuseError as error:
+            if strict or name == "discrete":
+                raise
+            report(f"estimate {name!r} is skipped: {error.where}: {error.cause}")
+            continue
+        if group.rank == 0:
+            computed[name] = concatenate([nll for nll, _ in batches]), sum(seconds for _, seconds in batches)
+    return computed
+
+
+def needed_batches(job: Mapping[str, Any], seconds: Mapping[int, float]) -> tuple[list[int], list[int]]:
+    """The first items of the batches that count, and of those that are missing; ``seconds`` are of finished batches.
+
+    Where ``job["fit"]``, a batch counts if it fits into the expected seconds at the pace of the batches before it. Only
+    batches before the first missing one set the pace, so that batches finished out of order change nothing.
+    """
+    counted, missing, spent, done = [], [], 0.0, 0
+    for start in range(0, job["items"], job["batch"]):
+        stop = min(start + job["batch"], job["items"])
+        if job["fit"] and done and spent / done * stop > job["expected"]:
+            break
+        counted.append(start)
+        if start not in seconds:
+            missing.append(start)
+        elif not missing:
+            spent, done = spent + seconds[start], stop
+    return counted, missing
+
+
+def compute_batches(
+    job: dict[str, Any],
+    read: Callable[[int], Batch | None],
+    compute: Callable[[int], Batch],
+    group: ProcessGroup,
+    update: Callable[[float, float], None],
+) -> list[Batch]:
+    """The batches that count, in order, in the first process; in each round every process of ``group`` computes one.
+
+    ``update`` is called with the seconds spent and left. An error of one process is raised in all.
+    """
+    starts = range(0, job["items"], job["batch"]) if group.rank == 0 else ()
+    finished = {start: batch for start in starts if (batch := read(start))}
+    while True:
+        counted, missing = needed_batches(job, {start: seconds for start, (_, seconds) in finished.items()})
+        spent = sum(seconds for _, seconds in finished.values())
+        update(spent, spent / len(finished) * len(missing) if finished else job["expected"])
+        todo: list[int] = group.gather(missing[: group.world_size])[0]
+        if not todo:
+            return [finished[start] for start in counted] if group.rank == 0 else []
+        failure = None
+        try:
+            for start in todo[group.rank : group.rank + 1]:
+                finished[start] = compute(start)
+        except UndiffuseError as error:
+            failure = error
+        fields = failure and [type(failure).__name__, failure.code, failure.where, failure.cause, failure.fix]
+        for kind, *texts in filter(None, group.gather(fields)):
+            raise getattr(errors, kind)(*texts) from failure
+        if group.rank == 0:
+            finished |= {start: batch for start in todo[1:] if (batch := read(start))}

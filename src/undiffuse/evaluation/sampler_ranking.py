@@ -1,0 +1,136 @@
+"""Rank samplers, stochastic and deterministic, by Fréchet distance to held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from undiffuse.errors import NonFiniteError
+from undiffuse.evaluation.distances import frechet, kernel
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.sampler_search import Reference, early_stop_times, fit_to_budget, fitted_times
+from undiffuse.sampling.solvers import SOLVERS, build
+
+MAX_COMPONENTS = 64
+"""Most principal components of the data in which distributions are compared."""
+JACKKNIFE_GROUPS = 10
+"""Groups of samples, each omitted once for the jackknife standard error."""
+
+EARLY_STOP_LOG_SNRS = (1.5, 3.0, 4.5, 6.0)
+"""Log-SNRs from which a sampler with few calls may go to data in one step."""
+LOW_ORDER_END_SOLVERS = ("dpm++2m_sde", "dpm++3m_sde")
+"""Solvers whose last step can be of low order, as an early stop needs."""
+NUM_FINALISTS = 4
+"""Samplers compared by all samples, after a first round by a quarter of the samples."""
+MIN_ITEMS = 20
+"""Fewest items that can be compared."""
+
+
+class SamplerScore(NamedTuple):
+    """A sampler (None: other items of the data), and the distance of its samples' distribution from that of the data.
+
+    ``distance`` is the Fréchet distance, in units of x²; ``jackknife`` (`JACKKNIFE_GROUPS`,) the same with each group
+    of the samples omitted. ``kernel`` is the kernel distance and its standard error.
+    """
+
+    sampler: Sampler | None
+    distance: float
+    jackknife: Tensor
+    kernel: tuple[float, float]
+
+    @property
+    def mean(self) -> tuple[float, float]:
+        """The Fréchet distance and its jackknife standard error over the samples; the data are kept fixed."""
+        return self.distance, _jackknife_stderr(self.jackknife)
+
+    def regret(self, best: SamplerScore) -> tuple[float, float]:
+        """Paired difference from ``best``, whose samples have the same noise, and its standard error."""
+        return self.distance - best.distance, _jackknife_stderr(self.jackknife - best.jackknife)
+
+
+def stochastic_samplers(model: Diffusion, reference: Reference, calls: int) -> list[Sampler]:
+    """Samplers of at most ``calls`` network calls by the solvers that draw noise and have an order of convergence.
+
+    Each with uniform and Karras spacing and with times fitted to the ``reference`` flow. Those of
+    `LOW_ORDER_END_SOLVERS` also stop early at each of `EARLY_STOP_LOG_SNRS` within the schedule.
+    """
+    schedule, samplers = model.schedule, []
+    clean, top = float(model.chain[-1].log_snr), float(model.chain[0].log_snr)
+    for name in SOLVERS:
+        order = build(name).order
+        if not build(name).noises_per_step or order is None:
+            continue
+        samplers += [fit_to_budget(Sampler(name, 1, spacing), schedule, calls) for spacing in ("uniform", "karras")]
+        times = partial(fitted_times, reference, schedule, power=1 / (order + 1))
+        samplers.append(fit_to_budget(Sampler(name, 1, "fitted"), schedule, calls, times))
+        for log_snr in EARLY_STOP_LOG_SNRS if name in LOW_ORDER_END_SOLVERS and calls > 1 else ():
+            if top < log_snr < clean:
+                template = Sampler(name, 1, f"to log-SNR {log_snr:g}", {"end": "low"})
+                times = partial(early_stop_times, schedule, log_snr=log_snr)
+                samplers.append(fit_to_budget(template, schedule, calls, times))
+    return [sampler for sampler in samplers if sampler is not None]
+
+
+def score_features(sampler: Sampler | None, drawn: Tensor, real: Tensor) -> SamplerScore:
+    """The distance of ``drawn`` features (n, D) from the ``real`` ones (N, D)."""
+    group, blocks = torch.arange(len(drawn)) % JACKKNIFE_GROUPS, min(10, len(drawn) // 2, len(real) // 2)
+    distances = [frechet(drawn[group != g], real) for g in range(JACKKNIFE_GROUPS)]
+    jackknife = torch.tensor(distances, dtype=torch.float64)
+    return SamplerScore(sampler, frechet(drawn, real), jackknife, kernel(drawn, real, blocks))
+
+
+@torch.no_grad()
+def score_samplers(
+    model: Diffusion,
+    samplers: Sequence[Sampler],
+    data: Tensor,
+    others: Tensor,
+    n: int = 500,
+    seed: int = 0,
+    batch: int = 64,
+    tick: Callable[[int], None] = lambda steps: None,
+) -> tuple[list[SamplerScore], SamplerScore]:
+    """(scores of ``samplers`` against the ``data`` values (N, ...), nearest first; the floor), by ``n`` samples each.
+
+    The floor is the score of ``n`` of the ``others`` (M, ...), more items of the data, from which the principal
+    components are computed. Samplers with NaN or infinite samples are omitted. All draw without a condition and from
+    the same ``seed``. ``tick`` is called with the number of item-steps done.
+    """
+    subset = others[torch.linspace(0, len(others) - 1, min(len(others), 2000)).long()]
+    rows = model.transform.to_model(subset).flatten(1).double()
+    axes = torch.linalg.svd(rows - rows.mean(0), full_matrices=False).Vh[:MAX_COMPONENTS]
+
+    def features(values: Tensor) -> Tensor:
+        return model.transform.to_model(values).flatten(1).double() @ axes.T
+
+    real, scores = features(data), []
+    for sampler in samplers:
+        with suppress(NonFiniteError):
+            drawn = features(model.sample(n, seed, sampler, batch=batch, progress=tick))
+            scores.append(score_features(sampler, drawn, real))
+    return sorted(scores, key=lambda score: score.distance), score_features(None, features(others[-n:]), real)
+
+
+def rank_samplers(
+    model: Diffusion,
+    samplers: Sequence[Sampler],
+    data: Tensor,
+    others: Tensor,
+    n: int = 500,
+    seed: int = 0,
+    tick: Callable[[int], None] = lambda steps: None,
+) -> tuple[list[SamplerScore], SamplerScore]:
+    """`score_samplers` of the `NUM_FINALISTS` that are best by a quarter of the ``n`` samples, by all of them."""
+    first_round, _ = score_samplers(model, samplers, data, others, max(MIN_ITEMS, n // 4), seed, tick=tick)
+    finalists = [score.sampler for score in first_round[:NUM_FINALISTS] if score.sampler]
+    return score_samplers(model, finalists, data, others, n, seed, tick=tick)
+
+
+def _jackknife_stderr(values: Tensor) -> float:
+    return float(((len(values) - 1) * values.var(correction=0)).sqrt())

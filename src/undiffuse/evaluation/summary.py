@@ -1,0 +1,143 @@
+"""The numbers of an evaluation as plain data and their meaning as sentences, in bits per dimension."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from undiffuse.data.transform import IntegerLevels
+from undiffuse.likelihood.nll import NLL
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.likelihood_estimators import MAX_EXACT_TRACE_DIMS, TIGHT_TOLERANCE
+from undiffuse.process.schedule import finite_ends
+
+PARTS = {"prior": "prior", "diffusion": "diffusion_nats", "decoder": "decoder", "total": "total"}
+"""The parts of an estimate by name, and the fields of `NLL` that hold them in nats."""
+MAX_INTERVALS = 40
+"""Most intervals of log-SNR in a curve of bits."""
+
+
+def mean_bits(model: Diffusion, nats: Tensor) -> tuple[float, float]:
+    """The mean of ``nats`` (B,) in bits per dimension and its standard error over the items, NaN for one item."""
+    bits = nats / (model.dims * math.log(2))
+    return float(bits.mean()), float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
+
+
+def summarize(model: Diffusion, name: str, nll: NLL, seconds: float, mc_samples: int | None) -> dict[str, Any]:
+    """An estimate as plain data: each part as [mean, standard error], and what it cost; calls are for each item."""
+    return {
+        "bits_per_dim": {part: list(mean_bits(model, getattr(nll, nats))) for part, nats in PARTS.items()},
+        "items": len(nll.total),
+        "calls": nll.calls,
+        "iw_samples" if name == "ode" else "mc_samples": mc_samples,
+        "seconds": round(seconds, 1),
+    }
+
+
+def title(model: Diffusion, name: str, mc_samples: int | None) -> str:
+    """An estimate's name in a table; ``mc_samples`` of "ode" are its importance samples."""
+    number = "all" if mc_samples is None else f"{mc_samples:,} of"
+    return {
+        "discrete": f"bound of the chain, {number} {model.chain_length:,} steps",
+        "continuous": f"continuous bound, {mc_samples} points",
+        "ode": "probability flow" + (f", {mc_samples} importance samples" if mc_samples and mc_samples > 1 else ""),
+        "openai": "as improved-diffusion's script",
+    }[name]
+
+
+def is_bound(model: Diffusion, name: str, mc_samples: int | None) -> bool:
+    """Whether an estimate's expectation is at least −log p of the model.
+
+    That of the flow is for integer data, unless several importance samples have an estimated divergence: the mean of
+    exp(noise) is above 1. That of the script is not: a clamp makes values more likely than they are.
+    """
+    if name != "ode":
+        return name != "openai"
+    return isinstance(model.transform, IntegerLevels) and (mc_samples == 1 or model.dims <= MAX_EXACT_TRACE_DIMS)
+
+
+def explanations(model: Diffusion, names: Iterable[str], iw_samples: int) -> list[str]:
+    """What the numbers of the estimates ``names`` mean, as sentences."""
+    lines, names = [], list(names)
+    integers, exact = isinstance(model.transform, IntegerLevels), model.dims <= MAX_EXACT_TRACE_DIMS
+    if any(is_bound(model, name, iw_samples) for name in names):
+        lines.append("≤: an upper bound on −log₂ p per dimension, in expectation")
+    if not integers:
+        lines.append("a density: it depends on the units of the data, and may be negative")
+    if "ode" in names:
+        trace = "its divergence is exact" if exact else "its divergence is estimated by random signs, without bias"
+        if integers and is_bound(model, "ode", iw_samples):
+            meaning = f"a bound, because integer data are dequantised; {trace}"
+        elif integers:
+            meaning = f"no bound: noise in the estimated divergence biases the mean of {iw_samples} importance weights"
+        elif exact:
+            meaning = f"exact, to the integrator's tolerance {TIGHT_TOLERANCE.rtol:g}"
+        else:
+            meaning = f"no bound but the likelihood itself, up to noise: {trace}"
+        lines.append(f"probability flow: {meaning}")
+        lines.append(
+            "with an exact denoiser the flow's prior term would be at most that of the bounds; a larger one shows "
+            "model error"
+        )
+    return lines
+
+
+def differences(model: Diffusion, nll: Mapping[str, NLL]) -> dict[str, dict[str, list[float]]]:
+    """Each estimate minus the chain's bound in bits per dimension: [mean, standard error] of paired items, by part."""
+    if "discrete" not in nll:
+        return {}
+    chain, paired = nll["discrete"], {}
+    for name, other in nll.items():
+        n = min(len(other.total), len(chain.total))
+        if name != "discrete":
+            paired[name] = {
+                part: list(mean_bits(model, getattr(other, nats)[:n] - getattr(chain, nats)[:n]))
+                for part, nats in PARTS.items()
+            }
+    return paired
+
+
+def bits_by_log_snr(model: Diffusion, nll: Mapping[str, NLL]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """For each bound among ``nll``: rising edges of log-SNR (N + 1,), and the bits per dimension (N,) between them.
+
+    Prior and decoder are not included, nor a step from pure noise.
+    """
+    curves = {"discrete": _chain_bits, "continuous": _continuous_bits}
+    return {name: _merge_intervals(*bits(model, nll[name])) for name, bits in curves.items() if name in nll}
+
+
+def _chain_bits(model: Diffusion, nll: NLL) -> tuple[np.ndarray, np.ndarray]:
+    """Falling edges of log-SNR (N + 1,), and the bits per dimension (N,) of the chain's steps between them.
+
+    Steps that no item sampled are interpolated, and then all are scaled to add up to the bound's own estimate.
+    """
+    log_snr = torch.stack([level.log_snr for level in reversed(model.chain)]).numpy()
+    nats = torch.nanmean(nll.per_step, 0).numpy()
+    if np.isinf(log_snr[0]):
+        log_snr, nats = log_snr[1:], nats[1:]
+    sampled = np.flatnonzero(np.isfinite(nats))
+    if len(sampled) and bool(nll.per_step.isnan().any()):
+        nats = np.interp(np.arange(len(nats)), sampled, nats[sampled])
+        nats *= float(nll.diffusion_nats.mean()) / nats.sum()
+    finite = np.isfinite(log_snr)
+    return log_snr[finite], nats[: finite.sum() - 1] / (model.dims * math.log(2))
+
+
+def _continuous_bits(model: Diffusion, nll: NLL) -> tuple[np.ndarray, np.ndarray]:
+    """The same of the continuous bound, whose points are spread evenly over log-SNR."""
+    lowest, highest = (float(level.log_snr) for level in finite_ends(model.schedule))
+    bits = nll.per_step.mean(0).numpy() / (model.dims * math.log(2))
+    return np.linspace(highest, lowest, len(bits) + 1), bits
+
+
+def _merge_intervals(edges: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of neighbouring ``bits`` so that at most about `MAX_INTERVALS` remain; from falling edges to rising ones."""
+    group = np.floor(MAX_INTERVALS * (edges[0] - edges) / (edges[0] - edges[-1]) + 1e-9)
+    starts = np.flatnonzero(np.diff(group, prepend=-1.0))
+    starts = starts[starts < len(bits)]
+    return np.append(edges[starts], edges[-1])[::-1], np.add.reduceat(bits, starts)[::-1]

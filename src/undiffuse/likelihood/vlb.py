@@ -1,0 +1,108 @@
+"""The variational bound of a chain: L_T + Σ L_{t−1} + L_0 [Ho20 eq. 5]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from undiffuse.likelihood.nll import NLL, make_nll
+from undiffuse.likelihood.reverse_chain import ReverseChain
+from undiffuse.process.gaussian import Gaussian, diffuse, posterior
+from undiffuse.process.noise_level import NoiseLevel, broadcast_like, stack
+from undiffuse.process.prior import prior_kl
+from undiffuse.process.seeded_noise import Noise
+from undiffuse.process.statistics import item_sum
+
+Edges = tuple[Tensor, Tensor]
+"""(low, high) of the bin of each value of x, each (B, ...), possibly infinite."""
+
+
+def vlb(
+    chain: ReverseChain,
+    x: Tensor,
+    noise: Noise,
+    *,
+    edges: Edges | None = None,
+    prior: Gaussian | None = None,
+    strata: Sequence[Tensor] | None = None,
+) -> NLL:
+    """−log p(x) ≤ KL(q(x_T given x) to p(x_T)) + Σ KL(q(x_s given x_t, x) to p(x_s given x_t)) − log p(x given x_1).
+
+    ``x`` (B, ...) is in the model's units; the chain has N steps, and ``noise(1)`` gives the fresh eps of each.
+    ``edges`` are the bins of discrete data; without them the decoder is a density. If the chain ends at sigma 0 its
+    last step is the decoder; otherwise the decoder is N(z_0/alpha_0, sigma_0²/alpha_0²) and all N steps are KLs.
+    ``prior`` is by default N(0, I), or N(0, sigma_T²) if the schedule does not preserve variance.
+
+    ``strata`` (see `stratify`) are tensors (B,) of step numbers 1..N, one tensor for each stratum: only these steps
+    are evaluated, each weighted by the size of its stratum. Nats, float64; the network gets ``x``'s dtype.
+    """
+    levels, N = stack(chain.noise_levels), len(chain.noise_levels) - 1
+    data = x.double()
+    if strata is None:
+        visits = [(torch.full((len(x),), k), 1) for k in range(1, N + 1)]
+    else:
+        visits = list(zip(strata, _stratum_sizes(N, len(strata)), strict=True))
+
+    per_step = torch.full((len(x), N), math.nan, dtype=torch.float64, device=x.device)
+    diffusion_nats, decoder = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
+    for k, size in visits:
+        t, s = levels.take(N - k), levels.take(N - k + 1)
+        x_t = diffuse(data, t, noise(1)[0].double())
+        term = item_sum(step_nll(chain.step(x_t, t, s, x.dtype), data, x_t, t, s, edges))
+        per_step.scatter_(1, (k.to(x.device) - 1)[:, None], term[:, None])
+        is_decoder = (s.sigma == 0).to(x.device)
+        diffusion_nats = diffusion_nats + torch.where(is_decoder, 0, size * term)
+        decoder = decoder + torch.where(is_decoder, size * term, 0)
+
+    top, clean = chain.noise_levels[0], chain.noise_levels[-1]
+    if float(clean.sigma) > 0:
+        decoder = decoder + item_sum(clean_nll(data, clean, noise(1)[0].double(), edges))
+    return make_nll(item_sum(prior_kl(data, top, prior)), diffusion_nats, decoder, len(visits), per_step)
+
+
+def step_nll(
+    model: Gaussian, x: Tensor, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, edges: Edges | None = None
+) -> Tensor:
+    """KL(q(x_s given x_t, x) to p(x_s given x_t)), or −log p(x given x_t) where sigma_s is 0: nats per element.
+
+    ``model`` is p(x_s given x_t), such as `ReverseChain.step`; ``t`` and ``s`` are () or (B,).
+    """
+    to_data = s.sigma == 0
+    if bool(to_data.all()):
+        return decoder_nll(model, x, edges)
+    kl = posterior(x_t, x, t, s).kl(model)
+    if not bool(to_data.any()):
+        return kl
+    return torch.where(broadcast_like(to_data, x).bool(), decoder_nll(model, x, edges), kl)
+
+
+def decoder_nll(model: Gaussian, x: Tensor, edges: Edges | None = None) -> Tensor:
+    """−log p(x), or −log of the probability of x's bin if there are ``edges``: nats per element."""
+    return -(model.log_prob(x) if edges is None else model.bin_log_prob(edges))
+
+
+def clean_nll(x: Tensor, clean: NoiseLevel, eps: Tensor, edges: Edges | None = None) -> Tensor:
+    """−log N(x; z/alpha, sigma²/alpha²) at z = alpha x + sigma eps, or of x's bin: nats per element.
+
+    The decoder of a chain whose clean end, ``clean``, has a finite log-SNR.
+    """
+    return decoder_nll(clean_decoder(diffuse(x, clean, eps), clean), x, edges)
+
+
+def clean_decoder(z: Tensor, clean: NoiseLevel) -> Gaussian:
+    """p(x given z) = N(z/alpha, sigma²/alpha²) for z at the level ``clean``."""
+    return Gaussian(z / broadcast_like(clean.alpha, z), broadcast_like(-clean.log_snr, z))
+
+
+def stratify(N: int, m: int, u: Tensor) -> list[Tensor]:
+    """One step of each of m equal strata of 1..N for each item, m tensors (B,), from uniform ``u`` (m, B) in [0, 1)."""
+    ends = [round(N * j / m) for j in range(m + 1)]
+    spans = zip(ends[:-1], ends[1:], u, strict=True)
+    return [(a + 1 + (u_j * (b - a)).floor().clamp(max=b - a - 1)).long() for a, b, u_j in spans]
+
+
+def _stratum_sizes(N: int, m: int) -> list[int]:
+    return [round(N * (j + 1) / m) - round(N * j / m) for j in range(m)]

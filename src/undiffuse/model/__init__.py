@@ -1,0 +1,1 @@
+"""A model as one object: configuration, network, process, data transform; and its file."""

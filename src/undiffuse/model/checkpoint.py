@@ -1,0 +1,112 @@
+"""A checkpoint: one safetensors file with weights and their description. Nothing in it is ever executed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from undiffuse.data import transform as transforms
+from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.model.config import ModelConfig, from_dict
+from undiffuse.model.diffusion import Diffusion, describe
+from undiffuse.networks.norm import to_fast_layout
+from undiffuse.networks.registry import NETWORKS, kind_of, names_of
+from undiffuse.runtime.tensor_file import FORMAT, check_tensors, digest, read_tensors, write_tensors
+
+
+def save(diffusion: Diffusion, path: str | Path) -> None:
+    """Writes weights and description of the model to ``path``, atomically."""
+    text = json.dumps(describe(diffusion), sort_keys=True)
+    write_tensors(Path(path), weights(diffusion), {"undiffuse": str(FORMAT), "model": text})
+
+
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    network: nn.Module | type[nn.Module] | None = None,
+) -> Diffusion:
+    """The model of a checkpoint file or of a run folder, ready to use. Raises `CheckpointError`.
+
+    A model with a network of your own needs its class, or an instance that the weights are written into, as
+    ``network`` (or `undiffuse.register`): a checkpoint holds the name of the class and its settings, never its code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "model.safetensors").is_file():
+            unfinished = (path / "checkpoints").is_dir()
+            fix = (
+                "Its training has not finished: resume it" if unfinished else "Name a run folder or a .safetensors file"
+            )
+            raise CheckpointError("NO_MODEL", path, "no model.safetensors in this folder", fix)
+        path = path / "model.safetensors"
+    tensors, metadata = read_tensors(path)
+    diffusion = _from_description(path, metadata, network)
+    own = weights(diffusion)
+    check_tensors(path, own, tensors)
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+    to_fast_layout(diffusion.to(device).network)
+    return diffusion.eval()
+
+
+def fingerprint(diffusion: Diffusion) -> str:
+    """sha256 of weights and description of the model, the same as in its file."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in weights(diffusion).items()}
+    return digest(tensors, {"undiffuse": str(FORMAT), "model": json.dumps(describe(diffusion), sort_keys=True)})
+
+
+def weights(diffusion: Diffusion) -> dict[str, Tensor]:
+    """All trained tensors, not copied: those of the network by name, those of a learned schedule as ``schedule.*``.
+
+    The names are those of the bare network, also where it is compiled or wrapped for several processes.
+    """
+    return {unwrapped_name(name).removeprefix("network."): tensor for name, tensor in diffusion.state_dict().items()}
+
+
+def unwrapped_name(name: str) -> str:
+    """The name of a tensor without the prefixes of torch.compile and DistributedDataParallel."""
+    return re.sub(r"(?<![^.])(_orig_mod|module)\.", "", name)
+
+
+def _from_description(
+    path: Path, metadata: Mapping[str, str], network: nn.Module | type[nn.Module] | None
+) -> Diffusion:
+    """The model that the ``metadata`` of a file describe, with weights as at initialisation."""
+    try:
+        plain = _parse_description(path, metadata)
+        config = from_dict(ModelConfig, plain["config"], "model")
+        kind, transform = config.network.get("kind"), transforms.from_dict(plain["transform"])
+        if network is None and isinstance(kind, str) and kind not in NETWORKS:
+            name = kind[:80]
+            cause = f"its network is of the class {name!r}, which is not part of undiffuse"
+            fix = f"Give the class: load(path, network={name}), or --network FILE.py:{name} on the command line"
+            raise CheckpointError("NETWORK", path, cause, fix)
+        if network is not None and kind not in names_of(network):
+            cause = f"its network is of the kind {kind!r}, not {kind_of(network)!r}"
+            raise CheckpointError("NETWORK", path, cause[:300], "Give the network that it was trained with")
+        if network is not None:  # under the name of the file
+            config = replace(config, network={**config.network, "kind": kind_of(network)})
+        return Diffusion(config, tuple(plain["item_shape"]), transform, plain["info"], network)
+    except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if network is not None and isinstance(error, ConfigError) and error.code == "NETWORK":
+            fix = "Give an instance that has its settings: load(path, network=Net(...))"
+            raise CheckpointError("NETWORK", path, f"its network cannot be built ({error})"[:400], fix) from None
+        cause = f"its description is not one that this version understands ({error})"
+        raise CheckpointError("DESCRIPTION", path, cause[:300], "Use the version that wrote it") from None
+
+
+def _parse_description(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if "classifier" in metadata:
+        fix = "Give it to sample as --classifier, and a diffusion model as RUN"
+        raise CheckpointError("KIND", path, "this is a classifier, not a diffusion model", fix)
+    if not metadata.get("undiffuse", "").isdigit() or "model" not in metadata:
+        fix = "Name a run folder or its model.safetensors"
+        raise CheckpointError("NOT_OURS", path, "these weights were not written by undiffuse", fix)
+    return json.loads(metadata["model"])

@@ -1,0 +1,350 @@
+"""A model: network, schedule, target and data transform together. It is what a checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from undiffuse.data import transform as codecs
+from undiffuse.data.transform import DataTransform
+from undiffuse.denoising.categorical_head import LOGIT_FEATURES, CategoricalHead
+from undiffuse.denoising.denoiser import Clipped, ConditionedDenoiser, Denoiser, NetworkDenoiser, Preconditioning
+from undiffuse.denoising.guidance import Guide
+from undiffuse.errors import ConfigError
+from undiffuse.likelihood.nll import NLL, concatenate
+from undiffuse.likelihood.reverse_chain import ReverseChain
+from undiffuse.model import likelihood_estimators as estimates
+from undiffuse.model import losses
+from undiffuse.model.build import build_network, build_part, check_chain_length, check_choices, check_process
+from undiffuse.model.config import ModelConfig
+from undiffuse.networks.condition import Condition
+from undiffuse.networks.protocol import condition_sizes
+from undiffuse.networks.registry import network_settings
+from undiffuse.process import schedule as schedules
+from undiffuse.process import target as targets
+from undiffuse.process import time_sampling as times
+from undiffuse.process import weighting
+from undiffuse.process.gaussian import diffuse
+from undiffuse.process.learned_schedule import LearnedSchedule
+from undiffuse.process.noise_level import NoiseLevel
+from undiffuse.process.prior import prior_sample
+from undiffuse.process.seeded_noise import ItemNoise
+from undiffuse.sampling.ddim_inversion import ddim_generate, ddim_invert, finite_levels
+from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.solvers.solver import Solver
+from undiffuse.sampling.time_grids import time_grid
+from undiffuse.sampling.trajectory import Step, check_finite, last_step, rescale
+from undiffuse.sampling.trajectory import trajectory as run_solver
+
+SCHEDULE_LR_FACTOR = 10.0
+"""The learning rate of a learned schedule's parameters, relative to that of the network."""
+DEFAULT_SAMPLER = Sampler()
+"""Deterministic DDIM in 50 steps."""
+
+
+class Diffusion(nn.Module):
+    """A diffusion model over items of ``item_shape``, (C, ...) or (D,), in the units of ``transform``.
+
+    Built from a `ModelConfig`; raises `ConfigError` where its parts do not fit together. ``info`` is what else a
+    checkpoint records: the name and fingerprint of the data, the steps trained. ``network`` is a network, or a class,
+    of your own in place of that of ``config``: see `undiffuse.networks.protocol`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        item_shape: tuple[int, ...],
+        transform: DataTransform,
+        info: dict[str, Any] | None = None,
+        network: nn.Module | type[nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if network is not None:
+            config = replace(config, network=network_settings(network, config.network))
+        self.config, self.transform, self.info = config, transform, dict(info or {})
+        self.item_shape: tuple[int, ...] = tuple(item_shape)
+        self.chain_length = config.chain_length
+        self.schedule = build_part("schedule", schedules.build, config.schedule)
+        self.target = build_part("target", targets.build, config.target)
+        self.weight = build_part("weight", weighting.build, config.weight)
+        check_chain_length(self.chain_length, self.schedule)
+        self.times = build_part("times", times.build, config.times, schedule=self.schedule, T=self.chain_length)
+        learned = isinstance(self.schedule, LearnedSchedule)
+        self._chain = None if learned else time_grid(self.schedule, self.chain_length)
+        self.learned_variance = config.variance == "learned"
+        self.autocast: torch.dtype | None = None
+        check_choices(config, transform, self.schedule, self.times)
+        check_process(config, self.schedule, self.times, self.weight, self.target, self.chain, self._next_level)
+        channels, categorical = self.item_shape[0], config.output == "categorical"
+        out_channels = channels * ((LOGIT_FEATURES if categorical else 1) + self.learned_variance)
+        self.network = build_network(config.network, self.item_shape, out_channels, network)
+        if isinstance(transform, codecs.IntegerLevels) and categorical:
+            self.network = CategoricalHead(self.network, channels, transform.num_values)
+        self.denoiser()
+
+    @property
+    def chain(self) -> list[NoiseLevel]:
+        """The levels of the chain, from noise to data; of a learned schedule as it is now."""
+        with torch.no_grad():
+            return self._chain or time_grid(self.schedule, self.chain_length)
+
+    @property
+    def dims(self) -> int:
+        """The number of values of an item."""
+        return math.prod(self.item_shape)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def condition_sizes(self) -> dict[str, int]:
+        """The sizes of the conditions that the network accepts: classes, vector, tokens; empty if it accepts none."""
+        return condition_sizes(self.config.network)
+
+    def prepare_condition(self, cond: Condition, items: int) -> Condition:
+        """Validates ``cond`` for a batch of ``items`` and moves it to the model's device. Raises `ConfigError`."""
+        return cond.validate_for(self.condition_sizes, items).to(self.device)
+
+    def schedule_parameters(self) -> list[nn.Parameter]:
+        """The parameters of a learned schedule, which are no part of the network; else none."""
+        return list(self.schedule.parameters()) if isinstance(self.schedule, nn.Module) else []
+
+    def parameter_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """The groups of an optimiser, each with ``params``, ``weight_decay`` and ``lr_factor``.
+
+        ``lr_factor`` multiplies the learning rate of the group. The network, then a learned schedule without decay.
+        """
+        network = {"params": list(self.network.parameters()), "weight_decay": weight_decay, "lr_factor": 1.0}
+        schedule = {"params": self.schedule_parameters(), "weight_decay": 0.0, "lr_factor": SCHEDULE_LR_FACTOR}
+        return [network, schedule] if schedule["params"] else [network]
+
+    def denoiser(self, network: nn.Module | None = None) -> NetworkDenoiser:
+        """The network, or ``network`` in its place, as a denoiser."""
+        settings = {"chain_length": self.chain_length, **self.config.preconditioning}
+        return NetworkDenoiser(
+            self.network if network is None else network,
+            self.schedule,
+            self.target,
+            build_part("preconditioning", Preconditioning, settings),
+            self.learned_variance,
+            self.autocast,
+            self.config.output == "categorical",
+        )
+
+    def reverse_chain(self, denoise: Denoiser, cond: Condition | None = None) -> ReverseChain:
+        """The reverse process of ``denoise`` over the model's chain, with the model's variance."""
+        return ReverseChain(denoise, self.chain, self.config.variance, cond)
+
+    def loss(
+        self,
+        values: Tensor,
+        u: Tensor,
+        eps: Tensor,
+        z: Tensor | None = None,
+        cond: Condition | None = None,
+        network: nn.Module | None = None,
+    ) -> Tensor:
+        """The training loss of each item, (B,), per dimension.
+
+        ``values`` (B, *item_shape) are in the units of the data; ``u`` (B,) are uniform numbers for the times, ``eps``
+        noise of the values' shape, and ``z`` more noise for the target ``previous``. With loss-aware times each loss
+        is weighted by 1/(T p(t)), so that the mean is that of uniform steps. The full bound ignores ``u``. The mean of
+        the continuous loss is the bound's integral; if the schedule learns its ends, the bound's terms at the ends
+        are added.
+        """
+        x, denoise = self.transform.to_model(values).to(self.device), self.denoiser(network)
+        if self.config.loss == "full_bound":  # one eps for all steps: the mean of each term depends on one eps only
+            chain = self.reverse_chain(denoise, cond)
+            return losses.full_bound(chain, x, lambda _: eps[None], self.transform.edges(x))
+        at = self.times.sample(u)
+        if self.config.loss == "continuous":
+            return losses.continuous_bound(denoise, x, at, self.times.log_prob(at), eps, self.transform.edges(x), cond)
+        loss = self._loss_at(denoise, x, self.schedule(at), eps, z, cond)
+        if isinstance(self.times, times.LossAwareSteps):
+            return loss * self.times.importance_weight(at).to(loss)
+        return loss
+
+    def _loss_at(
+        self, denoise: NetworkDenoiser, x: Tensor, t: NoiseLevel, eps: Tensor, z: Tensor | None, cond: Condition | None
+    ) -> Tensor:
+        """The losses ``weighted_mse``, ``hybrid`` and ``bound`` at the levels ``t`` (B,)."""
+        s = self._next_level(t)
+        x_t = diffuse(x, t, eps)
+        if self.config.loss == "weighted_mse":
+            y, _ = denoise.outputs(x_t, t, cond)
+            w = self.weight(t, s) * self.chain_length if self.weight.needs_next_level else self.weight(t, s)
+            return losses.weighted_mse(y, self.target, x, eps, w, t, s, z)
+        edges = self.transform.edges(x)
+        if self.config.loss == "hybrid":
+            prediction = denoise(x_t, t, cond, s)
+            return losses.hybrid(prediction, eps, x, x_t, t, s, self.chain_length, edges=edges)
+        model = self.reverse_chain(denoise, cond).step(x_t, t, s)
+        return self.chain_length * losses.bound_term(model, x, x_t, t, s, edges)
+
+    def update_time_sampler(self, u: Tensor, loss: Tensor) -> None:
+        """Updates loss-aware times with the ``loss`` at ``u``, (n,) both, in the order of the global batch."""
+        if isinstance(self.times, times.LossAwareSteps):
+            at = self.times.sample(u)
+            self.times = self.times.update(at, loss.detach().cpu() / self.times.importance_weight(at))
+
+    @property
+    def time_sampler_state(self) -> dict[str, Tensor]:
+        """The loss history of loss-aware times, which training saves beside the weights; else empty."""
+        return {"times": self.times.history} if isinstance(self.times, times.LossAwareSteps) else {}
+
+    def _next_level(self, t: NoiseLevel) -> NoiseLevel:
+        """The level at t − 1/T: the next one of a table."""
+        return self.schedule((t.t - 1 / self.chain_length).clamp(min=0))._replace(final_log_var=self._final_log_var(t))
+
+    def _final_log_var(self, t: NoiseLevel) -> Tensor | None:
+        final = None if self._chain is None else self._chain[-1].final_log_var
+        return None if final is None else final.expand(t.t.shape)
+
+    def trajectory(
+        self,
+        items: range,
+        seed: int = 0,
+        sampler: Sampler | str = DEFAULT_SAMPLER,
+        cond: Condition | None = None,
+        guide: Guide | None = None,
+    ) -> Iterator[Step]:
+        """The states of the samples numbered ``items``, from noise to data, x in the units of the transform.
+
+        `rescale` and ``transform.to_data`` turn the last one into data. The noise of item i depends on (seed, i) alone.
+        A ``sampler`` given by name has default settings. ``cond`` holds the condition of each item. Raises
+        `ConfigError`.
+        """
+        self.eval()
+        sampler = Sampler(sampler) if isinstance(sampler, str) else sampler
+        solver, levels = self.build_solver(sampler), self.noise_levels(sampler)
+        noise = ItemNoise(seed, items, self.item_shape, device=self.device)
+        denoise = self.sampling_denoiser(sampler, guide)
+        if cond is not None:
+            denoise = ConditionedDenoiser(denoise, self._sampling_condition(cond, len(items), guide))
+        return run_solver(denoise, solver, levels, prior_sample(levels[0], noise(1)[0]), noise)
+
+    def build_solver(self, sampler: Sampler) -> Solver:
+        """The solver of ``sampler``; ancestral sampling has the model's variance by default. Raises `ConfigError`."""
+        if sampler.solver == "ancestral":
+            sampler = replace(sampler, settings={"variance": self.config.variance, **sampler.settings})
+        return sampler.build_solver()
+
+    def noise_levels(self, sampler: Sampler) -> list[NoiseLevel]:
+        """The noise levels of ``sampler``, with at most as many steps as the chain."""
+        num_steps = self.chain_length if sampler.num_steps is None else min(sampler.num_steps, self.chain_length)
+        return replace(sampler, num_steps=num_steps).noise_levels(self.schedule)
+
+    def sampling_denoiser(self, sampler: Sampler = DEFAULT_SAMPLER, guide: Guide | None = None) -> Denoiser:
+        """The denoiser of samples: the network with guidance, clipped."""
+        return self.clip(sampler.guide(self.denoiser(), guide), sampler.clip)
+
+    def clip(self, denoise: Denoiser, clip: bool | None = None) -> Denoiser:
+        """``denoise`` with x̂ clamped to [−1, 1]; by default (None) only if the data are bounded."""
+        return Clipped(denoise) if (isinstance(self.transform, codecs.BOUNDED) if clip is None else clip) else denoise
+
+    def _sampling_condition(self, cond: Condition, items: int, guide: Guide | None) -> Condition:
+        """``cond`` on the device, validated unless a classifier guides: it may take labels that the model does not."""
+        if guide is not None and guide.log_prob is not None:
+            return cond.to(self.device)
+        return self.prepare_condition(cond, items)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        sampler: Sampler | str = DEFAULT_SAMPLER,
+        cond: Condition | None = None,
+        *,
+        guide: Guide | None = None,
+        batch: int = 64,
+        first: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """n samples as data values (n, *item_shape), the items from ``first`` on; the same for any ``batch``.
+
+        ``cond`` holds the condition of each of the n items; ``sampler`` and ``guide`` as in `trajectory`. ``progress``
+        is called after each step with the number of items in its batch. Raises `ConfigError`, or `NonFiniteError` for
+        a NaN or infinity.
+        """
+        cond = cond and self._sampling_condition(cond, n, guide)
+        parts = []
+        for start in range(0, n, batch):
+            stop = min(start + batch, n)
+            items, part = range(first + start, first + stop), cond and cond.take(slice(start, stop))
+            steps = self.trajectory(items, seed, sampler, part, guide)
+            last = last_step(steps, partial(progress, len(items)) if progress else None)
+            parts.append(self.transform.to_data(check_finite(rescale(last.x, last.level), items.start)).cpu())
+        return torch.cat(parts) if parts else self.transform.to_data(torch.empty(0, *self.item_shape))
+
+    def to_latent(self, values: Tensor, num_steps: int = 50, cond: Condition | None = None) -> Tensor:
+        """The latents (n, *item_shape) of ``values`` under the flow: N(0, I) to the extent that the model is right."""
+        x = self.transform.to_model(values).to(self.device)
+        return check_finite(ddim_invert(self._conditioned(cond, len(x)), x, self._latent_levels(num_steps)))
+
+    def from_latent(self, latent: Tensor, num_steps: int = 50, cond: Condition | None = None) -> Tensor:
+        """The values of ``latent``: the inverse of `to_latent`, to the solver's error and the values' rounding."""
+        denoise = self._conditioned(cond, len(latent))
+        return self.transform.to_data(check_finite(ddim_generate(denoise, latent, self._latent_levels(num_steps))))
+
+    def _latent_levels(self, num_steps: int) -> list[NoiseLevel]:
+        return finite_levels(self.schedule, self.noise_levels(Sampler(num_steps=num_steps)))
+
+    def _conditioned(self, cond: Condition | None, items: int) -> Denoiser:
+        denoise = self.denoiser()
+        return denoise if cond is None else ConditionedDenoiser(denoise, self.prepare_condition(cond, items))
+
+    @torch.no_grad()
+    def nll(
+        self,
+        values: Tensor,
+        seed: int = 0,
+        mc_samples: int | None = None,
+        batch: int = 256,
+        progress: Callable[[int], None] | None = None,
+        first: int = 0,
+        estimate: str = "discrete",
+        cond: Condition | None = None,
+    ) -> NLL:
+        """−log p of each item, or a bound on it, in nats, with its parts.
+
+        ``values`` (n, *item_shape) are in the units of the data. ``estimate`` is a row of `ESTIMATES`: ``"discrete"``
+        is the bound of the chain, from every step or from one step in each of ``mc_samples`` equal strata;
+        ``"continuous"`` the bound of infinitely many steps, from ``mc_samples`` points; ``"ode"`` the likelihood of
+        the probability flow; ``"openai"`` the chain's bound as improved-diffusion computes it. Item i's noise is a
+        function of (seed, first + i). Discrete data get the probability of their bin, continuous data a density.
+        With ``cond``, a condition for each item, the result is −log p(item given its condition).
+        """
+        if mc_samples is not None and mc_samples < 1:
+            raise ConfigError("DRAWS", f"mc_samples = {mc_samples}", "there is nothing to average", "Give 1 or more")
+        self.eval()
+        cond = cond and self.prepare_condition(cond, len(values))
+        measure, parts = estimates.get(estimate), []
+        for start in range(0, len(values), batch):
+            chunk = values[start : start + batch]
+            items = range(first + start, first + start + len(chunk))
+            x = self.transform.to_model(chunk).to(self.device)
+            chunk_cond = cond and cond.take(slice(start, start + batch))
+            part = measure(self, estimates.Batch(x, items, seed, chunk_cond), mc_samples)
+            decoder = part.decoder - self.transform.log_abs_det(self.item_shape)
+            parts.append(part._replace(decoder=decoder).cpu())
+            if progress:
+                progress(len(chunk))
+        return concatenate(parts)
+
+
+def describe(diffusion: Diffusion) -> dict[str, Any]:
+    """All that is needed to build the model again except its weights, as plain data."""
+    return {
+        "config": asdict(diffusion.config),
+        "item_shape": list(diffusion.item_shape),
+        "transform": codecs.to_dict(diffusion.transform),
+        "info": diffusion.info,
+    }

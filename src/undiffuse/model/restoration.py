@@ -1,0 +1,180 @@
+"""Restoration: samples of a model given an item degraded by blur, shrinking, a mask and noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from undiffuse.data.transform import IntegerLevels
+from undiffuse.denoising.denoiser import ConditionedDenoiser, Denoiser
+from undiffuse.denoising.linear_operators import LinearOperator, blur, identity, mask, mean_pool
+from undiffuse.denoising.posterior_guidance import Observation
+from undiffuse.errors import ConfigError
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.networks.condition import Condition
+from undiffuse.process.noise_level import NoiseLevel
+from undiffuse.process.prior import prior_sample
+from undiffuse.process.seeded_noise import ItemNoise
+from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.solvers.repaint import resampling_levels
+from undiffuse.sampling.solvers.solver import Solver
+from undiffuse.sampling.tables import RESTORATION_METHODS
+from undiffuse.sampling.trajectory import check_finite, last_step, rescale, trajectory
+
+JUMP_LENGTH, JUMP_REPEATS = 10, 4
+"""RePaint's jumps back (`resampling_levels`), as measured in docs/inverse.md."""
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """y = M S B x + noise_std n of items of ``shape``, (C, ...): B blurs, S takes means of blocks, M masks.
+
+    ``blur`` is the Gaussian's standard deviation in pixels (0: none), ``shrink`` the side of a block, ``noise_std`` in
+    the units of x (2 from black to white), ``known`` a mask that broadcasts to the shrunken item, True where it is
+    observed. Raises `ConfigError` for values out of range, and for a ``shrink`` that does not divide the shape.
+    """
+
+    shape: tuple[int, ...]
+    blur: float = 0.0
+    shrink: int = 1
+    noise_std: float = 0.0
+    known: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise_std < math.inf:
+            raise ConfigError("NOISE", f"noise_std = {self.noise_std:g}", "it must not be below 0", "Give 0 or more")
+        if self.known is not None and not bool(self.known.any()):
+            raise ConfigError("MASK", "mask", "it hides the whole image", "Use 'sample'")
+        _ = self.full_operator  # raises `ConfigError` for a blur or shrink that it cannot apply
+
+    @property
+    def full_operator(self) -> LinearOperator:
+        """S B, from x to the image before masking."""
+        operator = blur(self.blur, self.shape) if self.blur else identity(self.shape)
+        return mean_pool(self.shrink, self.shape) @ operator if self.shrink != 1 else operator
+
+    def observe(self, image: Tensor) -> Tensor:
+        """M applied to an ``image`` (B, *S B shape): y."""
+        return image if self.known is None else mask(self.known, tuple(image.shape[1:]))(image)
+
+    @property
+    def operator(self) -> LinearOperator:
+        """M S B."""
+        full = self.full_operator
+        return full if self.known is None else mask(self.known, full.out_shape) @ full
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether y is a part of x itself: a mask without blur, shrinking or noise."""
+        return self.known is not None and not self.blur and self.shrink == 1 and not self.noise_std
+
+
+def rounding_std(num_values: int) -> float:
+    """2/((num_values − 1)√12): the standard deviation in x of rounding, uniform over a bin."""
+    return 2 / (num_values - 1) / math.sqrt(12)
+
+
+def degrade(degradation: Degradation, x: Tensor, seed: int, num_values: int) -> Tensor:
+    """S B x + noise_std n of one item before masking, rounded to ``num_values`` values as in a file."""
+    image = degradation.full_operator(x[None])
+    noise = ItemNoise(seed, [0], image.shape[1:], "degraded")(1)[0]
+    rounding = IntegerLevels(num_values)
+    return rounding.to_model(rounding.to_data(image + degradation.noise_std * noise))[0]
+
+
+@torch.no_grad()
+def restore(
+    model: Diffusion,
+    degradation: Degradation,
+    image: Tensor,
+    n: int,
+    method: str = "mmps",
+    seed: int = 0,
+    num_steps: int = 100,
+    batch: int = 16,
+    floor: float = 0.0,
+    progress: Callable[[int], None] | None = None,
+    cond: Condition | None = None,
+) -> Tensor:
+    """n samples of x given y, as data values (n, *item_shape); the noise of item i depends on (seed, i) alone.
+
+    ``image`` (*S B shape) in the units of x; the part that the mask hides is not read. ``method`` is one of
+    `RESTORATION_METHODS`. ``floor`` is added to the noise in quadrature, such as that of rounding. If the degradation
+    is inpainting, the known values of the samples are those of the image. ``progress`` is called with the number of
+    item-steps done. ``cond`` holds the condition of each of the n items. Raises `ConfigError` and `NonFiniteError`.
+    """
+    if method not in RESTORATION_METHODS:
+        raise ConfigError("METHOD", repr(method), "no such method", f"Use one of {', '.join(RESTORATION_METHODS)}")
+    if method == "repaint" and not degradation.is_inpainting:
+        cause = "it fills in masked parts only, without blur, shrinking or noise"
+        raise ConfigError("METHOD", "'repaint'", cause, "Use 'mmps'")
+    model.eval()
+    image, cond = image[None].to(model.device), cond and model.prepare_condition(cond, n)
+    solver, levels = _solver_and_levels(model, degradation, image, method, num_steps)
+    parts = []
+    for start in range(0, n, batch):
+        items = range(start, min(start + batch, n))
+        denoise = _conditioned(model, cond and cond.take(slice(items.start, items.stop)))
+        if method != "repaint":
+            denoise = RESTORATION_METHODS[method](denoise, _observation(degradation, image, floor))
+        noise = ItemNoise(seed, items, model.item_shape, device=model.device)
+        steps = trajectory(model.clip(denoise), solver, levels, prior_sample(levels[0], noise(1)[0]), noise)
+        last = last_step(steps, partial(progress, len(items)) if progress else None)
+        parts.append(rescale(last.x, last.level))
+    x = torch.cat(parts)
+    if degradation.is_inpainting and degradation.known is not None:
+        x = torch.where(degradation.known.to(x.device), image, x)
+    return model.transform.to_data(check_finite(x)).cpu()
+
+
+def _solver_and_levels(
+    model: Diffusion, degradation: Degradation, image: Tensor, method: str, num_steps: int
+) -> tuple[Solver, list[NoiseLevel]]:
+    """Ancestral sampling in ``num_steps`` steps, for repaint with the known part of ``image`` and with jumps back."""
+    sampler = Sampler("ancestral", num_steps)
+    solver, levels = model.build_solver(sampler), model.noise_levels(sampler)
+    if method != "repaint" or degradation.known is None:
+        return solver, levels
+    repaint = RESTORATION_METHODS["repaint"](image, degradation.known.to(image.device), solver)
+    return repaint, resampling_levels(levels, JUMP_LENGTH, JUMP_REPEATS)
+
+
+def _conditioned(model: Diffusion, cond: Condition | None) -> Denoiser:
+    return model.denoiser() if cond is None else ConditionedDenoiser(model.denoiser(), cond)
+
+
+def _observation(degradation: Degradation, image: Tensor, floor: float) -> Observation:
+    return Observation(degradation.operator, degradation.observe(image), math.hypot(degradation.noise_std, floor))
+
+
+def data_residual(model: Diffusion, degradation: Degradation, image: Tensor, values: Tensor) -> Tensor:
+    """√mean (y − M S B x)² of each of ``values`` (n, *item_shape), (n,): that of noise and rounding if they fit."""
+    x = model.transform.to_model(values)
+    return (degradation.operator(x) - degradation.observe(image[None])).flatten(1).square().mean(1).sqrt()
+
+
+def default_method(degradation: Degradation) -> str:
+    """The method that was most accurate in the measurements of docs/inverse.md."""
+    return "pigdm" if degradation.blur else "mmps"
+
+
+def num_steps_of(model: Diffusion, method: str, num_steps: int) -> int:
+    """The number of steps of `restore` for one item, jumps back included."""
+    levels = model.noise_levels(Sampler(num_steps=num_steps))
+    return len(resampling_levels(levels, JUMP_LENGTH, JUMP_REPEATS) if method == "repaint" else levels) - 1
+
+
+def check_image_model(model: Diffusion, where: str | Path) -> IntegerLevels:
+    """The transform of a model of grey or RGB images. Raises `ConfigError` for ``where`` if it is another model."""
+    channels, *sides = model.item_shape
+    if not isinstance(model.transform, IntegerLevels) or len(sides) != 2 or channels not in (1, 3):
+        shape = "x".join(map(str, model.item_shape))
+        fix = "Use a run that was trained on images"
+        raise ConfigError("NOT_IMAGES", where, f"its items are {shape}, not grey or RGB images", fix)
+    return model.transform

@@ -1,0 +1,104 @@
+"""The condition of a network beside x_t and the time: one object for all kinds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from undiffuse.errors import ConfigError
+
+CONDITION_SETTINGS = ("classes", "vector", "tokens")
+"""Settings of a network that make it accept a condition: the number of classes, the size of a vector or a token."""
+FIELD_TO_SETTING = {"label": "classes", "vector": "vector", "tokens": "tokens", "mask": "tokens"}
+"""The setting for each field of a condition; no network accepts the other fields."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A batch of conditions; every field that is not None has the batch as its first dimension.
+
+    ``label`` (B,) int64, −1 is the null class; ``vector`` (B, D) floats, a row with a NaN is the null vector;
+    ``tokens`` (B, L, D) with ``mask`` (B, L), True where a token counts, by default everywhere; ``image``
+    (B, C, ...) with ``image_level`` (B,), its log-SNR.
+    """
+
+    label: Tensor | None = None
+    vector: Tensor | None = None
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    image: Tensor | None = None
+    image_level: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.mask is None:
+            object.__setattr__(self, "mask", torch.ones_like(self.tokens[..., 0], dtype=torch.bool))
+
+    def _map(self, function) -> Condition:
+        return replace(self, **{f.name: function(v) for f in fields(self) if (v := getattr(self, f.name)) is not None})
+
+    def null(self) -> Condition:
+        """The null condition in the same shapes: label −1, vector NaN, all else zero (and every token masked)."""
+        null = self._map(torch.zeros_like)
+        if null.label is not None:
+            null = replace(null, label=null.label - 1)
+        return null if null.vector is None else replace(null, vector=null.vector + math.nan)
+
+    def drop(self, mask: Tensor) -> Condition:
+        """This condition, null where ``mask`` (B,) is True, for condition dropout."""
+        null = self.null()
+        kept = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None:
+                kept[f.name] = torch.where(mask.view(-1, *[1] * (value.ndim - 1)), getattr(null, f.name), value)
+        return replace(self, **kept)
+
+    def cat(self, other: Condition) -> Condition:
+        """This batch followed by ``other``'s. Raises ValueError where they have different fields."""
+        joined = {}
+        for f in fields(self):
+            one, two = getattr(self, f.name), getattr(other, f.name)
+            if (one is None) != (two is None):
+                raise ValueError(f"conditions to join must have the same fields; only one has {f.name!r}")
+            joined[f.name] = None if one is None else torch.cat([one, two])
+        return Condition(**joined)
+
+    def take(self, items: Tensor | slice) -> Condition:
+        """The conditions of some ``items``, an index tensor or a slice."""
+        return self._map(lambda v: v[items])
+
+    def to(self, device: torch.device | str) -> Condition:
+        """The same on another device."""
+        return self._map(lambda v: v.to(device))
+
+    def validate_for(self, sizes: Mapping[str, int], items: int) -> Condition:
+        """This condition, if it is one for ``items`` items of the ``sizes`` that a network accepts.
+
+        ``sizes`` is by setting, as in `undiffuse.networks.protocol.condition_sizes`. Raises `ConfigError`.
+        """
+        length = self.mask.shape[-1] if self.mask is not None else 0
+        for f in fields(self):
+            value, size = getattr(self, f.name), sizes.get(FIELD_TO_SETTING.get(f.name, ""), 0)
+            if value is None:
+                continue
+            if not size:
+                _refuse(
+                    f.name, "the model was trained without it", "Leave it out, or use a model that was trained with it"
+                )
+            shape = {"vector": (items, size), "tokens": (items, length, size), "mask": (items, length)}
+            expected = shape.get(f.name, (items,))
+            if value.shape != expected:
+                _refuse(f.name, f"its shape is {tuple(value.shape)}, not {expected}", "Give one for each item")
+            if f.name == "label" and ((value < -1) | (value >= size)).any():
+                cause = f"it ranges from {int(value.min())} to {int(value.max())}"
+                _refuse(f.name, cause, f"Labels are 0 to {size - 1}, or -1 for none")
+        return self
+
+
+def _refuse(name: str, cause: str, fix: str) -> NoReturn:
+    raise ConfigError("CONDITION", f"condition.{name}", cause, fix)

@@ -1,0 +1,138 @@
+"""Discrete chains: tables of T + 1 noise levels computed from ``beta`` [Ho20 §2, §4].
+
+Only this module uses ``beta`` and ``alpha_bar``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from undiffuse.errors import ConfigError
+from undiffuse.process.noise_level import NoiseLevel, as_float64, check_time
+
+
+class Tabulated:
+    """The chain of a table ``beta`` (T,): each in (0, 1), the last may be 1 [Ho20 eq. 2, 4].
+
+    log alpha_bar_t = Σ log(1 − beta_i) is a compensated sum, whose rounding errors are kept for `frac_between`.
+    Between the grid's times t = k/T log alpha_bar is linear (a constant rate of beta). log_snr is +inf at t = 0.
+    Raises `ConfigError`.
+    """
+
+    def __init__(self, beta: Tensor | Sequence[float]) -> None:
+        beta = as_float64(beta)
+        if beta.ndim != 1 or not 1 <= len(beta) <= 1_000_000:
+            raise ConfigError(
+                "SCHEDULE",
+                "beta",
+                f"expected a list of T numbers, got the shape {tuple(beta.shape)}",
+                "Pass one beta per step",
+            )
+        bad = ~((beta > 0) & (beta < 1))
+        bad[-1] &= beta[-1] != 1
+        if bad.any():
+            k = int(bad.nonzero()[0])
+            raise ConfigError(
+                "SCHEDULE",
+                f"beta[{k}] = {float(beta[k]):g}",
+                "every beta must lie in (0, 1), the last may be 1",
+                "Correct the table, or use a schedule that fits this T (linear_rescaled, cosine)",
+            )
+        self.beta, self.chain_length, self.t_min = beta, len(beta), 1.0 / len(beta)
+        self._log_alpha_bar, self._lost = compensated_cumsum(torch.log1p(-beta))
+        variance = -torch.expm1(self._log_alpha_bar)
+        self._final_log_var = torch.log(beta[0] if self.chain_length == 1 else beta[1] * variance[1] / variance[2])
+
+    def _position(self, t: Tensor) -> Tensor:
+        position = t * self.chain_length
+        nearest = position.round()
+        return torch.where((position - nearest).abs() < 1e-9 * self.chain_length, nearest, position)
+
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log alpha_bar at ``t``, and its rounding error."""
+        position = self._position(t)
+        below = position.floor().long()
+        above, on = (below + 1).clamp(max=self.chain_length), position == below
+        low, high = self._log_alpha_bar[below], self._log_alpha_bar[above]
+        return torch.where(on, low, low + (position - below) * (high - low)), self._lost[below] * on
+
+    def __call__(self, t: Tensor | float) -> NoiseLevel:
+        t = check_time(t)
+        log_alpha_bar, _ = self._at(t)
+        variance = -torch.expm1(log_alpha_bar)
+        log_snr, final = log_alpha_bar - torch.log(variance), self._final_log_var.expand(t.shape)
+        return NoiseLevel(t, torch.exp(0.5 * log_alpha_bar), torch.sqrt(variance), log_snr, final, self.frac_between)
+
+    def frac_between(self, t: Tensor, s: Tensor) -> Tensor:
+        """frac = −expm1(log alpha_bar_t − log alpha_bar_s)/(1 − alpha_bar_t)."""
+        (at_t, lost_t), (at_s, lost_s) = self._at(t), self._at(s)
+        return torch.expm1(at_t - at_s + (lost_t - lost_s)) / torch.expm1(at_t)
+
+    def inverse(self, log_snr: Tensor | float) -> Tensor:
+        depth = -logsigmoid(as_float64(log_snr))
+        grid = -self._log_alpha_bar
+        k = (torch.searchsorted(grid, depth.contiguous()) - 1).clamp(0, self.chain_length - 1)
+        fraction = torch.where(depth == grid[k + 1], 1, (depth - grid[k]) / (grid[k + 1] - grid[k]))
+        return ((k + fraction) / self.chain_length).clamp(0, 1)
+
+    def log_snr_rate(self, t: Tensor | float) -> Tensor:
+        level = self(t)
+        k = self._position(level.t).ceil().long().clamp(min=1)
+        return torch.log1p(-self.beta[k - 1]) * self.chain_length / level.sigma**2
+
+
+def compensated_cumsum(terms: Tensor) -> tuple[Tensor, Tensor]:
+    """(sums, errors): 0 and the running sums of ``terms``, and the rounding error of each (Neumaier)."""
+    sums, total, lost = [(0.0, 0.0)], 0.0, 0.0
+    for term in terms.tolist():
+        new = total + term
+        if math.isfinite(new):
+            lost += (total - new) + term if abs(total) >= abs(term) else (term - new) + total
+        total, rounded = new, new + lost
+        sums.append((rounded, total - rounded + lost if math.isfinite(new) else 0.0))
+    high, low = torch.tensor(sums, dtype=torch.float64).unbind(1)
+    return high, low
+
+
+def _length(T: int) -> int:
+    if isinstance(T, bool) or not isinstance(T, int) or not 1 <= T <= 10_000:
+        raise ConfigError(
+            "SCHEDULE", f"T = {T}", "the number of steps must be a whole number from 1 to 10,000", "Change T"
+        )
+    return T
+
+
+def _line(first: float, last: float, T: int) -> Tensor:
+    return torch.linspace(first, last, _length(T), dtype=torch.float64)
+
+
+def linear(T: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tabulated:
+    """beta linear from ``first`` to ``last`` [Ho20 §4]."""
+    return Tabulated(_line(first, last, T))
+
+
+def linear_rescaled(T: int = 1000, first: float = 1e-4, last: float = 0.02, limit: float = 0.999) -> Tabulated:
+    """beta linear with both ends multiplied by 1000/T, at most ``limit`` [Dhariwal21's code]."""
+    return Tabulated(_line(first * 1000 / _length(T), last * 1000 / T, T).clamp(max=limit))
+
+
+def quadratic(T: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tabulated:
+    """√beta linear from √``first`` to √``last``; diffusers calls it scaled_linear [Song21 DDIM's code]."""
+    return Tabulated(_line(math.sqrt(first), math.sqrt(last), T) ** 2)
+
+
+def cosine(T: int = 1000, s: float = 0.008, limit: float = 0.999) -> Tabulated:
+    """beta_t = 1 − f(t)/f(t−1) ≤ ``limit``, f = cos²(π/2 (t/T + s)/(1 + s)) [Nichol21 eq. 17].
+
+    Computed as beta_t = sin(c_{t−1} − c_t) sin(c_{t−1} + c_t)/sin² c_{t−1} with the complement c_t of the angle, so
+    that f = sin² c_t; alpha_bar is the product of 1 − beta after the limit.
+    """
+    scale = math.pi / 2 / (1 + s) / _length(T)
+    c = scale * torch.arange(T, -1, -1, dtype=torch.float64)
+    beta = math.sin(scale) * torch.sin(c[:-1] + c[1:]) / torch.sin(c[:-1]) ** 2
+    return Tabulated(beta.clamp(max=limit))

@@ -1,0 +1,99 @@
+"""An evaluation for people: rows of a table, sentences, a figure of bits over log-SNR, and the files of results."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from undiffuse.errors import ConfigError
+from undiffuse.evaluation import summary
+from undiffuse.evaluation.run_evaluation import EvaluationResult
+from undiffuse.likelihood.nll import NLL
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.report.figures import bits_per_step
+from undiffuse.report.table import cell
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAMES = {"continuous": "continuous bound", "ode": "probability flow"}
+"""Estimates that are compared with the bound of the chain."""
+
+
+def evaluation_rows(result: EvaluationResult) -> list[dict[str, Any]]:
+    """A table row for each estimate, with "≤" where its expectation is an upper bound."""
+    rows = []
+    for name, numbers in result.summary()["estimates"].items():
+        mc_samples = result.mc_samples[name]
+        parts = {part: tuple(numbers["bits_per_dim"][part]) for part in summary.PARTS}
+        bound = "≤ " if summary.is_bound(result.model, name, mc_samples) else "  "
+        cost = {"items": numbers["items"], "calls per item": numbers["calls"], "time": f"{numbers['seconds']:,.0f} s"}
+        total = {"total": f"{bound}{cell(parts['total'])}"}
+        rows.append({"estimate": summary.title(result.model, name, mc_samples)} | parts | total | cost)
+    return rows
+
+
+def table_title(result: EvaluationResult) -> str:
+    """What was measured, as the title of the table."""
+    condition = result.facts["condition"]
+    given = "" if condition == "none" else f", given {condition}"
+    return f"{result.facts['data']}, {result.facts['part']}: bits per dimension{given} ± standard error"
+
+
+def describe_differences(differences: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
+    """`summary.differences` as sentences."""
+    texts = [f"{NAMES[name]} {cell(tuple(parts['total']))}" for name, parts in differences.items() if name in NAMES]
+    lines = [f"difference to the bound of the chain, paired by item: {', '.join(texts)}"] if texts else []
+    if "openai" in differences:
+        total, decoder = (cell(tuple(differences["openai"][part])) for part in ("total", "decoder"))
+        lines.append(
+            f"improved-diffusion's script is off by {total} bits/dim over the same steps and noise, of which {decoder} "
+            "is in the decoder: it approximates the normal distribution function by tanh, clamps the probability of a "
+            "bin at 1e-12, computes in float32, and clips x̂ to [−1, 1]"
+        )
+    return lines
+
+
+def bits_figure(model: Diffusion, nll: Mapping[str, NLL]) -> Figure:
+    """A figure of the bits that each interval of log-SNR adds to the bounds among ``nll``."""
+    curves, totals = {}, []
+    for name, curve in summary.bits_by_log_snr(model, nll).items():
+        prior, diffusion, decoder, total = (
+            summary.mean_bits(model, getattr(nll[name], nats))[0] for nats in summary.PARTS.values()
+        )
+        short = "chain" if name == "discrete" else name
+        label = f"{short}: {total:.3f} = prior {prior:.2g} + diffusion {diffusion:.3f} + decoder {decoder:.3f}"
+        curves[label] = curve
+        totals.append(total)
+    return bits_per_step(curves, f"at most {totals[0]:.3f} bits per dimension")
+
+
+def write_evaluation(result: EvaluationResult, folder: Path) -> list[str]:
+    """Writes evaluation.json, evaluation-items.csv and, with matplotlib, bits-per-step.png; lines that name them."""
+    (folder / "evaluation.json").write_text(json.dumps(result.summary(), indent=1))
+    write_items(folder / "evaluation-items.csv", result)
+    lines = []
+    if "discrete" in result.nll or "continuous" in result.nll:
+        try:
+            bits_figure(result.model, result.nll).savefig(folder / "bits-per-step.png", dpi=150)
+            lines.append(f"figure: {folder / 'bits-per-step.png'}")
+        except ConfigError as error:
+            lines.append(f"no figure: {error}")
+    lines.append(f"all numbers: {folder / 'evaluation.json'}, of each item: {folder / 'evaluation-items.csv'}")
+    return lines
+
+
+def write_items(path: Path, result: EvaluationResult) -> None:
+    """Writes a CSV file: an item's index in the data set, and its bits per dimension by each estimate, or a blank."""
+    columns = {name: nll.bits_per_dim(result.model.dims).tolist() for name, nll in result.nll.items()}
+    most = max(map(len, columns.values()))
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", *columns])
+        for i in np.argsort(result.items[:most]):
+            writer.writerow([int(result.items[i]), *(bits[i] if i < len(bits) else "" for bits in columns.values())])

@@ -1,0 +1,324 @@
+"""Images of items, and curves of measurements.
+
+Mosaics of images need Pillow and numpy alone. Curves and scatter plots are drawn by matplotlib, which is imported when
+a figure is made, and never through pyplot, so that no global state changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from undiffuse.errors import ConfigError, DataError, NonFiniteError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 1200  # of a mosaic at most, in pixels
+TILE = 64  # height to which smaller images are enlarged, in pixels
+GAP = 2  # least distance of tiles, in pixels
+PAPER, INK = (255, 255, 255), (64, 64, 64)
+BACKGROUND = (124, 130, 140)  # between tiles: neither black nor white, which occur in tiles
+MAX_COLUMNS = 6  # of a table that are plotted against each other
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # [Okabe08], safe for the colour-blind
+STYLES = ("-", "--", ":")
+
+
+def image_grid(
+    values,
+    num_values: int | None = None,
+    columns: int | None = None,
+    scale: int | None = None,
+    names: Sequence[str] = (),
+) -> Image.Image:
+    """The items of ``values`` side by side, by their shape.
+
+    (N, C, H, W): tiles; 1, 3 and 4 channels as grey, RGB and RGBA on white, other numbers as a grey tile for each
+    channel. (N, C, D, H, W): the middle slices across D, H and W. (N, C, L): line plots, a colour for each channel.
+    (N, 2): a scatter plot. (N, D): the first six columns, titled by ``names``, against each other, with histograms on
+    the diagonal. Pixels are clipped to 0 .. ``num_values`` − 1; without ``num_values`` the least value is black and the
+    greatest white. ``scale`` enlarges by a whole factor.
+
+    Raises DataError for other shapes and NonFiniteError for NaN or infinite values.
+    """
+    values = _finite(values)
+    if values.ndim == 2:
+        return _scatter(values) if values.shape[1] == 2 and not names else _pairs(values[:, :MAX_COLUMNS], names)
+    if values.ndim == 3:
+        return _lines(values, columns)
+    tiles, gap = _tiles(values, num_values, columns or 1, scale)
+    n, height, width = tiles.shape[:3]
+    fitting = max(1, (WIDTH - gap) // (width + gap))
+    return Image.fromarray(_mosaic(tiles, columns or min(fitting, math.ceil(math.sqrt(n * height / width))), gap, gap))
+
+
+def image_strip(frames, labels: Sequence[str], num_values: int | None = None, scale: int | None = None) -> Image.Image:
+    """A row for each item and a column for each of T frames, with a caption under each column.
+
+    ``frames`` (T, N, C, H, W), or of volumes as in `image_grid`; ``labels`` holds T short captions.
+    """
+    frames = _finite(frames)
+    if frames.ndim < 5 or len(labels) != len(frames):
+        cause = f"{len(labels)} captions do not fit frames of shape {frames.shape}"
+        raise DataError("SHAPE", "frames", cause, "Give (T, N, C, H, W) and T captions")
+    moments, items = frames.shape[:2]
+    by_item = frames.swapaxes(0, 1).reshape(items * moments, *frames.shape[2:])
+    tiles, gap = _tiles(by_item, num_values, moments, scale)
+    width = tiles.shape[2]
+    font = ImageFont.load_default(13)
+    captions = [label.translate({ord("−"): "-", ord("∞"): "inf"}) for label in labels]  # the font lacks both
+    widest = max(math.ceil(font.getlength(caption)) for caption in captions)
+    across = max(gap, widest + 8 - width)
+    rows = _mosaic(tiles, moments, gap, across)
+    picture = Image.new("RGB", (rows.shape[1], rows.shape[0] + 22), PAPER)
+    picture.paste(Image.fromarray(rows), (0, 0))
+    draw = ImageDraw.Draw(picture)
+    for i, caption in enumerate(captions):
+        middle = across + i * (width + across) + width / 2
+        draw.text((middle, rows.shape[0] + 3), caption, fill=INK, font=font, anchor="ma")
+    return picture
+
+
+def bits_per_step(curves: Mapping[str, tuple[Any, Any]], title: str = "") -> Figure:
+    """A figure of the density of a bound's bits over log-SNR, so that an area is bits per dimension.
+
+    ``curves`` maps a legend to the rising edges of log-SNR (N + 1,) and the bits (N,) between them; the first curve is
+    filled.
+    """
+    figure = new_figure(6.4, 4.0)
+    axes = style_axes(figure.subplots(), "noise  ←  log SNR  →  data", "bits per dimension per unit of log SNR")
+    for (label, (edges, bits)), colour in zip(curves.items(), COLOURS, strict=False):
+        edges = np.asarray(edges, float)
+        density = np.asarray(bits, float) / np.diff(edges)
+        if colour == COLOURS[0]:
+            axes.stairs(density, edges, color=colour, alpha=0.15, fill=True)
+        axes.stairs(density, edges, color=colour, linewidth=1.5, label=label)
+    axes.margins(x=0.02)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=8 + 15 * len(curves))
+    axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+    return figure
+
+
+def error_by_calls(
+    curves: Mapping[str, Sequence[tuple[int, float, float]]], floors: Mapping[str, float], measure: str
+) -> Figure:
+    """A figure of a ``measure`` of samplers against network calls, both axes logarithmic.
+
+    ``curves`` maps a name to points (network calls, measure, standard error); points that are not above 0 are omitted.
+    ``floors`` maps a name to a measure, drawn as a horizontal line.
+    """
+    figure = new_figure(7.6, 4.6)
+    axes = style_axes(figure.subplots(), "network calls a sample", measure)
+    for i, (name, points) in enumerate((name, points) for name, points in curves.items() if points):
+        calls, values, errors = zip(*points, strict=True)
+        shown = [v if v > 0 else math.nan for v in values]
+        mark = {"marker": "o", "markersize": 3} if len(calls) > 1 else {"marker": "*", "markersize": 11}
+        (line,) = axes.plot(calls, shown, label=name, color=COLOURS[i % len(COLOURS)], **mark)
+        line.set_linestyle(STYLES[i // len(COLOURS) % len(STYLES)])
+        axes.errorbar(calls, shown, errors, fmt="none", ecolor=line.get_color(), elinewidth=0.7, alpha=0.7)
+    for name, value in floors.items():
+        axes.axhline(value, color="0.5", linewidth=0.8)
+        axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ticks = sorted({calls for points in curves.values() for calls, *_ in points})
+    axes.set_xticks(ticks, [f"{calls:,}" for calls in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def training_curve(records: Iterable[Mapping[str, Any]]) -> Figure:
+    """A figure of the training loss and the held-out bound against the step, whichever are recorded.
+
+    Each record has ``step`` and some of ``loss``, ``bits_per_dim`` (held out) and its ``stderr``. The last
+    ``final_bits_per_dim`` ± ``final_stderr``, of more Monte Carlo samples than the curve, is its title.
+    Raises DataError if no record has a loss or a bound.
+    """
+    records = list(records)
+    losses = np.array([(r["step"], r["loss"]) for r in records if "loss" in r], float)
+    held_out = [r for r in records if "bits_per_dim" in r]
+    bounds = np.array([(r["step"], r["bits_per_dim"], r.get("stderr", 0)) for r in held_out], float)
+    panels = [(draw, points) for draw, points in ((_loss, losses), (_bound, bounds)) if len(points)]
+    if not panels:
+        raise DataError("EMPTY", "records", "no record has a loss or a bound", "Train for some steps first")
+    figure = new_figure(6.4, 0.6 + 2.4 * len(panels))
+    for row, (draw, points) in zip(figure.subplots(len(panels), sharex=True, squeeze=False), panels, strict=True):
+        draw(row[0], points)
+    figure.axes[-1].set_xlabel("step")
+    for r in [r for r in held_out if "final_bits_per_dim" in r][-1:]:
+        error = f" ± {r['final_stderr']:.3f}" if "final_stderr" in r else ""
+        title = f"final, from more samples: {r['final_bits_per_dim']:.3f}{error}"
+        figure.axes[-1].set_title(title, loc="left", fontsize=9, color="0.35")
+    return figure
+
+
+def _loss(axes: Axes, losses: np.ndarray) -> None:
+    steps, values = losses.T
+    window = max(1, len(values) // 50)
+    style_axes(axes, "", "training loss")
+    axes.plot(steps, values, color=COLOURS[0], alpha=0.3, linewidth=0.8)
+    averaged = np.convolve(values, np.ones(window) / window, "valid")
+    axes.plot(steps[window // 2 :][: len(averaged)], averaged, color=COLOURS[0], linewidth=1.6)
+    if values.min() > 0 and values.max() > 10 * values.min():
+        axes.set_yscale("log")
+
+
+def _bound(axes: Axes, bounds: np.ndarray) -> None:
+    steps, bits, stderr = bounds.T
+    style_axes(axes, "", "held-out bits per dimension")
+    axes.errorbar(steps, bits, stderr, color=COLOURS[1], marker="o", markersize=4, linewidth=1.6, capsize=2)
+    best = bits.argmin()
+    axes.set_title(f"best {bits[best]:.3f} at step {steps[best]:,.0f}", loc="right", fontsize=9, color="0.35")
+
+
+def _finite(values) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if values.size == 0:
+        raise DataError("EMPTY", "values", "there are no values to draw", "Give at least one item")
+    if not np.isfinite(values).all():
+        raise NonFiniteError("NONFINITE", "values", "a value to draw is NaN or infinite", "Check the model")
+    return values
+
+
+def _tiles(values: np.ndarray, num_values: int | None, columns: int, scale: int | None) -> tuple[np.ndarray, int]:
+    """Enlarged tiles (N, H, W, 3) uint8, of which ``columns`` fit into `WIDTH` if possible, and their gap."""
+    if values.ndim not in (4, 5):
+        cause = f"values of shape {values.shape} cannot be drawn"
+        raise DataError("SHAPE", "values", cause, "Give (N, C, H, W), (N, C, D, H, W), (N, C, L) or (N, D)")
+    low, high = (0, num_values - 1) if num_values else (values.min(), values.max())
+    shown = np.round((np.clip(values, low, high) - low) * (255 / ((high - low) or 1))).astype(np.uint8)
+    planes = [shown] if shown.ndim == 4 else [shown.take(shown.shape[axis] // 2, axis) for axis in (2, 3, 4)]
+    parts = [part for plane in planes for part in _to_rgb(plane)]
+    height, width = max(part.shape[1] for part in parts), sum(part.shape[2] for part in parts)
+    scale = scale or max(1, min(math.ceil(TILE / height), WIDTH // columns // width))
+    enlarged = [part.repeat(scale, 1).repeat(scale, 2) for part in parts]
+    return _join(enlarged), max(GAP, scale) if len(parts) == 1 else 4 * GAP
+
+
+def _to_rgb(shown: np.ndarray) -> list[np.ndarray]:
+    """(N, C, H, W) uint8 as one array (N, H, W, 3) of colours, or as C arrays of grey where channels are no colours."""
+    channels = np.moveaxis(shown, 1, -1)
+    if channels.shape[-1] == 3:
+        return [channels]
+    if channels.shape[-1] == 4:
+        opacity = channels[..., 3:] / 255
+        return [np.round(channels[..., :3] * opacity + 255 * (1 - opacity)).astype(np.uint8)]
+    return [channels[..., [i] * 3] for i in range(channels.shape[-1])]
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    """(N, H_i, W_i, 3) tiles joined to one for each item, side by side, vertically centred, one pixel apart."""
+    height = max(part.shape[1] for part in parts)
+    width = sum(part.shape[2] + 1 for part in parts) - 1
+    joined = np.full((len(parts[0]), height, width, 3), PAPER, np.uint8)
+    left = 0
+    for part in parts:
+        top = (height - part.shape[1]) // 2
+        joined[:, top : top + part.shape[1], left : left + part.shape[2]] = part
+        left += part.shape[2] + 1
+    return joined
+
+
+def _mosaic(tiles: np.ndarray, columns: int, down: int, across: int) -> np.ndarray:
+    """(height, width, 3) uint8 of tiles row by row, ``down`` and ``across`` pixels apart."""
+    n, height, width = tiles.shape[:3]
+    rows = -(-n // columns)
+    canvas = np.full((down + rows * (height + down), across + columns * (width + across), 3), BACKGROUND, np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = down + i // columns * (height + down), across + i % columns * (width + across)
+        canvas[top : top + height, left : left + width] = tile
+    return canvas
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches. Raises `ConfigError` where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as missing:
+        cause = "figures need matplotlib, which is not installed"
+        raise ConfigError("MISSING", "matplotlib", cause, "Run: pip install 'undiffuse[report]'") from missing
+    return Figure((width, height), dpi=150, layout="constrained")
+
+
+def style_axes(axes: Axes, x: str, y: str) -> Axes:
+    """``axes`` in the style of all figures, labelled ``x`` and ``y``."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9)
+    axes.set_xlabel(x, fontsize=10)
+    axes.set_ylabel(y, fontsize=10)
+    return axes
+
+
+def _scatter(points: np.ndarray) -> Image.Image:
+    figure = new_figure(5, 5)
+    axes = style_axes(figure.subplots(), "", "")
+    size = float(np.clip(8000 / len(points), 3, 20))
+    axes.scatter(*points.T, s=size, color=COLOURS[0], alpha=0.5, linewidths=0)
+    axes.set_aspect("equal", adjustable="datalim")
+    return _render(figure)
+
+
+def _pairs(points: np.ndarray, names: Sequence[str]) -> Image.Image:
+    """Column against column below the diagonal, histograms on the diagonal."""
+    n = points.shape[1]
+    figure = new_figure(max(4, 1.6 * n), max(3, 1.5 * n))
+    panels: Any = figure.subplots(n, n, sharex="col", squeeze=False)
+    for i, j in np.ndindex(n, n):
+        axes = style_axes(panels[i, j], "", "")
+        axes.tick_params(labelsize=7)
+        if i < j:
+            axes.set_axis_off()
+        elif i == j:
+            axes.hist(points[:, i], bins="auto" if len(points) < 1000 else 50, color=COLOURS[0])
+            axes.set_yticks([])
+        else:
+            axes.scatter(points[:, j], points[:, i], s=3, color=COLOURS[0], alpha=0.5, linewidths=0)
+        if i == n - 1:
+            axes.set_xlabel(_short(str(names[j])) if names else str(j), fontsize=8)
+        if i > j == 0:
+            axes.set_ylabel(_short(str(names[i])) if names else str(i), fontsize=8)
+    return _render(figure)
+
+
+def _short(name: str) -> str:
+    return (name if len(name) <= 16 else name[:15] + "…").replace("$", r"\$")
+
+
+def _lines(signals: np.ndarray, columns: int | None) -> Image.Image:
+    columns = columns or min(4, math.ceil(math.sqrt(len(signals))))
+    rows = -(-len(signals) // columns)
+    figure = new_figure(2 * columns, 1.4 * rows)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for i, axes in enumerate(panels):
+        axes.set_axis_off()
+        if i < len(signals):
+            axes.axhline(0, color="0.9", linewidth=0.8)
+            for channel, line in enumerate(signals[i]):
+                axes.plot(line, color=COLOURS[channel % len(COLOURS)], linewidth=1.2)
+    return _render(figure)
+
+
+def _render(figure: Figure) -> Image.Image:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def accuracy_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
+    """A figure of a classifier's ``accuracy`` ± ``stderr`` against ``log_snr``, one row of numbers for each point."""
+    figure = new_figure(6.4, 3.2)
+    axes = style_axes(figure.subplots(), "noise  ←  log SNR  →  data", "held-out accuracy")
+    log_snr, accuracy, stderr = ([row[name] for row in rows] for name in ("log_snr", "accuracy", "stderr"))
+    axes.errorbar(log_snr, accuracy, stderr, color=COLOURS[0], marker="o", markersize=4, linewidth=1.6, capsize=2)
+    axes.set_ylim(0, 1.02)
+    return figure

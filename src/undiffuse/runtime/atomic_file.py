@@ -1,0 +1,89 @@
+"""Files that are written whole or not at all, and the sha256 of files and of plain data."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from undiffuse.errors import ResourceError
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` as `atomic_file` does."""
+    with atomic_file(path, len(content)) as file:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(file.fileno(), rest) :]
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Write ``rows`` to a CSV file in UTF-8 as `atomic_file` does."""
+    with atomic_file(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        csv.writer(text).writerows(rows)
+        text.detach()
+
+
+@contextmanager
+def atomic_file(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
+    """A binary file that replaces ``path`` when the block ends without an error.
+
+    The bytes go to ``path``.partial, are made durable (fsync), renamed, and the folder is made durable too.
+    After an error ``path`` is unchanged and the partial file is removed. An OSError becomes a `ResourceError` with the
+    path and the number of bytes: ``size`` where it is given, otherwise those written so far.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            finally:
+                size = size or file.tell()
+        os.replace(partial, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        _remove(partial)
+        raise write_error(path, size, error) from None
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def write_error(path: Path, size: int, error: OSError) -> ResourceError:
+    """The error for a ``path`` whose ``size`` bytes could not be written."""
+    cause = f"its {size:,} bytes could not be written ({error.strerror or error})"
+    return ResourceError("DISK", path, cause, "Free some space or check the disk; earlier files are unchanged")
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def json_digest(data: Any) -> str:
+    """sha256 in hex of plain data as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 in hex of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()

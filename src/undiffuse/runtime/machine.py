@@ -1,0 +1,30 @@
+"""The memory limit of this machine, checked before large allocations: when memory runs out the system kills."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from undiffuse.errors import ResourceError
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+MAX_FRACTION = 0.8
+"""Fraction of the memory that one process may use."""
+
+
+def available_memory() -> float:
+    """Bytes that this process may use: 80 % of the machine's memory, or of its container's limit."""
+    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        return MAX_FRACTION * min(total, float(CGROUP_LIMIT.read_text()))
+    except (OSError, ValueError):  # no container, or "max"
+        return MAX_FRACTION * total
+
+
+def require_memory(need: float, what: str, fix: str = "Use less data") -> None:
+    """Raise `ResourceError` where ``what`` needs more than `available_memory` bytes."""
+    if need > available_memory():
+        cause = (
+            f"it needs about {need / 1e9:,.1f} GB of memory, and {available_memory() / 1e9:,.1f} GB may be used here"
+        )
+        raise ResourceError("MEMORY", what, cause, fix)

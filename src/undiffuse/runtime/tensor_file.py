@@ -1,0 +1,84 @@
+"""Safetensors files with a sha256 over their tensors and metadata: written atomically, checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from undiffuse.errors import CheckpointError
+from undiffuse.runtime import file_headers as headers
+from undiffuse.runtime.atomic_file import write_atomic
+from undiffuse.runtime.file_errors import FileError
+
+FORMAT = 3
+"""The version of files, the only one that is read. Format 1 hashed no metadata; format 2 had other tensor names."""
+OLDER = "Use an older checkpoint, or copy the file again"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """The sha256 of the safetensors file that it writes, whose metadata also hold the `digest`. See `write_atomic`."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = save(stored, {**metadata, "sha256": digest(stored, metadata)})
+    write_atomic(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a file that `write_tensors` wrote. Raises `CheckpointError`."""
+    if not path.is_file():
+        raise CheckpointError("NOT_FOUND", path, "no such file", "Name a run folder or a .safetensors file")
+    try:
+        with path.open("rb") as stream:
+            headers.read_safetensors_header(stream, os.fstat(stream.fileno()).st_size)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (FileError, SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError("DAMAGED", path, f"not a whole safetensors file ({error})"[:300], OLDER) from None
+    version = metadata.get("undiffuse", "")
+    if re.fullmatch("[0-9]{1,9}", version) and int(version) != FORMAT:
+        cause = f"it has format {version}, and this version reads format {FORMAT}"
+        fix = "Update undiffuse" if int(version) > FORMAT else "Use the version that wrote it, or train again"
+        raise CheckpointError("FORMAT", path, cause, fix)
+    if "undiffuse" in metadata and metadata.get("sha256") != digest(tensors, metadata):
+        raise CheckpointError("DAMAGED", path, "its contents do not match its own sha256", OLDER)
+    return tensors, metadata
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """sha256 over the names, types, shapes and bytes of the tensors in order of names, and over the other metadata."""
+    rest = sorted((key, text) for key, text in metadata.items() if key != "sha256")
+    state = hashlib.sha256(b"" if metadata["undiffuse"] == "state" else json.dumps(rest).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def check_tensors(path: Path, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` for the first tensor that is missing, unexpected, not finite, or of another form."""
+    for name in sorted(set(expected) | set(tensors)):
+        code, cause = "TENSOR", None
+        if name not in tensors:
+            cause = "is missing"
+        elif name not in expected:
+            cause = "does not belong to this model"
+        elif expected[name].shape != tensors[name].shape:
+            cause = f"has the shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}"
+        elif expected[name].dtype != tensors[name].dtype:
+            cause = f"holds {tensors[name].dtype}, not {expected[name].dtype}"
+        elif not torch.isfinite(tensors[name]).all():
+            code, cause = "NON_FINITE", "holds values that are NaN or infinite"
+        if cause:
+            fix = "The file is damaged or belongs to another model: use an older checkpoint"
+            raise CheckpointError(code, path, f"the tensor {name!r} {cause}", fix)

@@ -1,0 +1,1 @@
+"""From noise to data: time grids, solvers, the loop over noise levels."""

@@ -1,0 +1,124 @@
+"""How samples are drawn, as plain data: importing this module does not import torch, calling its methods does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from undiffuse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from undiffuse.denoising.denoiser import Denoiser
+    from undiffuse.denoising.guidance import Guide
+    from undiffuse.process.noise_level import NoiseLevel
+    from undiffuse.process.schedule import Schedule
+    from undiffuse.sampling.solvers.solver import Solver
+
+THRESHOLDS = ("static", "dynamic")
+"""``static``: x̂ is clamped if ``clip`` says so; ``dynamic``: dynamic thresholding, then that clamp."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A solver with its settings, its noise levels, and guidance. Raises `ConfigError` for an unknown threshold.
+
+    Solver: ``solver`` is a name of `solvers.SOLVERS` with ``settings``, or a `Solver` object (which `to_dict` refuses).
+
+    Noise levels: ``num_steps`` steps (None: the length of the model's chain) with a ``spacing`` of `SPACINGS`, or those
+    at explicit falling ``times``, where both are ignored. `Diffusion` limits ``num_steps`` to its chain length.
+
+    Guidance: ``guidance`` is the scale of classifier-free guidance (1: none), within ``guidance_interval`` (low, high)
+    of log-SNR and with ``guidance_rescale``, see `ClassifierFree`. ``classifier_scale`` and ``autoguidance_scale``
+    apply to the classifier and the weak model of a `Guide`. ``threshold`` is one of `THRESHOLDS`. ``clip`` clamps x̂ to
+    [−1, 1]; None does so if the data are bounded.
+    """
+
+    solver: str | Solver = "ddim"
+    num_steps: int | None = 50
+    spacing: str = "uniform"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    times: tuple[float, ...] | None = None
+    guidance: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float = 0.0
+    classifier_scale: float = 1.0
+    autoguidance_scale: float = 2.0
+    threshold: str = "static"
+    clip: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold not in THRESHOLDS:
+            fix = f"Use one of {', '.join(THRESHOLDS)}"
+            raise ConfigError("GUIDANCE", f"threshold {self.threshold!r}", "unknown", fix)
+
+    def __str__(self) -> str:
+        """The solver with its settings, such as "ddim eta=0.5"."""
+        if not isinstance(self.solver, str):
+            return str(self.solver)
+        return " ".join([self.solver, *(f"{name}={value}" for name, value in self.settings.items())])
+
+    def build_solver(self) -> Solver:
+        """The solver object. Raises `ConfigError` for an unknown name and for a wrong setting."""
+        from undiffuse.sampling import solvers
+
+        return solvers.build(self.solver, **self.settings) if isinstance(self.solver, str) else self.solver
+
+    def noise_levels(self, schedule: Schedule) -> list[NoiseLevel]:
+        """The noise levels on ``schedule``, from noise to data, see `time_grid`. Raises `ConfigError`."""
+        from undiffuse.sampling.time_grids import time_grid
+
+        return time_grid(schedule, self.num_steps, self.spacing, times=self.times)
+
+    def guide(self, denoise: Denoiser, guide: Guide | None = None) -> Denoiser:
+        """``denoise`` with guidance around it. Raises `ConfigError` for scales out of range.
+
+        From the inside to the outside: classifier-free guidance, the weak model and the classifier of ``guide``,
+        dynamic thresholding; only those in use.
+        """
+        from undiffuse.denoising.guidance import Autoguided, ClassifierFree, ClassifierGuided, DynamicThreshold
+
+        low, high = self.guidance_interval or (None, None)
+        classifier_free = ClassifierFree(
+            denoise, self.guidance, low, high, self.guidance_rescale
+        )  # checks its settings
+        if self.guidance != 1:
+            denoise = classifier_free
+        if guide is not None and guide.weak is not None:
+            denoise = Autoguided(denoise, guide.weak, self.autoguidance_scale)
+        if guide is not None and guide.log_prob is not None:
+            denoise = ClassifierGuided(denoise, guide.log_prob, self.classifier_scale)
+        return DynamicThreshold(denoise) if self.threshold == "dynamic" else denoise
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data for JSON. Raises `ConfigError` if the solver is an object."""
+        if not isinstance(self.solver, str):
+            raise ConfigError(
+                "SAMPLER", str(self.solver), "a solver object has no name to store", "Use a solver's name"
+            )
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Sampler:
+        """The sampler that `to_dict` described. Raises `ConfigError` unless it has exactly the fields of a sampler."""
+        if not isinstance(plain, Mapping) or set(plain) != {f.name for f in fields(cls)}:
+            cause, fix = "it does not have exactly the fields of a sampler", "Use what Sampler.to_dict returned"
+            raise ConfigError("SAMPLER", "sampler", cause, fix)
+        pairs = {name: None if plain[name] is None else tuple(plain[name]) for name in ("times", "guidance_interval")}
+        return cls(**{**plain, **pairs})
+
+
+GUIDANCE_FIELDS = (
+    "guidance",
+    "guidance_interval",
+    "guidance_rescale",
+    "classifier_scale",
+    "autoguidance_scale",
+    "threshold",
+)
+
+
+def guidance_changes(sampler: Sampler) -> dict[str, Any]:
+    """The guidance fields of ``sampler`` that differ from their defaults."""
+    default = Sampler()
+    return {name: value for name in GUIDANCE_FIELDS if (value := getattr(sampler, name)) != getattr(default, name)}

@@ -1,0 +1,1 @@
+"""Training: one loop (`fit`), its tasks, and what a run folder holds."""

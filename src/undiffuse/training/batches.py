@@ -1,0 +1,134 @@
+"""The batch of a step: items, noise and conditions, all of them functions of (seed, purpose, step)."""
+
+from __future__ import annotations
+
+import functools
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from undiffuse.data.dataset import Dataset
+from undiffuse.data.lazy_array import LazyArray
+from undiffuse.errors import ConfigError
+from undiffuse.model.config import TrainConfig
+from undiffuse.networks.condition import Condition
+from undiffuse.process.seeded_noise import generator
+from undiffuse.process.time_sampling import low_discrepancy
+from undiffuse.training.augmentation import augment
+
+
+class Batch(NamedTuple):
+    """``values`` (B, *item_shape) as the data hold them, ``u`` (B,) uniform in [0, 1), noises ``eps`` and ``z``."""
+
+    values: Tensor
+    u: Tensor
+    eps: Tensor
+    z: Tensor
+    cond: Condition | None
+
+    def take(self, part: slice, device: torch.device) -> Batch:
+        """The items ``part``, with noise and condition on ``device``; values and u stay on the CPU."""
+        cond = self.cond and self.cond.take(part).to(device)
+        return Batch(self.values[part], self.u[part], self.eps[part].to(device), self.z[part].to(device), cond)
+
+
+class Batches:
+    """The `global_batch` of each step; a thread makes the next one while the current one is trained on.
+
+    ``waited``: seconds that training has waited for data so far. A context manager, which ends the thread.
+    """
+
+    def __init__(self, data: Dataset, items: np.ndarray, settings: TrainConfig) -> None:
+        self.data, self.items, self.settings = data, items, settings
+        self.pool = ThreadPoolExecutor(1, "batches")
+        self.pending: dict[int, Future[Batch]] = {}
+        self.waited = 0.0
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.pool.shutdown()
+
+    def __call__(self, step: int) -> Batch:
+        began = time.perf_counter()
+        current = self.pending.get(step) or self._submit(step)
+        # some image decoders change the warning filters of the whole process, so nothing may run beside them
+        values = self.data.values
+        prefetch = not isinstance(values, LazyArray) or values.thread_safe
+        self.pending = {step + 1: self._submit(step + 1)} if prefetch else {}
+        batch = current.result()
+        self.waited += time.perf_counter() - began
+        return batch
+
+    def _submit(self, step: int) -> Future[Batch]:
+        return self.pool.submit(global_batch, self.data, self.items, self.settings, step)
+
+
+def global_batch(data: Dataset, items: np.ndarray, settings: TrainConfig, step: int) -> Batch:
+    """The whole batch of a step, over all processes: a function of (seed, step) alone.
+
+    Dropped conditions are drawn with a key of their own, so that values and noise are those of unconditional training.
+    """
+    chosen = batch_items(items, settings, step)
+    values, cond = data.values[chosen], None
+    if settings.conditional:
+        g = generator(settings.seed, "condition", step)
+        cond = data.condition(chosen).drop(torch.rand(settings.batch, generator=g) < settings.condition_dropout)
+    g = generator(settings.seed, "train", step)
+    u = low_discrepancy(torch.rand((), generator=g, dtype=torch.float64), settings.batch)
+    u = u[torch.randperm(settings.batch, generator=g)]
+    eps, z = torch.randn(2, *values.shape, generator=g)
+    return Batch(torch.from_numpy(np.ascontiguousarray(augment(values, settings, step))), u, eps, z, cond)
+
+
+class TrainingStatistics:
+    """The `DataStatistics` of the ``items`` of ``data``, the conditions' only in ``conditional`` training."""
+
+    def __init__(self, data: Dataset, items: np.ndarray, conditional: bool) -> None:
+        self.data, self.items, self.conditional = data, items, conditional
+
+    @property
+    def counts(self) -> Tensor:
+        return torch.from_numpy(self.data.counts(self.items))
+
+    @property
+    def vector_moments(self) -> tuple[Tensor, Tensor] | None:
+        if not self.conditional or self.data.cond is None:
+            return None
+        vectors = torch.from_numpy(self.data.cond[self.items]).double()
+        std = vectors.std(0, correction=0)
+        return vectors.mean(0), torch.where(std > 0, std, 1.0)
+
+
+def batch_items(items: np.ndarray, settings: TrainConfig, step: int) -> np.ndarray:
+    """Which of ``items`` are in the batch of a step, in the order of the batch, (B,)."""
+    return np.sort(items[batch_order(len(items), settings.batch, settings.seed, step)])
+
+
+def batch_order(n: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """Indices into n items, (batch,): a window of the endless sequence of epochs, each a permutation of the items."""
+    parts = []
+    for epoch in range(step * batch // n, ((step + 1) * batch - 1) // n + 1):
+        order = _permutation(n, seed, epoch)
+        parts.append(order[max(step * batch - epoch * n, 0) : (step + 1) * batch - epoch * n])
+    return np.concatenate(parts)
+
+
+@functools.lru_cache(2)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
+
+
+def micro_batches(settings: TrainConfig, processes: int, index: int) -> list[slice]:
+    """The slices of the global batch that process ``index`` computes, ``accumulate`` of them. Raises `ConfigError`."""
+    if settings.batch % (processes * settings.accumulate):
+        cause = f"{processes} processes times accumulate = {settings.accumulate} do not divide the batch"
+        raise ConfigError("BATCH", f"train.batch = {settings.batch}", cause, "Give a batch that is a multiple of them")
+    size = settings.batch // processes // settings.accumulate
+    first = index * settings.batch // processes
+    return [slice(first + i * size, first + (i + 1) * size) for i in range(settings.accumulate)]

@@ -1,0 +1,165 @@
+"""Training a classifier of noisy items: −log p(label|x_t) at log-SNRs uniform over its range [Dhariwal21 §4]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from undiffuse.data.dataset import Dataset, Split
+from undiffuse.data.transform import transform_for
+from undiffuse.errors import DataError
+from undiffuse.model import noisy_classifier
+from undiffuse.model.config import TrainConfig
+from undiffuse.model.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
+from undiffuse.process.gaussian import diffuse
+from undiffuse.process.seeded_noise import generator
+from undiffuse.report import figures
+from undiffuse.training.batches import Batch
+from undiffuse.training.fit import fit
+from undiffuse.training.run_folder import Run, describe
+from undiffuse.training.task import Evaluation, Task
+
+MAX_ACCURACY_ITEMS = 2048
+"""Held-out items of which the accuracy is measured, at most."""
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """A whole recipe of a classifier: what it is, and how it is trained."""
+
+    model: NoisyClassifierConfig = field(default_factory=NoisyClassifierConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def fit_classifier(
+    config: ClassifierConfig,
+    data: Dataset,
+    out: str | Path,
+    device: str = "auto",
+    init: str | Path | None = None,
+    quiet: bool = False,
+    force: bool = False,
+) -> Path:
+    """Train a classifier on the labels of ``data`` into the run folder ``out``, which is returned.
+
+    An unfinished run in ``out`` is resumed. The rest as in `undiffuse.training.fit.fit`.
+    """
+    return fit(ClassifierTask(config), data, Run(out), device, init, quiet, force)
+
+
+@dataclass
+class ClassifierTask(Task):
+    """Train the recipe ``config``."""
+
+    config: ClassifierConfig
+
+    def adapt(self, data: Dataset, settings: TrainConfig) -> ClassifierTask:
+        if data.labels is None or len(data.classes) < 2:
+            cause = "a classifier needs items of two classes or more"
+            fix = "Give a folder with a sub-folder for each class, or an array with labels"
+            raise DataError("LABELS", data.name, cause, fix)
+        return ClassifierTask(replace(self.config, train=replace(settings, conditional=True, condition_dropout=0.0)))
+
+    def build_model(self, data: Dataset, split: Split) -> NoisyClassifier:
+        settings = self.config.train
+        transform = transform_for(data, None if data.num_values is not None else data.moments(split.train))
+        info = describe(data) | {"held_out": settings.held_out}
+        model = NoisyClassifier(self.config.model, data.item_shape, transform, data.classes, info)
+        model.autocast = torch.bfloat16 if settings.precision == "bfloat16" else None
+        return model
+
+    def parameter_groups(self, model: NoisyClassifier) -> list[dict[str, Any]]:
+        """All parameters in one group; AdamW is not fused, which keeps the numbers of earlier runs to the bit."""
+        return [group | {"fused": False} for group in super().parameter_groups(model)]
+
+    def loss(self, model: NoisyClassifier, batch: Batch, network: nn.Module) -> Tensor:
+        """−log p(label|x_t) of each item, nats, (B,); its log-SNR is ``batch.u`` of the way through the range."""
+        assert batch.cond is not None
+        assert batch.cond.label is not None
+        level, x = model.schedule(batch.u), model.transform.to_model(batch.values).to(batch.eps.device)
+        log_p = model(diffuse(x, level, batch.eps), level, network)
+        return F.nll_loss(log_p, batch.cond.label, reduction="none")
+
+    def evaluate(self, model: NoisyClassifier, data: Dataset, split: Split, final: bool) -> Evaluation:
+        """The mean over log-SNRs of the accuracy for validation items; ``final`` adds that for test items.
+
+        The test accuracy at each log-SNR goes into ``model.info``.
+        """
+        rows = measure_accuracy(model, data, split.validation)
+        if not rows:
+            return Evaluation({}, "no held-out items")
+        numbers, details = {"accuracy": _mean_accuracy(rows)}, []
+        if final:
+            model.info["accuracy"] = measure_accuracy(model, data, split.test)
+            numbers["final_accuracy"] = _mean_accuracy(model.info["accuracy"])
+            details.append(
+                f"final, on {model.info['accuracy'][0]['items']:,} test items: {numbers['final_accuracy']:.3f}"
+            )
+        return Evaluation(numbers, f"held-out accuracy {numbers['accuracy']:.3f}, mean over log-SNR", details)
+
+    def draw(self, model: NoisyClassifier, data: Dataset, split: Split, folder: Path, step: int | None) -> None:
+        """``accuracy.png`` at the end: the test accuracy at each log-SNR."""
+        if step is None and model.info.get("accuracy"):
+            figures.accuracy_curve(model.info["accuracy"]).savefig(folder / "accuracy.png", dpi=150)
+
+    def save(self, model: NoisyClassifier, path: Path) -> None:
+        noisy_classifier.save(model, path)
+
+    def load(self, path: Path) -> NoisyClassifier:
+        return noisy_classifier.load(path)
+
+
+@torch.no_grad()
+def measure_accuracy(
+    model: NoisyClassifier, data: Dataset, items: np.ndarray, seed: int = 0, num_levels: int = 9, batch: int = 256
+) -> list[dict[str, float]]:
+    """For log-SNRs from noise to data: the fraction of items whose likeliest label is right, and mean log p, nats.
+
+    Each with the standard error of the accuracy, at most `MAX_ACCURACY_ITEMS` of ``items`` on fixed noise. Empty if
+    there are no items.
+    """
+    assert data.labels is not None
+    model.eval()
+    device, rows = next(model.parameters()).device, []
+    items = items[np.unique(np.linspace(0, len(items) - 1, min(len(items), MAX_ACCURACY_ITEMS)).astype(int))]
+    for k in range(num_levels if len(items) else 0):
+        level, correct, log_prob = model.schedule(1 - k / (num_levels - 1)), 0, 0.0
+        for part, eps in _noisy_batches(model, items, seed, k, batch):
+            x = model.transform.to_model(torch.from_numpy(data.values[part])).to(device)
+            label = torch.from_numpy(data.labels[part])
+            log_p = model(diffuse(x, level, eps.to(device)), level).double().cpu()
+            correct += int((log_p.argmax(1) == label).sum())
+            log_prob += float(log_p.gather(1, label[:, None]).sum())
+        accuracy = correct / len(items)
+        rows.append(
+            {
+                "log_snr": float(level.log_snr),
+                "accuracy": accuracy,
+                "stderr": math.sqrt(accuracy * (1 - accuracy) / len(items)),
+                "log_prob": log_prob / len(items),
+                "items": len(items),
+            }
+        )
+    return rows
+
+
+def _noisy_batches(
+    model: NoisyClassifier, items: np.ndarray, seed: int, k: int, batch: int
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Parts of ``items`` with their noise for log-SNR number ``k``."""
+    g = generator(seed, "accuracy", k)
+    for start in range(0, len(items), batch):
+        part = items[start : start + batch]
+        yield part, torch.randn(len(part), *model.item_shape, generator=g)
+
+
+def _mean_accuracy(rows: list[dict[str, float]]) -> float:
+    return sum(row["accuracy"] for row in rows) / len(rows)

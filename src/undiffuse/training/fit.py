@@ -1,0 +1,209 @@
+"""The training loop: from a task and data to a run folder that holds everything."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from undiffuse.data.dataset import Dataset
+from undiffuse.errors import ConfigError
+from undiffuse.networks.norm import to_fast_layout
+from undiffuse.process.seeded_noise import generator
+from undiffuse.runtime.signals import Interrupted, collect_stop_signals
+from undiffuse.runtime.tensor_file import check_tensors
+from undiffuse.training.augmentation import check_augmentation
+from undiffuse.training.batches import Batch, Batches, batch_items, global_batch, micro_batches
+from undiffuse.training.distributed import (
+    average_other_gradients,
+    broadcast_progress,
+    clip_gradient,
+    prepare_network,
+    reduce_signal,
+    set_checkpointing,
+    start_accelerator,
+)
+from undiffuse.training.lr_schedule import lr_factor, plan_lr_decay
+from undiffuse.training.memory_estimate import check_memory
+from undiffuse.training.monitor import Monitor
+from undiffuse.training.nonfinite import find_nonfinite, skip_step
+from undiffuse.training.run_folder import Run
+from undiffuse.training.task import Task
+from undiffuse.training.train_state import TrainState, finish_interrupted_writes
+
+
+def fit(
+    task: Task,
+    data: Dataset,
+    run: Run,
+    device: str = "auto",
+    init: str | Path | None = None,
+    quiet: bool = False,
+    force: bool = False,
+) -> Path:
+    """Train ``task`` on ``data`` into the folder of ``run``, which is returned; an unfinished run is resumed.
+
+    ``init``: file or run whose weights training starts from. ``quiet``: print nothing. ``force``: resume although
+    recipe, data or torch have changed since the run began, with a new plan for its end.
+
+    Every random number is a function of (seed, purpose, step). With ``max_steps``, evaluating and saving do not change
+    what is trained, and a resumed run is bit-identical to an uninterrupted one; with ``minutes`` their time counts.
+    Raises `ConfigError`, `DataError`, `CheckpointError`, `NonFiniteError`, `ResourceError` (disk full, or another
+    process trains into the folder), and `Interrupted` after a signal, when everything is saved.
+    """
+    if run.finished:
+        return run.folder
+
+    # Set up: processes, settings that fit data and device, model
+    accelerator = start_accelerator(device)
+    main = accelerator.is_main_process
+    task, data, notes = adapt_task(task, data, accelerator.device)
+    settings = task.config.train
+    split = data.split(settings.held_out)
+    model = build_model(task, data, split, accelerator, init)
+    state = TrainState(task, model, run.snapshots, accelerator)
+
+    with run.exclusive() if main else nullcontext(), collect_stop_signals() as stop_requests:
+        # Resume from the last checkpoint, and plan the end
+        changed = main and run.open(task.config, data, force)
+        if main:
+            finish_interrupted_writes(run.checkpoints)
+        accelerator.wait_for_everyone()
+        if run.finished:  # by another process, since the check above
+            return run.folder
+        progress, warnings = state.load_latest(run.checkpoints)
+        if changed:
+            progress.decay_from = progress.last_step = None
+        plan_lr_decay(progress, settings)
+        broadcast_progress(accelerator, progress)
+        network = prepare_network(accelerator, model.network, settings)
+
+        with (
+            Monitor(run, task, state.ema_model, data, split, progress, quiet, main) as monitor,
+            Batches(data, split.train, settings) as batches,
+        ):
+            for line in [*notes, *warnings]:
+                monitor.log(line)
+            saved_at = progress.seconds
+            while not progress.done:
+                # One step: gradient, then weights and averages; neither moves if something is NaN or infinite
+                began = time.perf_counter()
+                batch, lr = batches(progress.step), settings.lr * lr_factor(progress, settings)
+                losses, norms = compute_gradient(accelerator, state, network, batch, progress.step)
+                problem = find_nonfinite(losses, norms)
+                if problem:
+                    names = data.item_names(batch_items(split.train, settings, progress.step))
+                    monitor.log(skip_step(problem, names, progress, settings, run.folder))
+                else:
+                    progress.skipped_in_a_row = 0
+                    state.step(lr, progress.step + 1, run.folder)
+                    task.after_step(model, batch, losses)  # of all processes: each makes the same update
+                state.optimizer.zero_grad()
+                progress.step += 1
+                progress.seconds += time.perf_counter() - began
+
+                # Record it; write a snapshot of the averages when one is due
+                plan_lr_decay(progress, settings)  # with `minutes`, once the clock reaches the decay
+                broadcast_progress(accelerator, progress)
+                monitor.record_step(None if problem else float(losses.mean()), norms[0], lr, batches.waited)
+                if monitor.crossed_part(settings.snapshots):
+                    state.snapshots.write(progress.step, main)
+
+                # Save and evaluate when due; stop after a signal
+                signal = reduce_signal(accelerator, stop_requests)
+                evaluate = monitor.evaluation_due()
+                if evaluate or signal or progress.seconds - saved_at >= 60 * settings.save_minutes:
+                    began, saved_at = time.perf_counter(), progress.seconds
+                    state.save(run.checkpoints, progress)  # also copies the averages to `ema_model`
+                    if main and signal:
+                        monitor.write_records()
+                    elif main and evaluate:  # a signal may end the process here, unless others would wait for it
+                        with stop_requests.safe_to_exit() if accelerator.num_processes == 1 else nullcontext():
+                            monitor.evaluate_now()
+                    progress.seconds += time.perf_counter() - began
+                if signal:
+                    raise Interrupted(signal)
+
+            # Finish
+            state.save(run.checkpoints, progress)
+            if main:
+                with stop_requests.safe_to_exit():
+                    monitor.finish()
+    return run.folder
+
+
+def adapt_task(task: Task, data: Dataset, device: torch.device) -> tuple[Task, Dataset, list[str]]:
+    """The task with settings that fit ``data`` and ``device``; the data; lines for the log about what was changed.
+
+    Precision is resolved, and nothing is held out if items are too few. Raises `ConfigError` or `DataError` if task
+    and data do not fit together, or if the length of the run is not given.
+    """
+    settings = task.config.train
+    if settings.minutes is None and settings.max_steps is None:
+        cause = "neither is given, so training would not end"
+        raise ConfigError("LENGTH", "train.minutes, train.max_steps", cause, "Give one of them")
+    check_augmentation(settings, data.item_shape)
+    held_out, few_items = data.held_out_fraction(settings.held_out)
+    notes = [] if few_items is None else [few_items]
+    settings = replace(settings, precision=resolve_precision(settings.precision, device), held_out=held_out)
+    data = data.with_notes(*notes)
+    return task.adapt(data, settings), data, [f"note: {note}" for note in notes]
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``precision``, where ``auto`` is bfloat16 if ``device`` multiplies matrices in it natively, else float32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    queries = (getattr(torch.cpu, f"_is_{feature}_supported", None) for feature in ("avx512_bf16", "amx_tile"))
+    return "bfloat16" if any(query() for query in queries if query) else "float32"
+
+
+def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator, init: str | Path | None) -> Any:
+    """The model on its device with its first weights, checked to fit into memory. Raises `ConfigError`."""
+    settings, device = task.config.train, accelerator.device
+    torch.manual_seed(settings.seed)
+    model = task.build_model(data, split).to(device)
+    set_checkpointing(to_fast_layout(model.network), settings)
+
+    def loss(items: int) -> Tensor:
+        batch = global_batch(data, split.train, replace(settings, batch=items, accumulate=1), step=0)
+        return task.loss(model, batch.take(slice(items), device), model.network)
+
+    check_memory(model, loss, settings, accelerator.num_processes)
+    if init is not None:
+        weights = task.load(Path(init)).state_dict()
+        check_tensors(Path(init), model.state_dict(), weights)
+        model.load_state_dict(weights)
+    return model
+
+
+def compute_gradient(
+    accelerator: Accelerator, state: TrainState, network: nn.Module, batch: Batch, step: int
+) -> tuple[Tensor, list[float]]:
+    """The loss of each item, (B,), and the gradient norm of each parameter group, over all processes.
+
+    Leaves the gradient of the mean loss, clipped, in the parameters. ``network``, made by `prepare_network`,
+    is called in place of ``model.network``.
+    """
+    settings = state.task.config.train
+    seed = generator(settings.seed, "dropout", step).initial_seed()
+    parts = micro_batches(settings, accelerator.num_processes, accelerator.process_index)
+    losses = []
+    for number, part in enumerate(parts, start=len(parts) * accelerator.process_index):
+        torch.manual_seed(seed + number)  # dropout depends on the micro-batch, not on the process that computes it
+        synchronize = part is parts[-1]  # replicas average gradients once a step
+        with nullcontext() if synchronize else accelerator.no_sync(network):
+            loss = state.task.loss(state.model, batch.take(part, accelerator.device), network)
+            accelerator.backward(loss.mean() / len(parts))
+        losses.append(loss.detach())
+    average_other_gradients(accelerator, state.model)
+    norms = [clip_gradient(group["params"], settings.clip) for group in state.optimizer.param_groups]
+    return accelerator.gather(torch.cat(losses)), norms  # type: ignore[return-value]

@@ -1,0 +1,85 @@
+"""How much memory training needs at least, checked before it starts: the system kills a process without a message."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from undiffuse.errors import ConfigError
+from undiffuse.model.config import TrainConfig
+from undiffuse.runtime.machine import available_memory
+
+FLOAT_BYTES = 4
+"""Bytes of a float32."""
+BATCH_BYTES = 4 * FLOAT_BYTES
+"""Bytes for each number in a batch: its value, two noises and the network's output."""
+
+
+def check_memory(model: Any, loss: Callable[[int], Tensor], settings: TrainConfig, processes: int = 1) -> None:
+    """Raise `ConfigError` if weights, batch and activations need more memory than is available.
+
+    ``loss`` computes the losses of so many items. On other devices than the CPU only the batch is checked.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    weights = memory_per_process(sum(p.numel() for p in model.parameters())) if on_cpu else 0
+    batch = BATCH_BYTES * settings.batch * math.prod(model.item_shape)
+    _require(settings, weights, batch, "Give a smaller batch")
+    if on_cpu:
+        items = -(-settings.batch // processes // settings.accumulate)
+        activations = measure_activations(model, loss, items, available_memory() - weights)
+        fix = "Give a smaller batch, a larger train.accumulate or a smaller network"
+        _require(settings, weights, batch + activations, fix)
+
+
+def measure_activations(model: nn.Module, loss: Callable[[int], Tensor], items: int, limit: float = math.inf) -> float:
+    """Bytes that a forward pass of ``items`` keeps for the backward pass, extrapolated from one item and two.
+
+    More than ``limit`` is reported as ``limit`` + 1 without finishing the pass. Global random numbers are not touched.
+    """
+    try:
+        one = _saved_bytes(model, loss, 1, limit)
+        return one if items == 1 else one + (items - 1) * (_saved_bytes(model, loss, 2, limit) - one)
+    except MemoryError:
+        return limit + 1
+
+
+def _saved_bytes(model: nn.Module, loss: Callable[[int], Tensor], items: int, limit: float) -> int:
+    """Bytes of the distinct storages that autograd saves in a pass, the model's own tensors not counted."""
+    counted, total = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}, 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
+            total += storage.nbytes()
+            if total > limit:
+                raise MemoryError
+        return tensor
+
+    with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        loss(items)
+    return total
+
+
+def _require(settings: TrainConfig, weights: float, items: float, fix: str) -> None:
+    if weights + items > available_memory():
+        where = f"train.batch = {settings.batch:,}" if items > weights else "model.network"
+        need, available = ((bytes_ / 1e9) for bytes_ in (weights + items, available_memory()))
+        cause = f"training needs at least {need:,.1f} GB of memory, and {available:,.1f} GB may be used here"
+        raise ConfigError("CONFIG", where, cause, fix if items > weights else "Give a smaller network")
+
+
+def memory_per_process(parameters: int, processes: int = 1, shard: bool = False, averages: int = 2) -> int:
+    """Bytes that one process holds throughout: 4 n (4 + ``averages``) + 4 n for n float32 ``parameters``.
+
+    These are weights, gradient, two moments, averages, and the averaged model. With ``shard`` all but the last are
+    divided by ``processes``. ``averages``: the model's own and that of length 0.1; 3 if the model's is neither 0.05 nor
+    0.1, 1 without snapshots. Activations are not included, see `measure_activations`.
+    """
+    divided = FLOAT_BYTES * parameters * (4 + averages)
+    return FLOAT_BYTES * parameters + (-(-divided // processes) if shard else divided)

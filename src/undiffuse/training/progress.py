@@ -1,0 +1,36 @@
+"""Where a run stands: the steps and seconds done, and the plan for its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from undiffuse.model.config import TrainConfig
+
+
+@dataclass
+class Progress:
+    """``step`` optimizer steps, done in ``seconds``. The learning rate falls from step ``decay_from`` to ``last_step``.
+
+    Both are None until `lr_schedule.plan_lr_decay` sets them. Stored as JSON in every checkpoint.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    decay_from: int | None = None
+    last_step: int | None = None
+    skipped_in_a_row: int = 0
+    """Consecutive steps, up to this one, that were skipped for a NaN or infinite loss or gradient."""
+    length: float | None = None
+    """The ``max_steps`` or ``minutes`` that the plan is for; another value (an extended run) makes a new plan."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step is done."""
+        return self.last_step is not None and self.step >= self.last_step
+
+    def fraction(self, settings: TrainConfig) -> float:
+        """The fraction of the run that is done, in [0, 1]: by steps once the last one is planned, else by the clock."""
+        by_clock = min(1.0, self.seconds / (60 * settings.minutes)) if settings.minutes else 0.0
+        if not self.last_step:
+            return by_clock
+        return min(1.0, max(self.step / self.last_step, by_clock))

@@ -1,0 +1,250 @@
+"""A run folder: configuration, weights, training state, records and pictures of one model."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from undiffuse.data.dataset import Dataset
+from undiffuse.errors import CheckpointError, ConfigError, ResourceError
+from undiffuse.model.config import from_dict, to_dict
+from undiffuse.runtime.atomic_file import json_digest, write_atomic, write_error
+
+ALLOWED_WITHOUT_RECORD = {"checkpoints", "pictures", "lock", "run.json.partial"}
+"""What a run killed before it wrote ``run.json`` may leave."""
+
+CHANGEABLE_SETTINGS = {"on_nonfinite", "save_minutes"}
+"""Settings that may change when a run is resumed, because they do not change what is trained."""
+
+
+class ChangedError(ConfigError):
+    """A run began with another recipe, other data or another torch: ``rows`` of (what, as begun, now)."""
+
+    def __init__(self, folder: Path, rows: Sequence[tuple[str, str, str]]) -> None:
+        self.rows = rows
+        changes = "; ".join(f"{what} was {old}, now {new}" for what, old, new in rows[:3])
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        fix = "Give --out a new folder, the flags and data it began with, or --force to resume it with these"
+        super().__init__("RUN", folder, f"this run began with other settings: {changes}{more}", fix)
+
+
+class Run:
+    """The paths of a run and its ``run.json``. Nothing is created before `open` or `exclusive`."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.checkpoints = self.folder / "checkpoints"
+        self.pictures = self.folder / "pictures"
+        self.snapshots = self.folder / "snapshots"
+        self.model = self.folder / "model.safetensors"
+        self.metrics = self.folder / "metrics.jsonl"
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """The content of ``run.json``: ``config``, ``data``, ``torch`` and ``finished``; None if there is no file.
+
+        Raises `CheckpointError` if it is damaged.
+        """
+        path = self.folder / "run.json"
+        if not path.is_file():
+            return None
+        try:
+            record = json.loads(path.read_bytes())
+            _ = record["config"], record["data"]["fingerprint"], record["finished"]
+            intact = record.pop("sha256") == json_digest(record)
+        except (ValueError, KeyError, TypeError):
+            intact, record = False, None
+        if not intact:
+            fix = "Restore it, or train into another folder"
+            raise CheckpointError("RUN", path, "not the record of a run, or damaged", fix)
+        return record
+
+    @property
+    def finished(self) -> bool:
+        record = self.record
+        return bool(record and record["finished"])
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Lock the run for writing by this process, and create its folder.
+
+        Raises `ResourceError` naming the process that holds the lock. A killed process releases it.
+        """
+        self._claim()
+        lock, pid = self.folder / "lock", f"{os.getpid()}\n".encode()
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise write_error(lock, len(pid), error) from None
+        try:
+            _lock_file(handle)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, pid, 0)
+        except BlockingIOError:
+            cause = f"process {_lock_owner(lock)} is training into this folder"
+            raise ResourceError("BUSY", self.folder, cause, "Wait for it, stop it, or give another --out") from None
+        except OSError as error:
+            raise write_error(lock, len(pid), error) from None
+        else:
+            yield
+            os.ftruncate(handle, 0)
+        finally:
+            os.close(handle)
+
+    @property
+    def training_pid(self) -> str | None:
+        """The id of the process that holds the lock; None if no process does, whatever the file says."""
+        lock = self.folder / "lock"
+        with suppress(OSError), open(lock) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return _lock_owner(lock)
+        return None
+
+    def open(self, config: Any, data: Dataset, force: bool = False) -> bool:
+        """Write the record of a new run, or compare that of an existing one with recipe, data and torch's version.
+
+        Raises `ChangedError` if they differ; with ``force`` replace the record and return True.
+        """
+        self._claim()
+        for partial in self.folder.glob("*.partial"):
+            partial.unlink()
+        if data.report.skipped:
+            data.report.write(self.folder / "skipped.json")
+        fresh = {"config": to_dict(config), "data": describe(data), "torch": torch.__version__, "finished": False}
+        record = self.record
+        if record is None:
+            self._write(fresh)
+            return False
+        with suppress(ConfigError):  # fill in defaults of settings that are newer than the record
+            record["config"] = to_dict(from_dict(type(config), record["config"]))
+        changed = [*_differences(_compared_fields(record), _compared_fields(fresh))]
+        if not changed:
+            if record["config"] != fresh["config"]:
+                self._write({**record, "config": fresh["config"]})
+            return False
+        if not force:
+            raise ChangedError(self.folder, changed)
+        self._write({**record, **fresh, "changed": [*record.get("changed", []), [list(row) for row in changed]]})
+        return True
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        record = self.record
+        assert record is not None
+        self._write({**record, "finished": True})
+
+    def extend(self, config: Any, step: int) -> None:
+        """Replace the recipe by a longer one that resumes from ``step``; note it, and mark the run unfinished."""
+        record = self.record
+        assert record is not None
+        new = to_dict(config)
+        was, now = ({key: c["train"][key] for key in ("max_steps", "minutes")} for c in (record["config"], new))
+        note = {"from_step": step, "was": was, "now": now}
+        extended = [*record.get("extended", []), note]
+        self._write({**record, "config": new, "finished": False, "extended": extended})
+
+    def _claim(self) -> None:
+        """Create the folders. Raises `ConfigError` if the folder holds something else than a run, `ResourceError`."""
+        try:
+            names = {f.name for f in self.folder.iterdir()} if self.folder.is_dir() else set()
+            if "run.json" not in names and names - ALLOWED_WITHOUT_RECORD:
+                cause = "this folder is neither empty nor a run"
+                raise ConfigError("RUN", self.folder, cause, "Give --out a new folder")
+            for folder in (self.folder, self.checkpoints, self.pictures):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            cause = f"cannot be created ({error.strerror})"
+            raise ResourceError("FOLDER", self.folder, cause, "Give --out another folder") from None
+
+    def _write(self, record: dict[str, Any]) -> None:
+        text = json.dumps({**record, "sha256": json_digest(record)}, indent=1)
+        write_atomic(self.folder / "run.json", text.encode())
+
+    def read_metrics(self, up_to: int | None = None) -> list[dict[str, Any]]:
+        """The records of ``metrics.jsonl`` up to step ``up_to``, without an incomplete last line."""
+        if not self.metrics.is_file():
+            return []
+        records = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if up_to is None or record["step"] <= up_to:
+                records.append(record)
+        return records
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Append a record to ``metrics.jsonl``, for `undiffuse watch`; only `write_metrics` makes it durable."""
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def write_metrics(self, records: list[dict[str, Any]]) -> None:
+        """Write ``records`` as JSONL, and as CSV with the union of their columns."""
+        write_atomic(self.metrics, "".join(json.dumps(r) + "\n" for r in records).encode())
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(dict.fromkeys(key for r in records for key in r)))
+        writer.writeheader()
+        writer.writerows(records)
+        write_atomic(self.folder / "metrics.csv", table.getvalue().encode())
+
+
+def describe(data: Dataset) -> dict[str, Any]:
+    """Facts about the data for ``run.json`` and the model's file, as plain data."""
+    return {
+        "name": data.name,
+        "items": len(data),
+        "item_shape": list(data.item_shape),
+        "num_values": data.num_values,
+        "classes": list(data.classes),
+        "columns": list(data.columns),
+        "notes": list(data.notes),
+        "fingerprint": data.fingerprint,
+    }
+
+
+def _compared_fields(record: dict[str, Any]) -> dict[str, Any]:
+    """The part of a record that must not change when a run is resumed."""
+    data = {key: record["data"][key] for key in ("fingerprint", "items", "item_shape", "num_values")}
+    major = {"torch": record["torch"].split(".")[0]} if "torch" in record else {}
+    train = {key: value for key, value in record["config"]["train"].items() if key not in CHANGEABLE_SETTINGS}
+    return {**record["config"], "train": train, "data": data, **major}
+
+
+def _differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, str, str]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            if where or key in old:  # skip whole sections that an older record does not have
+                yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    elif old != new:
+        yield where, repr(old), repr(new)
+
+
+def _lock_file(handle: int) -> None:
+    """Lock the file, retrying while `Run.training_pid` of another process holds it briefly. Raises BlockingIOError."""
+    for _ in range(10):
+        with suppress(BlockingIOError):
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.01)
+    return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _lock_owner(lock: Path) -> str:
+    """The id of the process that holds the lock, which it writes just after locking."""
+    for _ in range(100):
+        if number := lock.read_text().strip():
+            return number
+        time.sleep(0.01)
+    return "unknown"

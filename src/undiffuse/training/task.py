@@ -1,0 +1,85 @@
+"""What `fit` trains: a `Task` brings the model, its loss, and what is evaluated, drawn and saved.
+
+The loop brings the rest: batches and noise, optimizer, averages of weights, checkpoints, several processes, signals,
+the memory check and the handling of NaN. The model is an ``nn.Module`` with three more attributes:
+
+``network``
+    the part that is replicated or sharded over processes, and compiled. Several networks go into one module (such as
+    an encoder and a decoder), each with a parameter group of its own where its learning rate, weight decay or betas
+    differ. Parameters of the model outside it (such as a learned schedule's) are few and held by every process.
+``item_shape``
+    the shape of a data item, (C, ...) or (D,).
+``info``
+    a dict, stored in the model's file.
+
+Networks that do not learn, such as a teacher, belong to the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self
+
+from torch import Tensor, nn
+
+from undiffuse.data.dataset import Dataset, Split
+from undiffuse.model.config import TrainConfig
+from undiffuse.training.batches import Batch
+
+
+class Evaluation(NamedTuple):
+    """``numbers`` for the run's records, a ``summary`` for the line that is printed, ``details`` for lines below it."""
+
+    numbers: dict[str, Any]
+    summary: str
+    details: Sequence[str] = ()
+
+
+class Task(Protocol):
+    """A kind of training. It holds its configuration and no state: the model is an argument everywhere."""
+
+    config: Any
+    """The recipe, a frozen dataclass with a field ``train`` (`TrainConfig`); stored in ``run.json``."""
+
+    def adapt(self, data: Dataset, settings: TrainConfig) -> Self:
+        """The task with ``settings``, adapted to ``data``. Raises `ConfigError` or `DataError` if they do not fit."""
+        ...
+
+    def build_model(self, data: Dataset, split: Split) -> Any:
+        """The untrained model on the CPU; random weights come from torch's global generator, seeded by the loop."""
+        ...
+
+    def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
+        """The optimizer's groups: ``params``, ``lr_factor`` (a factor of ``train.lr``) and options of ``AdamW``."""
+        return [{"params": list(model.parameters()), "lr_factor": 1.0, "weight_decay": self.config.train.weight_decay}]
+
+    def loss(self, model: Any, batch: Batch, network: nn.Module) -> Tensor:
+        """The loss of each item of ``batch``, (B,); ``network`` is called in place of ``model.network``."""
+        ...
+
+    def after_step(self, model: Any, batch: Batch, losses: Tensor) -> None:
+        """Update state that is not learned by gradient, from the whole ``batch`` and its ``losses``, (B,)."""
+
+    def extra_state(self, model: Any) -> dict[str, Tensor]:
+        """The tensors that `after_step` updates; checkpoints store them and load into them; none by default."""
+        return {}
+
+    def evaluate(self, model: Any, data: Dataset, split: Split, final: bool) -> Evaluation:
+        """Measure the averaged model with the same noise every time; ``final`` at the end of the run.
+
+        The model is in evaluation mode, and no gradients are recorded, here and in `draw`.
+        """
+        ...
+
+    def draw(self, model: Any, data: Dataset, split: Split, folder: Path, step: int | None) -> None:
+        """Write pictures of the averaged model at ``step`` into ``folder``; None at the end of the run."""
+        ...
+
+    def save(self, model: Any, path: Path) -> None:
+        """Write the model's file."""
+        ...
+
+    def load(self, path: Path) -> Any:
+        """The model of a file or run folder. Raises `CheckpointError`."""
+        ...

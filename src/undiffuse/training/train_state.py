@@ -1,0 +1,290 @@
+"""The state of training, in memory and on disk: a folder for each checkpoint, complete or absent.
+
+Random numbers are functions of (seed, purpose, step), so there are no generators to store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from undiffuse.errors import CheckpointError, NonFiniteError, ResourceError
+from undiffuse.runtime.atomic_file import file_digest, fsync_folder, write_atomic, write_error
+from undiffuse.runtime.tensor_file import check_tensors, read_tensors, write_tensors
+from undiffuse.training.distributed import distribute_like, gather_full, shard_network
+from undiffuse.training.ema import PowerEMA
+from undiffuse.training.nonfinite import require_finite
+from undiffuse.training.posthoc_ema import EMASnapshots
+from undiffuse.training.progress import Progress
+from undiffuse.training.task import Task
+
+
+class TrainState:
+    """Everything that steps change but `Progress`: ``model``, its averages, the optimizer, and the task's own state.
+
+    ``ema_model`` is a copy in evaluation mode that holds the averaged weights after `save`. With several processes and
+    ``train.shard``, the model's network is sharded here.
+    """
+
+    def __init__(self, task: Task, model: Any, snapshots: Path, accelerator: Accelerator) -> None:
+        settings, self.main = task.config.train, accelerator.is_main_process
+        self.task, self.model, self.ema_model = task, model, deepcopy(model).eval()
+        shard_network(model.network.train(), settings, accelerator.num_processes, accelerator.device)
+        groups = task.parameter_groups(model)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+        self.ema = PowerEMA(model, settings.ema)
+        self.snapshots = EMASnapshots(model, self.ema, settings.ema, settings.snapshots, snapshots)
+
+    @property
+    def extra(self) -> dict[str, Tensor]:
+        """The tensors of the checkpoint's part ``extra``: the task's own state and the averages for snapshots."""
+        return self.task.extra_state(self.model) | self.snapshots.state
+
+    def load_latest(self, folder: Path) -> tuple[Progress, list[str]]:
+        """`load_latest` of this state; snapshots of later steps are removed."""
+        progress, warnings = load_latest(folder, self.model, self.ema, self.optimizer, self.extra)
+        if self.main:
+            self.snapshots.drop_after(progress.step)
+        return progress, warnings
+
+    def step(self, lr: float, step: int, folder: Path) -> None:
+        """Move weights and averages by optimizer step ``step``, counted from 1. Raises `NonFiniteError`.
+
+        The learning rate is ``lr`` times each group's ``lr_factor``.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        self.optimizer.step()
+        require_finite(self.model, step, folder)
+        self.ema.update(self.model, step)
+        self.snapshots.update(self.model, step)
+
+    def save(self, folder: Path, progress: Progress) -> None:
+        """Write a checkpoint, and copy the averaged weights to ``ema_model``."""
+        self.ema.copy_to(self.ema_model)
+        write_checkpoint(folder, progress, self.model, self.ema, self.optimizer, extra=self.extra, main=self.main)
+
+
+def write_checkpoint(
+    folder: Path,
+    progress: Progress,
+    model: nn.Module,
+    ema: PowerEMA,
+    optimizer: torch.optim.Optimizer,
+    keep: int = 2,
+    extra: Mapping[str, Tensor] | None = None,
+    main: bool = True,
+) -> Path:
+    """Write ``folder``/step-N; of older ones keep the newest ``keep`` − 1 and the last before the decay.
+
+    Files come first, then a manifest of their sha256, then one rename: the checkpoint is complete or absent. ``extra``
+    are further tensors; without any there is no file for them. Every process calls it, and the ``main`` one writes.
+    Raises `NonFiniteError` if a tensor holds a NaN or infinity, and `ResourceError`; then nothing has changed.
+    """
+    final = folder / f"step-{progress.step:08d}"
+    partial = folder / f"partial-{progress.step:08d}"
+    parts = {k: gather_full(v, main) for k, v in _parts(model, ema, optimizer, extra).items()}
+    if not main:
+        return final
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                cause = f"{name!r} of its {part} is not finite, so it is not written"
+                fix = "Lower train.lr; the last checkpoint is good"
+                raise NonFiniteError("NON_FINITE", final, cause, fix)
+    try:
+        _discard(partial)
+        partial.mkdir(parents=True)
+        tags = {"undiffuse": "state"}
+        manifest = {f"{k}.safetensors": write_tensors(partial / f"{k}.safetensors", v, tags) for k, v in parts.items()}
+        text = json.dumps(asdict(progress)).encode()
+        write_atomic(partial / "progress.json", text)
+        manifest["progress.json"] = hashlib.sha256(text).hexdigest()
+        write_atomic(partial / "manifest.json", _manifest_text(manifest))
+        _discard(final)
+        os.replace(partial, final)
+        fsync_folder(folder)
+    except (OSError, ResourceError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, ResourceError):
+            raise
+        size = sum(t.nbytes for tensors in parts.values() for t in tensors.values())
+        raise write_error(final, size, error) from None
+    others = sorted(f for f in folder.glob("step-*") if f != final)
+    older = [f for f in others if f.name < final.name]  # newer ones were found damaged when the run was resumed
+    kept = set(older[len(older) + 1 - keep :])
+    if progress.decay_from is not None:  # where an extended run resumes
+        kept.update(_before_decay(older, progress)[-1:])
+    for other in set(others) - kept:
+        with suppress(OSError):  # an old checkpoint that stays does no harm
+            _discard(other)
+    return final
+
+
+def resume_step_for_extension(folder: Path) -> int:
+    """The step from which an extended run resumes: the newest intact checkpoint before the decay, else the newest.
+
+    Raises `CheckpointError` if none is intact.
+    """
+    intact: dict[Path, Progress] = {}
+    for candidate in sorted(folder.glob("step-*")):
+        with suppress(CheckpointError):
+            intact[candidate] = verify_checkpoint(candidate)
+    if not intact:
+        raise CheckpointError("DAMAGED", folder, "none of its checkpoints is intact", "Train into another folder")
+    return intact[(_before_decay(list(intact), list(intact.values())[-1]) or list(intact))[-1]].step
+
+
+def drop_checkpoints_after(folder: Path, step: int, length: float) -> int:
+    """Remove checkpoints after ``step`` unless they are of a run of this ``length``; return the newest step left.
+
+    ``length`` in steps or minutes, as in the recipe.
+    """
+    for later in [path for path in folder.glob("step-*") if int(path.name[-8:]) > step]:
+        with suppress(CheckpointError):
+            if verify_checkpoint(later).length == length:
+                continue
+        _discard(later)
+    return max((int(path.name[-8:]) for path in folder.glob("step-*")), default=0)
+
+
+def _before_decay(checkpoints: list[Path], progress: Progress) -> list[Path]:
+    """The checkpoints of steps before the learning rate decays, according to the plan of ``progress``."""
+    decay_from = math.inf if progress.decay_from is None else progress.decay_from
+    return [path for path in checkpoints if int(path.name[-8:]) <= decay_from]
+
+
+def finish_interrupted_writes(folder: Path) -> None:
+    """Rename a checkpoint that was complete when its process was killed, and remove what else a kill leaves."""
+    for partial in folder.glob("partial-*"):
+        final = partial.with_name(partial.name.replace("partial", "step"))
+        with suppress(CheckpointError):
+            if not final.exists():
+                verify_checkpoint(partial)
+                os.replace(partial, final)
+    for rest in (*folder.glob("partial-*"), *folder.glob("trash-*")):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def load_latest(
+    folder: Path,
+    model: nn.Module,
+    ema: PowerEMA,
+    optimizer: torch.optim.Optimizer,
+    extra: Mapping[str, Tensor] | None = None,
+) -> tuple[Progress, list[str]]:
+    """Load the newest intact checkpoint; return its progress and a line for each damaged one that is newer.
+
+    The tensors of ``extra`` are filled in place. Progress is 0 if there are no checkpoints. Raises `CheckpointError` if
+    there are some and none is intact.
+    """
+    damaged: list[CheckpointError] = []
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            progress = _read(candidate, model, ema, optimizer, extra or {})
+        except CheckpointError as error:
+            damaged.append(error)
+        else:
+            return progress, [str(error) for error in damaged]
+    if damaged:
+        newest = f"{damaged[0].where}: {damaged[0].cause}"
+        cause = f"none of its {len(damaged)} checkpoints is intact, the newest: {newest}"
+        raise CheckpointError("DAMAGED", folder, cause, "Train again into another folder")
+    return Progress(), []
+
+
+def _read(
+    folder: Path,
+    model: nn.Module,
+    ema: PowerEMA,
+    optimizer: torch.optim.Optimizer,
+    extra: Mapping[str, Tensor],
+) -> Progress:
+    progress = verify_checkpoint(folder)
+    stored: dict[str, dict[str, Tensor]] = {}
+    for part, wanted in _parts(model, ema, optimizer, extra).items():
+        path = folder / f"{part}.safetensors"
+        tensors, _ = read_tensors(path)
+        check_tensors(path, tensors if part == "optimiser" else wanted, tensors)
+        stored[part] = {name: distribute_like(t, wanted.get(name, t)) for name, t in tensors.items()}
+    model.load_state_dict(stored["network"])
+    ema.load(stored["average"])
+    _load_moments(optimizer, stored["optimiser"])
+    for name, tensor in extra.items():
+        tensor.copy_(stored["extra"][name])
+    return progress
+
+
+def verify_checkpoint(folder: Path) -> Progress:
+    """The progress of an intact checkpoint. Raises `CheckpointError` naming the file that has changed.
+
+    The manifest needs no sha256 of its own: it has one canonical form, and all of its content is compared with files.
+    """
+    path = folder / "manifest.json"
+    try:
+        text = path.read_bytes()
+        manifest: dict[str, str] = json.loads(text)
+        if _manifest_text(manifest) != text or "progress.json" not in manifest:
+            raise ValueError("it is not as it was written")
+        for name, sha256 in manifest.items():
+            path = folder / name
+            if file_digest(path) != sha256:
+                raise ValueError("its contents do not match the manifest")
+        path = folder / "progress.json"
+        progress = Progress(**json.loads(path.read_bytes()))
+        if not folder.name.endswith(f"-{progress.step:08d}"):
+            raise ValueError(f"it is that of step {progress.step}")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        cause = f"not as the manifest says ({getattr(error, 'strerror', None) or error})"
+        raise CheckpointError("DAMAGED", path, cause, "An older checkpoint is used") from None
+    return progress
+
+
+def _manifest_text(manifest: Mapping[str, str]) -> bytes:
+    return json.dumps(manifest, indent=1, sort_keys=True).encode()
+
+
+def _parts(
+    model: nn.Module, ema: PowerEMA, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor] | None
+) -> dict[str, Mapping[str, Tensor]]:
+    """The tensors of a checkpoint, by file and name."""
+    parts = {"network": model.state_dict(), "average": ema.mean, "optimiser": _moments(optimizer)}
+    return {**parts, "extra": extra} if extra else parts
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {f"{i}.{key}": torch.as_tensor(value) for i, moments in state.items() for key, value in moments.items()}
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, tensor in tensors.items():
+        i, key = name.split(".", 1)
+        parameter = parameters[int(i)]
+        tensor = distribute_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
+        state.setdefault(int(i), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder: rename it first, so that a half-removed one is not taken for a checkpoint."""
+    if folder.exists():
+        trash = folder.with_name(f"trash-{folder.name}")
+        shutil.rmtree(trash, ignore_errors=True)
+        os.replace(folder, trash)
+        shutil.rmtree(trash, ignore_errors=True)

@@ -1,0 +1,61 @@
+"""The compare command: its table, its files and its errors."""
+
+import json
+
+import numpy as np
+import pytest
+
+from undiffuse.evaluation.features import EXTRACTORS
+from undiffuse.evaluation.metrics import METRICS
+from undiffuse.report.sample_folder import write_samples
+
+RNG = np.random.default_rng(0)
+VALUES = RNG.integers(0, 17, size=(400, 1, 8, 8)).astype(np.uint8)
+
+
+@pytest.fixture
+def place(tmp_path):
+    np.save(tmp_path / "data.npy", VALUES)
+    write_samples(tmp_path / "samples", RNG.integers(0, 17, size=(60, 1, 8, 8)).astype(np.uint8), 17, {"seed": 1})
+    return tmp_path
+
+
+def test_the_table_and_the_files(place, call):
+    command = ["compare", place / "samples", place / "data.npy", "--num-values", 17, "--out", place / "out"]
+    code, out, err = call(*command)
+    assert (code, err) == (0, "")
+    assert "n = 60, features raw" in out
+    for metric in METRICS.values():
+        assert metric.title in out
+    assert "no evidence that training items are copied" in out
+    assert f"written: {place}/out/compare.json, {place}/out/nearest.png\n" in out
+    assert (place / "out" / "nearest.png").is_file()
+    summary = json.loads((place / "out" / "compare.json").read_text())
+    assert list(summary["metrics"]) == list(METRICS)
+    assert summary["samples"] == str(place / "samples")
+    code, out, _ = call(*command[:-2], "--json")
+    assert json.loads(out) == summary
+
+
+def test_metrics_and_features_by_name(place, call):
+    np.save(place / "copies.npy", VALUES[:200])
+    command = ["compare", place / "copies.npy", place / "data.npy", "--num-values", 17, "--features", "random_conv"]
+    code, out, _ = call(*command, "--metric", "kernel", "--metric", "recall", "--items", 30, "--json")
+    summary = json.loads(out)
+    assert (code, list(summary["metrics"]), summary["n"]) == (0, ["kernel", "recall"], 30)
+    assert summary["features"] == "random_conv"
+    for option, names in (("--metric", METRICS), ("--features", EXTRACTORS)):
+        code, _, err = call(*command, option, "fid")
+        assert (code, err.count("\n")) == (2, 1)
+        assert ", ".join(names) in err
+        assert ", ".join(names) in " ".join(call("compare", "--help").out.replace("│", " ").split())
+
+
+def test_vectors_and_samples_of_another_kind(place, call):
+    np.save(place / "vectors.npy", RNG.normal(size=(300, 2)).astype(np.float32))
+    command = ["compare", place / "vectors.npy", place / "vectors.npy", "--out", place / "out", "--metric", "kernel"]
+    code, out, _ = call(*command)
+    assert code == 0
+    assert "no image of nearest items" in out
+    code, _, err = call("compare", place / "samples", place / "vectors.npy")
+    assert (code, err.count("\n")) == (3, 1)

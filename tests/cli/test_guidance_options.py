@@ -1,0 +1,143 @@
+"""The command train-classifier, and the guide of sample from its runs and from weaker models."""
+
+import math
+
+import pytest
+import torch
+
+from undiffuse.cli.guidance_options import class_names, load_guide
+from undiffuse.data.transform import Identity, IntegerLevels
+from undiffuse.denoising.denoiser import NetworkDenoiser
+from undiffuse.denoising.guidance import Autoguided, ClassifierFree, ClassifierGuided, DynamicThreshold
+from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.model import checkpoint
+from undiffuse.model import noisy_classifier as classifiers
+from undiffuse.model.config import ModelConfig
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
+from undiffuse.networks.condition import Condition
+from undiffuse.sampling.sampler import Sampler
+
+UNET = {"kind": "unet", "widths": (4,), "blocks": 1, "attention": ()}
+
+
+# --- the guide --------------------------------------------------------------------------------------------------------
+
+
+def model(classes=0, seed=0, shape=(1, 4, 4), codec=IntegerLevels(5), names=("a", "b", "c"), **config):  # noqa: B008
+    torch.manual_seed(seed)
+    network = {**UNET, "classes": classes} if classes else UNET
+    made = Diffusion(ModelConfig(network=network, chain_length=5, **config), shape, codec, {"classes": list(names)})
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.3)
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Files of a model, a weak one, one of other data, one of another process, and two classifiers."""
+    tmp_path = tmp_path_factory.mktemp("runs")
+    checkpoint.save(model(3), tmp_path / "itself")
+    checkpoint.save(model(3, seed=1), tmp_path / "weak")
+    checkpoint.save(model(3, codec=Identity()), tmp_path / "other")
+    checkpoint.save(model(3, schedule={"name": "flow"}), tmp_path / "flow")
+    for name, classes in {"classifier": ("a", "b", "c"), "strange": ("a", "c", "b")}.items():
+        torch.manual_seed(1)
+        made = NoisyClassifier(NoisyClassifierConfig(UNET), (1, 4, 4), IntegerLevels(5), classes)
+        with torch.no_grad():  # the last layer is zero at initialisation
+            for parameter in made.parameters():
+                if not parameter.any():
+                    parameter.normal_()
+        classifiers.save(made, tmp_path / name)
+    return tmp_path
+
+
+def test_guidance_wraps_the_model(runs):
+    conditional = model(3)
+    assert load_guide(conditional, Sampler()) is None
+    sampler = Sampler(
+        guidance=2.0,
+        guidance_interval=(-1.0, 3.0),
+        guidance_rescale=0.7,
+        classifier_scale=0.5,
+        autoguidance_scale=1.5,
+        threshold="dynamic",
+    )
+    denoise = sampler.guide(
+        conditional.denoiser(), load_guide(conditional, sampler, runs / "classifier", runs / "weak")
+    )
+    assert isinstance(denoise, DynamicThreshold)
+    assert isinstance(denoise.denoise, ClassifierGuided)
+    assert denoise.denoise.scale == 0.5
+    assert isinstance(denoise.denoise.log_prob.__self__, NoisyClassifier)
+    weak = denoise.denoise.denoise
+    assert isinstance(weak, Autoguided)
+    assert isinstance(weak.weak, NetworkDenoiser)
+    assert weak.scale == 1.5
+    assert isinstance(weak.denoise, ClassifierFree)
+    assert (weak.denoise.scale, weak.denoise.low, weak.denoise.high, weak.denoise.rescale) == (2.0, -1.0, 3.0, 0.7)
+
+
+def test_every_guidance_changes_the_samples(runs):
+    """A classifier also guides a model that takes no labels."""
+    cond = Condition(label=torch.tensor([0, 1, 2]))
+    conditional, plain = model(3), model()
+
+    def sampled(model, classifier=None, weak=None, **guidance):
+        sampler = Sampler(num_steps=4, clip=False, **guidance)
+        guide = load_guide(model, sampler, classifier and runs / classifier, weak and runs / weak)
+        *_, last = model.trajectory(range(3), sampler=sampler, cond=cond, guide=guide)
+        assert torch.isfinite(last.x).all()
+        return last.x
+
+    unguided = sampled(conditional)
+    for guided in (
+        sampled(conditional, guidance=3.0),
+        sampled(conditional, "classifier"),
+        sampled(conditional, threshold="dynamic"),
+        sampled(conditional, weak="weak"),
+    ):
+        assert not torch.allclose(unguided, guided)
+    *_, unconditional = plain.trajectory(range(3), sampler=Sampler(num_steps=4, clip=False))
+    assert not torch.allclose(unconditional.x, sampled(plain, "classifier"))
+    strong, stronger = (sampled(plain, "classifier", classifier_scale=scale) for scale in (50.0, 100.0))
+    assert not torch.allclose(strong, stronger)
+
+
+def test_names_of_labels(runs):
+    assert class_names(model(3)) == ["a", "b", "c"]
+    assert class_names(model(3), runs / "strange") == ["a", "b", "c"]
+    assert class_names(model(), runs / "strange") == ["a", "c", "b"]
+    assert class_names(model()) == []
+
+
+def test_models_that_do_not_fit_together(runs):
+    other_codec, other_shape = model(3, codec=Identity()), model(3, shape=(1, 8, 8))
+    for diffusion, settings, classifier, weak, message in (
+        (model(), {"guidance": 2.0}, None, None, r"--guidance: the model was trained without labels .* Train one"),
+        (model(3), {}, "strange", None, r".*strange has other classes than the model\. Train both"),
+        (other_codec, {}, "classifier", None, r"--classifier: .*classifier was trained on other data"),
+        (other_shape, {}, "classifier", None, r"items \(1, 4, 4\), IntegerLevels\(num_values=5\)\. Use one"),
+        (model(3), {}, None, "other", r"--autoguide: .*other was trained on other data: items .* Identity\(\)\. Use"),
+        (model(3), {}, None, "flow", r"the weak model: the two models have different noise processes"),
+        (model(3), {}, None, "itself", r"--autoguide: .*itself is the model itself\. Use an earlier"),
+        (model(3), {"autoguidance_scale": math.inf}, None, "weak", "scale = inf: it is not finite"),
+        (model(3), {"classifier_scale": math.nan}, "classifier", None, "scale = nan: it is not finite"),
+        (model(3), {"guidance_rescale": 0.7}, None, None, "-rescale: it has no effect without --guidance other than 1"),
+        (model(3), {"guidance_interval": (0.0, 1.0)}, None, None, "-interval: it has no effect without --guidance"),
+        (model(3), {"classifier_scale": 5.0}, None, "weak", "-scale: it has no effect without --classifier"),
+        (model(3), {"autoguidance_scale": math.inf}, "classifier", None, "-scale: it has no effect without --autogu"),
+        (model(codec=Identity()), {"threshold": "dynamic"}, None, None, "--threshold dynamic: .* are unbounded"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^error\[GUIDANCE\] .*{message}"):
+            load_guide(diffusion, Sampler(**settings), classifier and runs / classifier, weak and runs / weak)
+    for flag, sampler, file in (("guidance", Sampler(guidance=2.0), None), ("classifier", Sampler(), "classifier")):
+        with pytest.raises(ConfigError, match=rf"--{flag}: it needs a condition\. Give --label or --cond"):
+            load_guide(model(3), sampler, file and runs / file, has_condition=False)
+    assert load_guide(model(3), Sampler(threshold="dynamic"), has_condition=False) is None
+    with pytest.raises(CheckpointError, match="this is not a classifier"):
+        load_guide(model(3), Sampler(), runs / "weak")
+    with pytest.raises(CheckpointError, match="this is a classifier"):
+        load_guide(model(3), Sampler(), autoguide=runs / "classifier")
+    assert load_guide(model(), Sampler(), runs / "strange") is not None  # the model has no classes to differ from

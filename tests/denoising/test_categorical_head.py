@@ -1,0 +1,155 @@
+"""The head for integer data against the exact mean of data with independent values."""
+
+import pytest
+import torch
+from oracles import EmpiricalData, MixtureData
+from torch import nn
+
+from undiffuse.data.transform import Identity, IntegerLevels
+from undiffuse.denoising import categorical_head as categorical_head
+from undiffuse.denoising.categorical_head import LOGIT_FEATURES, CategoricalHead
+from undiffuse.denoising.denoiser import NetworkDenoiser, Preconditioning
+from undiffuse.errors import ConfigError
+from undiffuse.model.config import ModelConfig
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.networks import registry as networks
+from undiffuse.process import schedule as S
+from undiffuse.process import target as targets
+from undiffuse.process.gaussian import diffuse
+from undiffuse.sampling.sampler import Sampler
+
+
+class Constant(nn.Module):
+    """A network of constant output: ``features`` for each channel, then ``more`` channels of ones."""
+
+    def __init__(self, features: torch.Tensor, more: int = 0) -> None:
+        super().__init__()
+        self.said, self.more = features, more
+
+    def forward(self, x, time, cond=None):
+        body = self.said.reshape(1, -1, *[1] * (x.ndim - 2)).expand(len(x), -1, *x.shape[2:])
+        return torch.cat([body, torch.ones_like(body[:, :1]).expand(-1, self.more, *body.shape[2:])], 1)
+
+
+def headed(shape, levels, seed=0, more=0):
+    """(a head over items of ``shape`` with random weights, the log-probabilities of its values)."""
+    g = torch.Generator().manual_seed(seed)
+    channels = shape[0]
+    features = torch.randn(channels, LOGIT_FEATURES, generator=g, dtype=torch.float64)
+    head = CategoricalHead(Constant(features, more), channels, levels).double()
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=g))
+        head.bias.copy_(torch.randn(head.bias.shape, generator=g))
+    logits = torch.einsum("cr,crk->ck", features, head.weight) + head.bias[:, 0]
+    return head, torch.log_softmax(logits.detach(), -1)
+
+
+SHAPES = [(3, 2, 4), (1, 5), (2,), (2, 2, 2, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("log_snr", [-4.0, 2.0, 9.0])
+def test_the_mean_is_that_of_independent_values(shape, levels, log_snr):
+    head, log_slopes = headed(shape, levels)
+    schedule = S.LinearLogSNR()
+    level = schedule(schedule.inverse(log_snr))
+    transform = IntegerLevels(levels)
+    g = torch.Generator().manual_seed(1)
+    x = transform.to_model(torch.randint(0, levels, (6, *shape), generator=g), torch.float64)
+    x_t = diffuse(x, level, torch.randn(x.shape, generator=g, dtype=torch.float64))
+    at = level.broadcast_like(x_t)
+    x_hat = head(x_t, level.t.expand(6), None, x_t, at.alpha, at.sigma)
+    v = transform.to_model(torch.arange(levels), torch.float64)[:, None]
+    for channel in range(shape[0]):
+        data = MixtureData(log_slopes[channel].exp(), v, torch.zeros(levels, 1, dtype=torch.float64))
+        exact = data.predict(x_t[:, channel].reshape(-1, 1), level).x
+        torch.testing.assert_close(x_hat[:, channel].reshape(-1, 1), exact, rtol=0, atol=1e-10)
+
+
+def test_an_untrained_head_of_equal_counts_rounds_at_the_clean_end():
+    head = CategoricalHead(Constant(torch.zeros(1, LOGIT_FEATURES)), 1, 256)
+    head.init_from_counts(torch.full((1, 256), 7))
+    values = torch.arange(256)[:, None, None, None]
+    x = IntegerLevels(256).to_model(values)
+    level = S.LinearLogSNR()(0.0)
+    x_t = diffuse(x, level, torch.full_like(x, 1.0))
+    at = level.broadcast_like(x_t)
+    x_hat = head(x_t, level.t.expand(256), None, x_t, at.alpha, at.sigma)
+    torch.testing.assert_close(x_hat, x, rtol=0, atol=1e-5)  # a level is 8e-3
+
+
+def test_init_from_counts_of_each_channel():
+    points = torch.tensor([[0, 3], [0, 3], [1, 3], [2, 1]])
+    counts = torch.stack([torch.bincount(points[:, c], minlength=4) for c in range(2)])
+    head = CategoricalHead(Constant(torch.zeros(2, LOGIT_FEATURES, dtype=torch.float64)), 2, 4).double()
+    head.init_from_counts(counts * 10**12)
+    v = IntegerLevels(4).to_model(points, torch.float64)
+    level = S.LinearLogSNR()(0.6)
+    x_t = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(3, 2)
+    at = level.broadcast_like(x_t)
+    x_hat = head(x_t, level.t.expand(3), None, x_t, at.alpha, at.sigma)
+    for c in range(2):
+        exact = EmpiricalData(v[:, c : c + 1]).predict(x_t[:, c : c + 1], level).x
+        torch.testing.assert_close(x_hat[:, c : c + 1], exact, rtol=0, atol=1e-10)
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    head, _ = headed((3, 2, 4), 17)
+    x_t = torch.randn(5, 3, 2, 4, dtype=torch.float64)
+    alpha = torch.linspace(0.1, 0.9, 5, dtype=torch.float64).reshape(5, 1, 1, 1)
+    sigma = torch.sqrt(1 - alpha**2)
+    whole = head(x_t, torch.zeros(5), None, x_t, alpha, sigma)
+    monkeypatch.setattr(categorical_head, "CHUNK_ELEMENTS", (2 * 24 * 17, 2 * 24 * 17))
+    torch.testing.assert_close(head(x_t, torch.zeros(5), None, x_t, alpha, sigma), whole, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["x", "eps", "v", "edm", "score"])
+def test_any_target_has_the_same_mean_and_the_variance_follows(name):
+    head, _ = headed((2, 3), 17, more=2)
+    schedule, target = S.LinearLogSNR(), targets.build(name)
+    denoise = NetworkDenoiser(head, schedule, target, Preconditioning(), learned_variance=True, categorical=True)
+    x_t = torch.randn(4, 2, 3, dtype=torch.float64)
+    level = schedule(torch.linspace(0.1, 0.9, 4, dtype=torch.float64))
+    at = level.broadcast_like(x_t)
+    x, eps, var_interp = denoise(x_t, level)
+    features = head(x_t, level.t, None, x_t, at.alpha, at.sigma)
+    torch.testing.assert_close(x, features[:, :2], rtol=0, atol=1e-9)
+    torch.testing.assert_close(at.alpha * x + at.sigma * eps, x_t, rtol=0, atol=1e-12)
+    torch.testing.assert_close(var_interp, torch.ones_like(x_t), rtol=0, atol=0)
+
+
+def test_arithmetic_is_float32_under_autocast():
+    head = CategoricalHead(
+        networks.build("unet", channels=1, out_channels=LOGIT_FEATURES, widths=[8], blocks=1, attention=[]), 1, 256
+    )
+    x_t = torch.randn(2, 1, 4, 4)
+    scale = torch.full((2, 1, 1, 1), 0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x_hat = head(x_t, torch.zeros(2), None, x_t, scale, scale)
+    assert x_hat.dtype == torch.float32
+    with_zero_weights = head(x_t, torch.zeros(2), None, x_t, scale, scale)  # its output is 0 in any precision
+    torch.testing.assert_close(x_hat, with_zero_weights, rtol=1e-6, atol=1e-6)
+
+
+NETWORK = {"kind": "unet", "widths": [8], "blocks": 1, "attention": [], "heads": 1}
+
+
+@pytest.mark.parametrize("transform", [Identity(), IntegerLevels(2048)])
+def test_only_integer_data_of_few_values_have_a_head(transform):
+    with pytest.raises(ConfigError, match=r"output = 'categorical'.*not whole numbers of at most 1024 values"):
+        Diffusion(ModelConfig(network=NETWORK, output="categorical"), (1, 4, 4), transform)
+    with pytest.raises(ConfigError, match=r"output = 'logits'.*unknown"):
+        Diffusion(ModelConfig(network=NETWORK, output="logits"), (1, 4, 4), transform)
+
+
+def test_a_categorical_model_has_a_loss_samples_and_a_bound():
+    config = ModelConfig(network=NETWORK, output="categorical", variance="learned", loss="hybrid", chain_length=5)
+    model = Diffusion(config, (2, 4, 4), IntegerLevels(17))
+    values = torch.randint(0, 17, (3, 2, 4, 4))
+    loss = model.loss(values, torch.rand(3), torch.randn(3, 2, 4, 4))
+    loss.sum().backward()
+    gradients = [p.grad for p in model.network.parameters()]
+    assert all(g is not None and torch.isfinite(g).all() for g in gradients)
+    assert model.sample(2, sampler=Sampler(num_steps=3)).shape == (2, 2, 4, 4)
+    assert torch.isfinite(model.nll(values).total).all()

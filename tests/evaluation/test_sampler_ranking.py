@@ -1,0 +1,148 @@
+"""Samplers are ranked by the distribution of their samples, with a calibrated standard error."""
+
+import math
+
+import pytest
+import torch
+
+from undiffuse.data.transform import Identity
+from undiffuse.evaluation import sampler_ranking
+from undiffuse.evaluation.distances import frechet
+from undiffuse.evaluation.sampler_ranking import SamplerScore, rank_samplers, score_samplers, stochastic_samplers
+from undiffuse.model.config import ModelConfig
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.sampler_search import count_calls, early_stop_times, fitted_times, reference_flow
+from undiffuse.sampling.solvers import SOLVERS, build
+
+
+class Exact(torch.nn.Module):
+    """E[x given x_t] for x ~ N(mean, std²) at a level of log-SNR ``time``."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.mean, self.std, self.unused = mean, std, torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x_t, time, cond=None):
+        snr = torch.exp(time).double()[:, None]
+        alpha = torch.sqrt(snr / (1 + snr))
+        variance = alpha**2 * self.std**2 + 1 / (1 + snr)
+        return (self.mean + alpha * self.std**2 / variance * (x_t - alpha * self.mean)).to(x_t)
+
+
+def exact(mean=0.0, std=0.5) -> Diffusion:
+    settings = {"schedule": {"name": "linear_log_snr", "high": 10.0, "low": -8.0}, "target": {"name": "x"}}
+    model = Diffusion(ModelConfig(network={"kind": "mlp", "width": 4, "depth": 1}, **settings), (3,), Identity())
+    model.network = Exact(mean, std)
+    return model
+
+
+def normal(n, seed, std=0.5):
+    return std * torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_sampler_with_the_right_distribution_is_nearest():
+    ticks = []
+    good, bad, few = Sampler("dpm++2m_sde", 40), Sampler("dpm++2m_sde", 1), Sampler("ancestral", 4)
+    scores, floor = score_samplers(exact(), [bad, few, good], normal(600, 0), normal(900, 1), n=600, tick=ticks.append)
+    assert ([score.sampler for score in scores], floor.sampler) == ([good, few, bad], None)
+    assert sum(ticks) == 600 * 45
+    assert scores[2].distance > 0.3
+    difference, stderr = scores[2].regret(scores[0])
+    assert difference == scores[2].distance - scores[0].distance
+    assert difference > 10 * stderr > 0
+    assert scores[0].distance < 3 * floor.distance
+    others, data = normal(900, 1)[-600:], normal(600, 0)
+    assert floor.distance == pytest.approx(frechet(others, data), rel=1e-5)
+    mean, error = floor.kernel
+    assert abs(mean) < 5 * error
+    assert scores[2].kernel[0] > 5 * scores[2].kernel[1]
+
+
+def test_the_standard_error_is_the_spread_over_other_samples():
+    """Over 40 sets. The jackknife itself varies by some 20 % there; the bounds are 2.5 times that and more."""
+    model, distances, errors = exact(), [], []
+    for seed in range(40):
+        _, floor = score_samplers(model, [], normal(400, 999), 1.5 * normal(200, seed), n=200)
+        distances.append(floor.distance)
+        errors.append(floor.mean[1])
+    spread = float(torch.tensor(distances).std())
+    assert 0.6 * spread < sum(errors) / len(errors) < 1.6 * spread
+
+
+def test_a_jackknife_by_hand():
+    a, b = torch.arange(10.0).double(), torch.zeros(10).double()
+    one, other = SamplerScore(None, 5.0, a, (0.0, 0.0)), SamplerScore(None, 2.0, b, (0.0, 0.0))
+    stderr = math.sqrt(9 / 10 * sum((i - 4.5) ** 2 for i in range(10)))
+    assert one.mean == (5.0, pytest.approx(stderr))
+    assert one.regret(other) == (3.0, pytest.approx(stderr))
+    assert one.regret(one) == (0.0, 0.0)
+
+
+def test_each_sampler_is_passed_to_the_model(monkeypatch):
+    model, calls = exact(), []
+    monkeypatch.setattr(model, "sample", lambda *args, **kwargs: calls.append((args, kwargs)) or normal(30, 5))
+    samplers = [Sampler("ddim", 2, "fitted", {"eta": 0.5}, (1.0, 0.5, 0.0)), Sampler("ancestral", 3, "karras")]
+    score_samplers(model, samplers, normal(40, 0), normal(50, 1), 30, 7, 16, print)
+    assert calls == [((30, 7, sampler), {"batch": 16, "progress": print}) for sampler in samplers]
+
+
+def test_samplers_with_infinite_samples_are_omitted(monkeypatch):
+    model, samplers = exact(), [Sampler("ddim", 2), Sampler("ddim", 3)]
+    monkeypatch.setattr(model, "sample", lambda n, seed, sampler, **kwargs: normal(30, 5) / (sampler.num_steps - 2))
+    scores, _ = score_samplers(model, samplers, normal(40, 0), normal(50, 1), 30)
+    assert [score.sampler for score in scores] == samplers[1:]
+
+
+def test_only_the_first_components_are_compared(monkeypatch):
+    monkeypatch.setattr(sampler_ranking, "MAX_COMPONENTS", 1)
+    others = normal(500, 0) * torch.tensor([10.0, 1.0, 1.0])
+    _, floor = score_samplers(exact(), [], normal(400, 1) * torch.tensor([10.0, 5.0, 1.0]), others)
+    assert floor.distance < 1  # the second element, whose variance differs, is not among the components
+
+
+def test_stochastic_samplers(monkeypatch):
+    model = exact()
+    start = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    reference = reference_flow(model.sampling_denoiser(), start, 40)
+    samplers = stochastic_samplers(model, reference, 10)
+    solvers = {name: build(name) for name in SOLVERS}
+    stochastic = {name for name, solver in solvers.items() if solver.noises_per_step and solver.order is not None}
+    assert {sampler.solver for sampler in samplers} == stochastic
+    assert {"ancestral", "dpm++2m_sde", "dpm++3m_sde"} <= stochastic
+    assert [sampler.spacing for sampler in samplers[:3]] == ["uniform", "karras", "fitted"]
+    for sampler in samplers:
+        assert 8 <= count_calls(sampler, model.schedule) <= 10
+        if sampler.spacing == "fitted":
+            order = solvers[sampler.solver].order or 0
+            assert sampler.times == fitted_times(reference, model.schedule, sampler.num_steps, 1 / (order + 1))
+        elif sampler.settings:
+            log_snr = float(sampler.spacing.removeprefix("to log-SNR "))
+            assert sampler.settings == {"end": "low"}
+            assert sampler.times == early_stop_times(model.schedule, sampler.num_steps, log_snr)
+        else:
+            assert sampler.times is None
+    early = [(sampler.solver, sampler.spacing.split()[-1]) for sampler in samplers if sampler.settings]
+    assert early == [(name, stop) for name in ("dpm++2m_sde", "dpm++3m_sde") for stop in ("1.5", "3", "4.5", "6")]
+    monkeypatch.setattr(sampler_ranking, "EARLY_STOP_LOG_SNRS", (-8.0, -7.9, 9.9, 10.0))
+    ends = {sampler.spacing for sampler in stochastic_samplers(model, reference, 10) if sampler.settings}
+    assert ends == {"to log-SNR -7.9", "to log-SNR 9.9"}
+    assert not any(sampler.settings for sampler in stochastic_samplers(model, reference, 1))
+    assert stochastic_samplers(model, reference, 0) == []
+
+
+def test_finalists_are_compared_by_all_samples(monkeypatch):
+    rounds = []
+
+    def score(model, samplers, data, others, n, seed, tick):
+        rounds.append(([one.num_steps for one in samplers], n, seed, tick))
+        scores = [SamplerScore(one, float(one.num_steps), torch.zeros(10), (0.0, 0.0)) for one in samplers]
+        return scores[::-1], "floor"
+
+    monkeypatch.setattr(sampler_ranking, "score_samplers", score)
+    model, data, others = exact(), normal(30, 0), normal(30, 1)
+    scores, floor = rank_samplers(model, [Sampler("ddim", n) for n in range(6)], data, others, 100, 3, print)
+    assert rounds == [([0, 1, 2, 3, 4, 5], 25, 3, print), ([5, 4, 3, 2], 100, 3, print)]
+    assert ([score.sampler.num_steps for score in scores if score.sampler], floor) == ([2, 3, 4, 5], "floor")
+    rank_samplers(model, [Sampler("ddim", 1)], data, others, 40)
+    assert [n for _, n, *_ in rounds[2:]] == [20, 40]

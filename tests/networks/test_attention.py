@@ -1,0 +1,34 @@
+import pytest
+import torch
+from network_cases import noise, randomised, softmax_attention
+
+from undiffuse.networks.attention import Attention, CrossAttention, attend
+
+
+def test_attention_is_the_softmax_formula():
+    layer = randomised(Attention(16, heads=2).double())
+    h = noise(3, 16, 2, 5, dtype=torch.float64)
+    tokens = layer.norm(h).flatten(2).mT
+    q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in layer.qkv(tokens).chunk(3, -1))
+    mixed = layer.proj(softmax_attention(q, k, v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(h), h + mixed.mT.reshape(h.shape))
+
+
+@pytest.mark.parametrize("item", range(3))
+def test_cross_attention_is_the_softmax_formula_over_the_unmasked_tokens(item):
+    layer = randomised(CrossAttention(16, 5, heads=2).double())
+    h, tokens = noise(3, 16, 2, 5, dtype=torch.float64), noise(3, 4, 5, seed=2, dtype=torch.float64)
+    q = layer.q(layer.norm(h).flatten(2).mT).unflatten(-1, (2, 8)).transpose(1, 2)
+    k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in layer.kv(tokens).chunk(2, -1))
+    mask = torch.tensor([[True, False, True, True], [True, True, False, False], [True] * 4])
+    kept = mask[item]
+    mixed = softmax_attention(q[item], k[item][:, kept], v[item][:, kept]).transpose(0, 1).flatten(1)
+    expected = h[item] + layer.proj(mixed).mT.reshape(h[item].shape)
+    torch.testing.assert_close(layer(h, tokens, mask[:, None, None])[item], expected)
+
+
+def test_attention_in_bfloat16_is_computed_in_float32():
+    q, k, v = noise(3, 2, 2, 9, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attend(q, k, v)
+    assert torch.equal(y, softmax_attention(q.float(), k.float(), v.float()).bfloat16())

@@ -1,0 +1,200 @@
+"""Images and figures, read back from the pixels and from the data of the figures."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+
+from undiffuse.errors import ConfigError, DataError, NonFiniteError
+from undiffuse.report.figures import (
+    BACKGROUND,
+    WIDTH,
+    bits_per_step,
+    error_by_calls,
+    image_grid,
+    image_strip,
+    training_curve,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def pixels(image):
+    return np.asarray(image)
+
+
+def test_a_grid_enlarges_and_places_every_pixel():
+    values = RNG.integers(0, 17, (6, 1, 8, 8))
+    shown = pixels(image_grid(torch.from_numpy(values), 17, columns=3))
+    assert shown.shape == (8 + 2 * 72, 8 + 3 * 72, 3)
+    for i in range(6):
+        top, left = 8 + i // 3 * 72, 8 + i % 3 * 72
+        tile = shown[top : top + 64, left : left + 64]
+        np.testing.assert_array_equal(tile[4::8, 4::8, 0], np.round(values[i, 0] * 255 / 16))
+        assert (tile.reshape(8, 8, 8, 8, 3).std((1, 3)) == 0).all()
+    assert (shown[:8] == BACKGROUND).all()
+    assert (shown[72:80] == BACKGROUND).all()
+
+
+def test_values_are_clipped_and_scaled():
+    values = np.array([-5.0, 0.0, 65535.0, 70000.0, 32768.0]).reshape(5, 1, 1, 1)
+    assert pixels(image_grid(values, 65536, columns=5, scale=1))[2, 2::3, 0].tolist() == [0, 0, 255, 255, 128]
+    assert pixels(image_grid(values[:3] - 7, columns=3, scale=1))[2, 2::3, 0].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    [
+        ([9], [(9, 9, 9)]),
+        ([1, 2, 3], [(1, 2, 3)]),
+        ([10, 20, 30, 255], [(10, 20, 30)]),
+        ([10, 20, 30, 0], [(255, 255, 255)]),
+        ([1, 2], [(1, 1, 1), (2, 2, 2)]),
+        ([1, 2, 3, 4, 5], [(i, i, i) for i in range(1, 6)]),
+    ],
+)
+def test_channels(channels, expected):
+    shown = pixels(image_grid(np.reshape(channels, (1, -1, 1, 1)), 256, scale=1))
+    gap = 2 if len(expected) == 1 else 8
+    assert [tuple(p) for p in shown[gap, gap:-gap:2].tolist()] == expected
+
+
+def test_volumes_show_the_three_middle_slices():
+    volume = RNG.integers(0, 256, (1, 1, 3, 4, 5))
+    shown = pixels(image_grid(volume, 256, scale=1))[8:-8, 8:-8, 0]
+    across_d, across_h, across_w = volume[0, 0, 1], volume[0, 0, :, 2], volume[0, 0, :, :, 2]
+    np.testing.assert_array_equal(shown[:, :5], across_d)
+    np.testing.assert_array_equal(shown[:3, 6:11], across_h)
+    np.testing.assert_array_equal(shown[:3, 12:], across_w)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (64, 1, 8, 8),
+        (100, 1, 28, 28),
+        (64, 3, 32, 32),
+        (30, 3, 256, 256),
+        (9, 4, 8, 80),
+        (5, 7, 64, 64),
+        (1, 3, 900, 900),
+    ],
+)
+def test_images_fit_the_width(shape):
+    values = np.zeros(shape)
+    assert image_grid(values, 256).width <= WIDTH
+    assert image_grid(values[:4], 256, columns=1).width <= WIDTH
+
+
+def test_a_strip_has_a_row_for_each_item_and_a_captioned_column_for_each_frame():
+    frames = RNG.integers(0, 256, (5, 3, 1, 8, 8))
+    shown = pixels(image_strip(frames, ["∞", "4.0", "0.0", "−4.0", "−9.0"], 256))
+    assert shown.shape == (8 + 3 * 72 + 22, 8 + 5 * 72, 3)
+    np.testing.assert_array_equal(
+        shown[8 + 72 + 4 : 8 + 72 + 64 : 8, 8 + 3 * 72 + 4 : 8 + 3 * 72 + 64 : 8, 0], frames[3, 1, 0]
+    )
+    captions = shown[8 + 3 * 72 :]
+    for i in range(5):
+        assert (captions[:, 8 + i * 72 : 72 + i * 72] < 128).any()
+        assert (captions[:, 72 + i * 72 : 80 + i * 72] == 255).all()
+
+
+def test_long_captions_do_not_overlap():
+    frames = np.zeros((3, 1, 1, 8, 8))
+    assert image_strip(frames, ["a caption of many letters"] * 3, 2).width > 3 * 140
+    assert image_strip(np.zeros((30, 2, 3, 32, 32)), ["1"] * 30, 256).width <= WIDTH
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 40), (300, 2)])
+def test_sequences_and_points_are_drawn(shape):
+    shown = pixels(image_grid(RNG.normal(size=shape)))
+    assert shown.ndim == 3
+    assert ((shown[..., 2] > 150) & (shown[..., 0] < 80)).sum() > 50  # the first colour, a blue
+
+
+def test_areas_in_the_figure_of_bits_are_bits():
+    curves = {"chain": (torch.tensor([-5.0, 0.0, 2.0]), [0.5, 0.4]), "points": (np.array([-5.0, 2.0]), [0.7])}
+    (axes,) = bits_per_step(curves, "at most 1.5").axes
+    assert axes.get_title(loc="left") == "at most 1.5"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["chain", "points"]
+    filled, chain, points = (patch.get_data() for patch in axes.patches)
+    for density, edges, _ in (filled, chain):
+        np.testing.assert_allclose(density, [0.1, 0.2])
+        np.testing.assert_array_equal(edges, [-5, 0, 2])
+    np.testing.assert_allclose(points.values, [0.1])
+    assert axes.get_ylim()[0] == 0
+
+
+def test_the_training_curve_draws_what_is_recorded(tmp_path):
+    losses = [{"step": i, "loss": 1 / (1 + i)} for i in range(200)]
+    bounds = [{"step": 100, "bits_per_dim": 2.5, "stderr": 0.1}, {"step": 200, "bits_per_dim": 2.25}]
+    final_record = {"step": 200, "bits_per_dim": 2.25, "final_bits_per_dim": 2.3125}
+    assert training_curve([*losses, final_record]).axes[1].get_title(loc="left") == "final, from more samples: 2.312"
+    final_axes = training_curve(
+        [*losses, final_record | {"final_stderr": 0.0625}, {"step": 201, "bits_per_dim": 2.5}]
+    ).axes[1]
+    assert final_axes.get_title(loc="left") == "final, from more samples: 2.312 ± 0.062"
+    assert final_axes.get_title(loc="right") == "best 2.250 at step 200"
+    both = training_curve(losses + bounds)
+    assert both.axes[1].get_title(loc="left") == ""
+    assert [axes.get_ylabel() for axes in both.axes] == ["training loss", "held-out bits per dimension"]
+    assert both.axes[1].get_title(loc="right") == "best 2.250 at step 200"
+    raw, smooth = both.axes[0].lines
+    assert len(raw.get_xdata()) == 200
+    np.testing.assert_allclose(smooth.get_xydata()[10], (12, np.mean([1 / (1 + i) for i in range(10, 14)])))
+    assert len(training_curve(iter(losses[:1])).axes) == len(training_curve(bounds).axes) == 1
+    both.savefig(tmp_path / "curve.png")
+    assert both.canvas.manager is None  # pyplot does not manage it
+
+
+def test_values_that_cannot_be_drawn(monkeypatch):
+    with pytest.raises(DataError, match="SHAPE"):
+        image_grid(np.zeros(4))
+    with pytest.raises(DataError, match="EMPTY"):
+        image_grid(np.zeros((0, 1, 8, 8)))
+    with pytest.raises(NonFiniteError):
+        image_grid(np.full((1, 1, 2, 2), np.nan), 256)
+    with pytest.raises(DataError, match="2 captions"):
+        image_strip(np.zeros((3, 1, 1, 2, 2)), ["a", "b"])
+    with pytest.raises(DataError, match="EMPTY"):
+        training_curve([{"step": 1}])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"undiffuse\[report\]"):
+        image_grid(np.zeros((3, 2)))
+    image_grid(np.zeros((3, 1, 2, 2)), 2)  # grids need no matplotlib
+
+
+def test_curves_of_errors_by_calls():
+    curves = {"none": [], **{str(i): [(5, 2.0, 0.5), (10, 1.0 + i, 0.1)] for i in range(7)}}
+    curves["at 0"] = [(5, 0.0, 0.1), (10, 1.0, 0.1)]
+    (axes,) = error_by_calls(curves, {"floor": 0.5}, "distance").axes
+    assert [line.get_label() for line in axes.lines[:8]] == [*map(str, range(7)), "at 0"]
+    assert axes.lines[3].get_xydata().tolist() == [[5, 2], [10, 4]]
+    assert np.isnan(axes.lines[7].get_ydata()[0])
+    bars = axes.collections[3]
+    assert np.concatenate(bars.get_segments()).ravel() == pytest.approx([5, 1.5, 5, 2.5, 10, 3.9, 10, 4.1])
+    assert bars.get_color()[0, :3] == pytest.approx(to_rgb(axes.lines[3].get_color()))
+    looks = [(line.get_color(), line.get_linestyle()) for line in axes.lines[:8]]
+    assert len(set(looks)) == 8
+    assert (axes.get_xscale(), axes.get_yscale(), axes.get_ylabel()) == ("log", "log", "distance")
+    assert axes.lines[8].get_ydata()[0] == 0.5
+
+
+def test_columns_are_drawn_against_each_other(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("undiffuse.report.figures._render", drawn.append)
+    values = RNG.normal(size=(50, 8))
+    image_grid(values, names=["a $", "b", "c" * 20, "d", "e", "f", "g", "h"])
+    image_grid(values[:, :1])
+    image_grid(values[:, :2], names="ab")
+    image_grid(values[:, :2])
+    many, one, two, scatter = drawn
+    panels = np.reshape(many.axes, (6, 6))
+    np.testing.assert_array_equal(panels[4, 1].collections[0].get_offsets(), values[:, [1, 4]])
+    assert sum(bar.get_height() for bar in panels[3, 3].patches) == 50
+    assert not panels[1, 4].axison
+    assert [axes.get_xlabel() for axes in panels[5]] == [r"a \$", "b", "c" * 15 + "…", "d", "e", "f"]
+    assert [axes.get_ylabel() for axes in panels[:, 0]] == ["", "b", "c" * 15 + "…", "d", "e", "f"]
+    assert ([axes.get_xlabel() for axes in one.axes], len(two.axes), len(scatter.axes)) == (["0"], 4, 1)

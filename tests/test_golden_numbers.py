@@ -1,0 +1,28 @@
+"""The numbers of `golden_numbers` against a record of them.
+
+Across machines and builds of torch they agree to 1e-5, relative and absolute. On one machine a change of layout or
+names must leave them equal to the bit. To check that, record them before and after the change with
+`python tests/golden_numbers.py FILE` and compare the two files with `torch.equal`, tensor by tensor.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from golden_numbers import SLOW_ODE, numbers
+
+from undiffuse.runtime.tensor_file import read_tensors
+
+RECORD = Path(__file__).parent / "data/golden/numbers.safetensors"
+
+
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.release)])
+def test_the_numbers_are_those_of_the_record(slow):
+    record, _ = read_tensors(RECORD)
+    skipped = {name for name in record if not slow and name.startswith(tuple(f"{model} ode " for model in SLOW_ODE))}
+    result = numbers(slow)
+    assert result.keys() == record.keys() - skipped
+    for name, tensor in result.items():
+        torch.testing.assert_close(
+            tensor, record[name], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -1,0 +1,80 @@
+"""Snapshots of averages during a run, also one that is stopped and resumed."""
+
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from undiffuse.data.from_array import from_array
+from undiffuse.model.checkpoint import load, save
+from undiffuse.model.config import Config, ModelConfig, TrainConfig, replace_train
+from undiffuse.runtime.signals import Interrupted
+from undiffuse.runtime.tensor_file import read_tensors
+from undiffuse.training import posthoc_ema as profiles
+from undiffuse.training.diffusion_task import fit_diffusion
+from undiffuse.training.monitor import Monitor
+
+DATA = from_array(np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32), name="vectors")
+CONFIG = Config(
+    ModelConfig(network={"kind": "mlp", "width": 8, "depth": 1}, chain_length=5),
+    TrainConfig(batch=8, max_steps=12, warmup=2, lr=0.01, precision="float32", previews=3),
+)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(Monitor, "evaluate_now", lambda monitor, *_: save(monitor.ema_model, monitor.run.model))
+    monkeypatch.setattr(Monitor, "finish", Monitor.evaluate_now)
+
+
+def train(config, out):
+    return fit_diffusion(config, DATA, out, device="cpu", quiet=True)
+
+
+def tensors(folder):
+    return {path.name: read_tensors(path)[0] for path in sorted(folder.glob("*.safetensors"))}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[n][k], other[n][k]) for n in one for k in one[n])
+
+
+def test_snapshots_are_evenly_spaced_and_the_last_is_the_model(tmp_path):
+    folder = train(CONFIG, tmp_path / "run")
+    names = [path.name for path in sorted((folder / "snapshots").iterdir())]
+    assert names == [
+        f"{each:.3f}-{step:08d}.safetensors" for each in profiles.SNAPSHOT_LENGTHS for step in (3, 6, 9, 12)
+    ]
+    model, last = load(folder), read_tensors(folder / "snapshots" / names[3])[0]
+    assert same({"": model.state_dict()}, {"": last})
+    average, step, _ = profiles.reconstruct_average(folder / "snapshots", 0.05)
+    assert step == 12
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(average[name], tensor, rtol=1e-6, atol=1e-7)
+    none = train(replace_train(CONFIG, snapshots=0), tmp_path / "none")
+    assert not (none / "snapshots").exists()
+    assert same({"": load(none).state_dict()}, {"": model.state_dict()})
+
+
+def test_a_stopped_run_has_the_same_snapshots(tmp_path, monkeypatch):
+    whole, real, at = train(CONFIG, tmp_path / "whole"), Monitor.record_step, [0]
+
+    def step(monitor, *numbers):
+        real(monitor, *numbers)
+        if monitor.progress.step == at[0]:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Monitor, "record_step", step)
+    for at[0] in (2, 3, 8, 12):
+        with pytest.raises(Interrupted):
+            train(CONFIG, tmp_path / "chain")
+    for at[0] in (8, 10):
+        with pytest.raises(Interrupted):
+            train(CONFIG, tmp_path / "back")
+    damaged = tmp_path / "back" / "checkpoints" / "step-00000010" / "network.safetensors"
+    damaged.write_bytes(b"x")  # the run resumes from step 8, before the snapshot of step 9
+    at[0] = 0
+    train(CONFIG, tmp_path / "back")
+    for name in ("chain", "back"):
+        assert same(tensors(tmp_path / name / "snapshots"), tensors(whole / "snapshots"))

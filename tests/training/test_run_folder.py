@@ -1,0 +1,154 @@
+"""A run folder: its record, its lock and its metrics."""
+
+import csv
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from undiffuse.data.from_array import from_array
+from undiffuse.errors import CheckpointError, ConfigError, ResourceError
+from undiffuse.model.config import Config, ModelConfig, TrainConfig, to_dict
+from undiffuse.training.run_folder import Run, _lock_owner, describe
+
+DATA = from_array(np.arange(40).reshape(20, 2) % 5, name="tiny")
+CONFIG = Config()
+
+
+def test_a_run_is_opened_reopened_and_finished(tmp_path):
+    run = Run(tmp_path / "deep" / "run")
+    assert run.record is None
+    assert not run.finished
+    assert not run.folder.exists()  # `open` creates it
+    run.open(CONFIG, DATA)
+    assert sorted(f.name for f in run.folder.iterdir()) == ["checkpoints", "pictures", "run.json"]
+    record = {"config": to_dict(CONFIG), "data": describe(DATA), "torch": torch.__version__, "finished": False}
+    assert run.record == record
+    assert json.loads(json.dumps(describe(DATA))) == describe(DATA)
+    assert describe(DATA)["fingerprint"] == DATA.fingerprint
+    run.open(CONFIG, DATA)
+    assert not run.finished
+    run.finish()
+    assert run.finished
+    assert Run(str(run.folder)).record == {**record, "finished": True}
+    assert not (run.folder / "run.json.partial").exists()
+
+
+def test_an_empty_folder_is_accepted(tmp_path):
+    Run(tmp_path).open(CONFIG, DATA)
+    assert Run(tmp_path).record
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("train", {"lr": 0.5}, "train.lr was 0.001, now 0.5"),
+        ("train", {"batch": 64, "seed": 1}, "train.batch was 128, now 64; train.seed was 0, now 1"),
+        ("train", {"max_steps": 3}, "train.max_steps was None, now 3"),
+        ("train", {"betas": (0.9, 0.9)}, "train.betas was [0.9, 0.99], now [0.9, 0.9]"),
+        ("train", {"flip": True}, "train.flip was False, now True"),
+        ("model", {"chain_length": 10}, "model.chain_length was 1000, now 10"),
+        ("model", {"schedule": {"name": "cosine"}}, "model.schedule.name was 'linear_log_snr', now 'cosine'"),
+        ("model", {"network": {"kind": "unet", "heads": 2}}, "model.network.heads was None, now 2"),
+        ("model", {"variance": "large"}, "model.variance was 'small', now 'large'"),
+    ],
+)
+def test_a_changed_recipe_is_refused_with_the_setting_named(tmp_path, section, changes, message):
+    Run(tmp_path).open(CONFIG, DATA)
+    changed = replace(CONFIG, **{section: replace(getattr(CONFIG, section), **changes)})
+    with pytest.raises(ConfigError) as caught:
+        Run(tmp_path).open(changed, DATA)
+    assert caught.value.exit_code == 2
+    assert message in str(caught.value)
+    assert Run(tmp_path).record["config"] == to_dict(CONFIG)
+
+
+def test_changed_data_are_refused(tmp_path):
+    Run(tmp_path).open(CONFIG, DATA)
+    with pytest.raises(ConfigError, match=r"data\.fingerprint was") as caught:
+        Run(tmp_path).open(CONFIG, from_array(DATA.values[::-1] + 0, num_values=5))
+    assert caught.value.exit_code == 2
+    Run(tmp_path).open(CONFIG, from_array(DATA.values + 0, num_values=5, name="equal data of another name"))
+
+
+def test_a_run_killed_before_its_record_can_be_started_again(tmp_path):
+    Run(tmp_path).open(CONFIG, DATA)
+    (tmp_path / "run.json").rename(tmp_path / "run.json.partial")
+    Run(tmp_path).open(CONFIG, DATA)
+    assert Run(tmp_path).record is not None
+
+
+def test_folders_with_other_files_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="is neither empty nor a run"):
+        Run(tmp_path).open(CONFIG, DATA)
+    assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ResourceError, match="cannot be created"):
+        Run(tmp_path / "thesis.tex").open(CONFIG, DATA)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"config": {}}', '{"config": 1, "data": 3, "finished": 1}'])
+def test_damaged_records_are_refused(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    for read in (lambda run: run.record, lambda run: run.finished, lambda run: run.open(CONFIG, DATA)):
+        with pytest.raises(CheckpointError, match="not the record of a run"):
+            read(Run(tmp_path))
+
+
+def test_metrics_are_read_as_written(tmp_path):
+    run = Run(tmp_path)
+    run.open(Config(ModelConfig(), TrainConfig()), DATA)
+    assert run.read_metrics() == []
+    records = [{"step": 1, "loss": 0.5}, {"step": 2, "bits_per_dim": 1 / 3}, {"step": 3, "loss": 0.25}]
+    run.write_metrics(records)
+    assert run.read_metrics() == records
+    assert run.read_metrics(up_to=2) == records[:2]
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0] == {"step": "1", "loss": "0.5", "bits_per_dim": ""}
+    assert float(rows[1]["bits_per_dim"]) == 1 / 3
+    with open(run.metrics, "a") as file:
+        file.write('{"step": 4, "lo')  # an incomplete line
+    assert run.read_metrics() == records
+
+
+def test_a_run_has_one_writer(tmp_path):
+    run = Run(tmp_path / "run")
+    with run.exclusive():
+        assert (run.folder / "lock").read_text() == f"{os.getpid()}\n"
+        with (
+            pytest.raises(ResourceError, match=rf"error\[BUSY\] .*process {os.getpid()} is training") as caught,
+            run.exclusive(),
+        ):
+            raise AssertionError("two writers")
+        assert caught.value.exit_code == 6
+    with run.exclusive():  # the lock is free again
+        pass
+    (run.folder / "lock").write_text("123456\n")  # left by a killed process
+    with run.exclusive():
+        assert (run.folder / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_lock_whose_process_id_is_not_yet_written(tmp_path, monkeypatch):
+    (tmp_path / "lock").touch()
+    monkeypatch.setattr("undiffuse.training.run_folder.time.sleep", lambda _: (tmp_path / "lock").write_text("7\n"))
+    assert _lock_owner(tmp_path / "lock") == "7"
+    (tmp_path / "lock").write_text("")
+    monkeypatch.setattr("undiffuse.training.run_folder.time.sleep", lambda _: None)
+    assert _lock_owner(tmp_path / "lock") == "unknown"
+
+
+@pytest.mark.parametrize("call", ["open", "ftruncate", "pwrite"])
+def test_a_full_disk_is_reported_when_locking(tmp_path, monkeypatch, call):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"undiffuse.training.run_folder.os.{call}", full)
+    with (
+        pytest.raises(ResourceError, match=r"lock: its \d+ bytes could not be written \(No space"),
+        Run(tmp_path).exclusive(),
+    ):
+        raise AssertionError("no lock")
