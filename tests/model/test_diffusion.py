@@ -242,6 +242,19 @@ def test_samples_are_values_of_the_data():
     assert vectors[:, 1].std() > 0.3
 
 
+def test_a_trajectory_records_no_gradients_and_needs_no_eval():
+    diffusion = model(network={**NET, "dropout": 0.5}).train()
+    states = [step.x for step in diffusion.trajectory(range(2), sampler=Sampler(num_steps=3))]
+    assert not any(x.requires_grad for x in states)
+    assert torch.equal(diffusion.sample(2, sampler=Sampler(num_steps=3)), diffusion.transform.to_data(states[-1]))
+    assert diffusion.sample(0).dtype == torch.uint8
+
+
+def test_no_steps_are_an_error():
+    with pytest.raises(ConfigError):
+        model().sample(1, sampler=Sampler(num_steps=0))
+
+
 def test_ancestral_sampling_by_name_uses_the_variance_of_the_model():
     for variance in ("small", "large"):
         diffusion = model(codec=Identity(), variance=variance, **HO)
