@@ -45,6 +45,7 @@ class Net(nn.Module):
 '''
 PREPARATION = (
     "train DATA --out RUN --conditional --minutes 1",
+    "train DATA --steps 2",
     "sample RUN --n 60 --out SAMPLES",
     "train shirts --steps 2",
     "train digits --steps 2",
@@ -148,6 +149,18 @@ def test_the_commands_of_the_readmes_table_run(command, place, capsys) -> None:
         out = "RUN" if "--extend" in command else f"runs/{abs(hash(command))}"
         command = f"{command} --out {out}"
     run_with_next(command, capsys)
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "docs/scaling.md"], ids=lambda path: path.name)
+def test_the_commands_for_two_processes_run(path, place) -> None:
+    """On a finished run, since this training cannot be made tiny from here: `tests/scaling` trains on processes."""
+    commands = re.findall(r"`(torchrun [^`]*--nproc-per-node 2 [^`]*)`", path.read_text())
+    assert commands
+    for command in commands:
+        arguments = [sys.executable, "-m", "torch.distributed.run", *shlex.split(command)[1:]]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "is a finished run already" in done.stdout
 
 
 def test_the_table_lists_every_command() -> None:
