@@ -40,7 +40,7 @@ from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers.solver import Solver
 from undiffuse.sampling.time_grids import time_grid
 from undiffuse.sampling.trajectory import Step, check_finite, last_step, rescale
-from undiffuse.sampling.trajectory import trajectory as run_solver
+from undiffuse.sampling.trajectory import trajectory as solver_trajectory
 
 SCHEDULE_LR_FACTOR = 10.0
 """The learning rate of a learned schedule's parameters, relative to that of the network."""
@@ -228,7 +228,7 @@ class Diffusion(nn.Module):
         denoise = self.sampling_denoiser(sampler, guide)
         if cond is not None:
             denoise = ConditionedDenoiser(denoise, self._sampling_condition(cond, len(items), guide))
-        return run_solver(denoise, solver, levels, prior_sample(levels[0], noise(1)[0]), noise)
+        return solver_trajectory(denoise, solver, levels, prior_sample(levels[0], noise(1)[0]), noise)
 
     def build_solver(self, sampler: Sampler) -> Solver:
         """The solver of ``sampler``; ancestral sampling has the model's variance by default. Raises `ConfigError`."""
@@ -274,7 +274,7 @@ class Diffusion(nn.Module):
         is called after each step with the number of items in its batch. Raises `ConfigError`, or `NonFiniteError` for
         a NaN or infinity.
         """
-        cond = cond and self._sampling_condition(cond, n, guide)
+        cond = cond and self._sampling_condition(cond, n, guide)  # all n, before it is sliced
         parts = []
         for start in range(0, n, batch):
             stop = min(start + batch, n)

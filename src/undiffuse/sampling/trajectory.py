@@ -29,12 +29,12 @@ class Step(NamedTuple):
 def trajectory(
     denoise: Denoiser, solver: Solver, levels: Sequence[NoiseLevel], x: Tensor, noise: Noise
 ) -> Iterator[Step]:
-    """The len(levels) states from ``x`` (B, ...) at levels[0] to levels[-1]; no gradients are recorded.
+    """The len(levels) states from ``x`` (B, ...) at levels[0], noise, to levels[-1], data; no gradients are recorded.
 
     ``noise(n)`` returns fresh noise (n, B, ...) for each step. The last state, by `last_step`, is the sample.
     """
     levels = list(levels)
-    state = solver.init(x, levels)
+    state = solver.init(x, levels)  # what the solver carries from step to step, not x
     yield Step(0, levels[0], x)
     for done, (t, s) in enumerate(pairwise(levels), start=1):
         x, state = solver.step(denoise, x, t, s, state, noise(solver.noises_per_step))

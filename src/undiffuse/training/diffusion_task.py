@@ -104,7 +104,7 @@ class DiffusionTask(Task):
             return Evaluation({}, "no held-out items")
         bits, stderr = self._bound(model, data, held_out, MC_SAMPLES)
         training_bits, _ = self._bound(model, data, training, MC_SAMPLES)
-        gap = generalization_gap(bits, training_bits, self.config.train.previews + 1)
+        gap = generalization_gap(bits, training_bits, num_tests=self.config.train.previews + 1)
         numbers = {"bits_per_dim": float(bits.mean()), "stderr": stderr}
         numbers |= {"gap": gap.mean, "gap_stderr": gap.stderr, "overfit": gap.significant}
         details = []
@@ -146,7 +146,7 @@ class DiffusionTask(Task):
         return data.condition(items) if self.config.train.conditional else None
 
     def _preview_condition(self, data: Dataset, split: Split, n: int) -> Condition | None:
-        """Each label in turn; for vectors or tokens those of held-out (or training) items; None if unconditional."""
+        """Each label in turn if there are only labels, else the conditions of held-out (or training) items, or None."""
         if self.config.train.conditional and data.cond is None:
             return Condition(label=torch.arange(n) % len(data.classes))
         return self._condition(data, np.resize(split.validation if len(split.validation) else split.train, n))

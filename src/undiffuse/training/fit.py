@@ -70,7 +70,7 @@ def fit(
     state = TrainState(task, model, run.snapshots, accelerator)
 
     with run.exclusive() if main else nullcontext(), collect_stop_signals() as stop_requests:
-        # Resume from the last checkpoint, and plan the end
+        # Resume from the last checkpoint, and plan the end: anew if `force` accepted a changed recipe, data or torch
         changed = main and run.open(task.config, data, force)
         if main:
             finish_interrupted_writes(run.checkpoints)
@@ -102,14 +102,14 @@ def fit(
                     monitor.log(skip_step(problem, names, progress, settings, run.folder))
                 else:
                     progress.skipped_in_a_row = 0
-                    state.step(lr, progress.step + 1, run.folder)
+                    state.step(lr, progress.step + 1, run.folder)  # the folder is for the error message
                     task.after_step(model, batch, losses)  # of all processes: each makes the same update
                 state.optimizer.zero_grad()
                 progress.step += 1
                 progress.seconds += time.perf_counter() - began
 
                 # Record it; write a snapshot of the averages when one is due
-                plan_lr_decay(progress, settings)  # with `minutes`, once the clock reaches the decay
+                plan_lr_decay(progress, settings)  # no change, except with `minutes` when its clock reaches the decay
                 broadcast_progress(accelerator, progress)
                 monitor.record_step(None if problem else float(losses.mean()), norms[0], lr, batches.waited)
                 if monitor.crossed_part(settings.snapshots):
@@ -123,7 +123,7 @@ def fit(
                     state.save(run.checkpoints, progress)  # also copies the averages to `ema_model`
                     if main and signal:
                         monitor.write_records()
-                    elif main and evaluate:  # a signal may end the process here, unless others would wait for it
+                    elif main and evaluate:  # saved, so a signal raises at once, unless others would wait
                         with stop_requests.safe_to_exit() if accelerator.num_processes == 1 else nullcontext():
                             monitor.evaluate_now()
                     progress.seconds += time.perf_counter() - began
@@ -167,7 +167,10 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator, init: str | Path | None) -> Any:
-    """The model on its device with its first weights, checked to fit into memory. Raises `ConfigError`."""
+    """The model on its device with its first weights, checked to fit into memory.
+
+    Raises `ConfigError`, and `CheckpointError` for weights of ``init`` that do not fit.
+    """
     settings, device = task.config.train, accelerator.device
     torch.manual_seed(settings.seed)
     model = task.build_model(data, split).to(device)
