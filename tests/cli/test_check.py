@@ -76,7 +76,7 @@ def test_facts_of_arrays():
     facts = data_facts(from_array(values, np.arange(30)))
     assert facts["split"] == {name: len(getattr(from_array(values).split(), name)) for name in facts["split"]}
     lines = describe_facts(facts)
-    assert (lines["items"], lines["values"]) == ("30 of 2", "continuous; 240 bytes in total")
+    assert (lines["items"], lines["values"]) == ("30 vectors of 2 numbers", "continuous; 240 bytes in total")
     assert lines["labels"].startswith("0 (1), 1 (1), ")
     assert lines["labels"].endswith("11 (1) and 18 more")
     assert not {"channels", "files", "sizes in files", "unused files"} & set(lines)

@@ -98,8 +98,9 @@ def describe_facts(facts: Mapping[str, Any]) -> dict[str, str]:
     """The facts of `data_facts` as text, without the notes; facts that do not apply are left out."""
     channels, *size = facts["item_shape"]
     unused = {"ignored": facts["ignored"], "hidden": facts["hidden"], "skipped": len(facts["skipped"])}
+    shape = f"of {channels}{''.join(f'×{n}' for n in size)}" if size else f"vectors of {channels:,} numbers"
     lines = {
-        "items": f"{facts['items']:,} of {'×'.join(map(str, facts['item_shape']))}",
+        "items": f"{facts['items']:,} {shape}",
         "values": f"{_describe_values(facts['num_values'])}; {facts['bytes']:,} bytes in total",
         "channels": f"{channels:,}" if size else "",
         "files": _describe_counts(facts["formats"]),
