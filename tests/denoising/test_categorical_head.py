@@ -79,6 +79,12 @@ def test_an_untrained_head_of_equal_counts_rounds_at_the_clean_end():
     torch.testing.assert_close(x_hat, x, rtol=0, atol=1e-5)  # a level is 8e-3
 
 
+def test_a_value_that_the_data_lack_counts_once():
+    head = CategoricalHead(Constant(torch.zeros(1, LOGIT_FEATURES)), 1, 3)
+    head.init_from_counts(torch.tensor([[0, 4, 3]]))
+    torch.testing.assert_close(head.bias[0, 0].exp(), torch.tensor([0.1, 0.5, 0.4]))
+
+
 def test_init_from_counts_of_each_channel():
     points = torch.tensor([[0, 3], [0, 3], [1, 3], [2, 1]])
     counts = torch.stack([torch.bincount(points[:, c], minlength=4) for c in range(2)])
