@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 
 from undiffuse.data.transform import Identity, IntegerLevels, Standardized
 from undiffuse.errors import CheckpointError, ResourceError
-from undiffuse.model.checkpoint import load, save
+from undiffuse.model.checkpoint import describe, load, save
 from undiffuse.model.config import ModelConfig
-from undiffuse.model.diffusion import Diffusion, describe
+from undiffuse.model.diffusion import Diffusion
 from undiffuse.runtime import tensor_file
 from undiffuse.runtime.tensor_file import FORMAT, check_tensors, read_tensors, write_tensors
 from undiffuse.sampling.sampler import Sampler

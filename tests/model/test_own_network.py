@@ -12,8 +12,9 @@ import undiffuse
 from undiffuse.data.from_array import from_array
 from undiffuse.data.transform import Identity, IntegerLevels
 from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.model.checkpoint import describe
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
-from undiffuse.model.diffusion import Diffusion, describe
+from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
 from undiffuse.networks import registry
 from undiffuse.networks.condition import Condition

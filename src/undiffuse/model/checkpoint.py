@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from undiffuse.data import transform as transforms
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.model.config import ModelConfig, from_dict
-from undiffuse.model.diffusion import Diffusion, describe
+from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.norm import to_fast_layout
 from undiffuse.networks.registry import NETWORKS, kind_of, names_of
 from undiffuse.runtime.tensor_file import FORMAT, check_tensors, digest, read_tensors, write_tensors
@@ -54,6 +54,16 @@ def load(
         tensor.copy_(tensors[name])
     to_fast_layout(diffusion.to(device).network)
     return diffusion.eval()
+
+
+def describe(diffusion: Diffusion) -> dict[str, Any]:
+    """All that is needed to build the model again except its weights, as plain data."""
+    return {
+        "config": asdict(diffusion.config),
+        "item_shape": list(diffusion.item_shape),
+        "transform": transforms.to_dict(diffusion.transform),
+        "info": diffusion.info,
+    }
 
 
 def fingerprint(diffusion: Diffusion) -> str:

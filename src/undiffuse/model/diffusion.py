@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,9 @@ from undiffuse.errors import ConfigError
 from undiffuse.likelihood.nll import NLL, concatenate
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.model import likelihood_estimators as estimates
-from undiffuse.model import losses
 from undiffuse.model.build import build_network, build_part, check_chain_length, check_choices, check_process
 from undiffuse.model.config import ModelConfig
+from undiffuse.model.training_loss import training_loss
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.protocol import condition_sizes
 from undiffuse.networks.registry import network_settings
@@ -30,7 +30,6 @@ from undiffuse.process import schedule as schedules
 from undiffuse.process import target as targets
 from undiffuse.process import time_sampling as times
 from undiffuse.process import weighting
-from undiffuse.process.gaussian import diffuse
 from undiffuse.process.learned_schedule import LearnedSchedule
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.prior import prior_sample
@@ -80,7 +79,7 @@ class Diffusion(nn.Module):
         self.learned_variance = config.variance == "learned"
         self.autocast: torch.dtype | None = None
         check_choices(config, transform, self.schedule, self.times)
-        check_process(config, self.schedule, self.times, self.weight, self.target, self.chain, self._next_level)
+        check_process(config, self.schedule, self.times, self.weight, self.target, self.chain, self.next_level)
         channels, categorical = self.item_shape[0], config.output == "categorical"
         out_channels = channels * ((LOGIT_FEATURES if categorical else 1) + self.learned_variance)
         self.network = build_network(config.network, self.item_shape, out_channels, network)
@@ -159,34 +158,7 @@ class Diffusion(nn.Module):
         the continuous loss is the bound's integral; if the schedule learns its ends, the bound's terms at the ends
         are added.
         """
-        x, denoise = self.transform.to_model(values).to(self.device), self.denoiser(network)
-        if self.config.loss == "full_bound":  # one eps for all steps: the mean of each term depends on one eps only
-            chain = self.reverse_chain(denoise, cond)
-            return losses.full_bound(chain, x, lambda _: eps[None], self.transform.edges(x))
-        at = self.times.sample(u)
-        if self.config.loss == "continuous":
-            return losses.continuous_bound(denoise, x, at, self.times.log_prob(at), eps, self.transform.edges(x), cond)
-        loss = self._loss_at(denoise, x, self.schedule(at), eps, z, cond)
-        if isinstance(self.times, times.LossAwareSteps):
-            return loss * self.times.importance_weight(at).to(loss)
-        return loss
-
-    def _loss_at(
-        self, denoise: NetworkDenoiser, x: Tensor, t: NoiseLevel, eps: Tensor, z: Tensor | None, cond: Condition | None
-    ) -> Tensor:
-        """The losses ``weighted_mse``, ``hybrid`` and ``bound`` at the levels ``t`` (B,)."""
-        s = self._next_level(t)
-        x_t = diffuse(x, t, eps)
-        if self.config.loss == "weighted_mse":
-            y, _ = denoise.outputs(x_t, t, cond)
-            w = self.weight(t, s) * self.chain_length if self.weight.needs_next_level else self.weight(t, s)
-            return losses.weighted_mse(y, self.target, x, eps, w, t, s, z)
-        edges = self.transform.edges(x)
-        if self.config.loss == "hybrid":
-            prediction = denoise(x_t, t, cond, s)
-            return losses.hybrid(prediction, eps, x, x_t, t, s, self.chain_length, edges=edges)
-        model = self.reverse_chain(denoise, cond).step(x_t, t, s)
-        return self.chain_length * losses.bound_term(model, x, x_t, t, s, edges)
+        return training_loss(self, self.transform.to_model(values).to(self.device), u, eps, z, cond, network)
 
     def update_time_sampler(self, u: Tensor, loss: Tensor) -> None:
         """Updates loss-aware times with the ``loss`` at ``u``, (n,) both, in the order of the global batch."""
@@ -199,8 +171,8 @@ class Diffusion(nn.Module):
         """The loss history of loss-aware times, which training saves beside the weights; else empty."""
         return {"times": self.times.history} if isinstance(self.times, times.LossAwareSteps) else {}
 
-    def _next_level(self, t: NoiseLevel) -> NoiseLevel:
-        """The level at t − 1/T: the next one of a table."""
+    def next_level(self, t: NoiseLevel) -> NoiseLevel:
+        """The level at t − 1/T, one step of the chain cleaner than ``t``: on a table its next level."""
         return self.schedule((t.t - 1 / self.chain_length).clamp(min=0))._replace(final_log_var=self._final_log_var(t))
 
     def _final_log_var(self, t: NoiseLevel) -> Tensor | None:
@@ -338,13 +310,3 @@ class Diffusion(nn.Module):
             if progress:
                 progress(len(chunk))
         return concatenate(parts)
-
-
-def describe(diffusion: Diffusion) -> dict[str, Any]:
-    """All that is needed to build the model again except its weights, as plain data."""
-    return {
-        "config": asdict(diffusion.config),
-        "item_shape": list(diffusion.item_shape),
-        "transform": codecs.to_dict(diffusion.transform),
-        "info": diffusion.info,
-    }
