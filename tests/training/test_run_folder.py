@@ -12,7 +12,7 @@ import torch
 from undiffuse.data.from_array import from_array
 from undiffuse.errors import CheckpointError, ConfigError, ResourceError
 from undiffuse.model.config import Config, ModelConfig, TrainConfig, to_dict
-from undiffuse.training.run_folder import Run, _lock_owner, describe
+from undiffuse.training.run_folder import Run, describe
 
 DATA = from_array(np.arange(40).reshape(20, 2) % 5, name="tiny")
 CONFIG = Config()
@@ -118,37 +118,11 @@ def test_metrics_are_read_as_written(tmp_path):
 def test_a_run_has_one_writer(tmp_path):
     run = Run(tmp_path / "run")
     with run.exclusive():
-        assert (run.folder / "lock").read_text() == f"{os.getpid()}\n"
         with (
-            pytest.raises(ResourceError, match=rf"error\[BUSY\] .*process {os.getpid()} is training") as caught,
+            pytest.raises(ResourceError, match=rf"error\[BUSY\] .*process {os.getpid()} is training into") as caught,
             run.exclusive(),
         ):
             raise AssertionError("two writers")
         assert caught.value.exit_code == 6
     with run.exclusive():  # the lock is free again
         pass
-    (run.folder / "lock").write_text("123456\n")  # left by a killed process
-    with run.exclusive():
-        assert (run.folder / "lock").read_text() == f"{os.getpid()}\n"
-
-
-def test_a_lock_whose_process_id_is_not_yet_written(tmp_path, monkeypatch):
-    (tmp_path / "lock").touch()
-    monkeypatch.setattr("undiffuse.training.run_folder.time.sleep", lambda _: (tmp_path / "lock").write_text("7\n"))
-    assert _lock_owner(tmp_path / "lock") == "7"
-    (tmp_path / "lock").write_text("")
-    monkeypatch.setattr("undiffuse.training.run_folder.time.sleep", lambda _: None)
-    assert _lock_owner(tmp_path / "lock") == "unknown"
-
-
-@pytest.mark.parametrize("call", ["open", "ftruncate", "pwrite"])
-def test_a_full_disk_is_reported_when_locking(tmp_path, monkeypatch, call):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(f"undiffuse.training.run_folder.os.{call}", full)
-    with (
-        pytest.raises(ResourceError, match=r"lock: its \d+ bytes could not be written \(No space"),
-        Run(tmp_path).exclusive(),
-    ):
-        raise AssertionError("no lock")

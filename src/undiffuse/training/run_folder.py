@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
-import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,9 +15,10 @@ import torch
 from undiffuse.data.dataset import Dataset
 from undiffuse.errors import CheckpointError, ConfigError, ResourceError
 from undiffuse.model.config import from_dict, to_dict
-from undiffuse.runtime.atomic_file import json_digest, write_atomic, write_error
+from undiffuse.runtime.atomic_file import json_digest, write_atomic
+from undiffuse.runtime.folder_lock import LOCK_FILES, lock_folder, lock_holder
 
-ALLOWED_WITHOUT_RECORD = {"checkpoints", "pictures", "lock", "run.json.partial"}
+ALLOWED_WITHOUT_RECORD = {"checkpoints", "pictures", "run.json.partial", *LOCK_FILES}
 """What a run killed before it wrote ``run.json`` may leave."""
 
 CHANGEABLE_SETTINGS = {"on_nonfinite", "save_minutes"}
@@ -81,36 +79,13 @@ class Run:
         Raises `ResourceError` naming the process that holds the lock. A killed process releases it.
         """
         self._claim()
-        lock, pid = self.folder / "lock", f"{os.getpid()}\n".encode()
-        try:
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise write_error(lock, len(pid), error) from None
-        try:
-            _lock_file(handle)
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, pid, 0)
-        except BlockingIOError:
-            cause = f"process {_lock_owner(lock)} is training into this folder"
-            raise ResourceError("BUSY", self.folder, cause, "Wait for it, stop it, or give another --out") from None
-        except OSError as error:
-            raise write_error(lock, len(pid), error) from None
-        else:
+        with lock_folder(self.folder, "training into", "Wait for it, stop it, or give another --out"):
             yield
-            os.ftruncate(handle, 0)
-        finally:
-            os.close(handle)
 
     @property
     def training_pid(self) -> str | None:
-        """The id of the process that holds the lock; None if no process does, whatever the file says."""
-        lock = self.folder / "lock"
-        with suppress(OSError), open(lock) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return _lock_owner(lock)
-        return None
+        """The id of the process that holds the lock; see `lock_holder`."""
+        return lock_holder(self.folder)
 
     def open(self, config: Any, data: Dataset, force: bool = False) -> bool:
         """Write the record of a new run, or compare that of an existing one with recipe, data and torch's version.
@@ -230,21 +205,3 @@ def _differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, str
                 yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
     elif old != new:
         yield where, repr(old), repr(new)
-
-
-def _lock_file(handle: int) -> None:
-    """Lock the file, retrying while `Run.training_pid` of another process holds it briefly. Raises BlockingIOError."""
-    for _ in range(10):
-        with suppress(BlockingIOError):
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        time.sleep(0.01)
-    return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _lock_owner(lock: Path) -> str:
-    """The id of the process that holds the lock, which it writes just after locking."""
-    for _ in range(100):
-        if number := lock.read_text().strip():
-            return number
-        time.sleep(0.01)
-    return "unknown"

@@ -53,7 +53,7 @@ if __name__ == "__main__":
         with stopping_at(3):
             resume(run)
         shutil.rmtree(golden, ignore_errors=True)
-        shutil.copytree(run, golden, ignore=shutil.ignore_patterns("metrics.*", "pictures", "lock"))
+        shutil.copytree(run, golden, ignore=shutil.ignore_patterns("metrics.*", "pictures", "lock*"))
         expected = answers(resume(run))
         shutil.copy(run / "model.safetensors", golden)
         write_tensors(golden / "answers.safetensors", expected, {"undiffuse": "golden", "torch": torch.__version__})
