@@ -190,14 +190,14 @@ def test_frames_become_items(folder):
 )
 def test_files_that_change_before_they_are_read(folder, monkeypatch, change):
     """51: between the scan and the reading."""
-    scan_folder = image_folder._scan
+    scan_folder = image_folder.scan_folder
 
     def scan(root):
         result = scan_folder(root)
         change(root / "a.png")
         return result
 
-    monkeypatch.setattr(image_folder, "_scan", scan)
+    monkeypatch.setattr(image_folder, "scan_folder", scan)
     file("a.png", PNG, folder)
     with pytest.raises(BadFilesError) as caught:
         load(folder)

@@ -122,6 +122,13 @@ def test_unknown_sources(source, code, text, tmp_path, monkeypatch):
     assert text in str(caught.value)
 
 
+@pytest.mark.parametrize("source", ["qqqqqq", "nothing.npy"])
+def test_unknown_sources_list_every_kind_of_data(source):
+    with pytest.raises(ConfigError) as caught:
+        load(source)
+    assert all(row.title in caught.value.fix for row in SOURCES)
+
+
 def test_long_paths():
     with pytest.raises(DataError, match=r"^error\[PATH_TOO_LONG\]"):
         load("a/" * 2500)

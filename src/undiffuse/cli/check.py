@@ -59,9 +59,10 @@ def write_contact_sheet(dataset: Dataset, out: Path) -> int:
     import numpy as np
 
     from undiffuse.report.figures import image_grid
+    from undiffuse.runtime.own_output import save_picture
 
     items = np.linspace(0, len(dataset) - 1, min(SHEET_ITEMS, len(dataset))).astype(np.int64)
-    image_grid(dataset.values[items], dataset.num_values, names=dataset.columns).save(out)
+    save_picture(image_grid(dataset.values[items], dataset.num_values, names=dataset.columns), out)
     return len(items)
 
 

@@ -41,6 +41,7 @@ def compare(
     from undiffuse.errors import DataError
     from undiffuse.evaluation import comparison
     from undiffuse.report import comparison_report, table
+    from undiffuse.runtime.own_output import save_picture
 
     dataset = read(data)
     if not as_json:
@@ -62,7 +63,7 @@ def compare(
         (out / "compare.json").write_text(json.dumps(summary, indent=1))
         written = [str(out / "compare.json")]
         try:
-            comparison_report.neighbours_image(result, values, dataset).save(out / "nearest.png")
+            save_picture(comparison_report.neighbours_image(result, values, dataset), out / "nearest.png")
             written.append(str(out / "nearest.png"))
         except DataError as error:
             if not as_json:

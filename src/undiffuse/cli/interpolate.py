@@ -43,6 +43,7 @@ def interpolate(
     from undiffuse.model import checkpoint
     from undiffuse.model.restoration import check_image_model
     from undiffuse.report import figures
+    from undiffuse.runtime.own_output import save_picture
     from undiffuse.sampling.ddim_inversion import slerp
 
     if out is not None and out.suffix.lower() != ".png":
@@ -63,7 +64,7 @@ def interpolate(
     path = out or run_folder(run) / "pictures" / f"{one.stem}-to-{other.stem}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     captions = [f"{float(w):.2f}" for w in weight]
-    figures.image_strip(values[:, None].numpy(), captions, transform.num_values).save(path)
+    save_picture(figures.image_strip(values[:, None].numpy(), captions, transform.num_values), path)
     console.print(
         f"{n} images: {path}; the first and last differ from A and B by at most {int(error)} levels", markup=False
     )

@@ -12,6 +12,7 @@ from PIL import Image
 
 from undiffuse.errors import ConfigError, ResourceError
 from undiffuse.report.figures import image_grid
+from undiffuse.runtime.own_output import save_picture
 
 FRAME_MS, LAST_FRAME_MS = 80, 1600
 """Milliseconds for which a frame, and the last frame, is shown."""
@@ -35,7 +36,7 @@ def animate(path: Path, frames: Iterable[np.ndarray], num_values: int | None) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gif":
         duration = [FRAME_MS] * (len(images) - 1) + [LAST_FRAME_MS]
-        images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0)
+        save_picture(images[0], path, save_all=True, append_images=images[1:], duration=duration, loop=0)
     else:
         _encode(path, [*images, *images[-1:] * (LAST_FRAME_MS // FRAME_MS - 1)])
 

@@ -17,6 +17,7 @@ from undiffuse.likelihood.nll import NLL
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.report.figures import bits_per_step
 from undiffuse.report.table import cell
+from undiffuse.runtime.own_output import PICTURE_MARK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +81,9 @@ def write_evaluation(result: EvaluationResult, folder: Path) -> list[str]:
     lines = []
     if "discrete" in result.nll or "continuous" in result.nll:
         try:
-            bits_figure(result.model, result.nll).savefig(folder / "bits-per-step.png", dpi=150)
+            bits_figure(result.model, result.nll).savefig(
+                folder / "bits-per-step.png", dpi=150, metadata={"Software": PICTURE_MARK}
+            )
             lines.append(f"figure: {folder / 'bits-per-step.png'}")
         except ConfigError as error:
             lines.append(f"no figure: {error}")

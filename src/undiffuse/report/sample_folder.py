@@ -20,6 +20,7 @@ from PIL import Image
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.report.figures import image_grid
 from undiffuse.runtime.atomic_file import atomic_file, write_csv
+from undiffuse.runtime.own_output import save_picture
 from undiffuse.runtime.part_store import PartStore, plan_key
 
 GRID_ITEMS = 144
@@ -93,7 +94,7 @@ class SampleFolder:
         grid = self.folder / "grid.png"
         try:
             first = np.concatenate(list(self._read(items[:GRID_ITEMS])))
-            image_grid(first, self.num_values, names=self.columns).save(grid)
+            save_picture(image_grid(first, self.num_values, names=self.columns), grid)
         except ConfigError:
             grid = None
         manifest = {**self.plan, **(facts or {}), "first": items.start, "n": len(items)}

@@ -18,7 +18,11 @@ FIX = "Save it again with save_to_disk, one Dataset with one column of images"
 def sniff(source: str | Path) -> bool:
     """Whether ``source`` is a folder that ``save_to_disk`` has written."""
     folder = Path(source)
-    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+    if (folder / "dataset_dict.json").is_file():
+        return True
+    return (folder / "state.json").is_file() and (
+        (folder / "dataset_info.json").is_file() or any(folder.glob("*.arrow"))
+    )
 
 
 def load(source: str | Path, *, on_bad: str = "stop", **image_options: Any) -> Dataset:

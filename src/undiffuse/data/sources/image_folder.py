@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from undiffuse.data.dataset import Dataset
-from undiffuse.data.image_decoding import SUFFIXES, DecodedImage, ImageOptions, decode_frames
+from undiffuse.data.image_decoding import DecodedImage, ImageOptions, decode_frames
 from undiffuse.data.source_report import FileStamp, SourceReport, changed_error
 from undiffuse.data.sources.folder_labels import (
     LABELS_FILE,
@@ -23,12 +22,12 @@ from undiffuse.data.sources.folder_labels import (
     labels_from_folders,
     labels_from_table,
 )
-from undiffuse.errors import ConfigError, DataError, printable
+from undiffuse.data.sources.folder_scan import FolderScan, scan_folder
+from undiffuse.errors import ConfigError, DataError
 from undiffuse.runtime.file_errors import FIXES, BadFilesError, FileError, FileProblem, file_errors_at, os_error
 from undiffuse.runtime.machine import require_memory
 
 MAX_FILE_BYTES = 1 << 29
-SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 
 Allocator = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 """Returns an array of a shape and dtype, in memory or on disk."""
@@ -37,23 +36,9 @@ ImageKind = tuple[tuple[int, ...], int]
 """Shape and num_values of an image; all images of a data set must agree in it."""
 
 
-@dataclass
-class _Scan:
-    """Files of a folder: images in the order of their paths, and counts of all others."""
-
-    images: dict[Path, FileStamp] = field(default_factory=dict)
-    problems: list[FileProblem] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)  # names of the sub-folders of the first level
-    hidden: int = 0
-    ignored: list[str] = field(default_factory=list)
-    links_outside: int = 0
-    has_labels_file: bool = False
-
-
 def sniff(source: str | Path) -> bool:
-    """Whether ``source`` is a path: it exists, or contains a separator or a file extension."""
-    name = os.fspath(source)
-    return os.path.lexists(name) or os.sep in name or bool(Path(name).suffix)
+    """Whether ``source`` is a folder."""
+    return os.path.isdir(source)
 
 
 def allocate_in_memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -72,24 +57,20 @@ def load(
     level, if there are at least two and each image is in one. ``image_options`` are those of `ImageOptions`. With
     ``on_bad="skip"`` files that cannot be used, or differ from most, are listed in ``Dataset.report.skipped``.
 
-    Raises `ConfigError` (NOT_A_DIRECTORY, OPTION); `BadFilesError` with every file that cannot be used; `DataError` for
+    Raises `ConfigError` (OPTION); `BadFilesError` with every file that cannot be used; `DataError` for
     problems of the whole (NO_IMAGES, MIXED_SIZES, MIXED_CHANNELS, MIXED_DEPTH, LABELS); `ResourceError` (MEMORY).
     """
     root, options = Path(source), ImageOptions(**image_options)
     check_on_bad(on_bad)
-    if not os.path.isdir(root):
-        cause = "is a file" if os.path.exists(root) else "no such file or folder"
-        fix = "Give a folder of images, an array file or the name of a built-in data set"
-        raise ConfigError("NOT_A_DIRECTORY", root, cause, fix)
-    scan = _scan(root)
+    scan = scan_folder(root)
     if not scan.images and not scan.problems:
-        contents = "; ".join(_scan_notes(scan)) or "it is empty"
+        contents = "; ".join(scan.notes) or "it is empty"
         raise DataError("NO_IMAGES", root, f"no file has the extension of an image ({contents})", FIXES["NO_IMAGES"])
     if not scan.has_labels_file:
         scan.problems += empty_classes(root, scan.images, scan.folders, [p.path for p in scan.problems])
     images = _read_all(scan, options, on_bad == "skip", allocate)
     classes, labels, label_notes = _labels(root, scan, images)
-    notes = [*_scan_notes(scan), *label_notes]
+    notes = [*scan.notes, *label_notes]
     notes += image_notes(
         images.changes, len(images.values), images.problems, len(scan.images) + len(scan.problems), "files"
     )
@@ -126,61 +107,7 @@ def image_notes(
     return notes
 
 
-def _scan(root: Path) -> _Scan:
-    """Visit each folder once, identified by device and inode, and links to folders after folders."""
-    scan, visited, pending = _Scan(), set(), [root]
-    inside = os.path.realpath(root) + os.sep
-    while pending:
-        folder = pending.pop()
-        try:
-            status = folder.stat()
-            if (status.st_dev, status.st_ino) in visited:
-                continue
-            visited.add((status.st_dev, status.st_ino))
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            scan.problems.append(_problem(folder, os_error(error)))
-            continue
-        for entry in entries:
-            path = Path(entry.path)
-            if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
-                scan.hidden += 1
-                continue
-            try:
-                status = entry.stat()
-            except OSError as error:
-                scan.problems.append(_problem(path, os_error(error)))
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                pending.insert(0 if entry.is_symlink() else len(pending), path)
-                scan.folders += [entry.name] * (folder == root)
-            elif folder == root and entry.name == LABELS_FILE:
-                scan.has_labels_file = True
-            elif path.suffix.lower() not in SUFFIXES:
-                scan.ignored.append(entry.name)
-            elif not stat.S_ISREG(status.st_mode):
-                scan.problems.append(FileProblem(path, "NOT_A_REGULAR_FILE", "is a pipe, a socket or a device"))
-            else:
-                scan.images[path] = FileStamp.of(status)
-                scan.links_outside += entry.is_symlink() and not os.path.realpath(path).startswith(inside)
-    scan.images = {path: scan.images[path] for path in sorted(scan.images, key=os.fsencode)}
-    scan.problems.sort(key=lambda problem: os.fsencode(problem.path))
-    return scan
-
-
-def _scan_notes(scan: _Scan) -> list[str]:
-    notes = []
-    if scan.ignored:
-        names = ", ".join(map(printable, sorted(scan.ignored)[:3])) + ", ..." * (len(scan.ignored) > 3)
-        notes.append(f"{len(scan.ignored)} files ignored (no image file extension): {names}")
-    if scan.hidden:
-        notes.append(f"{scan.hidden} hidden or system files ignored")
-    if scan.links_outside:
-        notes.append(f"{scan.links_outside} links followed to files outside the folder")
-    return notes
-
-
-def _labels(root: Path, scan: _Scan, images: _Images) -> Labels:
+def _labels(root: Path, scan: FolderScan, images: _Images) -> Labels:
     """Class names, the label of each image, and notes."""
     if not scan.has_labels_file:
         return labels_from_folders(root, images.paths)
@@ -223,7 +150,7 @@ class _Images:
         self.paths.append(path)
 
 
-def _read_all(scan: _Scan, options: ImageOptions, skip: bool, allocate: Allocator) -> _Images:
+def _read_all(scan: FolderScan, options: ImageOptions, skip: bool, allocate: Allocator) -> _Images:
     """All images of one kind. Raises every problem at once, or with ``skip`` keeps them in ``problems``."""
 
     def attempt(paths: Sequence[Path], problems: list[FileProblem]) -> _Images:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, DataError
 from undiffuse.runtime.file_errors import FileError
 
 if TYPE_CHECKING:
@@ -138,7 +138,9 @@ SOURCES = (
     Source("a WebDataset", _webdataset, IMAGE_OPTIONS),
     Source("a folder of images", _image_folder, IMAGE_OPTIONS, allocates=True),
 )
-"""In the order in which they are tried: the first one whose module recognises the source reads it."""
+"""In the order in which they are tried: the first one whose module recognises the source reads it.
+
+The last one reads every folder that no other one recognises."""
 
 OPTIONS = {option.name: option for source in SOURCES for option in source.options}
 """All options, by name."""
@@ -148,8 +150,9 @@ def load(source: str | Path, *, allocate: Allocator | None = None, **options: An
     """The data set of a built-in name or of a path: an array file, a table, or a folder of images.
 
     ``options`` are those of `SOURCES`; None and False mean "not given". ``allocate`` provides the array for decoded
-    images. Raises `ConfigError` for an unknown name (UNKNOWN_DATA) and for an option that the source does not take
-    (OPTION), `DataError` for bad data, `ResourceError` if the data do not fit into memory. Uses no network.
+    images. Raises `ConfigError` for an unknown name (UNKNOWN_DATA), a path that is no data (NOT_A_DIRECTORY) and an
+    option that the source does not take (OPTION); `DataError` for bad data, also for a folder that two sources could
+    read (AMBIGUOUS); `ResourceError` if the data do not fit into memory. Uses no network.
     """
     from undiffuse.data.dataset import with_observations
 
@@ -159,7 +162,9 @@ def load(source: str | Path, *, allocate: Allocator | None = None, **options: An
         raise FileError("PATH_TOO_LONG", f"more than {MAX_PATH_BYTES} bytes").at(name[:40] + "...")
     row = next((row for row in SOURCES if row.module().sniff(source)), None)
     if row is None:
-        raise _unknown_name(name)
+        raise _unknown(name)
+    if not row.by_name and os.path.isdir(name):
+        _check_unambiguous(row, Path(name))
     _check_options(row, given)
     if row.allocates and allocate is not None:
         given["allocate"] = allocate
@@ -179,10 +184,29 @@ def _check_options(row: Source, given: Mapping[str, Any]) -> None:
             raise ConfigError("OPTION", name, f"{row.title} does not take this option", fix)
 
 
-def _unknown_name(name: str) -> ConfigError:
+def _check_unambiguous(row: Source, folder: Path) -> None:
+    """Raise `DataError` if another source than ``row`` could read the folder: no file is left out in silence."""
+    from undiffuse.data.sources.folder_scan import scan_folder
+
+    others = [other.title for other in SOURCES[SOURCES.index(row) + 1 : -1] if other.module().sniff(folder)]
+    if row is not SOURCES[-1] and (count := len(scan_folder(folder).images)):
+        others.append(f"{count:,} image file" + "s" * (count > 1))
+    if others:
+        cause = f"contains {row.title} and also {' and '.join(others)}, and which are the data is unclear"
+        fix = "Name the file or folder that is the data, or move the others elsewhere"
+        raise DataError("AMBIGUOUS", folder, cause, fix)
+
+
+def _unknown(name: str) -> ConfigError:
+    """The error for a path, or else for a name, that no source recognises."""
     from undiffuse.data.sources.builtin import BUILTIN
 
+    *titles, last = [source.title for source in SOURCES]
+    kinds = f"{', '.join(titles)} or {last}"
+    if os.path.lexists(name) or os.sep in name or Path(name).suffix:
+        cause = "is a file that no source of data reads" if os.path.exists(name) else "no such file or folder"
+        return ConfigError("NOT_A_DIRECTORY", name, cause, f"Give {kinds}")
     close = difflib.get_close_matches(name.lower(), BUILTIN, cutoff=0.5)
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
-    fix = f"{hint}Built in are {', '.join(BUILTIN)}; or give a folder of images, an array file or a table"
+    fix = f"{hint}Built in are {', '.join(BUILTIN)}; DATA may be {kinds}"
     return ConfigError("UNKNOWN_DATA", name, "no built-in data set, file or folder has this name", fix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tarfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,8 @@ def sniff(source: str | Path) -> bool:
 def find_shards(source: Path) -> list[Path]:
     """The tar file ``source``, or the tar files in the folder ``source`` in the order of their names."""
     if source.is_dir():
-        return sorted((path for path in source.iterdir() if path.suffix.lower() == ".tar"), key=os.fsencode)
+        paths = (path for path in source.iterdir() if path.suffix.lower() == ".tar" and not path.is_dir())
+        return sorted(paths, key=os.fsencode)
     return [source] if source.suffix.lower() == ".tar" and source.is_file() else []
 
 
@@ -50,7 +52,10 @@ def load(source: str | Path, *, on_bad: str = "stop", **image_options: Any) -> D
     files = {}
     for shard in find_shards(source):
         with file_errors_at(shard):
-            files[shard] = FileStamp.of(shard.stat())
+            status = shard.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise FileError("NOT_A_REGULAR_FILE", "is a pipe, a socket or a device")
+            files[shard] = FileStamp.of(status)
             try:
                 images += _index(shard)
             except tarfile.TarError as error:

@@ -1,0 +1,84 @@
+"""What this package writes, recognised by its content, so that it does not become training data.
+
+Run folders and sample folders are recognised by their records, single pictures and weights by their metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+PICTURE_MARK = "undiffuse:picture"
+"""Stands in the metadata of each picture that is no item: sheets, strips, plots, animations."""
+SOFTWARE_TAG = 0x0131
+"""The Exif tag for the name of the program."""
+MARKABLE_SUFFIXES = frozenset([".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".gif"])
+SCANNED_BYTES = 1 << 12
+"""Bytes at the beginning and at the end of a picture in which the mark may stand."""
+
+MAX_RECORD_BYTES = 1 << 26
+RECORD_KEYS = {
+    "run.json": {"config", "data", "finished"},
+    "manifest.json": {"key", "sha256", "first", "n", "items"},
+}
+"""Keys of the records of a run folder and of a sample folder, by the name of the file."""
+UNRECORDED_RUN = {"checkpoints", "pictures", "lock", "run.json.partial"}
+"""Names in the folder of a run that was stopped before it wrote its record."""
+
+
+def save_picture(image: Any, path: Path, **options: Any) -> None:
+    """Save a PIL image with `PICTURE_MARK` in its metadata. BMP has none, so such a picture has no mark."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[SOFTWARE_TAG] = PICTURE_MARK
+    metadata = {"comment": PICTURE_MARK.encode()} if path.suffix.lower() == ".gif" else {"exif": exif}
+    image.save(path, **metadata, **options)
+
+
+def is_marked_picture(path: str | Path) -> bool:
+    """Whether the file has `PICTURE_MARK` near its beginning or its end; False where it cannot be read."""
+    if os.path.splitext(path)[1].lower() not in MARKABLE_SUFFIXES:
+        return False
+    try:
+        with open(path, "rb") as file:
+            start = file.read(SCANNED_BYTES)
+            file.seek(max(len(start), os.fstat(file.fileno()).st_size - SCANNED_BYTES))
+            return PICTURE_MARK.encode() in start or PICTURE_MARK.encode() in file.read(SCANNED_BYTES)
+    except OSError:
+        return False
+
+
+def is_own_folder(folder: Path, names: Collection[str]) -> bool:
+    """Whether ``folder``, which contains ``names``, is a run folder or a sample folder, finished or not."""
+    if any(name in names and keys <= _record(folder / name).keys() for name, keys in RECORD_KEYS.items()):
+        return True
+    if "checkpoints" in names and set(names) <= UNRECORDED_RUN:
+        return True
+    return "parts" in names and any(map(is_own_tensor_file, (folder / "parts").glob("*.safetensors")))
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """The table in a JSON file; empty where the file has another content or cannot be read."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_RECORD_BYTES:
+            return {}
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def is_own_tensor_file(path: str | Path) -> bool:
+    """Whether a safetensors file has the metadata of `tensor_file.write_tensors`: a model, a state, a part of a job."""
+    if os.path.splitext(path)[1].lower() != ".safetensors":
+        return False
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return length <= MAX_RECORD_BYTES and b'"undiffuse":' in file.read(length)
+    except OSError:
+        return False
