@@ -67,7 +67,7 @@ def test_too_few_items_to_hold_any_out(train, call, name):
     assert f"training on {len(values)} items" in out
     assert out.count("no held-out items") == 2
     assert "± nan" not in out
-    assert f"next: undiffuse sample {folder}\nnext: undiffuse evaluate {folder} {path} --part train\n" in out
+    assert f"next: undiffuse sample {folder}\nnext: undiffuse evaluate {folder} --part train\n" in out
 
     record = Run(folder).record
     assert record["finished"]
@@ -104,7 +104,7 @@ def test_a_run_of_one_item_is_extended(train, call, tmp_path):
 def test_three_distinct_items_are_enough(train):
     _, folder, out = train(IMAGES[:3])
     assert "nothing" not in out
-    assert f"{folder} {folder.parent / 'x.npy'}\n" in out
+    assert f"next: undiffuse evaluate {folder}\n" in out
     assert Run(folder).record["config"]["train"]["held_out"] == 0.1
     assert [r["bits_per_dim"] > 0 for r in Run(folder).read_metrics() if "bits_per_dim" in r] == [True, True]
 

@@ -286,7 +286,7 @@ def test_advise_and_sample(run, call, tmp_path, few_solvers):
         "excluded: dpm++2m_sde, ancestral (draws noise)",
         "sample --calls",
         "over 4 items",
-        "stochastic solvers were not compared: give held-out DATA after RUN",
+        "stochastic solvers were not compared: no run.json in this folder records the data; give held-out DATA",
     ):
         assert words.replace("sample --calls", "--calls 5") in said.out, said.out
     stored = json.loads((run / "advice.json").read_text())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress
 
-from undiffuse.cli.data_options import ReadData, with_data_options
+from undiffuse.cli.data_options import ReadData, read_data, with_data_options
 from undiffuse.cli.guidance_options import class_names
 from undiffuse.cli.label_options import make_condition
 from undiffuse.cli.options import (
@@ -24,7 +24,7 @@ from undiffuse.cli.options import (
     run_folder,
 )
 from undiffuse.cli.sampler_options import write_advice
-from undiffuse.errors import DataError
+from undiffuse.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,8 +47,8 @@ def advise_command(
     data: Annotated[
         str | None,
         typer.Argument(
-            help="Held-out data, to compare stochastic solvers too; not needed for a model of a built-in set.",
-            metavar="DATA",
+            help="Held-out data, to compare stochastic solvers too; by default those of the run.",
+            metavar="[DATA]",
         ),
     ] = None,
     calls: Annotated[int, typer.Option(help="Network calls per sample.", min=1)] = 10,
@@ -72,7 +72,6 @@ def advise_command(
     """
     import torch
 
-    from undiffuse.data.sources.builtin import BUILTIN
     from undiffuse.evaluation.sampler_ranking import NUM_FINALISTS, rank_samplers, stochastic_samplers
     from undiffuse.model import checkpoint
     from undiffuse.process.prior import prior_sample
@@ -82,8 +81,9 @@ def advise_command(
 
     register_network(network)
     model = checkpoint.load(run, resolve_device(device))
-    name = data or next((name for name in BUILTIN if name == model.info.get("name")), None)
-    real = _held_out_and_training(model, read(name)) if name and not label else None
+    real, reason = None, "they are compared without labels only"
+    if not label:
+        real, reason = _real_items(model, run, data, read)
     noise = ItemNoise(seed, range(items), model.item_shape, "advise", model.device)
     start, condition = prior_sample(model.chain[0], noise(1)[0]), make_condition(class_names(model), label or ())
     cond = condition and model.prepare_condition(condition(range(items)), items)
@@ -107,11 +107,8 @@ def advise_command(
     if scores and floor is not None:
         measured |= _show_scores([*scores, floor], calls, samples)
     else:
-        reason = "give held-out DATA after RUN"
         if real is not None:
             reason = "all samples became NaN or infinite"
-        elif label:
-            reason = "they are compared without labels only"
         console.print(f"stochastic solvers were not compared: {reason}", markup=False)
     own = network_option(network)
     _store(run, model, calls, best, measured | {"seconds": round(time.perf_counter() - began, 1)}, own)
@@ -126,6 +123,22 @@ def _store(run: RunArgument, model: Diffusion, calls: int, best: Sampler, measur
     labels = "".join(f" --label {shlex.quote(one)}" for one in measured["label"] or ())
     console.print(f"best: {best}, {best.spacing} levels, stored in {path}", markup=False)
     console.print(f"next: undiffuse sample {shlex.quote(str(run))} --calls {calls}{labels}{own}", markup=False)
+
+
+def _real_items(
+    model: Diffusion, run: RunArgument, data: str | None, read: ReadData
+) -> tuple[tuple[Tensor, Tensor] | None, str]:
+    """Real items of DATA or of the run to compare samples with, or the reason why there are none."""
+    from undiffuse.data.sources.builtin import BUILTIN
+
+    try:
+        return _held_out_and_training(model, read_data(read, data, run)), ""
+    except (ConfigError, DataError) as error:
+        if data is not None or error.code == "USAGE":
+            raise
+        if error.code == "NO_SOURCE" and model.info.get("name") in BUILTIN:
+            return _held_out_and_training(model, read(model.info["name"])), ""
+        return None, f"{error.cause}; give held-out DATA after RUN"
 
 
 def _held_out_and_training(model: Diffusion, data: Dataset) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from undiffuse.cli.data_options import ReadData, print_notes, with_data_options
-from undiffuse.cli.options import DataArgument, console
+from undiffuse.cli.data_options import OwnDataArgument, ReadData, print_notes, read_data, with_data_options
+from undiffuse.cli.options import console, run_folder
+from undiffuse.errors import ConfigError
 from undiffuse.evaluation.features import EXTRACTORS
 from undiffuse.evaluation.metrics import METRICS
+
+if TYPE_CHECKING:
+    from undiffuse.data.dataset import Dataset
 
 
 @with_data_options
@@ -19,7 +23,10 @@ def compare(
     samples: Annotated[
         str, typer.Argument(help="A folder of 'sample', an array file, or any source of data.", metavar="SAMPLES")
     ],
-    data: DataArgument,
+    data: OwnDataArgument = None,
+    run: Annotated[
+        Path | None, typer.Option(help="The run of the samples; by default the one that their manifest names.")
+    ] = None,
     metric: Annotated[list[str] | None, typer.Option(help=f"{', '.join(METRICS)}; repeatable; by default all.")] = None,
     features: Annotated[
         str | None,
@@ -28,7 +35,12 @@ def compare(
     items: Annotated[
         int, typer.Option(help="Largest number of samples to compare, with as many items.", min=20)
     ] = 2000,
-    held_out: Annotated[float, typer.Option(help="Fraction that was held out when the model was trained.")] = 0.1,
+    held_out: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction that was held out when the model was trained; by default that of its run, else 0.1."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of samples and items.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
     out: Annotated[
@@ -37,13 +49,18 @@ def compare(
     *,
     read: ReadData,
 ) -> None:
-    """Compare SAMPLES with DATA: metrics beside their floor, and a test whether training items are copied."""
+    """Compare SAMPLES with the data of their run, or DATA: metrics beside their floor, and a test for copies."""
     from undiffuse.errors import DataError
     from undiffuse.evaluation import comparison
     from undiffuse.report import comparison_report, table
     from undiffuse.runtime.own_output import save_picture
 
-    dataset = read(data)
+    run = run or _run_of(samples)
+    if run is None and data is None:
+        cause = "neither DATA nor a run of these samples is known"
+        raise ConfigError("USAGE", "undiffuse compare", cause, "Name DATA after SAMPLES, or give --run")
+    dataset = read_data(read, data, run or Path())
+    held_out = _held_out(held_out, run, dataset)
     if not as_json:
         print_notes(dataset)
     values = comparison.load_samples(samples, dataset, read)
@@ -70,3 +87,29 @@ def compare(
                 console.print(f"no image of nearest items: {error.cause}", markup=False)
         if not as_json:
             console.print(f"written: {', '.join(written)}", markup=False)
+
+
+def _run_of(samples: str) -> Path | None:
+    """The run that the manifest of a sample folder names, if it is there."""
+    try:
+        run = Path(json.loads((Path(samples) / "manifest.json").read_bytes())["model"])
+        return run if run.exists() else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _held_out(held_out: float | None, run: Path | None, dataset: Dataset) -> float:
+    """The fraction that the ``run`` held out of these data if it was trained on them, else ``held_out``, else 0.1.
+
+    Raises `ConfigError` if ``held_out`` is given and differs from that of the run.
+    """
+    from undiffuse.training.run_folder import Run
+
+    record = None if run is None else Run(run_folder(run)).record
+    if record is None or record["data"]["fingerprint"] != dataset.fingerprint:
+        return 0.1 if held_out is None else held_out
+    share = float(record["config"]["train"]["held_out"])
+    if held_out not in (None, share):
+        cause = f"{run} held out {share:g} of these data"
+        raise ConfigError("HELD_OUT", f"--held-out {held_out:g}", cause, "Leave it out")
+    return share

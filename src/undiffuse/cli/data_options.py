@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undiffuse.cli.options import console
+from undiffuse.cli.options import console, run_folder
 from undiffuse.data.sources.registry import OPTIONS, Option, load
+from undiffuse.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
 
+OwnDataArgument = Annotated[
+    str | None,
+    typer.Argument(help="The data, as for train; by default those that the run was trained on.", metavar="[DATA]"),
+]
 ReadData = functools.partial["Dataset"]
 """read(data) is the data set that the argument DATA names, read with the options given on the command line."""
 
@@ -44,14 +49,34 @@ def _parameter(option: Option) -> inspect.Parameter:
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=annotation)
 
 
-def given_options(read: ReadData) -> str:
-    """The options of ``read`` as on the command line, each after a space; empty if none was given."""
-    text = ""
-    for name, value in read.keywords.items():
-        if value != OPTIONS[name].default:
-            values = [] if value is True else value if isinstance(value, tuple) else [value]
-            text += " " + shlex.join([OPTIONS[name].flag or f"--{name.replace('_', '-')}", *map(str, values)])
-    return text
+def flag_of(option: Option) -> str:
+    """The option as on the command line, such as --on-bad."""
+    return option.flag or f"--{option.name.replace('_', '-')}"
+
+
+def read_data(read: ReadData, data: str | None, run: Path) -> Dataset:
+    """The data set that DATA names, or without DATA those that the ``run`` (folder or model file) was trained on.
+
+    Raises `ConfigError` and `DataError`, also if options of data are given without DATA.
+    """
+    from undiffuse.training.run_folder import Run
+
+    if data is not None:
+        return read(data)
+    given = [flag_of(OPTIONS[name]) for name, value in read.keywords.items() if value != OPTIONS[name].default]
+    if given:
+        cause = "it says how DATA are to be read, and those of the run are read as they were"
+        raise ConfigError("USAGE", given[0], cause, "Name DATA, or leave it out")
+    return Run(run_folder(run)).load_data()
+
+
+def recorded_options(run: Path) -> dict[str, Any]:
+    """The options of data that the ``run`` (folder or model file) was trained with; empty if none are recorded."""
+    from undiffuse.training.run_folder import Run
+
+    with suppress(CheckpointError):  # the model is whole, and nothing but a preparation is lost
+        return dict(((Run(run_folder(run)).record or {}).get("data") or {}).get("options") or {})
+    return {}
 
 
 def print_notes(dataset: Dataset) -> None:

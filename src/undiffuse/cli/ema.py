@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from undiffuse.cli.data_options import ReadData, with_data_options
+from undiffuse.cli.data_options import OwnDataArgument, ReadData, read_data, with_data_options
 from undiffuse.cli.options import Device, NetworkFile, console, register_network, resolve_device
 from undiffuse.errors import ConfigError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @with_data_options
 def ema(
     run: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
-    data: Annotated[str | None, typer.Argument(help="The data of the run, for --best.", metavar="DATA")] = None,
+    data: OwnDataArgument = None,
     length: Annotated[
         list[float] | None,
         typer.Option(help="Length as a fraction of the run, such as 0.08; repeatable with --best."),
@@ -38,20 +38,20 @@ def ema(
 ) -> None:
     """Average the weights of a finished run over another length, without training again.
 
-    Give one --length, or --best and DATA."""
+    Give one --length, or --best to compare lengths on held-out data."""
     from undiffuse.model import checkpoint
     from undiffuse.report import table
     from undiffuse.training.posthoc_ema import MAX_PROFILE_ERROR, compare_lengths, with_ema_length
     from undiffuse.training.run_folder import Run
 
-    if best != (data is not None) or (not best and len(length or ()) != 1):
-        cause = "it needs one --length, or --best and the data of the run"
+    if not best and (data is not None or len(length or ()) != 1):
+        cause = "it needs one --length, or --best"
         raise ConfigError("USAGE", "undiffuse ema", cause, "See 'undiffuse ema --help'")
     register_network(network)
     source, device = Run(run), resolve_device(device)
     chosen = (length or [0.0])[0]
-    if data is not None:
-        dataset = read(data)
+    if best:
+        dataset = read_data(read, data, run)
         scores = compare_lengths(source, dataset, length, items, mc_samples, device)
         lowest = min(scores, key=lambda score: score.bits)
         table.render([_row(score) for score in scores], f"{dataset.name}, held out for validation")

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from undiffuse.cli.data_options import ReadData, record_skipped, with_data_options
+from undiffuse.cli.data_options import OwnDataArgument, ReadData, read_data, record_skipped, with_data_options
 from undiffuse.cli.options import (
-    DataArgument,
     Device,
     NetworkFile,
     RunArgument,
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 @with_data_options
 def evaluate(
     run: RunArgument,
-    data: DataArgument,
+    data: OwnDataArgument = None,
     part: Annotated[
         str | None,
         typer.Option(help="test, validation, train or all; by default test for the model's own data, all for others."),
@@ -68,7 +67,7 @@ def evaluate(
     *,
     read: ReadData,
 ) -> None:
-    """Measure a model on DATA in bits per dimension; an interrupted evaluation resumes."""
+    """Measure a model in bits per dimension, on its own held-out data or on DATA; an interrupted evaluation resumes."""
     from undiffuse.evaluation import resumable
     from undiffuse.evaluation.run_evaluation import evaluate as evaluate_model
     from undiffuse.model import checkpoint
@@ -79,7 +78,7 @@ def evaluate(
     register_network(network)
     group = init_process_group(resolve_device(device))
     model = checkpoint.load(run, group.device)
-    dataset = read(data)
+    dataset = read_data(read, data, run)
     folder = out or run_folder(run)
     if group.rank == 0:
         record_skipped(dataset, folder / "evaluation-skipped.json")

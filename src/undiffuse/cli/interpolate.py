@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from undiffuse.cli.data_options import recorded_options
 from undiffuse.cli.guidance_options import class_names
 from undiffuse.cli.label_options import make_condition
 from undiffuse.cli.options import (
@@ -54,7 +55,11 @@ def interpolate(
     channels, *sides = model.item_shape
     steps = limit_steps(steps, model.chain_length)
     condition = make_condition(class_names(model), [label] if label else ())
-    images = [load_image(path, channels, sides) for path in (one, other)]
+    prepare = recorded_options(run)
+    images = [load_image(path, channels, sides, prepare) for path in (one, other)]
+    for path, image in zip((one, other), images, strict=True):
+        if prepare and image.changes:
+            console.print(f"note: {path}: {', '.join(image.changes)}", markup=False)
     x = [IntegerLevels(image.num_values).to_model(torch.tensor(image.pixels)[None]) for image in images]
     ends = torch.cat([transform.to_data(item) for item in x])
     latents = model.to_latent(ends, steps, condition and condition(range(2)))

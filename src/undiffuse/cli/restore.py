@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import Progress
 
+from undiffuse.cli.data_options import recorded_options
 from undiffuse.cli.guidance_options import class_names
 from undiffuse.cli.label_options import make_condition
 from undiffuse.cli.options import (
@@ -22,7 +23,7 @@ from undiffuse.cli.options import (
     resolve_device,
     run_folder,
 )
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, DataError
 from undiffuse.sampling.tables import RESTORATION_METHODS
 
 if TYPE_CHECKING:
@@ -88,10 +89,19 @@ def restore(
         raise ConfigError("USAGE", "restore", "no degradation of the image is given", fix)
     degradation = restoration.Degradation(model.item_shape, blur, upsample, 2 * noise)
     small_sides = degradation.full_operator.out_shape[1:]
-    loaded = load_image(image, channels, sides if degrade else small_sides)
+    exact = degrade or (upsample == 1 and not blur and not noise)  # else resizing would change blur and noise
+    prepare = recorded_options(run) if exact else {}
+    loaded = load_image(image, channels, sides if degrade else small_sides, prepare)
+    if prepare and loaded.changes:
+        console.print(f"note: {image}: {', '.join(loaded.changes)}", markup=False)
     x = IntegerLevels(loaded.num_values).to_model(torch.tensor(loaded.pixels)[None])[0]
     if mask is not None:
-        hidden = load_image(mask, 1, small_sides)
+        hidden = load_image(mask, 1, small_sides, prepare | {"background": "white"})
+        if not (degrade and upsample > 1) and (theirs := load_image(mask, 1).pixels.shape[1:]) != (
+            ours := _sides(image)
+        ):
+            cause = f"it has {theirs[1]} x {theirs[0]} pixels, and {image} {ours[1]} x {ours[0]}"
+            raise DataError("SIZE", mask, cause, "Draw it on a copy of the image")
         known = torch.tensor(2 * hidden.pixels.astype(int) < hidden.num_values)
         degradation = restoration.Degradation(model.item_shape, blur, upsample, 2 * noise, known)
         if degradation.is_inpainting and bool(known.all()):
@@ -147,6 +157,13 @@ def restore(
         error = float((model.transform.to_model(values).mean(0) - x).square().mean().sqrt())
         console.print(f"root mean square error of their mean: {_percent(error)} of black to white", markup=False)
     console.print(f"strip: {folder}/strip.png, single restorations: {folder}/000000.png ...", markup=False)
+
+
+def _sides(image: Path) -> tuple[int, ...]:
+    """Height and width of an image that stands upright."""
+    from undiffuse.data.single import load_image
+
+    return load_image(image, 3).pixels.shape[1:]
 
 
 def _percent(difference: float) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undiffuse.cli.data_options import ReadData, given_options, print_notes, with_data_options
+from undiffuse.cli.data_options import ReadData, print_notes, with_data_options
 from undiffuse.cli.options import (
     DataArgument,
     Device,
@@ -110,9 +110,9 @@ def train(
     has_test_part = dataset.held_out_fraction(recipe.train.held_out)[0] > 0 or dataset.test_from is not None
     own = network_option(network)
     part = "" if has_test_part else " --part train"
-    folder, options = shlex.quote(str(run.folder)), f"{part}{given_options(read)}{own}"
+    folder = shlex.quote(str(run.folder))
     console.print(f"next: undiffuse sample {folder}{own}", markup=False)
-    console.print(f"next: undiffuse evaluate {folder} {shlex.quote(data)}{options}", markup=False)
+    console.print(f"next: undiffuse evaluate {folder}{part}{own}", markup=False)
 
 
 def check_length(minutes: float | None, steps: int | None) -> None:

@@ -6,9 +6,10 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,6 +106,12 @@ class Dataset:
         """The same data with more ``notes``; digests that were computed are kept."""
         other = copy.copy(self)
         object.__setattr__(other, "notes", (*self.notes, *notes))
+        return other
+
+    def with_origin(self, source: str, options: Mapping[str, Any]) -> Dataset:
+        """The same data, whose report says from which ``source`` and with which ``options`` they were read."""
+        other = copy.copy(self)
+        object.__setattr__(other, "report", replace(self.report, source=source, options=options))
         return other
 
     @property

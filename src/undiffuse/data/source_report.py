@@ -36,6 +36,8 @@ class SourceReport:
     hidden          number of hidden and system files
     skipped         files that could not be used, with the reason
     files           stamps of the files from which values are read at each access
+    source          name of a built-in set or absolute path that was read; empty for an array in memory
+    options         options that were given, as plain data
     """
 
     formats: Mapping[str, int] = field(default_factory=dict)
@@ -44,6 +46,8 @@ class SourceReport:
     hidden: int = 0
     skipped: tuple[FileProblem, ...] = ()
     files: Mapping[Path, FileStamp] = field(default_factory=dict)
+    source: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write ``skipped`` to a JSON file, atomically."""

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from undiffuse.data.dataset import Dataset
-from undiffuse.errors import CheckpointError, ConfigError, ResourceError
+from undiffuse.data.sources.registry import load
+from undiffuse.errors import CheckpointError, ConfigError, DataError, ResourceError
 from undiffuse.model.config import from_dict, to_dict
 from undiffuse.runtime.atomic_file import json_digest, write_atomic
 from undiffuse.runtime.folder_lock import LOCK_FILES, lock_folder, lock_holder
@@ -50,6 +51,8 @@ class Run:
     @property
     def record(self) -> dict[str, Any] | None:
         """The content of ``run.json``: ``config``, ``data``, ``torch`` and ``finished``; None if there is no file.
+
+        ``data`` is `describe`, with ``source`` and ``options`` if they were read from a name or a path.
 
         Raises `CheckpointError` if it is damaged.
         """
@@ -97,7 +100,8 @@ class Run:
             partial.unlink()
         if data.report.skipped:
             data.report.write(self.folder / "skipped.json")
-        fresh = {"config": to_dict(config), "data": describe(data), "torch": torch.__version__, "finished": False}
+        fresh = {"config": to_dict(config), "data": describe(data) | _origin(data), "torch": torch.__version__}
+        fresh["finished"] = False
         record = self.record
         if record is None:
             self._write(fresh)
@@ -106,13 +110,34 @@ class Run:
             record["config"] = to_dict(from_dict(type(config), record["config"]))
         changed = [*_differences(_compared_fields(record), _compared_fields(fresh))]
         if not changed:
-            if record["config"] != fresh["config"]:
-                self._write({**record, "config": fresh["config"]})
+            kept = {**record, "config": fresh["config"], "data": record["data"] | _origin(data)}
+            if kept != record:
+                self._write(kept)
             return False
         if not force:
             raise ChangedError(self.folder, changed)
         self._write({**record, **fresh, "changed": [*record.get("changed", []), [list(row) for row in changed]]})
         return True
+
+    def load_data(self) -> Dataset:
+        """The data of the run, read from their source with the options that the run began with.
+
+        Raises `ConfigError` (NO_SOURCE) if the run does not record a source, `DataError` (CHANGED) if the data there
+        are others by now, and what `undiffuse.load_data` raises.
+        """
+        record, fix = self.record, "Name DATA"
+        if record is None:
+            raise ConfigError("NO_SOURCE", self.folder, "no run.json in this folder records the data", fix)
+        began = record["data"]
+        if not began.get("source"):
+            cause = "this run does not record where its data came from (they were an array in Python)"
+            raise ConfigError("NO_SOURCE", self.folder, cause, fix)
+        data = load(began["source"], **began.get("options", {}))
+        if data.fingerprint != began["fingerprint"]:
+            cause = f"these data have changed since the run began: {began['items']:,} items then, {len(data):,} now"
+            fix = "Restore them, or name DATA to use them as they are"
+            raise DataError("CHANGED", began["source"], cause, fix)
+        return data
 
     def finish(self) -> None:
         """Mark the run as finished."""
@@ -188,6 +213,11 @@ def describe(data: Dataset) -> dict[str, Any]:
         "notes": list(data.notes),
         "fingerprint": data.fingerprint,
     }
+
+
+def _origin(data: Dataset) -> dict[str, Any]:
+    """Where the data came from, for ``run.json`` alone: a path says nothing on another machine."""
+    return {"source": data.report.source, "options": dict(data.report.options)} if data.report.source else {}
 
 
 def _compared_fields(record: dict[str, Any]) -> dict[str, Any]:

@@ -173,7 +173,27 @@ def load(source: str | Path, *, allocate: Allocator | None = None, **options: An
         data = with_observations(data)
     if row.by_name and os.path.exists(name):
         data = data.with_notes(f"{name} is the built-in data set; the file or folder of that name is ./{name}")
-    return data
+    given.pop("allocate", None)
+    return data.with_origin(name if row.by_name else os.path.abspath(name), _plain_options(given))
+
+
+def path_of(source: str | Path) -> Path | None:
+    """The absolute path that ``source`` stands for; None for the name of a built-in data set."""
+    by_name = any(row.module().sniff(source) for row in SOURCES if row.by_name)
+    return None if by_name else Path(os.path.abspath(source))
+
+
+def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` as data that JSON can represent and `load` accepts; paths are absolute."""
+
+    def plain(name: str, value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return [plain(name, one) for one in value]
+        if OPTIONS[name].type == Path | None:
+            return os.path.abspath(value)
+        return value.item() if hasattr(value, "item") else value  # NumPy's numbers
+
+    return {name: plain(name, value) for name, value in options.items()}
 
 
 def _check_options(row: Source, given: Mapping[str, Any]) -> None:
