@@ -12,6 +12,7 @@ from undiffuse.model.checkpoint import load, save
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.restoration import Degradation, degrade, restore, rounding_std
+from undiffuse.report.sample_folder import SampleFolder
 
 CONFIG = ModelConfig(
     network={"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()},
@@ -116,6 +117,34 @@ def test_answers_are_never_replaced(place, call):
     said = call(*flags, "--out", first / "000000.png")
     assert (said.code, "000000.png: it is a file. " in said.err) == (2, True)
     assert (first / "000000.png").read_bytes() == before
+    own = place / "own"
+    own.mkdir()
+    (own / "strip.png").write_text("mine")
+    said = call(*flags, "--out", own)
+    assert (said.code, said.err.count("\n"), "it holds strip.png, which was not written" in said.err) == (2, 1, True)
+    assert [(f.name, f.read_text()) for f in own.iterdir()] == [("strip.png", "mine")]
+    own.rename(place / "run" / "restored" / "colour-mmps-4")
+    assert f"{place / 'run' / 'restored' / 'colour-mmps-5'}/strip.png" in call(*flags).out
+
+
+def test_interrupted_restorations_begin_again(place, call, monkeypatch):
+    """In their folder, also where it is the default one."""
+    flags = ["restore", place / "run", place / "whole.png", "--noise", 0.2, "--steps", 2, "--method", "dps", "--n"]
+    folder, real = place / "run" / "restored" / "whole-dps", SampleFolder.finish
+
+    def finish(*_):
+        raise KeyboardInterrupt
+
+    for out in ([], ["--out", place / "interrupted"]):
+        monkeypatch.setattr(SampleFolder, "finish", finish)
+        assert call(*flags, 3, *out).code == 130
+        monkeypatch.setattr(SampleFolder, "finish", real)
+        assert call(*flags, 2, *out).code == 0
+        folder = out[1] if out else folder
+        names = {"000000.png", "000001.png", "grid.png", "strip.png", "samples.npz", "manifest.json"}
+        assert {f.name for f in folder.iterdir()} == names
+        with np.load(folder / "samples.npz") as file:
+            assert len(file["x"]) == 2
 
 
 def test_transparent_parts_of_a_mask_are_filled_in(place, call):

@@ -18,6 +18,7 @@ from undiffuse.model import checkpoint
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
+from undiffuse.report import sample_folder
 from undiffuse.report.sample_folder import SampleFolder
 from undiffuse.runtime import distributed_group
 from undiffuse.sampling import sampler_search
@@ -150,11 +151,50 @@ def test_resume_after_an_interrupt(run, call, monkeypatch, tmp_path):
     assert "resuming: 8 samples are in" in said.out
     np.testing.assert_array_equal(array(tmp_path / "killed"), array(tmp_path / "straight"))
     assert len(list((tmp_path / "killed").glob("0*.png"))) == 11
-    (tmp_path / "killed" / "parts").mkdir()
     said = call("sample", run, *flags, "--out", tmp_path / "killed")
-    assert not (tmp_path / "killed" / "parts").exists()
     assert "these 11 samples exist already" in said.out
     assert str(tmp_path / "killed" / "grid.png") in said.out
+
+
+def test_a_folder_of_other_files_is_refused(run, call, tmp_path):
+    """`sample` and `restore` once removed DIR/parts/* and replaced files of the names that they use."""
+    photos = tmp_path / "photos"
+    (photos / "parts").mkdir(parents=True)
+    names = ["000000.png", "grid.png", "manifest.json", "parts/000000000-000000001.safetensors"]
+    for name in names:
+        (photos / name).write_text("mine")
+    said = call("sample", run, "--n", 2, "--quality", "draft", "--out", photos)
+    assert (said.code, said.err.count("\n"), said.err[:11]) == (2, 1, "error[OUT] ")
+    assert {str(f.relative_to(photos)): f.read_text() for f in photos.rglob("*.*")} == dict.fromkeys(names, "mine")
+
+
+def test_samples_that_exist_already_are_whole(run, call, tmp_path):
+    flags = ["sample", run, "--n", 4, "--quality", "draft", "--out", tmp_path / "x"]
+    assert call(*flags).code == 0
+    whole = {f: f.read_bytes() for f in (tmp_path / "x").iterdir()}
+    (tmp_path / "x" / "000000.png").unlink()
+    (tmp_path / "x" / "000001.png").write_bytes(b"")
+    said = call(*flags)
+    assert "made again, as they were missing or changed: 000000.png, 000001.png\n" in said.out
+    assert "these 4 samples exist already" in said.out
+    assert {f: f.read_bytes() for f in (tmp_path / "x").iterdir()} == whole
+
+
+def test_two_samplers_in_one_folder(run, call, monkeypatch, tmp_path):
+    flags = ["sample", run, "--n", 4, "--batch", 2, "--quality", "draft", "--out", tmp_path / "x", "--seed"]
+    real, others = SampleFolder.add, []
+
+    def add(album, first, values):
+        real(album, first, values)
+        if not others:
+            others.append(None)
+            others.append(call(*flags, 2))
+
+    monkeypatch.setattr(SampleFolder, "add", add)
+    assert call(*flags, 1).code == 0
+    assert (others[1].code, f"process {os.getpid()} is writing samples into this folder" in others[1].err) == (6, True)
+    assert manifest(tmp_path / "x")["seed"] == 1
+    np.testing.assert_array_equal(array(tmp_path / "x"), model().sample(4, 1, QUALITIES["draft"]).numpy())
 
 
 def test_other_weights_replace_the_samples(run, call, tmp_path):
@@ -181,17 +221,22 @@ def test_processes_share_the_samples(run, call, monkeypatch, tmp_path):
     """Each process draws its own parts; here one after the other, rank 0 last because it joins the parts."""
     flags = ["--n", 9, "--solver", "ancestral", "--steps", 5, "--batch", 2, "--out"]
     assert call("sample", run, *flags, tmp_path / "one").code == 0
-    (tmp_path / "three" / "parts").mkdir(parents=True)
-    added, real = [], SampleFolder.add
+    added, real, opened = [], SampleFolder.add, SampleFolder.missing_items
     monkeypatch.setattr(
         SampleFolder, "add", lambda album, first, values: (added.append(first), real(album, first, values))
     )
+    (tmp_path / "three" / "parts").mkdir(parents=True)
+    monkeypatch.setattr(sample_folder, "check_output_folder", lambda *_: None)  # the parts come before rank 0 opens it
+    monkeypatch.setattr(SampleFolder, "missing_items", lambda album, items: [range(9)] if len(added) < 5 else [])
     for rank in (2, 1, 0):
         assert not (tmp_path / "three" / "samples.npz").exists()
-        group = (rank, 3, "cpu", lambda _: None)
+        group = (rank, 3, "cpu", lambda data: [[[0, 9]]])
         monkeypatch.setattr(distributed_group, "init_process_group", lambda device, group=group: group)
         said = call("sample", run, *flags, tmp_path / "three")
-        assert (said.code, said.err, said.out == "") == (0, "", rank > 0)
+        assert (said.code, said.err) == (0, "")
+        assert ("9 samples by ancestral" in said.out) == (rank == 0)
+        assert rank == 0 or said.out == ""
+    assert opened(SampleFolder(tmp_path / "three", {}, (1, 4, 4), 17), range(9)) == [range(9)]
     assert len(added) == 5
     assert sorted(added) == [0, 2, 4, 6, 8]
     assert np.abs(array(tmp_path / "one").astype(int) - array(tmp_path / "three").astype(int)).max() <= 1

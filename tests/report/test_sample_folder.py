@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 
 from undiffuse.data.sources.registry import load
-from undiffuse.errors import CheckpointError
+from undiffuse.errors import CheckpointError, ConfigError, ResourceError
+from undiffuse.report import sample_folder
 from undiffuse.report.sample_folder import SampleFolder, write_samples
 from undiffuse.runtime import part_store
 
@@ -63,9 +65,11 @@ def test_colour_images_the_array_and_the_manifest(tmp_path):
         np.testing.assert_array_equal(file["x"], values)
         assert file["x"].dtype == np.uint8
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest.pop("sha256") == hashlib.sha256((folder / "samples.npz").read_bytes()).hexdigest()
-    assert len(manifest.pop("key")) == 64
-    assert manifest == {"seed": 3, "first": 7, "n": 5, "items": [7, 8, 9, 10, 11]}
+    names = {*(f"{i:06d}.png" for i in range(7, 12)), "grid.png", "samples.npz"}
+    assert manifest.pop("files") == {f: hashlib.sha256((folder / f).read_bytes()).hexdigest() for f in names}
+    assert manifest.pop("values") == hashlib.sha256(values.tobytes()).hexdigest()
+    assert (len(manifest.pop("key")), len(manifest.pop("sha256"))) == (64, 64)
+    assert manifest == {"seed": 3, "first": 7, "n": 5, "items": [7, 8, 9, 10, 11], "finished": True}
     with Image.open(grid) as picture:
         assert picture.mode == "RGB"
 
@@ -98,17 +102,24 @@ def test_items_that_are_no_images_have_no_image_files(tmp_path, values, num_valu
 
 def test_vectors_with_named_columns_are_written_as_a_table(tmp_path, monkeypatch):
     values = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    samples = SampleFolder(tmp_path, {}, None, ["a", "b, with a comma", "c"])
-    samples.open()
-    samples.add(0, values[:2])
-    samples.add(2, values[2:])
+    columns = ["a", "b, with a comma", "c"]
+    samples = SampleFolder(tmp_path, {}, (3,), None, columns)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert samples.finish(range(5)) is None  # the grid of vectors needs matplotlib, a table does not
+    with samples.open(range(5)):
+        samples.add(0, values[:2])
+        samples.add(2, values[2:])
+        assert samples.finish(range(5)) is None  # the grid of vectors needs matplotlib, a table does not
+    table = (tmp_path / "samples.csv").read_bytes()
     data = load(tmp_path / "samples.csv")
     assert data.columns == ("a", "b, with a comma", "c")
     np.testing.assert_array_equal(data.values, values)
-    SampleFolder(tmp_path, {"seed": 2}, None).open(lambda message: None)
-    assert not (tmp_path / "samples.csv").exists()
+    (tmp_path / "samples.csv").unlink()
+    again = SampleFolder(tmp_path, {}, (3,), None, columns)
+    with again.open(range(5), lambda message: None) as missing:
+        assert (again.finished, missing) == (True, [])
+    assert (tmp_path / "samples.csv").read_bytes() == table
+    with SampleFolder(tmp_path, {"seed": 2}, (3,), None).open(range(5), lambda message: None):
+        assert not (tmp_path / "samples.csv").exists()
 
 
 def test_four_channels_are_transparent_images(tmp_path):
@@ -128,15 +139,27 @@ def contents(folder):
     return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "parts"}
 
 
+def folder_of(folder, plan=None):
+    return SampleFolder(folder, {"seed": 1} if plan is None else plan, (1, 1, 1), 17)
+
+
 def drawn(folder, n, parts=((0, 4), (4, 10)), plan=None):
     """A folder of n samples, of which the missing ones are added in ``parts``; the added samples, and the messages."""
-    samples, added, messages = SampleFolder(folder, {"seed": 1} if plan is None else plan, 17), [], []
-    samples.open(messages.append)
-    for start, stop in parts:
-        for gap in samples.missing_items(range(start, stop)):
-            samples.add(gap.start, values_of(gap))
-            added += gap
+    samples, added, messages = folder_of(folder, plan), [], []
+    with samples.open(range(n), messages.append) as missing:
+        for start, stop in parts:
+            for gap in missing:
+                if inside := range(max(start, gap.start), min(stop, gap.stop)):
+                    samples.add(inside.start, values_of(inside))
+                    added += inside
     return samples, range(n), added, messages
+
+
+def finished(folder, n=10, plan=None):
+    """A finished folder of n samples."""
+    samples, items, *_ = drawn(folder, n, plan=plan)
+    samples.finish(items)
+    return samples
 
 
 def test_parts_of_any_size_give_the_same_files(tmp_path):
@@ -144,7 +167,6 @@ def test_parts_of_any_size_give_the_same_files(tmp_path):
         samples, items, added, messages = drawn(tmp_path / name, 10, parts)
         assert (sorted(added), messages) == ([*range(10)], [])
         assert samples.finish(items) == tmp_path / name / "grid.png"
-        assert samples.finished(items)
         assert not samples.parts.exists()
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "reversed")
     with np.load(tmp_path / "one" / "samples.npz") as file:
@@ -185,41 +207,136 @@ def test_a_damaged_part_is_computed_again(tmp_path, harm):
 
 def test_a_finished_folder(tmp_path):
     samples, items, *_ = drawn(tmp_path, 10)
-    assert not samples.finished(items)
+    assert not samples.finished
     samples.finish(items, {"seconds": 3})
-    assert samples.finished(items)
-    assert not samples.finished(range(9))
-    assert not samples.finished(range(1, 11))
-    assert not SampleFolder(tmp_path, {"seed": 2}, 17).finished(items)
     assert json.loads(samples.manifest.read_text())["seconds"] == 3
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()}
+    again, _, added, messages = drawn(tmp_path, 10)
+    assert (again.finished, added, messages) == (True, [], [])
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()} == before
     samples.parts.mkdir()
     (samples.parts / "000000000-000000003.safetensors").touch()  # as if interrupted while the parts were removed
-    assert samples.finished(items)
-    samples.remove_parts()
-    samples.remove_parts()
+    assert drawn(tmp_path, 10)[0].finished
     assert not samples.parts.exists()
-    samples.array.write_bytes(samples.array.read_bytes() + b"0")
-    assert not samples.finished(items)
-    samples.array.unlink()
-    assert not samples.finished(items)
     fewer, items, added, messages = drawn(tmp_path, 4)  # samples that are no longer wanted are removed
-    assert (added, messages) == ([*range(10)], [])
+    assert (added, messages, fewer.finished) == ([*range(4)], [], False)
     fewer.finish(items)
     assert len(np.load(fewer.array)["x"]) == 4
+    assert not (tmp_path / "000004.png").exists()
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b""), flip])
+def test_harmed_files_are_found_and_made_again(tmp_path, harm):
+    """ "These samples exist already" is said of files that are as they were written."""
+    whole = contents(finished(tmp_path).folder)
+    for names in (["000003.png"], ["grid.png"], ["000000.png", "000009.png", "000005.png", "grid.png"]):
+        for name in names:
+            harm(tmp_path / name)
+        again, _, added, messages = drawn(tmp_path, 10)
+        listed = ", ".join(sorted(names)[:3]) + (" and 1 more" if len(names) > 3 else "")
+        assert messages == [f"made again, as they were missing or changed: {listed}"]
+        assert (again.finished, added) == (True, [])
+        assert contents(tmp_path) == whole
+    harm(tmp_path / "samples.npz")
+    again, items, added, messages = drawn(tmp_path, 10)
+    assert messages == [f"starting over: {tmp_path / 'samples.npz'} is missing or changed"]
+    assert (again.finished, added) == (False, [*range(10)])
+    again.finish(items)
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b""), flip])
+def test_pictures_are_checked_at_the_end(tmp_path, harm):
+    whole = contents(finished(tmp_path / "whole").folder)
+    samples, items, *_ = drawn(tmp_path / "harmed", 10)
+    for name in ("000002.png", "000009.png"):
+        harm(samples.folder / name)
+    samples.finish(items)
+    assert contents(samples.folder) == whole
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    """Nothing in it is changed, whatever its files are called, and nothing is added."""
+    for name in ("photo.jpg", "000000.png", "grid.png", "manifest.json", "samples.npz", "parts/thesis.tex", "a/b"):
+        folder = tmp_path / name.replace("/", "-")
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("mine")
+        with pytest.raises(
+            ConfigError, match=rf"error\[OUT\] {folder}: .*{name.split('/')[0]}.* Give --out a new folder"
+        ):
+            drawn(folder, 10)
+        with pytest.raises(ConfigError, match="OUT"):
+            write_samples(folder, values_of(range(3)), 17, {})
+        assert [f for f in folder.rglob("*") if f.is_file()] == [folder / name]
+        assert (folder / name).read_text() == "mine"
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="it is a file"):
+        drawn(tmp_path / "file", 10)
+
+
+def test_files_beside_ours_are_never_replaced_or_removed(tmp_path):
+    samples = finished(tmp_path)
+    own = ["000099.png", "notes.txt", "a/grid.png"]
+    (tmp_path / "a").mkdir()
+    for name in own:
+        (tmp_path / name).write_text("mine")
+    assert drawn(tmp_path, 10)[0].finished
+    with pytest.raises(ConfigError, match=r"it holds 000099\.png, which was not written by this command"):
+        drawn(tmp_path, 100)
+    assert drawn(tmp_path, 10)[0].finished
+    drawn(tmp_path, 20, [(0, 20)], {"seed": 2})  # another plan removes ours
+    samples.parts.joinpath("mine.safetensors").write_text("mine")
+    folder_of(tmp_path, {"seed": 2}).finish(range(20))
+    for name in [*own, "parts/mine.safetensors"]:
+        assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_damaged_manifest_is_no_record(tmp_path):
+    samples = finished(tmp_path)
+    whole = samples.manifest.read_bytes()
+    for content in (b"no JSON", b"[]", b"{}", b'"x"', b"[" * 100_000, whole.replace(b"000003.png", b"000033.png")):
+        samples.manifest.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"its manifest\.json is damaged, edited or not ours"):
+            drawn(tmp_path, 10)
+    samples.manifest.write_bytes(whole)
+    assert drawn(tmp_path, 10)[0].finished
 
 
 def test_another_plan_replaces_a_finished_folder(tmp_path):
+    samples = finished(tmp_path, plan={"seed": 1, "solver": "a"})
     (tmp_path / "000099.png").touch()  # not written by us
-    samples, items, *_ = drawn(tmp_path, 10, plan={"seed": 1, "solver": "a"})
-    samples.finish(items)
     samples, items, _, messages = drawn(tmp_path, 2, [(0, 2)], plan={"seed": 1, "solver": "b"})
     assert messages == [f"starting over: the samples in {tmp_path} differ in solver"]
-    assert {f.name for f in tmp_path.iterdir()} == {"parts", "000000.png", "000001.png", "000099.png"}
-    samples.manifest.write_text("no JSON")
-    samples.open(messages.append)
-    assert len(messages) == 2
+    names = {"parts", "000000.png", "000001.png", "000099.png", "manifest.json"}
+    assert {f.name for f in tmp_path.iterdir()} == names
     samples.finish(items)
-    assert samples.finished(items)
+    assert drawn(tmp_path, 2, plan={"seed": 1, "solver": "b"})[0].finished
+
+
+def test_one_process_writes_into_a_folder(tmp_path):
+    with folder_of(tmp_path).open(range(10)), pytest.raises(ResourceError, match=r"\[BUSY\].*is writing samples into"):
+        drawn(tmp_path, 10, plan={"seed": 2})
+    drawn(tmp_path, 10)
+
+
+def test_two_jobs_that_no_lock_keeps_apart_do_not_mix(tmp_path, monkeypatch):
+    """On a file system without locks: the first to finish finds that the folder is not its own any more."""
+    monkeypatch.setattr(sample_folder, "lock_folder", lambda *_: nullcontext())
+    first, items, *_ = drawn(tmp_path, 10)
+    second, _, added, _ = drawn(tmp_path, 10, [(0, 4)], plan={"seed": 2})
+    assert added == [0, 1, 2, 3]
+    first.add(4, values_of(range(4, 10)))
+    with pytest.raises(CheckpointError, match="another job has written into this folder since this one began"):
+        first.finish(items)
+    with pytest.raises(CheckpointError, match="it belongs to another job"):
+        second.finish(items)
+    assert not first.array.exists()
 
 
 def test_missing_parts_are_an_error_at_the_end(tmp_path):
@@ -256,7 +373,8 @@ def test_few_parts_at_a_time_are_in_memory(tmp_path, monkeypatch):
 
     samples, items, *_ = drawn(tmp_path, 200, [(i, i + 4) for i in range(0, 200, 4)])
     monkeypatch.setattr(part_store, "read_tensors", read)
-    SampleFolder(tmp_path, {"seed": 1}, 17).open(lambda message: None)
+    with folder_of(tmp_path).open(items, lambda message: None):
+        pass
     assert (len(counts), max(counts)) == (50, 0)
     counts.clear()
     samples.finish(items)

@@ -11,7 +11,7 @@ X = torch.arange(6.0)
 
 @pytest.fixture
 def store(tmp_path):
-    store = PartStore(tmp_path / "parts", "numbers", plan_key({"seed": 1}))
+    store = PartStore(tmp_path / "parts", "numbers", plan_key({"seed": 1}), "[a-z]")
     store.folder.mkdir()
     store.write("b", {"x": X}, {"seconds": "2.5"})
     store.write("a", {"x": X + 1})
@@ -43,7 +43,7 @@ def test_unusable_parts(store, harm):
         path.write_bytes(store.path("b").read_bytes())
     else:
         kind, key = ("numbers", "0") if harm == "another plan" else ("letters", store.key)
-        PartStore(store.folder, kind, key).write("a", {"x": X})
+        PartStore(store.folder, kind, key, "[a-z]").write("a", {"x": X})
     with pytest.raises(CheckpointError) as raised:
         store.read("a")
     damaged = harm in ("cut", "flipped")
@@ -59,10 +59,13 @@ def test_unusable_parts(store, harm):
 
 def test_removal_leaves_other_files(store):
     (store.folder / "c.safetensors.partial").touch()
-    (store.folder / "notes.txt").touch()
+    for name in ("notes.txt", "weights.safetensors", "a.safetensors.old"):
+        (store.folder / name).touch()
+    assert store.names() == ["a", "b"]
     store.remove()
-    assert [path.name for path in store.folder.iterdir()] == ["notes.txt"]
-    (store.folder / "notes.txt").unlink()
+    assert {path.name for path in store.folder.iterdir()} == {"notes.txt", "weights.safetensors", "a.safetensors.old"}
+    for path in store.folder.iterdir():
+        path.unlink()
     store.remove()
     assert not store.folder.exists()
     store.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import time
 from pathlib import Path
@@ -75,11 +76,10 @@ def restore(
     from undiffuse.data.single import load_image
     from undiffuse.data.transform import IntegerLevels
     from undiffuse.model import checkpoint, restoration
-    from undiffuse.report.sample_folder import write_samples
+    from undiffuse.report.sample_folder import SampleFolder
 
-    if out is not None and (out.is_file() or _has_manifest(out)):
-        cause = "it is a file" if out.is_file() else "it already holds restorations"
-        raise ConfigError("OUT", out, cause, "Give another folder, or remove it")
+    if out is not None and _is_finished(out):
+        raise ConfigError("OUT", out, "it already holds restorations", "Give another folder, or remove it")
     register_network(network)
     model = checkpoint.load(run, resolve_device(device))
     restoration.check_image_model(model, run)
@@ -110,27 +110,7 @@ def restore(
     observed = restoration.degrade(degradation, x, seed, loaded.num_values) if degrade else x
     steps, condition = limit_steps(steps, model.chain_length), make_condition(class_names(model), label or ())
     rounding = restoration.rounding_std(loaded.num_values)
-    began = time.perf_counter()
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("restoring", total=n * restoration.num_steps_of(model, method, steps))
-        values = restoration.restore(
-            model,
-            degradation,
-            observed,
-            n,
-            method=method,
-            seed=seed,
-            num_steps=steps,
-            batch=batch,
-            floor=rounding,
-            progress=lambda done: bar.advance(task, done),
-            cond=condition and condition(range(n)),
-        )
-    seconds = time.perf_counter() - began
-
-    folder = out or _unused_folder(run_folder(run) / "restored" / f"{image.stem}-{method}")
-    residual = restoration.data_residual(model, degradation, observed, values)
-    manifest = {
+    plan = {
         "model": str(run),
         "image": str(image),
         "mask": mask and str(mask),
@@ -142,10 +122,33 @@ def restore(
         "method": method,
         "seed": seed,
         "steps": steps,
-        "residual": [float(r) / 2 for r in residual],
     }
-    write_samples(folder, values.numpy(), model.info.get("num_values"), manifest)
-    strip(model, degradation, x if degrade else None, observed, values).save(folder / "strip.png")
+    plan |= {"weights": checkpoint.fingerprint(model), "observed": hashlib.sha256(observed.numpy().data).hexdigest()}
+    folder = out or _unused_folder(run_folder(run) / "restored" / f"{image.stem}-{method}")
+    samples = SampleFolder(folder, plan, model.item_shape, model.info.get("num_values"), more=["strip.png"])
+    began = time.perf_counter()
+    with samples.open(range(n), lambda line: None) as missing:
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task("restoring", total=n * restoration.num_steps_of(model, method, steps))
+            values = restoration.restore(
+                model,
+                degradation,
+                observed,
+                n,
+                method=method,
+                seed=seed,
+                num_steps=steps,
+                batch=batch,
+                floor=rounding,
+                progress=lambda done: bar.advance(task, done),
+                cond=condition and condition(range(n)),
+            )
+        seconds = time.perf_counter() - began
+        residual = restoration.data_residual(model, degradation, observed, values)
+        for gap in missing:
+            samples.add(gap.start, values.numpy()[gap.start : gap.stop])
+        picture = strip(model, degradation, x if degrade else None, observed, values)
+        samples.finish(range(n), {"residual": [float(r) / 2 for r in residual]}, {"strip.png": picture})
     expected = float((degradation.noise_std**2 + rounding**2) ** 0.5)
     console.print(f"{n} restorations by {method} in {steps} steps, {seconds:.1f} s", markup=False)
     console.print(
@@ -171,14 +174,25 @@ def _percent(difference: float) -> str:
     return f"{50 * difference:.2f} %"
 
 
-def _has_manifest(folder: Path) -> bool:
-    return (folder / "manifest.json").exists()
+def _is_finished(folder: Path) -> bool:
+    """Whether the folder holds finished restorations."""
+    from undiffuse.runtime.output_folder import read_record
+
+    return (read_record(folder / "manifest.json") or {}).get("finished") is True
 
 
 def _unused_folder(folder: Path) -> Path:
-    """``folder``, or the first of folder-2, folder-3, ... without restorations."""
+    """``folder``, or the first of folder-2, folder-3, ... that is new or holds restorations that were interrupted."""
     names = itertools.chain([folder.name], (f"{folder.name}-{i}" for i in itertools.count(2)))
-    return next(path for path in map(folder.with_name, names) if not _has_manifest(path))
+    return next(path for path in map(folder.with_name, names) if _is_unused(path))
+
+
+def _is_unused(folder: Path) -> bool:
+    from undiffuse.runtime.output_folder import read_record
+
+    if record := read_record(folder / "manifest.json"):
+        return record.get("finished") is False
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def strip(model: Diffusion, degradation: Degradation, intact: Tensor | None, observed: Tensor, values: Tensor) -> Image:

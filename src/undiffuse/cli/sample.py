@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -92,7 +93,9 @@ def sample(
         Path | None, typer.Option(help="Also write an animation of the first samples, .gif or .mp4.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Samples per batch; does not change the samples.", min=1)] = 64,
-    out: Annotated[Path | None, typer.Option(help="Output folder; default is a folder in the run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder, new or of this command; default is a folder in the run.")
+    ] = None,
     network: NetworkFile = None,
     device: Device = "auto",
 ) -> None:
@@ -136,35 +139,33 @@ def sample(
     plan = {"weights": weights, "seed": seed, "sampler": sampler.to_dict(), "label": label}
     plan |= {name: None if path is None else _sha256(path) for name, path in files.items()}
     out = out or run_folder(run) / "samples" / _folder_name(sampler, labels, [p for p in files.values() if p], seed)
-    folder, items = SampleFolder(out, plan, model.info.get("num_values"), model.info.get("columns", ())), range(n)
+    num_values, columns = model.info.get("num_values"), model.info.get("columns", ())
+    folder, items = SampleFolder(out, plan, model.item_shape, num_values, columns), range(n)
     if animate is not None and rank == 0:
         _animate(animate, model, seed, range(min(n, MAX_ANIMATED)), sampler, condition, guide)
         log(f"animation: {animate}")
-    if folder.finished(items):
-        if rank == 0:
-            folder.remove_parts()
-        log(f"these {n:,} samples exist already")
-        picture = folder.folder / "grid.png"
-    else:
-        began = time.perf_counter()
-        if rank == 0:
-            folder.open(log)
-        gather(None)
-        missing, blocks = folder.missing_items(items), [items[start : start + batch] for start in range(0, n, batch)]
-        parts = [
-            range(max(block.start, gap.start), min(block.stop, gap.stop))
-            for block in blocks[rank::processes]
-            for gap in missing
-        ]
-        try:
+    began = time.perf_counter()
+    try:
+        with folder.open(items, log) if rank == 0 else nullcontext([]) as gaps:
+            missing = [range(*gap) for gap in gather([[gap.start, gap.stop] for gap in gaps])[0]]
+            blocks = [items[start : start + batch] for start in range(0, n, batch)]
+            parts = [
+                range(max(block.start, gap.start), min(block.stop, gap.stop))
+                for block in blocks[rank::processes]
+                for gap in missing
+            ]
             _draw(folder, model, seed, [part for part in parts if part], sampler, condition, guide)
             gather(None)
             if rank:
                 return
-            seconds = time.perf_counter() - began
-            picture = folder.finish(items, {"model": str(run), "seconds": round(seconds, 3)})
-        except KeyboardInterrupt:
-            raise Interrupted(signal.SIGINT) from None
+            seconds, picture = time.perf_counter() - began, folder.grid
+            if not folder.finished:
+                picture = folder.finish(items, {"model": str(run), "seconds": round(seconds, 3)})
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT) from None
+    if folder.finished:
+        log(f"these {n:,} samples exist already")
+    else:
         rate = sum(map(len, missing)) / seconds
         log(f"{n:,} samples by {sampler} in {_num_steps(sampler)} steps, {seconds:.1f} s ({rate:.1f} per second)")
     if picture is not None and picture.is_file():

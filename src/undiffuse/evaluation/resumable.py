@@ -33,7 +33,7 @@ def open_plan(
             if begun["sha256"] != plan_key([begun["request"], begun["plan"]]):
                 raise ValueError
             if begun["request"] == request:
-                store = PartStore(folder, "evaluation", begun["sha256"])
+                store = batch_store(folder, begun["sha256"])
                 report(f"resuming an interrupted evaluation; batches in {folder}: {len(store.names())}")
                 return begun["plan"], store
             changed = [name for name, value in request.items() if begun["request"].get(name) != value]
@@ -45,7 +45,12 @@ def open_plan(
     key = plan_key([request, plan])
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps({"request": request, "plan": plan, "sha256": key}, indent=1).encode())
-    return plan, PartStore(folder, "evaluation", key)
+    return plan, batch_store(folder, key)
+
+
+def batch_store(folder: Path, key: str) -> PartStore:
+    """The store of the batches of the plan with this ``key``."""
+    return PartStore(folder, "evaluation", key, r"[a-z]+-\d{8,}")
 
 
 def write(store: PartStore, batch: str, result: NLL, seconds: float) -> None:
@@ -68,4 +73,4 @@ def remove(folder: Path) -> None:
     """Removes the plan and the batches, and the folder if nothing else is in it."""
     for path in folder.glob("plan.json*"):
         path.unlink()
-    PartStore(folder, "evaluation", "").remove()
+    batch_store(folder, "").remove()

@@ -157,7 +157,7 @@ def evaluate(
     if folder is not None:
         opened = resumable.open_plan(folder, request, choose, report) if group.rank == 0 else ({}, None)
         plan, key = group.gather([opened[0], opened[1] and opened[1].key])[0]
-        store = PartStore(folder, "evaluation", key)
+        store = resumable.batch_store(folder, key)
     computed = _compute(
         model, values, plan, seed, store, group, bool(estimates), cond, report, on_progress or (lambda progress: None)
     )

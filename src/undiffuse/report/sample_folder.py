@@ -6,10 +6,12 @@ It is written part by part, so that only one part is in memory at a time and an 
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,9 +21,11 @@ from PIL import Image
 
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.report.figures import image_grid
-from undiffuse.runtime.atomic_file import atomic_file, write_csv
-from undiffuse.runtime.own_output import save_picture
-from undiffuse.runtime.part_store import PartStore, plan_key
+from undiffuse.runtime.atomic_file import atomic_file, file_digest, write_csv, write_error
+from undiffuse.runtime.folder_lock import lock_folder
+from undiffuse.runtime.output_folder import check_output_folder, read_record, write_record
+from undiffuse.runtime.own_output import mark_options
+from undiffuse.runtime.part_store import OTHER_JOB, PartStore, plan_key
 
 GRID_ITEMS = 144
 """Samples in the grid, at most."""
@@ -31,36 +35,52 @@ class SampleFolder:
     """Samples of one ``plan`` in ``folder``; the plan is plain data, all that a sample depends on beside its number.
 
     Until `finish` has written ``samples.npz``, the samples are in ``parts/``, a `PartStore`. The image files of a part
-    are written before it. How the samples are divided into parts changes no result. Vectors whose ``columns`` have
-    names are also written to ``samples.csv``.
+    are written before it. How the samples are divided into parts changes no result. Samples of ``item_shape`` with
+    ``num_values`` values are images or not; vectors whose ``columns`` have names are also written to ``samples.csv``.
+
+    ``manifest.json`` is the record of the files: each name with the sha256 of its content, or with null until `finish`.
+    It is written first, and no other file is ever replaced or removed.
     """
 
-    def __init__(self, folder: Path, plan: dict[str, Any], num_values: int | None, columns: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        plan: dict[str, Any],
+        item_shape: Sequence[int],
+        num_values: int | None,
+        columns: Sequence[str] = (),
+        more: Sequence[str] = (),
+    ) -> None:
         self.folder, self.plan, self.num_values = folder, json.loads(json.dumps(plan)), num_values
-        self.columns, self.table = tuple(columns), folder / "samples.csv"
-        self.key = plan_key(self.plan)
-        self.parts, self.array, self.manifest = folder / "parts", folder / "samples.npz", folder / "manifest.json"
-        self.store = PartStore(self.parts, "samples", self.key)
+        self.columns, self.more, self.key, self.finished = tuple(columns), tuple(more), plan_key(self.plan), False
+        self.is_image = len(item_shape) == 3 and item_shape[0] in (1, 3, 4) and num_values is not None
+        self.array, self.manifest = folder / "samples.npz", folder / "manifest.json"
+        self.parts, self.table, self.grid = folder / "parts", folder / "samples.csv", folder / "grid.png"
+        self.store = PartStore(self.parts, "samples", self.key, r"\d{9,}-\d{9,}")
 
-    def open(self, report: Callable[[str], None] = print) -> None:
-        """Removes finished samples, damaged parts and parts of another plan; ``report`` receives what is reused."""
-        done = _read_manifest(self.manifest)
-        if "key" in done:
-            if done["key"] != self.key:
-                changed = [name for name, value in self.plan.items() if done.get(name) != value]
-                report(f"starting over: the samples in {self.folder} differ in {', '.join(changed) or 'their plan'}")
-            for name in [*map(_image_name, done["items"]), "grid.png", "samples.csv", "samples.npz", "manifest.json"]:
-                (self.folder / name).unlink(missing_ok=True)
-        self.parts.mkdir(parents=True, exist_ok=True)
-        if kept := sum(len(_items_of(name)) for name in self.store.check(report)):
-            report(f"resuming: {kept:,} samples are in {self.parts}")
+    @contextmanager
+    def open(self, items: range, report: Callable[[str], None] = print) -> Iterator[list[range]]:
+        """Lock the folder, and give the stretches of ``items`` that are to be added, before `finish`, in the block.
 
-    def finished(self, items: range) -> bool:
-        """Whether exactly these ``items`` are finished, with an array that matches its sha256."""
-        done = _read_manifest(self.manifest)
-        if (done.get("key"), done.get("first"), done.get("n")) != (self.key, items.start, len(items)):
-            return False
-        return done.get("sha256") == _sha256(self.array)
+        There are none if `finished` is true: then every file is as it was written. Files that are missing or were
+        changed are made again, here or by adding their samples; finished samples of another plan or range, and damaged
+        parts, are removed. ``report`` receives what is reused, made again or removed. Raises `ConfigError` if the
+        folder holds other files than ours, and `ResourceError` if another process writes into it.
+        """
+        names = self._names(items)
+        self._own_record(names)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with lock_folder(self.folder, "writing samples into", "Wait for it, stop it, or give another --out"):
+            record = self._own_record(names)
+            if record is not None:
+                record = self._reuse(record, items, report)
+            if not self.finished:
+                kept = {} if record is None else record["files"]
+                self._write_manifest(items, dict.fromkeys([*kept, *names]))
+                self.parts.mkdir(exist_ok=True)
+                if count := sum(len(_items_of(name)) for name in self.store.check(report)):
+                    report(f"resuming: {count:,} samples are in {self.parts}")
+            yield [] if self.finished else self.missing_items(items)
 
     def missing_items(self, items: range) -> list[range]:
         """The stretches of ``items`` that are in no part."""
@@ -71,65 +91,162 @@ class SampleFolder:
         return [gap for gap in [*gaps, range(start, items.stop)] if gap]
 
     def add(self, first: int, values: np.ndarray) -> None:
-        """Writes ``values`` (n, ...), the samples from number ``first`` on, as a part."""
-        if values.ndim == 4 and values.shape[1] in (1, 3, 4) and self.num_values is not None:
-            for item, value in enumerate(values, first):
-                _image(value, self.num_values).save(self.folder / _image_name(item))
-        self.store.write(f"{first:09d}-{first + len(values) - 1:09d}", {"x": torch.from_numpy(values)})
+        """Write ``values`` (n, ...), the samples from number ``first`` on, as a part, and the image files."""
+        pictures = [self._write_picture(item, value) for item, value in enumerate(values, first)]
+        name, tensors = f"{first:09d}-{first + len(values) - 1:09d}", {"x": torch.from_numpy(values)}
+        self.store.write(name, tensors, {"pictures": json.dumps(pictures if self.is_image else None)})
 
-    def finish(self, items: range, facts: dict[str, Any] | None = None) -> Path | None:
-        """Writes the array, the manifest (the plan and ``facts``) and the grid of the first `GRID_ITEMS` samples.
+    def finish(
+        self, items: range, facts: Mapping[str, Any] | None = None, more: Mapping[str, Image.Image] | None = None
+    ) -> Path | None:
+        """Write the array, the grid of the first `GRID_ITEMS` samples, ``more``, and the manifest with ``facts``.
 
         Returns the path of the grid; None where matplotlib would be needed and is missing. Raises `CheckpointError`
-        where a part is missing or damaged.
+        where a part is missing, damaged, or of another job, or where another job has taken the folder.
         """
+        record = read_record(self.manifest)
+        if record is None or record.get("key") != self.key:
+            cause = "another job has written into this folder since this one began"
+            raise CheckpointError(OTHER_JOB, self.folder, cause, "Run the same command again with another --out")
         if missing := self.missing_items(items):
             cause = f"the samples {missing[0].start} to {missing[0][-1]} are missing"
             raise CheckpointError("PARTS", self.parts, cause, "Run the same command again")
+        files: dict[str, str | None] = {}
         with atomic_file(self.array) as file:
-            _write_array(file, self._read(items), len(items))
+            _write_array(file, self._read(items, files), len(items))
+        files[self.array.name] = file_digest(self.array)
         if self.columns:
-            rows = (row for part in self._read(items) for row in part.astype(str).tolist())
-            write_csv(self.table, itertools.chain([self.columns], rows))
-        grid = self.folder / "grid.png"
-        try:
-            first = np.concatenate(list(self._read(items[:GRID_ITEMS])))
-            save_picture(image_grid(first, self.num_values, names=self.columns), grid)
-        except ConfigError:
-            grid = None
-        manifest = {**self.plan, **(facts or {}), "first": items.start, "n": len(items)}
-        manifest |= {"key": self.key, "sha256": _sha256(self.array)}
-        with atomic_file(self.manifest) as file:
-            file.write(json.dumps(manifest, indent=1)[:-2].encode() + b',\n "items": [')
-            file.writelines(f"{', ' if item > items.start else ''}{item}".encode() for item in items)
-            file.write(b"]\n}\n")
-        self.remove_parts()
-        return grid
-
-    def remove_parts(self) -> None:
-        """Removes the parts: the last thing that `finish` does, left over where it was interrupted there."""
+            self._write_table(self._read(items), files)
+        self._write_grid(np.concatenate(list(self._read(items[:GRID_ITEMS]))), files)
+        for name, image in (more or {}).items():
+            files[name] = _write_image(self.folder / name, image, **mark_options(".png"))
+        self._remove(record["files"].keys() - files)
+        self._write_manifest(items, files, facts)
         self.store.remove()
+        return self.grid if self.grid.name in files else None
+
+    def _names(self, items: Iterable[int]) -> set[str]:
+        """The names of all files that may be written for ``items``."""
+        pictures = map(_image_name, items) if self.is_image else ()
+        table = [self.table.name] if self.columns else []
+        return {*pictures, *table, *self.more, self.array.name, self.grid.name}
+
+    def _own_record(self, names: set[str]) -> dict[str, Any] | None:
+        """The record of the folder, None if there is none. Raises `ConfigError` if ``names`` are not ours to write."""
+        record = read_record(self.manifest)
+        if record is not None and not (isinstance(record.get("files"), dict) and "key" in record):
+            record = None
+        ours = None if record is None else {*record["files"], self.parts.name}
+        check_output_folder(self.folder, self.manifest, ours, {*names, self.parts.name})
+        return record
+
+    def _reuse(self, record: dict[str, Any], items: range, report: Callable[[str], None]) -> dict[str, Any] | None:
+        """The ``record`` if its samples are of the same plan, None if they were removed; sets `finished`."""
+        if record["key"] != self.key:
+            changed = [name for name, value in self.plan.items() if record.get(name) != value]
+            report(f"starting over: the samples in {self.folder} differ in {', '.join(changed) or 'their plan'}")
+        elif not record["finished"]:
+            return record
+        elif (record["first"], record["n"]) == (items.start, len(items)):
+            files = record["files"]
+            harmed = sorted(name for name, sha256 in files.items() if _sha256(self.folder / name) != sha256)
+            if self.array.name not in harmed:
+                self.finished = True
+                if harmed:
+                    self._make_again(record, items, harmed)
+                    report(f"made again, as they were missing or changed: {', '.join(harmed[:3])}{_more(harmed[3:])}")
+                self.store.remove()
+                return record
+            report(f"starting over: {self.array} is missing or changed")
+        self._remove(record["files"])
+        self.store.remove()
+        return None
+
+    def _make_again(self, record: dict[str, Any], items: range, harmed: Sequence[str]) -> None:
+        """Write the ``harmed`` files of a finished folder from its array."""
+        with np.load(self.array, allow_pickle=False) as file:
+            values = file["x"]
+        files = record["files"]
+        for item, value in zip(items, values, strict=True):
+            if _image_name(item) in harmed:
+                files[_image_name(item)] = self._write_picture(item, value)
+        if self.table.name in harmed:
+            self._write_table([values], files)
+        if self.grid.name in harmed:
+            self._write_grid(values[:GRID_ITEMS], files)
+        write_record(self.manifest, record)
+
+    def _write_manifest(
+        self, items: range, files: Mapping[str, str | None], facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the record: the plan, ``facts`` if the samples are finished, and the ``files``."""
+        range_of_items = {"first": items.start, "n": len(items), "items": [*items]}
+        done = {"key": self.key, "finished": all(files.values())}
+        write_record(self.manifest, {**self.plan, **(facts or {}), **range_of_items, **done, "files": dict(files)})
+
+    def _write_picture(self, item: int, value: np.ndarray) -> str | None:
+        """The sha256 of the image file of a sample; None if it is no image."""
+        if not self.is_image:
+            return None
+        assert self.num_values is not None
+        return _write_image(self.folder / _image_name(item), _image(value, self.num_values))
+
+    def _write_table(self, parts: Iterable[np.ndarray], files: dict[str, str | None]) -> None:
+        rows = (row for part in parts for row in part.astype(str).tolist())
+        write_csv(self.table, itertools.chain([self.columns], rows))
+        files[self.table.name] = file_digest(self.table)
+
+    def _write_grid(self, values: np.ndarray, files: dict[str, str | None]) -> None:
+        try:
+            image = image_grid(values, self.num_values, names=self.columns)
+        except ConfigError:  # there is no matplotlib
+            files.pop(self.grid.name, None)
+        else:
+            files[self.grid.name] = _write_image(self.grid, image, **mark_options(".png"))
+
+    def _remove(self, names: Iterable[str]) -> None:
+        """Remove files that the record lists; a name in it that we give no file is passed over."""
+        for name in names:
+            if Path(name).name == name and name != self.manifest.name:
+                (self.folder / name).unlink(missing_ok=True)
 
     def _parts(self) -> list[tuple[range, str]]:
         """The samples and the name of each part, in the order of the samples."""
         return sorted(((_items_of(name), name) for name in self.store.names()), key=lambda part: part[0].start)
 
-    def _read(self, items: range) -> Iterator[np.ndarray]:
-        """The values of ``items``, one part at a time."""
+    def _read(self, items: range, files: dict[str, str | None] | None = None) -> Iterator[np.ndarray]:
+        """The values of ``items``, one part at a time; the image files are checked and noted in ``files`` if given."""
+        start = items.start
         for part, name in self._parts():
-            inside = range(max(items.start, part.start), min(items.stop, part.stop))
+            inside = range(max(start, part.start), min(items.stop, part.stop))
+            start = max(start, part.stop)
             if inside:
-                yield self.store.read(name)[0]["x"][inside.start - part.start : inside.stop - part.start].numpy()
+                tensors, metadata = self.store.read(name)
+                values = tensors["x"][inside.start - part.start : inside.stop - part.start].numpy()
+                if files is not None and self.is_image:
+                    digests = dict(zip(part, json.loads(metadata["pictures"]), strict=True))
+                    for item, value in zip(inside, values, strict=True):
+                        digest = digests[item]
+                        same = _sha256(self.folder / _image_name(item)) == digest
+                        files[_image_name(item)] = digest if same else self._write_picture(item, value)
+                yield values
 
 
 def write_samples(
     folder: Path, values: np.ndarray, num_values: int | None, plan: dict[str, Any], first: int = 0
 ) -> Path | None:
-    """Writes ``values`` (N, ...), the samples from number ``first`` on, to ``folder``; the path of the grid, if any."""
-    samples = SampleFolder(folder, plan, num_values)
-    samples.open(lambda message: None)
-    samples.add(first, values)
-    return samples.finish(range(first, first + len(values)))
+    """Write ``values`` (N, ...), the samples from number ``first`` on, to ``folder``; the path of the grid, if any."""
+    contents = hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+    samples, items = (
+        SampleFolder(folder, {**plan, "values": contents}, values.shape[1:], num_values),
+        range(first, first + len(values)),
+    )
+    with samples.open(items, lambda message: None) as missing:
+        for gap in missing:
+            samples.add(gap.start, values[gap.start - first : gap.stop - first])
+        if not samples.finished:
+            return samples.finish(items)
+    return samples.grid if samples.grid.is_file() else None
 
 
 def _write_array(file: IO[bytes], parts: Iterator[np.ndarray], n: int) -> None:
@@ -144,20 +261,27 @@ def _write_array(file: IO[bytes], parts: Iterator[np.ndarray], n: int) -> None:
             stream.write(np.ascontiguousarray(part).data)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The contents of a manifest; empty where it is missing or cannot be read."""
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
-
-
 def _sha256(path: Path) -> str | None:
-    if not path.is_file():
+    """The sha256 of a file; None if it is missing or cannot be read."""
+    try:
+        return file_digest(path)
+    except OSError:
         return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_image(path: Path, image: Image.Image, **options: Any) -> str:
+    """The sha256 of the PNG file that it writes with ``options`` of PIL. Raises `ResourceError`."""
+    content = io.BytesIO()
+    image.save(content, "PNG", **options)
+    try:
+        path.write_bytes(content.getbuffer())
+    except OSError as error:
+        raise write_error(path, content.getbuffer().nbytes, error) from None
+    return hashlib.sha256(content.getbuffer()).hexdigest()
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names)} more" if names else ""
 
 
 def _items_of(name: str) -> range:

@@ -15,8 +15,8 @@ from undiffuse.runtime.atomic_file import write_error
 
 LOCK_FILES = {"lock", "lock.pid"}
 """The names in a locked folder: the file that is locked, and the number of the process that locked it."""
-PATIENCE = {"timeout": 0.1, "poll_interval": 0.01}
-"""How long an attempt lasts, in seconds. `lock_holder` of another process locks for a moment, and that is no holder."""
+PATIENCE, INTERVAL = 0.1, 0.01
+"""Seconds for which locking is tried, and between two attempts: `lock_holder` of another process locks for a moment."""
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def lock_folder(folder: Path, activity: str, fix: str) -> Iterator[None]:
     """
     lock, pid = FileLock(folder / "lock"), folder / "lock.pid"
     try:
-        lock.acquire(**PATIENCE)
+        lock.acquire(timeout=PATIENCE, poll_interval=INTERVAL)
     except Timeout:
         raise ResourceError("BUSY", folder, f"process {_read_pid(pid)} is {activity} this folder", fix) from None
     except OSError as error:
@@ -54,7 +54,7 @@ def lock_holder(folder: Path) -> str | None:
     if not lock.is_file():
         return None
     try:
-        with FileLock(lock).acquire(**PATIENCE):
+        with FileLock(lock).acquire(timeout=PATIENCE, poll_interval=INTERVAL):
             return None
     except Timeout:
         return _read_pid(pid)

@@ -22,21 +22,25 @@ SCANNED_BYTES = 1 << 12
 MAX_RECORD_BYTES = 1 << 26
 RECORD_KEYS = {
     "run.json": {"config", "data", "finished"},
-    "manifest.json": {"key", "sha256", "first", "n", "items"},
+    "manifest.json": {"key", "sha256", "first", "n", "files"},
 }
 """Keys of the records of a run folder and of a sample folder, by the name of the file."""
-UNRECORDED_RUN = {"checkpoints", "pictures", "lock", "run.json.partial"}
+UNRECORDED_RUN = {"checkpoints", "pictures", "lock", "lock.pid", "run.json.partial"}
 """Names in the folder of a run that was stopped before it wrote its record."""
 
 
 def save_picture(image: Any, path: Path, **options: Any) -> None:
     """Save a PIL image with `PICTURE_MARK` in its metadata. BMP has none, so such a picture has no mark."""
+    image.save(path, **mark_options(path.suffix), **options)
+
+
+def mark_options(suffix: str) -> dict[str, Any]:
+    """The options of ``PIL.Image.save`` that put `PICTURE_MARK` into a file with this ``suffix``."""
     from PIL import Image
 
     exif = Image.Exif()
     exif[SOFTWARE_TAG] = PICTURE_MARK
-    metadata = {"comment": PICTURE_MARK.encode()} if path.suffix.lower() == ".gif" else {"exif": exif}
-    image.save(path, **metadata, **options)
+    return {"comment": PICTURE_MARK.encode()} if suffix.lower() == ".gif" else {"exif": exif}
 
 
 def is_marked_picture(path: str | Path) -> bool:

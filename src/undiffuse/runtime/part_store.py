@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -30,15 +31,16 @@ class PartStore:
     """The parts of one job in ``folder``: a safetensors file each, whole or absent, with the sha256 of its contents.
 
     ``kind`` names the sort of job and ``key`` its plan (see `plan_key`). Both stand in every part, so that a part of
-    another job is recognised when it is read.
+    another job is recognised when it is read. The names of all parts match ``pattern``, a regular expression; files of
+    other names are not ours and are left alone.
     """
 
-    def __init__(self, folder: Path, kind: str, key: str) -> None:
-        self.folder, self.kind, self.key = folder, kind, key
+    def __init__(self, folder: Path, kind: str, key: str, pattern: str) -> None:
+        self.folder, self.kind, self.key, self.pattern = folder, kind, key, pattern
 
     def names(self) -> list[str]:
         """The names of the parts in the folder, sorted, whether or not they are whole."""
-        return sorted(path.stem for path in self.folder.glob("*.safetensors"))
+        return sorted(path.stem for path in self._files(r"\.safetensors"))
 
     def path(self, name: str) -> Path:
         """The file of the part ``name``."""
@@ -85,7 +87,10 @@ class PartStore:
 
     def remove(self) -> None:
         """Removes all parts and unfinished writes of parts, and the folder if nothing else is in it."""
-        for path in self.folder.glob("*.safetensors*"):
+        for path in self._files(r"\.safetensors(\.partial)?"):
             path.unlink()
         with suppress(OSError):
             self.folder.rmdir()
+
+    def _files(self, ending: str) -> list[Path]:
+        return [path for path in self.folder.glob("*") if re.fullmatch(f"({self.pattern}){ending}", path.name)]

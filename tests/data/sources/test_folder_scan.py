@@ -56,9 +56,9 @@ def samples(photos):
 
 
 def unfinished_samples(photos):
-    folder = SampleFolder(photos / "samples", {"seed": 1}, 256)
-    folder.open(lambda message: None)
-    folder.add(0, RNG.integers(0, 256, (3, 3, 5, 5), np.uint8))
+    folder = SampleFolder(photos / "samples", {"seed": 1}, (3, 5, 5), 256)
+    with folder.open(range(4), lambda message: None):
+        folder.add(0, RNG.integers(0, 256, (3, 3, 5, 5), np.uint8))
 
 
 def sheet(photos):

@@ -1,0 +1,59 @@
+"""Folders that results are written into. A record lists the files that are ours, so that no other is replaced or removed.
+
+A record is a JSON file with the sha256 of its own content: a file that was damaged or edited is no record.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from undiffuse.errors import ConfigError
+from undiffuse.runtime.atomic_file import json_digest, write_atomic
+from undiffuse.runtime.folder_lock import LOCK_FILES
+
+
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content``, plain data, as a record. Raises `ResourceError`."""
+    plain = json.loads(json.dumps(content))
+    write_atomic(path, json.dumps({**plain, "sha256": json_digest(plain)}, indent=1).encode())
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The content of a record, as it was written; None if the file is missing or no record."""
+    try:
+        record = json.loads(path.read_bytes())
+        return record if record.pop("sha256") == json_digest(record) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def check_output_folder(
+    folder: Path, record: Path, ours: Collection[str] | None, writes: Collection[str], flag: str = "--out"
+) -> None:
+    """Raise `ConfigError` if writing the files ``writes`` into ``folder`` would mix them with files of the user.
+
+    ``ours`` are the names that the file ``record`` lists. None if there is no such record: then ``folder`` has to be
+    new, empty, or what a process left that was killed before it wrote the record.
+    """
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise ConfigError("OUT", folder, "it is a file", f"Give {flag} a new folder") from None
+    except OSError as error:
+        raise ConfigError("OUT", folder, f"cannot be read ({error.strerror})", f"Give {flag} a new folder") from None
+    if ours is None:
+        others = names - {f"{record.name}.partial", *LOCK_FILES}
+    else:
+        others = names.intersection(writes) - {*ours, record.name}
+    if record.name in others:
+        cause = f"its {record.name} is damaged, edited or not ours, so that our files cannot be told from others"
+        raise ConfigError("OUT", folder, cause, f"Give {flag} a new folder, or move this one away")
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        cause = f"it holds {min(others)}{more}, which {'were' if more else 'was'} not written by this command"
+        raise ConfigError("OUT", folder, cause, f"Give {flag} a new folder")
