@@ -33,7 +33,7 @@ def check(
     read: ReadData,
 ) -> None:
     """Show what DATA contain: items, sizes, values, labels, duplicates, the held-out split."""
-    from undiffuse.data.image_decoding import FORMATS
+    from undiffuse.data.image_formats import FORMATS
     from undiffuse.report import table
 
     if out is not None and out.suffix.lower() not in " ".join(FORMATS.values()).split():

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import struct
+import logging
 import warnings
-import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from undiffuse.data.image_formats import FORMATS, detect_format
+from undiffuse.data.image_structure import check_complete, continued, read_jpeg, without_metadata
 from undiffuse.errors import ConfigError
 from undiffuse.runtime.file_errors import FileError
 
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # its errors become ours: none goes to standard error
 MAX_PIXELS = 64_000_000
-FORMATS = {"PNG": ".png .apng", "JPEG": ".jpg .jpeg .jpe .jfif", "WEBP": ".webp", "BMP": ".bmp .dib"}
-FORMATS |= {"TIFF": ".tif .tiff", "GIF": ".gif"}
-REFUSED_SUFFIXES = frozenset({".svg", ".psd", ".eps", ".fpx", ".pdf", ".ico", ".heic", ".heif", ".avif", ".jp2"})
-SUFFIXES = REFUSED_SUFFIXES | {suffix for suffixes in FORMATS.values() for suffix in suffixes.split()}
-
-_ALLOWED_MAGIC = [(b"\x89PNG\r\n\x1a\n", "PNG"), (b"\xff\xd8\xff", "JPEG"), (b"GIF8", "GIF"), (b"BM", "BMP")]
-_ALLOWED_MAGIC += [(magic, "TIFF") for magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")]
-_REFUSED_MAGIC = [(b"8BPS", "PSD"), (b"%PDF", "PDF"), (b"%!PS", "EPS"), (b"\xc5\xd0\xd3\xc6", "EPS")]
-_REFUSED_MAGIC += [(b"\0\0\1\0", "ICO"), (b"\xd0\xcf\x11\xe0", "FPX"), (b"\0\0\0\x0cjP", "JPEG 2000")]
-
+TURNED = range(2, 9)
+"""Orientations [Exif 2.3, tag 0x0112] other than upright; other numbers have no meaning."""
 LUMA = np.array([19595, 38470, 7471], np.uint32)
 """Weights of red, green and blue in grey, times 65536 [ITU-R BT.601]; products with 16-bit values fit."""
 
@@ -76,7 +71,7 @@ class ImageOptions:
 
 class DecodedImage(NamedTuple):
     pixels: np.ndarray  # (C, H, W) uint8 or uint16
-    num_values: int  # 2, 256 or 65536
+    num_values: int  # 2, 256, 65536, or 4096 for 12 bits
     changes: tuple[str, ...]  # one phrase per change, for the notes of the data set
     format: str  # of the file, a key of FORMATS
     size_on_disk: tuple[int, int]  # width and height of the file's image
@@ -96,25 +91,49 @@ def decode_frames(data: bytes, suffix: str, options: ImageOptions) -> list[Decod
     file_format = detect_format(data)
     changes = [] if suffix.lower() in FORMATS[file_format].split() else [f"{file_format} with another file extension"]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            warnings.simplefilter("ignore", DeprecationWarning)
-            with Image.open(BytesIO(data), formats=[file_format]) as image:
-                count = _check_header(image, data, file_format, options.frames)
-                _check_complete(data, file_format)
-                frames = range(count if options.frames == "all" else 1)
-                return [_frame(image, data, file_format, i, count, changes, options) for i in frames]
+        return _decode(data, file_format, changes, options)
     except (FileError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise FileError("TOO_MANY_PIXELS", str(error).split(",")[0]) from error
     except Exception as error:  # decoders raise exceptions of many types
-        _check_complete(data, file_format)
-        text = "its header is invalid" if isinstance(error, UnidentifiedImageError) else str(error)
-        if "MAX_TEXT" in text or "too large for" in text:
+        check_complete(data, file_format)
+        if "MAX_TEXT" in str(error) or "too large for" in str(error):
             cause = "its text or profile blocks are larger than allowed"
             raise FileError("TOO_LARGE_METADATA", cause) from error
-        raise FileError("TRUNCATED" if "truncated" in text.lower() else "CORRUPT", text.rstrip(".")) from error
+        with suppress(Exception):
+            changes.append("metadata that cannot be read ignored")
+            return _decode(without_metadata(data, file_format), file_format, changes, options)
+        raise _decoding_error(error, data, file_format) from error
+
+
+def _decode(data: bytes, file_format: str, changes: list[str], options: ImageOptions) -> list[DecodedImage]:
+    """`decode_frames` with Pillow's exceptions, and its warnings as exceptions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with Image.open(BytesIO(data), formats=[file_format]) as image:
+            count = _check_header(image, data, file_format, options.frames)
+            if check_complete(data, file_format) and image.format != "MPO":
+                changes = [*changes, "bytes after its end ignored"]
+            frames = range(count if options.frames == "all" else 1)
+            return [_frame(image, data, file_format, i, count, changes, options) for i in frames]
+
+
+def _decoding_error(error: Exception, data: bytes, file_format: str) -> FileError:
+    """The `FileError` for an exception of a decoder, without the words of Python's own exceptions."""
+    text = str(error).rstrip(".") if isinstance(error, OSError | SyntaxError | Warning) else "it cannot be decoded"
+    if isinstance(error, UnidentifiedImageError):
+        text = "its header is invalid"
+        try:
+            if file_format == "TIFF":
+                TiffImagePlugin.TiffImageFile(BytesIO(data))
+        except SyntaxError as reason:
+            if "unknown pixel mode" in str(reason):
+                return FileError("UNSUPPORTED_DEPTH", "its samples have a type or a number of bits that is not read")
+        except Exception:  # its header is invalid
+            pass
+    return FileError("TRUNCATED" if "truncated" in text.lower() else "CORRUPT", text)
 
 
 def _frame(
@@ -129,21 +148,53 @@ def _frame(
     """Frame ``index`` of ``count`` of an open image."""
     if index:
         image.seek(index)
-    was_turned = getattr(image, "tag_v2", {}).get(0x0112, 1) != 1  # Pillow rotates TIFFs while it loads them
+    is_white_zero, depth = _tiff_samples(image) if file_format == "TIFF" else (False, 16)
+    was_turned = getattr(image, "tag_v2", {}).get(0x0112, 1) in TURNED  # Pillow rotates TIFFs while it loads them
     image.load()
     _check_values(image)
+    if file_format == "JPEG":
+        _check_scans(image, data)
     changes = [*changes]
     changes += [f"{'first' if options.frames == 'first' else 'one'} of several frames or pages"] * (count > 1)
     changes += ["first image of a multi-picture JPEG"] * (image.format == "MPO")
     changes += ["colour profile ignored"] * ("icc_profile" in image.info)
     changes += ["CMYK converted to RGB without a colour profile"] * (image.mode == "CMYK")
-    changes += ["rotated upright by its EXIF orientation"] * (was_turned or image.getexif().get(0x0112, 1) != 1)
+    changes += ["rotated upright by its EXIF orientation"] * (was_turned or image.getexif().get(0x0112, 1) in TURNED)
     pixels, num_values, change = _pixels(ImageOps.exif_transpose(image), options.colour, options.channels == 4)
+    if num_values == 65536 and depth < 16:
+        num_values = 1 << depth
+    if num_values > 256 and is_white_zero:  # Pillow inverts the others
+        pixels = np.uint16(num_values - 1) - pixels
     if file_format == "PNG" and _is_deep_colour(data):
         pixels, num_values = pixels.astype(np.uint16) << 8 | _low_bytes(data), 65536
     if change is not None:
         changes.append(change)
     return _prepared(pixels, num_values, changes, options, file_format, image.size)
+
+
+def _tiff_samples(image: Image.Image) -> tuple[bool, int]:
+    """(whether 0 is white, bits per sample); raises `FileError` for signed samples and without an interpretation."""
+    tags = getattr(image, "tag_v2", {})
+    if 2 in tags.get(339, ()):
+        raise FileError("UNSUPPORTED_DEPTH", "its samples are signed", "Save the values as an array in a .npy file")
+    if 262 not in tags:
+        raise FileError("UNSUPPORTED_COLOUR", "it does not state whether 0 is black or white")
+    return tags[262] == 0, tags.get(258, (1,))[0]
+
+
+def _check_scans(image: Image.Image, data: bytes) -> None:
+    """Raise `FileError` (TRUNCATED) if a scan of a JPEG ends before its last pixels, although the file goes on.
+
+    Decoders fill missing blocks with grey 128. A file that may be such a one (its last pixel is that grey, or it has
+    several scans or inks) is decoded again with more data in each scan: a complete image stays the same.
+    """
+    jpeg, corner = read_jpeg(data), image.getpixel((image.width - 1, image.height - 1))
+    is_plain = len(jpeg.scan_ends) == 1 and image.mode != "CMYK"
+    if jpeg.is_arithmetic or (is_plain and corner not in (128, (128, 128, 128))):
+        return
+    with Image.open(BytesIO(continued(data, jpeg)), formats=["JPEG"]) as other:
+        if not np.array_equal(np.asarray(image), np.asarray(other)):
+            raise FileError("TRUNCATED", "the JPEG's data end before its last pixels")
 
 
 def _is_deep_colour(png: bytes) -> bool:
@@ -155,30 +206,6 @@ def _low_bytes(png: bytes) -> np.ndarray:
     with Image.open(BytesIO(png), formats=["PNG"]) as image:
         image.tile = [image.tile[0]._replace(args="RGB;16L")]
         return np.asarray(ImageOps.exif_transpose(image))
-
-
-def detect_format(data: bytes) -> str:
-    """The key of FORMATS for the first bytes of a file; raises `FileError` for all other content."""
-    if not data:
-        raise FileError("EMPTY_FILE", "the file is empty")
-    for magic, name in _ALLOWED_MAGIC:
-        if data.startswith(magic):
-            return name
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    for magic, name in _REFUSED_MAGIC:
-        if data.startswith(magic):
-            raise FileError("FORMAT_NOT_ALLOWED", f"its format is {name}")
-    if data[4:8] == b"ftyp":
-        name = "AVIF" if data[8:12] in (b"avif", b"avis") else "HEIC or another ISO media format"
-        raise FileError("FORMAT_NOT_ALLOWED", f"its format is {name}")
-    text = data[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith(b"version https://git-lfs"):
-        raise FileError("LFS_POINTER", "is a Git LFS pointer instead of the image")
-    if b"<svg" in text:
-        raise FileError("FORMAT_NOT_ALLOWED", "its format is SVG")
-    html = ", it looks like HTML" if text.startswith((b"<!doctype", b"<html")) else ""
-    raise FileError("NOT_AN_IMAGE", f"its first bytes are not those of an image{html}")
 
 
 def _check_header(image: Image.Image, data: bytes, file_format: str, frames: str | None) -> int:
@@ -205,22 +232,6 @@ def _check_header(image: Image.Image, data: bytes, file_format: str, frames: str
     if not is_supported and not is_adobe_cmyk:
         raise FileError("UNSUPPORTED_COLOUR", f"its colour mode is {image.mode}")
     return count
-
-
-def _check_complete(data: bytes, file_format: str) -> None:
-    """Raise `FileError` for a JPEG or PNG without its end, and for a PNG block with a wrong checksum."""
-    if file_format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-        raise FileError("TRUNCATED", f"the JPEG's end is missing after {len(data):,} bytes")
-    offset, name = 8, b""
-    while file_format == "PNG" and name != b"IEND":
-        length = int.from_bytes(data[offset : offset + 4])
-        if (missing := offset + 12 + length - len(data)) > 0:
-            raise FileError("TRUNCATED", f"at least {missing:,} bytes are missing after {len(data):,}")
-        name = data[offset + 4 : offset + 8]
-        checksum = zlib.crc32(memoryview(data)[offset + 4 : offset + 8 + length])
-        if struct.pack(">I", checksum) != data[offset + 8 + length :][:4]:
-            raise FileError("CORRUPT", f"wrong checksum in block {name.decode('latin1')}")
-        offset += 12 + length
 
 
 def _check_values(image: Image.Image) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from undiffuse.data.image_decoding import SUFFIXES
+from undiffuse.data.image_formats import SUFFIXES
 from undiffuse.data.source_report import FileStamp
 from undiffuse.data.sources.folder_labels import LABELS_FILE
 from undiffuse.errors import printable
@@ -50,7 +50,7 @@ def scan_folder(root: Path) -> FolderScan:
     """Visit each folder once, identified by device and inode, and links to folders after folders.
 
     Output of this package below ``root`` is left out: run folders, sample folders, weights, and pictures that are no
-    items. A sub-folder that contains nothing else is not listed. If ``root`` itself is such a folder, its items are meant.
+    items. A sub-folder that contains nothing else is not listed. If ``root`` is such a folder, its items are meant.
     """
     scan, visited, pending = FolderScan(), set(), [root]
     inside = os.path.realpath(root) + os.sep

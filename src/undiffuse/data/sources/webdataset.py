@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.encoded_images import encoded_dataset
-from undiffuse.data.image_decoding import SUFFIXES, ImageOptions
+from undiffuse.data.image_decoding import ImageOptions
+from undiffuse.data.image_formats import SUFFIXES
 from undiffuse.data.source_report import FileStamp
 from undiffuse.data.sources.image_folder import MAX_FILE_BYTES
 from undiffuse.runtime.file_errors import FileError, file_errors_at
