@@ -111,6 +111,50 @@ def test_force_resumes_with_the_new_recipe(tmp_path):
     assert [what for what, _, _ in Run(tmp_path).record["changed"][0]] == ["train.lr", "train.max_steps"]
 
 
+def finished_run(folder):
+    with quick_looks():
+        train(RECIPE, folder, ITEMS)
+    Run(folder).finish()
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("name", ["train.seed", "train.max_steps", "model.chain_length", "data.fingerprint"])
+def test_a_finished_run_is_not_another_one(name, force, tmp_path):
+    """It was returned as if it were the result of the other recipe or of the other data."""
+    finished_run(tmp_path)
+    before = Run(tmp_path).record
+    config, items = CHANGES[name]
+    with pytest.raises(ConfigError, match="holds a finished run with other settings") as caught:
+        train(config, tmp_path, items, force=force)
+    assert name in [what for what, _, _ in caught.value.rows]
+    assert "--force" not in caught.value.fix
+    assert train(RECIPE, tmp_path, ITEMS) == tmp_path
+    assert Run(tmp_path).record == before
+
+
+def test_a_finished_run_of_another_torch_is_the_same_run(tmp_path, monkeypatch):
+    """Nothing is going to be trained by this version."""
+    finished_run(tmp_path)
+    monkeypatch.setattr(torch, "__version__", "3.0")
+    assert train(RECIPE, tmp_path, ITEMS) == tmp_path
+
+
+def test_other_first_weights_are_named(tmp_path):
+    with quick_looks():
+        for seed in (4, 5):
+            train(replace_train(RECIPE, seed=seed, max_steps=1), tmp_path / str(seed), ITEMS)
+        with stopping_at(2):
+            train(RECIPE, tmp_path / "run", ITEMS, init=tmp_path / "4")
+        with pytest.raises(ConfigError, match=r"init was '[0-9a-f]{64}', now '[0-9a-f]{64}'"):
+            train(RECIPE, tmp_path / "run", ITEMS, init=tmp_path / "5" / "model.safetensors")
+        train(RECIPE, tmp_path / "run", ITEMS)  # as begun
+    Run(tmp_path / "run").finish()
+    train(RECIPE, tmp_path / "run", ITEMS, init=tmp_path / "4")
+    for other in ("5", "none"):
+        with pytest.raises(ConfigError, match="holds a finished run with other settings: init was"):
+            train(RECIPE, tmp_path / "run", ITEMS, init=tmp_path / other)
+
+
 def test_the_command_prints_a_table_of_changes(tmp_path, capsys):
     np.save(tmp_path / "tiny.npy", VALUES)
     table = '[model]\nnetwork = {kind = "tiny"}\nchain_length = 5\n[train]\nbatch = 12\nsnapshots = 0\npreviews = 0\n'
@@ -143,3 +187,23 @@ def test_the_command_prints_a_table_of_changes(tmp_path, capsys):
         assert err.count("\n") == 1
         assert call("--steps", 3, "--seed", 7, "--force", "--on-nonfinite", "skip")[0] == 0
     assert Run(tmp_path / "run").record["config"]["train"]["on_nonfinite"] == "skip"
+    Run(tmp_path / "run").finish()
+    for same in ((), ("--steps", 3, "--seed", 7)):
+        code, out, err = call(*same)[:3] if same else plain(tmp_path, capsys)
+        assert (code, err) == (0, "")
+        assert "is a finished run already" in out
+    code, out, err = call("--steps", 3)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "finished run with other settings: train.seed was 7, now 0" in err
+    assert ["train.seed", "7", "0"] in [line.split() for line in out.splitlines()]
+    np.save(tmp_path / "tiny.npy", VALUES[::-1])
+    code, _, err = plain(tmp_path, capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "data.fingerprint was" in err
+
+
+def plain(folder, capsys):
+    """The command without flags of the recipe: as begun."""
+    arguments = ("train", folder / "tiny.npy", "--num-values", 5, "--out", folder / "run", "--device", "cpu")
+    code = main([str(word) for word in arguments])
+    return code, *capsys.readouterr()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undiffuse.cli.data_options import ReadData, print_notes, with_data_options
+from undiffuse.cli.data_options import ReadData, print_notes, refuse_inside, with_data_options
 from undiffuse.cli.options import DataArgument, console
 from undiffuse.errors import ConfigError
 
@@ -39,6 +39,7 @@ def check(
     if out is not None and out.suffix.lower() not in " ".join(FORMATS.values()).split():
         cause = f"{out.name!r} does not end in the extension of an image format"
         raise ConfigError("OPTION", "--out", cause, "Give a name that ends in .png")
+    refuse_inside(out, data)
     dataset = read(data)
     facts = data_facts(dataset)
     if as_json:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from undiffuse.cli.data_options import OwnDataArgument, ReadData, print_notes, read_data, with_data_options
+from undiffuse.cli.data_options import (
+    OwnDataArgument,
+    ReadData,
+    print_notes,
+    read_data,
+    refuse_inside,
+    with_data_options,
+)
 from undiffuse.cli.options import console, run_folder
 from undiffuse.errors import ConfigError
 from undiffuse.evaluation.features import EXTRACTORS
@@ -59,6 +66,8 @@ def compare(
     if run is None and data is None:
         cause = "neither DATA nor a run of these samples is known"
         raise ConfigError("USAGE", "undiffuse compare", cause, "Name DATA after SAMPLES, or give --run")
+    for source in (data, samples):
+        refuse_inside(out, source, run)
     dataset = read_data(read, data, run or Path())
     held_out = _held_out(held_out, run, dataset)
     if not as_json:

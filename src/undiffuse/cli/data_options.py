@@ -70,12 +70,43 @@ def read_data(read: ReadData, data: str | None, run: Path) -> Dataset:
     return Run(run_folder(run)).load_data()
 
 
+def refuse_inside(out: Path | None, data: str | None, run: Path | None = None, flag: str = "--out") -> None:
+    """Raise `ConfigError` if ``out`` lies inside the folder of DATA, or of the data of a ``run``.
+
+    What a command writes there would be read as data by the next one.
+    """
+    from undiffuse.data.sources.registry import path_of
+
+    source = path_of(data) if data is not None else recorded_source(run) if run is not None else None
+    if out is not None and lies_inside(out, source):
+        cause = f"it lies inside the data ({source}) and would be read as data"
+        raise ConfigError("OUT", f"{flag} {out}", cause, "Give a place outside of them")
+
+
+def lies_inside(path: Path, source: Path | None) -> bool:
+    """Whether ``path`` lies inside the folder ``source``, or is it."""
+    return source is not None and source.is_dir() and path.resolve().is_relative_to(source.resolve())
+
+
+def recorded_source(run: Path) -> Path | None:
+    """The path of the data that the ``run`` (folder or model file) was trained on, if it records one."""
+    from undiffuse.data.sources.registry import path_of
+
+    source = _recorded_data(run).get("source")
+    return path_of(source) if source else None
+
+
 def recorded_options(run: Path) -> dict[str, Any]:
     """The options of data that the ``run`` (folder or model file) was trained with; empty if none are recorded."""
+    return dict(_recorded_data(run).get("options") or {})
+
+
+def _recorded_data(run: Path) -> dict[str, Any]:
+    """What ``run.json`` says of the data; empty without a record or if it is damaged, which does not harm the model."""
     from undiffuse.training.run_folder import Run
 
-    with suppress(CheckpointError):  # the model is whole, and nothing but a preparation is lost
-        return dict(((Run(run_folder(run)).record or {}).get("data") or {}).get("options") or {})
+    with suppress(CheckpointError):
+        return (Run(run_folder(run)).record or {}).get("data") or {}
     return {}
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from undiffuse.cli.data_options import OwnDataArgument, ReadData, read_data, with_data_options
+from undiffuse.cli.data_options import OwnDataArgument, ReadData, read_data, refuse_inside, with_data_options
 from undiffuse.cli.options import Device, NetworkFile, console, register_network, resolve_device
 from undiffuse.errors import ConfigError
 
@@ -47,6 +47,7 @@ def ema(
     if not best and (data is not None or len(length or ()) != 1):
         cause = "it needs one --length, or --best"
         raise ConfigError("USAGE", "undiffuse ema", cause, "See 'undiffuse ema --help'")
+    refuse_inside(out, data, run)
     register_network(network)
     source, device = Run(run), resolve_device(device)
     chosen = (length or [0.0])[0]

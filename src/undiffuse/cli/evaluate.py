@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from undiffuse.cli.data_options import OwnDataArgument, ReadData, read_data, record_skipped, with_data_options
+from undiffuse.cli.data_options import (
+    OwnDataArgument,
+    ReadData,
+    read_data,
+    record_skipped,
+    refuse_inside,
+    with_data_options,
+)
 from undiffuse.cli.options import (
     Device,
     NetworkFile,
@@ -75,6 +82,7 @@ def evaluate(
     from undiffuse.runtime.distributed_group import init_process_group
     from undiffuse.runtime.signals import Interrupted
 
+    refuse_inside(out, data, run)
     register_network(network)
     group = init_process_group(resolve_device(device))
     model = checkpoint.load(run, group.device)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from undiffuse.cli.data_options import recorded_options
+from undiffuse.cli.data_options import recorded_options, refuse_inside
 from undiffuse.cli.guidance_options import class_names
 from undiffuse.cli.label_options import make_condition
 from undiffuse.cli.options import (
@@ -49,6 +49,7 @@ def interpolate(
 
     if out is not None and out.suffix.lower() != ".png":
         raise ConfigError("OUT", out, "it is not the name of a PNG file", "Give a name that ends in .png")
+    refuse_inside(out, None, run)
     register_network(network)
     model = checkpoint.load(run, resolve_device(device))
     transform = check_image_model(model, run)

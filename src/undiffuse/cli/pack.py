@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from undiffuse.cli.data_options import ReadData, print_notes, record_skipped, with_data_options
+from undiffuse.cli.data_options import ReadData, print_notes, record_skipped, refuse_inside, with_data_options
 from undiffuse.cli.options import DataArgument, console
 
 
@@ -22,6 +22,7 @@ def pack(
     """Write DATA to one file. Commands read it from disk in parts, so that it may be larger than memory."""
     from undiffuse.data.sources.packed_array import pack_writer, sidecar_path
 
+    refuse_inside(out, data, flag="OUT.npy")
     with pack_writer(out) as writer:
         dataset = read(data, allocate=writer.allocate)
         writer.write(dataset, out)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import Progress
 
-from undiffuse.cli.data_options import recorded_options
+from undiffuse.cli.data_options import recorded_options, refuse_inside
 from undiffuse.cli.guidance_options import class_names
 from undiffuse.cli.label_options import make_condition
 from undiffuse.cli.options import (
@@ -80,6 +80,7 @@ def restore(
 
     if out is not None and _is_finished(out):
         raise ConfigError("OUT", out, "it already holds restorations", "Give another folder, or remove it")
+    refuse_inside(out, None, run)
     register_network(network)
     model = checkpoint.load(run, resolve_device(device))
     restoration.check_image_model(model, run)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import Progress
 
+from undiffuse.cli.data_options import refuse_inside
 from undiffuse.cli.guidance_options import class_names, load_guide
 from undiffuse.cli.label_options import ConditionFn, has_label, make_condition
 from undiffuse.cli.options import (
@@ -105,6 +106,8 @@ def sample(
     from undiffuse.runtime.distributed_group import init_process_group
     from undiffuse.runtime.signals import Interrupted
 
+    refuse_inside(out, None, run)
+    refuse_inside(animate, None, run, "--animate")
     check_one_length(quality, calls, steps)
     register_network(network)
     rank, processes, place, gather = init_process_group(resolve_device(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undiffuse.cli.data_options import ReadData, print_notes, with_data_options
+from undiffuse.cli.data_options import ReadData, lies_inside, print_notes, refuse_inside, with_data_options
 from undiffuse.cli.options import (
     DataArgument,
     Device,
@@ -48,7 +49,7 @@ Extend = Annotated[
 @with_data_options
 def train(
     data: DataArgument,
-    out: Annotated[Path | None, typer.Option(help="The run folder; runs/DATA if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder, outside of DATA; runs/DATA if not given.")] = None,
     minutes: Minutes = None,
     steps: Steps = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; 0 if not given.")] = None,
@@ -79,18 +80,16 @@ def train(
     device = resolve_device(device)
     check_length(minutes, steps)
     network_class = register_network(network)
+    run = open_run(out, data)
     dataset = read(data)
     print_notes(dataset)
-    run = open_run(out, data)
     if extend:
         if (seed, preset, config, init) != (None,) * 4:
             cause = "an extended run keeps the recipe that it began with"
             raise ConfigError("USAGE", "--extend", cause, "Give it with --minutes or --steps alone")
         extend_run(run, dataset, device, configs.Config, steps, minutes, conditional=conditional, force=force)
         minutes = steps = None
-    if is_finished(run):
-        return
-    record = run.record
+    record, finished = run.record, run.finished
     if record is not None and (minutes, steps, seed, preset, config) == (None,) * 5:
         name, recipe = "as begun", configs.from_dict(configs.Config, record["config"], "run.json")
     else:
@@ -101,11 +100,15 @@ def train(
         recipe = configs.replace_train(recipe, conditional=True)
     if on_nonfinite is not None:
         recipe = configs.replace_train(recipe, on_nonfinite=on_nonfinite)
-    console.print(f"recipe {name!r}, {format_length(recipe.train)}, into {run.folder}", markup=False)
+    if not finished:
+        console.print(f"recipe {name!r}, {format_length(recipe.train)}, into {run.folder}", markup=False)
     if dataset.report.skipped:
         console.print(f"skipped files are listed in {run.folder}/skipped.json", markup=False)
     with changes_as_table():
         fit_diffusion(recipe, dataset, run.folder, device, init=init, force=force, network=network_class)
+    if finished:
+        report_finished(run)
+        return
     console.print(f"done: {run.folder}/model.safetensors, pictures in {run.pictures}", markup=False)
     has_test_part = dataset.held_out_fraction(recipe.train.held_out)[0] > 0 or dataset.test_from is not None
     own = network_option(network)
@@ -122,17 +125,26 @@ def check_length(minutes: float | None, steps: int | None) -> None:
 
 
 def open_run(out: Path | None, data: str, suffix: str = "") -> Run:
-    """The run in ``out``, by default runs/DATA with a ``suffix``; nothing is created."""
+    """The run in ``out``, by default runs/DATA with a ``suffix``, next to DATA if that is inside them; none is created.
+
+    Raises `ConfigError` if ``out`` is inside the data.
+    """
+    from undiffuse.data.sources.registry import path_of
     from undiffuse.training.run_folder import Run
 
-    return Run(out or Path("runs") / f"{Path(data.rstrip('/')).name.split('.')[0]}{suffix}")
+    source = path_of(data)
+    if out is None:
+        path = Path(data) if source is None else source.resolve()
+        out = Path("runs") / f"{path.name.lstrip('.').split('.')[0] or 'data'}{suffix}"
+        if lies_inside(out, source):
+            out = Path(os.path.relpath(path.parent)) / out
+    refuse_inside(out, data)
+    return Run(out)
 
 
-def is_finished(run: Run) -> bool:
-    """Whether the run is finished, with a line printed if so."""
-    if run.finished:
-        console.print(f"{run.folder} is a finished run already; give --out another folder to train again", markup=False)
-    return run.finished
+def report_finished(run: Run) -> None:
+    """Print that the run is finished, which `undiffuse.training.fit.fit` has compared with the command."""
+    console.print(f"{run.folder} is a finished run already; give --out another folder to train again", markup=False)
 
 
 def extend_run(

@@ -20,8 +20,8 @@ from undiffuse.cli.train import (
     check_length,
     extend_run,
     format_length,
-    is_finished,
     open_run,
+    report_finished,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 @with_data_options
 def train_classifier(
     data: DataArgument,
-    out: Annotated[Path | None, typer.Option(help="The run folder; runs/DATA-classifier if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder, outside of DATA; runs/DATA-classifier if not given.")
+    ] = None,
     minutes: Minutes = None,
     steps: Steps = None,
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
@@ -54,15 +56,13 @@ def train_classifier(
 
     device = resolve_device(device)
     check_length(minutes, steps)
+    run = open_run(out, data, "-classifier")
     dataset = read(data)
     print_notes(dataset)
-    run = open_run(out, data, "-classifier")
     if extend:
         extend_run(run, dataset, device, ClassifierConfig, steps, minutes, force=force)
         minutes = steps = None
-    if is_finished(run):
-        return
-    record = run.record
+    record, finished = run.record, run.finished
     if record is not None and (minutes, steps, seed) == (None, None, 0):
         recipe = configs.from_dict(ClassifierConfig, record["config"], "run.json")
     else:
@@ -71,9 +71,13 @@ def train_classifier(
     if on_nonfinite is not None:
         recipe = replace(recipe, train=replace(recipe.train, on_nonfinite=on_nonfinite))
     length = format_length(recipe.train)
-    console.print(f"a classifier of {len(dataset.classes)} classes, {length}, into {run.folder}", markup=False)
+    if not finished:
+        console.print(f"a classifier of {len(dataset.classes)} classes, {length}, into {run.folder}", markup=False)
     with changes_as_table():
         fit_classifier(recipe, dataset, run.folder, device, force=force)
+    if finished:
+        report_finished(run)
+        return
     if rows := load(run.folder).info.get("accuracy"):
         table.render([_row(row) for row in rows], f"{rows[0]['items']:,} held-out items")
     console.print(

@@ -16,6 +16,7 @@ from undiffuse.data.dataset import Dataset
 from undiffuse.errors import ConfigError
 from undiffuse.networks.norm import to_fast_layout
 from undiffuse.process.seeded_noise import generator
+from undiffuse.runtime.atomic_file import file_digest
 from undiffuse.runtime.signals import Interrupted, collect_stop_signals
 from undiffuse.runtime.tensor_file import check_tensors
 from undiffuse.training.augmentation import check_augmentation
@@ -50,20 +51,21 @@ def fit(
     """Train ``task`` on ``data`` into the folder of ``run``, which is returned; an unfinished run is resumed.
 
     ``init``: file or run whose weights training starts from. ``quiet``: print nothing. ``force``: resume although
-    recipe, data or torch have changed since the run began, with a new plan for its end.
+    recipe, data or torch have changed since the run began, with a new plan for its end; not for a finished run.
 
     Every random number is a function of (seed, purpose, step). With ``max_steps``, evaluating and saving do not change
     what is trained, and a resumed run is bit-identical to an uninterrupted one; with ``minutes`` their time counts.
-    Raises `ConfigError`, `DataError`, `CheckpointError`, `NonFiniteError`, `ResourceError` (disk full, or another
-    process trains into the folder), and `Interrupted` after a signal, when everything is saved.
+    Raises `ConfigError` (also for a finished run of another recipe, other data or another ``init``), `DataError`,
+    `CheckpointError`, `NonFiniteError`, `ResourceError` (disk full, or another process trains into the folder), and
+    `Interrupted` after a signal, when everything is saved.
     """
-    if run.finished:
-        return run.folder
-
     # Set up: processes, settings that fit data and device, model
     accelerator = start_accelerator(device)
     main = accelerator.is_main_process
     task, data, notes = adapt_task(task, data, accelerator.device)
+    init_digest = None if init is None else digest_of_weights(Path(init))
+    if run.check_finished(task.config, data, init_digest):
+        return run.folder
     settings = task.config.train
     split = data.split(settings.held_out)
     model = build_model(task, data, split, accelerator, init)
@@ -71,7 +73,7 @@ def fit(
 
     with run.exclusive() if main else nullcontext(), collect_stop_signals() as stop_requests:
         # Resume from the last checkpoint, and plan the end: anew if `force` accepted a changed recipe, data or torch
-        changed = main and run.open(task.config, data, force)
+        changed = main and run.open(task.config, data, force, init_digest)
         if main:
             finish_interrupted_writes(run.checkpoints)
         accelerator.wait_for_everyone()
@@ -136,6 +138,12 @@ def fit(
                 with stop_requests.safe_to_exit():
                     monitor.finish()
     return run.folder
+
+
+def digest_of_weights(init: Path) -> str:
+    """sha256 of the model file of a run or of a path; "missing" if there is none, which `build_model` reports."""
+    path = init / "model.safetensors" if init.is_dir() else init
+    return file_digest(path) if path.is_file() else "missing"
 
 
 def adapt_task(task: Task, data: Dataset, device: torch.device) -> tuple[Task, Dataset, list[str]]:

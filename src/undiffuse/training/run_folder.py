@@ -25,16 +25,25 @@ ALLOWED_WITHOUT_RECORD = {"checkpoints", "pictures", "run.json.partial", *LOCK_F
 CHANGEABLE_SETTINGS = {"on_nonfinite", "save_minutes"}
 """Settings that may change when a run is resumed, because they do not change what is trained."""
 
+Change = tuple[str, str, str]
+"""What has changed, its value as begun, and now."""
+
 
 class ChangedError(ConfigError):
-    """A run began with another recipe, other data or another torch: ``rows`` of (what, as begun, now)."""
+    """A run began with another recipe, other data or another torch: ``rows`` of (what, as begun, now).
 
-    def __init__(self, folder: Path, rows: Sequence[tuple[str, str, str]]) -> None:
+    A ``finished`` run cannot be resumed with others.
+    """
+
+    def __init__(self, folder: Path, rows: Sequence[Change], finished: bool = False) -> None:
         self.rows = rows
         changes = "; ".join(f"{what} was {old}, now {new}" for what, old, new in rows[:3])
         more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-        fix = "Give --out a new folder, the flags and data it began with, or --force to resume it with these"
-        super().__init__("RUN", folder, f"this run began with other settings: {changes}{more}", fix)
+        cause, fix = "this run began with other settings", "Give --out a new folder, the flags and data it began with"
+        if finished:
+            cause = "this folder holds a finished run with other settings"
+        fix += "" if finished else ", or --force to resume it with these"
+        super().__init__("RUN", folder, f"{cause}: {changes}{more}", fix)
 
 
 class Run:
@@ -90,9 +99,19 @@ class Run:
         """The id of the process that holds the lock; see `lock_holder`."""
         return lock_holder(self.folder)
 
-    def open(self, config: Any, data: Dataset, force: bool = False) -> bool:
+    def check_finished(self, config: Any, data: Dataset, init: str | None = None) -> bool:
+        """Whether the run is finished. Raises `ChangedError` if so and recipe, data or ``init`` are others."""
+        record = self.record
+        if record is None or not record["finished"]:
+            return False
+        if changed := _changes(record, _fresh(config, data, init) | {"torch": record.get("torch")}, config):
+            raise ChangedError(self.folder, changed, finished=True)
+        return True
+
+    def open(self, config: Any, data: Dataset, force: bool = False, init: str | None = None) -> bool:
         """Write the record of a new run, or compare that of an existing one with recipe, data and torch's version.
 
+        ``init`` is the sha256 of the file whose weights training starts from; without it that of the record is kept.
         Raises `ChangedError` if they differ; with ``force`` replace the record and return True.
         """
         self._claim()
@@ -100,16 +119,11 @@ class Run:
             partial.unlink()
         if data.report.skipped:
             data.report.write(self.folder / "skipped.json")
-        fresh = {"config": to_dict(config), "data": describe(data) | _origin(data), "torch": torch.__version__}
-        fresh["finished"] = False
-        record = self.record
+        fresh, record = _fresh(config, data, init), self.record
         if record is None:
             self._write(fresh)
             return False
-        with suppress(ConfigError):  # fill in defaults of settings that are newer than the record
-            record["config"] = to_dict(from_dict(type(config), record["config"]))
-        changed = [*_differences(_compared_fields(record), _compared_fields(fresh))]
-        if not changed:
+        if not (changed := _changes(record, fresh, config)):
             kept = {**record, "config": fresh["config"], "data": record["data"] | _origin(data)}
             if kept != record:
                 self._write(kept)
@@ -215,6 +229,22 @@ def describe(data: Dataset) -> dict[str, Any]:
     }
 
 
+def _fresh(config: Any, data: Dataset, init: str | None) -> dict[str, Any]:
+    """The record of a run that begins now."""
+    begun = {"config": to_dict(config), "data": describe(data) | _origin(data), "torch": torch.__version__}
+    return begun | ({"init": init} if init else {}) | {"finished": False}
+
+
+def _changes(record: dict[str, Any], fresh: dict[str, Any], config: Any) -> list[Change]:
+    """What differs between two records. Settings that are newer than ``record`` get their defaults in it."""
+    with suppress(ConfigError):
+        record["config"] = to_dict(from_dict(type(config), record["config"]))
+    changed = [*_differences(_compared_fields(record), _compared_fields(fresh))]
+    if "init" in fresh and fresh["init"] != record.get("init"):
+        changed.append(("init", repr(record.get("init")), repr(fresh["init"])))
+    return changed
+
+
 def _origin(data: Dataset) -> dict[str, Any]:
     """Where the data came from, for ``run.json`` alone: a path says nothing on another machine."""
     return {"source": data.report.source, "options": dict(data.report.options)} if data.report.source else {}
@@ -228,7 +258,7 @@ def _compared_fields(record: dict[str, Any]) -> dict[str, Any]:
     return {**record["config"], "train": train, "data": data, **major}
 
 
-def _differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, str, str]]:
+def _differences(old: Any, new: Any, where: str = "") -> Iterator[Change]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
             if where or key in old:  # skip whole sections that an older record does not have

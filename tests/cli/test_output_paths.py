@@ -1,0 +1,112 @@
+"""No command writes into the data that it reads, and `undiffuse train .` inside of a folder of images leaves it as it was."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_cli import RECIPE
+
+from undiffuse.cli.train import open_run
+from undiffuse.data.sources.registry import load as load_data
+from undiffuse.errors import ConfigError
+from undiffuse.training.run_folder import Run
+
+PHOTOS = 40
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder of images, trained on by `undiffuse train .` in it."""
+    from undiffuse.cli import main
+
+    folder = tmp_path_factory.mktemp("outputs")
+    random = np.random.default_rng(0)
+    (folder / "photos").mkdir()
+    for i in range(PHOTOS):
+        Image.fromarray(random.integers(256, size=(4, 4)).astype(np.uint8)).save(folder / "photos" / f"{i:02d}.png")
+    (folder / "recipe.toml").write_text(RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder / "photos")
+        assert main(["train", ".", "--config", "../recipe.toml", "--steps", "1", "--device", "cpu"]) == 0
+    return folder
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def test_training_inside_the_data_leaves_them_as_they_were(place):
+    data = load_data(place / "photos")
+    assert files(place / "photos") == {f"{i:02d}.png" for i in range(PHOTOS)}
+    assert (len(data), data.name) == (PHOTOS, "photos")
+    run = Run(place / "runs" / "photos")
+    assert run.finished
+    assert run.load_data().fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("cwd", "data", "out"),
+    [
+        ("", "photos", "runs/photos"),
+        ("", "photos/", "runs/photos"),
+        ("", "./photos/../photos", "runs/photos"),
+        ("photos", ".", "../runs/photos"),
+        ("photos", "../photos", "../runs/photos"),
+        ("photos/cats", "..", "../../runs/photos"),
+        ("photos/cats", ".", "../runs/cats"),
+        ("link", ".", "../runs/photos"),
+        ("", "link", "runs/photos"),
+        ("", ".hidden", "runs/hidden"),
+        ("", "table.v2.csv", "runs/table"),
+        ("photos", "digits", "runs/digits"),
+        ("photos", "/", "runs/data"),
+    ],
+)
+def test_the_default_run_folder(cwd, data, out, tmp_path, monkeypatch):
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "table.v2.csv").touch()
+    (tmp_path / "link").symlink_to("photos")
+    monkeypatch.chdir(tmp_path / cwd)
+    if data == "/":
+        with pytest.raises(ConfigError, match="would be read as data"):
+            open_run(None, data)
+        return
+    assert str(open_run(None, data).folder) == out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train photos --steps 1 --out photos/run",
+        "train photos --steps 1 --out photos",
+        "train-classifier photos --steps 1 --out photos/sub/../run",
+        "check photos --out photos/sheet.png",
+        "pack photos photos/packed.npy",
+        "compare photos photos --out photos/comparison",
+        "compare photos --run RUN --out photos/comparison",
+        "evaluate RUN --out photos/evaluation",
+        "evaluate RUN photos --out photos",
+        "ema RUN --best --out photos/model.safetensors",
+        "sample RUN --out photos/samples",
+        "sample RUN --animate photos/samples.gif",
+        "restore RUN photos/00.png --noise 0.1 --out photos/restored",
+        "interpolate RUN photos/00.png photos/01.png --out photos/strip.png",
+    ],
+)
+def test_outputs_inside_the_data_are_refused(command, place, call, monkeypatch):
+    monkeypatch.chdir(place)
+    before = files(place)
+    said = call(*command.replace("RUN", "runs/photos").split())
+    assert (said.code, said.err.count("\n")) == (2, 1), said
+    assert said.err.startswith("error[OUT] ")
+    assert "inside the data" in said.err
+    assert files(place) == before
+
+
+def test_a_link_into_the_data_is_inside_them(place, call, tmp_path):
+    (tmp_path / "out").symlink_to(place / "photos")
+    said = call("check", place / "photos", "--out", tmp_path / "out" / "sheet.png")
+    assert said.code == 2
+    assert call("check", place / "photos", "--out", tmp_path / "sheet.png").code == 0
