@@ -133,10 +133,12 @@ def test_vdm_trains_network_and_schedule_from_the_clean_end_of_the_data():
         ((1, 12, 13), "cpu", "cpu-small"),
         ((1, 28, 28), "cpu", "cpu-small"),
         ((1, 28, 28), "cuda", "gpu"),
+        ((1, 28, 28), "cuda:1", "gpu"),
+        ((1, 28, 28), "xpu", "gpu"),
     ],
 )
 def test_the_preset_for_a_shape(shape, device, name):
-    assert presets.choose(shape, 256, device) == name
+    assert presets.choose(shape, device) == name
 
 
 def test_the_clean_end_follows_the_width_of_a_bin():

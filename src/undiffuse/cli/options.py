@@ -23,7 +23,9 @@ DataArgument = Annotated[
     typer.Argument(help=f"One of: {', '.join(source.title for source in SOURCES)}.", metavar="DATA"),
 ]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder or a model file (.safetensors).", metavar="RUN")]
-Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")]
+Device = Annotated[
+    str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, or another device of torch with float64.")
+]
 
 NetworkFile = Annotated[
     str | None,
@@ -50,16 +52,13 @@ def network_option(text: str | None) -> str:
 
 
 def resolve_device(name: str) -> str:
-    """``cpu`` or ``cuda`` for a device name; ``auto`` selects a GPU if there is one. Raises `ConfigError`."""
-    import torch
+    """The device of ``--device`` as torch calls it, see `undiffuse.runtime.device`. Raises `ConfigError`."""
+    from undiffuse.runtime import device
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ConfigError("DEVICE", f"--device {name}", "unknown", "Use auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("DEVICE", "--device cuda", "torch finds no GPU on this machine", "Use --device cpu")
-    return name
+    try:
+        return str(device.resolve_device(name))
+    except ConfigError as error:
+        raise ConfigError(error.code, f"--device {name}", error.cause, error.fix) from None
 
 
 def limit_steps(steps: int, chain_length: int, log: Callable[[str], None] | None = None) -> int:

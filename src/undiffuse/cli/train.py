@@ -93,7 +93,7 @@ def train(
     if record is not None and (minutes, steps, seed, preset, config) == (None,) * 5:
         name, recipe = "as begun", configs.from_dict(configs.Config, record["config"], "run.json")
     else:
-        name = preset or presets.choose(dataset.item_shape, dataset.num_values, device)
+        name = preset or presets.choose(dataset.item_shape, device)
         recipe = presets.get(name) if config is None else configs.read(config, presets.get(name))
         recipe = _with_length(configs.replace_train(recipe, seed=seed or 0), minutes, steps)
     if conditional:

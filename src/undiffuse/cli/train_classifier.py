@@ -94,7 +94,7 @@ def recipe_for(data: Dataset, device: str, **settings: Any) -> ClassifierConfig:
     from undiffuse.model.noisy_classifier import NoisyClassifierConfig
     from undiffuse.training.classifier_task import ClassifierConfig
 
-    preset = presets.get(presets.choose(data.item_shape, data.num_values, device))
+    preset = presets.get(presets.choose(data.item_shape, device))
     base = presets.adapt_to_data(preset, data.num_values)
     log_snr = {name: base.model.schedule[name] for name in ("low", "high") if name in base.model.schedule}
     train = replace(base.train, weight_decay=0.05, snapshots=0, **settings)

@@ -18,6 +18,7 @@ from undiffuse.model.config import ModelConfig, from_dict
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.norm import to_fast_layout
 from undiffuse.networks.registry import NETWORKS, kind_of, names_of
+from undiffuse.runtime.device import resolve_device
 from undiffuse.runtime.tensor_file import FORMAT, check_tensors, digest, read_tensors, write_tensors
 
 
@@ -32,12 +33,13 @@ def load(
     device: torch.device | str = "cpu",
     network: nn.Module | type[nn.Module] | None = None,
 ) -> Diffusion:
-    """The model of a checkpoint file or of a run folder, ready to use. Raises `CheckpointError`.
+    """The model of a checkpoint file or of a run folder, ready to use on ``device``, a name of `resolve_device`.
 
+    The global generator stays as it is. Raises `CheckpointError`, and `ConfigError` for a device that is not here.
     A model with a network of your own needs its class, or an instance that the weights are written into, as
     ``network`` (or `undiffuse.register`): a checkpoint holds the name of the class and its settings, never its code.
     """
-    path = Path(path)
+    path, device = Path(path), resolve_device(device)
     if path.is_dir():
         if not (path / "model.safetensors").is_file():
             unfinished = (path / "checkpoints").is_dir()

@@ -26,6 +26,7 @@ from undiffuse.networks.condition import Condition
 from undiffuse.networks.norm import to_fast_layout
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.schedule import LinearLogSNR
+from undiffuse.runtime.device import resolve_device
 from undiffuse.runtime.tensor_file import FORMAT, check_tensors, read_tensors, write_tensors
 
 
@@ -96,8 +97,11 @@ def save(classifier: NoisyClassifier, path: str | Path) -> None:
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> NoisyClassifier:
-    """The classifier of a file or run folder, in evaluation mode on ``device``. Raises `CheckpointError`."""
-    path = Path(path)
+    """The classifier of a file or run folder, in evaluation mode on ``device``, a name of `resolve_device`.
+
+    The global generator stays as it is. Raises `CheckpointError`, and `ConfigError` for a device that is not here.
+    """
+    path, device = Path(path), resolve_device(device)
     path = path / "model.safetensors" if path.is_dir() else path
     tensors, metadata = read_tensors(path)
     if "classifier" not in metadata:

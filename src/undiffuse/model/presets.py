@@ -117,8 +117,8 @@ PRESETS: dict[str, Config] = {
 """The recipe of each preset. What the networks cost is in docs/networks-notes.md."""
 
 
-def choose(item_shape: tuple[int, ...], num_values: int | None, device: str) -> str:
-    """The name of the preset for data of ``item_shape`` on ``device``."""
+def choose(item_shape: tuple[int, ...], device: str) -> str:
+    """The name of the preset for data of ``item_shape`` on ``device``, as torch calls it."""
     match len(item_shape):
         case 1:
             return "vector"
@@ -128,7 +128,7 @@ def choose(item_shape: tuple[int, ...], num_values: int | None, device: str) -> 
             return "volume"
     if max(item_shape[1:]) <= 12:
         return "digits"
-    return "gpu" if device == "cuda" else "cpu-small"
+    return "cpu-small" if device == "cpu" else "gpu"
 
 
 def get(name: str) -> Config:

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather, pad_across_processes
 
+from undiffuse.errors import ConfigError
+
 
 class ProcessGroup(NamedTuple):
     """This process's ``rank`` among ``world_size`` processes, and its ``device``.
@@ -33,11 +35,12 @@ def single_process(device: str = "cpu") -> ProcessGroup:
 
 def init_process_group(device: str) -> ProcessGroup:
     """The group that a launcher started this process in, each process with its own device; else `single_process`."""
-    if _world_size() == 1:
+    if world_size() == 1:
         return single_process(device)
     init_gloo(device)
     state = PartialState(cpu=device == "cpu")
     own = str(state.device)
+    check_own_device(device, torch.device(own))
     return ProcessGroup(state.process_index, state.num_processes, own, partial(_gather_json, own))
 
 
@@ -46,14 +49,22 @@ def init_gloo(device: str) -> None:
 
     Does nothing for one process, for a GPU, or where a group is initialised already.
     """
-    if device == "cpu" and _world_size() > 1 and not dist.is_initialized():
+    if device == "cpu" and world_size() > 1 and not dist.is_initialized():
         store, rank, size = next(dist.rendezvous("env://"))  # pyright: ignore[reportPrivateImportUsage]
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         own = dist.PrefixStore(f"attempt {attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
 
 
-def _world_size() -> int:
+def check_own_device(device: str, own: torch.device) -> None:
+    """Raises `ConfigError` unless ``own``, this process's device of several, is of the type that was asked for."""
+    if device != own.type:
+        cause = f"a launcher gives each of its {world_size()} processes a device of its own, here {str(own)!r}"
+        raise ConfigError("DEVICE", f"device {device!r}", cause, f"Use {own.type!r}, or no launcher")
+
+
+def world_size() -> int:
+    """The number of processes that a launcher started together; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -43,7 +43,7 @@ def fit_classifier(
     config: ClassifierConfig,
     data: Dataset,
     out: str | Path,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     init: str | Path | None = None,
     quiet: bool = False,
     force: bool = False,

@@ -42,7 +42,7 @@ def fit_diffusion(
     config: Config,
     data: Dataset,
     out: str | Path,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     init: str | Path | None = None,
     quiet: bool = False,
     force: bool = False,

@@ -18,15 +18,25 @@ from torch import Tensor, nn
 
 from undiffuse.model.config import TrainConfig
 from undiffuse.networks import protocol
-from undiffuse.runtime.distributed_group import init_gloo
+from undiffuse.runtime.device import resolve_device
+from undiffuse.runtime.distributed_group import check_own_device, init_gloo, world_size
 from undiffuse.training.progress import Progress
 
 
-def start_accelerator(device: str) -> Accelerator:
-    """The launcher's processes, or this one alone, on ``device``: ``auto``, ``cpu`` or ``cuda``."""
-    init_gloo(device)
+def start_accelerator(device: str | torch.device) -> Accelerator:
+    """The launcher's processes, or this one alone, on ``device``, see `resolve_device`. Raises `ConfigError`."""
+    place = resolve_device(device)
+    init_gloo(place.type)
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # otherwise gradients are stored twice
-    return Accelerator(cpu=device == "cpu", gradient_accumulation_steps=1, kwargs_handlers=[views])
+    on_cpu = place.type == "cpu" and world_size() > 1
+    accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=1, kwargs_handlers=[views])
+    if accelerator.num_processes > 1:
+        check_own_device(str(place), accelerator.device)
+    else:
+        vars(accelerator.state)["device"] = (
+            place  # accelerate's own choice is the first GPU, for all runs of this process
+        )
+    return accelerator
 
 
 def shard_network(network: nn.Module, settings: TrainConfig, processes: int, device: torch.device) -> nn.Module:

@@ -43,7 +43,7 @@ def fit(
     task: Task,
     data: Dataset,
     run: Run,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     init: str | Path | None = None,
     quiet: bool = False,
     force: bool = False,
@@ -170,6 +170,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return precision
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type != "cpu":
+        return "float32"
     queries = (getattr(torch.cpu, f"_is_{feature}_supported", None) for feature in ("avx512_bf16", "amx_tile"))
     return "bfloat16" if any(query() for query in queries if query) else "float32"
 

@@ -1,0 +1,57 @@
+"""The device to compute on, from its name. torch is imported inside, so that help texts start without it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from undiffuse.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The torch device called ``device``, after a test that it is here and computes in float64.
+
+    ``auto`` is the accelerator that torch finds (a GPU) if it computes in float64, else the CPU; other names are
+    torch's: ``cpu``, ``cuda``, ``cuda:1``, ``xpu``. Likelihoods are summed in float64, which Apple's ``mps`` does not
+    have: it is refused. Raises `ConfigError`.
+    """
+    import torch
+
+    if device == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None and _problem(found) is None else torch.device("cpu")
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise _refusal(device, "torch has no such device") from None
+    if problem := _problem(place):
+        raise _refusal(device, problem)
+    return torch.device("cpu") if place.type == "cpu" else place
+
+
+def _problem(place: torch.device) -> str | None:
+    """Why this device cannot be used; None if it can."""
+    import torch
+
+    if place.type == "meta":
+        return "it holds no data"
+    try:
+        (torch.zeros(1, device=place) + 1).cpu()
+    except (RuntimeError, AssertionError, ImportError):  # not compiled in, no driver, or no such number
+        return "torch finds no such device on this machine"
+    try:
+        torch.zeros(1, dtype=torch.float64, device=place).add(1).cpu()
+    except (RuntimeError, TypeError):
+        return "it does not compute in float64, in which likelihoods are summed"
+    return None
+
+
+def _refusal(device: object, cause: str) -> ConfigError:
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    count = 0 if found is None else torch.accelerator.device_count()
+    names = [] if found is None else [found.type, *(f"{found.type}:{i}" for i in range(count))]
+    return ConfigError("DEVICE", f"device {str(device)!r}", cause, f"Use {' or '.join(['auto', 'cpu', *names])}")

@@ -1,0 +1,82 @@
+"""A device is computed on as it was named, or refused by name; nothing falls back to the CPU without a word."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from undiffuse.cli import main
+from undiffuse.errors import ConfigError
+from undiffuse.model.checkpoint import load
+from undiffuse.runtime.device import resolve_device
+from undiffuse.training.distributed import start_accelerator
+from undiffuse.training.fit import resolve_precision
+
+NO_GPU = torch.accelerator.current_accelerator(check_available=True) is None
+ABSENT = ["cuda:99", "mps", "xpu", "hpu", "vulkan", *(["cuda", "cuda:0"] if NO_GPU else [])]
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu:0", torch.device("cpu"), *(["auto"] if NO_GPU else [])])
+def test_the_cpu(name):
+    assert resolve_device(name) == torch.device("cpu")
+    assert start_accelerator(name).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ABSENT)
+@pytest.mark.parametrize("use", [resolve_device, start_accelerator, lambda name: load("nothing", name)])
+def test_a_device_that_is_not_here_is_refused(use, name):
+    with pytest.raises(ConfigError, match=rf"error\[DEVICE\] device '{name}': torch finds no such device on this mach"):
+        use(name)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "Cuda", "", "auto ", None, 1.5, [1]])
+def test_a_name_that_is_none_of_torch_is_refused(name):
+    with pytest.raises(ConfigError, match=r"error\[DEVICE\] device .*: torch has no such device\. Use auto or cpu"):
+        resolve_device(name)
+
+
+def test_a_device_without_data_or_float64_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="device 'meta': it holds no data"):
+        resolve_device("meta")
+    zeros = torch.zeros
+
+    def zeros_of_mps(*size, dtype=torch.float32, device):
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        return zeros(*size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "zeros", zeros_of_mps)
+    with pytest.raises(ConfigError, match="device 'mps': it does not compute in float64, in which likelihoods are su"):
+        resolve_device("mps")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+def test_auto_is_the_accelerator_that_torch_finds(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("xpu"))
+    monkeypatch.setattr("undiffuse.runtime.device._problem", lambda place: None)
+    assert resolve_device("auto") == torch.device("xpu")
+    assert start_accelerator("cuda:1").device == torch.device("cuda:1"), "not accelerate's own choice, the first GPU"
+
+
+def test_bfloat16_is_chosen_where_it_is_known_to_be_native():
+    assert resolve_precision("auto", torch.device("xpu")) == "float32"
+    assert resolve_precision("bfloat16", torch.device("xpu")) == "bfloat16"
+
+
+def test_a_launcher_gives_each_process_its_device(monkeypatch):
+    from undiffuse.runtime.distributed_group import check_own_device
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_own_device("cuda", torch.device("cuda:1"))
+    for name in ("cuda:1", "xpu"):
+        with pytest.raises(ConfigError, match=f"device '{name}': a launcher gives each of its 2 processes a device of"):
+            check_own_device(name, torch.device("cuda:1"))
+
+
+def test_the_command_line_names_its_flag(capsys, tmp_path):
+    assert main(["train", "digits", "--out", str(tmp_path / "run"), "--device", "mps"]) == 2
+    assert "error[DEVICE] --device mps: torch finds no such device on this machine. Use auto or cpu" in (
+        " ".join(capsys.readouterr().err.split())
+    )
