@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_networks_too_large_for_the_memory(monkeypatch):
 
 
 def test_memory_of_the_machine_and_of_its_container(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine.os, "sysconf", {"SC_PAGE_SIZE": 10, "SC_PHYS_PAGES": 100}.get)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(total=1000))
     monkeypatch.setattr(machine, "CGROUP_LIMIT", tmp_path / "memory.max")
     assert machine.available_memory() == pytest.approx(800)
     for text, expected in (("max\n", 800), ("500\n", 400), ("5000\n", 800)):

@@ -82,10 +82,11 @@ def npy_rows(path: Path, header: NpyHeader, stamp: FileStamp) -> LazyArray:
 
     def fill(file: IO[bytes], rows: np.ndarray, first: int) -> None:
         buffer, start = rows.reshape(-1).data, header.offset + first * size
+        file.seek(start)
         while buffer:
-            if not (count := os.preadv(file.fileno(), [buffer], start)):
+            if not (count := file.readinto(buffer)):  # pyright: ignore[reportAttributeAccessIssue]
                 raise changed_error()
-            buffer, start = buffer[count:], start + count
+            buffer = buffer[count:]
 
     def read(indices: np.ndarray) -> np.ndarray:
         with file_errors_at(path):

@@ -65,8 +65,11 @@ def write_error(path: Path, size: int, error: OSError) -> ResourceError:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Make the names in ``folder`` durable, where the system lets this process open a folder: Windows does not."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(handle)
     finally:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+import psutil
 
 from undiffuse.errors import ResourceError
 
@@ -14,7 +15,7 @@ MAX_FRACTION = 0.8
 
 def available_memory() -> float:
     """Bytes that this process may use: 80 % of the machine's memory, or of its container's limit."""
-    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    total = float(psutil.virtual_memory().total)
     try:
         return MAX_FRACTION * min(total, float(CGROUP_LIMIT.read_text()))
     except (OSError, ValueError):  # no container, or "max"

@@ -69,7 +69,8 @@ def load(source: str | Path, *, on_bad: str = "stop", **image_options: Any) -> D
         if image.size > MAX_FILE_BYTES:
             raise FileError("TOO_LARGE", f"{image.size:,} bytes are more than {MAX_FILE_BYTES:,}")
         with image.shard.open("rb") as file:
-            return os.pread(file.fileno(), image.size, image.start)
+            file.seek(image.start)
+            return file.read(image.size)
 
     image_names = [f"{image.shard.name}/{image.member}" if source.is_dir() else image.member for image in images]
     labels = [image.label for image in images]
