@@ -18,7 +18,7 @@ def inspect(
     import json
 
     from undiffuse.model import checkpoint
-    from undiffuse.model.diffusion import describe
+    from undiffuse.model.checkpoint import describe
     from undiffuse.report import table
 
     register_network(network)
