@@ -5,7 +5,7 @@ import pytest
 
 from undiffuse.data.sources import csv_table
 from undiffuse.data.sources.registry import load
-from undiffuse.errors import DataError
+from undiffuse.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_label_column(file, cells, classes, labels, name):
         ("a,b\n1,2\n1,nan\ninf,0\n", "NON_FINITE", "item 1, column b: nan (and 1 more)"),
         ("a,b\n1,1e39\n", "NON_FINITE", "item 0, column b: 1e+39 (and 0 more)"),
         ("a,label\n1,x\n2,\n", "LABELS", "1 labels are empty, the first that of item 1"),
-        (b"a,b\n\xff,1\n", "TABLE", "is not UTF-8 text"),
+        (b"a,b\n\xff,1\n", "TABLE", "is not text in UTF-8 or UTF-16 (byte 4)"),
         ("a,b\n" + "1" * (1 << 21), "TABLE", "a line has more than 1,048,576 characters"),
         ("a,b\n" + "1" * (1 << 18) + ",1\n", "TABLE", "cannot be read as a table (field larger than field limit"),
     ],
@@ -104,3 +104,60 @@ def test_long_lines_are_refused(file, monkeypatch):
     assert load(file("a,b\n" + "1234,5678\n" * 3)).values.shape == (3, 2)
     with pytest.raises(DataError, match="more than 10 characters"):
         load(file("a,b\n" + "1234,56789\n"))
+
+
+def test_the_index_that_pandas_writes_is_left_out(tmp_path):
+    """By default, after it was read and written again, and as R writes it, from 1."""
+    pandas = pytest.importorskip("pandas", reason="needs the extra `hub`")
+    frame = pandas.DataFrame({"a": [1.5, 2, 3], "label": ["x", "y", "x"], "b": [7, 8, 9]})
+    frame.to_csv(tmp_path / "once.csv")
+    pandas.read_csv(tmp_path / "once.csv").to_csv(tmp_path / "twice.csv")
+    (tmp_path / "r.csv").write_text('"","a","label","b"\n"1",1.5,"x",7\n"2",2,"y",8\n"3",3,"x",9\n')
+    (tmp_path / "no-index.csv").write_text("a,label,b\n1.5,x,7\n2,y,8\n3,x,9\n")
+    expected = load(tmp_path / "no-index.csv")
+    for name, left_out in (("once", 1), ("twice", 2), ("r", 1)):
+        data = load(tmp_path / f"{name}.csv")
+        assert (data.columns, data.classes, data.fingerprint) == (("a", "b"), ("x", "y"), expected.fingerprint)
+        assert f"{left_out} columns left out that only count the lines (pandas' index)" in data.notes
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "cause"),
+    [
+        (",a\n5,1\n6,2\n", "BAD_HEADER", "its first column has no name"),
+        (",a\n0,1\n0,2\n", "BAD_HEADER", "its first column has no name"),
+        (",a\nx,1\ny,2\n", "TABLE", "line 2, column 1: 'x' is not a number"),
+        (",label\n0,x\n1,y\n", "BAD_HEADER", "its only column counts the lines"),
+        (",\n0,1\n", "BAD_HEADER", "does not name each column once"),
+    ],
+)
+def test_first_columns_without_a_name(file, text, code, cause):
+    with pytest.raises(DataError) as caught:
+        load(file(text))
+    assert caught.value.code == code
+    assert cause in caught.value.cause
+
+
+def test_columns_that_pandas_named_and_that_do_not_count(file):
+    assert load(file("Unnamed: 0,a\n7,1\n9,2\n")).columns == ("Unnamed: 0", "a")
+
+
+@pytest.mark.parametrize("name", ["target", "Class", "LABEL", "category"])
+def test_columns_that_may_hold_classes_are_offered(file, name):
+    data = load(file(f"a,{name}\n1,0\n2,1\n"))
+    assert data.columns == ("a", name)
+    assert f"no classes; the column {name} may hold them: label_column={name} reads it so" in data.notes
+    with pytest.raises(DataError, match=rf"'cat' is not a number.*Give label_column={name} if it holds the classes"):
+        load(file(f"a,{name}\n1,cat\n2,dog\n"))
+    data = load(file(f"a,{name}\n1,cat\n2,dog\n"), label_column=name)
+    assert (data.columns, data.classes) == (("a",), ("cat", "dog"))
+    with pytest.raises(ConfigError, match="'kind' is not one of the columns a, b"):
+        load(file("a,b\n1,2\n"), label_column="kind")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_encodings_of_spreadsheets(file, encoding, separator):
+    text = f"größe{separator}label\n1{separator}ö\n"
+    data = load(file(text.encode(encoding)))
+    assert (data.columns, data.classes) == (("größe",), ("ö",))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import os
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,12 +15,16 @@ from typing import TextIO
 import numpy as np
 
 from undiffuse.data.dataset import Dataset
-from undiffuse.errors import printable
+from undiffuse.data.sources.table_text import encoding_error, open_table, separator_of
+from undiffuse.errors import ConfigError, printable
 from undiffuse.runtime.file_errors import FileError, file_errors_at
 
 SUFFIXES = (".csv", ".tsv")
-SEPARATORS = ",;\t"
 LABEL_COLUMNS = ("label", "labels", "y")
+LABEL_WORDS = frozenset({*LABEL_COLUMNS, "class", "classes", "target", "targets", "category"})
+"""Names, in small letters, of columns that may hold classes: offered unless one of LABEL_COLUMNS is there."""
+INDEX_NAME = re.compile(r"(Unnamed: \d+)?")
+"""Names of the column in which pandas writes the index of a row: none, or after it was read again, Unnamed: 0."""
 FIX = "Give a line of names, and below it one number per column in every line; a column called label may hold text"
 MAX_LINE_LENGTH = 1 << 20
 """In characters."""
@@ -29,33 +35,34 @@ def sniff(source: str | Path) -> bool:
     return Path(source).suffix.lower() in SUFFIXES and os.path.lexists(source) and not os.path.isdir(source)
 
 
-def load(source: str | Path) -> Dataset:
+def load(source: str | Path, *, label_column: str | None = None) -> Dataset:
     """One item per row: continuous vectors (N, D) with the names of their columns.
 
-    The first line names the columns; they are separated by commas, semicolons or tabs. A column called label, labels
-    or y holds the classes, as numbers or text. Raises `DataError` (BAD_HEADER, TABLE, NON_FINITE, LABELS, or the file
-    system's).
+    The first line names the columns; they are separated by commas, semicolons or tabs. ``label_column``, or else a
+    column called label, labels or y, holds the classes, as numbers or text. Leading columns without a name that count
+    the lines, as pandas writes them, are left out. Raises `DataError` (BAD_HEADER, TABLE, NON_FINITE, LABELS, or the
+    file system's) and `ConfigError` (OPTION) for a ``label_column`` that is not there.
     """
     path = Path(source)
     with file_errors_at(path):
-        if not path.is_file():
-            raise FileError("NOT_A_REGULAR_FILE", "is a folder, a pipe, a socket or a device")
         try:
-            with path.open(encoding="utf-8-sig", newline="") as stream:
-                return _dataset(path.stem, _limited_lines(stream))
-        except UnicodeDecodeError as error:
-            raise FileError("TABLE", f"is not UTF-8 text (byte {error.start:,})", FIX) from None
+            with open_table(path) as stream:
+                return _dataset(path.stem, _limited_lines(stream), label_column)
+        except UnicodeError as error:
+            raise FileError("TABLE", encoding_error(error), FIX) from None
         except csv.Error as error:
             raise FileError("TABLE", f"cannot be read as a table ({error})", FIX) from None
 
 
-def _dataset(name: str, lines: Iterator[str]) -> Dataset:
+def _dataset(name: str, lines: Iterator[str], label_column: str | None) -> Dataset:
     first = next(lines, "")
-    separator = max(SEPARATORS, key=first.count)
+    separator = separator_of(first)
     header = [printable(cell.strip()) for cell in next(csv.reader([first], delimiter=separator), [])]
-    if not header or len(set(header)) < len(header) or any(not c or _number(c) is not None for c in header):
+    indices = list(itertools.takewhile(lambda i: INDEX_NAME.fullmatch(header[i]), range(len(header))))
+    named = [column for i, column in enumerate(header) if column or i not in indices]
+    if not named or len(set(named)) < len(named) or any(not c or _number(c) is not None for c in named):
         raise FileError("BAD_HEADER", "its first line does not name each column once", FIX)
-    label_index = next((header.index(column) for column in LABEL_COLUMNS if column in header), None)
+    label_index = _label_index(header, label_column)
     columns = [column for i, column in enumerate(header) if i != label_index]
     if not columns:
         raise FileError("BAD_HEADER", "its only column is that of the labels", FIX)
@@ -63,17 +70,46 @@ def _dataset(name: str, lines: Iterator[str]) -> Dataset:
     values = np.frombuffer(cells, np.float64).reshape(-1, len(columns))
     if not len(values):
         raise FileError("TABLE", "there is no line below the names", FIX)
+    notes = []
+    counting = [i for i in indices if i != label_index and _counts_lines(values[:, i])]
+    if counting:
+        columns, values = columns[len(counting) :], values[:, len(counting) :]
+        notes.append(f"{len(counting)} columns left out that only count the lines (pandas' index)")
+    if not columns or "" in columns:
+        cause = "its only column counts the lines" if not columns else "its first column has no name"
+        raise FileError("BAD_HEADER", cause, "Give each column a name, or write the table without index")
     with np.errstate(over="ignore"):
-        packed = values.astype(np.float32)
+        packed = np.ascontiguousarray(values, np.float32)
     if len(bad := np.argwhere(~np.isfinite(packed))):
         row, column = map(int, bad[0])
         cause = f"item {row}, column {columns[column]}: {values[row, column]:g} (and {len(bad) - 1} more)"
         raise FileError("NON_FINITE", cause)
     classes, labels = label_classes(label_texts) if label_index is not None else ((), None)
-    notes = [f"{len(columns)} columns: {', '.join(columns[:6])}{', ...' * (len(columns) > 6)}"]
+    notes.insert(0, f"{len(columns)} columns: {', '.join(columns[:6])}{', ...' * (len(columns) > 6)}")
     if label_index is not None:
         notes.append(f"{len(classes)} classes from the column {header[label_index]}: {', '.join(classes[:6])}")
+    elif offered := _offered(columns):
+        notes.append(f"no classes; the column {offered} may hold them: label_column={offered} reads it so")
     return Dataset(name, packed, None, labels, classes, tuple(notes), columns=tuple(columns))
+
+
+def _label_index(header: Sequence[str], label_column: str | None) -> int | None:
+    if label_column is None:
+        return next((header.index(column) for column in LABEL_COLUMNS if column in header), None)
+    if label_column not in header:
+        cause = f"{label_column!r} is not one of the columns {', '.join(header[:8])}{', ...' * (len(header) > 8)}"
+        raise ConfigError("OPTION", "label_column", cause, "Give the name of the column that holds the classes")
+    return header.index(label_column)
+
+
+def _offered(columns: Sequence[str]) -> str | None:
+    """The first column whose name says that it may hold classes."""
+    return next((column for column in columns if column.lower() in LABEL_WORDS), None)
+
+
+def _counts_lines(column: np.ndarray) -> bool:
+    """Whether a column holds 0, 1, 2, ... or 1, 2, 3, ..."""
+    return column[0] in (0, 1) and np.array_equal(column, np.arange(len(column)) + column[0])
 
 
 def _cells(rows: Iterator[list[str]], header: list[str], label_index: int | None) -> tuple[array[float], list[str]]:
@@ -90,10 +126,12 @@ def _cells(rows: Iterator[list[str]], header: list[str], label_index: int | None
                 continue
             value = _number(cell)
             if value is None:
-                bad.append(f"line {line}, column {header[i]}: {cell[:20]!r} is not a number")
+                bad.append(f"line {line}, column {header[i] or i + 1}: {cell[:20]!r} is not a number")
             cells.append(math.nan if value is None else value)
     if bad:
-        raise FileError("TABLE", bad[0] + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""), FIX)
+        offered = _offered(header) if label_index is None else None
+        fix = f"Give label_column={offered} if it holds the classes. {FIX}" if offered else FIX
+        raise FileError("TABLE", bad[0] + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""), fix)
     return cells, label_texts
 
 

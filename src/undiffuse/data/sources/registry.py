@@ -133,7 +133,11 @@ SOURCES = (
     ),
     Source("a packed array", _packed_array, has_observations=True),
     Source("an array file", _array_files, ARRAY_OPTIONS),
-    Source("a table", _csv_table),
+    Source(
+        "a table",
+        _csv_table,
+        (Option("label_column", str | None, "Column of a table that holds the classes (default label, labels or y)."),),
+    ),
     Source("a folder of the library datasets", _hf_datasets, IMAGE_OPTIONS),
     Source("a WebDataset", _webdataset, IMAGE_OPTIONS),
     Source("a folder of images", _image_folder, IMAGE_OPTIONS, allocates=True),
