@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import zlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.random import Generator
 
 from undiffuse.data.dataset import Dataset
+from undiffuse.data.sources.idx_files import parse_idx, read_content
 from undiffuse.errors import ConfigError, DataError
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -65,21 +65,16 @@ def fashion_mnist(folder: str | Path = FASHION_FOLDER) -> Dataset:
 
 
 def _idx(path: Path, sha256: str) -> np.ndarray:
-    """The uint8 array in an idx.gz file: two zeros, type 8, the rank, big-endian sizes, the bytes."""
-    try:
-        with gzip.open(path) as stream:
-            data = stream.read(1 << 26)
-    except FileNotFoundError:
+    """The uint8 array in an idx.gz file with this sha256."""
+    if not os.path.lexists(path):
         fix = "Install Debian's package dataset-fashion-mnist, or give a folder that contains the four files"
-        raise DataError("MISSING_DATA", path, "no such file", fix) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError("CORRUPT", path, f"cannot be read ({error})", "Fetch the file again") from error
-    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DataError("MISSING_DATA", path, "no such file", fix)
+    content = read_content(path)
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(
             "WRONG_DATA", path, f"is not the file of Fashion-MNIST (sha256 {sha256[:8]}...)", "Fetch the file again"
         )
-    rank = data[3]
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(np.frombuffer(data, ">u4", rank, 4))
+    return parse_idx(content)
 
 
 Points = tuple[np.ndarray, np.ndarray | None]

@@ -85,6 +85,12 @@ def _array_files() -> SourceModule:
     return array_files
 
 
+def _idx_files() -> SourceModule:
+    from undiffuse.data.sources import idx_files
+
+    return idx_files
+
+
 def _csv_table() -> SourceModule:
     from undiffuse.data.sources import csv_table
 
@@ -133,6 +139,7 @@ SOURCES = (
     ),
     Source("a packed array", _packed_array, has_observations=True),
     Source("an array file", _array_files, ARRAY_OPTIONS),
+    Source("an idx file (MNIST's format)", _idx_files, ARRAY_OPTIONS),
     Source(
         "a table",
         _csv_table,
