@@ -406,7 +406,10 @@ ARRAYS = [
     array(62, "nhwc.npy", npy(BIG[None]), "SHAPE", "looks like NHWC"),
     array(62, "none.npy", npy_header("(0, 4)"), "SHAPE"),
     array(62, "six.npy", npy(np.zeros((1,) * 6)), "SHAPE"),
-    array(62, "five-channels.npy", npy(np.zeros((2, 5, 8, 8), np.uint8)), ""),
+    array(62, "five-channels.npy", npy(np.zeros((2, 5, 8, 8), np.uint8)), "SHAPE", "images of 5 channels, or volumes"),
+    array(62, "channels.npy", npy(np.zeros((2, 5, 8, 8), np.uint8)), "", layout="NCHW"),
+    array(62, "volumes.npy", npy(np.zeros((2, 5, 8, 8), np.uint8)), "", "one channel added", layout="NDHW"),
+    array(62, "ndhwc.npy", npy(np.zeros((2, 5, 8, 8, 3), np.uint8)), "SHAPE", "looks like NDHWC"),
     *[
         array(63, f"{what}.npz", zipped(("x.npy", NPY), ("y.npy", npy(np.array(y)))), "LABELS", text)
         for what, y, text in (

@@ -55,6 +55,27 @@ def test_channels_last_needs_a_layout():
     assert from_array(images, layout="NCHW").item_shape == (8, 6, 3)
 
 
+@pytest.mark.parametrize("channels", [5, 16, 32])
+def test_four_dimensions_may_be_images_or_volumes(channels):
+    values = np.random.default_rng(0).integers(0, 256, (4, channels, 8, 6), np.uint8)
+    cause = rf"4x{channels}x8x6 could be images of {channels} channels, or volumes without channels"
+    with pytest.raises(DataError, match=rf"^error\[SHAPE\] array: {cause}. Give layout NCHW \(images\) or NDHW"):
+        from_array(values)
+    np.testing.assert_array_equal(from_array(values, layout="NCHW").values, values)
+    data = from_array(values, layout="NDHW")
+    np.testing.assert_array_equal(data.values, values[:, None])
+    assert data.notes == ("one channel added",)
+    assert from_array(values[:, :4]).item_shape == (4, 8, 6)
+
+
+def test_volumes_with_channels_last_need_a_layout():
+    values = np.zeros((4, 5, 6, 7, 2), np.uint8)
+    with pytest.raises(DataError, match="4x5x6x7x2 looks like NDHWC"):
+        from_array(values)
+    assert from_array(values, layout="NDHWC").item_shape == (2, 5, 6, 7)
+    assert from_array(np.zeros((4, 5, 6, 7, 8), np.uint8)).item_shape == (5, 6, 7, 8)
+
+
 @pytest.mark.parametrize(
     ("values", "options", "code"),
     [

@@ -89,6 +89,15 @@ def test_samples_from_a_folder_an_array_and_any_source(tmp_path):
         load_samples(str(tmp_path / "wide.npy"), DATA)
 
 
+@pytest.mark.parametrize("shape", [(3, 8), (8, 4, 4), (5, 4, 4, 2)])
+def test_a_sample_folder_needs_no_layout(tmp_path, shape):
+    """Series, images of many channels and volumes: `sample` writes channels first."""
+    values = RNG.normal(size=(6, *shape)).astype(np.float32)
+    write_samples(tmp_path / "samples", values, None, {"seed": 1})
+    data = from_array(values, layout={2: "NCL", 3: "NCHW", 4: "NCDHW"}[len(shape)])
+    np.testing.assert_array_equal(load_samples(str(tmp_path / "samples"), data), values)
+
+
 def test_refusals():
     with pytest.raises(ConfigError, match="--metric fid: no such metric"):
         compare(FRESH, DATA, metrics=["fid"])

@@ -20,7 +20,11 @@ ValueRange = tuple[float, float]
 MAX_CONVERTED_BYTES = 1 << 28
 """Values on disk that need another dtype are converted once in memory up to this size, and at each access above it."""
 
-LAYOUTS = ("ND", "NHW", "NCL", "NLC", "NCHW", "NHWC", "NCDHW", "NDHWC")
+LAYOUTS = ("ND", "NHW", "NCL", "NLC", "NCHW", "NHWC", "NDHW", "NCDHW", "NDHWC")
+CHANNELS_FIRST = {2: "ND", 3: "NCL", 4: "NCHW", 5: "NCDHW"}
+"""The layouts of `Dataset.values`, by their number of dimensions."""
+MAX_CHANNELS = 4
+"""With more channels than this, an array could as well be one of volumes, or one with channels last."""
 
 
 def from_array(
@@ -40,7 +44,7 @@ def from_array(
     labels       (N,) integers 0 .. K − 1, each of which occurs
     cond, mask   vectors (N, D), or tokens (N, L, D) with a bool mask (N, L) of those that count (without one, all)
     layout       one of LAYOUTS. Without it two dimensions are ND, three are NHW for uint8, uint16 and bool, four are
-                 NCHW, five are NCDHW
+                 NCHW and five NCDHW where they have at most MAX_CHANNELS channels
     num_values   of integers; without it 2 for bool, 256 for uint8, 65536 for uint16, otherwise the maximum + 1
     value_range  (low, high) of floats; samples then lie in it too
 
@@ -131,9 +135,14 @@ def _channels_first(values: np.ndarray, layout: str | None, notes: list[str]) ->
         if values.ndim == 3 and layout is None:
             fix = "Give layout NHW (grey images), NCL or NLC (sequences)"
             raise FileError("SHAPE", f"{shape} could be images without channels or sequences with channels", fix)
-        if values.ndim == 4 and values.shape[3] <= 4 < values.shape[1]:
-            fix = "Give layout NHWC (or NCHW if that is right)"
-            raise FileError("SHAPE", f"{shape} looks like NHWC, channels last", fix)
+        if values.ndim in (4, 5) and values.shape[1] > MAX_CHANNELS:
+            last = "NHWC" if values.ndim == 4 else "NDHWC"
+            if values.shape[-1] <= MAX_CHANNELS:
+                fix = f"Give layout {last} (or {layout} if that is right)"
+                raise FileError("SHAPE", f"{shape} looks like {last}, channels last", fix)
+            if values.ndim == 4:
+                cause = f"{shape} could be images of {values.shape[1]} channels, or volumes without channels"
+                raise FileError("SHAPE", cause, "Give layout NCHW (images) or NDHW (volumes)")
     if layout is None or len(layout) != values.ndim:
         raise FileError("SHAPE", f"{shape} has {values.ndim} dimensions" + (f", {layout} does not" if layout else ""))
     if not values.size:
@@ -141,7 +150,7 @@ def _channels_first(values: np.ndarray, layout: str | None, notes: list[str]) ->
     if layout.endswith("C"):
         notes.append("channels moved from last to first")
         return _map_items(values, lambda items: np.moveaxis(items, -1, 1))
-    if layout == "NHW":
+    if layout in ("NHW", "NDHW"):
         notes.append("one channel added")
         return _map_items(values, lambda items: items[:, None])
     return values

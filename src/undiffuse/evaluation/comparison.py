@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from undiffuse.data.dataset import Dataset
+from undiffuse.data.from_array import CHANNELS_FIRST
 from undiffuse.data.sources.array_files import SUFFIXES
 from undiffuse.data.sources.registry import load
 from undiffuse.data.transform import transform_for
@@ -88,7 +89,8 @@ def load_samples(source: str, data: Dataset, read: Callable[[str], Dataset] = lo
     path = Path(source)
     array = path / "samples.npz" if (path / "samples.npz").is_file() else path
     if array.suffix.lower() in SUFFIXES and array.is_file():
-        samples = load(array, num_values=data.num_values)
+        layout = CHANNELS_FIRST[data.values.ndim] if array != path else None  # as `sample` has written them
+        samples = load(array, num_values=data.num_values, layout=layout)
     else:
         samples = read(source)
     if samples.item_shape != data.item_shape or samples.num_values != data.num_values:

@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from undiffuse.data.dataset import Dataset, chunks
+from undiffuse.data.from_array import CHANNELS_FIRST
 from undiffuse.data.sources import array_files
 from undiffuse.errors import ConfigError, ResourceError
 from undiffuse.runtime.atomic_file import fsync_folder, write_atomic
 from undiffuse.runtime.file_errors import FileError, file_errors_at
 
-LAYOUTS = {2: "ND", 3: "NCL", 4: "NCHW", 5: "NCDHW"}
 METADATA_FIELDS = ("name", "shape", "num_values", "classes", "notes", "test_from", "value_range", "columns")
 METADATA_KEY = "data"
 ARRAY_FIELDS = ("labels", "cond", "mask")
@@ -122,7 +122,7 @@ def _load(path: Path, sidecar: Path) -> Dataset:
     value_range = metadata["value_range"]
     data = array_files.load(
         path,
-        layout=LAYOUTS[len(metadata["shape"])],
+        layout=CHANNELS_FIRST[len(metadata["shape"])],
         num_values=metadata["num_values"],
         value_range=value_range and (value_range[0], value_range[1]),
     )
