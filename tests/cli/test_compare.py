@@ -33,8 +33,19 @@ def test_the_table_and_the_files(place, call):
     summary = json.loads((place / "out" / "compare.json").read_text())
     assert list(summary["metrics"]) == list(METRICS)
     assert summary["samples"] == str(place / "samples")
+    assert (summary.pop("files"), len(summary.pop("sha256"))) == (["nearest.png"], 64)
     code, out, _ = call(*command[:-2], "--json")
     assert json.loads(out) == summary
+    assert call(*command).code == 0  # again, into its own folder
+
+
+@pytest.mark.parametrize("name", ["compare.json", "nearest.png", "notes.txt"])
+def test_a_folder_of_other_files_is_refused(place, call, name):
+    (place / "out").mkdir()
+    (place / "out" / name).write_text("mine")
+    said = call("compare", place / "samples", place / "data.npy", "--num-values", 17, "--out", place / "out")
+    assert (said.code, said.err.count("\n"), said.err[:11]) == (2, 1, "error[OUT] ")
+    assert [(f.name, f.read_text()) for f in (place / "out").iterdir()] == [(name, "mine")]
 
 
 def test_metrics_and_features_by_name(place, call):

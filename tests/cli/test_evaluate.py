@@ -121,6 +121,47 @@ def test_ctrl_c_and_the_same_command_again(evaluate, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "evaluation.partial").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("name", ["evaluation.json", "evaluation-items.csv", "bits-per-step.png", "notes.txt"])
+def test_a_folder_of_other_files_is_refused(evaluate, tmp_path, name):
+    """Results of another command or by hand are not replaced; those of this command are."""
+    (tmp_path / name).write_text("mine")
+    code, _, err = evaluate(*QUICK, "--part", "all")
+    assert (code, err.count("\n"), err[:11]) == (2, 1, "error[OUT] ")
+    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_other_files_beside_the_results(place, evaluate, call, tmp_path):
+    options = (*QUICK, "--part", "all", "--estimate", "discrete")
+    assert evaluate(*options)[0] == 0
+    (tmp_path / "notes.txt").write_text("mine")
+    assert evaluate(*options, "--seed", 1)[0] == 0
+    assert report(tmp_path)["seed"] == 1
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    own = tmp_path / "own"  # by default the results are beside the model, where other files are
+    own.mkdir()
+    (own / "model.safetensors").write_bytes((place / "model.safetensors").read_bytes())
+    command = ("evaluate", own / "model.safetensors", place / "data.npz", "--device", "cpu", *options)
+    assert call(*command)[0] == 0
+    (own / "evaluation.json").unlink()
+    code, _, err = call(*command)
+    assert (code, "it holds bits-per-step.png and 1 more, which were not written by" in err) == (2, True)
+
+
+def test_two_evaluations_in_one_folder(evaluate, tmp_path, monkeypatch):
+    options, real, others = (*QUICK, "--part", "all", "--estimate", "discrete", "--seed"), Diffusion.nll, []
+
+    def nll(*arguments, **more):
+        if not others:
+            others.append(None)
+            others.append(evaluate(*options, 2))
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(Diffusion, "nll", nll)
+    assert evaluate(*options, 1)[0] == 0
+    assert (others[1].code, "is evaluating into this folder" in others[1].err) == (6, True)
+    assert report(tmp_path)["seed"] == 1
+
+
 def test_an_estimate_that_fails(tmp_path, call, monkeypatch):
     """The flow of a schedule without signal at its noisy end has no likelihood by a standard normal prior."""
     np.save(tmp_path / "v.npy", np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32))

@@ -1,4 +1,4 @@
-"""No command writes into the data that it reads, and `undiffuse train .` inside of a folder of images leaves it as it was."""
+"""No command writes into the data that it reads; `undiffuse train .` in a folder of images leaves it as it was."""
 
 from pathlib import Path
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from undiffuse.errors import CheckpointError, ResourceError
 from undiffuse.evaluation import resumable
 
 
@@ -22,12 +23,49 @@ def test_another_request_starts_over(tmp_path):
     assert (plan, second.key != first.key) == ({"a": 1}, True)
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"sha256": 1}', '{"request": {}, "plan": {}, "sha256": "0"}'])
-def test_a_damaged_plan_is_removed_with_its_batches(tmp_path, damage):
+@pytest.mark.parametrize(
+    "damage", ["{", "[]", '{"sha256": 1}', '{"request": {}, "plan": {}, "sha256": "0"}', "[" * 10**5]
+)
+def test_a_damaged_plan_is_renamed(tmp_path, damage):
+    """It may be the user's file; nothing is lost, and the batches of the plan that it was are not used."""
     messages = []
-    resumable.open_plan(tmp_path, {"seed": 0}, lambda: {"a": 1}, messages.append)
-    (tmp_path / "discrete-00000000.safetensors").touch()
+    _, first = resumable.open_plan(tmp_path, {"seed": 0}, lambda: {"a": 1}, messages.append)
     (tmp_path / "plan.json").write_text(damage)
-    assert resumable.open_plan(tmp_path, {"seed": 0}, lambda: {"a": 2}, messages.append)[0] == {"a": 2}
-    assert messages == [f"starting over: the plan in {tmp_path} is damaged"]
-    assert [f.name for f in tmp_path.iterdir()] == ["plan.json"]
+    plan, second = resumable.open_plan(tmp_path, {"seed": 0}, lambda: {"a": 2}, messages.append)
+    assert (plan, second.key != first.key) == ({"a": 2}, True)
+    assert messages == [f"starting over: the plan in {tmp_path} is damaged or not ours, and is plan.json.damaged now"]
+    assert (tmp_path / "plan.json.damaged").read_text() == damage
+
+
+def test_removal_leaves_other_files(tmp_path):
+    resumable.open_plan(tmp_path, {"seed": 0}, lambda: {"a": 1}, print)
+    batches, others = (
+        ["discrete-00000000.safetensors", "ode-00000016.safetensors.partial"],
+        ["model.safetensors", "a.txt"],
+    )
+    for name in batches + others:
+        (tmp_path / name).touch()
+    resumable.remove(tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted(others)
+    (tmp_path / "plan.json").write_text("{}")
+    resumable.remove(tmp_path)
+    assert (tmp_path / "plan.json").read_text() == "{}"
+
+
+def test_one_evaluation_in_a_folder(tmp_path):
+    with resumable.locked(tmp_path / "new"):
+        with pytest.raises(ResourceError, match=r"\[BUSY\].*is evaluating into"), resumable.locked(tmp_path / "new"):
+            raise AssertionError("two evaluations")
+        assert (tmp_path / "new" / "lock").exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_plan_is_that_of_the_batches(tmp_path):
+    _, first = resumable.open_plan(tmp_path, {"seed": 0}, lambda: {"a": 1}, print)
+    resumable.check_plan(tmp_path, first.key)
+    resumable.open_plan(tmp_path, {"seed": 1}, lambda: {"a": 1}, print)
+    with pytest.raises(CheckpointError, match="another evaluation has written into this folder"):
+        resumable.check_plan(tmp_path, first.key)
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(CheckpointError, match="OTHER_JOB"):
+        resumable.check_plan(tmp_path, first.key)

@@ -24,6 +24,9 @@ from undiffuse.evaluation.metrics import METRICS
 if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
 
+RECORD, IMAGE = "compare.json", "nearest.png"
+"""All numbers, which is also the record of what is written, and the image of the nearest training items."""
+
 
 @with_data_options
 def compare(
@@ -60,6 +63,7 @@ def compare(
     from undiffuse.errors import DataError
     from undiffuse.evaluation import comparison
     from undiffuse.report import comparison_report, table
+    from undiffuse.runtime.output_folder import check_output_folder, listed_files, read_record, write_record
     from undiffuse.runtime.own_output import save_picture
 
     run = run or _run_of(samples)
@@ -68,6 +72,9 @@ def compare(
         raise ConfigError("USAGE", "undiffuse compare", cause, "Name DATA after SAMPLES, or give --run")
     for source in (data, samples):
         refuse_inside(out, source, run)
+    if out is not None:
+        record = out / RECORD
+        check_output_folder(out, record, listed_files(read_record(record)), [IMAGE])
     dataset = read_data(read, data, run or Path())
     held_out = _held_out(held_out, run, dataset)
     if not as_json:
@@ -86,11 +93,11 @@ def compare(
             console.print(line, markup=False)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "compare.json").write_text(json.dumps(summary, indent=1))
-        written = [str(out / "compare.json")]
+        write_record(out / RECORD, {**summary, "files": [IMAGE]})
+        written = [str(out / RECORD)]
         try:
-            save_picture(comparison_report.neighbours_image(result, values, dataset), out / "nearest.png")
-            written.append(str(out / "nearest.png"))
+            save_picture(comparison_report.neighbours_image(result, values, dataset), out / IMAGE)
+            written.append(str(out / IMAGE))
         except DataError as error:
             if not as_json:
                 console.print(f"no image of nearest items: {error.cause}", markup=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import signal
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -88,11 +90,14 @@ def evaluate(
     model = checkpoint.load(run, group.device)
     dataset = read_data(read, data, run)
     folder = out or run_folder(run)
-    if group.rank == 0:
-        record_skipped(dataset, folder / "evaluation-skipped.json")
-    batches = folder / "evaluation.partial"
+    batches = folder / evaluation_report.BATCHES
     try:
-        with _ProgressBar(group.rank == 0) as bar:
+        if group.rank == 0:
+            evaluation_report.check_folder(folder, own=out is None)
+        with (
+            resumable.locked(batches) if group.rank == 0 else nullcontext(),
+            _ProgressBar(group.rank == 0) as bar,
+        ):
             result = evaluate_model(
                 model,
                 dataset,
@@ -111,16 +116,18 @@ def evaluate(
                 on_message=bar.print,
                 on_progress=bar.update,
             )
+            bar.hide()
+            if group.rank:
+                return
+            table.render(evaluation_report.evaluation_rows(result), evaluation_report.table_title(result))
+            differences = evaluation_report.describe_differences(result.summary()["minus_discrete"])
+            skipped = functools.partial(record_skipped, dataset) if dataset.report.skipped else None
+            written = evaluation_report.write_evaluation(result, folder, skipped)
+            for line in [*result.explanations(), *differences, *written]:
+                console.print(line, markup=False)
+            resumable.remove(batches)
     except KeyboardInterrupt:
         raise Interrupted(signal.SIGINT) from None
-    if group.rank:
-        return
-    table.render(evaluation_report.evaluation_rows(result), evaluation_report.table_title(result))
-    differences = evaluation_report.describe_differences(result.summary()["minus_discrete"])
-    written = evaluation_report.write_evaluation(result, folder)
-    for line in [*result.explanations(), *differences, *written]:
-        console.print(line, markup=False)
-    resumable.remove(batches)
 
 
 class _ProgressBar:
@@ -138,6 +145,10 @@ class _ProgressBar:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def hide(self) -> None:
+        """Removes the bar, before results are printed."""
         self.bar.stop()
 
     def print(self, message: str) -> None:

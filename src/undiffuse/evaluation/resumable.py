@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from undiffuse.errors import CheckpointError
 from undiffuse.likelihood.nll import NLL, make_nll
-from undiffuse.runtime.atomic_file import write_atomic
-from undiffuse.runtime.part_store import PartStore, Report, plan_key
+from undiffuse.runtime.folder_lock import lock_folder
+from undiffuse.runtime.output_folder import read_record, write_record
+from undiffuse.runtime.part_store import OTHER_JOB, PartStore, Report, plan_key
 
 Plan = dict[str, Any]
 """Plain data; see `undiffuse.evaluation.plan.plan_evaluation`."""
+PLAN = "plan.json"
 TENSORS = ("prior", "diffusion_nats", "decoder", "per_step")
 """The fields of an `NLL` that a batch holds as tensors."""
 
@@ -22,30 +27,48 @@ def open_plan(
 ) -> tuple[Plan, PartStore]:
     """The plan of an evaluation and the store of its batches: those in ``folder`` if they answer the same ``request``.
 
-    Otherwise the plan is ``choose()``. Both are plain data. A plan that is damaged or answers another request is
-    removed with its batches; ``report`` receives a message about that, or about what is resumed.
+    Otherwise the plan is ``choose()``. Both are plain data. A plan that answers another request is removed with its
+    batches; one that is damaged or not ours is renamed. ``report`` receives a message about that, or about what is
+    resumed.
     """
     request = json.loads(json.dumps(request))
-    path = folder / "plan.json"
-    if path.is_file():
-        try:
-            begun = json.loads(path.read_text())
-            if begun["sha256"] != plan_key([begun["request"], begun["plan"]]):
-                raise ValueError
-            if begun["request"] == request:
-                store = batch_store(folder, begun["sha256"])
-                report(f"resuming an interrupted evaluation; batches in {folder}: {len(store.names())}")
-                return begun["plan"], store
-            changed = [name for name, value in request.items() if begun["request"].get(name) != value]
-            report(f"starting over: the evaluation in {folder} differs in {', '.join(changed) or 'its request'}")
-        except (ValueError, LookupError, TypeError, AttributeError):
-            report(f"starting over: the plan in {folder} is damaged")
+    path = folder / PLAN
+    begun = read_record(path) or {}
+    if begun.keys() == {"request", "plan"}:
+        if begun["request"] == request:
+            store = batch_store(folder, plan_key([request, begun["plan"]]))
+            report(f"resuming an interrupted evaluation; batches in {folder}: {len(store.names())}")
+            return begun["plan"], store
+        changed = [name for name, value in request.items() if begun["request"].get(name) != value]
+        report(f"starting over: the evaluation in {folder} differs in {', '.join(changed) or 'its request'}")
         remove(folder)
+    elif path.exists():
+        report(f"starting over: the plan in {folder} is damaged or not ours, and is {PLAN}.damaged now")
+        os.replace(path, folder / f"{PLAN}.damaged")
     plan = json.loads(json.dumps(choose()))
-    key = plan_key([request, plan])
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps({"request": request, "plan": plan, "sha256": key}, indent=1).encode())
-    return plan, batch_store(folder, key)
+    write_record(path, {"request": request, "plan": plan})
+    return plan, batch_store(folder, plan_key([request, plan]))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder``, which is made, for one evaluation until its results are written. Raises `ResourceError`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock_folder(folder, "evaluating into", "Wait for it, stop it, or give another --out"):
+            yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def check_plan(folder: Path, key: str) -> None:
+    """Raise `CheckpointError` if the plan in ``folder`` is not the one with this ``key`` any more."""
+    begun = read_record(folder / PLAN) or {}
+    if plan_key([begun.get("request"), begun.get("plan")]) != key:
+        cause = "another evaluation has written into this folder since this one began"
+        raise CheckpointError(OTHER_JOB, folder, cause, "Run the same command again with another --out")
 
 
 def batch_store(folder: Path, key: str) -> PartStore:
@@ -70,7 +93,8 @@ def read(store: PartStore, batch: str, report: Report) -> tuple[NLL, float] | No
 
 
 def remove(folder: Path) -> None:
-    """Removes the plan and the batches, and the folder if nothing else is in it."""
-    for path in folder.glob("plan.json*"):
-        path.unlink()
+    """Remove the plan and the batches, and the folder if nothing else is in it."""
+    (folder / f"{PLAN}.partial").unlink(missing_ok=True)
+    if read_record(folder / PLAN) is not None:
+        (folder / PLAN).unlink()
     batch_store(folder, "").remove()

@@ -108,10 +108,11 @@ def evaluate(
     improved-diffusion's script computes it. Item i in `bit_reversed_order` has noise that depends on (seed, i) alone.
 
     With ``folder``, finished batches are written there, and an interrupted evaluation with the same arguments resumes
-    from them; `resumable.remove` deletes them. The processes of a ``group`` call this together, with a ``folder`` in
-    common, and share the batches; only the first process gets the estimates and calls ``on_message`` and
-    ``on_progress``. An estimate that fails (for example where the ODE diverges) raises if it is named in ``estimates``;
-    otherwise it is skipped with a message.
+    from them; `resumable.remove` deletes them. `resumable.locked` keeps other evaluations out of the folder; without
+    it, one whose plan another has replaced raises `CheckpointError` at the end. The processes of a ``group`` call this
+    together, with a ``folder`` in common, and share the batches; only the first process gets the estimates and calls
+    ``on_message`` and ``on_progress``. An estimate that fails (for example where the ODE diverges) raises if it is
+    named in ``estimates``; otherwise it is skipped with a message.
 
     Raises `ConfigError` for arguments that do not fit, `DataError` for data that do not fit the model.
     """
@@ -161,6 +162,8 @@ def evaluate(
     computed = _compute(
         model, values, plan, seed, store, group, bool(estimates), cond, report, on_progress or (lambda progress: None)
     )
+    if store is not None and group.rank == 0:
+        resumable.check_plan(store.folder, store.key)
     return EvaluationResult(
         model,
         facts,

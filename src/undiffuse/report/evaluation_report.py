@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from undiffuse.errors import ConfigError
-from undiffuse.evaluation import summary
+from undiffuse.evaluation import resumable, summary
 from undiffuse.evaluation.run_evaluation import EvaluationResult
 from undiffuse.likelihood.nll import NLL
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.report.figures import bits_per_step
 from undiffuse.report.table import cell
+from undiffuse.runtime.output_folder import check_output_folder, listed_files, read_record, write_record
 from undiffuse.runtime.own_output import PICTURE_MARK
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 NAMES = {"continuous": "continuous bound", "ode": "probability flow"}
 """Estimates that are compared with the bound of the chain."""
+RECORD, BATCHES = "evaluation.json", "evaluation.partial"
+"""In the folder of results: all numbers, with the names of the other files, and the folder of finished batches."""
+FILES = {RECORD, "evaluation-items.csv", "bits-per-step.png", "evaluation-skipped.json"}
 
 
 def evaluation_rows(result: EvaluationResult) -> list[dict[str, Any]]:
@@ -74,20 +77,44 @@ def bits_figure(model: Diffusion, nll: Mapping[str, NLL]) -> Figure:
     return bits_per_step(curves, f"at most {totals[0]:.3f} bits per dimension")
 
 
-def write_evaluation(result: EvaluationResult, folder: Path) -> list[str]:
-    """Writes evaluation.json, evaluation-items.csv and, with matplotlib, bits-per-step.png; lines that name them."""
-    (folder / "evaluation.json").write_text(json.dumps(result.summary(), indent=1))
-    write_items(folder / "evaluation-items.csv", result)
-    lines = []
+def check_folder(folder: Path, own: bool) -> None:
+    """Raise `ConfigError` if `write_evaluation` would mix its files with those of the user in ``folder``.
+
+    The files of an earlier evaluation, which its evaluation.json lists, and what an interrupted one left are ours.
+    ``own``: the folder is that of the model, where only files of our names are in the way.
+    """
+    record, begun = folder / RECORD, folder / BATCHES / resumable.PLAN
+    ours = listed_files(read_record(record))
+    if ours is None and read_record(begun) is not None:
+        ours = FILES
+    elif ours is None and (own or (folder / "run.json").is_file()):
+        ours = set()
+    check_output_folder(folder, record, ours, FILES, left=[BATCHES])
+
+
+def write_evaluation(
+    result: EvaluationResult, folder: Path, skipped: Callable[[Path], None] | None = None
+) -> list[str]:
+    """Write evaluation.json, evaluation-items.csv and, with matplotlib, bits-per-step.png; lines that name them.
+
+    evaluation.json is also the record of these files. ``skipped`` writes one more file with the path that it gets.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files, lines = ["evaluation-items.csv"], []
+    write_items(folder / files[0], result)
     if "discrete" in result.nll or "continuous" in result.nll:
         try:
-            bits_figure(result.model, result.nll).savefig(
-                folder / "bits-per-step.png", dpi=150, metadata={"Software": PICTURE_MARK}
-            )
+            figure, mark = bits_figure(result.model, result.nll), {"Software": PICTURE_MARK}
+            figure.savefig(folder / "bits-per-step.png", dpi=150, metadata=mark)
+            files.append("bits-per-step.png")
             lines.append(f"figure: {folder / 'bits-per-step.png'}")
         except ConfigError as error:
             lines.append(f"no figure: {error}")
-    lines.append(f"all numbers: {folder / 'evaluation.json'}, of each item: {folder / 'evaluation-items.csv'}")
+    if skipped is not None:
+        skipped(folder / "evaluation-skipped.json")
+        files.append("evaluation-skipped.json")
+    write_record(folder / RECORD, {**result.summary(), "files": files})
+    lines.append(f"all numbers: {folder / RECORD}, of each item: {folder / files[0]}")
     return lines
 
 

@@ -23,7 +23,7 @@ from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.report.figures import image_grid
 from undiffuse.runtime.atomic_file import atomic_file, file_digest, write_csv, write_error
 from undiffuse.runtime.folder_lock import lock_folder
-from undiffuse.runtime.output_folder import check_output_folder, read_record, write_record
+from undiffuse.runtime.output_folder import check_output_folder, listed_files, read_record, write_record
 from undiffuse.runtime.own_output import mark_options
 from undiffuse.runtime.part_store import OTHER_JOB, PartStore, plan_key
 
@@ -134,10 +134,10 @@ class SampleFolder:
     def _own_record(self, names: set[str]) -> dict[str, Any] | None:
         """The record of the folder, None if there is none. Raises `ConfigError` if ``names`` are not ours to write."""
         record = read_record(self.manifest)
-        if record is not None and not (isinstance(record.get("files"), dict) and "key" in record):
+        if record is not None and not record.keys() >= {"files", "key", "finished", "first", "n"}:
             record = None
-        ours = None if record is None else {*record["files"], self.parts.name}
-        check_output_folder(self.folder, self.manifest, ours, {*names, self.parts.name})
+        ours = listed_files(record)
+        check_output_folder(self.folder, self.manifest, ours and {*ours, self.parts.name}, {*names, self.parts.name})
         return record
 
     def _reuse(self, record: dict[str, Any], items: range, report: Callable[[str], None]) -> dict[str, Any] | None:

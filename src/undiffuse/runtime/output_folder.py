@@ -1,4 +1,4 @@
-"""Folders that results are written into. A record lists the files that are ours, so that no other is replaced or removed.
+"""Folders that results are written into. A record lists the files that are ours, so that no other is changed.
 
 A record is a JSON file with the sha256 of its own content: a file that was damaged or edited is no record.
 """
@@ -30,30 +30,36 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def listed_files(record: Mapping[str, Any] | None) -> set[str] | None:
+    """The names of the ``files`` that a record lists; None without a record."""
+    files = None if record is None else record.get("files")
+    return set(files) if isinstance(files, dict | list) else None
+
+
 def check_output_folder(
-    folder: Path, record: Path, ours: Collection[str] | None, writes: Collection[str], flag: str = "--out"
+    folder: Path, record: Path, ours: Collection[str] | None, writes: Collection[str], left: Collection[str] = ()
 ) -> None:
     """Raise `ConfigError` if writing the files ``writes`` into ``folder`` would mix them with files of the user.
 
     ``ours`` are the names that the file ``record`` lists. None if there is no such record: then ``folder`` has to be
-    new, empty, or what a process left that was killed before it wrote the record.
+    new, empty, or what a process left that was killed before it wrote the record: a lock, and the names ``left``.
     """
     try:
         names = {path.name for path in folder.iterdir()}
     except FileNotFoundError:
         return
     except NotADirectoryError:
-        raise ConfigError("OUT", folder, "it is a file", f"Give {flag} a new folder") from None
+        raise ConfigError("OUT", folder, "it is a file", "Give --out a new folder") from None
     except OSError as error:
-        raise ConfigError("OUT", folder, f"cannot be read ({error.strerror})", f"Give {flag} a new folder") from None
+        raise ConfigError("OUT", folder, f"cannot be read ({error.strerror})", "Give --out a new folder") from None
     if ours is None:
-        others = names - {f"{record.name}.partial", *LOCK_FILES}
+        others = names - {f"{record.name}.partial", *LOCK_FILES, *left}
     else:
         others = names.intersection(writes) - {*ours, record.name}
     if record.name in others:
         cause = f"its {record.name} is damaged, edited or not ours, so that our files cannot be told from others"
-        raise ConfigError("OUT", folder, cause, f"Give {flag} a new folder, or move this one away")
+        raise ConfigError("OUT", folder, cause, "Give --out a new folder, or move this one away")
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         cause = f"it holds {min(others)}{more}, which {'were' if more else 'was'} not written by this command"
-        raise ConfigError("OUT", folder, cause, f"Give {flag} a new folder")
+        raise ConfigError("OUT", folder, cause, "Give --out a new folder")

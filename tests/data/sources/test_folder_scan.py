@@ -8,7 +8,7 @@ import pytest
 from bad_inputs import encoded
 from test_webdataset import PIXELS, png, tar
 
-from undiffuse.cli import main
+from undiffuse.cli.check import write_contact_sheet
 from undiffuse.data.sources.registry import load
 from undiffuse.errors import DataError
 from undiffuse.model.config import Config
@@ -63,7 +63,7 @@ def unfinished_samples(photos):
 
 def sheet(photos):
     for name in ("sheet.png", "sheet.jpg", "a/sheet.webp", "sheet.TIFF"):
-        assert main(["check", str(photos), "--out", str(photos / name)]) == 0
+        write_contact_sheet(load(photos), photos / name)
     (photos / "sheets").mkdir()
     (photos / "sheet.jpg").rename(photos / "sheets" / "sheet.jpg")
 
@@ -137,7 +137,7 @@ def test_images_beside_shards_are_not_left_out_in_silence(photos):
 def test_our_sheet_beside_shards_is_no_data(tmp_path):
     tar(tmp_path / "in" / "x.tar", SHARD)
     fingerprint = load(tmp_path / "in").fingerprint
-    assert main(["check", str(tmp_path / "in"), "--out", str(tmp_path / "in" / "sheet.png")]) == 0
+    write_contact_sheet(load(tmp_path / "in"), tmp_path / "in" / "sheet.png")
     assert load(tmp_path / "in").fingerprint == fingerprint
 
 
