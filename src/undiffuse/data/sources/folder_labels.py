@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import csv
 import os
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from undiffuse.data.sources.table_text import encoding_error, open_table, separator_of
 from undiffuse.errors import printable
 from undiffuse.runtime.file_errors import FileError, FileProblem
 
 LABELS_FILE = "labels.csv"
+FILE_COLUMNS, LABEL_COLUMNS = ("file", "filename", "file_name", "path"), ("label", "labels", "class")
+"""Names of its two columns, in any case."""
+FIX = "Give a line with file,label and below it one line for each image: its path within the folder, and its label"
+MAX_LINE_LENGTH = 1 << 20
 MAX_SPARSE_CLASSES = 1000
 """With more classes than this there must be two images per class on average."""
 
@@ -48,40 +54,78 @@ def labels_from_folders(root: Path, paths: Sequence[Path]) -> Labels:
 def labels_from_table(root: Path, paths: Sequence[Path], skipped: Iterable[Path]) -> Labels:
     """Labels from the table, with one row per image: ``file`` (its path from ``root``) and ``label``.
 
-    Rows of ``skipped`` images are ignored. Raises `FileError` (LABELS) with the first five files that are wrong.
+    Columns may be separated by semicolons or tabs and have the names of FILE_COLUMNS and LABEL_COLUMNS; a path may have
+    backslashes and another Unicode normal form than the file, where only one file can be meant. Rows of ``skipped``
+    images are ignored. Raises `FileError` (LABELS) with the first five files that are wrong.
     """
-    label_of: dict[str, str] = {}
-    repeated: list[str] = []
-    for name, label in _rows(root / LABELS_FILE):
-        if label_of.setdefault(name, label) != label:
-            repeated.append(name)
     names = [path.relative_to(root).as_posix() for path in paths]
     existing = {*names, *(path.relative_to(root).as_posix() for path in skipped)}
+    with_key: dict[str, list[str]] = {}
+    for name in sorted(existing):
+        with_key.setdefault(_key(name), []).append(name)
+    label_of: dict[str, str] = {}
+    repeated, missing, unclear = [], [], []
+    for name, label in _rows(root / LABELS_FILE):
+        meant = [name] if name in existing else with_key.get(_key(name), [])
+        if len(meant) != 1:
+            (unclear if meant else missing).append(name)
+        elif label_of.setdefault(meant[0], label) != label:
+            repeated.append(meant[0])
     _refuse_any("two different labels", repeated)
-    _refuse_any("no such image", [name for name in label_of if name not in existing])
+    _refuse_any("several images that differ only in their Unicode form", unclear)
+    _refuse_any("no such image", missing, _other_case(missing, existing))
     _refuse_any("no row", [name for name in names if name not in label_of])
     _refuse_any("an empty label", [name for name in names if not label_of[name]])
     classes = sorted({label_of[name] for name in names})
     if len(classes) > MAX_SPARSE_CLASSES and len(names) < 2 * len(classes):
-        raise FileError("LABELS", f"{len(classes):,} classes for {len(names):,} images{_first(classes)}")
+        raise FileError("LABELS", f"{len(classes):,} classes for {len(names):,} images{_first(classes)}", FIX)
     return _indexed([label_of[name] for name in names], classes, LABELS_FILE)
 
 
-def _rows(table: Path) -> Iterable[tuple[str, str]]:
+def _key(name: str) -> str:
+    """A path as all spellings of it share it."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
+
+
+def _other_case(missing: Sequence[str], existing: Iterable[str]) -> str:
+    """A hint at the file that the first missing name means if small and capital letters are not distinguished."""
+    wanted = _key(missing[0]).casefold() if missing else None
+    close = next((name for name in sorted(existing) if _key(name).casefold() == wanted), None)
+    return f" ({printable(close)} is there)" if close else ""
+
+
+def _rows(table: Path) -> Iterator[tuple[str, str]]:
+    """(path, label) of each row, the label in the normal form NFC, so that equal texts are one class."""
     try:
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            if not {"file", "label"} <= set(reader.fieldnames or ()):
-                raise FileError("LABELS", "its first line does not name the columns file and label")
-            for row in reader:
-                yield (row["file"] or "").removeprefix("./"), (row["label"] or "").strip()
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise FileError("LABELS", f"cannot be read as a table ({error})") from None
+        with open_table(table) as stream:
+            first = stream.readline(MAX_LINE_LENGTH)
+            separator = separator_of(first)
+            header = [cell.strip().lower() for cell in next(csv.reader([first], delimiter=separator), [])]
+            file, label, length = _place(header, FILE_COLUMNS), _place(header, LABEL_COLUMNS), len(header)
+            if file is None or label is None:
+                found = printable(first.strip())[:80]
+                raise FileError("LABELS", f"its first line does not name the columns file and label: {found!r}", FIX)
+            for line, row in enumerate(csv.reader(stream, delimiter=separator), 2):
+                if len(row) not in (0, length):
+                    cause = f"line {line} has {len(row)} cells, and there are {length} columns"
+                    raise FileError("LABELS", cause, f"{FIX}; quote a cell that contains a separator")
+                if row:
+                    yield row[file].removeprefix("./"), unicodedata.normalize("NFC", row[label].strip())
+    except UnicodeError as error:
+        raise FileError("LABELS", encoding_error(error), "Save the table as UTF-8") from None
+    except csv.Error as error:
+        raise FileError("LABELS", f"cannot be read as a table ({error})", FIX) from None
 
 
-def _refuse_any(problem: str, names: Sequence[str]) -> None:
+def _place(header: list[str], names: Sequence[str]) -> int | None:
+    """The column with the first of the ``names``, or else with the only other one; None if that is unclear."""
+    found = [name for name in names if header.count(name) == 1]
+    return header.index(found[0]) if found[:1] == [names[0]] or len(found) == 1 else None
+
+
+def _refuse_any(problem: str, names: Sequence[str], hint: str = "") -> None:
     if names:
-        raise FileError("LABELS", f"{problem} for {len(names)} file{'s' * (len(names) > 1)}{_first(names)}")
+        raise FileError("LABELS", f"{problem} for {len(names)} file{'s' * (len(names) > 1)}{_first(names)}{hint}", FIX)
 
 
 def _first(names: Sequence[str]) -> str:
