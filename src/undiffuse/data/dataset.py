@@ -41,6 +41,7 @@ class Dataset:
     labels       (N,) int64 in 0 .. len(classes) − 1, or None
     notes        sentences about what was noticed and changed when the data were read
     test_from    index of the first item of an official test part, which goes on to the end
+    validation_from  index of the first item of an official validation part, which ends before the test part
     cond         (N, D) float32 vectors, or (N, L, D) float32 tokens with ``mask`` (N, L), True where a token counts
     value_range  (low, high), declared limits of continuous data
     columns      names of the D numbers of an item (N, D)
@@ -63,6 +64,7 @@ class Dataset:
     columns: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     report: SourceReport = field(default_factory=SourceReport)
+    validation_from: int | None = None
 
     def __post_init__(self) -> None:
         dtype = "float32" if self.num_values is None else "uint8" if self.num_values <= 256 else "uint16"
@@ -157,13 +159,18 @@ class Dataset:
 
     @property
     def num_distinct(self) -> int:
-        """Number of distinct items, without those of an official test part."""
-        return len(np.unique(self.digests[: self.test_from]))
+        """Number of distinct items, without those of an official validation or test part."""
+        return len(np.unique(self.digests[: self.official_from]))
+
+    @property
+    def official_from(self) -> int:
+        """Index of the first item of an official validation or test part; N if there is none."""
+        return min(len(self) if start is None else start for start in (self.validation_from, self.test_from))
 
     def held_out_fraction(self, requested: float) -> tuple[float, str | None]:
         """(requested, None), or (0, a sentence) if there are fewer distinct items than parts of `split`."""
         n, kind = self.num_distinct, "item" if self.num_distinct == len(self) else "distinct item"
-        if requested == 0 or n >= (3 if self.test_from is None else 2):
+        if requested == 0 or n >= 1 + (self.validation_from is None) + (self.test_from is None):
             return requested, None
         count = f"one {kind}" if n == 1 else f"{n} {kind}s"
         return 0.0, f"{count} only: nothing is held out, nothing is measured"
@@ -173,18 +180,18 @@ class Dataset:
 
         The digest of an item is a number u in [0, 1): u < held_out is test, u >= 1 − held_out is validation. So equal
         items share a part, order and labels do not matter, and a new item moves no other one. If a part would be empty,
-        it gets the distinct item with the nearest u. An official test part stays as it is. With held_out = 0 all other
-        items are training data. Raises `ConfigError` unless 0 <= held_out < 0.5, `DataError` (TOO_FEW_ITEMS) if there
+        it gets the distinct item with the nearest u. Official parts stay as they are. With held_out = 0 all other items
+        are training data. Raises `ConfigError` unless 0 <= held_out < 0.5, `DataError` (TOO_FEW_ITEMS) if there
         are fewer distinct items than parts.
         """
         if not 0 <= held_out < 0.5:
             raise ConfigError(
                 "HELD_OUT", "held_out", f"{held_out} is not in [0, 0.5)", "Give a number from 0 to below 0.5"
             )
-        distinct, rank = np.unique(self.digests[: self.test_from], return_inverse=True)
+        distinct, rank = np.unique(self.digests[: self.official_from], return_inverse=True)
         u = (distinct >> np.uint64(11)) * 2.0**-53
-        min_validation = int(held_out > 0)
-        min_test = min_validation if self.test_from is None else 0
+        min_validation = int(held_out > 0 and self.validation_from is None)
+        min_test = int(held_out > 0 and self.test_from is None)
         parts = 1 + min_validation + min_test
         if len(distinct) < parts:
             raise DataError(
@@ -195,13 +202,15 @@ class Dataset:
             )
         tests = int((u < held_out).sum()) if min_test else 0
         tests = min(max(tests, min_test), len(distinct) - 1 - min_validation)
-        validations = min(max(int((u >= 1 - held_out).sum()), min_validation), len(distinct) - 1 - tests)
+        validations = int((u >= 1 - held_out).sum()) if min_validation else 0
+        validations = min(max(validations, min_validation), len(distinct) - 1 - tests)
         is_test, is_validation = rank < tests, rank >= len(distinct) - validations
         official = np.arange(len(rank), len(self))
+        is_official_test = official >= (len(self) if self.test_from is None else self.test_from)
         return Split(
             train=np.flatnonzero(~is_test & ~is_validation),
-            validation=np.flatnonzero(is_validation),
-            test=np.concatenate([np.flatnonzero(is_test), official]),
+            validation=np.concatenate([np.flatnonzero(is_validation), official[~is_official_test]]),
+            test=np.concatenate([np.flatnonzero(is_test), official[is_official_test]]),
         )
 
     def moments(self, indices: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

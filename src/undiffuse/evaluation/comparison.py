@@ -150,7 +150,9 @@ def compare(
             values[name], floors[name] = (metric.function(some[:n], trained) for some in (generated, real))
         else:
             values[name], floors[name] = (metric.function(some[:n], real[:n]) for some in (generated, trained))
-    exchangeable = real if data.test_from is None else real[torch.from_numpy(unseen < data.test_from)]
+    drawn = unseen < data.official_from
+    drawn = drawn if drawn.any() else unseen < (data.test_from or len(data))
+    exchangeable = real[torch.from_numpy(drawn)]
     neighbour_distances, neighbours = distances.nearest(generated, trained, NEIGHBOURS)
     return Comparison(
         {"data": data.name, "fingerprint": data.fingerprint, "held_out": held_out, "seed": seed},

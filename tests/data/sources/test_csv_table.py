@@ -146,8 +146,10 @@ def test_columns_that_pandas_named_and_that_do_not_count(file):
 def test_columns_that_may_hold_classes_are_offered(file, name):
     data = load(file(f"a,{name}\n1,0\n2,1\n"))
     assert data.columns == ("a", name)
-    assert f"no classes; the column {name} may hold them: label_column={name} reads it so" in data.notes
-    with pytest.raises(DataError, match=rf"'cat' is not a number.*Give label_column={name} if it holds the classes"):
+    assert f"no classes; the column {name} may hold them: the option label-column takes it so" in data.notes
+    with pytest.raises(
+        DataError, match=rf"'cat' is not a number.*If {name} holds the classes, give it as label-column"
+    ):
         load(file(f"a,{name}\n1,cat\n2,dog\n"))
     data = load(file(f"a,{name}\n1,cat\n2,dog\n"), label_column=name)
     assert (data.columns, data.classes) == (("a",), ("cat", "dog"))

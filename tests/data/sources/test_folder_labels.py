@@ -6,9 +6,11 @@ import unicodedata
 import numpy as np
 import pytest
 from bad_inputs import encoded
+from test_webdataset import PIXELS, png, tar
 
+from undiffuse.cli import main
 from undiffuse.data.sources.registry import load
-from undiffuse.errors import DataError
+from undiffuse.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
 
@@ -113,3 +115,82 @@ def test_a_table_that_is_no_file(labelled, make):
     make(folder / "labels.csv")
     with pytest.raises(DataError, match=r"^error\[NOT_A_REGULAR_FILE\] .*labels.csv: is a pipe, a socket or a device"):
         load(folder)
+
+
+PARTS = {"train": 4, "test": 2, "val": 3}
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Folders called train, test and val, with two classes in each."""
+    for part, count in PARTS.items():
+        for i in range(2 * count):
+            image(tmp_path / part / "ab"[i % 2] / f"{i}.png")
+    return tmp_path
+
+
+def test_train_and_test_as_classes_are_noted(parts):
+    data = load(parts)
+    assert data.classes == ("test", "train", "val")
+    note = "the folders test and train and val are read as one data set, not as its parts; the option split-folders"
+    assert any(n.startswith(note) for n in data.notes)
+    for part in ("train", "val"):
+        assert not any("split_folders" in n for n in load(parts / part).notes)
+
+
+def test_folders_as_parts(parts):
+    data = load(parts, split_folders=True)
+    split = data.split()
+    assert (split.train.tolist(), split.validation.tolist()) == (list(range(8)), list(range(8, 14)))
+    assert split.test.tolist() == list(range(14, 18))
+    assert [name.split("/")[0] for name in data.names] == ["train"] * 8 + ["val"] * 6 + ["test"] * 4
+    assert (data.classes, data.labels.tolist()) == (("a", "b"), [0] * 4 + [1] * 4 + [0] * 3 + [1] * 3 + [0, 0, 1, 1])
+    assert "parts from folders: train (8), validation (6), test (4)" in data.notes
+    assert data.held_out_fraction(0.1) == (0.1, None)
+    assert data.num_distinct == 8
+    assert data.split(0).train.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("removed", "train", "validation", "test"), [("val", 7, 1, 4), ("test", 7, 6, 1), (None, 8, 6, 4)]
+)
+def test_a_part_that_is_missing_is_drawn(parts, removed, train, validation, test):
+    if removed:
+        (parts / removed).rename(parts.parent / f"{parts.name}-{removed}")
+    data = load(parts, split_folders=True)
+    split = data.split(0.01)
+    assert [len(split.train), len(split.validation), len(split.test)] == [train, validation, test]
+    assert sorted(np.concatenate([split.train, split.validation, split.test])) == list(range(len(data)))
+    if removed:
+        drawn = split.validation if removed == "val" else split.test
+        assert set(drawn) < set(range(8))
+
+
+def test_a_table_of_labels_and_parts(parts):
+    names = [path.relative_to(parts).as_posix() for path in sorted(parts.rglob("*.png"))]
+    (parts / "labels.csv").write_text("file,label\n" + "".join(f"{name},{name[-5]}\n" for name in names))
+    data = load(parts, split_folders=True)
+    assert [data.classes[k] for k in data.labels] == [name[-5] for name in data.names]
+    assert data.test_from == 14
+
+
+def test_images_that_are_in_no_part(parts):
+    image(parts / "more" / "x.png")
+    with pytest.raises(ConfigError, match=r"^error\[OPTION\] split_folders: .*train, val, test: more/x.png is in none"):
+        load(parts, split_folders=True)
+    alone = image(parts / "alone" / "train" / "0.png").parent.parent
+    with pytest.raises(ConfigError, match="there are no two of them"):
+        load(alone, split_folders=True)
+
+
+def test_shards_called_train_and_test_are_noted(tmp_path):
+    for name in ("x-train-0.tar", "x-test-0.tar"):
+        tar(tmp_path / name, [("0.png", png(PIXELS[0]))])
+    assert "shards called test and train are read as one data set, not as its parts" in load(tmp_path).notes
+
+
+def test_packed_data_keep_their_parts(parts):
+    assert main(["pack", str(parts), str(parts.parent / f"{parts.name}.npy"), "--split-folders"]) == 0
+    data, packed = load(parts, split_folders=True), load(parts.parent / f"{parts.name}.npy")
+    assert (packed.validation_from, packed.test_from) == (8, 14)
+    assert packed.fingerprint == data.fingerprint

@@ -12,12 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from undiffuse.data.sources.table_text import encoding_error, open_table, separator_of
-from undiffuse.errors import printable
+from undiffuse.errors import ConfigError, printable
 from undiffuse.runtime.file_errors import FileError, FileProblem
 
 LABELS_FILE = "labels.csv"
 FILE_COLUMNS, LABEL_COLUMNS = ("file", "filename", "file_name", "path"), ("label", "labels", "class")
 """Names of its two columns, in any case."""
+PARTS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+"""Names of folders for the parts of a data set, in small letters, in the order of its items."""
 FIX = "Give a line with file,label and below it one line for each image: its path within the folder, and its label"
 MAX_LINE_LENGTH = 1 << 20
 MAX_SPARSE_CLASSES = 1000
@@ -39,9 +45,47 @@ def empty_classes(
     return [FileProblem(root / name, "EMPTY_CLASS", "contains no images, unlike its neighbours") for name in empty]
 
 
-def labels_from_folders(root: Path, paths: Sequence[Path]) -> Labels:
-    """The sub-folders of the first level are classes, if there are at least two and each image is in one."""
-    parts = [path.relative_to(root).parts for path in paths]
+def part_of(root: Path, path: Path) -> str | None:
+    """The key of PARTS that names the first-level folder in which a file lies; None for others."""
+    first, *rest = path.relative_to(root).parts
+    return part_called(first) if rest else None
+
+
+def part_called(name: str) -> str | None:
+    """The key of PARTS with this ``name`` of a folder or shard."""
+    return next((part for part, names in PARTS.items() if name.lower() in names), None)
+
+
+def check_parts(root: Path, paths: Iterable[Path]) -> None:
+    """Raise `ConfigError` unless all images are in folders of PARTS, of which there are training images and others."""
+    parts, outside = set(), []
+    for path in paths:
+        part = part_of(root, path)
+        parts.add(part)
+        outside += [path] * (part is None)
+    if outside or not parts > {"train"}:
+        found = f"{outside[0].relative_to(root).as_posix()} is in none" if outside else "there are no two of them"
+        cause = f"the images are not all in folders called {', '.join(names[0] for names in PARTS.values())}: {found}"
+        raise ConfigError("OPTION", "split_folders", printable(cause), "Leave it out, or move the images")
+
+
+def parts_note(root: Path, paths: Iterable[Path]) -> list[str]:
+    """A warning if training images and others are read as one data set."""
+    folders = {path.relative_to(root).parts[0] for path in paths if part_of(root, path)}
+    if len({part_of(root, root / name / "x") for name in folders}) < 2:
+        return []
+    listed = " and ".join(map(printable, sorted(folders)))
+    return [
+        f"the folders {listed} are read as one data set, not as its parts; the option split-folders takes them as these"
+    ]
+
+
+def labels_from_folders(root: Path, paths: Sequence[Path], in_parts: bool = False) -> Labels:
+    """The sub-folders of the first level are classes, if there are at least two and each image is in one.
+
+    With ``in_parts`` it is those of the second level, within the folders of PARTS.
+    """
+    parts = [path.relative_to(root).parts[in_parts:] for path in paths]
     outside = sum(len(p) == 1 for p in parts)
     if outside:
         return (), None, [f"no labels: {outside} images are not in a sub-folder"] if outside < len(parts) else []

@@ -17,10 +17,14 @@ from undiffuse.data.image_decoding import DecodedImage, ImageOptions, decode_fra
 from undiffuse.data.source_report import FileStamp, SourceReport, changed_error
 from undiffuse.data.sources.folder_labels import (
     LABELS_FILE,
+    PARTS,
     Labels,
+    check_parts,
     empty_classes,
     labels_from_folders,
     labels_from_table,
+    part_of,
+    parts_note,
 )
 from undiffuse.data.sources.folder_scan import FolderScan, scan_folder
 from undiffuse.errors import ConfigError, DataError
@@ -49,13 +53,20 @@ def allocate_in_memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def load(
-    source: str | Path, *, on_bad: str = "stop", allocate: Allocator = allocate_in_memory, **image_options: Any
+    source: str | Path,
+    *,
+    on_bad: str = "stop",
+    split_folders: bool = False,
+    allocate: Allocator = allocate_in_memory,
+    **image_options: Any,
 ) -> Dataset:
     """All images in a folder and its sub-folders: values (N, C, H, W), in the order of their paths, with labels.
 
     Labels come from ``labels.csv`` (columns file and label) in the folder, otherwise from the sub-folders of the first
     level, if there are at least two and each image is in one. ``image_options`` are those of `ImageOptions`. With
-    ``on_bad="skip"`` files that cannot be used, or differ from most, are listed in ``Dataset.report.skipped``.
+    ``on_bad="skip"`` files that cannot be used, or differ from most, are listed in ``Dataset.report.skipped``. With
+    ``split_folders`` the folders called train, val and test are the parts of the data, in this order, and the
+    sub-folders in them the classes.
 
     Raises `ConfigError` (OPTION); `BadFilesError` with every file that cannot be used; `DataError` for
     problems of the whole (NO_IMAGES, MIXED_SIZES, MIXED_CHANNELS, MIXED_DEPTH, LABELS); `ResourceError` (MEMORY).
@@ -66,11 +77,18 @@ def load(
     if not scan.images and not scan.problems:
         contents = "; ".join(scan.notes) or "it is empty"
         raise DataError("NO_IMAGES", root, f"no file has the extension of an image ({contents})", FIXES["NO_IMAGES"])
+    if split_folders:
+        check_parts(root, scan.images)
+        order = list(PARTS)
+        scan.images = dict(sorted(scan.images.items(), key=lambda image: order.index(part_of(root, image[0]) or "")))
     if not scan.has_labels_file:
         scan.problems += empty_classes(root, scan.images, scan.folders, [p.path for p in scan.problems])
     images = _read_all(scan, options, on_bad == "skip", allocate)
-    classes, labels, label_notes = _labels(root, scan, images)
-    notes = [*scan.notes, *label_notes]
+    classes, labels, label_notes = _labels(root, scan, images, split_folders)
+    notes = [*scan.notes, *label_notes, *([] if split_folders else parts_note(root, images.paths))]
+    counts = Counter(part_of(root, path) for path in images.paths if split_folders)
+    if split_folders:
+        notes.append(f"parts from folders: {', '.join(f'{part} ({counts[part]})' for part in PARTS if counts[part])}")
     notes += image_notes(
         images.changes, len(images.values), images.problems, len(scan.images) + len(scan.problems), "files"
     )
@@ -85,6 +103,8 @@ def load(
         tuple(notes),
         names=tuple(path.relative_to(root).as_posix() for path in images.paths),
         report=SourceReport(images.formats, images.sizes, len(scan.ignored), scan.hidden, tuple(images.problems)),
+        validation_from=counts["train"] if counts["validation"] else None,
+        test_from=len(images.paths) - counts["test"] if counts["test"] else None,
     )
 
 
@@ -107,10 +127,10 @@ def image_notes(
     return notes
 
 
-def _labels(root: Path, scan: FolderScan, images: _Images) -> Labels:
+def _labels(root: Path, scan: FolderScan, images: _Images, in_parts: bool) -> Labels:
     """Class names, the label of each image, and notes."""
     if not scan.has_labels_file:
-        return labels_from_folders(root, images.paths)
+        return labels_from_folders(root, images.paths, in_parts)
     with file_errors_at(root / LABELS_FILE):
         return labels_from_table(root, images.paths, [problem.path for problem in images.problems])
 

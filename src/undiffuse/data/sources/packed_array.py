@@ -25,7 +25,17 @@ from undiffuse.errors import ConfigError, ResourceError
 from undiffuse.runtime.atomic_file import fsync_folder, write_atomic
 from undiffuse.runtime.file_errors import FileError, file_errors_at
 
-METADATA_FIELDS = ("name", "shape", "num_values", "classes", "notes", "test_from", "value_range", "columns")
+METADATA_FIELDS = (
+    "name",
+    "shape",
+    "num_values",
+    "classes",
+    "notes",
+    "test_from",
+    "validation_from",
+    "value_range",
+    "columns",
+)
 METADATA_KEY = "data"
 ARRAY_FIELDS = ("labels", "cond", "mask")
 
@@ -129,7 +139,8 @@ def _load(path: Path, sidecar: Path) -> Dataset:
     if list(data.values.shape) != metadata["shape"]:
         cause = f"it describes an array of shape {metadata['shape']}"
         raise FileError("SIZE_MISMATCH", cause, "Pack the data again")
-    return replace(data, name=metadata["name"], test_from=metadata["test_from"], **fields, **arrays)
+    parts = {name: metadata.get(name) for name in ("test_from", "validation_from")}
+    return replace(data, name=metadata["name"], **parts, **fields, **arrays)
 
 
 def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:

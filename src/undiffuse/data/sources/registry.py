@@ -124,6 +124,12 @@ IMAGE_OPTIONS = (
     Option("upscale", bool, "Allow images to be enlarged to more than four times their side.", "--allow-upscale"),
     Option("on_bad", str | None, "What to do with unusable files: stop (default, lists all) or skip."),
 )
+FOLDER_OPTIONS = (
+    *IMAGE_OPTIONS,
+    Option(
+        "split_folders", bool, "Take folders called train, val and test as parts, not as classes.", "--split-folders"
+    ),
+)
 ARRAY_OPTIONS = (
     Option("layout", str | None, "Order of an array's dimensions, such as NHWC."),
     Option("num_values", int | None, "Number of values of integer data, which lie in 0 .. num_values - 1."),
@@ -147,7 +153,7 @@ SOURCES = (
     ),
     Source("a folder of the library datasets", _hf_datasets, IMAGE_OPTIONS),
     Source("a WebDataset", _webdataset, IMAGE_OPTIONS),
-    Source("a folder of images", _image_folder, IMAGE_OPTIONS, allocates=True),
+    Source("a folder of images", _image_folder, FOLDER_OPTIONS, allocates=True),
 )
 """In the order in which they are tried: the first one whose module recognises the source reads it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import tarfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from undiffuse.data.encoded_images import encoded_dataset
 from undiffuse.data.image_decoding import ImageOptions
 from undiffuse.data.image_formats import SUFFIXES
 from undiffuse.data.source_report import FileStamp
+from undiffuse.data.sources.folder_labels import part_called
 from undiffuse.data.sources.image_folder import MAX_FILE_BYTES
 from undiffuse.runtime.file_errors import FileError, file_errors_at
 
@@ -76,7 +78,12 @@ def load(source: str | Path, *, on_bad: str = "stop", **image_options: Any) -> D
     labels = [image.label for image in images]
     data = encoded_dataset(source.stem, source, image_names, read_bytes, labels, options, on_bad, files)
     ignored = sum(path not in files for path in source.iterdir()) if source.is_dir() else 0
-    return data.with_notes(f"{len(files)} shards", *[f"{ignored} files ignored (not shards)"] * (ignored > 0))
+    words = {word for path in files for word in re.split(r"[^A-Za-z]+", path.stem) if part_called(word)}
+    listed = " and ".join(sorted(words))
+    mixed = [f"shards called {listed} are read as one data set, not as its parts"] * (
+        len(set(map(part_called, words))) > 1
+    )
+    return data.with_notes(f"{len(files)} shards", *mixed, *[f"{ignored} files ignored (not shards)"] * (ignored > 0))
 
 
 def _index(shard: Path) -> list[ShardImage]:
