@@ -356,6 +356,16 @@ ARRAYS = [
     array(55, "promise.npy", npy_header("(400000000000,)") + bytes(16), "SIZE_MISMATCH", "400,000,000,000 bytes, 16"),
     array(55, "promise.npz", zipped(("x.npy", npy_header("(400000000000,)") + bytes(16))), "SIZE_MISMATCH"),
     array(56, "huge.npy", npy_header(f"({2**80},)") + bytes(16), "SIZE_MISMATCH"),
+    *[
+        array(56, f"empty-{n}.npy", npy_header(str(shape), "'<f8'"), code)
+        for n, (shape, code) in enumerate(
+            [((0, 2**70), "BAD_HEADER"), ((0, 2**59), "SHAPE"), ((2**62, 0), "BAD_HEADER")]
+        )
+    ],
+    *[
+        array(56, f"empty-{n}.safetensors", tensors({"x": {"dtype": "F32", "shape": s, "data_offsets": [0, 0]}}), code)
+        for n, (s, code) in enumerate([([0, 2**70], "BAD_HEADER"), ([0, 2**62], "BAD_HEADER"), ([0, 4], "SHAPE")])
+    ],
     array(56, "negative.npy", npy_header("(-1, 4)") + bytes(16), "BAD_HEADER", "(-1, 4)"),
     array(56, "words.npy", npy_header("words") + bytes(16), "BAD_HEADER"),
     array(56, "code.npy", npy_header("(1,)", "'|u1' if print('ran') else 0") + bytes(1), "BAD_HEADER"),

@@ -11,6 +11,7 @@ import resource
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -261,6 +262,12 @@ def _map(path: Path, function) -> None:
     _rewrite(path, lambda tensors: {name: function(tensor) for name, tensor in tensors.items()})
 
 
+def _describe(path: Path, **changed) -> None:
+    """Change the description of the model in a checkpoint."""
+    metadata = tensor_file.read_tensors(path)[1]
+    _rewrite(path, dict, model=json.dumps(json.loads(metadata["model"]) | changed))
+
+
 NETWORK = {"kind": "mlp", "width": 4, "depth": 1}
 CHECKPOINTS = {
     "truncated": (lambda p: os.truncate(p, p.stat().st_size - 9), "DAMAGED", ""),
@@ -279,6 +286,10 @@ CHECKPOINTS = {
         "TENSOR",
         "'_orig_mod.",
     ),
+    **{
+        f"items of {shape}": (partial(_describe, item_shape=shape), "DESCRIPTION", "not the shape of an item")
+        for shape in ([0], [2**62], [2**200, 3], [-1], [2.0], [True])
+    },
     "not finite": (lambda p: _map(p, lambda t: t * torch.nan), "NON_FINITE", "the tensor"),
 }
 

@@ -137,5 +137,8 @@ def test_a_single_item_is_noted():
 def test_contradictory_fields_are_refused():
     with pytest.raises(ValueError, match="num_values=256 needs uint8 items, not int64"):
         Dataset("x", np.zeros((2, 2), np.int64), 256)
+    for starts in ({"test_from": 0}, {"test_from": 3}, {"test_from": "1"}, {"test_from": 1, "validation_from": 2}):
+        with pytest.raises(ValueError, match="2 items with official parts"):
+            Dataset("x", np.zeros((2, 2), np.uint8), 256, **starts)
     with pytest.raises(ValueError, match="labels must be"):
         Dataset("x", np.zeros((2, 2), np.uint8), 256, labels=np.zeros(3, np.int64))

@@ -114,6 +114,8 @@ def test_standardized_checks_the_number_of_channels():
         ((), ()),
         ((math.nan,), (1,)),
         ((0,), (math.inf,)),
+        ((10**400,), (1,)),
+        ((0,), (10**400,)),
         ("0", "1"),
         ((True,), (1,)),
     ],
@@ -170,7 +172,7 @@ def test_min_max_maps_to_minus_one_and_one():
     assert transform.log_abs_det((2, 3)) == pytest.approx(6 * math.log(0.2))
 
 
-@pytest.mark.parametrize("ends", [(1.0, 1.0), (2.0, 1.0), (0.0, math.inf), (math.nan, 1.0), ("0", 1.0)])
+@pytest.mark.parametrize("ends", [(1.0, 1.0), (2.0, 1.0), (0.0, math.inf), (0, 10**400), (math.nan, 1.0), ("0", 1.0)])
 def test_invalid_ranges(ends):
     with pytest.raises(ConfigError, match=r"^error\[CODEC\] transform.low, transform.high"):
         MinMax(*ends)

@@ -74,6 +74,9 @@ class Dataset:
             )
         if self.labels is not None and (self.labels.shape != (len(self),) or self.labels.dtype != np.int64):
             raise ValueError(f"labels must be ({len(self)},) int64, not {self.labels.shape} {self.labels.dtype}")
+        starts = [start for start in (0, self.validation_from, self.test_from, len(self)) if start is not None]
+        if not all(type(start) is int for start in starts) or starts != sorted(set(starts)):
+            raise ValueError(f"{len(self)} items with official parts from {starts[1:-1]}")
         if self.names and len(self.names) != len(self):
             raise ValueError(f"{len(self.names)} names for {len(self)} items")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -64,8 +65,9 @@ def check_options(layout: str | None, num_values: int | None, value_range: Value
     if num_values is not None and (type(num_values) is not int or not 2 <= num_values <= 65536):
         cause = f"{num_values!r} is not an integer from 2 to 65536"
         raise ConfigError("OPTION", "num_values", cause, "Give the number of values of the data")
-    if value_range is not None and not -math.inf < value_range[0] < value_range[1] < math.inf:
-        cause = "{:g} to {:g} is not a range".format(*value_range)
+    most = sys.float_info.max
+    if value_range is not None and not -most <= value_range[0] < value_range[1] <= most:
+        cause = "{} to {} is not a range".format(*value_range)[:200]
         raise ConfigError("OPTION", "value_range", cause, "Give two finite numbers, the smaller first")
 
 
@@ -129,6 +131,8 @@ def conditions(cond: np.ndarray, mask: np.ndarray | None, count: int | None) -> 
 def _channels_first(values: np.ndarray, layout: str | None, notes: list[str]) -> np.ndarray:
     """A view (N, D) or (N, C, *size); notes record a moved or added dimension."""
     shape = "x".join(map(str, values.shape))
+    if values.ndim and not values.size:
+        raise FileError("SHAPE", f"{shape} contains no values", "Give at least one item")
     if layout is None:
         is_grey = values.dtype.kind == "b" or values.dtype.name in ("uint8", "uint16")
         layout = {2: "ND", 3: "NHW" if is_grey else None, 4: "NCHW", 5: "NCDHW"}.get(values.ndim)
@@ -145,8 +149,6 @@ def _channels_first(values: np.ndarray, layout: str | None, notes: list[str]) ->
                 raise FileError("SHAPE", cause, "Give layout NCHW (images) or NDHW (volumes)")
     if layout is None or len(layout) != values.ndim:
         raise FileError("SHAPE", f"{shape} has {values.ndim} dimensions" + (f", {layout} does not" if layout else ""))
-    if not values.size:
-        raise FileError("SHAPE", f"{shape} contains no values", "Give at least one item")
     if layout.endswith("C"):
         notes.append("channels moved from last to first")
         return _map_items(values, lambda items: np.moveaxis(items, -1, 1))

@@ -7,6 +7,7 @@ A *value* is a number of the data (a grey level, a temperature), *x* is what a n
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
@@ -241,4 +242,4 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
 
 
 def _is_finite_number(n: object) -> bool:
-    return isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n)
+    return isinstance(n, int | float) and not isinstance(n, bool) and abs(n) <= sys.float_info.max

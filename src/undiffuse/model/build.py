@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from undiffuse.process.weighting import Weight
 
 MAX_CHAIN_LENGTH = 10_000
 """The largest T of a chain."""
+MAX_ITEM_VALUES = 1 << 40
+"""The most numbers of an item."""
 CHOICES = {
     "loss": ("weighted_mse", "hybrid", "bound", "full_bound", "continuous"),
     "variance": ("small", "large", "learned"),
@@ -47,6 +50,15 @@ def build_part(part: str, build: Callable[..., Any], settings: Settings, **suppl
         raise ConfigError("CONFIG", f"model.{part}", str(error)[:200], "Check its settings") from None
 
 
+def check_item_shape(item_shape: Sequence[int]) -> None:
+    """Raise `ConfigError` unless ``item_shape`` is (C, ...) or (D,), whole numbers from 1 with a possible product."""
+    is_valid = bool(item_shape) and all(type(n) is int and n >= 1 for n in item_shape)
+    if not is_valid or math.prod(item_shape) > MAX_ITEM_VALUES:
+        cause = f"{tuple(item_shape)} is not the shape of an item"[:300]
+        fix = f"Give whole numbers from 1 with a product of at most {MAX_ITEM_VALUES:,}"
+        raise ConfigError("SHAPE", "item_shape", cause, fix)
+
+
 def build_network(
     settings: Settings,
     item_shape: tuple[int, ...],
@@ -58,6 +70,7 @@ def build_network(
     ``network`` is its class where that is not registered, or the network itself. Raises `ConfigError` where it does
     not take items of this shape, cannot be built, or does not make the output: see `undiffuse.networks.protocol`.
     """
+    check_item_shape(item_shape)
     kind, sizes = settings.get("kind"), condition_sizes(settings)
     if isinstance(network, nn.Module):
         registry.check_dims(network, registry.kind_of(network), item_shape)

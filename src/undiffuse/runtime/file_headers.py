@@ -116,6 +116,8 @@ def _tensor(name: str, entry: Any) -> tuple[TensorHeader, tuple[int, int]]:
         raise FileError("BAD_HEADER", f"the tensor {name[:80]!r} has the unsupported type {str(dtype)[:20]!r}")
     if not _is_list_of_counts(shape) or not _is_list_of_counts(offsets) or len(offsets) != 2:
         raise FileError("BAD_HEADER", f"the tensor {name[:80]!r} has an invalid shape or invalid offsets")
+    if math.prod(n for n in shape if n) * BITS[dtype] >= 1 << 63:  # of no bytes, but no library can make it
+        raise FileError("BAD_HEADER", f"the tensor {name[:80]!r} has the shape {shape}"[:200])
     if offsets[1] - offsets[0] != math.prod(shape) * BITS[dtype] // 8:
         raise FileError("SIZE_MISMATCH", f"the tensor {name[:80]!r} takes more or fewer bytes than its shape needs")
     return TensorHeader(dtype, tuple(shape)), (offsets[0], offsets[1])

@@ -133,6 +133,13 @@ def test_packing_errors(tmp_path, monkeypatch):
         "[" * 10_000,
         {"labels": np.zeros(2, np.int64)},
         {"labels": np.zeros(3)},
+        {"labels": np.array([0, 2, 1]), "classes": ["a", "b"]},
+        {"labels": np.array([0, -1, 0]), "classes": ["a"]},
+        {"test_from": "1"},
+        {"test_from": 10**400},
+        {"validation_from": 2, "test_from": 1},
+        {"num_values": 10**400},
+        {"value_range": [0, 10**400], "num_values": None},
         {"names": np.frombuffer(b"a\0b", np.uint8)},
     ],
 )

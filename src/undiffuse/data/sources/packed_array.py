@@ -140,6 +140,8 @@ def _load(path: Path, sidecar: Path) -> Dataset:
         cause = f"it describes an array of shape {metadata['shape']}"
         raise FileError("SIZE_MISMATCH", cause, "Pack the data again")
     parts = {name: metadata.get(name) for name in ("test_from", "validation_from")}
+    if (labels := arrays.get("labels")) is not None and not 0 <= labels.min() <= labels.max() < len(fields["classes"]):
+        raise ValueError("labels without a class")
     return replace(data, name=metadata["name"], **parts, **fields, **arrays)
 
 
