@@ -263,6 +263,43 @@ def test_odd_png_blocks_do_not_cost_the_image(name):
     assert set(image.changes) <= {"metadata that cannot be read ignored", "colour profile ignored"}
 
 
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("bits", [1, 8, 16])
+@pytest.mark.parametrize("colour", [0, 2])
+def test_a_png_whose_data_end_before_the_last_row(interlaced, bits, colour):
+    """The compressed stream itself is whole, and so are all checksums."""
+    if bits == 1 and colour == 2:
+        return
+    width, height, channels = 13, 11, 3 if colour == 2 else 1
+    starts = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    rows = []
+    for x, y, across, down in starts if interlaced else [(0, 0, 1, 1)]:
+        columns = len(range(x, width, across))
+        size = (columns * channels * bits + 7) // 8
+        rows += (
+            [b"\0" + RNG.integers(1, 200, size, np.uint8).tobytes() for _ in range(y, height, down)] if columns else []
+        )
+
+    def image(content):
+        head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, int(interlaced))
+        blocks = [(b"IHDR", head), (b"IDAT", zlib.compress(content)), (b"IEND", b"")]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in blocks
+        )
+
+    whole = b"".join(rows)
+    assert decode(image(whole), ".png").pixels.shape == (channels, height, width)
+    assert decode(image(bytes(len(whole))), ".png").pixels.max() == 0
+    for count in range(1, len(rows)):
+        assert code(image(b"".join(rows[:count])), ".png") == "TRUNCATED", count
+
+
+@pytest.mark.parametrize("tags", [{"t278": 4}, {"t278": 1}, {"t322": 16, "t323": 4}])
+def test_a_tiff_without_its_last_strips(tags):
+    assert code(tiff(bytes(range(64)), 8, 8, 8, **tags)) in ("TRUNCATED", "CORRUPT")
+    assert decode(tiff(bytes(range(64)), 8, 8, 8, t278=None)).pixels[0, 7, 7] == 63
+
+
 def test_errors_are_not_in_the_words_of_python():
     """Damaged headers of every format: a code and words of this package or of the decoder."""
     words = ("NoneType", "object at", "argument", "unpack", "range", "tuple", "codec", "attribute", "iterable")

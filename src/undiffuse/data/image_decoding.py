@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from undiffuse.data.image_formats import FORMATS, detect_format
-from undiffuse.data.image_structure import check_complete, continued, read_jpeg, without_metadata
+from undiffuse.data.image_structure import check_complete, check_png_rows, continued, read_jpeg, without_metadata
 from undiffuse.errors import ConfigError
 from undiffuse.runtime.file_errors import FileError
 
@@ -154,6 +154,10 @@ def _frame(
     _check_values(image)
     if file_format == "JPEG":
         _check_scans(image, data)
+    if file_format == "PNG" and index == 0:
+        last_row = image.crop((0, image.height - 1, image.width, image.height))
+        if image.info.get("interlace") or not np.asarray(last_row).any():  # missing rows are decoded as zeros
+            check_png_rows(data)
     changes = [*changes]
     changes += [f"{'first' if options.frames == 'first' else 'one'} of several frames or pages"] * (count > 1)
     changes += ["first image of a multi-picture JPEG"] * (image.format == "MPO")
@@ -173,12 +177,20 @@ def _frame(
 
 
 def _tiff_samples(image: Image.Image) -> tuple[bool, int]:
-    """(whether 0 is white, bits per sample); raises `FileError` for signed samples and without an interpretation."""
+    """(whether 0 is white, bits per sample).
+
+    Raises `FileError` for signed samples, for missing strips, and if it is not stated what 0 means.
+    """
     tags = getattr(image, "tag_v2", {})
     if 2 in tags.get(339, ()):
         raise FileError("UNSUPPORTED_DEPTH", "its samples are signed", "Save the values as an array in a .npy file")
     if 262 not in tags:
         raise FileError("UNSUPPORTED_COLOUR", "it does not state whether 0 is black or white")
+    across, down = tags.get(322, image.width), tags.get(323) or tags.get(278) or image.height
+    blocks = -(-image.width // across) * -(-image.height // min(down, image.height))
+    blocks *= tags.get(277, 1) if tags.get(284, 1) == 2 else 1
+    if (there := len(tags.get(324, tags.get(273, ())))) < blocks:  # missing ones are decoded as zeros
+        raise FileError("TRUNCATED", f"{blocks - there} of its {blocks} strips or tiles are missing")
     return tags[262] == 0, tags.get(258, (1,))[0]
 
 

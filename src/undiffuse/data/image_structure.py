@@ -18,6 +18,9 @@ FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 PROGRESSIVE, ARITHMETIC = {0xC2, 0xC6}, frozenset(range(0xC9, 0xD0))
 JPEG_METADATA = frozenset(range(0xE1, 0xF0)) - {0xEE} | {0xFE}
 """Application segments but JFIF's, and Adobe's on which the colours depend; comments."""
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""First column, first row, and steps between columns and rows, of each pass of an interlaced PNG."""
 PNG_IMAGE = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"})
 WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}
 """Metadata chunks of a WebP file, and the flag in its VP8X chunk that announces each."""
@@ -104,6 +107,23 @@ def check_complete(data: bytes, file_format: str) -> int:
     if file_format == "PNG":
         return len(data) - max(end for _, _, end in _png_blocks(data, check=True))
     return 0
+
+
+def check_png_rows(data: bytes) -> None:
+    """Raise `FileError` (TRUNCATED) if the compressed data of a PNG end before its last row [PNG, 7.2 and 8.2]."""
+    width, height, bits, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", data, 16)
+    passes = ADAM7 if interlace else ((0, 0, 1, 1),)
+    sizes = [(-(-(width - x) // across), -(-(height - y) // down)) for x, y, across, down in passes]
+    bits *= PNG_CHANNELS[colour]
+    missing = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0 and rows > 0)
+    stream = zlib.decompressobj()
+    for name, start, end in _png_blocks(data):
+        part = data[start + 8 : end - 4] if name == b"IDAT" else b""
+        while part and missing > 0:
+            missing -= len(stream.decompress(part, min(missing, 1 << 20)))
+            part = stream.unconsumed_tail
+    if missing > 0:
+        raise FileError("TRUNCATED", f"its data end {missing:,} bytes before the last row")
 
 
 def without_metadata(data: bytes, file_format: str) -> bytes:
