@@ -7,7 +7,7 @@ import importlib
 import inspect
 import re
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -18,8 +18,12 @@ from PIL import Image
 import undiffuse
 from undiffuse.data.transform import IntegerLevels
 from undiffuse.model import checkpoint
-from undiffuse.model.config import Config
+from undiffuse.model.config import Config, ModelConfig, TrainConfig, read, replace_train
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.process.schedule import SCHEDULES
+from undiffuse.process.target import TARGETS
+from undiffuse.process.time_sampling import TIME_DISTRIBUTIONS
+from undiffuse.process.weighting import WEIGHTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -126,6 +130,32 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys) -> None:
     assert configs[0].train.minutes is not None or configs[0].train.max_steps is not None
     assert names["samples"].shape == (64, 3, 32, 32)
     assert "bits" in capsys.readouterr().out
+
+
+def test_the_recipe_names_every_setting_and_can_be_read(tmp_path) -> None:
+    whole = blocks(ROOT / "docs/recipes.md", "toml")[-1]
+    for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
+        table = whole.partition(f"[{name}]\n")[2].partition("\n[")[0]
+        assert set(re.findall(r"^(?:# )?(\w+) = ", table, re.M)) == {field.name for field in fields(kind)}
+    for text in (whole, re.sub("^minutes", "# minutes", whole, flags=re.M).replace("# max_steps", "max_steps")):
+        (tmp_path / "whole.toml").write_text(text)
+        config = read(tmp_path / "whole.toml", Config())
+        length = {"minutes": config.train.minutes, "max_steps": config.train.max_steps}
+        network = {"kind": "unet", "widths": [64, 128], "blocks": 2, "attention": [1], "heads": 1}
+        assert config == replace_train(Config(ModelConfig(network=network)), **length)
+        Diffusion(config.model, (3, 8, 8), IntegerLevels(256))
+    for text in blocks(ROOT / "docs/recipes.md", "toml"):
+        (tmp_path / "part.toml").write_text(text)
+        read(tmp_path / "part.toml", Config())
+
+
+@pytest.mark.parametrize(
+    ("setting", "table"),
+    [("schedule", SCHEDULES), ("target", TARGETS), ("weight", WEIGHTS), ("times", TIME_DISTRIBUTIONS)],
+)
+def test_the_recipe_names_every_choice(setting, table) -> None:
+    (line,) = re.findall(rf"^{setting} = .*$", (ROOT / "docs/recipes.md").read_text(), re.M)
+    assert set(table) <= set(re.findall(r"\w+", line))
 
 
 def commands() -> dict[str, set[str]]:

@@ -118,18 +118,18 @@ def test_a_stopped_run_goes_on(place, call, monkeypatch):
         (["sample"], "error[USAGE] undiffuse sample: Missing argument 'RUN'"),
         (["train", "DATA", "--bacth", "3"], "No such option"),
         (["train", "DATA", "--steps", "many"], "Invalid value for '--steps'"),
-        (["train", "DATA", "--steps", "0"], "train.max_steps = 0: must be above 0"),
-        (["train", "DATA", "--minutes", "nan"], "train.minutes = nan"),
-        (["train", "DATA", "--minutes", "inf"], "train.minutes = inf"),
-        (["train", "DATA", "--seed", "-1"], "train.seed = -1"),
+        (["train", "DATA", "--steps", "0"], "--steps 0: must be above 0"),
+        (["train", "DATA", "--minutes", "nan"], "--minutes nan"),
+        (["train", "DATA", "--minutes", "inf"], "--minutes inf"),
+        (["train", "DATA", "--seed", "-1"], "--seed -1"),
         (["train", "DATA", "--minutes", "1", "--steps", "3"], "each determines the length of the run"),
         (["train", "DATA", "--preset", "best"], "error[PRESET] 'best': no such preset"),
         (["train", "DATA", "--steps", "1", "--preset", "vector"], "does not take items of shape (1, 4, 4)"),
         (["train", "DATA", "--steps", "1", "--preset", "volume"], "model.network.dims = 3"),
         (["train", "DATA", "--device", "tpu"], "error[DEVICE] --device tpu: torch has no such device"),
         (["train", "DATA", "--config", "none.toml"], "none.toml: cannot be read as a recipe"),
-        (["train", "DATA", "--layout", "HWN"], "error[OPTION] layout"),
-        (["train", "DATA", "--size", "3"], "error[OPTION] size: an array file does not take this option"),
+        (["train", "DATA", "--layout", "HWN"], "error[OPTION] --layout"),
+        (["train", "DATA", "--size", "3"], "error[OPTION] --size: an array file does not take this option"),
         (["train", "two-mons"], "Did you mean two-moons?"),
         (["train", "two-moons", "--steps", "1", "--preset", "gpu"], "does not take items of shape (2,)"),
         (["train", "nowhere/none"], "nowhere/none: no such file or folder"),
@@ -193,7 +193,7 @@ def test_other_errors(place, call, monkeypatch):
     said = fails(OSError(28, "No space left on device", "run/file"))
     assert (said.code, said.err) == (
         6,
-        "error[SYSTEM] run/file: No space left on device. Check the disk and the permissions.\n",
+        "error[SYSTEM] run/file: No space left on device. Free some space.\n",
     )
     full = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
     with pytest.raises(RuntimeError, match="can't allocate memory") as caught:

@@ -82,7 +82,7 @@ def test_the_default_run_folder(cwd, data, out, tmp_path, monkeypatch):
         "train photos --steps 1 --out photos/run",
         "train photos --steps 1 --out photos",
         "train-classifier photos --steps 1 --out photos/sub/../run",
-        "check photos --out photos/sheet.png",
+        "check photos --out photos/sheet.bmp",
         "pack photos photos/packed.npy",
         "compare photos photos --out photos/comparison",
         "compare photos --run RUN --out photos/comparison",
@@ -107,6 +107,6 @@ def test_outputs_inside_the_data_are_refused(command, place, call, monkeypatch):
 
 def test_a_link_into_the_data_is_inside_them(place, call, tmp_path):
     (tmp_path / "out").symlink_to(place / "photos")
-    said = call("check", place / "photos", "--out", tmp_path / "out" / "sheet.png")
+    said = call("check", place / "photos", "--out", tmp_path / "out" / "sheet.bmp")
     assert said.code == 2
-    assert call("check", place / "photos", "--out", tmp_path / "sheet.png").code == 0
+    assert call("check", place / "photos", "--out", tmp_path / "sheet.bmp").code == 0

@@ -35,11 +35,13 @@ def check(
     """Show what DATA contain: items, sizes, values, labels, duplicates, the held-out split."""
     from undiffuse.data.image_formats import FORMATS
     from undiffuse.report import table
+    from undiffuse.runtime.own_output import MARKABLE_SUFFIXES
 
     if out is not None and out.suffix.lower() not in " ".join(FORMATS.values()).split():
         cause = f"{out.name!r} does not end in the extension of an image format"
         raise ConfigError("OPTION", "--out", cause, "Give a name that ends in .png")
-    refuse_inside(out, data)
+    if out is not None and out.suffix.lower() not in MARKABLE_SUFFIXES:  # else its mark keeps it out of the data
+        refuse_inside(out, data)
     dataset = read(data)
     facts = data_facts(dataset)
     if as_json:

@@ -23,6 +23,7 @@ from undiffuse.report import figures as pictures
 from undiffuse.report import table
 from undiffuse.report.evaluation_report import bits_figure
 from undiffuse.report.sample_folder import write_samples
+from undiffuse.runtime.terminal import make_console
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.trajectory import forward_trajectory
 from undiffuse.training.diffusion_task import fit_diffusion
@@ -139,7 +140,7 @@ def strip(model: Diffusion, states: list, columns: int):
 
 
 def main() -> int:
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console(soft_wrap=True)
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("runs/demo")
     try:
         demo(folder, float(sys.argv[2]) if len(sys.argv) > 2 else MINUTES, console)

@@ -136,8 +136,9 @@ class _ProgressBar:
     def __init__(self, first: bool) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
-        self.bar = Progress(*columns, console=console, transient=True, disable=not (first and console.is_terminal))
+        name, left = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[left]}"))
+        hidden = not (first and console.is_terminal)
+        self.bar = Progress(name, BarColumn(), left, console=console, transient=True, disable=hidden)
         self.task = self.bar.add_task("", total=None, left="")
 
     def __enter__(self) -> _ProgressBar:

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from undiffuse.data.sources.registry import SOURCES
 from undiffuse.errors import ConfigError
+from undiffuse.runtime.terminal import make_console
 
 if TYPE_CHECKING:
     from torch import nn
 
-console = Console(highlight=False, soft_wrap=True)
+console = make_console(soft_wrap=True)
 
 DataArgument = Annotated[
     str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from collections.abc import Iterator
@@ -34,6 +35,9 @@ Minutes = Annotated[
     typer.Option(help="Train for about this many minutes; the learning-rate decay is planned to fit. Default 10."),
 ]
 Steps = Annotated[int | None, typer.Option(help="Train for this many optimizer steps.")]
+Epochs = Annotated[float | None, typer.Option(help="Train for this many passes over the training items.")]
+Batch = Annotated[int | None, typer.Option(help="Items per optimizer step; by default that of the recipe.")]
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate; by default that of the recipe.")]
 OnNonfinite = Annotated[
     str | None,
     typer.Option(
@@ -52,6 +56,9 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run folder, outside of DATA; runs/DATA if not given.")] = None,
     minutes: Minutes = None,
     steps: Steps = None,
+    epochs: Epochs = None,
+    batch: Batch = None,
+    lr: LearningRate = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; 0 if not given.")] = None,
     device: Device = "auto",
     preset: Annotated[
@@ -78,24 +85,28 @@ def train(
     from undiffuse.training.diffusion_task import fit_diffusion
 
     device = resolve_device(device)
-    check_length(minutes, steps)
+    check_length(minutes, steps, epochs)
     network_class = register_network(network)
     run = open_run(out, data)
     dataset = read(data)
     print_notes(dataset)
     if extend:
-        if (seed, preset, config, init) != (None,) * 4:
+        if (epochs, batch, lr, seed, preset, config, init) != (None,) * 7:
             cause = "an extended run keeps the recipe that it began with"
             raise ConfigError("USAGE", "--extend", cause, "Give it with --minutes or --steps alone")
         extend_run(run, dataset, device, configs.Config, steps, minutes, conditional=conditional, force=force)
         minutes = steps = None
     record, finished = run.record, run.finished
-    if record is not None and (minutes, steps, seed, preset, config) == (None,) * 5:
+    if record is not None and (minutes, steps, epochs, batch, lr, seed, preset, config) == (None,) * 8:
         name, recipe = "as begun", configs.from_dict(configs.Config, record["config"], "run.json")
     else:
         name = preset or presets.choose(dataset.item_shape, device)
         recipe = presets.get(name) if config is None else configs.read(config, presets.get(name))
-        recipe = _with_length(configs.replace_train(recipe, seed=seed or 0), minutes, steps)
+        given = {name: value for name, value in (("batch", batch), ("lr", lr), ("seed", seed)) if value is not None}
+        recipe = configs.replace_train(recipe, **{"seed": 0, **given})
+        if epochs is not None:
+            steps = steps_of_epochs(epochs, dataset, recipe.train)
+        recipe = _with_length(recipe, minutes, steps)
     if conditional:
         recipe = configs.replace_train(recipe, conditional=True)
     if on_nonfinite is not None:
@@ -118,10 +129,19 @@ def train(
     console.print(f"next: undiffuse evaluate {folder}{part}{own}", markup=False)
 
 
-def check_length(minutes: float | None, steps: int | None) -> None:
-    """Raise `ConfigError` if both are given."""
-    if minutes is not None and steps is not None:
-        raise ConfigError("USAGE", "--minutes, --steps", "each determines the length of the run", "Give one of them")
+def check_length(minutes: float | None, steps: int | None, epochs: float | None = None) -> None:
+    """Raise `ConfigError` if more than one is given, or a number of epochs that is not above 0 and finite."""
+    given = [flag for flag, x in (("--minutes", minutes), ("--steps", steps), ("--epochs", epochs)) if x is not None]
+    if len(given) > 1:
+        raise ConfigError("USAGE", ", ".join(given), "each determines the length of the run", "Give one of them")
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise ConfigError("USAGE", f"--epochs {epochs:g}", "not a length", "Give a number above 0")
+
+
+def steps_of_epochs(epochs: float, data: Dataset, settings: TrainConfig) -> int:
+    """The steps in which each training item occurs ``epochs`` times, rounded up: ⌈epochs · items / batch⌉."""
+    held_out, _ = data.held_out_fraction(settings.held_out)
+    return math.ceil(epochs * len(data.split(held_out).train) / settings.batch)
 
 
 def open_run(out: Path | None, data: str, suffix: str = "") -> Run:

@@ -11,8 +11,11 @@ import typer
 from undiffuse.cli.data_options import ReadData, print_notes, with_data_options
 from undiffuse.cli.options import DataArgument, Device, console, resolve_device
 from undiffuse.cli.train import (
+    Batch,
+    Epochs,
     Extend,
     Force,
+    LearningRate,
     Minutes,
     OnNonfinite,
     Steps,
@@ -22,7 +25,9 @@ from undiffuse.cli.train import (
     format_length,
     open_run,
     report_finished,
+    steps_of_epochs,
 )
+from undiffuse.errors import ConfigError
 
 if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
@@ -37,7 +42,10 @@ def train_classifier(
     ] = None,
     minutes: Minutes = None,
     steps: Steps = None,
-    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    epochs: Epochs = None,
+    batch: Batch = None,
+    lr: LearningRate = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; 0 if not given.")] = None,
     device: Device = "auto",
     on_nonfinite: OnNonfinite = None,
     force: Force = False,
@@ -55,19 +63,26 @@ def train_classifier(
     from undiffuse.training.classifier_task import ClassifierConfig, fit_classifier
 
     device = resolve_device(device)
-    check_length(minutes, steps)
+    check_length(minutes, steps, epochs)
     run = open_run(out, data, "-classifier")
     dataset = read(data)
     print_notes(dataset)
     if extend:
+        if (epochs, batch, lr, seed) != (None,) * 4:
+            cause = "an extended run keeps the recipe that it began with"
+            raise ConfigError("USAGE", "--extend", cause, "Give it with --minutes or --steps alone")
         extend_run(run, dataset, device, ClassifierConfig, steps, minutes, force=force)
         minutes = steps = None
     record, finished = run.record, run.finished
-    if record is not None and (minutes, steps, seed) == (None, None, 0):
+    if record is not None and (minutes, steps, epochs, batch, lr, seed) == (None,) * 6:
         recipe = configs.from_dict(ClassifierConfig, record["config"], "run.json")
     else:
-        minutes = 5.0 if (minutes, steps) == (None, None) else minutes
-        recipe = recipe_for(dataset, device, minutes=minutes, max_steps=steps, seed=seed)
+        minutes = 5.0 if (minutes, steps, epochs) == (None,) * 3 else minutes
+        given = {name: value for name, value in (("batch", batch), ("lr", lr), ("seed", seed)) if value is not None}
+        recipe = recipe_for(dataset, device, minutes=minutes, max_steps=steps, **given)
+        if epochs is not None:
+            steps = steps_of_epochs(epochs, dataset, recipe.train)
+            recipe = replace(recipe, train=replace(recipe.train, max_steps=steps))
     if on_nonfinite is not None:
         recipe = replace(recipe, train=replace(recipe.train, on_nonfinite=on_nonfinite))
     length = format_length(recipe.train)

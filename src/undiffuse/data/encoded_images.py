@@ -55,8 +55,8 @@ def encoded_dataset(
         decoded[i] = image._replace(pixels=np.empty(0))
     mixed = None
     if len(by_kind) > 1:
-        mixed = mixed_kinds_error({kind: [paths[i] for i in indices] for kind, indices in by_kind.items()})
-    if mixed and on_bad == "stop" and not problems:
+        mixed = mixed_kinds_error({kind: [paths[i] for i in indices] for kind, indices in by_kind.items()}, source)
+    if mixed and (mixed.of_whole if on_bad == "skip" else not problems):
         raise mixed
     if not by_kind or (problems and on_bad == "stop"):
         raise BadFilesError(problems)

@@ -9,11 +9,11 @@ from typing import IO, Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from undiffuse.errors import printable
+from undiffuse.runtime.terminal import make_console
 
 
 def render(rows: Sequence[Mapping[str, Any]], title: str = "", file: IO[str] | None = None) -> None:
@@ -24,7 +24,7 @@ def render(rows: Sequence[Mapping[str, Any]], title: str = "", file: IO[str] | N
     """
     out = sys.stdout if file is None else file
     terminal = out.isatty()
-    console = Console(file=out, force_terminal=terminal, width=None if terminal else 10_000, highlight=False)
+    console = make_console(out, force_terminal=terminal, width=None if terminal else 10_000)
     table = Table(title=Text(printable(title), "bold") if title else None, title_justify="left", box=SIMPLE_HEAD)
     for name in dict.fromkeys(name for row in rows for name in row):
         has_text = any(isinstance(row.get(name), str) for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -13,6 +14,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from undiffuse.errors import ResourceError
+
+REMEDIES = {
+    "Free some space": {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
+    "Check the permissions": {errno.EACCES, errno.EPERM, errno.EROFS},
+    "Check the path": {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST},
+    "Close other programs": {errno.EMFILE, errno.ENFILE, errno.ENOMEM},
+}
+"""What to do about an error of the operating system, with its numbers."""
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -61,7 +70,12 @@ def atomic_file(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
 def write_error(path: Path, size: int, error: OSError) -> ResourceError:
     """The error for a ``path`` whose ``size`` bytes could not be written."""
     cause = f"its {size:,} bytes could not be written ({error.strerror or error})"
-    return ResourceError("DISK", path, cause, "Free some space or check the disk; earlier files are unchanged")
+    return ResourceError("DISK", path, cause, f"{remedy(error)}; earlier files are unchanged")
+
+
+def remedy(error: OSError) -> str:
+    """What to do about an error of the operating system."""
+    return next((fix for fix, numbers in REMEDIES.items() if error.errno in numbers), "Check the disk")
 
 
 def fsync_folder(folder: Path) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from undiffuse.errors import DataError
 
 FIXES = {
     "ANIMATED": "Give frames=first or frames=all, or one file for each frame",
-    "ASPECT": "Give crop to keep the centre square",
+    "ASPECT": "Give crop=True to keep the centre square",
     "BAD_ARCHIVE": "Write the archive again with numpy.savez",
     "BAD_HEADER": "Write the file again",
     "BROKEN_LINK": "Repair or delete the link",
@@ -28,7 +28,7 @@ FIXES = {
     "LFS_POINTER": "Run git lfs pull",
     "MIXED_CHANNELS": "Give channels=1, 3 or 4 to convert them",
     "MIXED_DEPTH": "Save all images with the same number of bits (channels=1 expands 1-bit images to 8 bits)",
-    "MIXED_SIZES": "Give size to resize them (and crop, where they are not square)",
+    "MIXED_SIZES": "Give size=64 to resize them, and crop=True where they are not square",
     "MULTIPAGE": "Give frames=first or frames=all, or one file for each page",
     "NEEDS_RANGE": "Save the values as a float array in a .npy file",
     "NON_FINITE": "Repair or remove the items that hold NaN or infinity",
@@ -40,12 +40,12 @@ FIXES = {
     "PERMISSION": "Grant permission to read it",
     "PICKLE_REFUSED": "Pickles can run code; save the arrays as .npy, .npz or .safetensors",
     "RANGE": "Shift the values to start at 0, or save them as floats if they are continuous",
-    "SHAPE": "Give the array as (N, D) or (N, C, H, W), or name its layout",
+    "SHAPE": "Give the array as (N, D) or (N, C, H, W), or name its order, such as layout=NHWC",
     "SIZE_MISMATCH": "Write the file again",
     "TOO_LARGE": "Split or shrink the file",
     "TOO_LARGE_METADATA": "Save the image without its text or profile blocks",
     "TOO_MANY_PIXELS": "Cut the image into smaller ones",
-    "TOO_SMALL": "Give a smaller size, allow upscaling, or delete the image",
+    "TOO_SMALL": "Give a smaller size, allow it with upscale=True, or delete the image",
     "TRUNCATED": "Fetch or export the file again, or delete it",
     "UNREADABLE": "Check the disk, or copy the file again",
     "UNSUPPORTED_COLOUR": "Save the image as grey or RGB",
@@ -89,17 +89,26 @@ class FileProblem(NamedTuple):
 class BadFilesError(DataError):
     """All ``problems`` of one pass over the files; the message names the first and counts the others by code.
 
-    ``summary`` replaces that count where the files contradict one another.
+    ``summary`` replaces that count where the files contradict one another. ``remedy`` are the options of data with
+    which all files can be read, if there are any. ``of_whole``: the only problem is one of all files together.
     """
 
-    def __init__(self, problems: Sequence[FileProblem], summary: str | None = None) -> None:
-        self.problems = list(problems)
+    def __init__(
+        self,
+        problems: Sequence[FileProblem],
+        summary: str | None = None,
+        remedy: Mapping[str, Any] | None = None,
+        of_whole: bool = False,
+    ) -> None:
+        self.problems, self.of_whole = list(problems), of_whole
+        self.remedy = dict(remedy or {})
         path, code, reason = self.problems[0]
         if summary:
             reason += f" ({summary})"
         elif more := Counter(problem.code for problem in self.problems[1:]):
             reason += f" (and {more.total()} more: {', '.join(f'{n} {c}' for c, n in more.most_common())})"
-        super().__init__(code, path, reason, FIXES[code])
+        options = ", ".join(f"{name}={value!r}" for name, value in self.remedy.items())
+        super().__init__(code, path, reason, f"Give {options}" if options else FIXES[code])
 
 
 _ERRNO = {

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as ProgressBar
 
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.errors import ConfigError, NonFiniteError, ResourceError
 from undiffuse.report import figures
+from undiffuse.runtime.terminal import make_console
 from undiffuse.training.progress import Progress
 from undiffuse.training.run_folder import Run
 from undiffuse.training.task import Task
@@ -47,9 +47,9 @@ class Monitor:
         self.data, self.split, self.progress, self.main = data, split, progress, main
         self.settings = task.config.train
         self.records: list[dict[str, Any]] = run.read_metrics(progress.step)
-        self.console = Console(quiet=quiet or not main, highlight=False)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
-        self.bar = ProgressBar(*columns, console=self.console, transient=True, refresh_per_second=2)
+        self.console = make_console(quiet=quiet or not main)
+        name, status = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[status]}"))
+        self.bar = ProgressBar(name, BarColumn(), status, console=self.console, transient=True, refresh_per_second=2)
         self.bar_row = self.bar.add_task("training", total=1.0, status="")
         self.losses: list[float] = []
         self.waited = 0.0

@@ -123,7 +123,7 @@ def test_classes(tmp_path, label_members, classes):
             "1 of 2 images have no label",
         ),
         ([("a.png", b"no image")], "NOT_AN_IMAGE", ""),
-        ([("a.png", png(PIXELS[0])), ("b.png", png(PIXELS[0][:3]))], "MIXED_SIZES", "5 x 3 pixels"),
+        ([("a.png", png(PIXELS[0])), ("b.png", png(PIXELS[0][:3]))], "MIXED_SIZES", "from 5 x 3 to 5 x 6 pixels"),
     ],
 )
 def test_invalid_shards(tmp_path, members, code, cause):

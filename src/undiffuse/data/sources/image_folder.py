@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def load(
         scan.images = dict(sorted(scan.images.items(), key=lambda image: order.index(part_of(root, image[0]) or "")))
     if not scan.has_labels_file:
         scan.problems += empty_classes(root, scan.images, scan.folders, [p.path for p in scan.problems])
-    images = _read_all(scan, options, on_bad == "skip", allocate)
+    images = _read_all(root, scan, options, on_bad == "skip", allocate)
     classes, labels, label_notes = _labels(root, scan, images, split_folders)
     notes = [*scan.notes, *label_notes, *([] if split_folders else parts_note(root, images.paths))]
     counts = Counter(part_of(root, path) for path in images.paths if split_folders)
@@ -170,10 +170,10 @@ class _Images:
         self.paths.append(path)
 
 
-def _read_all(scan: FolderScan, options: ImageOptions, skip: bool, allocate: Allocator) -> _Images:
+def _read_all(root: Path, scan: FolderScan, options: ImageOptions, skip: bool, allocate: Allocator) -> _Images:
     """All images of one kind. Raises every problem at once, or with ``skip`` keeps them in ``problems``."""
 
-    def attempt(paths: Sequence[Path], problems: list[FileProblem]) -> _Images:
+    def attempt(paths: Sequence[Path], problems: list[FileProblem], options: ImageOptions = options) -> _Images:
         images = _Images(problems, allocate)
         for path in paths:
             try:
@@ -188,19 +188,29 @@ def _read_all(scan: FolderScan, options: ImageOptions, skip: bool, allocate: All
 
     images = attempt(list(scan.images), list(scan.problems))
     if skip and len(images.kinds) > 1:
-        differing = mixed_kinds_error(images.kinds).problems
+        mixed = mixed_kinds_error(images.kinds, root)
+        if mixed.of_whole:
+            raise mixed
+        differing = mixed.problems
         excluded = {problem.path for problem in (*images.problems, *differing)}
         images = attempt([path for path in scan.images if path not in excluded], [*images.problems, *differing])
     if not images.kinds or (images.problems and not skip):
-        raise BadFilesError(images.problems)
+        remedy: dict[str, Any] = {}
+        if {problem.code for problem in images.problems} == {"ASPECT"}:
+            kinds = attempt(list(scan.images), [], replace(options, crop=True)).kinds
+            remedy = {"crop": True} | _remedy([shape for shape, _ in kinds], {num_values for _, num_values in kinds})
+        raise BadFilesError(images.problems, remedy=remedy)
     if len(images.kinds) > 1:
-        raise mixed_kinds_error(images.kinds)
+        raise mixed_kinds_error(images.kinds, root)
     images.values = images.values[: len(images.paths)]
     return images
 
 
-def mixed_kinds_error(kinds: dict[ImageKind, list[Path]]) -> BadFilesError:
-    """The error for images that differ in size, else in channels, else in depth, with examples."""
+def mixed_kinds_error(kinds: dict[ImageKind, list[Path]], where: Path) -> BadFilesError:
+    """The error for images of ``where`` that differ in size, else in channels, else in depth.
+
+    If more than half of them agree, ``problems`` are the others, otherwise the whole. ``remedy`` makes them equal.
+    """
     aspects: dict[str, Callable[[tuple[int, ...], int], str]] = {
         "MIXED_SIZES": lambda shape, _: f"{shape[2]} x {shape[1]} pixels",
         "MIXED_CHANNELS": lambda shape, _: f"{shape[0]} channel{'s' * (shape[0] > 1)}",
@@ -211,10 +221,38 @@ def mixed_kinds_error(kinds: dict[ImageKind, list[Path]]) -> BadFilesError:
     for kind, paths in kinds.items():
         groups.setdefault(aspects[code](*kind), []).extend(paths)
     ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
-    most = ranked[0][0]
-    problems = [FileProblem(p, code, f"{what}, where most have {most}") for what, paths in ranked[1:] for p in paths]
-    examples = "; ".join(f"{what} in {len(paths)}, such as {paths[0].name}" for what, paths in ranked[:3])
-    return BadFilesError(problems, examples)
+    most, total = ranked[0][0], sum(map(len, groups.values()))
+    remedy = _remedy([shape for shape, _ in kinds], {num_values for _, num_values in kinds})
+    if 2 * len(ranked[0][1]) > total:
+        problems = [
+            FileProblem(p, code, f"{what}, where most have {most}") for what, paths in ranked[1:] for p in paths
+        ]
+        examples = "; ".join(f"{what} in {len(paths)}, such as {paths[0].name}" for what, paths in ranked[:3])
+        return BadFilesError(problems, examples, remedy)
+    if code == "MIXED_SIZES":
+        small, *_, large = sorted((shape[1:] for shape, _ in kinds), key=math.prod)
+        names = f"{len(groups):,} sizes, from {small[1]} x {small[0]} to {large[1]} x {large[0]} pixels"
+    else:
+        names = " and ".join(f"{what} in {len(paths):,}" for what, paths in ranked)
+    return BadFilesError([FileProblem(where, code, f"{total:,} images have {names}")], None, remedy, of_whole=True)
+
+
+DEFAULT_SIDES = (64, 32, 16, 8)
+"""Sides in pixels that are proposed for images of many sizes: the largest one to which no image has to be enlarged."""
+
+
+def _remedy(shapes: Sequence[tuple[int, ...]], num_values: Collection[int]) -> dict[str, Any]:
+    """Options that give images of these shapes (C, H, W) and numbers of values one kind; empty if none do."""
+    if len(set(num_values) - {2}) > 1:
+        return {}
+    remedy: dict[str, Any] = {}
+    if len({shape[1:] for shape in shapes}) > 1:
+        side = min(min(shape[1:]) for shape in shapes)
+        remedy = {"size": next((s for s in DEFAULT_SIDES if s <= side), side), "crop": True}
+    channels = {shape[0] for shape in shapes}
+    if len(channels) > 1 or (len(num_values) > 1 and not remedy):
+        remedy["channels"] = max(channels)
+    return remedy
 
 
 def _bytes(path: Path, stamp: FileStamp) -> bytes:

@@ -1,0 +1,83 @@
+"""Errors as the command line shows them: options are spelled as flags, and a command that works is printed whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import typer
+
+from undiffuse.errors import UndiffuseError
+
+SETTING_FLAGS = {"max_steps": "--steps"}
+"""Flags of settings of [train] that are not named after the setting."""
+
+ARGUMENT = re.compile(r"(?<![\w./=-])(?P<name>[a-z]\w*)=(?P<value>\"[^\"]*\"|'[^']*'|[\w.#-]*\w)")
+"""A Python argument in the text of an error, such as size=64."""
+
+OPTION_LIST = re.compile(r"(?<=options are )[\w, ]+")
+
+
+def error_line(error: UndiffuseError, arguments: Sequence[str]) -> str:
+    """The line of an ``error`` of the command ``arguments``, whose options are flags."""
+    flags = command_flags(arguments)
+    where, cause, fix = error.where, _in_flags(error.cause, flags), f"{_in_flags(error.fix, flags)}."
+    setting = re.fullmatch(r"train\.(\w+) = (.*)", where)
+    named = re.fullmatch(r"(\w+)(?: = (.*))?", where)
+    if setting and (flag := SETTING_FLAGS.get(setting[1], _as_flag(setting[1]))) in arguments:
+        where, fix = f"{flag} {setting[2]}", "Change it."
+    elif named and named[1] in flags and where not in arguments:
+        where = " ".join(filter(None, (flags[named[1]], named[2])))
+    remedy: Mapping[str, Any] = getattr(error, "remedy", {})
+    if remedy and remedy.keys() <= flags.keys():
+        words = [word for name, value in remedy.items() for word in _words(flags[name], value)]
+        fix = f"Run: {shlex.join(['undiffuse', *arguments, *words])}"
+    return f"error[{error.code}] {where}: {cause}. {fix}"
+
+
+def command_flags(arguments: Sequence[str]) -> dict[str, str]:
+    """The flag of each option of the command that ``arguments`` name, by the name of its Python argument."""
+    from undiffuse.cli.app import app
+
+    commands: Mapping[str, Any] = getattr(typer.main.get_command(app), "commands", {})
+    command = next((commands[word] for word in arguments if word in commands), None)
+    flags = {p.name: p.opts for p in command.params} if command is not None else {}
+    return {name: max(opts, key=len) for name, opts in flags.items() if opts[0].startswith("--")}
+
+
+def config_hint(option: str) -> str:
+    """Where an unknown ``option`` of ``train`` belongs in a recipe; empty if it is no setting."""
+    from undiffuse.model.config import ModelConfig, TrainConfig
+    from undiffuse.model.presets import PRESETS
+
+    name = option.lstrip("-").replace("-", "_")
+    places = {key: "[model] network" for preset in PRESETS.values() for key in preset.model.network}
+    places |= {field.name: "[model]" for field in dataclasses.fields(ModelConfig)}
+    places |= {field.name: "[train]" for field in dataclasses.fields(TrainConfig)}
+    name = next(iter(difflib.get_close_matches(name, places, 1, cutoff=0.8)), "")
+    if not name:
+        return ""
+    return f"{name} is a setting of {places[name]} in a recipe: give it in a file, --config FILE.toml"
+
+
+def _in_flags(text: str, flags: Mapping[str, str]) -> str:
+    """``text`` with flags in place of Python arguments."""
+
+    def spell(match: re.Match[str]) -> str:
+        name, value = match["name"], match["value"].strip("'\"")
+        return " ".join(_words(flags[name], True if value == "True" else value)) if name in flags else match[0]
+
+    text = OPTION_LIST.sub(lambda match: re.sub(r"\w+", lambda name: flags.get(name[0], name[0]), match[0]), text)
+    return ARGUMENT.sub(spell, text)
+
+
+def _words(flag: str, value: Any) -> list[str]:
+    return [flag] if value is True else [flag, str(value)]
+
+
+def _as_flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
