@@ -164,12 +164,13 @@ def file(name: str, content: bytes, folder: Path) -> Path:
 
 
 def image(number, name, content, codes, text="", good=False, **options) -> Row:
-    """A row for an image in a folder, with a valid one next to it if ``good``."""
+    """A row for an image in a folder, with two valid ones next to it if ``good``."""
 
     def make(folder: Path) -> Path:
         file(name, content, folder)
         if good:
             file("good.png", PNG, folder)
+            file("good too.png", PNG, folder)
         return folder
 
     return Row(number, name, make, codes, text, name if codes else None, options)
@@ -319,7 +320,7 @@ IMAGES = [
         crop=True,
     ),
     image(32, "other.png", encoded(RGB, "PNG"), "MIXED_SIZES", "5 x 5 pixels in 1, such as other.png", good=True),
-    image(33, "same.png", PNG, "", "1 of 2 items repeat another one exactly", good=True),
+    image(33, "same.png", PNG, "", "2 of 3 items repeat another one exactly", good=True),
     image(34, "good.jpg", JPEG, "", good=True),
 ]
 

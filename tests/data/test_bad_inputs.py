@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from undiffuse.cli import main
+from undiffuse.cli.messages import error_line
 from undiffuse.data import from_array as arrays
 from undiffuse.data import lazy_array
 from undiffuse.data.sources import image_folder
@@ -55,24 +57,28 @@ def folder(monkeypatch):
 
 
 def load_result(target: Path, row: Row) -> list[str]:
-    """[code, message], or ["", notes]."""
+    """[code, message, message of the command line], or ["", notes, ""]."""
     try:
         data = load(target, **row.options)
     except (DataError, ConfigError) as error:
-        return [error.code, str(error)]
-    return ["", "\n".join(data.notes)]
+        return [error.code, str(error), error_line(error, check_command(target, row))]
+    return ["", "\n".join(data.notes), ""]
 
 
-def check_result(target: Path, row: Row) -> list:
-    """[exit code, standard output, standard error] of ``undiffuse check``."""
+def check_command(target: Path, row: Row) -> list[str]:
     flags = []
     for name, value in row.options.items():
         flags += [FLAGS[name]] if name in FLAGS else [f"--{name.replace('_', '-')}"]
         if name not in FLAGS:
             flags += [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
+    return ["check", os.fspath(target), *flags]
+
+
+def check_result(target: Path, row: Row) -> list:
+    """[exit code, standard output, standard error] of ``undiffuse check``."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["check", os.fspath(target), *flags])
+        code = main(check_command(target, row))
     return [code, out.getvalue(), err.getvalue()]
 
 
@@ -88,7 +94,7 @@ def results(row: Row, target: Path) -> list:
 def test_bad_inputs(row, folder):
     target = row.make(folder)
     result = in_child(lambda: results(row, target), user=NOBODY) if row.as_user else results(row, target)
-    (code, text), (exit_code, out, err), seconds, grown = result
+    (code, text, line), (exit_code, out, err), seconds, grown = result
     if not row.codes:
         assert (code, exit_code, err) == ("", 0, ""), result
         assert row.text in text
@@ -100,7 +106,8 @@ def test_bad_inputs(row, folder):
         assert text.startswith(f"error[{code}] {path if row.file != '' else ''}"), text
         assert text.isprintable()
         assert exit_code == (2 if code == "NOT_A_DIRECTORY" else 3)
-        assert err.splitlines()[-1] == text
+        assert err.splitlines()[-1] == line
+        assert not re.search(r"\b(size|crop|channels|frames|layout|upscale)=", line), "no Python arguments"
         assert len(err.splitlines()) < 5 or row.number == 49
         assert "Traceback" not in out + err
         assert "the canary ran" not in out + err

@@ -14,12 +14,14 @@ from undiffuse.cli.data_options import ReadData, read_data, with_data_options
 from undiffuse.cli.guidance_options import class_names
 from undiffuse.cli.label_options import make_condition
 from undiffuse.cli.options import (
+    MAX_COUNT,
     Device,
     NetworkFile,
     RunArgument,
     console,
     network_option,
     register_network,
+    require_memory_for,
     resolve_device,
     run_folder,
 )
@@ -51,12 +53,14 @@ def advise_command(
             metavar="[DATA]",
         ),
     ] = None,
-    calls: Annotated[int, typer.Option(help="Network calls per sample.", min=1)] = 10,
+    calls: Annotated[int, typer.Option(help="Network calls per sample.", min=1, max=MAX_COUNT)] = 10,
     items: Annotated[
-        int, typer.Option(help="Starting points of the flow; half of them serve to fit times.", min=8)
+        int, typer.Option(help="Starting points of the flow; half of them serve to fit times.", min=8, max=MAX_COUNT)
     ] = 64,
-    samples: Annotated[int, typer.Option(help="Samples per sampler that are compared with the data.", min=20)] = 500,
-    fine: Annotated[int, typer.Option(help="Steps of the reference solution of the flow.", min=4)] = 200,
+    samples: Annotated[
+        int, typer.Option(help="Samples per sampler that are compared with the data.", min=20, max=MAX_COUNT)
+    ] = 500,
+    fine: Annotated[int, typer.Option(help="Steps of the reference solution of the flow.", min=4, max=MAX_COUNT)] = 200,
     label: Annotated[list[str] | None, typer.Option(help="Classes to sample, used in turn; see sample.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the starting points and samples.")] = 1,
     network: NetworkFile = None,
@@ -84,6 +88,8 @@ def advise_command(
     real, reason = None, "they are compared without labels only"
     if not label:
         real, reason = _real_items(model, run, data, read)
+    require_memory_for(f"--items {items}", 4 * items * model.dims)
+    require_memory_for(f"--samples {samples}", 4 * samples * model.dims)
     noise = ItemNoise(seed, range(items), model.item_shape, "advise", model.device)
     start, condition = prior_sample(model.chain[0], noise(1)[0]), make_condition(class_names(model), label or ())
     cond = condition and model.prepare_condition(condition(range(items)), items)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from undiffuse.cli.data_options import OwnDataArgument, ReadData, read_data, refuse_inside, with_data_options
-from undiffuse.cli.options import Device, NetworkFile, console, register_network, resolve_device
+from undiffuse.cli.options import MAX_COUNT, Device, NetworkFile, console, register_network, resolve_device
 from undiffuse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def ema(
     best: Annotated[bool, typer.Option("--best", help="Choose the length with the lowest held-out bound.")] = False,
     items: Annotated[int, typer.Option(help="Largest number of held-out items to measure.", min=2)] = 256,
     mc_samples: Annotated[
-        int, typer.Option(help="Monte Carlo samples of the bound for each item: steps of the chain.", min=1)
+        int,
+        typer.Option(help="Monte Carlo samples of the bound for each item: steps of the chain.", min=1, max=MAX_COUNT),
     ] = 16,
     out: Annotated[
         Path | None, typer.Option(help="File to write; by default model-ema-LENGTH.safetensors in RUN.")

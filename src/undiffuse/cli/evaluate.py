@@ -20,6 +20,7 @@ from undiffuse.cli.data_options import (
     with_data_options,
 )
 from undiffuse.cli.options import (
+    MAX_COUNT,
     Device,
     NetworkFile,
     RunArgument,
@@ -48,7 +49,8 @@ def evaluate(
         int | None, typer.Option(help="Largest number of items to measure, spread evenly over the part.", min=2)
     ] = None,
     mc_samples: Annotated[
-        int | None, typer.Option(help="Monte Carlo samples of the bounds for each item: steps or points.", min=1)
+        int | None,
+        typer.Option(help="Monte Carlo samples of the bounds for each item: steps or points.", min=1, max=MAX_COUNT),
     ] = None,
     unconditional: Annotated[
         bool, typer.Option("--unconditional", help="Give a conditional model no condition, even if the data have one.")
@@ -61,7 +63,7 @@ def evaluate(
         ),
     ] = False,
     iw_samples: Annotated[
-        int, typer.Option(help="Importance samples of the flow for each item, for integer data.", min=1)
+        int, typer.Option(help="Importance samples of the flow for each item, for integer data.", min=1, max=MAX_COUNT)
     ] = 1,
     compat: Annotated[
         str | None, typer.Option(help="openai: also the bound as improved-diffusion's script computes it.")

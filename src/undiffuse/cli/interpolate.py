@@ -17,6 +17,7 @@ from undiffuse.cli.options import (
     console,
     limit_steps,
     register_network,
+    require_memory_for,
     resolve_device,
     run_folder,
 )
@@ -54,6 +55,7 @@ def interpolate(
     model = checkpoint.load(run, resolve_device(device))
     transform = check_image_model(model, run)
     channels, *sides = model.item_shape
+    require_memory_for(f"--n {n}", 4 * n * model.dims)
     steps = limit_steps(steps, model.chain_length)
     condition = make_condition(class_names(model), [label] if label else ())
     prepare = recorded_options(run)

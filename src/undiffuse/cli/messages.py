@@ -16,6 +16,9 @@ from undiffuse.errors import UndiffuseError
 SETTING_FLAGS = {"max_steps": "--steps"}
 """Flags of settings of [train] that are not named after the setting."""
 
+LIBRARY_NAMES = {"factor": "--upsample", "noise_std": "--noise", "num_steps": "--steps"}
+"""Flags of arguments of the library that have other names there."""
+
 ARGUMENT = re.compile(r"(?<![\w./=-])(?P<name>[a-z]\w*)=(?P<value>\"[^\"]*\"|'[^']*'|[\w.#-]*\w)")
 """A Python argument in the text of an error, such as size=64."""
 
@@ -29,9 +32,9 @@ def error_line(error: UndiffuseError, arguments: Sequence[str]) -> str:
     setting = re.fullmatch(r"train\.(\w+) = (.*)", where)
     named = re.fullmatch(r"(\w+)(?: = (.*))?", where)
     if setting and (flag := SETTING_FLAGS.get(setting[1], _as_flag(setting[1]))) in arguments:
-        where, fix = f"{flag} {setting[2]}", "Change it."
-    elif named and named[1] in flags and where not in arguments:
-        where = " ".join(filter(None, (flags[named[1]], named[2])))
+        where, fix = f"{flag} {setting[2]}", fix.replace("Change this setting", "Change it")
+    elif named and where not in arguments and (flag := flags.get(named[1], LIBRARY_NAMES.get(named[1]))):
+        where = " ".join(filter(None, (flag, named[2])))
     remedy: Mapping[str, Any] = getattr(error, "remedy", {})
     if remedy and remedy.keys() <= flags.keys():
         words = [word for name, value in remedy.items() for word in _words(flags[name], value)]

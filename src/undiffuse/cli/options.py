@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from undiffuse.data.sources.registry import SOURCES
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, ResourceError
 from undiffuse.runtime.terminal import make_console
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ RunArgument = Annotated[Path, typer.Argument(help="A run folder or a model file 
 Device = Annotated[
     str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, or another device of torch with float64.")
 ]
+
+MAX_COUNT = 1_000_000
+"""The most calls, Monte Carlo samples or steps of a reference that a command takes; more would never end."""
 
 NetworkFile = Annotated[
     str | None,
@@ -66,6 +69,30 @@ def limit_steps(steps: int, chain_length: int, log: Callable[[str], None] | None
     if steps > chain_length:
         (log or console.print)(f"--steps {steps:,} exceeds the model's chain: {chain_length:,} steps are used")
     return min(steps, chain_length)
+
+
+def require_room(flag: str, out: Path, size: int) -> None:
+    """Raise `ResourceError` if ``flag`` asks for more than the ``size`` bytes that are free where ``out`` will be."""
+    import shutil
+
+    place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    if size > (free := shutil.disk_usage(place).free):
+        cause = f"it needs {size:,} bytes in {out}, where {free:,} are free"
+        raise ResourceError("DISK", flag, cause, "Give a smaller number, or another --out")
+
+
+def bytes_per_value(num_values: int | None) -> int:
+    """Bytes of a value in an array of items with ``num_values`` values; None: continuous."""
+    return 4 if num_values is None else 1 if num_values <= 256 else 2
+
+
+def require_memory_for(flag: str, size: int) -> None:
+    """Raise `ResourceError` if ``flag`` asks for more than the memory of ``size`` bytes that may be used."""
+    from undiffuse.runtime.machine import available_memory
+
+    if size > (free := int(available_memory())):
+        cause = f"it needs {size:,} bytes of memory, and {free:,} may be used here"
+        raise ResourceError("MEMORY", flag, cause, "Give a smaller number")
 
 
 def run_folder(run: Path) -> Path:

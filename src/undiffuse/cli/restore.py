@@ -21,6 +21,7 @@ from undiffuse.cli.options import (
     console,
     limit_steps,
     register_network,
+    require_memory_for,
     resolve_device,
     run_folder,
 )
@@ -127,6 +128,7 @@ def restore(
     plan |= {"weights": checkpoint.fingerprint(model), "observed": hashlib.sha256(observed.numpy().data).hexdigest()}
     folder = out or _unused_folder(run_folder(run) / "restored" / f"{image.stem}-{method}")
     samples = SampleFolder(folder, plan, model.item_shape, model.info.get("num_values"), more=["strip.png"])
+    require_memory_for(f"--n {n}", 4 * n * model.dims)
     began = time.perf_counter()
     with samples.open(range(n), lambda line: None) as missing:
         with Progress(console=console, transient=True) as bar:

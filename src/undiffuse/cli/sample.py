@@ -20,9 +20,11 @@ from undiffuse.cli.options import (
     Device,
     NetworkFile,
     RunArgument,
+    bytes_per_value,
     console,
     limit_steps,
     register_network,
+    require_room,
     resolve_device,
     run_folder,
 )
@@ -144,6 +146,7 @@ def sample(
     out = out or run_folder(run) / "samples" / _folder_name(sampler, labels, [p for p in files.values() if p], seed)
     num_values, columns = model.info.get("num_values"), model.info.get("columns", ())
     folder, items = SampleFolder(out, plan, model.item_shape, num_values, columns), range(n)
+    require_room(f"--n {n}", out, n * model.dims * bytes_per_value(num_values))
     if animate is not None and rank == 0:
         _animate(animate, model, seed, range(min(n, MAX_ANIMATED)), sampler, condition, guide)
         log(f"animation: {animate}")

@@ -77,8 +77,9 @@ def within_calls(model: Diffusion, sampler: Sampler, calls: int) -> Sampler:
     if isinstance(solver, Adaptive):
         cause = f"the number of calls of {sampler.solver} depends on its tolerances"
         raise ConfigError("CALLS", f"--calls {calls}", cause, "Give --steps and --set rtol=..., or another --solver")
-    if fitted := fit_to_budget(sampler, model.schedule, calls):
-        return fitted
+    whole_chain = model.chain_length * solver.calls + 2  # the first and the last step may be DDIM's
+    if fitted := fit_to_budget(sampler, model.schedule, min(calls, whole_chain)):
+        return replace(fitted, num_steps=min(fitted.num_steps or model.chain_length, model.chain_length))
     cause = f"a step of {sampler.solver} takes {solver.calls}"
     raise ConfigError("CALLS", f"--calls {calls}", cause, "Give more calls, or another --solver")
 

@@ -106,7 +106,7 @@ def _from_description(
         if network is not None:  # under the name of the file
             config = replace(config, network={**config.network, "kind": kind_of(network)})
         return Diffusion(config, tuple(plain["item_shape"]), transform, plain["info"], network)
-    except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (ConfigError, LookupError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         if network is not None and isinstance(error, ConfigError) and error.code == "NETWORK":
             fix = "Give an instance that has its settings: load(path, network=Net(...))"
             raise CheckpointError("NETWORK", path, f"its network cannot be built ({error})"[:400], fix) from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import csv
+import io
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from undiffuse.likelihood.nll import NLL
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.report.figures import bits_per_step
 from undiffuse.report.table import cell
+from undiffuse.runtime.atomic_file import write_atomic, write_csv
 from undiffuse.runtime.output_folder import check_output_folder, listed_files, read_record, write_record
 from undiffuse.runtime.own_output import PICTURE_MARK
 
@@ -105,7 +107,8 @@ def write_evaluation(
     if "discrete" in result.nll or "continuous" in result.nll:
         try:
             figure, mark = bits_figure(result.model, result.nll), {"Software": PICTURE_MARK}
-            figure.savefig(folder / "bits-per-step.png", dpi=150, metadata=mark)
+            figure.savefig(picture := io.BytesIO(), dpi=150, metadata=mark)
+            write_atomic(folder / "bits-per-step.png", picture.getvalue())
             files.append("bits-per-step.png")
             lines.append(f"figure: {folder / 'bits-per-step.png'}")
         except ConfigError as error:
@@ -122,8 +125,8 @@ def write_items(path: Path, result: EvaluationResult) -> None:
     """Writes a CSV file: an item's index in the data set, and its bits per dimension by each estimate, or a blank."""
     columns = {name: nll.bits_per_dim(result.model.dims).tolist() for name, nll in result.nll.items()}
     most = max(map(len, columns.values()))
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", *columns])
-        for i in np.argsort(result.items[:most]):
-            writer.writerow([int(result.items[i]), *(bits[i] if i < len(bits) else "" for bits in columns.values())])
+    rows = (
+        [int(result.items[i]), *(bits[i] if i < len(bits) else "" for bits in columns.values())]
+        for i in np.argsort(result.items[:most])
+    )
+    write_csv(path, itertools.chain([["index", *columns]], rows))

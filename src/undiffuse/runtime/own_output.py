@@ -5,11 +5,14 @@ Run folders and sample folders are recognised by their records, single pictures 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+from undiffuse.runtime.atomic_file import write_atomic
 
 PICTURE_MARK = "undiffuse:picture"
 """Stands in the metadata of each picture that is no item: sheets, strips, plots, animations."""
@@ -30,8 +33,12 @@ UNRECORDED_RUN = {"checkpoints", "pictures", "lock", "lock.pid", "run.json.parti
 
 
 def save_picture(image: Any, path: Path, **options: Any) -> None:
-    """Save a PIL image with `PICTURE_MARK` in its metadata. BMP has none, so such a picture has no mark."""
-    image.save(path, **mark_options(path.suffix), **options)
+    """Save a PIL image with `PICTURE_MARK` in its metadata, durably. BMP has none, so such a picture has no mark."""
+    from PIL import Image
+
+    content, suffix = io.BytesIO(), path.suffix.lower()
+    image.save(content, Image.registered_extensions()[suffix], **mark_options(suffix), **options)
+    write_atomic(path, content.getvalue())
 
 
 def mark_options(suffix: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from undiffuse.errors import CheckpointError
 from undiffuse.runtime import file_headers as headers
-from undiffuse.runtime.atomic_file import write_atomic
+from undiffuse.runtime.atomic_file import remedy, write_atomic
 from undiffuse.runtime.file_errors import FileError
 
 FORMAT = 3
@@ -42,7 +42,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (FileError, SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(
+            "UNREADABLE", path, f"cannot be read ({error.strerror or error})", remedy(error)
+        ) from None
+    except (FileError, SafetensorError, ValueError) as error:
         raise CheckpointError("DAMAGED", path, f"not a whole safetensors file ({error})"[:300], OLDER) from None
     version = metadata.get("undiffuse", "")
     if re.fullmatch("[0-9]{1,9}", version) and int(version) != FORMAT:

@@ -16,7 +16,7 @@ from undiffuse.data.dataset import Dataset
 from undiffuse.data.sources.registry import load
 from undiffuse.errors import CheckpointError, ConfigError, DataError, ResourceError
 from undiffuse.model.config import from_dict, to_dict
-from undiffuse.runtime.atomic_file import json_digest, write_atomic
+from undiffuse.runtime.atomic_file import json_digest, remedy, write_atomic
 from undiffuse.runtime.folder_lock import LOCK_FILES, lock_folder, lock_holder
 
 ALLOWED_WITHOUT_RECORD = {"checkpoints", "pictures", "run.json.partial", *LOCK_FILES}
@@ -69,7 +69,12 @@ class Run:
         if not path.is_file():
             return None
         try:
-            record = json.loads(path.read_bytes())
+            content = path.read_bytes()
+        except OSError as error:
+            cause = f"cannot be read ({error.strerror or error})"
+            raise CheckpointError("UNREADABLE", path, cause, remedy(error)) from None
+        try:
+            record = json.loads(content)
             _ = record["config"], record["data"]["fingerprint"], record["finished"]
             intact = record.pop("sha256") == json_digest(record)
         except (ValueError, KeyError, TypeError):

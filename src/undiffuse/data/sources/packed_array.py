@@ -22,7 +22,7 @@ from undiffuse.data.dataset import Dataset, chunks
 from undiffuse.data.from_array import CHANNELS_FIRST
 from undiffuse.data.sources import array_files
 from undiffuse.errors import ConfigError, ResourceError
-from undiffuse.runtime.atomic_file import fsync_folder, write_atomic
+from undiffuse.runtime.atomic_file import fsync_folder, write_atomic, write_error
 from undiffuse.runtime.file_errors import FileError, file_errors_at
 
 METADATA_FIELDS = (
@@ -82,10 +82,14 @@ class PackWriter:
         assert isinstance(values, np.memmap)
         values.flush()
         path, header = Path(str(values.filename)), _header(values.shape, values.dtype)
-        with path.open("r+b") as file:
-            file.write(header)  # as long as for any other number of items
-            file.truncate(len(header) + values.nbytes)
-            os.fsync(file.fileno())
+        size = len(header) + values.nbytes
+        try:
+            with path.open("r+b") as file:
+                file.write(header)  # as long as for any other number of items
+                file.truncate(size)
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_error(out, size, error) from None
         metadata = {name: getattr(data, name) for name in METADATA_FIELDS if name != "shape"} | {"shape": values.shape}
         arrays = {name: array for name in ARRAY_FIELDS if (array := getattr(data, name)) is not None}
         if data.names:
