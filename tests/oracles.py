@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from undiffuse.denoising.denoiser import Prediction
+from undiffuse.denoising.denoiser import Prediction, predicts_at_data
 from undiffuse.networks.condition import Condition
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.schedule import Schedule
@@ -218,6 +218,7 @@ class ExactDenoiser:
     data: Mixture
     schedule: Schedule
     var_interp: float | Tensor | None = None
+    predicts_at_data: bool = True
 
     def __call__(
         self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, next_level: NoiseLevel | None = None
@@ -242,6 +243,10 @@ class Spy:
     @property
     def schedule(self) -> Schedule:
         return self.denoise.schedule
+
+    @property
+    def predicts_at_data(self) -> bool:
+        return predicts_at_data(self.denoise)
 
     def __call__(self, x_t, level, cond=None, next_level=None) -> Prediction:
         self.seen.append((x_t, level, cond, next_level))

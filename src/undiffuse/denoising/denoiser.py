@@ -40,6 +40,14 @@ class Denoiser(Protocol):
         ...
 
 
+def predicts_at_data(denoise: Denoiser) -> bool:
+    """Whether ``denoise`` returns a finite ε̂ at sigma = 0, as its attribute ``predicts_at_data`` says; default False.
+
+    Denoisers that compute ε̂ as (x_t − alpha x̂)/sigma do not: a clamped or guided x̂, and x̂ as the network's output.
+    """
+    return getattr(denoise, "predicts_at_data", False)
+
+
 INPUT_SCALES: dict[str, Callable[[NoiseLevel, float], Tensor]] = {
     "none": lambda level, sigma_data: torch.ones_like(level.alpha),  # Ho20
     "unit": lambda level, sigma_data: 1 / torch.sqrt(level.alpha**2 * sigma_data**2 + level.sigma**2),  # Karras22 c_in
@@ -113,6 +121,13 @@ class NetworkDenoiser:
                 "Use a tabulated schedule, or the target 'x', 'eps' or 'v'",
             )
 
+    @property
+    def predicts_at_data(self) -> bool:
+        """Whether the target determines ε̂ at sigma = 0: eps, v, flow and edm do."""
+        data = self.schedule(0.0)
+        d = self.target.determinant(data, self.next_level(data))
+        return not self.categorical and bool(torch.isfinite(d)) and float(d.detach()) != 0
+
     def next_level(self, level: NoiseLevel) -> NoiseLevel | None:
         """The level s, one step of the table below ``level``, if the target needs it, else None."""
         if not self.target.needs_next_level:
@@ -122,8 +137,13 @@ class NetworkDenoiser:
         return self.schedule((level.t - 1 / chain_length).clamp(min=0))
 
     def outputs(self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None) -> tuple[Tensor, Tensor | None]:
-        """(y, var_interp) as the network returns them, in float32 at least."""
+        """(y, var_interp) as the network returns them, in float32 at least.
+
+        At sigma = 0 the network's inputs are those of ``t_min``, the cleanest level of its training.
+        """
         at = level.broadcast_like(x_t)
+        if not bool((level.sigma > 0).all()):
+            level = self.schedule(level.t.clamp(min=self.schedule.t_min))
         scaled = broadcast_like(self.preconditioning.input_scale(level), x_t) * x_t
         time = self.preconditioning.time_input(level).to(device=x_t.device, dtype=scaled.dtype).expand(x_t.shape[0])
         precision = contextlib.nullcontext()
@@ -185,6 +205,10 @@ class ConditionedDenoiser(DenoiserWrapper):
     """A denoiser called with the condition ``cond`` (None: without), in place of the condition of each call."""
 
     cond: Condition | None
+
+    @property
+    def predicts_at_data(self) -> bool:
+        return predicts_at_data(self.denoise)
 
     def __call__(
         self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, next_level: NoiseLevel | None = None

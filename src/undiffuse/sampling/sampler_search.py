@@ -285,7 +285,10 @@ def endpoint(sampler: Sampler, denoise: Denoiser, start: Tensor) -> Tensor:
 
 
 def count_calls(sampler: Sampler, schedule: Schedule) -> int:
-    """Network calls of a sample without guidance, those of the solver's start and last step included."""
+    """The most network calls of a sample without guidance, those of the solver's start and last step included.
+
+    Fewer if the denoiser does not `predicts_at_data`, and the solver's last step is DDIM's.
+    """
     counter = CallCounter(schedule)
     endpoint(sampler, counter, torch.ones(1, 1, dtype=torch.float64))
     return counter.calls
@@ -302,10 +305,11 @@ def _sort_key(one: MeasuredSampler) -> float:
 
 @dataclass
 class CallCounter:
-    """A denoiser that predicts 0 and counts its calls."""
+    """A denoiser that predicts 0, at data too, and counts its calls."""
 
     schedule: Schedule
     calls: int = 0
+    predicts_at_data: bool = True
 
     def __call__(
         self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, next_level: NoiseLevel | None = None

@@ -192,14 +192,19 @@ def ddim(eta: float) -> Reference:
     return in_preserving(rule)
 
 
-def by_ddim_at_the_ends(step: Callable[..., Array]) -> Reference:
-    """``step`` (which takes the times) between finite log-SNRs; else DDIM's, alpha_s x̂ + sigma_s ε̂."""
+def by_ddim_at_the_ends(
+    step: Callable[..., Array], regular: Callable[[Process, bool, bool], bool] = lambda process, noise, data: False
+) -> Reference:
+    """``step`` (which takes the times) between finite log-SNRs; else DDIM's, alpha_s x̂ + sigma_s ε̂.
+
+    ``regular(process, noise, data)``: a step out of pure ``noise`` or into ``data`` is not DDIM's either.
+    """
 
     def reference(hand: Hand) -> Array:
         x = hand.x
         for k, (t, s) in enumerate(pairwise(hand.times)):
             (a_t, s_t), (a_s, s_s) = hand.process.at(t), hand.process.at(s)
-            if a_t > 1e-14 and s_s > 0:
+            if (a_t > 1e-14 and s_s > 0) or regular(hand.process, a_t < 1e-14, s_s == 0):
                 x = step(hand, x, hand.noise[k], t, s)
             else:
                 clean = hand.predict(x, a_t, s_t)
@@ -215,7 +220,7 @@ def flow_in(variable: str, hand: Hand) -> tuple[Callable, Callable, Callable]:
 
     def split(x: Array, alpha: float, sigma: float) -> tuple[Array, Array]:
         clean = hand.predict(x, alpha, sigma)
-        return clean, (x - alpha * clean) / sigma
+        return clean, (x - alpha * clean) / sigma if sigma > 0 else 0 * x  # data do not depend on their noise
 
     if variable == "ratio":  # Karras 2022 eq. 4 with s(t) = 1
 
@@ -231,7 +236,7 @@ def flow_in(variable: str, hand: Hand) -> tuple[Callable, Callable, Callable]:
             clean, eps = split(math.hypot(alpha, sigma) * y, alpha, sigma)
             return math.cos(u) * eps - math.sin(u) * clean
 
-        return lambda t: math.atan(process.at(t)[1] / process.at(t)[0]), lambda t: math.hypot(*process.at(t)), slope
+        return lambda t: math.atan2(process.at(t)[1], process.at(t)[0]), lambda t: math.hypot(*process.at(t)), slope
 
     def slope(u, y):  # Lipman 2023 eq. 1 and 15, at the mean of dx_t/dt
         clean, eps = split(y, *process.at(u))
@@ -241,7 +246,13 @@ def flow_in(variable: str, hand: Hand) -> tuple[Callable, Callable, Callable]:
     return lambda t: t, lambda t: 1.0, slope
 
 
-def runge_kutta(method: str, variable: str) -> Reference:
+def runge_kutta(method: str, variable: str, end: str = "high") -> Reference:
+    def regular(process: Process, noise: bool, data: bool) -> bool:
+        """sigma/alpha is infinite at noise; a table has no levels, and dalpha/dt is 0 times inf, at either end."""
+        if variable == "t" or process.schedule.chain_length or (noise and variable == "ratio"):
+            return False
+        return not (data and end == "low")
+
     def step(hand, x, z, t, s):
         clock, scale, slope = flow_in(variable, hand)
         u, h, y = clock(t), clock(s) - clock(t), x / scale(t)
@@ -256,7 +267,7 @@ def runge_kutta(method: str, variable: str) -> Reference:
             y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + slope(u + h, y + h * k3))
         return scale(s) * y
 
-    return by_ddim_at_the_ends(step)
+    return by_ddim_at_the_ends(step, regular)
 
 
 def edm(churn: float, low: float, high: float, inflation: float) -> Reference:
@@ -339,11 +350,12 @@ ROWS: dict[str, Row] = {
     "heun in the angle": Row(RungeKutta("heun", "angle"), runge_kutta("heun", "angle"), 2, calls=twice, name="heun"),
     "rk4": Row(RungeKutta("rk4"), runge_kutta("rk4", "ratio"), 4, calls=four_times),
     "rk4 in t": Row(RungeKutta("rk4", "t"), runge_kutta("rk4", "t"), 4, calls=four_times),
+    "rk4 to low": Row(RungeKutta("rk4", "angle", "low"), runge_kutta("rk4", "angle", "low"), 4, calls=four_times),
     "rk4 in the angle": Row(RungeKutta("rk4", "angle"), runge_kutta("rk4", "angle"), 4, calls=four_times, name="rk4"),
     "edm": Row(EDM(), edm(40.0, 0.05, 50.0, 1.003), None, 1, twice, name="edm"),
     "edm in part": Row(EDM(0.5, 0.3, 4.0, 1.1), edm(0.5, 0.3, 4.0, 1.1), None, 1, twice),
     "edm exact": Row(EDM(1.0, 0.0, math.inf, 1.0), edm(1.0, 0.0, math.inf, 1.0), 2, 1, twice),
-    "edm without churn": Row(EDM(0.0), runge_kutta("heun", "ratio"), 2, calls=twice),
+    "edm without churn": Row(EDM(0.0), runge_kutta("heun", "ratio", "low"), 2, calls=twice),
     "euler-maruyama": Row(
         EulerMaruyama(), by_ddim_at_the_ends(euler_maruyama), 1, 1, finest={"exploding": 512}, name="euler_maruyama"
     ),

@@ -6,6 +6,7 @@ from the finest three doublings of the steps whose error is above `LEAST`; below
 order shows with more steps than `STEPS` only, the row says how many, and those of over a thousand are `release` tests.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -53,18 +54,25 @@ def none(draws: int) -> torch.Tensor:
 
 
 def strong(solver, ends: str, steps: int) -> float:
-    levels = levels_of(ends, steps)
+    return strong_error(solver, PROCESSES[ends].schedule, levels_of(ends, steps))
+
+
+def strong_error(solver, schedule, levels: list, predicts_at_data: bool = True) -> float:
     x = torch.tensor([[-1.3], [-0.2], [0.1], [0.9]], dtype=torch.float64)
     x = x * torch.sqrt(levels[0].alpha ** 2 + levels[0].sigma ** 2)
     exact = MIXTURE.flow(x, levels[0], levels[-1])
-    *_, done = trajectory(MIXTURE.denoiser(PROCESSES[ends].schedule), solver, levels, x, none)
+    denoise = replace(MIXTURE.denoiser(schedule), predicts_at_data=predicts_at_data)
+    *_, done = trajectory(denoise, solver, levels, x, none)
     return float((done.x - exact).norm())
 
 
 def weak(solver, ends: str, steps: int) -> float:
-    levels = levels_of(ends, steps)
+    return weak_error(solver, PROCESSES[ends].schedule, levels_of(ends, steps))
+
+
+def weak_error(solver, schedule, levels: list) -> float:
     start, end = levels[0], levels[-1]
-    map_ = probe(solver, GAUSSIAN.denoiser(PROCESSES[ends].schedule, NU), levels, dims=1)
+    map_ = probe(solver, GAUSSIAN.denoiser(schedule, NU), levels, dims=1)
     gain = float(map_.matrix[0, 0])
     mean = gain * float(start.alpha * GAUSSIAN.m) + float(map_.offset[0])
     var = gain**2 * float(GAUSSIAN.marginal_var(start)) + float((map_.noise**2).sum())

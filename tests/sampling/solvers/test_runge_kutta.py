@@ -4,13 +4,21 @@ import math
 
 import pytest
 import torch
-from oracles import GaussianData, Spy
+from oracles import GaussianData, MixtureData, Spy
 from test_affine import COVS, MEAN, D
 
+from undiffuse.denoising.denoiser import (
+    Clipped,
+    ConditionedDenoiser,
+    NetworkDenoiser,
+    Preconditioning,
+    predicts_at_data,
+)
 from undiffuse.errors import ConfigError
 from undiffuse.process import schedule as S
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.rates import scale_derivatives
+from undiffuse.process.target import TARGETS
 from undiffuse.sampling import solvers
 from undiffuse.sampling.solvers.ddim import DDIM
 from undiffuse.sampling.solvers.edm import EDM
@@ -104,6 +112,64 @@ def test_float32_stays_float32(solver):
     assert {last.x.dtype} | {at.dtype for at, *_ in spy.seen} == {torch.float32}
 
 
+# --- the ends of a grid --------------------------------------------------------------------------------------------
+
+
+class OfATarget(torch.nn.Module):
+    """The network of a target whose denoiser is exact on N(0, 1): y = a E[x given x_t] + b E[ε given x_t]."""
+
+    def __init__(self, target: str, schedule: S.Schedule) -> None:
+        super().__init__()
+        self.target, self.schedule, self.times = TARGETS[target], schedule, []
+
+    def forward(self, x_t, time, cond=None):
+        self.times.append(float(time[0]))
+        level = self.schedule(time[:1].double())
+        total = level.alpha**2 + level.sigma**2
+        return self.target.combine(level.alpha / total * x_t, level.sigma / total * x_t, level)
+
+
+@pytest.mark.parametrize(
+    ("target", "clip", "stages"),
+    [("flow", False, 4), ("v", False, 4), ("eps", False, 4), ("edm", False, 4), ("x", False, 1), ("flow", True, 1)],
+)
+def test_the_step_into_data_has_its_stages_where_the_denoiser_predicts_there(target, clip, stages):
+    """eps cannot be solved at alpha = 0, so its schedule starts below; the network gets no time below t_min."""
+    schedule = S.Sigmoid() if target == "eps" else S.Flow()
+    network = OfATarget(target, schedule)
+    denoise = NetworkDenoiser(network, schedule, TARGETS[target], Preconditioning("none", "t"))
+    assert predicts_at_data(denoise) == predicts_at_data(ConditionedDenoiser(denoise, None)) == (target != "x")
+    denoise = Clipped(denoise, -9, 9) if clip else denoise
+    assert predicts_at_data(denoise) == (stages == 4)
+    x, (t, s) = torch.ones(1, 1, dtype=f64), time_grid(schedule, times=[0.1, 0.0])
+    found, _ = RungeKutta("rk4", "angle").step(denoise, x, t, s, (), x[:0])
+    assert len(network.times) == stages
+    assert min(network.times) == (schedule.t_min if stages == 4 else 0.1)
+    exact = x / torch.hypot(t.alpha, t.sigma)  # x_t/√(alpha² + sigma²) does not change along the flow of N(0, 1)
+    assert float((found - exact).abs()) < (1e-4 if stages == 4 else 0.1)
+    low, _ = RungeKutta("rk4", "angle", "low").step(denoise, x, t, s, (), x[:0])
+    assert torch.equal(low, DDIM().step(denoise, x, t, s, (), x[:0])[0])
+
+
+def test_a_head_of_probabilities_does_not_predict_at_data():
+    denoise = NetworkDenoiser(torch.nn.Identity(), S.Flow(), TARGETS["flow"], Preconditioning(), categorical=True)
+    assert not predicts_at_data(denoise)
+
+
+def test_data_without_a_density_are_free_of_noise_only_after_a_step_by_ddim():
+    """From two (almost) points with noise of std 0.05, the average of slopes keeps a sixth of the noise."""
+    data = MixtureData(torch.tensor([0.5, 0.5]), torch.tensor([[-1.0], [1.0]]), torch.full((2, 1), 1e-12))
+    schedule = S.Flow()
+    t, s = time_grid(schedule, times=[0.05, 0.0])
+    x = 0.95 + 0.05 * torch.ones(1, 1, dtype=f64)
+    ends = [
+        float(RungeKutta("rk4", "angle", end).step(data.denoiser(schedule), x, t, s, (), x[:0])[0])
+        for end in ("high", "low")
+    ]
+    assert ends[0] - 1 == pytest.approx(0.05 / 0.95 / 6, rel=0.05)
+    assert ends[1] == pytest.approx(1, abs=1e-6)
+
+
 # --- EDM -----------------------------------------------------------------------------------------------------------
 
 
@@ -111,7 +177,7 @@ def test_float32_stays_float32(solver):
 def test_edm_without_churn_is_heun_to_the_bit(name):
     schedule, x = SCHEDULES[name], torch.ones(1, D, dtype=f64)
     levels = time_grid(schedule, 6)
-    quiet = (EDM(0.0), EDM(5.0, low=1e9, high=1e10), RungeKutta())
+    quiet = (EDM(0.0), EDM(5.0, low=1e9, high=1e10), RungeKutta(end="low"))
     runs = [
         [
             step.x
@@ -164,8 +230,8 @@ def test_added_noise_gives_the_distribution_of_the_higher_level():
 
 def test_settings():
     assert solvers.build("rk4", variable="t") == RungeKutta("rk4", "t")
-    for settings in ({"variable": "log"}, {"method": "rk5"}):
-        with pytest.raises(ConfigError, match=r"= '(log|rk5)': unknown. Use one of (ratio|euler), "):
+    for settings in ({"variable": "log"}, {"method": "rk5"}, {"end": "middle"}):
+        with pytest.raises(ConfigError, match=r"= '(log|rk5|middle)': unknown. Use one of (ratio|euler|high), "):
             RungeKutta(**settings)
     with pytest.raises(ConfigError, match=r"heun: method = 'rk4': there is no such setting. Its settings are var"):
         solvers.build("heun", method="rk4")

@@ -17,7 +17,7 @@ from undiffuse.process.schedule import finite_ends
 from undiffuse.sampling.solvers.runge_kutta import RungeKutta, level_at_ratio, noise_to_signal
 from undiffuse.sampling.solvers.solver import Solver, State
 
-HEUN = RungeKutta("heun", "ratio")
+HEUN = RungeKutta("heun", "ratio", end="low")
 MAX_CHURN = math.sqrt(2) - 1
 """Largest c: with u' = √2 u the fresh noise is as large as the noise that was there."""
 

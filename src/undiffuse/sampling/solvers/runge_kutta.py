@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from undiffuse.denoising.denoiser import Denoiser
+from undiffuse.denoising.denoiser import Denoiser, predicts_at_data
 from undiffuse.errors import ConfigError
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.ode_integrator import HEUN, RK4, Tableau
 from undiffuse.process.rates import scale_derivatives
 from undiffuse.process.schedule import Schedule
-from undiffuse.sampling.solvers.ddim import DDIMAtInfinity
-from undiffuse.sampling.solvers.solver import State
+from undiffuse.sampling.solvers.ddim import DDIM
+from undiffuse.sampling.solvers.solver import Solver, State, end_power, is_finite_step
 
 METHODS = {"euler": Tableau((), (1.0,)), "heun": HEUN, "rk4": RK4}
 """Each has as many stages as its order."""
@@ -71,19 +71,27 @@ VARIABLES = {
 
 
 @dataclass(frozen=True)
-class RungeKutta(DDIMAtInfinity):
+class RungeKutta(Solver):
     """y_s = y_t + h Σ_j w_j (a_j x̂_j + b_j ε̂_j), h = u_s − u_t, for stages j between the levels t and s.
 
     ``method`` is ``"euler"``, ``"heun"`` or ``"rk4"``, of order 1, 2 and 4 and as many calls. ``variable`` is the
     coordinate of the flow: ``"ratio"``, d(x_t/alpha)/d(sigma/alpha) = ε̂; ``"angle"``, with tan θ = sigma/alpha and r² =
     alpha² + sigma², d(x_t/r)/dθ = cos θ ε̂ − sin θ x̂; or ``"t"``, dx_t/dt = alpha' x̂ + sigma' ε̂, see
     `scale_derivatives`. Euler's method in the ratio is DDIM. Raises `ConfigError`.
+
+    A step out of pure noise or into data has stages at its end too, if the schedule is a function of time, the flow is
+    regular there in the variable, and the denoiser `predicts_at_data`; otherwise it is DDIM's. ``end`` = ``"low"``
+    takes the step into data by DDIM in any case, which suits data without a density, such as whole numbers: x̂ of the
+    last level is free of noise, while the average of slopes keeps a part of it.
     """
 
     method: str = "heun"
     variable: str = "ratio"
+    end: str = "high"
 
     def __post_init__(self) -> None:
+        if self.end not in ("high", "low"):
+            raise ConfigError("SOLVER", f"end = {self.end!r}", "unknown", "Use one of high, low")
         for name, value, table in (("method", self.method, METHODS), ("variable", self.variable, VARIABLES)):
             if value not in table:
                 raise ConfigError("SOLVER", f"{name} = {value!r}", "unknown", f"Use one of {', '.join(table)}")
@@ -96,9 +104,31 @@ class RungeKutta(DDIMAtInfinity):
     def calls(self) -> int:
         return len(METHODS[self.method].result)
 
-    def finite_step(
+    def order_on(self, schedule: Schedule, at_data: bool = False) -> int | None:
+        """As in `Solver`; in the angle, with stages at the ends, the full order where sigma ~ t.
+
+        Where sigma² ~ t the angle is ~ √t, and its first step √h long. x_t/r is even in the angle, so the error of that
+        step is of order h^(order/2 + 1) for an even order.
+        """
+        if self.variable != "angle" or self.end == "low" or not at_data or schedule.chain_length is not None:
+            return super().order_on(schedule, at_data)
+        return self.order if end_power(schedule) > 1 else self.order // 2 + 1
+
+    def _is_regular(self, denoise: Denoiser, t: NoiseLevel, s: NoiseLevel) -> bool:
+        """Whether each stage of the step has a level of the schedule, a finite slope and a prediction."""
+        if is_finite_step(t, s):
+            return True
+        if denoise.schedule.chain_length or not (s.sigma > 0 or (self.end == "high" and predicts_at_data(denoise))):
+            return False
+        flow = VARIABLES[self.variable]
+        ends = [v for level in (t, s) for v in (flow.coordinate(level), *flow.derivative(denoise.schedule, level))]
+        return bool(torch.isfinite(torch.stack(ends)).all())
+
+    def step(
         self, denoise: Denoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, state: State, noise: Tensor
     ) -> tuple[Tensor, State]:
+        if not self._is_regular(denoise, t, s):
+            return DDIM().step(denoise, x_t, t, s, state, noise)
         flow, tableau, schedule = VARIABLES[self.variable], METHODS[self.method], denoise.schedule
         start = flow.coordinate(t)
         h = flow.coordinate(s) - start
