@@ -277,6 +277,8 @@ def test_animation(run, call, tmp_path):
     ("flags", "words"),
     [
         (["--solver", "best"], "error[SOLVER] 'best': no such solver"),
+        (["--solver", "product"], "'product': no such solver"),  # it needs a factor: restore --method product
+        (["--solver", "inversion"], "'inversion': no such solver"),  # its chain does not end in samples
         (["--solver", "ddim", "--set", "eta"], "--set eta: not a setting. Write name=value"),
         (["--solver", "ddim", "--set", "heat=2"], "ddim: heat = 2: there is no such setting"),
         (["--quality", "great"], "--quality great: unknown. Use one of draft, good, best"),

@@ -15,10 +15,12 @@ from undiffuse.errors import ConfigError
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.restoration import (
+    SOLVER_METHODS,
     Degradation,
     data_residual,
     default_method,
     degrade,
+    element_factor,
     num_steps_of,
     restore,
     rounding_std,
@@ -27,6 +29,7 @@ from undiffuse.networks.condition import Condition
 from undiffuse.process.seeded_noise import ItemNoise
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers.ancestral import Ancestral
+from undiffuse.sampling.solvers.product import Product, observation_factor
 from undiffuse.sampling.tables import RESTORATION_METHODS
 from undiffuse.sampling.trajectory import trajectory
 
@@ -170,7 +173,11 @@ def test_data_residual():
 
 
 def test_settings_of_the_methods():
-    built = {name: build("denoise", "observation") for name, build in RESTORATION_METHODS.items() if name != "repaint"}
+    built = {
+        name: build("denoise", "observation")
+        for name, build in RESTORATION_METHODS.items()
+        if name not in SOLVER_METHODS
+    }
     assert built == {
         "mmps": MMPS("denoise", "observation", iterations=1),
         "pigdm": PiGDM("denoise", "observation", data_std=0.5),
@@ -187,3 +194,31 @@ def test_restore_errors():
     for degradation in (Degradation((1, 4, 4), blur=1.0), Degradation((1, 4, 4), known=LEFT.repeat(2), noise_std=0.1)):
         with pytest.raises(ConfigError, match="it fills in masked parts only"):
             restore(model, degradation, image, 1, "repaint")
+    for degradation in (Degradation((1, 4, 4), blur=1.0), Degradation((1, 4, 4), shrink=2)):
+        with pytest.raises(ConfigError, match=r"'product': it multiplies by a factor for each element, and blur and"):
+            restore(model, degradation, image, 1, "product")
+
+
+def test_the_factor_of_product_is_the_noise_of_each_known_element():
+    """r_s = N(alpha y, alpha² (noise² + floor²) + sigma²), and 1 where y is hidden; inpainting has no noise."""
+    image, level = torch.tensor([[[[0.5, math.nan]]]]), small(Identity(), (1, 1, 2)).schedule(0.4)
+    alpha, sigma = float(level.alpha), float(level.sigma)
+    for noise_std, spread in ((0.0, 0.0), (0.4, 0.25)):
+        factor = element_factor(Degradation((1, 1, 2), noise_std=noise_std, known=LEFT), image, floor=0.3)
+        mean, log_var = (part.flatten().tolist() for part in factor(level))
+        assert mean == pytest.approx([0.5 * alpha, 0.0])
+        assert log_var == pytest.approx([math.log(alpha**2 * spread + sigma**2), math.inf])
+    everywhere = element_factor(Degradation((1, 1, 2), noise_std=0.4), image.nan_to_num(0.1), floor=0.3)
+    assert bool(torch.isfinite(everywhere(level).log_var).all())
+
+
+def test_product_takes_the_steps_of_the_solver_with_the_factor(exact):
+    """From the same noise, four steps down for each step of the grid; its distribution is that of `test_product`."""
+    degradation, image = Degradation((1, 1, 2), known=LEFT, noise_std=0.4), torch.tensor([[[1.0, -9.0]]])
+    answers = restore(exact, degradation, image, 5, "product", floor=0.3, batch=2)
+    factor = observation_factor(torch.tensor([[[1.0, 0.0]]]), torch.log(torch.tensor([[[0.25, math.inf]]])))
+    noise = ItemNoise(0, range(5), (1, 1, 2))
+    start = noise(1)[0]
+    solver, levels = Product(factor, exact.config.variance, 4), exact.noise_levels(Sampler(num_steps=20))
+    *_, last = trajectory(exact.denoiser(), solver, levels, start, noise)
+    torch.testing.assert_close(answers, last.x / last.level.alpha.float(), rtol=1e-5, atol=1e-6)

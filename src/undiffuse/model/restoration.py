@@ -22,11 +22,14 @@ from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.prior import prior_sample
 from undiffuse.process.seeded_noise import ItemNoise
 from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.solvers.product import Factor, observation_factor
 from undiffuse.sampling.solvers.repaint import resampling_levels
 from undiffuse.sampling.solvers.solver import Solver
 from undiffuse.sampling.tables import RESTORATION_METHODS
 from undiffuse.sampling.trajectory import check_finite, last_step, rescale, trajectory
 
+SOLVER_METHODS = ("repaint", "product")
+"""The rows of `RESTORATION_METHODS` that are solvers; the others are denoisers."""
 JUMP_LENGTH, JUMP_REPEATS = 10, 4
 """RePaint's jumps back (`resampling_levels`), as measured in docs/inverse.md."""
 
@@ -70,9 +73,14 @@ class Degradation:
         return full if self.known is None else mask(self.known, full.out_shape) @ full
 
     @property
+    def is_elementwise(self) -> bool:
+        """Whether each element of y depends on one element of x: no blur and no shrinking."""
+        return not self.blur and self.shrink == 1
+
+    @property
     def is_inpainting(self) -> bool:
         """Whether y is a part of x itself: a mask without blur, shrinking or noise."""
-        return self.known is not None and not self.blur and self.shrink == 1 and not self.noise_std
+        return self.known is not None and self.is_elementwise and not self.noise_std
 
 
 def rounding_std(num_values: int) -> float:
@@ -114,14 +122,17 @@ def restore(
     if method == "repaint" and not degradation.is_inpainting:
         cause = "it fills in masked parts only, without blur, shrinking or noise"
         raise ConfigError("METHOD", "'repaint'", cause, "Use 'mmps'")
+    if method == "product" and not degradation.is_elementwise:
+        cause = "it multiplies by a factor for each element, and blur and shrinking mix elements"
+        raise ConfigError("METHOD", "'product'", cause, "Use 'mmps' or 'pigdm'")
     model.eval()
     image, cond = image[None].to(model.device), cond and model.prepare_condition(cond, n)
-    solver, levels = _solver_and_levels(model, degradation, image, method, num_steps)
+    solver, levels = _solver_and_levels(model, degradation, image, method, num_steps, floor)
     parts = []
     for start in range(0, n, batch):
         items = range(start, min(start + batch, n))
         denoise = _conditioned(model, cond and cond.take(slice(items.start, items.stop)))
-        if method != "repaint":
+        if method not in SOLVER_METHODS:
             denoise = RESTORATION_METHODS[method](denoise, _observation(degradation, image, floor))
         noise = ItemNoise(seed, items, model.item_shape, device=model.device)
         steps = trajectory(model.clip(denoise), solver, levels, prior_sample(levels[0], noise(1)[0]), noise)
@@ -134,15 +145,32 @@ def restore(
 
 
 def _solver_and_levels(
-    model: Diffusion, degradation: Degradation, image: Tensor, method: str, num_steps: int
+    model: Diffusion, degradation: Degradation, image: Tensor, method: str, num_steps: int, floor: float
 ) -> tuple[Solver, list[NoiseLevel]]:
-    """Ancestral sampling in ``num_steps`` steps, for repaint with the known part of ``image`` and with jumps back."""
+    """Ancestral sampling in ``num_steps`` steps, for repaint with the known part of ``image`` and with jumps back.
+
+    For product each step is multiplied by the factor of ``image`` and its noise.
+    """
     sampler = Sampler("ancestral", num_steps)
     solver, levels = model.build_solver(sampler), model.noise_levels(sampler)
+    if method == "product":
+        factor = element_factor(degradation, image, floor)
+        return RESTORATION_METHODS["product"](factor=factor, variance=model.config.variance), levels
     if method != "repaint" or degradation.known is None:
         return solver, levels
     repaint = RESTORATION_METHODS["repaint"](image, degradation.known.to(image.device), solver)
     return repaint, resampling_levels(levels, JUMP_LENGTH, JUMP_REPEATS)
+
+
+def element_factor(degradation: Degradation, image: Tensor, floor: float = 0.0) -> Factor:
+    """The factor of `Product` for y = x + noise where known: the known values themselves if it is inpainting.
+
+    ``image`` (1, *shape), in the units of x; ``floor`` as in `restore`.
+    """
+    known = torch.ones_like(image, dtype=torch.bool) if degradation.known is None else degradation.known
+    std = 0.0 if degradation.is_inpainting else math.hypot(degradation.noise_std, floor)
+    log_var = torch.where(known.to(image.device), 2 * math.log(std) if std else -math.inf, math.inf)
+    return observation_factor(image, log_var.to(image).expand(image.shape))
 
 
 def _conditioned(model: Diffusion, cond: Condition | None) -> Denoiser:

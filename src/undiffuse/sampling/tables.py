@@ -63,7 +63,8 @@ RESTORATION_METHODS = LazyTable(
         "pigdm": row("denoising.posterior_guidance", "PiGDM", data_std=0.5),
         "dps": row("denoising.posterior_guidance", "DPS", step=1.0),
         "repaint": row("sampling.solvers.repaint", "Repaint"),
+        "product": row("sampling.solvers.product", "Product", repeats=4),
     }
 )
-"""Methods of `undiffuse.model.restoration`, with settings as measured in docs/inverse.md. ``repaint`` is a solver, the
-others are denoisers: (denoise, observation) -> denoiser."""
+"""Methods of `undiffuse.model.restoration`, with settings as measured in docs/inverse.md. ``repaint`` and ``product``
+are solvers, the others are denoisers: (denoise, observation) -> denoiser."""

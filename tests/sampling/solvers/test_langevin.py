@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from oracles import GaussianData, MixtureData, Spy
+from oracles import EmpiricalData, GaussianData, MixtureData, Spy
 from test_affine import COVS, MEAN, D, probe
 
 from undiffuse.errors import ConfigError
@@ -149,12 +149,17 @@ CHAINS = {
 
 @pytest.mark.parametrize("cov", COVS.values(), ids=COVS)
 @pytest.mark.parametrize("chain", CHAINS)
-@pytest.mark.parametrize(("step_size", "each"), [(0.1, 3), (0.5, 1)])
-def test_affine_map(chain, cov, step_size, each):
-    """Song 2019, algorithm 1: x + (α_i/2) s + √α_i z, T times at each sigma_i, α_i = ε sigma_i²/sigma_L²."""
+@pytest.mark.parametrize(
+    ("step_size", "each", "settings"), [(0.1, 3, {}), (0.5, 1, {}), (0.1, 3, {"denoise_last": False})]
+)
+def test_affine_map(chain, cov, step_size, each, settings):
+    """Song 2019, algorithm 1: x + (α_i/2) s + √α_i z, T times at each sigma_i, α_i = ε sigma_i²/sigma_L².
+
+    The last update is E[x given x_t]: in a step into data, and by default at a last level of any noise.
+    """
     schedule, times = CHAINS[chain]
     levels = time_grid(schedule, times=times)
-    solver = AnnealedLangevin(step_size, each)
+    solver = AnnealedLangevin(step_size, each, **settings)
     spy = Spy(GaussianData(torch.from_numpy(MEAN), torch.from_numpy(cov)).denoiser(schedule))
     result = probe(solver, spy, levels)
     assert len(spy.seen) == solver.calls * (len(levels) - 1)
@@ -172,8 +177,10 @@ def test_affine_map(chain, cov, step_size, each):
         precision = np.linalg.inv(alpha**2 * cov + sigma**2 * np.eye(D))
         size = epsilon * (sigma / sigma_L) ** 2
         for i in range(each):
-            if s.sigma == 0 and i == each - 1:
+            last = s.sigma == 0 or (k == len(levels) - 2 and not settings)
+            if last and i == each - 1:
                 M, shift, fresh = alpha * cov @ precision, MEAN - alpha**2 * cov @ precision @ MEAN, 0.0
+                M, shift = float(s.alpha) * M, float(s.alpha) * shift
             else:
                 M, shift = np.eye(D) - size / 2 * precision, size / 2 * alpha * precision @ MEAN
                 fresh = math.sqrt(size)
@@ -208,7 +215,7 @@ def test_items_of_a_batch_at_different_levels():
     noise = torch.stack(noise)
     t, s = schedule(torch.tensor([0.5, 0.05])), schedule(torch.tensor([0.4, 0.0]))
     whole, state = solver.step(denoise, x, t, s, (), noise)
-    assert state == solver.init(x, [t.take(0)]) == ()
+    assert state == ()
     for i in range(2):
         alone, _ = solver.step(denoise, x[i : i + 1], t.take(i), s.take(i), (), noise[:, i : i + 1])
         torch.testing.assert_close(whole[i : i + 1], alone, rtol=1e-12, atol=1e-12)
@@ -216,10 +223,40 @@ def test_items_of_a_batch_at_different_levels():
     torch.testing.assert_close(clean, data.predict(x, t).x)
 
 
+def test_samples_keep_no_noise_of_the_last_level():
+    """Data at one point: after ten levels from 2 to 0.02 the spread is 0.02 without the last denoising, else 0."""
+    data, schedule = EmpiricalData(torch.full((1, 1), 0.3)), S.VarianceExploding(0.02, 2.0)
+    levels = time_grid(schedule, 9)
+    spread = {
+        denoise: float(
+            np.linalg.norm(probe(AnnealedLangevin(denoise_last=denoise), data.denoiser(schedule), levels, 1)[2])
+        )
+        for denoise in (False, True)
+    }
+    assert spread[False] == pytest.approx(0.02 / math.sqrt(1 - 0.1 / 2), rel=1e-3)
+    assert spread[True] < 1e-12
+    assert spread[False] * 255 / 2 > 2.5  # grey levels
+
+
+def test_a_corrector_does_not_denoise():
+    schedule = S.VarianceExploding(0.02, 2.0)
+    (t, s), x = time_grid(schedule, 1), torch.ones(1, D, dtype=f64)
+    data = GaussianData(torch.from_numpy(MEAN), torch.from_numpy(COVS["full"]))
+    for solver in (AnnealedLangevin(updates_per_level=1), AnnealedLangevin(updates_per_level=1, denoise_last=False)):
+        state = solver.init(x, [t, s])
+        found, _ = solver.step(data.denoiser(schedule), x, s, s, state, x[None])
+        torch.testing.assert_close(found, langevin(x, data.score(x, s), 0.1 * s.sigma**2, x))
+
+
 def test_settings():
     assert solvers.build("annealed_langevin") == AnnealedLangevin(0.1, 100)
     assert solvers.build("annealed_langevin", step_size=0.3, updates_per_level=5) == AnnealedLangevin(0.3, 5)
     assert AnnealedLangevin(1.5, 1).calls == 1
+    assert solvers.build("annealed_langevin", denoise_last=False) == AnnealedLangevin(denoise_last=False)
+    with pytest.raises(
+        ConfigError, match=r"denoise_last = 0: it has to be true or false. Its settings are .*_last=true"
+    ):
+        solvers.build("annealed_langevin", denoise_last=0)
     for step_size, updates in ((0.0, 1), (2.0, 1), (math.nan, 5), (0.1, 0), (0.1, 10_001)):
         with pytest.raises(
             ConfigError, match=r"SOLVER.*Give a step_size between 0 and 2, and updates_per_level from 1"

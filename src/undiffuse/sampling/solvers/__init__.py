@@ -65,6 +65,8 @@ def _type_error(annotation: object, value: object) -> str | None:
         is_number = type(value) is int or (annotation is float and type(value) is float)
         is_finite = is_number and abs(value) <= sys.float_info.max  # type: ignore[operator]
         return None if is_finite else f"it has to be a {'whole' if annotation is int else 'finite'} number"
+    if annotation is bool:
+        return None if isinstance(value, bool) else "it has to be true or false"
     takes_word = str in (annotation, *typing.get_args(annotation))
     is_plain = value is None or isinstance(value, bool | int | float | list | dict)
     if is_plain or (isinstance(value, str) and not takes_word):
@@ -74,4 +76,5 @@ def _type_error(annotation: object, value: object) -> str | None:
 
 def _describe(setting: Parameter) -> str:
     is_plain = isinstance(setting.default, int | float | str)
-    return f"{setting.name}={setting.default}" if is_plain else f"{setting.name} (in Python only)"
+    default = str(setting.default).lower() if isinstance(setting.default, bool) else setting.default
+    return f"{setting.name}={default}" if is_plain else f"{setting.name} (in Python only)"

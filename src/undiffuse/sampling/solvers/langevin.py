@@ -30,12 +30,16 @@ class AnnealedLangevin(Solver):
 
     Theirs is α_i = ε sigma_i²/sigma_L², with α_i/2 before the score and √α_i before the noise: ours with
     ``step_size`` = ε/(2 sigma_L²), so their ε = 2e-5 at sigma_L = 0.01 is 0.1, and their T is ``updates_per_level``. A
-    step that ends in data (sigma_s = 0, where there is no score) makes its updates at t instead, and returns the
-    denoised mean x̂ of the last [Jolicoeur21]. Raises `ConfigError`.
+    step that ends in data (sigma_s = 0, where there is no score) makes its updates at t.
+
+    In the last step of a trajectory the last update returns the denoised mean alpha_s x̂ of Tweedie's formula, without
+    the noise of the last level [Jolicoeur21]; it costs no call. With ``denoise_last`` = False a last level of
+    sigma_s > 0 keeps its noise [Song19]. A corrector's step, from s to s, does not denoise. Raises `ConfigError`.
     """
 
     step_size: float = 0.1
     updates_per_level: int = 100
+    denoise_last: bool = True
 
     def __post_init__(self) -> None:
         if not (0 < self.step_size < 2 and 1 <= self.updates_per_level <= MAX_CALLS_PER_STEP):
@@ -53,8 +57,9 @@ class AnnealedLangevin(Solver):
         return self.updates_per_level
 
     def init(self, x: Tensor, levels: list[NoiseLevel]) -> State:
+        """(time of the last level,)"""
         require_signal(levels, "annealed_langevin")
-        return ()
+        return (levels[-1].t,)
 
     def step(
         self, denoise: Denoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, state: State, noise: Tensor
@@ -66,4 +71,6 @@ class AnnealedLangevin(Solver):
         for z in noise:
             prediction = denoise(x, at)
             x, clean = langevin(x, score_from_prediction(prediction, at), size, z), prediction.x
-        return torch.where(broadcast_like(to_data, x_t).bool(), clean, x), state
+        if self.denoise_last and state:
+            to_data = to_data | ((s.t == state[0]) & (s.t < t.t))
+        return torch.where(broadcast_like(to_data, x_t).bool(), broadcast_like(s.alpha, x_t) * clean, x), state
