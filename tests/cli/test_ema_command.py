@@ -1,5 +1,7 @@
 """`undiffuse ema`: another length of a finished run, and the best length by the bound of held-out items."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +122,25 @@ def test_items_have_their_labels_where_the_run_was_conditional(tmp_path, monkeyp
     (score,) = compare_lengths(Run(tmp_path), data, (0.1,), items=8, mc_samples=5)
     assert score.bits == pytest.approx(float(conditional))
     assert abs(float(conditional - unconditional)) > 1e-4
+
+
+def test_swapped_and_foreign_snapshots(trained, tmp_path, capsys):
+    run, data = trained
+    other = fit(replace_train(CONFIG, seed=5), load_data(str(data)), tmp_path / "other", device="cpu", quiet=True)
+    own = tmp_path / "own"
+    shutil.copytree(run, own)
+    shutil.copy(own / "snapshots" / "0.050-00000030.safetensors", own / "snapshots" / "0.100-00000030.safetensors")
+    assert main(["ema", str(own), "--length", "0.08"]) == 4
+    assert "it says that it is the average of length 0.05 at step 30" in capsys.readouterr().err
+    shutil.copy(other / "snapshots" / "0.100-00000030.safetensors", own / "snapshots")
+    assert main(["ema", str(own), "--length", "0.08"]) == 4
+    assert "it is a snapshot of another run" in capsys.readouterr().err
+    shutil.copy(run / "snapshots" / "0.100-00000030.safetensors", own / "snapshots")
+    (own / "snapshots" / "best.safetensors").write_bytes(b"mine")
+    assert main(["ema", str(own), "--length", "0.08"]) == 0
+    (own / "snapshots" / "0.100-00000030.safetensors").write_bytes(b"x")
+    assert main(["ema", str(own), "--length", "0.08"]) == 4
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_refusals(trained, tmp_path, capsys):

@@ -54,7 +54,8 @@ def test_spark():
 
 def test_a_run_that_stopped(tmp_path):
     run = started(tmp_path / "run", {"max_steps": 480}, RECORDS)
-    (run.checkpoints / "step-00000120").mkdir()
+    for name in ("step-00000120", "step-best", "step-"):
+        (run.checkpoints / name).mkdir()
     output = shown(run)
     assert output.startswith("tiny, stopped; the command that began it resumes it: ")
     assert "step 120 after 0:00:24, about 0:01:12 left · last checkpoint at step 120" in output

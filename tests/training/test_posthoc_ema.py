@@ -32,7 +32,7 @@ def step_weights(length, n=N):
     return np.diff(edges)
 
 
-def trained(folder, length=0.05, snapshots=4, dtype=torch.float64, steps=N):
+def trained(folder, length=0.05, snapshots=4, dtype=torch.float64, steps=N, run_id=""):
     network = nn.Linear(2, 1, bias=False, dtype=dtype)
     network.register_buffer("still", torch.full((3,), 0.3, dtype=dtype))
     average = PowerEMA(network, length)
@@ -42,7 +42,7 @@ def trained(folder, length=0.05, snapshots=4, dtype=torch.float64, steps=N):
         average.update(network, step)
         kept.update(network, step)
         if step % EVERY == 0 and snapshots:
-            kept.write(step)
+            kept.write(step, run_id)
     return kept, average
 
 
@@ -147,10 +147,35 @@ def test_the_models_own_average_is_not_stored_twice(tmp_path):
 def test_later_snapshots_are_removed(tmp_path):
     kept, _ = trained(tmp_path)
     (tmp_path / "0.050-00000075.safetensors.partial").touch()
+    others = ["best.safetensors", "weights-00000100.safetensors", "0.050-00000100.safetensors.old", "thesis.tex"]
+    for name in others:
+        (tmp_path / name).touch()
     kept.drop_after(75)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        f"{length}-{step:08d}.safetensors" for length in ("0.050", "0.100") for step in (25, 50, 75)
-    ]
+    own = [f"{length}-{step:08d}.safetensors" for length in ("0.050", "0.100") for step in (25, 50, 75)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(own + others)
+    assert [path.name for path in list_snapshots(tmp_path).values()] == own
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("0.050-00000100", "0.100-00000100"), ("0.050-00000100", "0.050-00000125"), ("0.050-00000100", "0.050-00000999")],
+)
+def test_a_snapshot_of_another_name_is_refused(tmp_path, one, other):
+    """Another length or another step, of the same shape."""
+    trained(tmp_path)
+    (tmp_path / f"{one}.safetensors").replace(tmp_path / f"{other}.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{other}.*it says that it is the average of length 0\.05 at step 100"):
+        reconstruct_average(tmp_path, 0.08)
+
+
+def test_a_snapshot_of_another_run_is_refused(tmp_path):
+    trained(tmp_path / "a", run_id="a")
+    trained(tmp_path / "b", run_id="b")
+    reconstruct_average(tmp_path / "a", 0.08, "a")
+    name = "0.100-00000050.safetensors"
+    (tmp_path / "b" / name).replace(tmp_path / "a" / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: it is a snapshot of another run\. Remove it"):
+        reconstruct_average(tmp_path / "a", 0.08, "a")
 
 
 def test_missing_snapshots_and_unreachable_lengths_are_refused(tmp_path):

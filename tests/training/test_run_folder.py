@@ -26,7 +26,9 @@ def test_a_run_is_opened_reopened_and_finished(tmp_path):
     run.open(CONFIG, DATA)
     assert sorted(f.name for f in run.folder.iterdir()) == ["checkpoints", "pictures", "run.json"]
     record = {"config": to_dict(CONFIG), "data": describe(DATA), "torch": torch.__version__, "finished": False}
-    assert run.record == record
+    assert run.record == {**record, "id": run.id}
+    record["id"] = run.id
+    assert Run(tmp_path / "none").id == ""
     assert json.loads(json.dumps(describe(DATA))) == describe(DATA)
     assert describe(DATA)["fingerprint"] == DATA.fingerprint
     run.open(CONFIG, DATA)
@@ -35,6 +37,41 @@ def test_a_run_is_opened_reopened_and_finished(tmp_path):
     assert run.finished
     assert Run(str(run.folder)).record == {**record, "finished": True}
     assert not (run.folder / "run.json.partial").exists()
+
+
+def test_only_files_of_the_run_are_removed(tmp_path):
+    """What its own writes left, and nothing else: an interrupted evaluation once ended the next training."""
+    run = Run(tmp_path)
+    run.open(CONFIG, DATA)
+    others = ["thesis.partial", "evaluation.json.partial"]
+    for name in [
+        *others,
+        "run.json.partial",
+        "metrics.jsonl.partial",
+        "metrics.csv.partial",
+        "model.safetensors.partial",
+    ]:
+        (tmp_path / name).touch()
+    (tmp_path / "evaluation.partial").mkdir()
+    run.open(CONFIG, DATA)
+    assert {f.name for f in tmp_path.glob("*.partial")} == {*others, "evaluation.partial"}
+
+
+def test_the_id_stays(tmp_path):
+    """Of other recipes or data it is another; it stays when a run is resumed by force or extended."""
+    run, other = Run(tmp_path / "a"), Run(tmp_path / "b")
+    run.open(CONFIG, DATA)
+    other.open(replace(CONFIG, train=replace(CONFIG.train, seed=1)), DATA)
+    begun = run.id
+    assert len(begun) == 64
+    assert begun != other.id
+    again = Run(tmp_path / "c")
+    again.open(CONFIG, DATA)
+    assert again.id == begun
+    run.open(replace(CONFIG, train=replace(CONFIG.train, seed=1)), DATA, force=True)
+    run.extend(replace(CONFIG, train=replace(CONFIG.train, seed=1, max_steps=9)), 3)
+    run.finish()
+    assert run.id == begun
 
 
 def test_an_empty_folder_is_accepted(tmp_path):

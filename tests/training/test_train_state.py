@@ -208,3 +208,32 @@ def test_the_manifest_lists_every_file(two):
     folder, _, _ = two
     manifest = json.loads((folder / "step-00000004" / "manifest.json").read_text())
     assert sorted(manifest) == sorted(set(FILES) - {"manifest.json"})
+
+
+def test_checkpoints_of_another_run_are_not_loaded(tmp_path):
+    """Same shapes, other run: the older checkpoint of the own run is used, with a message."""
+    mine, other = Trained(), Trained(seed=1)
+    for trained, name in ((mine, "mine"), (other, "other")):
+        trained.progress.run = name
+        for _ in range(2):
+            trained.train().write(tmp_path / name)
+    (tmp_path / "mine" / "step-00000002").rename(tmp_path / "away")
+    (tmp_path / "other" / "step-00000002").rename(tmp_path / "mine" / "step-00000002")
+    again = Trained()
+    progress, lines = state.load_latest(tmp_path / "mine", again.network, again.ema, again.optimizer, run_id="mine")
+    assert (progress.step, len(lines), "it is a checkpoint of another run" in lines[0]) == (1, 1, True)
+
+
+def test_folders_of_other_names_are_left_alone(tmp_path):
+    """A copy that the user made is neither loaded nor removed, and its name may be anything."""
+    others = ["step-best", "step-00000001-good", "partial-", "trash-of-mine", "step-"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    trained = Trained()
+    for _ in range(5):
+        trained.train().write(tmp_path)
+    state.finish_interrupted_writes(tmp_path)
+    assert state.drop_checkpoints_after(tmp_path, 4, 0) == 4
+    assert state.resume_step_for_extension(tmp_path) == 4
+    assert {f.name for f in tmp_path.iterdir()} == {*others, "step-00000004"}
+    assert Trained().read(tmp_path) == []

@@ -89,11 +89,12 @@ class Board:
 def summary(run: Run) -> Group:
     """The run as lines of text: its data and state, steps and time, and each number with its curve."""
     from undiffuse.report.table import spark
+    from undiffuse.training.run_folder import checkpoint_folders, step_of
 
     record, records = run.record, run.read_metrics()
     assert record is not None
     step, seconds = (max((r[key] for r in records if key in r), default=0) for key in ("step", "seconds"))
-    saved = sorted(int(folder.name[-8:]) for folder in run.checkpoints.glob("step-*"))
+    saved = [step_of(folder) for folder in checkpoint_folders(run.checkpoints)]
     checkpoint = f"last checkpoint at step {saved[-1]:,}" if saved else "no checkpoint yet"
     lines = [
         f"{record['data']['name']}, {_state(run, record)}: {run.folder}",

@@ -58,6 +58,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata in the header of a file; its contents are not checked. Raises `CheckpointError`."""
+    try:
+        with path.open("rb") as stream:
+            headers.read_safetensors_header(stream, os.fstat(stream.fileno()).st_size)
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (FileError, SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError("DAMAGED", path, f"not a whole safetensors file ({error})"[:300], OLDER) from None
+
+
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """sha256 over the names, types, shapes and bytes of the tensors in order of names, and over the other metadata."""
     rest = sorted((key, text) for key, text in metadata.items() if key != "sha256")

@@ -79,7 +79,7 @@ def fit(
         accelerator.wait_for_everyone()
         if run.finished:  # by another process, since the check above
             return run.folder
-        progress, warnings = state.load_latest(run.checkpoints)
+        progress, warnings = state.load_latest(run.checkpoints, run.id)
         if changed:
             progress.decay_from = progress.last_step = None
         plan_lr_decay(progress, settings)
@@ -115,7 +115,7 @@ def fit(
                 broadcast_progress(accelerator, progress)
                 monitor.record_step(None if problem else float(losses.mean()), norms[0], lr, batches.waited)
                 if monitor.crossed_part(settings.snapshots):
-                    state.snapshots.write(progress.step, main)
+                    state.snapshots.write(progress.step, run.id, main)
 
                 # Save and evaluate when due; stop after a signal
                 signal = reduce_signal(accelerator, stop_requests)

@@ -15,6 +15,7 @@ from undiffuse.errors import NonFiniteError, printable
 from undiffuse.model.config import TrainConfig
 from undiffuse.training.distributed import full_tensor, local_shard
 from undiffuse.training.progress import Progress
+from undiffuse.training.run_folder import checkpoint_folders
 
 MAX_SKIPPED_IN_A_ROW = 5
 """Consecutive steps that may be skipped; more are not the accident of a batch."""
@@ -69,5 +70,4 @@ def require_finite(model: nn.Module, step: int, folder: Path) -> None:
 
 def _checkpoint_status(folder: Path) -> str:
     """Whether the run can be resumed, as a clause."""
-    exists = any((folder / "checkpoints").glob("step-*"))
-    return "the last checkpoint is good" if exists else "there is no checkpoint yet"
+    return "the last checkpoint is good" if checkpoint_folders(folder / "checkpoints") else "there is no checkpoint yet"

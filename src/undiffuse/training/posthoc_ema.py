@@ -6,6 +6,7 @@ Profiles at several T, for two powers, nearly span the others [Karras24 §3.2].
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +20,14 @@ from undiffuse.errors import CheckpointError, ConfigError, DataError
 from undiffuse.model.checkpoint import load
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.process.statistics import mean_with_stderr
-from undiffuse.runtime.tensor_file import FORMAT, check_tensors, read_tensors, write_tensors
+from undiffuse.runtime.tensor_file import FORMAT, check_tensors, read_metadata, read_tensors, write_tensors
 from undiffuse.training.distributed import gather_full
 from undiffuse.training.ema import PowerEMA, power_for_length
 from undiffuse.training.run_folder import Run
 
 SNAPSHOT_LENGTHS = (0.05, 0.10)
 """Lengths of the two averages that are kept during training [Karras24 §3.2]."""
+SNAPSHOT_NAME = re.compile(r"(?P<length>0\.\d{3})-(?P<step>\d{8,})\.safetensors(?P<partial>\.partial)?")
 MAX_RECONSTRUCTION_ERROR = 0.5
 """An average is refused if its profile is reconstructed with a larger relative error."""
 CANDIDATES = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.12, 0.15, 0.20)
@@ -65,18 +67,21 @@ class EMASnapshots:
 
     def drop_after(self, step: int) -> None:
         """Remove snapshots of later steps, which a run that resumes from ``step`` has not reached."""
-        for path in self.folder.glob("*.safetensors*"):
-            if not path.stem[-8:].isdigit() or int(path.stem[-8:]) > step:
+        for path in self.folder.glob("*"):
+            if (name := SNAPSHOT_NAME.fullmatch(path.name)) and (name["partial"] or int(name["step"]) > step):
                 path.unlink()
 
-    def write(self, step: int, main: bool = True) -> None:
-        """Write a snapshot, one file for each length. Every process calls it, and the ``main`` one writes."""
+    def write(self, step: int, run_id: str = "", main: bool = True) -> None:
+        """Write a snapshot, one file for each length. Every process calls it, and the ``main`` one writes.
+
+        The file says of itself its length, step and run, which `list_snapshots` compares.
+        """
         for length, average in self.averages.items():
             tensors = gather_full(average.mean, main)
             if main:
                 self.folder.mkdir(exist_ok=True)
-                tags = {"undiffuse": str(FORMAT), "length": str(length), "step": str(step)}
-                write_tensors(self.folder / f"{length:.3f}-{step:08d}.safetensors", tensors, tags)
+                tags = {"undiffuse": str(FORMAT), "length": str(length), "step": str(step), "run": run_id}
+                write_tensors(self.folder / snapshot_name(length, step), tensors, tags)
 
 
 def profile_inner_product(one: Profile, other: Profile) -> float:
@@ -104,27 +109,46 @@ def combine_profiles(wanted: Profile, kept: Sequence[Profile]) -> tuple[Tensor, 
     return coefficients, float(residual / square) ** 0.5
 
 
-def list_snapshots(folder: Path) -> dict[Profile, Path]:
-    """The files of snapshots in ``folder``, by profile. Raises `CheckpointError` if there are none."""
+def snapshot_name(length: float, step: int) -> str:
+    """The name of the file of a snapshot."""
+    return f"{length:.3f}-{step:08d}.safetensors"
+
+
+def list_snapshots(folder: Path, run_id: str | None = None) -> dict[Profile, Path]:
+    """The files of snapshots in ``folder``, by profile; files of other names are not snapshots.
+
+    Raises `CheckpointError` if there are none, or if a file is not what its name says, or not of the run ``run_id``.
+    """
     files = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        length, _, step = path.stem.partition("-")
-        files[Profile(float(length), int(step))] = path
+    for path in sorted(folder.glob("*")):
+        name = SNAPSHOT_NAME.fullmatch(path.name)
+        if name is None or name["partial"]:
+            continue
+        profile, tags = Profile(float(name["length"]), int(name["step"])), read_metadata(path)
+        length, step, run = (tags.get(key, "unknown") for key in ("length", "step", "run"))
+        fix = "Remove it, or restore the snapshot that was there"
+        if (length, step) != (str(profile.length), str(profile.step)):
+            cause = f"it says that it is the average of length {length} at step {step}"
+            raise CheckpointError("SNAPSHOT", path, cause[:300], fix)
+        if run_id is not None and run != run_id:
+            raise CheckpointError("SNAPSHOT", path, "it is a snapshot of another run", fix)
+        files[profile] = path
     if not files:
         cause = "no snapshots of averages were stored in training"
         raise CheckpointError("SNAPSHOTS", folder, cause, "Train with snapshots = 4 in the table [train] of --config")
     return files
 
 
-def reconstruct_average(folder: Path, length: float) -> tuple[dict[str, Tensor], int, float]:
+def reconstruct_average(folder: Path, length: float, run_id: str | None = None) -> tuple[dict[str, Tensor], int, float]:
     """The average of ``length`` at the step of the last snapshot, that step, and the relative error of its profile.
 
-    Snapshots are read one at a time and summed in float64. Raises `ConfigError` and `CheckpointError`.
+    Snapshots are read one at a time and summed in float64. Those of another run than ``run_id`` are refused. Raises
+    `ConfigError` and `CheckpointError`.
     """
     if not 0 < length < 0.28:
         fix = "Give a fraction of the run, between 0 and 0.28"
         raise ConfigError("LENGTH", f"length = {length:g}", "no power function has this length", fix)
-    files = list_snapshots(folder)
+    files = list_snapshots(folder, run_id)
     last = max(profile.step for profile in files)
     coefficients, error = combine_profiles(Profile(length, last), list(files))
     if error > MAX_RECONSTRUCTION_ERROR:
@@ -145,7 +169,7 @@ def with_ema_length(run: Run, length: float, device: str = "cpu") -> tuple[Diffu
 
     The last snapshot of a finished run is at its end. Raises `CheckpointError`, `ConfigError`.
     """
-    tensors, step, error = reconstruct_average(run.snapshots, length)
+    tensors, step, error = reconstruct_average(run.snapshots, length, run.id)
     model = load(run.folder, device)
     check_tensors(run.snapshots, model.state_dict(), tensors)
     model.load_state_dict(tensors)
@@ -155,7 +179,7 @@ def with_ema_length(run: Run, length: float, device: str = "cpu") -> tuple[Diffu
 
 def reachable_lengths(run: Run) -> list[float]:
     """The `CANDIDATES` whose profile error is at most `MAX_PROFILE_ERROR`. Raises `CheckpointError`."""
-    kept = list(list_snapshots(run.snapshots))
+    kept = list(list_snapshots(run.snapshots, run.id))
     last = max(profile.step for profile in kept)
     return [length for length in CANDIDATES if combine_profiles(Profile(length, last), kept)[1] <= MAX_PROFILE_ERROR]
 

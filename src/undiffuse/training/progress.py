@@ -22,6 +22,8 @@ class Progress:
     """Consecutive steps, up to this one, that were skipped for a NaN or infinite loss or gradient."""
     length: float | None = None
     """The ``max_steps`` or ``minutes`` that the plan is for; another value (an extended run) makes a new plan."""
+    run: str = ""
+    """The id of the run, so that a checkpoint of another run is recognised."""
 
     @property
     def done(self) -> bool:

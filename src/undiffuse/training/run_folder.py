@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,8 @@ from undiffuse.runtime.folder_lock import LOCK_FILES, lock_folder, lock_holder
 ALLOWED_WITHOUT_RECORD = {"checkpoints", "pictures", "run.json.partial", *LOCK_FILES}
 """What a run killed before it wrote ``run.json`` may leave."""
 
+ATOMIC_FILES = ("run.json", "metrics.jsonl", "metrics.csv", "model.safetensors")
+"""What is written under the name with .partial and renamed."""
 CHANGEABLE_SETTINGS = {"on_nonfinite", "save_minutes"}
 """Settings that may change when a run is resumed, because they do not change what is trained."""
 
@@ -85,6 +88,14 @@ class Run:
         return record
 
     @property
+    def id(self) -> str:
+        """A digest of the recipe and the data that the run began with; it is in each of its checkpoints and snapshots.
+
+        It stays when a run is extended or resumed by force. Empty if there is no record.
+        """
+        return (self.record or {}).get("id", "")
+
+    @property
     def finished(self) -> bool:
         record = self.record
         return bool(record and record["finished"])
@@ -120,13 +131,13 @@ class Run:
         Raises `ChangedError` if they differ; with ``force`` replace the record and return True.
         """
         self._claim()
-        for partial in self.folder.glob("*.partial"):
-            partial.unlink()
+        for name in ATOMIC_FILES:
+            (self.folder / f"{name}.partial").unlink(missing_ok=True)
         if data.report.skipped:
             data.report.write(self.folder / "skipped.json")
         fresh, record = _fresh(config, data, init), self.record
         if record is None:
-            self._write(fresh)
+            self._write({**fresh, "id": json_digest(_compared_fields(fresh))})
             return False
         if not (changed := _changes(record, fresh, config)):
             kept = {**record, "config": fresh["config"], "data": record["data"] | _origin(data)}
@@ -218,6 +229,21 @@ class Run:
         writer.writeheader()
         writer.writerows(records)
         write_atomic(self.folder / "metrics.csv", table.getvalue().encode())
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder`` in the order of their steps; what has another name is not ours."""
+    return sorted(named_folders(folder, "step"), key=step_of)
+
+
+def named_folders(folder: Path, kind: str) -> list[Path]:
+    """The files and folders in ``folder`` that are named "kind-STEP"; ``kind`` is a regular expression."""
+    return [path for path in folder.glob("*") if re.fullmatch(rf"({kind})-\d{{8,}}", path.name)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def describe(data: Dataset) -> dict[str, Any]:

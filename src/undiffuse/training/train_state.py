@@ -29,6 +29,7 @@ from undiffuse.training.ema import PowerEMA
 from undiffuse.training.nonfinite import require_finite
 from undiffuse.training.posthoc_ema import EMASnapshots
 from undiffuse.training.progress import Progress
+from undiffuse.training.run_folder import checkpoint_folders, named_folders, step_of
 from undiffuse.training.task import Task
 
 
@@ -53,9 +54,10 @@ class TrainState:
         """The tensors of the checkpoint's part ``extra``: the task's own state and the averages for snapshots."""
         return self.task.extra_state(self.model) | self.snapshots.state
 
-    def load_latest(self, folder: Path) -> tuple[Progress, list[str]]:
+    def load_latest(self, folder: Path, run_id: str = "") -> tuple[Progress, list[str]]:
         """`load_latest` of this state; snapshots of later steps are removed."""
-        progress, warnings = load_latest(folder, self.model, self.ema, self.optimizer, self.extra)
+        progress, warnings = load_latest(folder, self.model, self.ema, self.optimizer, self.extra, run_id)
+        progress.run = run_id
         if self.main:
             self.snapshots.drop_after(progress.step)
         return progress, warnings
@@ -123,8 +125,8 @@ def write_checkpoint(
             raise
         size = sum(t.nbytes for tensors in parts.values() for t in tensors.values())
         raise write_error(final, size, error) from None
-    others = sorted(f for f in folder.glob("step-*") if f != final)
-    older = [f for f in others if f.name < final.name]  # newer ones were found damaged when the run was resumed
+    others = [f for f in checkpoint_folders(folder) if f != final]
+    older = [f for f in others if step_of(f) < progress.step]  # newer ones were found damaged when the run was resumed
     kept = set(older[len(older) + 1 - keep :])
     if progress.decay_from is not None:  # where an extended run resumes
         kept.update(_before_decay(older, progress)[-1:])
@@ -140,7 +142,7 @@ def resume_step_for_extension(folder: Path) -> int:
     Raises `CheckpointError` if none is intact.
     """
     intact: dict[Path, Progress] = {}
-    for candidate in sorted(folder.glob("step-*")):
+    for candidate in checkpoint_folders(folder):
         with suppress(CheckpointError):
             intact[candidate] = verify_checkpoint(candidate)
     if not intact:
@@ -153,29 +155,29 @@ def drop_checkpoints_after(folder: Path, step: int, length: float) -> int:
 
     ``length`` in steps or minutes, as in the recipe.
     """
-    for later in [path for path in folder.glob("step-*") if int(path.name[-8:]) > step]:
+    for later in [path for path in checkpoint_folders(folder) if step_of(path) > step]:
         with suppress(CheckpointError):
             if verify_checkpoint(later).length == length:
                 continue
         _discard(later)
-    return max((int(path.name[-8:]) for path in folder.glob("step-*")), default=0)
+    return max(map(step_of, checkpoint_folders(folder)), default=0)
 
 
 def _before_decay(checkpoints: list[Path], progress: Progress) -> list[Path]:
     """The checkpoints of steps before the learning rate decays, according to the plan of ``progress``."""
     decay_from = math.inf if progress.decay_from is None else progress.decay_from
-    return [path for path in checkpoints if int(path.name[-8:]) <= decay_from]
+    return [path for path in checkpoints if step_of(path) <= decay_from]
 
 
 def finish_interrupted_writes(folder: Path) -> None:
     """Rename a checkpoint that was complete when its process was killed, and remove what else a kill leaves."""
-    for partial in folder.glob("partial-*"):
+    for partial in named_folders(folder, "partial"):
         final = partial.with_name(partial.name.replace("partial", "step"))
         with suppress(CheckpointError):
             if not final.exists():
                 verify_checkpoint(partial)
                 os.replace(partial, final)
-    for rest in (*folder.glob("partial-*"), *folder.glob("trash-*")):
+    for rest in named_folders(folder, "partial|trash-step|trash-partial"):
         shutil.rmtree(rest, ignore_errors=True)
 
 
@@ -185,16 +187,17 @@ def load_latest(
     ema: PowerEMA,
     optimizer: torch.optim.Optimizer,
     extra: Mapping[str, Tensor] | None = None,
+    run_id: str | None = None,
 ) -> tuple[Progress, list[str]]:
     """Load the newest intact checkpoint; return its progress and a line for each damaged one that is newer.
 
-    The tensors of ``extra`` are filled in place. Progress is 0 if there are no checkpoints. Raises `CheckpointError` if
-    there are some and none is intact.
+    One of another run than ``run_id``, if that is given, counts as damaged. The tensors of ``extra`` are filled in
+    place. Progress is 0 if there are no checkpoints. Raises `CheckpointError` if there are some and none is intact.
     """
     damaged: list[CheckpointError] = []
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
+    for candidate in reversed(checkpoint_folders(folder)):
         try:
-            progress = _read(candidate, model, ema, optimizer, extra or {})
+            progress = _read(candidate, model, ema, optimizer, extra or {}, run_id)
         except CheckpointError as error:
             damaged.append(error)
         else:
@@ -212,8 +215,11 @@ def _read(
     ema: PowerEMA,
     optimizer: torch.optim.Optimizer,
     extra: Mapping[str, Tensor],
+    run_id: str | None,
 ) -> Progress:
     progress = verify_checkpoint(folder)
+    if run_id is not None and progress.run != run_id:
+        raise CheckpointError("OTHER_RUN", folder, "it is a checkpoint of another run", "An older checkpoint is used")
     stored: dict[str, dict[str, Tensor]] = {}
     for part, wanted in _parts(model, ema, optimizer, extra).items():
         path = folder / f"{part}.safetensors"
