@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from undiffuse.data.dataset import Dataset
 from undiffuse.data.from_array import from_array
 from undiffuse.model.checkpoint import load
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
+from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks import registry as networks
 from undiffuse.networks.condition import Condition
 from undiffuse.runtime.signals import Interrupted
@@ -26,7 +28,7 @@ from undiffuse.training.diffusion_task import fit_diffusion
 from undiffuse.training.ema import PowerEMA
 from undiffuse.training.monitor import Monitor
 from undiffuse.training.progress import Progress
-from undiffuse.training.train_state import load_latest, write_checkpoint
+from undiffuse.training.train_state import TrainState, load_latest, write_checkpoint
 
 STEPS = 40
 ITEM_SHAPE = (1, 4, 4)
@@ -108,6 +110,39 @@ def stopping_at(step: int):
         patch.setattr(loop, "compute_gradient", compute_gradient)
         with pytest.raises(Interrupted):
             yield
+
+
+class SlowMachine:
+    """A clock that nothing moves but the work of a run: training steps, network calls, checkpoints.
+
+    A step takes ``step`` seconds, a network call for one item ``call``, a checkpoint ``save``; each can be changed
+    while a run goes on. ``calls`` counts the network calls of evaluations and pictures.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, step: float, call: float = 0.0, save: float = 0.0) -> None:
+        self.now, self.step, self.call, self.save, self.calls = 1000.0, step, call, save, 0
+        self._replace(patch, loop, "compute_gradient", lambda *_, **__: self.step)
+        self._replace(patch, TrainState, "save", lambda *_, **__: self.save)
+        self._replace(
+            patch, Diffusion, "nll", lambda _, values, mc_samples=1, **__: self.take(len(values) * mc_samples)
+        )
+        self._replace(patch, Diffusion, "sample", lambda _, n, sampler, **__: self.take(n * sampler.num_steps))
+
+    def __call__(self) -> float:
+        return self.now
+
+    def take(self, calls: int) -> float:
+        self.calls += calls
+        return calls * self.call
+
+    def _replace(self, patch: pytest.MonkeyPatch, where: object, name: str, cost: Callable[..., float]) -> None:
+        real = getattr(where, name)
+
+        def slow(*arguments, **options):
+            self.now += cost(*arguments, **options)
+            return real(*arguments, **options)
+
+        patch.setattr(where, name, slow)
 
 
 def checkpoint_hashes(folder: Path, step: int = STEPS) -> dict[str, str]:

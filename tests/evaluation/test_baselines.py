@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.evaluation import baselines
-from undiffuse.evaluation.baselines import gaussian_mixtures, independent_pixels, mixture_nats
+from undiffuse.evaluation.baselines import gaussian_mixtures, independent_pixels, mixture_nats, shared_values
 from undiffuse.process.gaussian import Gaussian
 
 EVERY = torch.tensor(list(itertools.product(range(3), repeat=2)))
@@ -111,3 +111,11 @@ def test_refusals(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.mixture", None)
     with pytest.raises(ConfigError, match=r"undiffuse\[data\]"):
         gaussian_mixtures(good, good, good, 3)
+
+
+def test_values_that_are_shared_by_all_places():
+    """Two channels of three values, by hand: probabilities (n + 1)/(N + 3) of the channel's own counts."""
+    train, held_out = np.array([[5, 0, 0], [1, 2, 2]]), np.array([[2, 1, 0], [0, 0, 3]])
+    expected = -(2 * math.log2(6 / 8) + math.log2(1 / 8) + 3 * math.log2(3 / 8)) / 6
+    assert shared_values(train, held_out) == pytest.approx(expected, rel=1e-12)
+    assert shared_values(np.zeros((1, 4), int), np.array([[1, 2, 0, 3]])) == 2.0

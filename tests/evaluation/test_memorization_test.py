@@ -105,7 +105,7 @@ def test_a_run_reports_memorisation(tmp_path, monkeypatch, memorised):
     assert calls == [(0, 8)] * 4 + [(0, 32)]  # the same noise and times for both and at each look, and once more draws
     assert [[name for name in r if name.startswith("final")] for r in records] == [
         [],
-        ["final_bits_per_dim", "final_stderr"],
+        ["final_bits_per_dim", "final_stderr", "final_items", "final_draws"],
     ]
     assert records[0]["bits_per_dim"] == records[1]["bits_per_dim"]
     assert sum(line.strip().startswith("overfitting: ") for line in lines) == 2 * memorised

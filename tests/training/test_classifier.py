@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import LabelledMixture
-from tiny_run import checkpoint_hashes, stopping_at
+from tiny_run import SlowMachine, checkpoint_hashes, stopping_at
 
 from undiffuse.data.from_array import from_array
 from undiffuse.data.transform import IntegerLevels
@@ -28,6 +28,7 @@ from undiffuse.training import classifier_task, memory_estimate
 from undiffuse.training.batches import global_batch
 from undiffuse.training.classifier_task import ClassifierConfig, ClassifierTask, fit_classifier, measure_accuracy
 from undiffuse.training.extend import extend
+from undiffuse.training.fit import fit
 from undiffuse.training.monitor import Monitor
 from undiffuse.training.run_folder import Run
 
@@ -103,7 +104,9 @@ def test_a_run_folder_with_figures(tmp_path, monkeypatch):
     assert lines[-1].strip().startswith("final, on ")
     records = Run(folder).read_metrics()
     assert [r["step"] for r in records if "accuracy" in r] == [2, 4]
-    assert [set(r) - {"step", "seconds"} for r in records if "final_accuracy" in r] == [{"accuracy", "final_accuracy"}]
+    assert [set(r) - {"step", "seconds"} for r in records if "final_accuracy" in r] == [
+        {"accuracy", "final_accuracy", "items"}
+    ]
     assert all((folder / "pictures" / name).stat().st_size > 5000 for name in ("accuracy.png", "training.png"))
     classifier = load(folder)
     assert classifier.classes == ("0", "1", "2")
@@ -155,7 +158,8 @@ def test_data_without_classes_and_runs_without_length_are_refused(tmp_path):
 def test_a_run_by_the_clock_without_matplotlib(tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr(Monitor, "log", lambda monitor, line: lines.append(line))
-    assert Run(train(config(max_steps=None, minutes=1e-4, batch=4), tmp_path / "clock")).finished
+    task, clock = ClassifierTask(config(max_steps=None, minutes=0.5, batch=4)), SlowMachine(monkeypatch, step=0.2)
+    assert Run(fit(task, IMAGES, Run(tmp_path / "clock"), device="cpu", quiet=True, clock=clock)).finished
     assert "no picture of the model: is not installed" in lines
 
 
@@ -206,7 +210,7 @@ def test_too_little_memory_is_found_before_training(tmp_path, monkeypatch):
 
 def test_a_signal_during_an_evaluation_stops_at_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(classifier_task, "measure_accuracy", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(classifier_task, "measure_accuracy", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(BaseException) as stopped:  # noqa: PT011, Interrupted is no Exception
             train(CONFIG, tmp_path / "run")
     assert stopped.value.exit_code == 143

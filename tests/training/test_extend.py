@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from tiny_run import finish_early, stopping_at
+from tiny_run import SlowMachine, finish_early, stopping_at
 
 from undiffuse.cli import main
 from undiffuse.data.from_array import from_array
@@ -25,7 +25,7 @@ from undiffuse.training import diffusion_task
 from undiffuse.training import extend as extend_module
 from undiffuse.training import fit as loop
 from undiffuse.training import train_state as state
-from undiffuse.training.diffusion_task import fit_diffusion
+from undiffuse.training.diffusion_task import DiffusionTask, fit_diffusion
 from undiffuse.training.extend import extend
 from undiffuse.training.lr_schedule import lr_factor, plan_lr_decay
 from undiffuse.training.monitor import Monitor
@@ -102,9 +102,12 @@ def test_without_a_checkpoint_before_the_decay_it_decays_twice(tmp_path):
 
 
 def test_minutes(tmp_path, monkeypatch):
-    """With a clock that advances a second at each reading, two minutes and one more are planned as three."""
-    ticks = iter(range(10**7))
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(ticks)))
+    """At a second a step, two minutes and one more are planned as three."""
+    clock = SlowMachine(monkeypatch, step=1.0)
+
+    def train(config, folder):
+        return loop.fit(DiffusionTask(config), DATA, Run(folder), device="cpu", quiet=True, clock=clock)
+
     config = replace_train(CONFIG, max_steps=None, minutes=2.0)
     folder = train(config, tmp_path / "run")
     before = Run(folder).record["config"]["train"]
@@ -115,8 +118,8 @@ def test_minutes(tmp_path, monkeypatch):
     train(longer, folder)
     last = state.verify_checkpoint(sorted((folder / "checkpoints").iterdir())[-1])
     assert last.length == 3.0
-    assert 0.9 * 180 < last.seconds < 1.3 * 180
-    assert 0.55 * 180 < 180 - (last.last_step - last.decay_from) / last.step * last.seconds < 0.75 * 180
+    assert last.step == last.seconds == 0.975 * 180 // 1  # the rest is for the last measurement
+    assert last.last_step - last.decay_from == pytest.approx(longer.train.decay * last.seconds, abs=1)
 
 
 def test_a_damaged_checkpoint_is_not_resumed(tmp_path):
@@ -258,7 +261,7 @@ def test_another_process_waits_for_the_first_to_extend(tmp_path, monkeypatch, ca
 PROCESS = """
 import sys, torch
 from undiffuse.cli import main
-from undiffuse.training.monitor import Watch
+from undiffuse.training.monitor import Monitor
 torch.set_num_threads(1)
 Monitor.evaluate_now, Monitor.finish = (lambda *_: None), (lambda monitor: monitor.run.finish())
 code = main(sys.argv[1:])

@@ -4,12 +4,11 @@ import csv
 import json
 import signal
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tiny_run import finish_early
+from tiny_run import SlowMachine, finish_early
 
 from undiffuse.data.from_array import from_array
 from undiffuse.data.transform import Identity, IntegerLevels, Standardized
@@ -480,16 +479,15 @@ def test_training_from_other_weights(tmp_path, monkeypatch):
 def test_continuous_vectors_for_a_fraction_of_a_minute(tmp_path, monkeypatch):
     """The clock, here one step a second, plans the end of the run; data are scaled by moments of the training part."""
     data = from_array(np.random.default_rng(1).normal(5, 2, (60, 2)).astype(np.float32), name="vectors")
-    ticks = iter(range(10**6))
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     config = Config(
         ModelConfig(network={"kind": "mlp", "width": 8, "depth": 1}, chain_length=5),
         TrainConfig(batch=8, minutes=0.5, warmup=2, precision="float32", previews=2),
     )
-    model = load(train(config, tmp_path, data))
+    clock = SlowMachine(monkeypatch, step=1.0)
+    model = load(loop.fit(DiffusionTask(config), data, Run(tmp_path), device="cpu", quiet=True, clock=clock))
     assert isinstance(model.transform, Standardized)
     assert (model.transform.mean, model.transform.std) == data.moments(data.split().train)
-    assert 20 < model.info["steps"] <= 31
+    assert model.info["steps"] == 27  # two and a half of the thirty seconds are for the last measurement
     assert model.nll(torch.from_numpy(data.values[:3])).total.isfinite().all()
     assert not isinstance(model.transform, Identity)
 

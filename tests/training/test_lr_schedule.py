@@ -1,10 +1,12 @@
 """The learning rate over a run: warmup, plateau and decay."""
 
+import math
+
 import pytest
 
 from undiffuse.model.config import TrainConfig
 from undiffuse.training.lr_schedule import lr_factor, plan_lr_decay
-from undiffuse.training.progress import Progress
+from undiffuse.training.progress import Progress, measuring_allowance, training_seconds
 
 
 def lr_factors(settings, seconds_per_step=1.0, max_steps=10_000):
@@ -43,32 +45,63 @@ def test_short_runs(settings, expected):
 
 
 def test_a_run_of_given_minutes():
-    """One second a step, two minutes, decay 0.25: the decay starts at 90 s and takes the remaining 30 s."""
+    """One second a step, two minutes of which three seconds are for the last measurement, decay 0.25."""
     settings = TrainConfig(minutes=2.0, warmup=10, decay=0.25)
     factors, progress = lr_factors(settings)
-    assert (progress.decay_from, progress.last_step, progress.step) == (90, 120, 120)
-    assert factors[10:91] == [1.0] * 81
-    assert factors[90:] == pytest.approx([(120 - k) / 30 for k in range(90, 120)])
+    assert (progress.decay_from, progress.last_step, progress.step) == (88, 117, 117)
+    assert factors[10:88] == [1.0] * 78
+    assert factors[88:] == pytest.approx([(117 - k) / (0.25 * 117) for k in range(88, 117)])
 
 
-def test_a_plan_is_made_once():
+@pytest.mark.parametrize("slower", [0.25, 4.0])
+def test_a_machine_that_changes_its_speed_ends_in_time(slower):
+    """The speed changes by a factor of four when the decay has begun; the rate still falls to 0, at the end."""
+    settings = TrainConfig(minutes=2.0, warmup=0, decay=0.3)
+    progress, factors = Progress(), []
+    plan_lr_decay(progress, settings)
+    while not progress.done:
+        factors.append(lr_factor(progress, settings))
+        progress.step_seconds = 1.0 if progress.seconds < 90 else slower
+        progress.step, progress.seconds = progress.step + 1, progress.seconds + progress.step_seconds
+        plan_lr_decay(progress, settings)
+    assert abs(progress.seconds - 117) <= slower / 2
+    assert factors == sorted(factors, reverse=True)
+    assert 0 < factors[-1] < 1.5 * slower / (0.3 * 117)
+
+
+def test_a_plan_by_the_clock():
+    """A step more is made where it ends nearer to the time than now; ``late`` has no time left after one step."""
     settings = TrainConfig(minutes=2.0, decay=0.25)
-    progress = Progress(step=100, seconds=90.0)
+    progress = Progress(step=100, seconds=90.0, step_seconds=4.0)
     plan_lr_decay(progress, settings)
-    plan = (progress.decay_from, progress.last_step)
-    assert plan == (100, 100 + round(30 * 100 / 90))
-    progress.step, progress.seconds = 105, 1000.0
+    assert (progress.decay_from, progress.last_step) == (100, None)
+    progress.step, progress.seconds = 107, 114.9
     plan_lr_decay(progress, settings)
-    assert (progress.decay_from, progress.last_step) == plan
-    late = Progress(step=5, seconds=1e4)  # the time is over: one more step
+    assert (progress.decay_from, progress.last_step) == (100, None)
+    progress.step, progress.seconds = 108, 115.1
+    plan_lr_decay(progress, settings)
+    assert (progress.decay_from, progress.last_step) == (100, 108)
+    plan_lr_decay(progress, TrainConfig(minutes=3.0, decay=0.25))
+    assert (progress.decay_from, progress.last_step) == (None, None)  # a longer run
+    late = Progress(step=5, seconds=1e4)
     plan_lr_decay(late, settings)
-    assert (late.decay_from, late.last_step) == (5, 6)
-    early = Progress(step=50, seconds=50.0)
-    plan_lr_decay(early, settings)
-    assert early.last_step is None
+    assert late.done
+    none = Progress(seconds=1e4)
+    plan_lr_decay(none, settings)
+    assert not none.done  # one step at least
     endless = Progress(step=50, seconds=50.0)
     plan_lr_decay(endless, TrainConfig())
     assert endless.last_step is None
+
+
+def test_the_time_for_measurements():
+    """5 % or 5 s, of a very short run a quarter; half of it is for the last one. Runs of given steps have no limit."""
+    for minutes, seconds in ((10, 30), (1, 5), (100, 300), (0.1, 1.5)):
+        settings = TrainConfig(minutes=minutes)
+        assert measuring_allowance(settings) == pytest.approx(seconds)
+        assert training_seconds(settings) == pytest.approx(60 * minutes - seconds / 2)
+    for settings in (TrainConfig(max_steps=9), TrainConfig(max_steps=9, minutes=1.0)):
+        assert measuring_allowance(settings) == training_seconds(settings) == math.inf
 
 
 def test_the_fraction_that_is_done():

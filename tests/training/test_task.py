@@ -70,12 +70,12 @@ class AutoencoderTask(Task):
     def extra_state(self, model):
         return {"mean_loss": model.mean_loss}
 
-    def evaluate(self, model, data, split, final):
+    def evaluate(self, model, data, split, final, limit):
         values = torch.from_numpy(data.values[split.validation])
         error = float((model.network(values) - values).square().mean())
         return Evaluation({"error": error}, f"held-out error {error:.3f}", ["the end"] if final else [])
 
-    def draw(self, model, data, split, folder, step):
+    def draw(self, model, data, split, folder, step, limit):
         (folder / f"{step}.txt").write_text("drawn")
 
     def save(self, model, path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -42,8 +43,14 @@ class Batches:
     ``waited``: seconds that training has waited for data so far. A context manager, which ends the thread.
     """
 
-    def __init__(self, data: Dataset, items: np.ndarray, settings: TrainConfig) -> None:
-        self.data, self.items, self.settings = data, items, settings
+    def __init__(
+        self,
+        data: Dataset,
+        items: np.ndarray,
+        settings: TrainConfig,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.data, self.items, self.settings, self.clock = data, items, settings, clock
         self.pool = ThreadPoolExecutor(1, "batches")
         self.pending: dict[int, Future[Batch]] = {}
         self.waited = 0.0
@@ -55,14 +62,14 @@ class Batches:
         self.pool.shutdown()
 
     def __call__(self, step: int) -> Batch:
-        began = time.perf_counter()
+        began = self.clock()
         current = self.pending.get(step) or self._submit(step)
         # some image decoders change the warning filters of the whole process, so nothing may run beside them
         values = self.data.values
         prefetch = not isinstance(values, LazyArray) or values.thread_safe
         self.pending = {step + 1: self._submit(step + 1)} if prefetch else {}
         batch = current.result()
-        self.waited += time.perf_counter() - began
+        self.waited += self.clock() - began
         return batch
 
     def _submit(self, step: int) -> Future[Batch]:

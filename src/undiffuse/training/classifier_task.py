@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from torch.nn import functional as F
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.data.transform import transform_for
 from undiffuse.errors import DataError
+from undiffuse.evaluation.plan import bit_reversed_order
+from undiffuse.evaluation.time_limit import TimeLimit
 from undiffuse.model import noisy_classifier
 from undiffuse.model.config import TrainConfig
 from undiffuse.model.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
@@ -88,24 +89,32 @@ class ClassifierTask(Task):
         log_p = model(diffuse(x, level, batch.eps), level, network)
         return F.nll_loss(log_p, batch.cond.label, reduction="none")
 
-    def evaluate(self, model: NoisyClassifier, data: Dataset, split: Split, final: bool) -> Evaluation:
+    def evaluate(
+        self, model: NoisyClassifier, data: Dataset, split: Split, final: bool, limit: TimeLimit
+    ) -> Evaluation:
         """The mean over log-SNRs of the accuracy for validation items; ``final`` adds that for test items.
 
         The test accuracy at each log-SNR goes into ``model.info``.
         """
-        rows = measure_accuracy(model, data, split.validation)
-        if not rows:
+        if len(split.validation) == 0:
             return Evaluation({}, "no held-out items")
-        numbers, details = {"accuracy": _mean_accuracy(rows)}, []
-        if final:
-            model.info["accuracy"] = measure_accuracy(model, data, split.test)
-            numbers["final_accuracy"] = _mean_accuracy(model.info["accuracy"])
-            details.append(
-                f"final, on {model.info['accuracy'][0]['items']:,} test items: {numbers['final_accuracy']:.3f}"
-            )
-        return Evaluation(numbers, f"held-out accuracy {numbers['accuracy']:.3f}, mean over log-SNR", details)
+        rows = measure_accuracy(model, data, split.validation, limit=limit.share(0.5) if final else limit)
+        if not rows:
+            return Evaluation({}, "no time for a measurement")
+        numbers, details = {"accuracy": _mean_accuracy(rows), "items": rows[0]["items"]}, []
+        if final and (test := measure_accuracy(model, data, split.test, limit=limit)):
+            model.info["accuracy"] = test
+            numbers["final_accuracy"] = _mean_accuracy(test)
+            details.append(f"final, on {test[0]['items']:,} test items: {numbers['final_accuracy']:.3f}")
+        few = (
+            "" if rows[0]["items"] == min(len(split.validation), MAX_ACCURACY_ITEMS) else f", {rows[0]['items']} items"
+        )
+        summary = f"held-out accuracy {numbers['accuracy']:.3f}, mean over log-SNR{few}"
+        return Evaluation(numbers, summary, details)
 
-    def draw(self, model: NoisyClassifier, data: Dataset, split: Split, folder: Path, step: int | None) -> None:
+    def draw(
+        self, model: NoisyClassifier, data: Dataset, split: Split, folder: Path, step: int | None, limit: TimeLimit
+    ) -> None:
         """``accuracy.png`` at the end: the test accuracy at each log-SNR."""
         if step is None and model.info.get("accuracy"):
             figures.accuracy_curve(model.info["accuracy"]).savefig(folder / "accuracy.png", dpi=150)
@@ -119,46 +128,56 @@ class ClassifierTask(Task):
 
 @torch.no_grad()
 def measure_accuracy(
-    model: NoisyClassifier, data: Dataset, items: np.ndarray, seed: int = 0, num_levels: int = 9, batch: int = 256
+    model: NoisyClassifier,
+    data: Dataset,
+    items: np.ndarray,
+    seed: int = 0,
+    num_levels: int = 9,
+    batch: int = 256,
+    limit: TimeLimit | None = None,
 ) -> list[dict[str, float]]:
     """For log-SNRs from noise to data: the fraction of items whose likeliest label is right, and mean log p, nats.
 
-    Each with the standard error of the accuracy, at most `MAX_ACCURACY_ITEMS` of ``items`` on fixed noise. Empty if
-    there are no items.
+    Each with the standard error of the accuracy, at most `MAX_ACCURACY_ITEMS` of ``items`` on fixed noise, and only as
+    many as ``limit`` permits, spread evenly over them. Empty if that is none.
     """
-    assert data.labels is not None
+    labels = data.labels
+    assert labels is not None
     model.eval()
-    device, rows = next(model.parameters()).device, []
-    items = items[np.unique(np.linspace(0, len(items) - 1, min(len(items), MAX_ACCURACY_ITEMS)).astype(int))]
-    for k in range(num_levels if len(items) else 0):
-        level, correct, log_prob = model.schedule(1 - k / (num_levels - 1)), 0, 0.0
-        for part, eps in _noisy_batches(model, items, seed, k, batch):
-            x = model.transform.to_model(torch.from_numpy(data.values[part])).to(device)
-            label = torch.from_numpy(data.labels[part])
-            log_p = model(diffuse(x, level, eps.to(device)), level).double().cpu()
-            correct += int((log_p.argmax(1) == label).sum())
-            log_prob += float(log_p.gather(1, label[:, None]).sum())
-        accuracy = correct / len(items)
-        rows.append(
-            {
-                "log_snr": float(level.log_snr),
-                "accuracy": accuracy,
-                "stderr": math.sqrt(accuracy * (1 - accuracy) / len(items)),
-                "log_prob": log_prob / len(items),
-                "items": len(items),
-            }
-        )
-    return rows
+    device = next(model.parameters()).device
+    limit = limit or TimeLimit()
+    fitting = int(min(len(items), MAX_ACCURACY_ITEMS, limit.calls_left / num_levels))
+    items = items[np.unique(np.linspace(0, len(items) - 1, fitting).astype(int))]
+    if limit.left < math.inf:  # it may end before the last item
+        items = items[bit_reversed_order(len(items))]
+    noises = [generator(seed, "accuracy", k) for k in range(num_levels)]
+    correct, log_prob, done = [0] * num_levels, [0.0] * num_levels, 0
 
+    def measure(here: slice) -> None:
+        nonlocal done
+        for start in range(here.start, here.stop, batch):
+            part = items[start : min(start + batch, here.stop)]
+            values, label = torch.from_numpy(data.values[part]), torch.from_numpy(labels[part])
+            for k, noise in enumerate(noises):
+                level = model.schedule(1 - k / (num_levels - 1))
+                eps = torch.randn(len(part), *model.item_shape, generator=noise)
+                x = model.transform.to_model(values).to(device)
+                log_p = model(diffuse(x, level, eps.to(device)), level).double().cpu()
+                correct[k] += int((log_p.argmax(1) == label).sum())
+                log_prob[k] += float(log_p.gather(1, label[:, None]).sum())
+            done += len(part)
 
-def _noisy_batches(
-    model: NoisyClassifier, items: np.ndarray, seed: int, k: int, batch: int
-) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Parts of ``items`` with their noise for log-SNR number ``k``."""
-    g = generator(seed, "accuracy", k)
-    for start in range(0, len(items), batch):
-        part = items[start : start + batch]
-        yield part, torch.randn(len(part), *model.item_shape, generator=g)
+    limit.in_parts(measure, len(items), num_levels)
+    return [
+        {
+            "log_snr": float(model.schedule(1 - k / (num_levels - 1)).log_snr),
+            "accuracy": correct[k] / done,
+            "stderr": math.sqrt(correct[k] / done * (1 - correct[k] / done) / done),
+            "log_prob": log_prob[k] / done,
+            "items": done,
+        }
+        for k in range(num_levels if done else 0)
+    ]
 
 
 def _mean_accuracy(rows: list[dict[str, float]]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.data.transform import transform_for
 from undiffuse.errors import DataError
+from undiffuse.evaluation.baselines import shared_values
 from undiffuse.evaluation.memorization_test import generalization_gap, matched_items
+from undiffuse.evaluation.time_limit import TimeLimit
 from undiffuse.model import checkpoint
 from undiffuse.model.config import Config, TrainConfig
 from undiffuse.model.diffusion import Diffusion
@@ -22,20 +25,23 @@ from undiffuse.model.presets import adapt_to_data
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.protocol import init_statistics
 from undiffuse.networks.registry import network_settings
+from undiffuse.process.statistics import mean_with_stderr
 from undiffuse.report.figures import image_grid
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.training.batches import Batch, TrainingStatistics
 from undiffuse.training.fit import fit
 from undiffuse.training.run_folder import Run, describe
-from undiffuse.training.task import Evaluation, Task
+from undiffuse.training.task import TRAIN_LONGER, Evaluation, Task
 
 HELD_OUT_ITEMS = 64
 """Held-out items, and as many training items, of which the bound is measured during a run."""
-MC_SAMPLES, FINAL_MC_SAMPLES = 8, 32
-"""Noise levels per item for that bound: at every evaluation, and once more at the end."""
+MC_SAMPLES, FINAL_MC_SAMPLES, MIN_MC_SAMPLES = 8, 32, 2
+"""Noise levels per item for that bound: at every evaluation, once more at the end, and where the time is short."""
 PREVIEW_ITEMS, PREVIEW_STEPS = 36, 12
 FINAL_ITEMS, FINAL_STEPS = 64, 100
 """Samples in a picture and their sampler steps: at every evaluation, and at the end."""
+BASELINE_ITEMS = 256
+"""Training items whose values are counted to tell whether a run by the clock has learned anything."""
 
 
 def fit_diffusion(
@@ -94,41 +100,62 @@ class DiffusionTask(Task):
     def extra_state(self, model: Diffusion) -> dict[str, Tensor]:
         return model.time_sampler_state
 
-    def evaluate(self, model: Diffusion, data: Dataset, split: Split, final: bool) -> Evaluation:
+    def evaluate(self, model: Diffusion, data: Dataset, split: Split, final: bool, limit: TimeLimit) -> Evaluation:
         """The bound of held-out items, bits per dimension, and its gap to that of training items on the same noise.
 
-        ``final`` adds a second estimate from more noise levels, which is not part of the curve.
+        ``final`` adds a second estimate from more noise levels, which is not part of the curve. Where ``limit`` is
+        short, both have fewer noise levels and items, the first ones of the same random order.
         """
-        held_out, training = matched_items(split, HELD_OUT_ITEMS)
-        if len(held_out) == 0:
+        matched = matched_items(split, HELD_OUT_ITEMS)
+        if len(matched[0]) == 0:
             return Evaluation({}, "no held-out items")
-        bits, stderr = self._bound(model, data, held_out, MC_SAMPLES)
-        training_bits, _ = self._bound(model, data, training, MC_SAMPLES)
+        curve = limit.share(0.4) if final else limit
+        measured, draws = self._bounds(model, data, matched, MC_SAMPLES, curve)
+        if measured is None:
+            return Evaluation({}, "no time for a measurement")
+        bits, training_bits = measured
         gap = generalization_gap(bits, training_bits, num_tests=self.config.train.previews + 1)
-        numbers = {"bits_per_dim": float(bits.mean()), "stderr": stderr}
+        numbers = _numbers(bits, draws)
         numbers |= {"gap": gap.mean, "gap_stderr": gap.stderr, "overfit": gap.significant}
         details = []
         if final:
-            bits, stderr = self._bound(model, data, held_out, FINAL_MC_SAMPLES)
-            numbers |= {"final_bits_per_dim": float(bits.mean()), "final_stderr": stderr}
-            details.append(f"final, with {FINAL_MC_SAMPLES} noise levels per item: {_format_bound(numbers, 'final_')}")
+            more, draws = self._bounds(model, data, matched[:1], FINAL_MC_SAMPLES, limit)
+            if more is not None:
+                numbers |= _numbers(more[0], draws, "final_")
+                of = "" if len(more[0]) == len(matched[0]) else f" for {len(more[0])} items"
+                bound = _format_bound(numbers, "final_")
+                details.append(f"final, with {draws} noise levels per item{of}: {bound}")
+            details += self._worse_than_baseline(data, split, matched[0][: len(bits)], float(bits.mean()))
         if gap.significant:
             details.append(
                 "overfitting: training items have a bound lower than that of held-out items by "
                 f"{gap.mean:.3f} ± {gap.stderr:.3f} bits/dim, on the same noise and times"
             )
         numbers = {name: x for name, x in numbers.items() if not (name.endswith("stderr") and math.isnan(x))}
-        return Evaluation(numbers, f"held out {_format_bound(numbers)}", details)
+        summary = f"held out {_format_bound(numbers)}"
+        if (numbers["items"], numbers["draws"]) != (len(matched[0]), MC_SAMPLES):
+            summary += f" ({numbers['items']} items, {numbers['draws']} draws)"
+        return Evaluation(numbers, summary, details)
 
-    def draw(self, model: Diffusion, data: Dataset, split: Split, folder: Path, step: int | None) -> None:
-        """A grid of samples on fixed noise, ``samples-STEP.png``, and ``samples.png`` at the end."""
+    def draw(
+        self, model: Diffusion, data: Dataset, split: Split, folder: Path, step: int | None, limit: TimeLimit
+    ) -> None:
+        """A grid of samples on fixed noise, ``samples-STEP.png``, and ``samples.png`` at the end.
+
+        Where ``limit`` is short, there are fewer steps at the end, then fewer samples.
+        """
         final = step is None
         n, num_steps = (FINAL_ITEMS, FINAL_STEPS) if final else (PREVIEW_ITEMS, PREVIEW_STEPS)
-        samples = model.sample(
-            n, seed=0, cond=self._preview_condition(data, split, n), sampler=Sampler(num_steps=num_steps)
-        )
-        picture = image_grid(samples.numpy(), data.num_values, names=data.columns)
-        picture.save(folder / ("samples.png" if final else f"samples-{step:08d}.png"))
+        num_steps = max(min(num_steps, PREVIEW_STEPS), int(min(num_steps, limit.calls_left / n)))
+        cond = self._preview_condition(data, split, n)
+
+        def sample(here: slice) -> Tensor:
+            items, sampler = here.stop - here.start, Sampler(num_steps=num_steps)
+            return model.sample(items, seed=0, cond=cond and cond.take(here), sampler=sampler, first=here.start)
+
+        if samples := limit.in_parts(sample, n, num_steps):
+            picture = image_grid(torch.cat(samples).numpy(), data.num_values, names=data.columns)
+            picture.save(folder / ("samples.png" if final else f"samples-{step:08d}.png"))
 
     def save(self, model: Diffusion, path: Path) -> None:
         checkpoint.save(model, path)
@@ -136,11 +163,36 @@ class DiffusionTask(Task):
     def load(self, path: Path) -> Diffusion:
         return checkpoint.load(path, network=self.network)
 
-    def _bound(self, model: Diffusion, data: Dataset, items: np.ndarray, mc_samples: int) -> tuple[Tensor, float]:
-        """The bound of each item, bits per dimension, and the standard error of its mean."""
-        values, cond = torch.from_numpy(data.values[items]), self._condition(data, items)
-        nll = model.nll(values, seed=0, mc_samples=mc_samples, batch=HELD_OUT_ITEMS, cond=cond)
-        return nll.bits_per_dim(model.dims), float(nll.stderr) / (model.dims * math.log(2))
+    def _bounds(
+        self, model: Diffusion, data: Dataset, parts: Sequence[np.ndarray], mc_samples: int, limit: TimeLimit
+    ) -> tuple[list[Tensor] | None, int]:
+        """For each part the bound of each item, bits per dimension, and the noise levels of each item.
+
+        None if there is not the time for two items, or for all if there is one.
+        """
+        items = len(parts[0])
+        draws = int(min(mc_samples, max(MIN_MC_SAMPLES, limit.calls_left / (len(parts) * items))))
+
+        def measure(here: slice) -> list[Tensor]:
+            bits = []
+            for part in parts:
+                values, cond = torch.from_numpy(data.values[part[here]]), self._condition(data, part[here])
+                nll = model.nll(values, seed=0, mc_samples=draws, batch=HELD_OUT_ITEMS, cond=cond, first=here.start)
+                bits.append(nll.bits_per_dim(model.dims))
+            return bits
+
+        measured = [torch.cat(bits) for bits in zip(*limit.in_parts(measure, items, len(parts) * draws), strict=True)]
+        return (measured if measured and len(measured[0]) >= min(2, items) else None), draws
+
+    def _worse_than_baseline(self, data: Dataset, split: Split, items: np.ndarray, bits: float) -> list[str]:
+        """A line if, after a run by the clock, drawing each value independently of all others costs fewer bits."""
+        if data.num_values is None or self.config.train.max_steps is not None:
+            return []
+        known = split.train[np.unique(np.linspace(0, len(split.train) - 1, BASELINE_ITEMS).astype(int))]
+        baseline = shared_values(data.counts(known), data.counts(items))
+        if bits < baseline:
+            return []
+        return [f"hardly trained: independent values cost {baseline:.3f} bits/dim, no more. {TRAIN_LONGER}"]
 
     def _condition(self, data: Dataset, items: np.ndarray) -> Condition | None:
         return data.condition(items) if self.config.train.conditional else None
@@ -150,6 +202,13 @@ class DiffusionTask(Task):
         if self.config.train.conditional and data.cond is None:
             return Condition(label=torch.arange(n) % len(data.classes))
         return self._condition(data, np.resize(split.validation if len(split.validation) else split.train, n))
+
+
+def _numbers(bits: Tensor, draws: int, prefix: str = "") -> dict[str, Any]:
+    """The mean of ``bits`` (n,) with its standard error, and of how many items and noise levels they are."""
+    mean, stderr = mean_with_stderr(bits)
+    numbers = {"bits_per_dim": float(mean), "stderr": float(stderr), "items": len(bits), "draws": draws}
+    return {prefix + name: number for name, number in numbers.items()}
 
 
 def _format_bound(numbers: dict[str, Any], prefix: str = "") -> str:

@@ -103,6 +103,13 @@ def reduce_signal(accelerator: Accelerator, received: Sequence[int]) -> int:
     return int(signals.max())  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def from_main_process(accelerator: Accelerator, decision: bool) -> bool:
+    """The ``decision`` of the first process, which may depend on its clock, in all processes."""
+    if accelerator.num_processes == 1:
+        return decision
+    return bool(broadcast(torch.tensor([decision], device=accelerator.device)).item())  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process holds only a shard of ``tensor``."""
     return hasattr(tensor, "full_tensor")

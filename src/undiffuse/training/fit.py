@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from undiffuse.errors import ConfigError
 from undiffuse.networks.norm import to_fast_layout
 from undiffuse.process.seeded_noise import generator
 from undiffuse.runtime.atomic_file import file_digest
-from undiffuse.runtime.signals import Interrupted, collect_stop_signals
+from undiffuse.runtime.signals import Interrupted, StopRequests, collect_stop_signals
 from undiffuse.runtime.tensor_file import check_tensors
 from undiffuse.training.augmentation import check_augmentation
 from undiffuse.training.batches import Batch, Batches, batch_items, global_batch, micro_batches
@@ -25,6 +26,7 @@ from undiffuse.training.distributed import (
     average_other_gradients,
     broadcast_progress,
     clip_gradient,
+    from_main_process,
     prepare_network,
     reduce_signal,
     set_checkpointing,
@@ -34,6 +36,7 @@ from undiffuse.training.lr_schedule import lr_factor, plan_lr_decay
 from undiffuse.training.memory_estimate import check_memory
 from undiffuse.training.monitor import Monitor
 from undiffuse.training.nonfinite import find_nonfinite, skip_step
+from undiffuse.training.progress import Progress
 from undiffuse.training.run_folder import Run
 from undiffuse.training.task import Task
 from undiffuse.training.train_state import TrainState, finish_interrupted_writes
@@ -47,19 +50,24 @@ def fit(
     init: str | Path | None = None,
     quiet: bool = False,
     force: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Path:
     """Train ``task`` on ``data`` into the folder of ``run``, which is returned; an unfinished run is resumed.
 
     ``init``: file or run whose weights training starts from. ``quiet``: print nothing. ``force``: resume although
     recipe, data or torch have changed since the run began, with a new plan for its end; not for a finished run.
+    ``clock``: seconds, as of `time.perf_counter`, for ``minutes`` and for rates.
 
     Every random number is a function of (seed, purpose, step). With ``max_steps``, evaluating and saving do not change
-    what is trained, and a resumed run is bit-identical to an uninterrupted one; with ``minutes`` their time counts.
+    what is trained, and a resumed run is bit-identical to an uninterrupted one; with ``minutes`` their time counts, and
+    they get as little of it as `progress.measuring_allowance` says.
+
     Raises `ConfigError` (also for a finished run of another recipe, other data or another ``init``), `DataError`,
     `CheckpointError`, `NonFiniteError`, `ResourceError` (disk full, or another process trains into the folder), and
     `Interrupted` after a signal, when everything is saved.
     """
     # Set up: processes, settings that fit data and device, model
+    began = clock()
     accelerator = start_accelerator(device)
     main = accelerator.is_main_process
     task, data, notes = adapt_task(task, data, accelerator.device)
@@ -72,30 +80,24 @@ def fit(
     state = TrainState(task, model, run.snapshots, accelerator)
 
     with run.exclusive() if main else nullcontext(), collect_stop_signals() as stop_requests:
-        # Resume from the last checkpoint, and plan the end: anew if `force` accepted a changed recipe, data or torch
-        changed = main and run.open(task.config, data, force, init_digest)
-        if main:
-            finish_interrupted_writes(run.checkpoints)
-        accelerator.wait_for_everyone()
-        if run.finished:  # by another process, since the check above
+        resumed = resume(task, data, run, state, accelerator, force, init_digest)
+        if resumed is None:  # finished by another process, since the check above
             return run.folder
-        progress, warnings = state.load_latest(run.checkpoints, run.id)
-        if changed:
-            progress.decay_from = progress.last_step = None
-        plan_lr_decay(progress, settings)
-        broadcast_progress(accelerator, progress)
+        progress, warnings = resumed
         network = prepare_network(accelerator, model.network, settings)
 
         with (
-            Monitor(run, task, state.ema_model, data, split, progress, quiet, main) as monitor,
-            Batches(data, split.train, settings) as batches,
+            Monitor(run, task, state.ema_model, data, split, progress, quiet, main, clock) as monitor,
+            Batches(data, split.train, settings, clock) as batches,
         ):
             for line in [*notes, *warnings]:
                 monitor.log(line)
             saved_at = progress.seconds
+            progress.seconds += clock() - began  # setting up is part of the run
+            evaluate_saved(accelerator, monitor, stop_requests)
             while not progress.done:
                 # One step: gradient, then weights and averages; neither moves if something is NaN or infinite
-                began = time.perf_counter()
+                began = clock()
                 batch, lr = batches(progress.step), settings.lr * lr_factor(progress, settings)
                 losses, norms = compute_gradient(accelerator, state, network, batch, progress.step)
                 problem = find_nonfinite(losses, norms)
@@ -108,32 +110,35 @@ def fit(
                     task.after_step(model, batch, losses)  # of all processes: each makes the same update
                 state.optimizer.zero_grad()
                 progress.step += 1
-                progress.seconds += time.perf_counter() - began
+                progress.step_seconds = clock() - began
+                progress.seconds += progress.step_seconds
 
                 # Record it; write a snapshot of the averages when one is due
-                plan_lr_decay(progress, settings)  # no change, except with `minutes` when its clock reaches the decay
+                plan_lr_decay(progress, settings)  # no change, except with `minutes`: when decay begins, and at the end
                 broadcast_progress(accelerator, progress)
-                monitor.record_step(None if problem else float(losses.mean()), norms[0], lr, batches.waited)
+                loss = None if problem else float(losses.mean())
+                monitor.record_step(loss, norms[0], lr, batches.waited, progress.step_seconds)
                 if monitor.crossed_part(settings.snapshots):
                     state.snapshots.write(progress.step, run.id, main)
 
                 # Save and evaluate when due; stop after a signal
                 signal = reduce_signal(accelerator, stop_requests)
-                evaluate = monitor.evaluation_due()
+                evaluate = from_main_process(accelerator, monitor.evaluation_due())
                 if evaluate or signal or progress.seconds - saved_at >= 60 * settings.save_minutes:
-                    began, saved_at = time.perf_counter(), progress.seconds
+                    began, saved_at, progress.evaluation_missing = clock(), progress.seconds, evaluate
                     state.save(run.checkpoints, progress)  # also copies the averages to `ema_model`
+                    progress.seconds += clock() - began
                     if main and signal:
                         monitor.write_records()
-                    elif main and evaluate:  # saved, so a signal raises at once, unless others would wait
-                        with stop_requests.safe_to_exit() if accelerator.num_processes == 1 else nullcontext():
-                            monitor.evaluate_now()
-                    progress.seconds += time.perf_counter() - began
+                    else:
+                        evaluate_saved(accelerator, monitor, stop_requests)
                 if signal:
                     raise Interrupted(signal)
 
             # Finish
+            began = clock()
             state.save(run.checkpoints, progress)
+            progress.seconds += clock() - began  # the last measurement gets what is left
             if main:
                 with stop_requests.safe_to_exit():
                     monitor.finish()
@@ -144,6 +149,37 @@ def digest_of_weights(init: Path) -> str:
     """sha256 of the model file of a run or of a path; "missing" if there is none, which `build_model` reports."""
     path = init / "model.safetensors" if init.is_dir() else init
     return file_digest(path) if path.is_file() else "missing"
+
+
+def resume(
+    task: Task, data: Dataset, run: Run, state: TrainState, accelerator: Accelerator, force: bool, init: str | None
+) -> tuple[Progress, list[str]] | None:
+    """The progress of the last checkpoint, with a plan for the end, and lines about damaged ones; None if finished.
+
+    The plan is a new one if ``force`` accepted a changed recipe, data or torch.
+    """
+    changed = accelerator.is_main_process and run.open(task.config, data, force, init)
+    if accelerator.is_main_process:
+        finish_interrupted_writes(run.checkpoints)
+    accelerator.wait_for_everyone()
+    if run.finished:
+        return None
+    progress, warnings = state.load_latest(run.checkpoints, run.id)
+    if changed:
+        progress.decay_from = progress.last_step = None
+    plan_lr_decay(progress, task.config.train)
+    return progress, warnings
+
+
+def evaluate_saved(accelerator: Accelerator, monitor: Monitor, stop_requests: StopRequests) -> None:
+    """The evaluation that the checkpoint of this step lacks, if one is due.
+
+    Everything is saved, so a signal raises at once, unless other processes would wait.
+    """
+    if accelerator.is_main_process:
+        with stop_requests.safe_to_exit() if accelerator.num_processes == 1 else nullcontext():
+            monitor.evaluate_missing()
+    broadcast_progress(accelerator, monitor.progress)
 
 
 def adapt_task(task: Task, data: Dataset, device: torch.device) -> tuple[Task, Dataset, list[str]]:

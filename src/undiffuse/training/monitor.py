@@ -5,24 +5,31 @@ Nothing here changes what is trained.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as ProgressBar
 
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.errors import ConfigError, NonFiniteError, ResourceError
+from undiffuse.evaluation.time_limit import Pace, TimeLimit
 from undiffuse.report import figures
+from undiffuse.report.progress_bar import ProgressBar, format_clock
 from undiffuse.runtime.terminal import make_console
-from undiffuse.training.progress import Progress
+from undiffuse.training.progress import Progress, measuring_allowance
 from undiffuse.training.run_folder import Run
-from undiffuse.training.task import Task
+from undiffuse.training.task import TRAIN_LONGER, Task
 
 STEPS_PER_RECORD = 50
+FORWARD_PASSES = 3
+"""Network calls that take as long as a training step: backward passes cost twice as much as forward ones."""
+LEAST_CALLS = 8
+"""Network calls of the smallest evaluation: two noise levels of two held-out and two training items."""
+BOUND_SHARE, FIGURES_SHARE = 0.6, 0.2
+"""Fractions of a limited evaluation for its numbers, and of the last one for what is not measured: files, the curve."""
 
 
 class Monitor:
@@ -42,23 +49,23 @@ class Monitor:
         progress: Progress,
         quiet: bool = False,
         main: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.run, self.task, self.ema_model = run, task, ema_model
         self.data, self.split, self.progress, self.main = data, split, progress, main
         self.settings = task.config.train
         self.records: list[dict[str, Any]] = run.read_metrics(progress.step)
         self.console = make_console(quiet=quiet or not main)
-        name, status = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[status]}"))
-        self.bar = ProgressBar(name, BarColumn(), status, console=self.console, transient=True, refresh_per_second=2)
-        self.bar_row = self.bar.add_task("training", total=1.0, status="")
+        self.clock, self.pace, self.allowance = clock, Pace(), measuring_allowance(self.settings)
+        self.bar = ProgressBar(self.console, "training", clock)
         self.losses: list[float] = []
-        self.waited = 0.0
-        self.since = time.perf_counter()
+        self.norm = 0.0
+        self.steps, self.step_seconds, self.waited = 0, 0.0, 0.0  # since the last record, but for ``waited``
+        self.step_end, self.save_seconds = progress.seconds, 0.0
         self.previous_fraction = self.fraction = progress.fraction(self.settings)
 
     def __enter__(self) -> Monitor:
-        if self.console.is_terminal:
-            self.bar.start()
+        self.bar.start()
         verb = "training resumes" if self.progress.step else "training"
         shape = "×".join(map(str, self.data.item_shape))
         parameters = sum(p.numel() for p in self.ema_model.network.parameters())
@@ -77,30 +84,35 @@ class Monitor:
         """Print a line above the bar."""
         self.console.print(line, soft_wrap=True, markup=False)
 
-    def record_step(self, loss: float | None, norm: float, lr: float, waited: float) -> None:
+    def record_step(self, loss: float | None, norm: float, lr: float, waited: float, seconds: float) -> None:
         """Note a step, or a skipped one if ``loss`` is None; write a record every fifty steps and at the end.
 
-        ``norm`` of the gradient; ``waited``: seconds that training has waited for data so far.
+        ``norm`` of the gradient; ``waited``: seconds that training has waited for data so far; ``seconds`` of the step.
         """
         self.previous_fraction, self.fraction = self.fraction, self.progress.fraction(self.settings)
+        self.step_end = self.progress.seconds
+        self.steps, self.step_seconds = self.steps + 1, self.step_seconds + seconds
+        self.pace.follow(self.step_seconds / (self.steps * self.settings.batch * FORWARD_PASSES))
         if loss is None:
             self.records.append({"step": self.progress.step, "skipped": 1})
+        else:
+            self.losses.append(loss)
+            self.norm = norm
+        self._show()
+        last = self.progress.step == self.progress.last_step
+        if not self.losses or (len(self.losses) < STEPS_PER_RECORD and not last):
             return
-        self.losses.append(loss)
-        if len(self.losses) < STEPS_PER_RECORD and self.progress.step != self.progress.last_step:
-            return
-        now = time.perf_counter()
+        duration = max(self.step_seconds, 1e-9)
         record = {
             "step": self.progress.step,
             "seconds": round(self.progress.seconds, 2),
             "loss": sum(self.losses) / len(self.losses),
-            "gradient_norm": norm,
+            "gradient_norm": self.norm,
             "lr": lr,
-            "items_per_second": round(len(self.losses) * self.settings.batch / (now - self.since), 1),
-            "data_share": round((waited - self.waited) / (now - self.since), 4),
+            "items_per_second": round(self.steps * self.settings.batch / duration, 1),
+            "data_share": round((waited - self.waited) / duration, 4),
         }
-        self.losses, self.since, self.waited = [], now, waited
-        self._show(record)
+        self.losses, self.steps, self.step_seconds, self.waited = [], 0, 0.0, waited
         self.records.append(record)
         if self.main:
             with self._tolerate_write_errors():
@@ -111,35 +123,38 @@ class Monitor:
         return int(self.fraction * parts) > int(self.previous_fraction * parts)
 
     def evaluation_due(self) -> bool:
-        """Whether to evaluate now: ``previews`` times a run, where the last time, at the end, is that of `finish`."""
-        return self.crossed_part(self.settings.previews) and self.fraction < 1
+        """Whether to evaluate now: at most ``previews`` times a run, of which the last time is that of `finish`.
 
-    @torch.no_grad()
-    def evaluate_now(self, final: bool = False) -> None:
+        A run by the clock omits an evaluation for which its share of the allowance is too short.
+        """
+        if not self.crossed_part(self.settings.previews) or self.fraction >= 1:
+            return False
+        return self._share() > self.save_seconds + LEAST_CALLS * self.pace.seconds
+
+    def evaluate_missing(self) -> None:
+        """Evaluate now if the run was stopped between the checkpoint that it resumes from and its evaluation."""
+        evaluated = (r for r in self.records if r["step"] == self.progress.step and not {"loss", "skipped"} & r.keys())
+        if self.progress.evaluation_missing and not any(evaluated):
+            self.evaluate_now()
+
+    def evaluate_now(self) -> None:
         """Evaluate the model, save it, draw it, and print a line."""
-        self.ema_model.info.update(self._training_info())
-        numbers, summary, details = self.task.evaluate(self.ema_model, self.data, self.split, final)
-        self.task.save(self.ema_model, self.run.model)
-        if numbers:
-            where = {"step": self.progress.step, "seconds": round(self.progress.seconds, 2)}
-            self.records.append(where | numbers)
-        self._draw(self.progress.step)
-        self.write_records()
-        columns = [
-            f"{_clock(self.progress.seconds):>8}  step {self.progress.step:>7,}",
-            *self._latest("loss", "loss {:.4f}"),
-            summary,
-            *self._latest("items_per_second", "{:,.0f} items/s"),
-        ]
-        self.log("  ".join(columns))
-        for line in details:
-            self.log(f"{'':8}  {line}")
-        self.since = time.perf_counter()
+        self.save_seconds = self.progress.seconds - self.step_end
+        self._evaluate(TimeLimit(self._share() - self.save_seconds, self.pace, self.clock), final=False)
+        self.progress.measuring_seconds += self.save_seconds
+        self.progress.evaluation_missing = False
 
     def finish(self) -> None:
-        """Evaluate and draw the finished model, draw the training curve, and mark the run as finished."""
-        self.evaluate_now(True)
-        self._draw(None)
+        """Evaluate and draw the finished model, draw the training curve, and mark the run as finished.
+
+        In a run by the clock this ends with its ``minutes``.
+        """
+        settings, left = self.settings, self.allowance - self.progress.measuring_seconds
+        if math.isfinite(left):
+            left = min(max(60 * (settings.minutes or 0) - self.progress.seconds, self.allowance / 4), left)
+        self._evaluate(TimeLimit((1 - FIGURES_SHARE) * left, self.pace, self.clock), final=True)
+        for line in self._hardly_trained():
+            self.log(line)
         try:
             with self._tolerate_write_errors():
                 figures.training_curve(self.records).savefig(self.run.pictures / "training.png", dpi=150)
@@ -147,22 +162,63 @@ class Monitor:
             self.log("no training curve: matplotlib is not installed (pip install 'undiffuse[report]')")
         self.run.finish()
 
+    @torch.no_grad()
+    def _evaluate(self, limit: TimeLimit, final: bool) -> None:
+        began, limited = self.clock(), math.isfinite(limit.left)
+        self.ema_model.info.update(self._training_info())
+        part = limit.share(BOUND_SHARE) if limited else limit
+        numbers, summary, details = self.task.evaluate(self.ema_model, self.data, self.split, final, part)
+        self.task.save(self.ema_model, self.run.model)
+        if numbers:
+            where = {"step": self.progress.step, "seconds": round(self.progress.seconds, 2)}
+            self.records.append(where | numbers)
+        if not (final and limited):
+            self._draw(self.progress.step, limit)
+        self.write_records()
+        columns = [
+            f"{format_clock(self.progress.seconds):>8}  step {self.progress.step:>7,}",
+            *self._latest("loss", "loss {:.4f}"),
+            summary,
+            *self._latest("items_per_second", "{:,.0f} items/s"),
+        ]
+        self.log("  ".join(columns))
+        for line in details:
+            self.log(f"{'':8}  {line}")
+        if final:
+            self._draw(None, limit)
+        seconds = self.clock() - began
+        self.progress.seconds += seconds
+        self.progress.measuring_seconds += seconds
+
     def write_records(self) -> None:
         """Write all records."""
         with self._tolerate_write_errors():
             self.run.write_metrics(self.records)
 
-    def _show(self, record: dict[str, Any]) -> None:
-        left = _clock(self.progress.seconds * (1 / max(self.fraction, 1e-9) - 1))
-        rate = f"{record['items_per_second']:,.0f} items/s"
-        status = f"step {record['step']:,} · loss {record['loss']:.4f} · {rate} · {left} left"
-        self.bar.update(self.bar_row, completed=self.fraction, status=status)
+    def _share(self) -> float:
+        """The seconds for an evaluation now: what is left for those before the end, divided by their number."""
+        remaining = self.settings.previews - int(self.fraction * self.settings.previews)
+        return (self.allowance / 2 - self.progress.measuring_seconds) / max(remaining, 1)
+
+    def _show(self) -> None:
+        rate = self.steps * self.settings.batch / max(self.step_seconds, 1e-9)
+        loss = f"loss {sum(self.losses) / len(self.losses):.4f} · " if self.losses else ""
+        left = self.progress.seconds * (1 / max(self.fraction, 1e-9) - 1)
+        self.bar.update(self.fraction, f"step {self.progress.step:,} · {loss}{rate:,.0f} items/s", left)
+
+    def _hardly_trained(self) -> list[str]:
+        """A line for a run by the clock that has seen less than one epoch."""
+        seen, items = self.progress.step * self.settings.batch, len(self.split.train)
+        if self.settings.max_steps is not None or seen >= items:
+            return []
+        steps = f"{self.progress.step:,} step{'s' * (self.progress.step != 1)}"
+        return [f"hardly trained: {steps} saw {seen:,} of {items:,} training items. {TRAIN_LONGER}"]
 
     @torch.no_grad()
-    def _draw(self, step: int | None) -> None:
+    def _draw(self, step: int | None, limit: TimeLimit) -> None:
         try:
             with self._tolerate_write_errors():
-                self.task.draw(self.ema_model, self.data, self.split, self.run.pictures, step)
+                self.task.draw(self.ema_model, self.data, self.split, self.run.pictures, step, limit)
         except (ConfigError, NonFiniteError) as error:
             self.log(f"no picture of the model: {error.cause}")
 
@@ -188,8 +244,3 @@ class Monitor:
     def _latest(self, key: str, form: str) -> list[str]:
         """The latest recorded number of that name, formatted; empty if there is none."""
         return [form.format(r[key]) for r in self.records if key in r][-1:]
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"

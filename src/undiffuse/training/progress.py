@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from undiffuse.model.config import TrainConfig
+
+MEASURING_FRACTION, MEASURING_SECONDS = 0.05, 5.0
+"""Of a run by the clock, evaluations take at most this fraction, or so many seconds if that is more."""
+
+
+def measuring_allowance(settings: TrainConfig) -> float:
+    """The seconds that all evaluations and pictures of a run by the clock may take; at most a quarter of the run.
+
+    One half is for evaluations during training, the other for the last one. Infinite for a run of given steps.
+    """
+    if settings.max_steps is not None or settings.minutes is None:
+        return math.inf
+    seconds = 60 * settings.minutes
+    return max(MEASURING_FRACTION * seconds, min(MEASURING_SECONDS, seconds / 4))
+
+
+def training_seconds(settings: TrainConfig) -> float:
+    """When the last step of a run by the clock ends, in seconds: the last measurement is inside its ``minutes``."""
+    if settings.max_steps is not None or settings.minutes is None:
+        return math.inf
+    return 60 * settings.minutes - measuring_allowance(settings) / 2
 
 
 @dataclass
@@ -24,6 +46,12 @@ class Progress:
     """The ``max_steps`` or ``minutes`` that the plan is for; another value (an extended run) makes a new plan."""
     run: str = ""
     """The id of the run, so that a checkpoint of another run is recognised."""
+    step_seconds: float = 0.0
+    """The seconds that the latest step took."""
+    measuring_seconds: float = 0.0
+    """The part of ``seconds`` that evaluations, pictures, and saving for them have taken."""
+    evaluation_missing: bool = False
+    """Whether an evaluation is due at this step and comes after the checkpoint."""
 
     @property
     def done(self) -> bool:

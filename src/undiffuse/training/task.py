@@ -24,8 +24,12 @@ from typing import Any, NamedTuple, Protocol, Self
 from torch import Tensor, nn
 
 from undiffuse.data.dataset import Dataset, Split
+from undiffuse.evaluation.time_limit import TimeLimit
 from undiffuse.model.config import TrainConfig
 from undiffuse.training.batches import Batch
+
+TRAIN_LONGER = "Give it more --minutes (with --extend this run goes on), a smaller network or smaller items"
+"""What to do about a run that has hardly trained."""
 
 
 class Evaluation(NamedTuple):
@@ -65,15 +69,17 @@ class Task(Protocol):
         """The tensors that `after_step` updates; checkpoints store them and load into them; none by default."""
         return {}
 
-    def evaluate(self, model: Any, data: Dataset, split: Split, final: bool) -> Evaluation:
+    def evaluate(self, model: Any, data: Dataset, split: Split, final: bool, limit: TimeLimit) -> Evaluation:
         """Measure the averaged model with the same noise every time; ``final`` at the end of the run.
 
-        The model is in evaluation mode, and no gradients are recorded, here and in `draw`.
+        ``limit`` decides how many items and draws are measured, which ``numbers`` and ``summary`` state if a run by the
+        clock lacks the time for all. The model is in evaluation mode, and no gradients are recorded, here and in
+        `draw`.
         """
         ...
 
-    def draw(self, model: Any, data: Dataset, split: Split, folder: Path, step: int | None) -> None:
-        """Write pictures of the averaged model at ``step`` into ``folder``; None at the end of the run."""
+    def draw(self, model: Any, data: Dataset, split: Split, folder: Path, step: int | None, limit: TimeLimit) -> None:
+        """Write pictures of the averaged model at ``step`` into ``folder``, None at the end, within ``limit``."""
         ...
 
     def save(self, model: Any, path: Path) -> None:

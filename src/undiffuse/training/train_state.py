@@ -55,9 +55,10 @@ class TrainState:
         return self.task.extra_state(self.model) | self.snapshots.state
 
     def load_latest(self, folder: Path, run_id: str = "") -> tuple[Progress, list[str]]:
-        """`load_latest` of this state; snapshots of later steps are removed."""
+        """`load_latest` of this state, also into ``ema_model``; snapshots of later steps are removed."""
         progress, warnings = load_latest(folder, self.model, self.ema, self.optimizer, self.extra, run_id)
         progress.run = run_id
+        self.ema.copy_to(self.ema_model)
         if self.main:
             self.snapshots.drop_after(progress.step)
         return progress, warnings
