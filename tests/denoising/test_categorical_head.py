@@ -67,6 +67,43 @@ def test_the_mean_is_that_of_independent_values(shape, levels, log_snr):
         torch.testing.assert_close(x_hat[:, channel].reshape(-1, 1), exact, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("log_snr", [-4.0, 5.0])
+def test_the_probability_of_each_value_is_that_of_bayes_rule(shape, log_snr, monkeypatch):
+    head, log_slopes = headed(shape, 17, more=2)
+    level = S.LinearLogSNR(high=log_snr)(0.0)
+    g = torch.Generator().manual_seed(1)
+    k = torch.randint(0, 17, (6, *shape), generator=g)
+    v = IntegerLevels(17).to_model(torch.arange(17), torch.float64)
+    x_t = diffuse(v[k], level, torch.randn(k.shape, generator=g, dtype=torch.float64))
+    at = level.broadcast_like(x_t)
+    result = head(x_t, level.t.expand(6), None, x_t, at.alpha, at.sigma, k)
+    for channel in range(shape[0]):
+        joint = log_slopes[channel] - (x_t[:, channel, ..., None] - level.alpha * v) ** 2 / (2 * level.sigma**2)
+        expected = torch.log_softmax(joint, -1).gather(-1, k[:, channel, ..., None])[..., 0]
+        torch.testing.assert_close(result[:, channel], expected, rtol=1e-9, atol=1e-9)
+    monkeypatch.setattr(categorical_head, "CHUNK_ELEMENTS", (1, 1))
+    chunked = head(x_t, level.t.expand(6), None, x_t, at.alpha, at.sigma, k)
+    torch.testing.assert_close(chunked, result, rtol=1e-12, atol=1e-12)
+
+
+def test_the_probability_is_float64_around_a_network_of_lower_precision():
+    head, _ = headed((2, 3), 256)
+    denoise = NetworkDenoiser(head, S.LinearLogSNR(), targets.build("v"), Preconditioning(), categorical=True)
+    k = torch.tensor([[[3, 200, 255], [0, 1, 254]]])
+    x = IntegerLevels(256).to_model(k, torch.float64)
+    level = S.LinearLogSNR()(0.0)
+    z = diffuse(x, level, torch.full_like(x, 2.5))  # between two values
+    exact = denoise.value_log_prob(k, z, level)
+    head.float()
+    for autocast in (None, torch.bfloat16):
+        denoise.autocast = autocast
+        result = denoise.value_log_prob(k, z, level, dtype=torch.float32)
+        assert result.dtype == torch.float64
+        torch.testing.assert_close(result, exact, rtol=2e-2 if autocast else 1e-5, atol=1e-6)
+    assert -5 < float(exact.detach().min()) < -0.01
+
+
 def test_an_untrained_head_of_equal_counts_rounds_at_the_clean_end():
     head = CategoricalHead(Constant(torch.zeros(1, LOGIT_FEATURES)), 1, 256)
     head.init_from_counts(torch.full((1, 256), 7))

@@ -11,8 +11,10 @@ from scipy.linalg import hadamard
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from undiffuse.data.transform import IntegerLevels
 from undiffuse.denoising.denoiser import NetworkDenoiser, Preconditioning, Prediction
 from undiffuse.errors import ConfigError, NonFiniteError
+from undiffuse.likelihood.decoder import ValueSoftmax
 from undiffuse.likelihood.dequantization import ForwardNoise
 from undiffuse.likelihood.probability_flow import divergence, integrate_flow, ode_nll
 from undiffuse.networks.condition import Condition
@@ -457,8 +459,8 @@ def test_a_dequantizer_draws_first_and_adds_its_log_density():
     schedule, top, clean = levels_of("linear log-SNR")
     grid = tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
     x = grid[torch.tensor([[0, 1], [4, 3]])]
-    edges = lambda v: (v - 0.25, v + 0.25)  # noqa: E731
-    dequantizer, draws = ForwardNoise(edges, clean), torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(2))
+    dequantizer = ForwardNoise(clean, ValueSoftmax(IntegerLevels(5)))
+    draws = torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(2))
     fresh = iter([draws, torch.ones(2, 2, 2)])
     run = ode_nll(
         GAUSS.denoiser(schedule),

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from oracles import GaussianData, Spy, gaussian_kl, gaussian_log_prob
 from strategies import chains, gaussians
 
+from undiffuse.data.transform import IntegerLevels
 from undiffuse.denoising.denoiser import Prediction
+from undiffuse.likelihood.decoder import ValueSoftmax
 from undiffuse.likelihood.nll import NLL, concatenate, make_nll
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.likelihood.vlb import step_nll, stratify, vlb
@@ -222,11 +224,14 @@ def bin_log_prob(mean, std, low, high):
 
 def test_decoder_of_a_chain_that_stays_finite():
     levels = time_grid(S.Flow(), times=[0.9, 0.5, 0.2])
-    x = X.clamp(-1, 1)
-    edges = (torch.where(x <= -1, -math.inf, x - 0.02), torch.where(x >= 1, math.inf, x + 0.02))
+    transform = IntegerLevels(101)
+    k = transform.to_data(X.clamp(-1, 1)).long()
+    x, v = transform.to_model(k, torch.float64), transform.to_model(torch.arange(101), torch.float64)
     eps = torch.randn(3, *X.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    result = vlb(ReverseChain(Affine(), levels), x, feed(eps), edges=edges)
-    expected = -bin_log_prob((x + 0.25 * eps[2]).numpy(), 0.25, *(e.numpy() for e in edges))
+    decode = ValueSoftmax(transform)
+    result = vlb(ReverseChain(Affine(), levels), x, feed(eps), edges=transform.edges(x), decode=decode)
+    log_q = -(((x + 0.25 * eps[2])[..., None] - v) ** 2) / (2 * 0.25**2)  # alpha 0.8, sigma 0.2
+    expected = -torch.log_softmax(log_q, -1).gather(-1, k[..., None])
     np.testing.assert_allclose(result.decoder, expected.reshape(3, -1).sum(1), rtol=1e-9)
     assert result.per_step.shape == (3, 2)
     assert not result.per_step.isnan().any()

@@ -10,10 +10,12 @@ import torch
 from oracles import MixtureData, Spy, gaussian_kl, gaussian_log_prob
 from test_vlb import DATA, MEAN, VAR, Affine, X, analytic, feed, total
 
+from undiffuse.data.transform import IntegerLevels
 from undiffuse.errors import ConfigError
+from undiffuse.likelihood.decoder import ValueSoftmax, clean_nll
 from undiffuse.likelihood.nll import make_nll
 from undiffuse.likelihood.reverse_chain import ReverseChain
-from undiffuse.likelihood.vlb import clean_nll, vlb
+from undiffuse.likelihood.vlb import vlb
 from undiffuse.likelihood.vlb_continuous import vlb_continuous
 from undiffuse.networks.condition import Condition
 from undiffuse.process import schedule as S
@@ -210,13 +212,14 @@ def test_points_are_quantiles_and_terms_by_hand(name):
 
 
 def test_the_decoder_of_discrete_data_is_that_of_the_chain():
-    schedule, x = SCHEDULES["linear log-SNR"], X.clamp(-1, 1)
-    edges = (torch.where(x <= -1, -math.inf, x - 0.02), torch.where(x >= 1, math.inf, x + 0.02))
+    schedule, transform = SCHEDULES["linear log-SNR"], IntegerLevels(101)
+    x = transform.to_model(transform.to_data(X), torch.float64)
+    decode = ValueSoftmax(transform)
     eps = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(1)).double()
     top, clean = finite_ends(schedule)
-    one = vlb_continuous(Affine(), x, top, clean, feed(eps), torch.zeros(3), points=1, edges=edges)
+    one = vlb_continuous(Affine(), x, top, clean, feed(eps), torch.zeros(3), points=1, decode=decode)
     chain = ReverseChain(Affine(), [top, clean])
-    other = vlb(chain, x, feed(eps), edges=edges)
+    other = vlb(chain, x, feed(eps), edges=transform.edges(x), decode=decode)
     torch.testing.assert_close(one.decoder, other.decoder, rtol=1e-14, atol=0)
     torch.testing.assert_close(one.prior, other.prior, rtol=1e-14, atol=0)
     assert bool((one.decoder != vlb(chain, x, feed(eps)).decoder).all())

@@ -15,6 +15,7 @@ from undiffuse.sampling.solvers.ancestral import Ancestral
 
 NET = {"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()}
 MLP = {"kind": "mlp", "width": 8, "depth": 1}
+NOISY = {"schedule": {"name": "linear_log_snr", "high": 1.0}}
 HO = {
     "schedule": {"name": "linear", "T": 10, "first": 0.01, "last": 0.3},
     "target": {"name": "eps"},
@@ -391,8 +392,15 @@ def test_the_likelihood_of_each_item_is_given_its_own_label(estimate):
         torch.testing.assert_close(alone.decoder[0], whole.decoder[i], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(whole.total[2], unconditional.total[2], rtol=1e-3, atol=1e-3)
     assert (whole.total - unconditional.total)[LABELS >= 0].abs().min() > 0.05
-    if estimate != "continuous":  # its decoder has no network
-        assert (whole.decoder - unconditional.decoder)[LABELS >= 0].abs().min() > 0.01
+    assert (whole.decoder - unconditional.decoder)[LABELS >= 0].abs().min() > 0.01
+
+
+@pytest.mark.parametrize("estimate", ["discrete", "continuous", "ode"])
+def test_the_decoder_of_a_categorical_output_has_the_condition(estimate):
+    diffusion = model((3,), IntegerLevels(5), network=MLP | {"classes": 3}, output="categorical", **NOISY)
+    values = numbers(7, (3,))[0]
+    given, without = (diffusion.nll(values, estimate=estimate, cond=c) for c in (Condition(label=LABELS), None))
+    assert (given.decoder - without.decoder)[LABELS >= 0].abs().min() > 1e-4
 
 
 @pytest.mark.parametrize(

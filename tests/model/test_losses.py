@@ -224,8 +224,9 @@ def test_the_full_bound_is_the_sum_of_its_steps_with_its_gradient(schedule, vari
     for one, other in zip(*(torch.autograd.grad(v.sum(), used) for v in (whole, parts)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=0)
         assert float(one) != 0
-    edges = (X - 0.1, X + 0.1)
-    binned, total = (f(chain, X, lambda n: EPS[None], edges=edges) for f in (loss.full_bound, vlb))
+    given = {"edges": (X - 0.1, X + 0.1), "decode": lambda x, z, level: x * z}
+    given["decode"].calls = 1
+    binned, total = (f(chain, X, lambda n: EPS[None], **given) for f in (loss.full_bound, vlb))
     torch.testing.assert_close(binned, total.total / 4)
 
 

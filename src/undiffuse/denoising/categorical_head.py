@@ -50,23 +50,47 @@ class CategoricalHead(nn.Module):
         return blocks(self.network)
 
     def forward(
-        self, scaled: Tensor, time: Tensor, cond: Condition | None, x_t: Tensor, alpha: Tensor, sigma: Tensor
+        self,
+        scaled: Tensor,
+        time: Tensor,
+        cond: Condition | None,
+        x_t: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        values: Tensor | None = None,
     ) -> Tensor:
-        """(x̂, further channels of the network) from its own inputs, and x_t (B, C, ...) with its level's scales."""
+        """(x̂, further channels of the network) from its own inputs, and x_t (B, C, ...) with its level's scales.
+
+        With ``values`` (B, C, ...), the integers k of x, the result is log p(x given x_t), of x_t's shape and dtype:
+        the logarithm of the softmax at k.
+        """
         y = self.network(scaled, time, cond).to(scaled.dtype)
         features, rest = y[:, : self.channels * LOGIT_FEATURES], y[:, self.channels * LOGIT_FEATURES :]
         features = features.reshape(len(x_t), self.channels, LOGIT_FEATURES, -1).transpose(2, 3)
-        x_t_columns = x_t.to(features.dtype).reshape(len(x_t), self.channels, -1, 1)
+        dtype = torch.promote_types(x_t.dtype, features.dtype)
+        x_t_columns = x_t.to(dtype).reshape(len(x_t), self.channels, -1, 1)
         alpha, sigma = (scale.reshape(-1, 1, 1, 1).expand(len(x_t), 1, 1, 1) for scale in (alpha, sigma))
-        inputs = [features, x_t_columns, alpha, sigma]
+        inputs, function = [features, x_t_columns, alpha, sigma], self._mean
+        if values is not None:
+            inputs, function = [*inputs, values.reshape(x_t_columns.shape)], self._log_prob
         size = max(1, CHUNK_ELEMENTS[x_t.device.type == "cpu"] // (x_t_columns[0].numel() * self.num_values))
         with torch.autocast(x_t.device.type, enabled=False):
-            x = torch.cat([self._mean(*p) for p in zip(*(part.split(size) for part in inputs), strict=True)])
-        return torch.cat([x.reshape(x_t.shape), rest], 1)
+            result = torch.cat([function(*p) for p in zip(*(part.split(size) for part in inputs), strict=True)])
+        result = result.reshape(x_t.shape)
+        return torch.cat([result, rest], 1) if values is None else result
 
-    def _mean(self, features: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        k, largest = torch.arange(self.num_values, device=features.device).to(features), self.num_values - 1
+    def _logits(self, features: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits_k − (x_t − alpha v_k)²/(2 sigma²), v) in x_t's dtype, with the values in the last dimension."""
+        k, largest = torch.arange(self.num_values, device=x_t.device).to(x_t), self.num_values - 1
         v = (2 * k - largest) / largest
         logits = F.pad(features, (0, 1), value=1.0) @ torch.cat([self.weight, self.bias], 1).to(features)
         off = x_t / sigma - alpha / sigma * v
-        return torch.softmax(torch.addcmul(logits, off, off, value=-0.5), -1) @ v
+        return torch.addcmul(logits.to(off), off, off, value=-0.5), v
+
+    def _mean(self, *inputs: Tensor) -> Tensor:
+        logits, v = self._logits(*inputs)
+        return torch.softmax(logits, -1) @ v
+
+    def _log_prob(self, features: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, values: Tensor) -> Tensor:
+        logits, _ = self._logits(features, x_t, alpha, sigma)
+        return torch.log_softmax(logits, -1).gather(-1, values)

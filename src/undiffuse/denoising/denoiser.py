@@ -136,12 +136,11 @@ class NetworkDenoiser:
         assert chain_length is not None
         return self.schedule((level.t - 1 / chain_length).clamp(min=0))
 
-    def outputs(self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None) -> tuple[Tensor, Tensor | None]:
-        """(y, var_interp) as the network returns them, in float32 at least.
+    def _call_network(self, x_t: Tensor, level: NoiseLevel, cond: Condition | None, *more: Tensor) -> Tensor:
+        """The network's output for x_t in float32 at least; ``more`` are the other inputs of a categorical one.
 
         At sigma = 0 the network's inputs are those of ``t_min``, the cleanest level of its training.
         """
-        at = level.broadcast_like(x_t)
         if not bool((level.sigma > 0).all()):
             level = self.schedule(level.t.clamp(min=self.schedule.t_min))
         scaled = broadcast_like(self.preconditioning.input_scale(level), x_t) * x_t
@@ -150,11 +149,32 @@ class NetworkDenoiser:
         if self.autocast is not None:
             precision = torch.autocast(x_t.device.type, dtype=self.autocast)
         with precision:
-            y = self.network(scaled, time, cond, *([x_t, at.alpha, at.sigma] if self.categorical else []))
-        y, v = y.to(scaled.dtype).split(x_t.shape[1], 1) if self.learned_variance else (y.to(scaled.dtype), None)
+            return self.network(scaled, time, cond, *more)
+
+    def outputs(self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None) -> tuple[Tensor, Tensor | None]:
+        """(y, var_interp) as the network returns them, in float32 at least."""
+        at = level.broadcast_like(x_t)
+        y = self._call_network(x_t, level, cond, *([x_t, at.alpha, at.sigma] if self.categorical else []))
+        y = y.to(at.alpha.dtype)
+        y, v = y.split(x_t.shape[1], 1) if self.learned_variance else (y, None)
         if self.categorical:
             y = self.target.combine(y, (x_t - at.alpha * y) / at.sigma, level, self.next_level(level))
         return y, None if v is None else (v + 1) / 2
+
+    def value_log_prob(
+        self,
+        values: Tensor,
+        x_t: Tensor,
+        level: NoiseLevel,
+        cond: Condition | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """log p(x given x_t) of a ``categorical`` network, nats per element, in ``x_t``'s dtype; see `CategoricalHead`.
+
+        ``values`` (B, ...) are the integers v of x; the network gets x_t as ``dtype``, by default unchanged.
+        """
+        at = level.broadcast_like(x_t)
+        return self._call_network(x_t.to(dtype or x_t.dtype), level, cond, x_t, at.alpha, at.sigma, values)
 
     def __call__(
         self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, next_level: NoiseLevel | None = None

@@ -9,7 +9,6 @@ variational) replace the infinite edge by the mirror image of the finite one abo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,14 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from undiffuse.errors import ConfigError
-from undiffuse.likelihood.vlb import Edges
+from undiffuse.likelihood.decoder import Decoder, Edges, EdgesOf
 from undiffuse.process.gaussian import Gaussian
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.seeded_noise import Noise
 from undiffuse.process.statistics import item_sum
-
-EdgesOf = Callable[[Tensor], Edges | None]
-"""``edges`` of a data transform: the bin of each value of x (B, ...), or None for continuous data."""
 
 
 class Dequantizer(Protocol):
@@ -34,19 +30,13 @@ class Dequantizer(Protocol):
         ...
 
 
-def _bins(edges: EdgesOf, x: Tensor) -> Edges:
-    """(low, high) of the data transform, float64 on x's device."""
+def finite_bins(edges: EdgesOf, x: Tensor) -> Edges:
+    """(low, high), float64; an infinite edge is replaced by the mirror image of the other one about x."""
     bins = edges(x)
     if bins is None:
         cause, fix = "continuous data have no bins", "Leave the dequantizer out"
         raise ConfigError("DEQUANTISE", "dequantizer", cause, fix)
     low, high = (edge.to(x.device).double() for edge in bins)
-    return low, high
-
-
-def finite_bins(edges: EdgesOf, x: Tensor) -> Edges:
-    """(low, high), float64; an infinite edge is replaced by the mirror image of the other one about x."""
-    low, high = _bins(edges, x)
     return torch.where(low.isinf(), 2 * x - high, low), torch.where(high.isinf(), 2 * x - low, high)
 
 
@@ -72,22 +62,18 @@ class UniformDequantizer:
 class ForwardNoise:
     """q(z given x) = N(x, sigma_0²/alpha_0²): the forward process at its clean end ``level``, in x's units.
 
-    For a model that was trained down to this level. P(v given z) is by default the probability of v's bin under
-    N(z, sigma_0²/alpha_0²), the decoder of `vlb`; ``decode`` replaces this Gaussian by another p(x given z), such as
-    a chain's last step, which is tighter where the noise is wider than the bins.
+    For a model that was trained down to this level. ``decode`` gives P(v given z), the decoder of the bounds.
     """
 
-    edges: EdgesOf
     level: NoiseLevel
-    decode: Callable[[Tensor], Gaussian] | None = None
+    decode: Decoder
 
     def __call__(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
         data = x.double()
         log_var = broadcast_like(2 * torch.log(self.level.sigma / self.level.alpha), data)
         q = Gaussian(data, log_var)
         z = q.sample(_draw(x, noise))
-        decoder = Gaussian(z, log_var) if self.decode is None else self.decode(z)
-        return z, item_sum(q.log_prob(z) - decoder.bin_log_prob(_bins(self.edges, x)))
+        return z, item_sum(q.log_prob(z) - self.decode(x, broadcast_like(self.level.alpha, z) * z, self.level))
 
 
 class VariationalDequantizer(nn.Module):

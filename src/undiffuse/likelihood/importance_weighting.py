@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from undiffuse.likelihood.decoder import Decoder, Edges, clean_end_decoder, decoder_nll
 from undiffuse.likelihood.nll import NLL, make_nll
 from undiffuse.likelihood.reverse_chain import ReverseChain
-from undiffuse.likelihood.vlb import Edges, decoder_nll
 from undiffuse.process.gaussian import Gaussian, posterior
 from undiffuse.process.noise_level import broadcast_like
 from undiffuse.process.prior import Prior, prior_log_prob
@@ -48,6 +48,7 @@ def importance_weighted(
     *,
     iw_samples: int,
     edges: Edges | None = None,
+    decode: Decoder | None = None,
     prior: Prior | None = None,
 ) -> NLL:
     """−log p(x) ≤ −log((1/K) Σ_k p(x, x_1..x_T)/q(x_1..x_T given x)), K = ``iw_samples`` trajectories [Burda16 eq. 8].
@@ -55,11 +56,18 @@ def importance_weighted(
     For K = 1 the expectation is that of `vlb`, whose arguments these are; as K grows it falls to the chain's own
     −log p(x). ``noise(1)`` gives the numbers of each step, trajectory by trajectory. ``calls`` is K times the chain's.
     """
-    return iwae_bound([chain_nll(chain, x, noise, edges=edges, prior=prior) for _ in range(iw_samples)])
+    parts = {"edges": edges, "decode": decode, "prior": prior}
+    return iwae_bound([chain_nll(chain, x, noise, **parts) for _ in range(iw_samples)])
 
 
 def chain_nll(
-    chain: ReverseChain, x: Tensor, noise: Noise, *, edges: Edges | None = None, prior: Prior | None = None
+    chain: ReverseChain,
+    x: Tensor,
+    noise: Noise,
+    *,
+    edges: Edges | None = None,
+    decode: Decoder | None = None,
+    prior: Prior | None = None,
 ) -> NLL:
     """log q(x_1..x_T given x) − log p(x, x_1..x_T), (B,) nats: minus the log-weight of one trajectory drawn from q.
 
@@ -79,11 +87,11 @@ def chain_nll(
         q = posterior(x_t, data, t, s)
         x_t = q.sample(noise(1)[0].double())
         terms.append(item_sum(q.log_prob(x_t) - model.log_prob(x_t)))
-    per_step = torch.stack(terms[::-1], 1)
+    per_step, calls = torch.stack(terms[::-1], 1), len(terms)
     if bool(clean.sigma == 0):
         decoder, diffusion_nats = per_step[:, 0], per_step[:, 1:].sum(1)
     else:
-        log_var = 2 * torch.log(clean.sigma / clean.alpha)
-        model = Gaussian(x_t / broadcast_like(clean.alpha, data), broadcast_like(log_var, data))
-        decoder, diffusion_nats = item_sum(decoder_nll(model, data, edges)), per_step.sum(1)
-    return make_nll(prior_nats, diffusion_nats, decoder, len(terms), per_step)
+        decode = clean_end_decoder(decode, edges)
+        decoder, diffusion_nats = -item_sum(decode(x, x_t, clean)), per_step.sum(1)
+        calls += decode.calls
+    return make_nll(prior_nats, diffusion_nats, decoder, calls, per_step)

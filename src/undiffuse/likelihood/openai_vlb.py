@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from undiffuse.likelihood.decoder import clean_gaussian
 from undiffuse.likelihood.nll import NLL, make_nll
 from undiffuse.likelihood.reverse_chain import ReverseChain
-from undiffuse.likelihood.vlb import clean_decoder
 from undiffuse.process.gaussian import Gaussian, diffuse, posterior
 from undiffuse.process.prior import prior_kl
 from undiffuse.process.seeded_noise import Noise
@@ -39,7 +39,7 @@ def openai_vlb(chain: ReverseChain, x: Tensor, noise: Noise) -> NLL:
     decoder, diffusion_nats = per_step[:, 0], per_step[:, 1:].sum(1)
     top, clean = chain.noise_levels[0], chain.noise_levels[-1]
     if float(clean.sigma) > 0:
-        model = clean_decoder(diffuse(data, clean, noise(1)[0].float()), clean)
+        model = clean_gaussian(diffuse(data, clean, noise(1)[0].float()), clean)
         decoder, diffusion_nats = -item_sum(openai_log_prob(model, data)).double(), per_step.sum(1)
     return make_nll(item_sum(prior_kl(data, top)).double(), diffusion_nats, decoder, len(terms), per_step)
 

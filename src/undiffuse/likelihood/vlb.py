@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from undiffuse.likelihood.decoder import Decoder, Edges, clean_end_decoder, clean_nll, decoder_nll
 from undiffuse.likelihood.nll import NLL, make_nll
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.process.gaussian import Gaussian, diffuse, posterior
@@ -16,9 +17,6 @@ from undiffuse.process.prior import prior_kl
 from undiffuse.process.seeded_noise import Noise
 from undiffuse.process.statistics import item_sum
 
-Edges = tuple[Tensor, Tensor]
-"""(low, high) of the bin of each value of x, each (B, ...), possibly infinite."""
-
 
 def vlb(
     chain: ReverseChain,
@@ -26,18 +24,21 @@ def vlb(
     noise: Noise,
     *,
     edges: Edges | None = None,
+    decode: Decoder | None = None,
     prior: Gaussian | None = None,
     strata: Sequence[Tensor] | None = None,
 ) -> NLL:
     """−log p(x) ≤ KL(q(x_T given x) to p(x_T)) + Σ KL(q(x_s given x_t, x) to p(x_s given x_t)) − log p(x given x_1).
 
     ``x`` (B, ...) is in the model's units; the chain has N steps, and ``noise(1)`` gives the fresh eps of each.
-    ``edges`` are the bins of discrete data; without them the decoder is a density. If the chain ends at sigma 0 its
-    last step is the decoder; otherwise the decoder is N(z_0/alpha_0, sigma_0²/alpha_0²) and all N steps are KLs.
-    ``prior`` is by default N(0, I), or N(0, sigma_T²) if the schedule does not preserve variance.
+    If the chain ends at sigma 0 its last step is the decoder, the mass of the bins ``edges`` of discrete data, or a
+    density without them. Otherwise all N steps are KLs, and ``decode`` gives p(x given z_0), by default the density
+    N(z_0/alpha_0, sigma_0²/alpha_0²) of continuous data. ``prior`` is by default N(0, I), or N(0, sigma_T²) if the
+    schedule does not preserve variance.
 
     ``strata`` (see `stratify`) are tensors (B,) of step numbers 1..N, one tensor for each stratum: only these steps
-    are evaluated, each weighted by the size of its stratum. Nats, float64; the network gets ``x``'s dtype.
+    are evaluated, each weighted by the size of its stratum. Nats, float64; the network gets ``x``'s dtype. Raises
+    `ConfigError` for discrete data without a decoder at a finite end.
     """
     levels, N = stack(chain.noise_levels), len(chain.noise_levels) - 1
     data = x.double()
@@ -58,9 +59,11 @@ def vlb(
         decoder = decoder + torch.where(is_decoder, size * term, 0)
 
     top, clean = chain.noise_levels[0], chain.noise_levels[-1]
+    calls = len(visits)
     if float(clean.sigma) > 0:
-        decoder = decoder + item_sum(clean_nll(data, clean, noise(1)[0].double(), edges))
-    return make_nll(item_sum(prior_kl(data, top, prior)), diffusion_nats, decoder, len(visits), per_step)
+        decode = clean_end_decoder(decode, edges)
+        decoder, calls = decoder + item_sum(clean_nll(x, clean, noise(1)[0], decode)), calls + decode.calls
+    return make_nll(item_sum(prior_kl(data, top, prior)), diffusion_nats, decoder, calls, per_step)
 
 
 def step_nll(
@@ -77,24 +80,6 @@ def step_nll(
     if not bool(to_data.any()):
         return kl
     return torch.where(broadcast_like(to_data, x).bool(), decoder_nll(model, x, edges), kl)
-
-
-def decoder_nll(model: Gaussian, x: Tensor, edges: Edges | None = None) -> Tensor:
-    """−log p(x), or −log of the probability of x's bin if there are ``edges``: nats per element."""
-    return -(model.log_prob(x) if edges is None else model.bin_log_prob(edges))
-
-
-def clean_nll(x: Tensor, clean: NoiseLevel, eps: Tensor, edges: Edges | None = None) -> Tensor:
-    """−log N(x; z/alpha, sigma²/alpha²) at z = alpha x + sigma eps, or of x's bin: nats per element.
-
-    The decoder of a chain whose clean end, ``clean``, has a finite log-SNR.
-    """
-    return decoder_nll(clean_decoder(diffuse(x, clean, eps), clean), x, edges)
-
-
-def clean_decoder(z: Tensor, clean: NoiseLevel) -> Gaussian:
-    """p(x given z) = N(z/alpha, sigma²/alpha²) for z at the level ``clean``."""
-    return Gaussian(z / broadcast_like(clean.alpha, z), broadcast_like(-clean.log_snr, z))
 
 
 def stratify(N: int, m: int, u: Tensor) -> list[Tensor]:

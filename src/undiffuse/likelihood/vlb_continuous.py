@@ -7,8 +7,8 @@ from torch import Tensor
 
 from undiffuse.denoising.denoiser import Denoiser
 from undiffuse.errors import ConfigError
+from undiffuse.likelihood.decoder import Decoder, Density, clean_nll
 from undiffuse.likelihood.nll import NLL, make_nll
-from undiffuse.likelihood.vlb import Edges, clean_nll
 from undiffuse.networks.condition import Condition
 from undiffuse.process.gaussian import Gaussian, diffuse
 from undiffuse.process.noise_level import NoiseLevel
@@ -30,14 +30,14 @@ def vlb_continuous(
     points: int = 32,
     times: TimeDistribution | None = None,
     cond: Condition | None = None,
-    edges: Edges | None = None,
+    decode: Decoder | None = None,
     prior: Gaussian | None = None,
 ) -> NLL:
     """−log p(x) ≤ KL(q(z_1|x) to p(z_1)) + ½ ∫ E‖eps − ε̂‖² d log_snr − log p(x|z_0) [VDM21 §3.5, §5].
 
     The limit of `vlb` for infinitely many steps. The integral goes from the log_snr of ``top`` to that of ``clean``,
-    two levels of the denoiser's schedule (see `finite_ends`), and depends on nothing else of the schedule. p(x|z_0)
-    is N(z_0/alpha_0, sigma_0²/alpha_0²), as a density or, with ``edges``, of x's bin.
+    two levels of the denoiser's schedule (see `finite_ends`), and depends on nothing else of the schedule.
+    ``decode`` gives p(x|z_0), by default the density N(z_0/alpha_0, sigma_0²/alpha_0²) of continuous data.
 
     The ``points`` times of an item are the quantiles (i + u)/points of the density ``times``, by default uniform in
     log_snr; ``u`` (B,) in [0, 1) is the item's offset, so that no item's value depends on the others'. ``noise(1)``
@@ -53,8 +53,9 @@ def vlb_continuous(
         prediction = denoise(diffuse(data, level, eps).to(x.dtype), level, cond)
         terms.append(0.5 * width[i].to(data) / points * item_sum((eps - prediction.eps.double()) ** 2))
     per_step = torch.stack(terms, 1)
-    decoder = item_sum(clean_nll(data, clean, noise(1)[0].double(), edges))
-    return make_nll(item_sum(prior_kl(data, top, prior)), per_step.sum(1), decoder, points, per_step)
+    decode = decode or Density()
+    decoder = item_sum(clean_nll(x, clean, noise(1)[0], decode))
+    return make_nll(item_sum(prior_kl(data, top, prior)), per_step.sum(1), decoder, points + decode.calls, per_step)
 
 
 def quantiles(u: Tensor, points: int) -> Tensor:

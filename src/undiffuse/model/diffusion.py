@@ -155,8 +155,7 @@ class Diffusion(nn.Module):
         ``values`` (B, *item_shape) are in the units of the data; ``u`` (B,) are uniform numbers for the times, ``eps``
         noise of the values' shape, and ``z`` more noise for the target ``previous``. With loss-aware times each loss
         is weighted by 1/(T p(t)), so that the mean is that of uniform steps. The full bound ignores ``u``. The mean of
-        the continuous loss is the bound's integral; if the schedule learns its ends, the bound's terms at the ends
-        are added.
+        the continuous loss is the bound's integral, with the bound's terms at the ends if the schedule learns them.
         """
         return training_loss(self, self.transform.to_model(values).to(self.device), u, eps, z, cond, network)
 
@@ -291,7 +290,7 @@ class Diffusion(nn.Module):
         is the bound of the chain, from every step or from one step in each of ``mc_samples`` equal strata;
         ``"continuous"`` the bound of infinitely many steps, from ``mc_samples`` points; ``"ode"`` the likelihood of
         the probability flow; ``"openai"`` the chain's bound as improved-diffusion computes it. Item i's noise is a
-        function of (seed, first + i). Discrete data get the probability of their bin, continuous data a density.
+        function of (seed, first + i). Discrete data get a probability, continuous data a density.
         With ``cond``, a condition for each item, the result is −log p(item given its condition).
         """
         if mc_samples is not None and mc_samples < 1:

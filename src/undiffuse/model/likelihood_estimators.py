@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from undiffuse.data.transform import DataTransform, IntegerLevels
-from undiffuse.denoising.denoiser import Clipped, Denoiser
+from undiffuse.denoising.denoiser import Clipped, Denoiser, NetworkDenoiser
 from undiffuse.errors import ConfigError
+from undiffuse.likelihood.decoder import CategoricalDecoder, Decoder, Density, LastStep, ValueSoftmax
 from undiffuse.likelihood.dequantization import ForwardNoise
 from undiffuse.likelihood.importance_weighting import iwae_bound
 from undiffuse.likelihood.nll import NLL
@@ -25,8 +26,7 @@ from undiffuse.likelihood.vlb import stratify, vlb
 from undiffuse.likelihood.vlb_continuous import vlb_continuous
 from undiffuse.networks.condition import Condition
 from undiffuse.process.clean_end import clean_end
-from undiffuse.process.gaussian import Gaussian
-from undiffuse.process.noise_level import NoiseLevel, broadcast_like
+from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.ode_integrator import Integrator
 from undiffuse.process.schedule import Schedule, finite_ends
 from undiffuse.process.seeded_noise import ItemNoise, generator
@@ -39,13 +39,19 @@ TIGHT_TOLERANCE, LOOSE_TOLERANCE = Integrator(rtol=1e-5, atol=1e-5), Integrator(
 """Integrators for the exact trace, and for the estimated one, whose noise is larger than the loose tolerance."""
 
 
-class Model(Protocol):
-    """The parts of a `Diffusion` that estimates use."""
+class Decodable(Protocol):
+    """The parts of a `Diffusion` that a decoder uses."""
 
     @property
     def schedule(self) -> Schedule: ...
     @property
     def transform(self) -> DataTransform: ...
+    def reverse_chain(self, denoise: Denoiser, cond: Condition | None = None) -> ReverseChain: ...
+
+
+class Model(Decodable, Protocol):
+    """The parts of a `Diffusion` that estimates use."""
+
     @property
     def item_shape(self) -> tuple[int, ...]: ...
     @property
@@ -53,7 +59,6 @@ class Model(Protocol):
     @property
     def device(self) -> torch.device: ...
     def denoiser(self) -> Denoiser: ...
-    def reverse_chain(self, denoise: Denoiser, cond: Condition | None = None) -> ReverseChain: ...
 
 
 class Batch(NamedTuple):
@@ -69,42 +74,57 @@ Estimate = Callable[[Model, Batch, int | None], NLL]
 """−log p of a batch, or a bound on it, from (model, batch, mc_samples)."""
 
 
+def clean_decoder(model: Decodable, denoise: Denoiser, clean: NoiseLevel, cond: Condition | None = None) -> Decoder:
+    """p(x given z_0), z_0 at the level ``clean`` of finite log-SNR: the tightest decoder that the model has.
+
+    For integers the network's own distribution of the values, if its output is one; at the first level of a table
+    the chain's last step; otherwise the distribution ∝ N(z_0; alpha_0 v, sigma_0²) of the values v. For continuous
+    data the density N(z_0/alpha_0, sigma_0²/alpha_0²).
+    """
+    if not isinstance(model.transform, IntegerLevels):
+        return Density()
+    if isinstance(denoise, NetworkDenoiser) and denoise.categorical:
+        return CategoricalDecoder(denoise, model.transform, cond)
+    if model.schedule.chain_length and float(clean.t) == model.schedule.t_min:
+        return LastStep(model.reverse_chain(denoise, cond), model.transform.edges)
+    return ValueSoftmax(model.transform)
+
+
 def discrete(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
     """`vlb` of the model's chain: every step, or one step in each of ``mc_samples`` equal strata."""
     chain, strata = model.reverse_chain(model.denoiser(), batch.cond), None
+    decode = clean_decoder(model, chain.denoise, chain.noise_levels[-1], batch.cond)
     chain_length = len(chain.noise_levels) - 1
     if mc_samples is not None and mc_samples < chain_length:
         strata = stratify(chain_length, mc_samples, _uniform(batch, mc_samples))
-    return vlb(chain, batch.x, _noise(model, batch), edges=model.transform.edges(batch.x), strata=strata)
+    edges = model.transform.edges(batch.x)
+    return vlb(chain, batch.x, _noise(model, batch), edges=edges, decode=decode, strata=strata)
 
 
 def continuous(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
     """`vlb_continuous`, the bound of infinitely many steps, from ``mc_samples`` points of log-SNR."""
     denoise, (top, clean), u = model.denoiser(), finite_ends(model.schedule), _uniform(batch, 1)[0]
-    noise, edges = _noise(model, batch), model.transform.edges(batch.x)
+    noise, decode = _noise(model, batch), clean_decoder(model, denoise, clean, batch.cond)
     points = mc_samples or DEFAULT_POINTS
-    return vlb_continuous(denoise, batch.x, top, clean, noise, u, points=points, cond=batch.cond, edges=edges)
+    return vlb_continuous(denoise, batch.x, top, clean, noise, u, points=points, cond=batch.cond, decode=decode)
 
 
 def ode(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
     """`ode_nll`; for discrete data an importance-weighted bound of ``mc_samples`` draws of noise and probes.
 
     Discrete data are dequantized by the process' own noise: at the schedule's clean end, or at the level where three
-    standard deviations fill half a bin, if the schedule goes beyond it. If the clean end of a chain is noisier than
-    that, the chain's last step decodes.
+    standard deviations fill half a bin, if the schedule goes beyond it. There `clean_decoder` decodes.
     """
-    (top, clean), dequantizer = finite_ends(model.schedule), None
+    (top, clean), dequantizer, decoder_calls, denoise = finite_ends(model.schedule), None, 0, model.denoiser()
     if isinstance(model.transform, IntegerLevels):
-        decode = None
         if clean.log_snr > (bin_filling := clean_end(model.transform.num_values)):
             clean = model.schedule(model.schedule.inverse(bin_filling))
-        elif model.schedule.chain_length:
-            decode = partial(_last_step, model.reverse_chain(model.denoiser(), batch.cond), clean)
-        dequantizer = ForwardNoise(model.transform.edges, clean, decode)
+        dequantizer = ForwardNoise(clean, decode := clean_decoder(model, denoise, clean, batch.cond))
+        decoder_calls = decode.calls
     exact = model.dims <= MAX_EXACT_TRACE_DIMS
     flow = partial(
         ode_nll,
-        model.denoiser(),
+        denoise,
         batch.x,
         top,
         clean,
@@ -114,7 +134,8 @@ def ode(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
         integrator=TIGHT_TOLERANCE if exact else LOOSE_TOLERANCE,
         dequantizer=dequantizer,
     )
-    return iwae_bound([flow() for _ in range(mc_samples or 1)])
+    result = iwae_bound(samples := [flow() for _ in range(mc_samples or 1)])
+    return result._replace(calls=result.calls + len(samples) * decoder_calls)
 
 
 def openai(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
@@ -149,8 +170,3 @@ def _noise(model: Model, batch: Batch) -> ItemNoise:
 
 def _uniform(batch: Batch, n: int) -> Tensor:
     return torch.stack([torch.rand(n, generator=generator(batch.seed, "strata", i)) for i in batch.items], 1)
-
-
-def _last_step(chain: ReverseChain, clean: NoiseLevel, z: Tensor) -> Gaussian:
-    """p(x given x_t = alpha z): the chain's step from ``clean`` to data."""
-    return chain.step(broadcast_like(clean.alpha, z) * z, clean, chain.noise_levels[-1], torch.float32)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from undiffuse.denoising.denoiser import NetworkDenoiser, Prediction
+from undiffuse.likelihood.decoder import Decoder, Edges, clean_nll
 from undiffuse.likelihood.reverse_chain import ReverseChain
-from undiffuse.likelihood.vlb import Edges, clean_nll, step_nll, vlb
+from undiffuse.likelihood.vlb import step_nll, vlb
 from undiffuse.networks.condition import Condition
 from undiffuse.process.gaussian import Gaussian, diffuse, posterior, reverse
 from undiffuse.process.learned_schedule import LearnedSchedule
@@ -63,13 +64,15 @@ def bound_term(
     return item_mean(step_nll(model, x, x_t, t, s, edges))
 
 
-def full_bound(chain: ReverseChain, x: Tensor, noise: Noise, edges: Edges | None = None) -> Tensor:
+def full_bound(
+    chain: ReverseChain, x: Tensor, noise: Noise, edges: Edges | None = None, decode: Decoder | None = None
+) -> Tensor:
     """(L_T + Σ L_{t−1} + L_0)/dims, every step of the chain in one loss, nats per dimension [SohlDickstein15 eq. 14].
 
     `vlb` with its gradient: the activations of all network calls are kept for the backward pass. T times `bound_term`
     at a uniform step has the same mean, and its gradient has the same mean.
     """
-    return vlb(chain, x, noise, edges=edges).total / x[0].numel()
+    return vlb(chain, x, noise, edges=edges, decode=decode).total / x[0].numel()
 
 
 def hybrid(
@@ -114,7 +117,7 @@ def continuous_bound(
     at: Tensor,
     log_density: Tensor,
     eps: Tensor,
-    edges: Edges | None = None,
+    decode: Decoder | None = None,
     cond: Condition | None = None,
 ) -> Tensor:
     """`continuous` at the times ``at`` (B,), drawn with density exp(``log_density``), for any schedule.
@@ -133,14 +136,17 @@ def continuous_bound(
     loss = continuous(y, denoise.target, x, eps, rate, t, denoise.next_level(t))
     reweight_schedule_gradient(loss, shape)
     if isinstance(schedule, LearnedSchedule) and schedule.learns_ends:
-        return loss + endpoint_loss(x, eps, schedule(1.0), schedule(0.0), edges).to(loss)
+        return loss + endpoint_loss(x, eps, schedule(1.0), schedule(0.0), decode).to(loss)
     return loss
 
 
-def endpoint_loss(x: Tensor, eps: Tensor, top: NoiseLevel, clean: NoiseLevel, edges: Edges | None = None) -> Tensor:
-    """(KL(q(z_1|x) to N(0, I)) − log p(x|z_0))/dims: the bound's terms at its two ends [VDM21 §3.5]."""
-    x, zero = x.double(), torch.zeros_like(x, dtype=torch.float64)
-    return item_mean(prior_kl(x, top, Gaussian(zero, zero)) + clean_nll(x, clean, eps.double(), edges))
+def endpoint_loss(x: Tensor, eps: Tensor, top: NoiseLevel, clean: NoiseLevel, decode: Decoder | None = None) -> Tensor:
+    """(KL(q(z_1|x) to N(0, I)) − log p(x|z_0))/dims: the bound's terms at its two ends [VDM21 §3.5].
+
+    ``decode`` gives p(x|z_0), by default the density N(z_0/alpha_0, sigma_0²/alpha_0²) of continuous data.
+    """
+    zero = torch.zeros_like(x, dtype=torch.float64)
+    return item_mean(prior_kl(x.double(), top, Gaussian(zero, zero)) + clean_nll(x, clean, eps, decode))
 
 
 def reweight_schedule_gradient(loss: Tensor, shape: Sequence[Tensor]) -> None:

@@ -14,6 +14,7 @@ from undiffuse.denoising.denoiser import Denoiser, NetworkDenoiser
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.model import losses
 from undiffuse.model.config import ModelConfig
+from undiffuse.model.likelihood_estimators import clean_decoder
 from undiffuse.networks.condition import Condition
 from undiffuse.process import time_sampling as times
 from undiffuse.process.gaussian import diffuse
@@ -50,12 +51,13 @@ def training_loss(
 ) -> Tensor:
     """The losses (B,) of `Diffusion.loss` for ``x`` (B, ...) in the units of the model."""
     denoise, name = model.denoiser(network), model.config.loss
+    decode = clean_decoder(model, denoise, model.schedule(0.0), cond)
     if name == "full_bound":  # one eps for all steps: the mean of each term depends on one eps only
         chain = model.reverse_chain(denoise, cond)
-        return losses.full_bound(chain, x, lambda _: eps[None], model.transform.edges(x))
+        return losses.full_bound(chain, x, lambda _: eps[None], model.transform.edges(x), decode)
     at = model.times.sample(u)
     if name == "continuous":
-        return losses.continuous_bound(denoise, x, at, model.times.log_prob(at), eps, model.transform.edges(x), cond)
+        return losses.continuous_bound(denoise, x, at, model.times.log_prob(at), eps, decode, cond)
     loss = _loss_at(model, denoise, x, model.schedule(at), eps, z, cond)
     if isinstance(model.times, times.LossAwareSteps):
         return loss * model.times.importance_weight(at).to(loss)

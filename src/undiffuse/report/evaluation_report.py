@@ -59,8 +59,8 @@ def describe_differences(differences: Mapping[str, Mapping[str, list[float]]]) -
         total, decoder = (cell(tuple(differences["openai"][part])) for part in ("total", "decoder"))
         lines.append(
             f"improved-diffusion's script is off by {total} bits/dim over the same steps and noise, of which {decoder} "
-            "is in the decoder: it approximates the normal distribution function by tanh, clamps the probability of a "
-            "bin at 1e-12, computes in float32, and clips x̂ to [−1, 1]"
+            "is in the decoder: it takes the mass of a value's bin also where the chain stays finite, approximates the "
+            "normal distribution function by tanh, clamps it at 1e-12, computes in float32, and clips x̂ to [−1, 1]"
         )
     return lines
 
