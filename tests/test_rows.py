@@ -31,6 +31,7 @@ from undiffuse.denoising.score_matching import (
     stein,
     tweedie,
 )
+from undiffuse.likelihood.joint_log_prob import forward_log_prob, reverse_log_prob
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.likelihood.vlb import vlb
 from undiffuse.likelihood.vlb_continuous import vlb_continuous
@@ -39,7 +40,15 @@ from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.losses import eps_mse, full_bound, hybrid, mean_matching
 from undiffuse.process import schedule as S
 from undiffuse.process.discrete_schedule import linear
-from undiffuse.process.gaussian import Gaussian, diffuse, forward, posterior, reverse, step_log_var
+from undiffuse.process.gaussian import (
+    Gaussian,
+    diffuse,
+    forward,
+    forward_marginal,
+    posterior,
+    reverse,
+    step_log_var,
+)
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.prior import prior_kl
 from undiffuse.process.target import TARGETS
@@ -49,7 +58,7 @@ from undiffuse.sampling.solvers.langevin import AnnealedLangevin
 from undiffuse.sampling.solvers.one_step_inversion import OneStepInversion
 from undiffuse.sampling.solvers.product import Product, observation_factor
 from undiffuse.sampling.time_grids import time_grid
-from undiffuse.sampling.trajectory import forward_trajectory, trajectory
+from undiffuse.sampling.trajectory import Step, forward_trajectory, trajectory
 
 DOCS = Path(__file__).parent.parent / "docs"
 BETA = np.linspace(1e-4, 0.02, 1000)
@@ -135,6 +144,56 @@ def f5_oracle():
     return nats / math.log(2)
 
 
+NORMAL = np.array([0.4, -1.1, 0.6, 1.2, -0.3, 0.2])
+
+
+def six_levels() -> list[NoiseLevel]:
+    return time_grid(S.Tabulated(SIX))
+
+
+def six_states(numbers: np.ndarray = NORMAL) -> list[Step]:
+    """A trajectory of six steps from X with these ``numbers``, of the chain SIX."""
+    return list(forward_trajectory(X * ONE, six_levels(), fed(numbers)))
+
+
+def f6():
+    """Sampled, scored and compared."""
+    q = forward_marginal(X * ONE, CHAIN[T])
+    return [q.sample(EPS * ONE), q.log_prob(0.3 * ONE), q.kl(forward_marginal(-X * ONE, CHAIN[300]))]
+
+
+def f6_oracle():
+    q, p = (stats.norm(m * math.sqrt(BAR[t]) * X, math.sqrt(1 - BAR[t])) for m, t in ((1, T), (-1, 300)))
+    kl, _ = integrate.quad(lambda x: q.pdf(x) * (q.logpdf(x) - p.logpdf(x)), -12, 12, epsabs=1e-13)
+    return [X_T, q.logpdf(0.3), kl]
+
+
+def f7():
+    return forward_log_prob(six_states())
+
+
+def f7_oracle():
+    """The joint Gaussian of the six states given X, by its covariance √(ᾱ_t/ᾱ_s) (1 − ᾱ_s), s ≤ t."""
+    bar = np.cumprod(1 - SIX)
+    low, high = np.maximum.outer(bar, bar), np.minimum.outer(bar, bar)
+    states = [float(step.x) for step in six_states()[1:]]
+    return stats.multivariate_normal(np.sqrt(bar) * X, np.sqrt(high / low) * (1 - low)).logpdf(states)
+
+
+X_S = 0.2  # a state at T − 1
+
+
+def f8():
+    """The logarithm of q(x_t given x_{t−1}, x_0) = q(x_{t−1} given x_t, x_0) q(x_t given x_0)/q(x_{t−1} given x_0)."""
+    at_t, at_s = (forward_marginal(X * ONE, CHAIN[t]) for t in (T, T - 1))
+    back = posterior(X_T * ONE, X * ONE, CHAIN[T], CHAIN[T - 1])
+    return back.log_prob(X_S * ONE) + at_t.log_prob(X_T * ONE) - at_s.log_prob(X_S * ONE)
+
+
+def f8_oracle():
+    return stats.norm.logpdf(X_T, math.sqrt(1 - BETA[T - 1]) * X_S, math.sqrt(BETA[T - 1]))
+
+
 # --- reverse ---------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +231,20 @@ def r3_oracle():
     return moments(step * stats.norm.pdf(LINE, math.sqrt(BAR[T - 1]) * X, math.sqrt(1 - BAR[T - 1])))
 
 
+def r3_bayes():
+    """The logarithm of q(x_{t−1} given x_t, x_0) = q(x_t given x_{t−1}, x_0) q(x_{t−1} given x_0)/q(x_t given x_0)."""
+    at_t, at_s = (forward_marginal(X * ONE, CHAIN[t]) for t in (T, T - 1))
+    step = forward(X_S * ONE, CHAIN[T - 1], CHAIN[T])
+    return step.log_prob(X_T * ONE) + at_s.log_prob(X_S * ONE) - at_t.log_prob(X_T * ONE)
+
+
+def r3_bayes_oracle():
+    """Ho et al.'s equation 7."""
+    b, bar, before = BETA[T - 1], BAR[T], BAR[T - 1]
+    mean = (math.sqrt(1 - b) * (1 - before) * X_T + math.sqrt(before) * b * X) / (1 - bar)
+    return stats.norm.logpdf(X_S, mean, math.sqrt(b * (1 - before) / (1 - bar)))
+
+
 def r5():
     pairs = [(CHAIN[t], CHAIN[t - 1]) for t in range(2, 1001)]
     return [step_log_var(ONE, t, s, kind).exp() for kind in ("large", "small") for t, s in pairs]
@@ -204,6 +277,22 @@ def r7_oracle():
     for t in range(1000, 0, -1):
         printed *= (1 - math.sqrt(BETA[t - 1]) * exact_slope(t)) / math.sqrt(1 - BETA[t - 1])
     return [math.sqrt(BAR[-1]) * 0.25 / (BAR[-1] * 0.25 + 1 - BAR[-1]), printed]
+
+
+def r8():
+    """Of a kept trajectory of the sampler's chain, p(x_T) Π p(x_{t−1} given x_t)."""
+    return reverse_log_prob(six_steps(), six_states())
+
+
+def r8_oracle():
+    """Step by step in the notation of Ho et al., with ε̂ = 0.6 x_t − 0.2 and the variance β."""
+    states, bar = [float(step.x) for step in six_states()], np.cumprod(1 - SIX)
+    total = stats.norm.logpdf(states[-1])
+    for t, b in enumerate(SIX, start=1):
+        eps = 0.6 * states[t] - 0.2
+        mean = (states[t] - b / math.sqrt(1 - bar[t - 1]) * eps) / math.sqrt(1 - b)
+        total += stats.norm.logpdf(states[t - 1], mean, math.sqrt(b))
+    return total
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -259,6 +348,18 @@ def t1_oracle():
         on = -slope * np.eye(n)[t] + (np.eye(n)[t - 1] if t else 0)
         log_p += expected(on, (0 if t else X) - shift, b)
     return log_q - log_p
+
+
+def t9():
+    """log q(x_{1:T} given x_0) − log p(x_{0:T}), the bound before Bayes' rule, in its exact expectation.
+
+    It is quadratic in the six numbers of the forward chain, so the mean over ± √6 times each of them is exact.
+    """
+    values = []
+    for point in math.sqrt(6) * np.concatenate([np.eye(6), -np.eye(6)]):
+        states = six_states(point)
+        values.append(forward_log_prob(states) - reverse_log_prob(six_steps(), states))
+    return torch.stack(values).mean()
 
 
 def t2():
@@ -528,14 +629,19 @@ ROWS = {
               lambda: linear().beta, lambda: [1e-4 + k * (0.02 - 1e-4) / 999 for k in range(1000)], 1e-14),
     "F5": Row("the last level is close to the prior, bits", "process.prior.prior_kl",
               lambda: prior_kl(X * ONE, CHAIN[1000]) / math.log(2), f5_oracle, 1e-10),
+    "F6": Row("q(x_t given x_0) as a distribution", "process.gaussian.forward_marginal", f6, f6_oracle),
+    "F7": Row("log q of a kept trajectory", "likelihood.joint_log_prob.forward_log_prob", f7, f7_oracle),
+    "F8": Row("Bayes' rule of a forward step", "process.gaussian.posterior", f8, f8_oracle),
     "R1": Row("the reverse chain as a trajectory", "sampling.trajectory.trajectory", r1, r1_oracle),
     "R2": Row("mean and variance from the network", "process.gaussian.reverse", r2, r2_oracle),
     "R3": Row("the posterior", "process.gaussian.posterior", r3, r3_oracle),
+    "R3, Bayes": Row("Bayes' rule of the posterior", "process.gaussian.forward", r3_bayes, r3_bayes_oracle),
     "R4": Row("its mean from the noise", "process.gaussian.reverse",
               lambda: reverse(prediction(EPS), X_T * ONE, CHAIN[T], CHAIN[T - 1]).mean, lambda: r3_oracle()[0]),
     "R5": Row("fixed variances", "process.gaussian.step_log_var", r5, lambda: [*BETA[1:], *SMALL[2:]]),
     "R6": Row("ancestral sampling", "sampling.solvers.ancestral.Ancestral", r6, r6_oracle),
     "R7": Row("one-step inversion", "sampling.solvers.one_step_inversion.OneStepInversion", r7, r7_oracle),
+    "R8": Row("log p of a kept trajectory", "likelihood.joint_log_prob.reverse_log_prob", r8, r8_oracle),
     "T1": Row("the bound", "likelihood.vlb.vlb", t1, t1_oracle),
     "T2": Row("KL of equal variances", "process.gaussian.Gaussian.kl", t2, t2_oracle),
     "T3": Row("weighted noise loss", "process.weighting.bound", t3, t3_oracle),
@@ -546,6 +652,7 @@ ROWS = {
     "T6": Row("predicting x_{t-1}", "process.target.TARGETS", t6, lambda: -0.4),
     "T7": Row("the variance trained by the bound", "model.losses.hybrid", t7, t7_oracle),
     "T8": Row("algorithm 1", "Diffusion.loss", t8, t8_oracle, 1e-6),
+    "T9": Row("the bound before Bayes' rule", "likelihood.joint_log_prob.reverse_log_prob", t9, t1_oracle),
     "S1": Row("conditional score", "denoising.score_matching.conditional_score",
               lambda: conditional_score(EPS * ONE, CHAIN[T]),
               lambda: -(X_T - math.sqrt(BAR[T]) * X) / (1 - BAR[T])),
@@ -585,9 +692,9 @@ def test_row(name: str) -> None:
 
 
 def test_every_row_exists_and_is_documented() -> None:
-    counts = {"F": 5, "R": 7, "T": 8, "S": 7, "V": 2}
+    counts = {"F": 8, "R": 8, "T": 9, "S": 7, "V": 2}
     ids = {f"{letter}{n}" for letter, count in counts.items() for n in range(1, count + 1)}
-    assert set(ROWS) == ids | {"N1", "N1, training", "N4"}
+    assert set(ROWS) == ids | {"R3, Bayes", "N1", "N1, training", "N4"}
     pages = "".join((DOCS / page).read_text() for page in ("maths.md", "errata.md"))
     for name, row in ROWS.items():
         resolve(f"undiffuse.{row.function}")

@@ -87,6 +87,12 @@ def diffuse(x: Tensor, level: NoiseLevel, eps: Tensor) -> Tensor:
     return at.alpha * x + at.sigma * eps
 
 
+def forward_marginal(x: Tensor, level: NoiseLevel) -> Gaussian:
+    """q(x_t given x) = N(alpha x, sigma²), of ``x``'s shape [Ho20 eq. 4]; a point mass (log-variance −inf) at sigma = 0."""
+    at = level.broadcast_like(x)
+    return Gaussian(at.alpha * x, 2 * torch.log(at.sigma))
+
+
 def forward(x_s: Tensor, s: NoiseLevel, t: NoiseLevel) -> Gaussian:
     """q(x_t given x_s) = N((alpha_t/alpha_s) x_s, sigma_t² frac), s cleaner than t [Ho20 eq. 2]."""
     return Gaussian(broadcast_like(t.alpha / s.alpha, x_s) * x_s, broadcast_like(log_var_large(t, s), x_s))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from undiffuse.process.gaussian import Gaussian
+from undiffuse.process.gaussian import Gaussian, forward_marginal
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.statistics import item_sum
 
@@ -29,8 +29,7 @@ def prior_sample(level: NoiseLevel, noise: Tensor) -> Tensor:
 
 def prior_kl(x: Tensor, level: NoiseLevel, prior: Gaussian | None = None) -> Tensor:
     """KL(q(x_T given x) to p(x_T)) per element, nats; ``prior`` replaces the default p(x_T)."""
-    at = level.broadcast_like(x)
-    return Gaussian(at.alpha * x, 2 * torch.log(at.sigma)).kl(_default_prior(x, level) if prior is None else prior)
+    return forward_marginal(x, level).kl(_default_prior(x, level) if prior is None else prior)
 
 
 def prior_log_prob(x: Tensor, level: NoiseLevel, prior: Prior | None = None) -> Tensor:
