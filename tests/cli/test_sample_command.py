@@ -359,9 +359,11 @@ def test_advise_and_sample(run, call, tmp_path, few_solvers):
     checkpoint.save(model(1), run / "model.safetensors")
     said = call("sample", run, "--n", 1, "--calls", 5, "--out", tmp_path / "y")
     assert "advice.json is not used: the weights have changed since. Run advise again" in said.out
-    (run / "advice.json").write_text("{}")
-    said = call("sample", run, "--n", 1, "--calls", 5, "--out", tmp_path / "z")
-    assert "advice.json is not used: it is damaged" in said.out
+    whole = (run / "advice.json").read_text()
+    for i, content in enumerate(("{}", "[" * 10**5, whole.replace('"solver": "', '"solver": "x', 1))):
+        (run / "advice.json").write_text(content)
+        said = call("sample", run, "--n", 1, "--calls", 5, "--out", tmp_path / f"z{i}")
+        assert (said.code, "advice.json is not used: it is damaged. Run advise again" in said.out) == (0, True)
 
 
 def test_advice_names_its_label(call, tmp_path, few_solvers):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import sys
 
 import numpy as np
@@ -100,6 +101,28 @@ def test_the_time_left_of_a_run_by_the_clock(tmp_path):
     assert "overfitting: " not in output
     run.metrics.write_text(run.metrics.read_text() + '{"step": 150, "lo')  # an incomplete line
     assert shown(run).partition("step")[2] == output.partition("step")[2]
+
+
+def test_odd_lines_are_not_shown(tmp_path, call):
+    run = started(tmp_path / "run", {"max_steps": 10**15}, RECORDS)
+    whole = shown(run)
+    lines = [b"\xff", b"{}", b"[1]", b'{"step": "x"}', b'{"step": 130, "loss": "low"}', b'{"step": 1e999}', b"[" * 9**5]
+    lines += [b'{"step": 1, "seconds": 1e99}', b'{"step": 1, "bits_per_dim": {}}', b'{"seconds": 3}']
+    run.metrics.write_bytes(run.metrics.read_bytes() + b"\n".join(lines))
+    assert shown(run) == whole
+    assert call("watch", run.folder, "--once", "--tensorboard", tmp_path / "board").code in (0, 2)  # 2: not installed
+    run.metrics.write_bytes(b'{"step": 1, "seconds": 1e10}\n')
+    assert "step 1 after" in shown(run)
+    g, original = random.Random(0), run.metrics.read_bytes()
+    run.metrics.unlink()
+    for record in RECORDS:
+        run.append_metrics(record)
+    original = run.metrics.read_bytes()
+    for _ in range(300):
+        content = bytearray(original)
+        content[g.randrange(len(content))] ^= 1 << g.randrange(8)
+        run.metrics.write_bytes(content)
+        assert "stopped" in shown(run)
 
 
 def test_a_finished_run_and_one_without_steps(tmp_path, capsys):

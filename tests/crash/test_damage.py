@@ -4,7 +4,7 @@ import random
 import shutil
 
 import pytest
-from tiny_run import Trained, data, equal_states, quick_looks, recipe, stopping_at, train
+from tiny_run import Trained, data, equal_states, quick_looks, recipe, save_only, stopping_at, train
 
 from undiffuse.errors import CheckpointError
 from undiffuse.training import train_state as state
@@ -141,3 +141,30 @@ def test_a_run_continues_from_the_previous_checkpoint_with_a_message(tmp_path, m
         with pytest.raises(CheckpointError, match=r"none of its \d checkpoints is intact") as caught:
             train(recipe(), tmp_path, items)
     assert caught.value.exit_code == 4
+
+
+def test_damaged_metrics_cost_their_lines_and_not_the_run(tmp_path, monkeypatch):
+    """One flipped bit once ended every later resume, although all checkpoints were whole."""
+    items, lines = data(), []
+    monkeypatch.setattr(Monitor, "log", lambda monitor, line: lines.append(line))
+    with quick_looks():
+        with stopping_at(2):
+            train(recipe(4), tmp_path, items)
+        run = Run(tmp_path)
+        run.write_metrics([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
+        content = bytearray(run.metrics.read_bytes())
+        content[3] ^= 0x80  # "s" of "step" in the first line
+        run.metrics.write_bytes(content)
+        train(recipe(4), tmp_path, items)
+    assert f"{run.metrics}: 1 damaged line is left out" in lines
+    assert [record["step"] for record in run.read_metrics()] == [2, 4]
+    assert (tmp_path / "checkpoints" / "step-00000004").is_dir()
+
+
+def test_a_run_ends_without_a_record_of_its_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(Monitor, "evaluate_now", save_only)
+    with stopping_at(4):
+        train(recipe(4), tmp_path, data())
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff")
+    train(recipe(4), tmp_path, data())
+    assert Run(tmp_path).finished

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from undiffuse.cli import main
 from undiffuse.data.transform import Identity, IntegerLevels, Standardized
 from undiffuse.errors import CheckpointError, ResourceError
 from undiffuse.model.checkpoint import describe, load, save
@@ -205,7 +206,6 @@ def test_tensors_of_the_right_form_are_accepted():
         lambda d: d.update(item_shape=[]),
         lambda d: d.update(item_shape=["a", 4, 4]),
         lambda d: d.update(item_shape=4),
-        lambda d: d.update(info=7),
     ],
 )
 def test_descriptions_of_no_model(file, change):
@@ -238,3 +238,20 @@ def test_no_code_in_a_file_is_run(tmp_path, kind):
     assert not canary.exists()
     pickle.loads(pickle.dumps(Canary(canary)))
     assert canary.exists()  # power
+
+
+@pytest.mark.parametrize(
+    ("info", "left"),
+    [
+        (7, {}),
+        ({"num_values": "5", "notes": 3, "classes": "ab", "steps": 3, "own": [1]}, {"steps": 3, "own": [1]}),
+        ({"columns": 7, "held_out": "most", "accuracy": [[]]}, {}),
+    ],
+)
+def test_odd_facts_about_the_data_cost_themselves_and_not_the_model(file, info, left):
+    """The commands that use them went down with a traceback."""
+    plain = json.loads(read_tensors(file)[1]["model"])
+    path = rewritten(file, model=json.dumps({**plain, "info": info}))
+    assert load(path).info == left
+    assert main(["inspect", str(path)]) == 0
+    assert main(["sample", str(path), "--n", "1", "--steps", "2", "--out", str(path.parent / "out")]) == 0

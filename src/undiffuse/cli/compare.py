@@ -63,8 +63,9 @@ def compare(
     from undiffuse.errors import DataError
     from undiffuse.evaluation import comparison
     from undiffuse.report import comparison_report, table
-    from undiffuse.runtime.output_folder import check_output_folder, listed_files, read_record, write_record
+    from undiffuse.runtime.output_folder import check_output_folder, listed_files
     from undiffuse.runtime.own_output import save_picture
+    from undiffuse.runtime.side_files import read_record, write_record
 
     run = run or _run_of(samples)
     if run is None and data is None:

@@ -179,7 +179,7 @@ def _percent(difference: float) -> str:
 
 def _is_finished(folder: Path) -> bool:
     """Whether the folder holds finished restorations."""
-    from undiffuse.runtime.output_folder import read_record
+    from undiffuse.runtime.side_files import read_record
 
     return (read_record(folder / "manifest.json") or {}).get("finished") is True
 
@@ -191,7 +191,7 @@ def _unused_folder(folder: Path) -> Path:
 
 
 def _is_unused(folder: Path) -> bool:
-    from undiffuse.runtime.output_folder import read_record
+    from undiffuse.runtime.side_files import read_record
 
     if record := read_record(folder / "manifest.json"):
         return record.get("finished") is False

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from undiffuse.errors import ConfigError
-from undiffuse.runtime.atomic_file import write_atomic
+from undiffuse.runtime.side_files import read_record, write_record
 from undiffuse.sampling.sampler import Sampler, guidance_changes
 
 if TYPE_CHECKING:
@@ -98,8 +98,11 @@ def read_advice(
     value, None if not given) differ from those of the measurement.
     """
     path, sampler = folder / ADVICE_FILE, sampler or Sampler()
+    if not path.exists():
+        log(f"no advice for this model yet: 'undiffuse advise RUN --calls {calls}' measures which sampler is best")
+        return None
     try:
-        stored = json.loads(path.read_text())
+        stored: Any = read_record(path)
         advice = stored["advice"].get(str(calls))
         if stored["weights"] != weights:
             log(f"{path} is not used: the weights have changed since. Run advise again")
@@ -115,21 +118,18 @@ def read_advice(
             flags = ", ".join(different)
             log(f"{path} was measured {measured} and without guidance; with other {flags} the best sampler may differ")
         return replace(advised, **guidance_changes(sampler))
-    except FileNotFoundError:
-        log(f"no advice for this model yet: 'undiffuse advise RUN --calls {calls}' measures which sampler is best")
-    except (ConfigError, OSError, ValueError, LookupError, TypeError, AttributeError):
-        log(f"{path} is not used: it is damaged")
+    except OSError as error:
+        log(f"{path} is not used: it cannot be read ({error.strerror})")
+    except (ConfigError, LookupError, TypeError, AttributeError):
+        log(f"{path} is not used: it is damaged. Run advise again")
     return None
 
 
 def write_advice(folder: Path, weights: str, calls: int, sampler: Sampler, measured: dict[str, Any]) -> Path:
     """Adds the ``sampler`` for ``calls`` to the folder's advice, dropping advice for other ``weights``."""
     path = folder / ADVICE_FILE
-    try:
-        stored = json.loads(path.read_text())
-        advice = dict(stored["advice"]) if stored["weights"] == weights else {}
-    except (OSError, ValueError, LookupError, TypeError):
-        advice = {}
+    stored = read_record(path) or {}
+    advice = stored["advice"] if stored.get("weights") == weights else {}
     advice[str(calls)] = {"sampler": sampler.to_dict(), **measured}
-    write_atomic(path, json.dumps({"weights": weights, "advice": advice}, indent=1).encode())
+    write_record(path, {"weights": weights, "advice": advice})
     return path

@@ -134,4 +134,4 @@ def _time_left(record: Record, step: int, seconds: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+    return str(timedelta(seconds=round(min(seconds, 1e10))))

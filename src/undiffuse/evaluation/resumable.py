@@ -12,8 +12,8 @@ from typing import Any
 from undiffuse.errors import CheckpointError
 from undiffuse.likelihood.nll import NLL, make_nll
 from undiffuse.runtime.folder_lock import lock_folder
-from undiffuse.runtime.output_folder import read_record, write_record
 from undiffuse.runtime.part_store import OTHER_JOB, PartStore, Report, plan_key
+from undiffuse.runtime.side_files import read_record, write_record
 
 Plan = dict[str, Any]
 """Plain data; see `undiffuse.evaluation.plan.plan_evaluation`."""

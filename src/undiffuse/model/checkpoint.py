@@ -19,6 +19,7 @@ from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.norm import to_fast_layout
 from undiffuse.networks.registry import NETWORKS, kind_of, names_of
 from undiffuse.runtime.device import resolve_device
+from undiffuse.runtime.side_files import check_info
 from undiffuse.runtime.tensor_file import FORMAT, check_tensors, digest, read_tensors, write_tensors
 
 
@@ -105,7 +106,7 @@ def _from_description(
             raise CheckpointError("NETWORK", path, cause[:300], "Give the network that it was trained with")
         if network is not None:  # under the name of the file
             config = replace(config, network={**config.network, "kind": kind_of(network)})
-        return Diffusion(config, tuple(plain["item_shape"]), transform, plain["info"], network)
+        return Diffusion(config, tuple(plain["item_shape"]), transform, check_info(plain.get("info")), network)
     except (ConfigError, LookupError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         if network is not None and isinstance(error, ConfigError) and error.code == "NETWORK":
             fix = "Give an instance that has its settings: load(path, network=Net(...))"

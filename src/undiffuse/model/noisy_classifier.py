@@ -27,6 +27,7 @@ from undiffuse.networks.norm import to_fast_layout
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.schedule import LinearLogSNR
 from undiffuse.runtime.device import resolve_device
+from undiffuse.runtime.side_files import check_info
 from undiffuse.runtime.tensor_file import FORMAT, check_tensors, read_tensors, write_tensors
 
 
@@ -110,8 +111,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> NoisyClassifie
     try:
         d = json.loads(metadata["classifier"])
         config, transform = from_dict(NoisyClassifierConfig, d["config"], "model"), transforms.from_dict(d["transform"])
-        classifier = NoisyClassifier(config, tuple(d["item_shape"]), transform, tuple(d["classes"]), d["info"])
-    except (ConfigError, LookupError, TypeError, ValueError, AttributeError) as error:
+        info = check_info(d.get("info"))
+        classifier = NoisyClassifier(config, tuple(d["item_shape"]), transform, tuple(d["classes"]), info)
+    except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         cause = f"this version cannot read its description ({error})"
         raise CheckpointError("DESCRIPTION", path, cause[:300], "Use the version that wrote it") from None
     check_tensors(path, classifier.state_dict(), tensors)

@@ -18,8 +18,9 @@ from undiffuse.model.diffusion import Diffusion
 from undiffuse.report.figures import bits_per_step
 from undiffuse.report.table import cell
 from undiffuse.runtime.atomic_file import write_atomic, write_csv
-from undiffuse.runtime.output_folder import check_output_folder, listed_files, read_record, write_record
+from undiffuse.runtime.output_folder import check_output_folder, listed_files
 from undiffuse.runtime.own_output import PICTURE_MARK
+from undiffuse.runtime.side_files import read_record, write_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,9 +23,10 @@ from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.report.figures import image_grid
 from undiffuse.runtime.atomic_file import atomic_file, file_digest, write_csv, write_error
 from undiffuse.runtime.folder_lock import lock_folder
-from undiffuse.runtime.output_folder import check_output_folder, listed_files, read_record, write_record
+from undiffuse.runtime.output_folder import check_output_folder, listed_files
 from undiffuse.runtime.own_output import mark_options
 from undiffuse.runtime.part_store import OTHER_JOB, PartStore, plan_key
+from undiffuse.runtime.side_files import read_record, write_record
 
 GRID_ITEMS = 144
 """Samples in the grid, at most."""

@@ -1,33 +1,13 @@
-"""Folders that results are written into. A record lists the files that are ours, so that no other is changed.
-
-A record is a JSON file with the sha256 of its own content: a file that was damaged or edited is no record.
-"""
+"""Folders that results are written into. A record lists the files that are ours, so that no other is changed."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from undiffuse.errors import ConfigError
-from undiffuse.runtime.atomic_file import json_digest, write_atomic
 from undiffuse.runtime.folder_lock import LOCK_FILES
-
-
-def write_record(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content``, plain data, as a record. Raises `ResourceError`."""
-    plain = json.loads(json.dumps(content))
-    write_atomic(path, json.dumps({**plain, "sha256": json_digest(plain)}, indent=1).encode())
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """The content of a record, as it was written; None if the file is missing or no record."""
-    try:
-        record = json.loads(path.read_bytes())
-        return record if record.pop("sha256") == json_digest(record) else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
 
 
 def listed_files(record: Mapping[str, Any] | None) -> set[str] | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from undiffuse.data.dataset import Dataset, Split
-from undiffuse.errors import ConfigError, NonFiniteError, ResourceError
+from undiffuse.errors import ConfigError, DataError, NonFiniteError, ResourceError
 from undiffuse.evaluation.time_limit import Pace, TimeLimit
 from undiffuse.report import figures
 from undiffuse.report.progress_bar import ProgressBar, format_clock
@@ -54,8 +54,8 @@ class Monitor:
         self.run, self.task, self.ema_model = run, task, ema_model
         self.data, self.split, self.progress, self.main = data, split, progress, main
         self.settings = task.config.train
-        self.records: list[dict[str, Any]] = run.read_metrics(progress.step)
         self.console = make_console(quiet=quiet or not main)
+        self.records: list[dict[str, Any]] = run.read_metrics(progress.step, self.log)
         self.clock, self.pace, self.allowance = clock, Pace(), measuring_allowance(self.settings)
         self.bar = ProgressBar(self.console, "training", clock)
         self.losses: list[float] = []
@@ -160,6 +160,8 @@ class Monitor:
                 figures.training_curve(self.records).savefig(self.run.pictures / "training.png", dpi=150)
         except ConfigError:
             self.log("no training curve: matplotlib is not installed (pip install 'undiffuse[report]')")
+        except DataError as error:  # the records of the steps were damaged
+            self.log(f"no training curve: {error.cause}")
         self.run.finish()
 
     @torch.no_grad()

@@ -19,6 +19,8 @@ from undiffuse.errors import CheckpointError, ConfigError, DataError, ResourceEr
 from undiffuse.model.config import from_dict, to_dict
 from undiffuse.runtime.atomic_file import json_digest, remedy, write_atomic
 from undiffuse.runtime.folder_lock import LOCK_FILES, lock_folder, lock_holder
+from undiffuse.runtime.part_store import Report
+from undiffuse.runtime.side_files import parse_metrics, read_record, write_record
 
 ALLOWED_WITHOUT_RECORD = {"checkpoints", "pictures", "run.json.partial", *LOCK_FILES}
 """What a run killed before it wrote ``run.json`` may leave."""
@@ -72,19 +74,16 @@ class Run:
         if not path.is_file():
             return None
         try:
-            content = path.read_bytes()
+            path.read_bytes()
         except OSError as error:
             cause = f"cannot be read ({error.strerror or error})"
             raise CheckpointError("UNREADABLE", path, cause, remedy(error)) from None
         try:
-            record = json.loads(content)
-            _ = record["config"], record["data"]["fingerprint"], record["finished"]
-            intact = record.pop("sha256") == json_digest(record)
-        except (ValueError, KeyError, TypeError):
-            intact, record = False, None
-        if not intact:
+            record = read_record(path)
+            _ = record["config"], record["data"]["fingerprint"], record["finished"]  # pyright: ignore
+        except (KeyError, TypeError):
             fix = "Restore it, or train into another folder"
-            raise CheckpointError("RUN", path, "not the record of a run, or damaged", fix)
+            raise CheckpointError("RUN", path, "not the record of a run, or damaged", fix) from None
         return record
 
     @property
@@ -199,22 +198,24 @@ class Run:
             raise ResourceError("FOLDER", self.folder, cause, "Give --out another folder") from None
 
     def _write(self, record: dict[str, Any]) -> None:
-        text = json.dumps({**record, "sha256": json_digest(record)}, indent=1)
-        write_atomic(self.folder / "run.json", text.encode())
+        write_record(self.folder / "run.json", record)
 
-    def read_metrics(self, up_to: int | None = None) -> list[dict[str, Any]]:
-        """The records of ``metrics.jsonl`` up to step ``up_to``, without an incomplete last line."""
-        if not self.metrics.is_file():
+    def read_metrics(self, up_to: int | None = None, report: Report = lambda line: None) -> list[dict[str, Any]]:
+        """The records of ``metrics.jsonl`` up to step ``up_to``, without damaged lines.
+
+        ``report`` gets a message about them; a last line that was cut by a kill is not counted.
+        """
+        try:
+            content = self.metrics.read_bytes()
+        except FileNotFoundError:
             return []
-        records = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if up_to is None or record["step"] <= up_to:
-                records.append(record)
-        return records
+        except OSError as error:
+            report(f"{self.metrics} cannot be read ({error.strerror}): the curves begin here")
+            return []
+        records, damaged = parse_metrics(content)
+        if lost := damaged - (not content.endswith(b"\n") and damaged > 0):
+            report(f"{self.metrics}: {lost} damaged {'line is' if lost == 1 else 'lines are'} left out")
+        return [record for record in records if up_to is None or record["step"] <= up_to]
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append a record to ``metrics.jsonl``, for `undiffuse watch`; only `write_metrics` makes it durable."""
