@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -204,7 +206,71 @@ def test_other_errors(place, call, monkeypatch):
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         fails(RuntimeError("a mistake of ours"))
     said = fails(KeyboardInterrupt())
-    assert (said.code, said.err) == (130, "stopped at once; the last checkpoint is valid\n")
+    assert (said.code, said.err) == (130, "stopped\n")  # there is nothing to save, and nothing is said of it
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_any_command_in_one_line(place, call, monkeypatch, number):
+    """Also where what is interrupted makes another exception of it, as imports of compiled modules do."""
+
+    def interrupted(*_, **__):
+        signal.raise_signal(number)
+
+    def replaced(*_, **__):
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            raise ImportError("initialization failed") from error
+
+    for stop in (interrupted, replaced):
+        monkeypatch.setattr("undiffuse.model.checkpoint.load", stop)
+        for arguments in (["inspect", "RUN"], ["sample", "RUN"], ["restore", "RUN", "x.png"], ["evaluate", "RUN", "D"]):
+            said = call(*[place / "run" if a == "RUN" else a for a in arguments])
+            assert (said.code, said.err) == (128 + number, "stopped\n"), arguments
+
+
+IMPORTS = """
+import sys
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == {name!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+from {module} import main
+sys.argv = ["undiffuse"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("undiffuse.cli", "typer"), ("undiffuse.cli", "undiffuse.cli.app"), ("undiffuse.cli.demo", "torch")],
+)
+def test_ctrl_c_during_the_imports_is_one_line(module, name):
+    """In a process of its own, because this one has imported everything."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS.format(module=module, name=name)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+
+
+def test_before_the_first_checkpoint_a_second_signal_speaks_of_none(place, call, monkeypatch):
+    real = Monitor.record_step
+
+    def twice(monitor, *numbers):
+        real(monitor, *numbers)
+        if monitor.progress.step == 2:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+
+    monkeypatch.setattr(Monitor, "record_step", twice)
+    arguments = ["train", place / "data.npy", "--steps", 3, "--config", place / "recipe.toml", "--device", "cpu"]
+    said = call(*arguments, "--out", place / "twice")
+    assert (said.code, said.err) == (129, "stopped\n")
+    (place / "often.toml").write_text(RECIPE.replace("previews = 1", "previews = 3"))
+    arguments = [place / "often.toml" if a == place / "recipe.toml" else a for a in arguments]
+    said = call(*arguments, "--out", place / "thrice")  # it has saved step 1, for an evaluation
+    assert (said.code, said.err) == (129, "stopped at once; the last checkpoint is valid\n")
 
 
 def test_a_changed_recipe(place, call, refused, monkeypatch):

@@ -8,7 +8,6 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import Progress
 
 from undiffuse.cli.data_options import ReadData, read_data, with_data_options
 from undiffuse.cli.guidance_options import class_names
@@ -80,6 +79,7 @@ def advise_command(
     from undiffuse.model import checkpoint
     from undiffuse.process.prior import prior_sample
     from undiffuse.process.seeded_noise import ItemNoise
+    from undiffuse.report.progress_bar import ProgressBar
     from undiffuse.sampling.sampler_search import SEARCH_SPACINGS, SEARCH_VARIANTS, search_sampler
     from undiffuse.sampling.solvers import SOLVERS
 
@@ -94,19 +94,15 @@ def advise_command(
     start, condition = prior_sample(model.chain[0], noise(1)[0]), make_condition(class_names(model), label or ())
     cond = condition and model.prepare_condition(condition(range(items)), items)
     began = time.perf_counter()
-    with torch.no_grad(), Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        rows = (len(SOLVERS) + len(SEARCH_VARIANTS)) // 2 * len(SEARCH_SPACINGS)
-        task = bar.add_task(f"flow, {calls} calls", total=1.5 * fine + calls * (rows + 60))
-        result = search_sampler(
-            model.sampling_denoiser(), start, calls, lambda done: bar.advance(task, done), fine=fine, cond=cond
-        )
+    rows = (len(SOLVERS) + len(SEARCH_VARIANTS)) // 2 * len(SEARCH_SPACINGS)
+    with torch.no_grad(), ProgressBar(console, f"flow, {calls} calls", 1.5 * fine + calls * (rows + 60)) as bar:
+        result = search_sampler(model.sampling_denoiser(), start, calls, bar.advance, fine=fine, cond=cond)
         best, scores, floor = result.ranking[0].sampler, [], None
         if real is not None:
             samplers = [best, *stochastic_samplers(model, result.reference, calls)]
-            bar.remove_task(task)
             total = samples * calls * (len(samplers) // 4 + NUM_FINALISTS)
-            task = bar.add_task(f"{samples} samples per sampler", total=total)
-            scores, floor = rank_samplers(model, samplers, *real, samples, seed, lambda done: bar.advance(task, done))
+            bar.restart(f"{samples} samples per sampler", total)
+            scores, floor = rank_samplers(model, samplers, *real, samples, seed, bar.advance)
             best = (scores[0].sampler if scores else None) or best
 
     measured = {"items": items, "seed": seed, "fine": fine, "label": label, **_show_flow(model, result, calls, fine)}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import signal
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -29,9 +27,6 @@ from undiffuse.cli.options import (
     resolve_device,
     run_folder,
 )
-
-if TYPE_CHECKING:
-    from undiffuse.evaluation.run_evaluation import Progress
 
 
 @with_data_options
@@ -83,8 +78,9 @@ def evaluate(
     from undiffuse.evaluation.run_evaluation import evaluate as evaluate_model
     from undiffuse.model import checkpoint
     from undiffuse.report import evaluation_report, table
+    from undiffuse.report.progress_bar import ProgressBar
     from undiffuse.runtime.distributed_group import init_process_group
-    from undiffuse.runtime.signals import Interrupted
+    from undiffuse.runtime.signals import interruptible
 
     refuse_inside(out, data, run)
     register_network(network)
@@ -93,13 +89,11 @@ def evaluate(
     dataset = read_data(read, data, run)
     folder = out or run_folder(run)
     batches = folder / evaluation_report.BATCHES
-    try:
-        if group.rank == 0:
-            evaluation_report.check_folder(folder, own=out is None)
-        with (
-            resumable.locked(batches) if group.rank == 0 else nullcontext(),
-            _ProgressBar(group.rank == 0) as bar,
-        ):
+    first = group.rank == 0
+    if first:
+        evaluation_report.check_folder(folder, own=out is None)
+    with interruptible(), resumable.locked(batches) if first else nullcontext():
+        with ProgressBar(console) if first else nullcontext() as bar:
             result = evaluate_model(
                 model,
                 dataset,
@@ -115,56 +109,15 @@ def evaluate(
                 unconditional=unconditional,
                 folder=batches,
                 group=group,
-                on_message=bar.print,
-                on_progress=bar.update,
+                on_message=lambda message: console.print(message, markup=False),
+                on_progress=lambda p: bar and bar.update(p.spent / max(p.total, 1e-9), left=p.left, title=p.estimate),
             )
-            bar.hide()
-            if group.rank:
-                return
-            table.render(evaluation_report.evaluation_rows(result), evaluation_report.table_title(result))
-            differences = evaluation_report.describe_differences(result.summary()["minus_discrete"])
-            skipped = functools.partial(record_skipped, dataset) if dataset.report.skipped else None
-            written = evaluation_report.write_evaluation(result, folder, skipped)
-            for line in [*result.explanations(), *differences, *written]:
-                console.print(line, markup=False)
-            resumable.remove(batches)
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT) from None
-
-
-class _ProgressBar:
-    """A bar on the terminal that an evaluation updates; shown by the ``first`` process alone."""
-
-    def __init__(self, first: bool) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        name, left = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[left]}"))
-        hidden = not (first and console.is_terminal)
-        self.bar = Progress(name, BarColumn(), left, console=console, transient=True, disable=hidden)
-        self.task = self.bar.add_task("", total=None, left="")
-
-    def __enter__(self) -> _ProgressBar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def hide(self) -> None:
-        """Removes the bar, before results are printed."""
-        self.bar.stop()
-
-    def print(self, message: str) -> None:
-        """Prints a line above the bar."""
-        self.bar.console.print(message, markup=False)
-
-    def update(self, progress: Progress) -> None:
-        """Shows how far the evaluation is."""
-        left = timedelta(seconds=round(progress.left))
-        self.bar.update(
-            self.task,
-            description=progress.estimate,
-            completed=progress.spent,
-            total=progress.total,
-            left=f"{left} left",
-        )
+        if not first:
+            return
+        table.render(evaluation_report.evaluation_rows(result), evaluation_report.table_title(result))
+        differences = evaluation_report.describe_differences(result.summary()["minus_discrete"])
+        skipped = functools.partial(record_skipped, dataset) if dataset.report.skipped else None
+        written = evaluation_report.write_evaluation(result, folder, skipped)
+        for line in [*result.explanations(), *differences, *written]:
+            console.print(line, markup=False)
+        resumable.remove(batches)

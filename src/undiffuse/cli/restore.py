@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress
 
 from undiffuse.cli.data_options import recorded_options, refuse_inside
 from undiffuse.cli.guidance_options import class_names
@@ -77,6 +76,7 @@ def restore(
     from undiffuse.data.single import load_image
     from undiffuse.data.transform import IntegerLevels
     from undiffuse.model import checkpoint, restoration
+    from undiffuse.report.progress_bar import ProgressBar
     from undiffuse.report.sample_folder import SampleFolder
 
     if out is not None and _is_finished(out):
@@ -131,8 +131,7 @@ def restore(
     require_memory_for(f"--n {n}", 4 * n * model.dims)
     began = time.perf_counter()
     with samples.open(range(n), lambda line: None) as missing:
-        with Progress(console=console, transient=True) as bar:
-            task = bar.add_task("restoring", total=n * restoration.num_steps_of(model, method, steps))
+        with ProgressBar(console, "restoring", n * restoration.num_steps_of(model, method, steps)) as bar:
             values = restoration.restore(
                 model,
                 degradation,
@@ -143,7 +142,7 @@ def restore(
                 num_steps=steps,
                 batch=batch,
                 floor=rounding,
-                progress=lambda done: bar.advance(task, done),
+                progress=bar.advance,
                 cond=condition and condition(range(n)),
             )
         seconds = time.perf_counter() - began

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress
 
 from undiffuse.cli.data_options import refuse_inside
 from undiffuse.cli.guidance_options import class_names, load_guide
@@ -106,7 +104,7 @@ def sample(
     from undiffuse.model import checkpoint
     from undiffuse.report.sample_folder import SampleFolder
     from undiffuse.runtime.distributed_group import init_process_group
-    from undiffuse.runtime.signals import Interrupted
+    from undiffuse.runtime.signals import interruptible
 
     refuse_inside(out, None, run)
     refuse_inside(animate, None, run, "--animate")
@@ -151,24 +149,21 @@ def sample(
         _animate(animate, model, seed, range(min(n, MAX_ANIMATED)), sampler, condition, guide)
         log(f"animation: {animate}")
     began = time.perf_counter()
-    try:
-        with folder.open(items, log) if rank == 0 else nullcontext([]) as gaps:
-            missing = [range(*gap) for gap in gather([[gap.start, gap.stop] for gap in gaps])[0]]
-            blocks = [items[start : start + batch] for start in range(0, n, batch)]
-            parts = [
-                range(max(block.start, gap.start), min(block.stop, gap.stop))
-                for block in blocks[rank::processes]
-                for gap in missing
-            ]
-            _draw(folder, model, seed, [part for part in parts if part], sampler, condition, guide)
-            gather(None)
-            if rank:
-                return
-            seconds, picture = time.perf_counter() - began, folder.grid
-            if not folder.finished:
-                picture = folder.finish(items, {"model": str(run), "seconds": round(seconds, 3)})
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT) from None
+    with interruptible(), folder.open(items, log) if rank == 0 else nullcontext([]) as gaps:
+        missing = [range(*gap) for gap in gather([[gap.start, gap.stop] for gap in gaps])[0]]
+        blocks = [items[start : start + batch] for start in range(0, n, batch)]
+        parts = [
+            range(max(block.start, gap.start), min(block.stop, gap.stop))
+            for block in blocks[rank::processes]
+            for gap in missing
+        ]
+        _draw(folder, model, seed, [part for part in parts if part], sampler, condition, guide)
+        gather(None)
+        if rank:
+            return
+        seconds, picture = time.perf_counter() - began, folder.grid
+        if not folder.finished:
+            picture = folder.finish(items, {"model": str(run), "seconds": round(seconds, 3)})
     if folder.finished:
         log(f"these {n:,} samples exist already")
     else:
@@ -189,9 +184,10 @@ def _draw(
     guide: Guide | None,
 ) -> None:
     """Adds the samples of ``parts`` to ``folder``, with a progress bar."""
+    from undiffuse.report.progress_bar import ProgressBar
+
     num_steps = len(model.noise_levels(sampler)) - 1
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("sampling", total=sum(map(len, parts)) * num_steps)
+    with ProgressBar(console, "sampling", sum(map(len, parts)) * num_steps) as bar:
         for part in parts:
             values = model.sample(
                 len(part),
@@ -201,7 +197,7 @@ def _draw(
                 guide=guide,
                 batch=len(part),
                 first=part.start,
-                progress=lambda done: bar.advance(task, done),
+                progress=bar.advance,
             )
             folder.add(part.start, values.numpy())
 

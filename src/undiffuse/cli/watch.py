@@ -35,7 +35,7 @@ CURVES = {
 def watch(
     run: Annotated[Path, typer.Argument(help="A run folder, finished or not.", metavar="RUN")],
     once: Annotated[bool, typer.Option("--once", help="Show the run once and exit.")] = False,
-    every: Annotated[float, typer.Option(help="Seconds between two updates.", min=0.1)] = 2.0,
+    every: Annotated[float, typer.Option(help="Seconds between two updates.", min=0.1)] = 1.0,
     tensorboard: Annotated[
         Path | None, typer.Option(help="Also write the run's records into this folder, for TensorBoard.")
     ] = None,
@@ -94,11 +94,12 @@ def summary(run: Run) -> Group:
     record, records = run.record, run.read_metrics()
     assert record is not None
     step, seconds = (max((r[key] for r in records if key in r), default=0) for key in ("step", "seconds"))
+    now = seconds + _since_record(run)
     saved = [step_of(folder) for folder in checkpoint_folders(run.checkpoints)]
     checkpoint = f"last checkpoint at step {saved[-1]:,}" if saved else "no checkpoint yet"
     lines = [
         f"{record['data']['name']}, {_state(run, record)}: {run.folder}",
-        f"step {step:,} after {_time(seconds)}{_time_left(record, step, seconds)} · {checkpoint}",
+        f"step {step:,} after {_time(now)}{_time_left(record, step, seconds, now)} · {checkpoint}",
     ]
     for key, name in CURVES.items():
         if values := [r[key] for r in records if key in r]:
@@ -124,12 +125,21 @@ def _state(run: Run, record: Record) -> str:
     return f"training, process {pid}" if pid else "stopped; the command that began it resumes it"
 
 
-def _time_left(record: Record, step: int, seconds: float) -> str:
-    """The time left, from the length of the run and the speed so far; nothing for a finished run."""
+def _since_record(run: Run) -> float:
+    """The seconds since the latest record of a run that trains, or since it began; 0 if it does not train."""
+    if run.training_pid is None:
+        return 0.0
+    latest = run.metrics if run.metrics.is_file() else run.folder / "run.json"
+    return max(time.time() - latest.stat().st_mtime, 0.0)
+
+
+def _time_left(record: Record, step: int, seconds: float, now: float) -> str:
+    """The time left ``now``, from the length of the run and the speed at its latest record; nothing if finished."""
     settings = record["config"]["train"]
     if record["finished"] or not step:
         return ""
-    left = seconds * (settings["max_steps"] / step - 1) if settings["max_steps"] else 60 * settings["minutes"] - seconds
+    length = seconds * settings["max_steps"] / step if settings["max_steps"] else 60 * settings["minutes"]
+    left = length - now
     return f", about {_time(max(left, 0))} left"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +64,13 @@ def shared_values(train: np.ndarray, held_out: np.ndarray) -> float:
 
 
 def gaussian_mixtures(
-    train, validation, held_out, num_values: int, seed: int = 0, averages: Sequence[int] = (1,)
+    train,
+    validation,
+    held_out,
+    num_values: int,
+    seed: int = 0,
+    averages: Sequence[int] = (1,),
+    progress: Callable[[float], None] = lambda amount: None,
 ) -> list[Baseline]:
     """−log Σ_k π_k Π_d [Φ((hi_d − μ_kd)/σ_kd) − Φ((lo_d − μ_kd)/σ_kd)], the best mixtures scikit-learn fits.
 
@@ -72,7 +78,8 @@ def gaussian_mixtures(
     outermost of which are ±∞. Components and ``reg_covar`` are searched over COMPONENTS × REG_COVAR, then the five best
     pairs with RESTARTS more seeds, all by the discrete likelihood of ``validation``. One baseline for each of
     ``averages``: 1 is the best fit alone, n the mean of the n best. ``chosen`` holds the settings of the best fit and
-    the number of fits. Raises ConfigError where scikit-learn is missing, DataError as `independent_pixels`.
+    the number of fits. ``progress`` is called after each fit with the fraction of the work that it was. Raises
+    ConfigError where scikit-learn is missing, DataError as `independent_pixels`.
     """
     try:
         from sklearn.exceptions import ConvergenceWarning
@@ -90,6 +97,7 @@ def gaussian_mixtures(
         fitted = (mixture.weights_, mixture.means_, np.sqrt(np.asarray(mixture.covariances_)))
         weights, means, scales = (torch.as_tensor(p) for p in fitted)
         loss = float(mixture_nats(validation, weights, means, scales, num_values).mean())
+        progress(1 / (len(COMPONENTS) * len(REG_COVAR) + 5 * RESTARTS))
         return loss, (components, reg_covar, seed), (weights, means, scales)
 
     def by_loss(fit) -> float:

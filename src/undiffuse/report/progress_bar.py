@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -16,13 +17,15 @@ MAX_SHOWN = 0.999
 class ProgressBar:
     """The fraction done, the time since the start and the time left; nothing where ``console`` is no terminal.
 
-    A context manager. Between two calls of `update` the fraction and the time left are extrapolated.
+    A context manager. Between two calls of `update` the fraction and the time left are extrapolated. ``total`` is the
+    amount of work for `advance`.
     """
 
-    def __init__(self, console: Console, title: str = "", clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock, self.title, self.text = clock, title, ""
-        self.began = self.updated = clock()
-        self.fraction, self.left = 0.0, None
+    def __init__(
+        self, console: Console, title: str = "", total: float = 1.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.clock = clock
+        self.restart(title, total)
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), _Moving(self))
         self.bar = Progress(
             *columns,
@@ -46,7 +49,19 @@ class ProgressBar:
 
     def stop(self) -> None:
         """Remove the bar."""
-        self.bar.stop()
+        with suppress(OSError):  # the terminal may be closed
+            self.bar.stop()
+
+    def restart(self, title: str, total: float = 1.0) -> None:
+        """Begin other work, of an amount of ``total``."""
+        self.title, self.text, self.total, self.done = title, "", total, 0.0
+        self.began = self.updated = self.clock()
+        self.fraction, self.left = 0.0, None
+
+    def advance(self, amount: float) -> None:
+        """Add to the work that is done."""
+        self.done += amount
+        self.update(min(self.done / self.total, 1.0) if self.total else 1.0)
 
     def update(self, fraction: float, text: str = "", left: float | None = None, title: str | None = None) -> None:
         """Set the ``fraction`` of the work that is done, and the seconds ``left``, by default at the speed so far."""

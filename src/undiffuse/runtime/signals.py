@@ -1,10 +1,16 @@
-"""SIGINT and SIGTERM during a run: the first stops it after the state is saved, the second at once."""
+"""Signals that stop a run: the first one stops it after the state is saved, the second at once.
+
+They are SIGINT, SIGTERM and, where there is one, SIGHUP, which a closed terminal sends. A signal that is ignored when
+the block begins (under ``nohup``, or in a script's background job) stays ignored.
+"""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interrupted(BaseException):
@@ -16,26 +22,33 @@ class Interrupted(BaseException):
     message = "stopped; everything is saved, and the same command continues from here"
 
     def __init__(self, number: int) -> None:
-        self.exit_code = 128 + number
+        self.number, self.exit_code = number, 128 + number
 
 
 class StoppedImmediately(Interrupted):
-    """A second signal arrived before the state was saved."""
+    """A signal stopped a command that had not saved its state; ``checkpoint`` tells whether there is an older one."""
 
-    message = "stopped at once; the last checkpoint is valid"
+    message = "stopped"
+
+    def __init__(self, number: int, checkpoint: bool = False) -> None:
+        super().__init__(number)
+        if checkpoint:
+            self.message = "stopped at once; the last checkpoint is valid"
 
 
 class StopRequests(list[int]):
-    """The numbers of the signals received so far."""
+    """The numbers of the signals received so far; ``has_checkpoint`` tells whether something has been saved."""
 
-    is_safe = False
+    def __init__(self, has_checkpoint: Callable[[], bool] = lambda: False) -> None:
+        super().__init__()
+        self.is_safe, self.has_checkpoint = False, has_checkpoint
 
     def add(self, number: int, frame: object) -> None:
         """The signal handler: record the first signal; raise at the second one, or inside `safe_to_exit`."""
         if self.is_safe:
             raise Interrupted(number)
         if self:
-            raise StoppedImmediately(number)
+            raise StoppedImmediately(number, self.has_checkpoint())
         self.append(number)
 
     @contextmanager
@@ -51,28 +64,50 @@ class StopRequests(list[int]):
 
 
 @contextmanager
-def sigterm_as_exception() -> Iterator[None]:
-    """A block in which SIGTERM raises `StoppedImmediately`, as SIGINT raises KeyboardInterrupt."""
+def signals_as_exceptions() -> Iterator[None]:
+    """A block in which SIGINT raises KeyboardInterrupt, and the others `StoppedImmediately`.
+
+    Some modules that are imported replace these by exceptions of their own; then the block raises `StoppedImmediately`.
+    """
+    received: list[int] = []
 
     def stop(number: int, frame: object) -> None:
-        raise StoppedImmediately(number)
+        received.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else StoppedImmediately(number)
 
-    with _handling(stop, signal.SIGTERM):
-        yield
+    with _handling(stop):
+        try:
+            yield
+        except Exception:
+            if received:
+                raise StoppedImmediately(received[0]) from None
+            raise
 
 
 @contextmanager
-def collect_stop_signals() -> Iterator[StopRequests]:
-    """A block in which SIGINT and SIGTERM are added to the `StopRequests` that it yields."""
-    requests = StopRequests()
-    with _handling(requests.add, signal.SIGINT, signal.SIGTERM):
+def interruptible() -> Iterator[None]:
+    """A block whose work is saved as it goes: a signal in it raises `Interrupted`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT) from None
+    except StoppedImmediately as stopped:
+        raise Interrupted(stopped.number) from None
+
+
+@contextmanager
+def collect_stop_signals(has_checkpoint: Callable[[], bool] = lambda: False) -> Iterator[StopRequests]:
+    """A block in which signals are added to the `StopRequests` that it yields."""
+    requests = StopRequests(has_checkpoint)
+    with _handling(requests.add):
         yield requests
 
 
 @contextmanager
-def _handling(handler: Callable[[int, object], None], *numbers: int) -> Iterator[None]:
+def _handling(handler: Callable[[int, object], None]) -> Iterator[None]:
     try:
-        before = {n: signal.signal(n, handler) for n in numbers}
+        heeded = [n for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {n: signal.signal(n, handler) for n in heeded}
     except ValueError:  # not in the main thread: signals belong to the program around us
         before = {}
     try:

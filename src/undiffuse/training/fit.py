@@ -79,7 +79,7 @@ def fit(
     model = build_model(task, data, split, accelerator, init)
     state = TrainState(task, model, run.snapshots, accelerator)
 
-    with run.exclusive() if main else nullcontext(), collect_stop_signals() as stop_requests:
+    with run.exclusive() if main else nullcontext(), collect_stop_signals(run.has_checkpoint) as stop_requests:
         resumed = resume(task, data, run, state, accelerator, force, init_digest)
         if resumed is None:  # finished by another process, since the check above
             return run.folder

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Monitor:
         self.console = make_console(quiet=quiet or not main)
         self.records: list[dict[str, Any]] = run.read_metrics(progress.step, self.log)
         self.clock, self.pace, self.allowance = clock, Pace(), measuring_allowance(self.settings)
-        self.bar = ProgressBar(self.console, "training", clock)
+        self.bar = ProgressBar(self.console, "training", clock=clock)
         self.losses: list[float] = []
         self.norm = 0.0
         self.steps, self.step_seconds, self.waited = 0, 0.0, 0.0  # since the last record, but for ``waited``
@@ -81,8 +81,9 @@ class Monitor:
         self.bar.stop()
 
     def log(self, line: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(line, soft_wrap=True, markup=False)
+        """Print a line above the bar; a terminal that is closed costs the run nothing but the line."""
+        with suppress(OSError):
+            self.console.print(line, soft_wrap=True, markup=False)
 
     def record_step(self, loss: float | None, norm: float, lr: float, waited: float, seconds: float) -> None:
         """Note a step, or a skipped one if ``loss`` is None; write a record every fifty steps and at the end.

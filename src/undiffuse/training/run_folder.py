@@ -99,6 +99,10 @@ class Run:
         record = self.record
         return bool(record and record["finished"])
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint of training to resume from."""
+        return any(self.checkpoints.glob("step-*"))
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Lock the run for writing by this process, and create its folder.
