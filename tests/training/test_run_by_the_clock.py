@@ -65,7 +65,7 @@ def test_rates_are_those_of_the_steps_alone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("minutes", "call", "save", "evaluations"),
-    [(1, 0.001, 0.0, 8), (1, 0.02, 0.1, 8), (1, 0.1, 0.5, 2), (1, 0.4, 0.5, 1), (4, 0.02, 0.1, 8), (4, 0.2, 1.0, 2)],
+    [(1, 0.001, 0.0, 7), (1, 0.02, 0.1, 7), (1, 0.1, 0.5, 2), (1, 0.4, 0.5, 1), (4, 0.05, 0.1, 7), (4, 0.2, 1.0, 2)],
 )
 def test_evaluations_take_their_share_and_the_run_its_minutes(tmp_path, monkeypatch, minutes, call, save, evaluations):
     """From a machine with time for everything to one on which an evaluation of full size takes four minutes.
@@ -218,3 +218,22 @@ def test_setting_up_is_part_of_the_time(tmp_path, monkeypatch):
     run = train(tmp_path, by_the_clock(1, previews=0), machine)
     assert abs(machine.now - began - 60) <= 5
     assert run.read_metrics()[-1]["step"] == pytest.approx(60 - 20 - 2.5, abs=1)
+
+
+def test_an_evaluation_at_the_start_of_a_resumed_run_has_a_limit(tmp_path, monkeypatch):
+    """The pace is that of the last step before the stop, since none has been made yet."""
+    machine = SlowMachine(monkeypatch, step=1.0, call=0.03)
+    spent, real = [], Monitor._evaluate
+
+    def evaluate(monitor, *arguments, **options):
+        at = machine.now
+        real(monitor, *arguments, **options)
+        spent.append(machine.now - at)
+
+    monkeypatch.setattr(Monitor, "_evaluate", evaluate)
+    with stopping_at(30):  # in the middle, where an evaluation is due
+        train(tmp_path, by_the_clock(1, previews=2), machine)
+    assert spent == []
+    train(tmp_path, by_the_clock(1, previews=2), machine)
+    assert len(spent) == 2
+    assert 0 < spent[0] <= 2.5

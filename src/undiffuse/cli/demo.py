@@ -138,7 +138,7 @@ def extend_to_floor(data: Dataset, run: Any, console: Console) -> None:
     last = max(run.checkpoints.glob("step-*"))
     steps, minutes = verify_checkpoint(last).step, run.record["config"]["train"]["minutes"]
     kept = verify_checkpoint(run.checkpoints / f"step-{resume_step_for_extension(run.checkpoints):08d}").seconds / 60
-    longer = min(1.05 * minutes * MIN_STEPS / steps, MAX_MINUTES - (minutes - kept))
+    longer = min(1.1 * minutes * MIN_STEPS / steps, MAX_MINUTES - (minutes - kept))
     if steps >= MIN_STEPS or minutes > MINUTES or longer <= minutes:
         return
     console.print(

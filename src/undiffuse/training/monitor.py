@@ -57,6 +57,7 @@ class Monitor:
         self.console = make_console(quiet=quiet or not main)
         self.records: list[dict[str, Any]] = run.read_metrics(progress.step, self.log)
         self.clock, self.pace, self.allowance = clock, Pace(), measuring_allowance(self.settings)
+        self.pace.follow(progress.step_seconds / (self.settings.batch * FORWARD_PASSES))
         self.bar = ProgressBar(self.console, "training", clock=clock)
         self.losses: list[float] = []
         self.norm = 0.0
@@ -130,7 +131,7 @@ class Monitor:
         """
         if not self.crossed_part(self.settings.previews) or self.fraction >= 1:
             return False
-        return self._share() > self.save_seconds + LEAST_CALLS * self.pace.seconds
+        return self._share() > self.save_seconds + LEAST_CALLS / BOUND_SHARE * self.pace.seconds
 
     def evaluate_missing(self) -> None:
         """Evaluate now if the run was stopped between the checkpoint that it resumes from and its evaluation."""

@@ -1,0 +1,48 @@
+"""The demo's floor of steps, with a tiny recipe and a clock that only the work moves."""
+
+import functools
+import io
+import re
+
+import pytest
+from rich.console import Console
+from tiny_run import SlowMachine, data, recipe
+
+from undiffuse.cli import demo
+from undiffuse.cli.demo import MAX_MINUTES, MINUTES, extend_to_floor, train
+from undiffuse.errors import ConfigError
+from undiffuse.training import diffusion_task
+from undiffuse.training.run_folder import Run
+from undiffuse.training.train_state import verify_checkpoint
+
+
+@pytest.mark.parametrize(("seconds", "longer"), [(2.0, False), (3.0, True), (15.0, True)])
+def test_a_slow_machine_trains_for_longer(tmp_path, monkeypatch, seconds, longer):
+    """Steps of 2 s make the sixty; of 3 s make them in a longer run; of 15 s not in six minutes, the most."""
+
+    def missing(_):
+        raise ConfigError("MISSING", "matplotlib", "is not installed", "Install it")
+
+    monkeypatch.setattr(demo, "MIN_STEPS", 60)
+    monkeypatch.setattr("undiffuse.report.figures.training_curve", missing)
+    monkeypatch.setattr(diffusion_task, "FINAL_STEPS", 5)
+    tiny = recipe(max_steps=None, previews=8, snapshots=0, batch=2, conditional=False, minutes=1.0)
+    monkeypatch.setattr("undiffuse.model.presets.get", lambda name: tiny)
+    machine, items, run = SlowMachine(monkeypatch, step=seconds, call=seconds / 6), data(), Run(tmp_path)
+    fit = functools.partial(diffusion_task.fit, clock=machine)
+    monkeypatch.setattr(diffusion_task, "fit", lambda task, data, run, device, init, quiet, force: fit(task, data, run))
+    began, text = machine.now, io.StringIO()
+    console = Console(file=text, width=300)
+    train(items, run, MINUTES, console)
+    first = verify_checkpoint(max(run.checkpoints.glob("step-*"))).step
+    extend_to_floor(items, run, console)
+    steps, minutes = verify_checkpoint(max(run.checkpoints.glob("step-*"))).step, (machine.now - began) / 60
+    assert run.finished
+    assert minutes <= MAX_MINUTES * 1.05
+    said = re.findall(r"(\d+) steps in 2.5 minutes are too few on this machine: training goes on for", text.getvalue())
+    assert [int(number) for number in said] == [first] * longer
+    assert (steps > first) == longer
+    assert (steps >= 60) == (seconds < 15)
+    assert minutes > MAX_MINUTES - 0.3 or seconds < 15
+    extend_to_floor(items, run, console)  # the command, repeated
+    assert verify_checkpoint(max(run.checkpoints.glob("step-*"))).step == steps
