@@ -1,4 +1,4 @@
-"""Sixty-four kinds of bad or unusual input: a row per case, with a function that makes it and the expected result."""
+"""Seventy-two kinds of bad or unusual input: a row per case, with a function that makes it and the expected result."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import pickle
 import socket
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -71,6 +72,38 @@ def deep_png(values: np.ndarray) -> bytes:
     height, width, channels = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     return png(width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], (b"IDAT", zlib.compress(rows)))
+
+
+def tiff(pixels, width, height, bits, *, order="<", samples=1, deflate=False, **tags):
+    """A TIFF of one strip; ``tags`` named t262 and so on replace or add tags of type SHORT, None leaves one out."""
+    strip = zlib.compress(pixels) if deflate else pixels
+    numbers = {256: width, 257: height, 258: [bits] * samples, 259: 8 if deflate else 1, 262: 1, 273: 8}
+    numbers |= {277: samples, 278: height, 279: len(strip)}
+    numbers |= {int(name[1:]): value for name, value in tags.items()}
+    entries, tail = [], b""
+    table_at = 8 + len(strip) + len(strip) % 2
+    present = {tag: value for tag, value in sorted(numbers.items()) if value is not None}
+    tail_at = table_at + 2 + 12 * len(present) + 4
+    for tag, value in present.items():
+        if isinstance(value, tuple):  # type, count and raw value
+            entries.append(struct.pack(f"{order}HHI", tag, *value[:2]) + value[2])
+            continue
+        values = value if isinstance(value, list) else [value]
+        kind, letter = (4, "I") if tag in (273, 279) else (3, "H")
+        raw = struct.pack(f"{order}{len(values)}{letter}", *values)
+        if len(raw) > 4:
+            raw, tail = struct.pack(f"{order}I", tail_at + len(tail)), tail + raw
+        entries.append(struct.pack(f"{order}HHI", tag, kind, len(values)) + raw.ljust(4, b"\0"))
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", table_at)
+    table = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
+    return head + strip.ljust(table_at - 8, b"\0") + table + tail
+
+
+def exif(orientation, *, broken=False):
+    """An Exif block: the orientation, and with ``broken`` a text whose place is beyond the end."""
+    entries = [struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)]
+    entries += [struct.pack("<HHII", 0x0132, 2, 4000, 1 << 20)] * broken
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
 
 
 def zeros(megabytes: int) -> bytes:
@@ -449,7 +482,47 @@ LABELS = [
     )
 ]  # fmt: skip
 
-ROWS = [*IMAGES, *FILES, *ARRAYS, *LABELS]
+
+def _semicolons(folder: Path) -> None:
+    _labelled("file;label\na.png;x\nb.png;y\nc.png;y\nd\\e.png;z\n", folder)
+
+
+def _labels_pipe(folder: Path) -> None:
+    _pngs(folder, "a.png")
+    os.mkfifo(folder / "labels.csv")
+
+
+def _shard_beside_images(folder: Path) -> None:
+    _pngs(folder, "a.png", "b.png")
+    with tarfile.open(folder / "x.tar", "w") as archive:
+        archive.add(folder / "a.png", "a.png")
+
+
+def _idx_without_labels(folder: Path) -> Path:
+    return file("x-images-idx3-ubyte", b"\0\0\x08\3" + struct.pack(">3I", 2, 2, 3) + bytes(range(12)), folder)
+
+
+ODD = [
+    image(65, "tail.jpg", JPEG + b"\0\0\0\x18ftypmp42\xff\xda\xff", "", "bytes after its end ignored"),
+    image(65, "closed.jpg", JPEG[: len(JPEG) // 2] + b"\xff\xd9", "TRUNCATED", "end before its last pixels"),
+    image(65, "film.jpg", JPEG[: len(JPEG) // 2] + b"\0\0\0\x18ftypmp42\xff\x3c", "TRUNCATED"),
+    image(66, "rows.png", png(2, 2, 8, 0, (b"IDAT", zlib.compress(b"\0ab"))), "TRUNCATED", "before the last row"),
+    image(67, "exif.jpg", encoded(RGB, "JPEG", exif=exif(1)[:-9]), "", "metadata that cannot be read ignored"),
+    image(67, "key.png", png(2, 1, 8, 0, (b"zTXt", b"a\0\7x"), (b"IDAT", zlib.compress(b"\0ab"))), ""),
+    image(68, "signed.tif", tiff(bytes(16), 4, 4, 8, t339=2), "UNSUPPORTED_DEPTH", "its samples are signed"),
+    image(68, "white.tif", tiff(bytes(32), 4, 4, 16, t262=0), ""),
+    image(68, "twelve.tif", tiff(bytes(24), 4, 4, 12), ""),
+    image(68, "strips.tif", tiff(bytes(16), 4, 4, 8, t278=2), "TRUNCATED", "1 of its 2 strips or tiles are missing"),
+    folder(69, "a shard beside images", _shard_beside_images, "AMBIGUOUS", "a WebDataset and also 2 image files", ""),
+    folder(70, "a pipe as labels", _labels_pipe, "NOT_A_REGULAR_FILE", "", "labels.csv"),
+    folder(70, "semicolons and backslashes", _semicolons, "", "3 classes from labels.csv: x (1), y (2), z (1)"),
+    array(71, "index.csv", b",a,b\n0,1,2\n1,3,4\n", "", "only count the lines"),
+    array(71, "classes.csv", b"a,class\n1,cat\n", "TABLE", "'cat' is not a number"),
+    folder(72, "idx", _idx_without_labels, "", "no labels: no file of labels beside x-images-idx3-ubyte"),
+    array(72, "x-images-idx3-ubyte", b"\0\0\x08\3" + b"\xff" * 12, "TRUNCATED"),
+]
+
+ROWS = [*IMAGES, *FILES, *ARRAYS, *LABELS, *ODD]
 ELSEWHERE = {
     28: "test_image_folder.py: all eight orientations",
     38: "epochs follow each other without a gap, so a batch may be larger than the data",

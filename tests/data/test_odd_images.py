@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from bad_inputs import JPEG, encoded, flipped, png
+from bad_inputs import JPEG, encoded, exif, flipped, png, tiff
 from PIL import Image
 
 from undiffuse.data.image_decoding import ImageOptions, decode_frames, decode_image
@@ -35,31 +35,6 @@ def packed_bits(values, bits):
     """Rows of (H, W) samples of ``bits`` bits, most significant first, each padded to whole bytes."""
     rows = ((values[..., None].astype(np.int64) >> np.arange(bits)[::-1]) & 1).reshape(len(values), -1)
     return np.packbits(rows.astype(np.uint8), axis=1).tobytes()
-
-
-def tiff(pixels, width, height, bits, *, order="<", samples=1, deflate=False, **tags):
-    """A TIFF of one strip; ``tags`` named t262 and so on replace or add tags of type SHORT, None leaves one out."""
-    strip = zlib.compress(pixels) if deflate else pixels
-    numbers = {256: width, 257: height, 258: [bits] * samples, 259: 8 if deflate else 1, 262: 1, 273: 8}
-    numbers |= {277: samples, 278: height, 279: len(strip)}
-    numbers |= {int(name[1:]): value for name, value in tags.items()}
-    entries, tail = [], b""
-    table_at = 8 + len(strip) + len(strip) % 2
-    present = {tag: value for tag, value in sorted(numbers.items()) if value is not None}
-    tail_at = table_at + 2 + 12 * len(present) + 4
-    for tag, value in present.items():
-        if isinstance(value, tuple):  # type, count and raw value
-            entries.append(struct.pack(f"{order}HHI", tag, *value[:2]) + value[2])
-            continue
-        values = value if isinstance(value, list) else [value]
-        kind, letter = (4, "I") if tag in (273, 279) else (3, "H")
-        raw = struct.pack(f"{order}{len(values)}{letter}", *values)
-        if len(raw) > 4:
-            raw, tail = struct.pack(f"{order}I", tail_at + len(tail)), tail + raw
-        entries.append(struct.pack(f"{order}HHI", tag, kind, len(values)) + raw.ljust(4, b"\0"))
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", table_at)
-    table = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
-    return head + strip.ljust(table_at - 8, b"\0") + table + tail
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -190,13 +165,6 @@ def test_a_jpeg_without_one_of_its_components():
     header = [data[s:e] for marker, s, e in jpeg.segments if s < scans[0][0]]
     one = next(data[s:e] for s, e in scans if data[s + 4] == 1)
     assert code(data[:2] + b"".join(header) + one + b"\xff\xd9", ".jpg") == "TRUNCATED"
-
-
-def exif(orientation, *, broken=False):
-    """An Exif block: the orientation, and with ``broken`` a text whose place is beyond the end."""
-    entries = [struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)]
-    entries += [struct.pack("<HHII", 0x0132, 2, 4000, 1 << 20)] * broken
-    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
 
 
 def broken_exif():
