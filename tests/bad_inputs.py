@@ -438,6 +438,7 @@ ARRAYS = [
     array(59, "twice.npz", zipped(("x.npy", NPY), ("x", NPY)), "BAD_ARCHIVE", "the same name"),
     array(59, "encrypted.npz", encrypted(zipped(("x.npy", NPY))), "BAD_ARCHIVE"),
     array(59, "flipped.npz", flipped(zipped(("x.npy", NPY)), 170), "BAD_ARCHIVE"),
+    array(59, "place.npz", zipped(("x.npy", NPY))[:-6] + b"\0\0\0\x80\0\0", "BAD_ARCHIVE", "an impossible place"),
     array(59, "cut.npz", zipped(("x.npy", NPY))[:-30], "BAD_ARCHIVE"),
     array(59, "several.npz", zipped(("a.npy", NPY), ("b.npy", NPY)), "NO_ARRAY", "contains a, b"),
     array(59, "nothing.npz", zipped(), "NO_ARRAY"),

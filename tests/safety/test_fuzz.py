@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import random
+import struct
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bad_inputs import exif as exif_block
+from bad_inputs import file, tiff
 from children import in_child
 from PIL import Image
 
@@ -24,7 +28,7 @@ ARRAY = np.arange(96, dtype=np.float32).reshape(2, 3, 4, 4)
 
 
 def seeds() -> dict[str, bytes]:
-    """Twelve small files of different kinds."""
+    """Small files of different kinds."""
 
     def image(form: str, array: np.ndarray = PIXELS, **options) -> bytes:
         stream = io.BytesIO()
@@ -39,6 +43,7 @@ def seeds() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     frames = [Image.fromarray(PIXELS[::-1])]
+    idx = b"\0\0\x08\3" + struct.pack(">3I", 2, 3, 4) + bytes(range(24))
     return {
         "rgb.png": image("PNG", exif=exif),
         "deep.png": image("PNG", PIXELS[..., 0].astype(np.uint16) * 257),
@@ -51,6 +56,16 @@ def seeds() -> dict[str, bytes]:
         "moving.gif": image("GIF", save_all=True, append_images=frames),
         "a.npy": saved(np.save, ARRAY),
         "a.npz": saved(np.savez_compressed, x=ARRAY, y=np.array([0, 1])),
+        "tail.jpg": image("JPEG", exif=exif_block(6)) + b"\0\0\0\x18ftypmp42\xff\xda\xff\xd9",
+        "broken-exif.jpg": image("JPEG", exif=exif_block(6, broken=True)),
+        "grey.jpg": image("JPEG", np.full((24, 20, 3), 128, np.uint8), progressive=True),
+        "twelve.tif": tiff(bytes(range(24)), 4, 4, 12, t270=(2, 99, b"\0\0\1\0")),
+        "white.tif": tiff(bytes(range(64)), 8, 8, 8, deflate=True, t262=0, t278=8, t339=1),
+        "dark.png": image("PNG", PIXELS // 255),
+        "a-images-idx3-ubyte": idx,
+        "b-images-idx3-ubyte.gz": gzip.compress(idx),
+        "labelled/labels.csv": "file;label\na.png;x\nd\\\u00e9.png;y\n".encode("utf-16"),
+        "index.csv": b",Unnamed: 0,a,target\n0,0,1,2\n1,1,3,4\n",
         "a.csv": b"a,b,label\n1,2,x\n3,4.5,y\n-1e3,0,x\n",
     }
 
@@ -90,14 +105,18 @@ def fuzz(place: Path, n: int, seed: int) -> dict:
     """How many of ``n`` mutated files are accepted, the codes of the errors, and the longest time of one."""
     rng, files = random.Random(seed), seeds()
     names, slowest, accepted, codes = list(files), 0.0, 0, {}
+    for name in ("labelled/a.png", "labelled/d/\u00e9.png"):
+        file(name, files["rgb.png"], place)
     for i in range(n):
         name = names[i % len(names)]
         content = mutated(files[name], files[rng.choice(names)], rng)
-        (place / name).write_bytes(content)
+        path = file(name, content, place)
         began = time.process_time()
         try:
-            if name.endswith((".npy", ".npz", ".csv")):
-                load(place / name)
+            if name.startswith("labelled"):
+                load(path.parent)
+            elif "idx" in name or name.endswith((".npy", ".npz", ".csv")):
+                load(path)
             else:
                 for frames in (None, "all"):
                     decode_frames(

@@ -102,8 +102,8 @@ def decode_frames(data: bytes, suffix: str, options: ImageOptions) -> list[Decod
             cause = "its text or profile blocks are larger than allowed"
             raise FileError("TOO_LARGE_METADATA", cause) from error
         with suppress(Exception):
-            changes.append("metadata that cannot be read ignored")
-            return _decode(without_metadata(data, file_format), file_format, changes, options)
+            if (plain := without_metadata(data, file_format)) != data:
+                return _decode(plain, file_format, [*changes, "metadata that cannot be read ignored"], options)
         raise _decoding_error(error, data, file_format) from error
 
 

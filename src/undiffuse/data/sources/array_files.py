@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import lzma
 import os
 import stat
@@ -127,6 +128,10 @@ def _read_npz(path: Path, start: bytes) -> ReadArrays:
             read = {role: _read_member(archive, members[name]) for role, name in _pick(members).items()}
     except ARCHIVE_ERRORS as error:
         raise FileError("BAD_ARCHIVE", f"cannot be unpacked ({error})") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place before the beginning of the file
+            raise
+        raise FileError("BAD_ARCHIVE", "cannot be unpacked (its directory gives an impossible place)") from error
     return ReadArrays(read, [])
 
 
