@@ -125,7 +125,7 @@ def test_a_stopped_run_goes_on(place, call, monkeypatch):
         (["train", "DATA", "--minutes", "inf"], "--minutes inf"),
         (["train", "DATA", "--seed", "-1"], "--seed -1"),
         (["train", "DATA", "--minutes", "1", "--steps", "3"], "each determines the length of the run"),
-        (["train", "DATA", "--preset", "best"], "error[PRESET] 'best': no such preset"),
+        (["train", "DATA", "--preset", "best"], "error[PRESET] --preset best: no such preset"),
         (["train", "DATA", "--steps", "1", "--preset", "vector"], "does not take items of shape (1, 4, 4)"),
         (["train", "DATA", "--steps", "1", "--preset", "volume"], "model.network.dims = 3"),
         (["train", "DATA", "--device", "tpu"], "error[DEVICE] --device tpu: torch has no such device"),

@@ -143,6 +143,7 @@ def test_batch_learning_rate_and_epochs(options, settings, length, tmp_path, cal
         (("--wieght-decay", 1), "weight_decay is a setting of [train]"),
         (("--chain-length", 1), "chain_length is a setting of [model]"),
         (("--widths", 1), "widths is a setting of [model] network"),
+        (("--preset", "best"), "error[PRESET] --preset best: no such preset"),
         (("--thesis", 1), "See 'undiffuse train --help'."),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -31,10 +32,13 @@ def error_line(error: UndiffuseError, arguments: Sequence[str]) -> str:
     where, cause, fix = error.where, _in_flags(error.cause, flags), f"{_in_flags(error.fix, flags)}."
     setting = re.fullmatch(r"train\.(\w+) = (.*)", where)
     named = re.fullmatch(r"(\w+)(?: = (.*))?", where)
+    quoted = re.fullmatch(r"(?:\w+ )?'(.*)'", where)
     if setting and (flag := SETTING_FLAGS.get(setting[1], _as_flag(setting[1]))) in arguments:
         where, fix = f"{flag} {setting[2]}", fix.replace("Change this setting", "Change it")
     elif named and where not in arguments and (flag := flags.get(named[1], LIBRARY_NAMES.get(named[1]))):
         where = " ".join(filter(None, (flag, named[2])))
+    elif quoted and (flag := _flag_of_value(quoted[1], arguments)):
+        where = f"{flag} {quoted[1]}"
     remedy: Mapping[str, Any] = getattr(error, "remedy", {})
     if remedy and remedy.keys() <= flags.keys():
         words = [word for name, value in remedy.items() for word in _words(flags[name], value)]
@@ -76,6 +80,12 @@ def _in_flags(text: str, flags: Mapping[str, str]) -> str:
 
     text = OPTION_LIST.sub(lambda match: re.sub(r"\w+", lambda name: flags.get(name[0], name[0]), match[0]), text)
     return ARGUMENT.sub(spell, text)
+
+
+def _flag_of_value(value: str, arguments: Sequence[str]) -> str | None:
+    """The flag that was given with this ``value``."""
+    pairs = itertools.pairwise(arguments)
+    return next((flag for flag, given in pairs if given == value and flag.startswith("--")), None)
 
 
 def _words(flag: str, value: Any) -> list[str]:

@@ -173,7 +173,7 @@ def _integers(values: np.ndarray, num_values: int | None, notes: list[str]) -> t
             num_values = high + 1
             notes.append(f"{extent}: num_values is {num_values}")
         if low < 0 or high >= num_values or not 2 <= num_values <= 65536:
-            cause = f"{extent}; integers must lie in 0 .. num_values - 1, with num_values from 2 to 65536"
+            cause = f"{extent}; integers must lie in 0 .. N - 1 for N values, at most 65536"
             raise FileError("RANGE", cause)
     num_values = num_values or of_dtype
     assert num_values is not None
