@@ -134,7 +134,7 @@ def test_batch_learning_rate_and_epochs(options, settings, length, tmp_path, cal
         (("--num-values", 3), "error[OPTION] --num-values: a folder of images does not take this option. Its options"),
         (
             ("--layout", "NHWC"),
-            "options are --size, --crop, --channels, --background, --frames, --allow-upscale, --on-bad.",
+            "options are --size, --crop, --channels, --background, --frames, --allow-upscale, --on-bad",
         ),
         (
             ("--weight-decay", 1),

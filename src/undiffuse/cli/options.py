@@ -71,7 +71,7 @@ def limit_steps(steps: int, chain_length: int, log: Callable[[str], None] | None
     return min(steps, chain_length)
 
 
-def require_room(flag: str, out: Path, size: int) -> None:
+def require_disk_space(flag: str, out: Path, size: int) -> None:
     """Raise `ResourceError` if ``flag`` asks for more than the ``size`` bytes that are free where ``out`` will be."""
     import shutil
 

@@ -22,7 +22,7 @@ from undiffuse.cli.options import (
     console,
     limit_steps,
     register_network,
-    require_room,
+    require_disk_space,
     resolve_device,
     run_folder,
 )
@@ -144,7 +144,7 @@ def sample(
     out = out or run_folder(run) / "samples" / _folder_name(sampler, labels, [p for p in files.values() if p], seed)
     num_values, columns = model.info.get("num_values"), model.info.get("columns", ())
     folder, items = SampleFolder(out, plan, model.item_shape, num_values, columns), range(n)
-    require_room(f"--n {n}", out, n * model.dims * bytes_per_value(num_values))
+    require_disk_space(f"--n {n}", out, n * model.dims * bytes_per_value(num_values))
     if animate is not None and rank == 0:
         _animate(animate, model, seed, range(min(n, MAX_ANIMATED)), sampler, condition, guide)
         log(f"animation: {animate}")
