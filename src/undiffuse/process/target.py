@@ -102,12 +102,33 @@ def _previous(t: NoiseLevel, s: NoiseLevel) -> tuple[Tensor, Tensor, Tensor]:
     return a, b, s.sigma * torch.sqrt(transition_frac(t, s))
 
 
+# functions rather than lambdas, which cannot be pickled: a model is pickled with the frame of its target
+def _x(t: NoiseLevel) -> tuple[float, float, float]:
+    return 1.0, 0.0, 0.0
+
+
+def _eps(t: NoiseLevel) -> tuple[float, float, float]:
+    return 0.0, 1.0, 0.0
+
+
+def _v(t: NoiseLevel) -> tuple[Tensor, Tensor, float]:
+    return -t.sigma, t.alpha, 0.0
+
+
+def _score(t: NoiseLevel) -> tuple[float, Tensor, float]:
+    return 0.0, -1 / t.sigma, 0.0
+
+
+def _flow(t: NoiseLevel) -> tuple[float, float, float]:
+    return -1.0, 1.0, 0.0
+
+
 TARGETS = {
-    "x": Target("x", lambda t: (1.0, 0.0, 0.0)),
-    "eps": Target("eps", lambda t: (0.0, 1.0, 0.0)),  # Ho20 eq. 14
-    "v": Target("v", lambda t: (-t.sigma, t.alpha, 0.0)),  # Salimans22 §4
-    "score": Target("score", lambda t: (0.0, -1 / t.sigma, 0.0)),  # Song21 eq. 7
-    "flow": Target("flow", lambda t: (-1.0, 1.0, 0.0)),  # Lipman23 eq. 23, noise minus data
+    "x": Target("x", _x),
+    "eps": Target("eps", _eps),  # Ho20 eq. 14
+    "v": Target("v", _v),  # Salimans22 §4
+    "score": Target("score", _score),  # Song21 eq. 7
+    "flow": Target("flow", _flow),  # Lipman23 eq. 23, noise minus data
     "edm": Target("edm", _edm),  # Karras22 eq. 7
     "posterior": Target("posterior", _posterior_mean, needs_next_level=True),  # Ho20 eq. 8
     "previous": Target("previous", _previous, needs_next_level=True),  # x_{t−1} itself
