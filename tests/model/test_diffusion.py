@@ -211,7 +211,6 @@ def test_samples_do_not_depend_on_the_batch_and_continue_from_any_item():
         ).values.max() > 1e-2
     first = [next(diffusion.trajectory(items, seed=5)).x for items in (range(4), range(2, 4))]
     assert torch.equal(first[0][2:], first[1])
-    assert diffusion.sample(0).shape == (0, 1, 4, 4)
 
 
 @pytest.mark.parametrize("call", ["sample", "to_latent", "from_latent"])
@@ -248,7 +247,6 @@ def test_a_trajectory_records_no_gradients_and_needs_no_eval():
     states = [step.x for step in diffusion.trajectory(range(2), sampler=Sampler(num_steps=3))]
     assert not any(x.requires_grad for x in states)
     assert torch.equal(diffusion.sample(2, sampler=Sampler(num_steps=3)), diffusion.transform.to_data(states[-1]))
-    assert diffusion.sample(0).dtype == torch.uint8
 
 
 def test_no_steps_are_an_error():
@@ -322,7 +320,6 @@ def test_the_groups_of_an_optimiser():
     (group,) = plain.parameter_groups(0.5)
     assert (group["weight_decay"], group["lr_factor"]) == (0.5, 1.0)
     assert [id(p) for p in group["params"]] == [id(p) for p in plain.parameters()]
-    assert plain.schedule_parameters() == []
     network, schedule = vdm.parameter_groups(0.5)
     assert [id(p) for p in network["params"]] == [id(p) for p in vdm.network.parameters()]
     assert [id(p) for p in schedule["params"]] == [id(p) for p in vdm.schedule.parameters()]

@@ -244,7 +244,7 @@ def test_an_estimate_that_the_model_does_not_have_is_refused():
         model.nll(torch.zeros(1, 2), estimate="exact")
     with pytest.raises(ConfigError, match="only for images of 256 values"):
         model.nll(torch.zeros(1, 2), estimate="openai")
-    with pytest.raises(ConfigError, match=r"mc_samples = 0: there is nothing to average"):
+    with pytest.raises(ConfigError, match=r"mc_samples = 0: it is not a whole number of at least 1"):
         model.nll(torch.zeros(1, 2), mc_samples=0)
 
 

@@ -66,7 +66,10 @@ def test_cat_appends_and_take_selects():
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_cat_refuses_conditions_with_different_fields(swapped):
-    pair = [Condition(label=torch.zeros(2)), Condition(label=torch.zeros(2), vector=torch.zeros(2, 1))]
+    pair = [
+        Condition(label=torch.zeros(2, dtype=torch.int64)),
+        Condition(label=torch.zeros(2, dtype=torch.int64), vector=torch.zeros(2, 1)),
+    ]
     with pytest.raises(ValueError, match="conditions to join must have the same fields; only one has 'vector'"):
         pair[swapped].cat(pair[not swapped])
 
@@ -74,7 +77,7 @@ def test_cat_refuses_conditions_with_different_fields(swapped):
 def test_to_moves_every_field_that_is_set():
     moved = full_condition().to("meta")
     assert {getattr(moved, name).device.type for name in NAMES} == {"meta"}
-    assert Condition(label=torch.zeros(1)).to("meta").vector is None
+    assert Condition(label=torch.zeros(1, dtype=torch.int64)).to("meta").vector is None
 
 
 def test_every_token_counts_by_default():

@@ -77,9 +77,8 @@ def within_calls(model: Diffusion, sampler: Sampler, calls: int) -> Sampler:
     if isinstance(solver, Adaptive):
         cause = f"the number of calls of {sampler.solver} depends on its tolerances"
         raise ConfigError("CALLS", f"--calls {calls}", cause, "Give --steps and --set rtol=..., or another --solver")
-    whole_chain = model.chain_length * solver.calls + 2  # the first and the last step may be DDIM's
-    if fitted := fit_to_budget(sampler, model.schedule, min(calls, whole_chain)):
-        return replace(fitted, num_steps=min(fitted.num_steps or model.chain_length, model.chain_length))
+    if fitted := fit_to_budget(sampler, model.schedule, calls, max_steps=model.chain_length):
+        return fitted
     cause = f"a step of {sampler.solver} takes {solver.calls}"
     raise ConfigError("CALLS", f"--calls {calls}", cause, "Give more calls, or another --solver")
 

@@ -64,7 +64,7 @@ class CategoricalHead(nn.Module):
         With ``values`` (B, C, ...), the integers k of x, the result is log p(x given x_t), of x_t's shape and dtype:
         the logarithm of the softmax at k.
         """
-        y = self.network(scaled, time, cond).to(scaled.dtype)
+        y = self.network(scaled, time, cond).to(torch.promote_types(scaled.dtype, torch.float32))
         features, rest = y[:, : self.channels * LOGIT_FEATURES], y[:, self.channels * LOGIT_FEATURES :]
         features = features.reshape(len(x_t), self.channels, LOGIT_FEATURES, -1).transpose(2, 3)
         dtype = torch.promote_types(x_t.dtype, features.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from undiffuse.errors import ConfigError
 from undiffuse.networks.condition import Condition
+from undiffuse.networks.protocol import weight_dtype
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.schedule import Schedule
 from undiffuse.process.target import Target
@@ -97,8 +98,8 @@ class NetworkDenoiser:
 
     The network maps (x_t, time (B,), cond) to y, of x_t's shape, or with a learned variance to twice the channels: y
     and values of −1 for the small and 1 for the large variance. A ``categorical`` one (`CategoricalHead`) also takes
-    x_t with its level's scales, and returns x̂ in place of y. It runs in ``autocast`` precision if given; all arithmetic
-    around it is float32 at least.
+    x_t with its level's scales, and returns x̂ in place of y. It gets its input in the type of its weights, and runs in
+    ``autocast`` precision if given; all arithmetic around it is in x_t's type, float32 at least.
     """
 
     def __init__(
@@ -148,8 +149,9 @@ class NetworkDenoiser:
         precision = contextlib.nullcontext()
         if self.autocast is not None:
             precision = torch.autocast(x_t.device.type, dtype=self.autocast)
+        inputs = scaled.to(weight_dtype(self.network, scaled.dtype))
         with precision:
-            return self.network(scaled, time, cond, *more)
+            return self.network(inputs, time, cond, *more)
 
     def outputs(self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None) -> tuple[Tensor, Tensor | None]:
         """(y, var_interp) as the network returns them, in float32 at least."""

@@ -60,20 +60,20 @@ def stochastic_samplers(model: Diffusion, reference: Reference, calls: int) -> l
     Each with uniform and Karras spacing and with times fitted to the ``reference`` flow. Those of
     `LOW_ORDER_END_SOLVERS` also stop early at each of `EARLY_STOP_LOG_SNRS` within the schedule.
     """
-    schedule, samplers = model.schedule, []
+    schedule, samplers, fit = model.schedule, [], partial(fit_to_budget, max_steps=model.chain_length)
     clean, top = float(model.chain[-1].log_snr), float(model.chain[0].log_snr)
     for name in SOLVERS:
         order = build(name).order
         if not build(name).noises_per_step or order is None:
             continue
-        samplers += [fit_to_budget(Sampler(name, 1, spacing), schedule, calls) for spacing in ("uniform", "karras")]
+        samplers += [fit(Sampler(name, 1, spacing), schedule, calls) for spacing in ("uniform", "karras")]
         times = partial(fitted_times, reference, schedule, power=1 / (order + 1))
-        samplers.append(fit_to_budget(Sampler(name, 1, "fitted"), schedule, calls, times))
+        samplers.append(fit(Sampler(name, 1, "fitted"), schedule, calls, times))
         for log_snr in EARLY_STOP_LOG_SNRS if name in LOW_ORDER_END_SOLVERS and calls > 1 else ():
             if top < log_snr < clean:
                 template = Sampler(name, 1, f"to log-SNR {log_snr:g}", {"end": "low"})
                 times = partial(early_stop_times, schedule, log_snr=log_snr)
-                samplers.append(fit_to_budget(template, schedule, calls, times))
+                samplers.append(fit(template, schedule, calls, times))
     return [sampler for sampler in samplers if sampler is not None]
 
 

@@ -13,22 +13,35 @@ import torch
 from torch import Tensor, nn
 
 from undiffuse.data import transform as transforms
+from undiffuse.data.transform import DataTransform
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.model.config import ModelConfig, from_dict
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.norm import to_fast_layout
 from undiffuse.networks.registry import NETWORKS, kind_of, names_of
-from undiffuse.runtime.device import resolve_device
+from undiffuse.runtime.device import kept_random_state, resolve_device
 from undiffuse.runtime.side_files import check_info
 from undiffuse.runtime.tensor_file import FORMAT, check_tensors, digest, read_tensors, write_tensors
 
+MAX_DESCRIPTION = 4 << 20
+"""The longest description in characters: half of the longest header of a file that is read."""
+
 
 def save(diffusion: Diffusion, path: str | Path) -> None:
-    """Writes weights and description of the model to ``path``, atomically."""
-    text = json.dumps(describe(diffusion), sort_keys=True)
-    write_tensors(Path(path), weights(diffusion), {"undiffuse": str(FORMAT), "model": text})
+    """Writes weights and description of the model to ``path``, atomically.
+
+    Raises `CheckpointError`, and writes nothing, for what `load` would refuse: weights that are not finite, were cast
+    to another type or replaced, and an ``info`` or settings that are no plain data. Raises `ResourceError`.
+    """
+    path, tensors = Path(path), weights(diffusion)
+    metadata = _metadata(path, diffusion)
+    _read_description(path, metadata)
+    fix = "Save a model with finite float32 weights, as it was built: float() undoes double() and bfloat16()"
+    check_tensors(path, by_own_names(diffusion.initial_tensors), tensors, fix)
+    write_tensors(path, tensors, metadata)
 
 
+@torch.inference_mode(False)
 def load(
     path: str | Path,
     device: torch.device | str = "cpu",
@@ -50,7 +63,8 @@ def load(
             raise CheckpointError("NO_MODEL", path, "no model.safetensors in this folder", fix)
         path = path / "model.safetensors"
     tensors, metadata = read_tensors(path)
-    diffusion = _from_description(path, metadata, network)
+    with kept_random_state():
+        diffusion = _from_description(path, metadata, network)
     own = weights(diffusion)
     check_tensors(path, own, tensors)
     for name, tensor in own.items():
@@ -80,7 +94,12 @@ def weights(diffusion: Diffusion) -> dict[str, Tensor]:
 
     The names are those of the bare network, also where it is compiled or wrapped for several processes.
     """
-    return {unwrapped_name(name).removeprefix("network."): tensor for name, tensor in diffusion.state_dict().items()}
+    return by_own_names(diffusion.state_dict())
+
+
+def by_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model's ``state`` under the names that a file gives them."""
+    return {unwrapped_name(name).removeprefix("network."): tensor for name, tensor in state.items()}
 
 
 def unwrapped_name(name: str) -> str:
@@ -88,14 +107,41 @@ def unwrapped_name(name: str) -> str:
     return re.sub(r"(?<![^.])(_orig_mod|module)\.", "", name)
 
 
+def _metadata(path: Path, diffusion: Diffusion) -> dict[str, str]:
+    """The metadata of the file ``path`` of a model. Raises `CheckpointError` where they are no plain data."""
+    try:
+        text = json.dumps(describe(diffusion), sort_keys=True)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        fix = "Keep numbers, strings and lists in info and settings, and a transform of undiffuse"
+        raise CheckpointError("DESCRIPTION", path, f"its description is no plain data ({error})"[:300], fix) from None
+    if len(text) > MAX_DESCRIPTION:
+        cause = f"its description has {len(text):,} characters, more than {MAX_DESCRIPTION:,}"
+        raise CheckpointError("DESCRIPTION", path, cause, "Keep less in info")
+    return {"undiffuse": str(FORMAT), "model": text}
+
+
+def _read_description(path: Path, metadata: Mapping[str, str]) -> tuple[ModelConfig, DataTransform, dict[str, Any]]:
+    """(config, transform, all of the description) in the ``metadata`` of a file. Raises `CheckpointError`."""
+    try:
+        plain = _parse_description(path, metadata)
+        return from_dict(ModelConfig, plain["config"], "model"), transforms.from_dict(plain["transform"]), plain
+    except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise _not_understood(path, error) from None
+
+
+def _not_understood(path: Path, error: Exception) -> CheckpointError:
+    cause = f"its description is not one that this version understands ({error})"
+    return CheckpointError("DESCRIPTION", path, cause[:300], "Use the version that wrote it")
+
+
 def _from_description(
     path: Path, metadata: Mapping[str, str], network: nn.Module | type[nn.Module] | None
 ) -> Diffusion:
     """The model that the ``metadata`` of a file describe, with weights as at initialisation."""
+    config, transform, plain = _read_description(path, metadata)
     try:
-        plain = _parse_description(path, metadata)
-        config = from_dict(ModelConfig, plain["config"], "model")
-        kind, transform = config.network.get("kind"), transforms.from_dict(plain["transform"])
+        kind = config.network.get("kind")
         if network is None and isinstance(kind, str) and kind not in NETWORKS:
             name = kind[:80]
             cause = f"its network is of the class {name!r}, which is not part of undiffuse"
@@ -111,8 +157,7 @@ def _from_description(
         if network is not None and isinstance(error, ConfigError) and error.code == "NETWORK":
             fix = "Give an instance that has its settings: load(path, network=Net(...))"
             raise CheckpointError("NETWORK", path, f"its network cannot be built ({error})"[:400], fix) from None
-        cause = f"its description is not one that this version understands ({error})"
-        raise CheckpointError("DESCRIPTION", path, cause[:300], "Use the version that wrote it") from None
+        raise _not_understood(path, error) from None
 
 
 def _parse_description(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -19,12 +19,13 @@ from undiffuse.denoising.guidance import Guide
 from undiffuse.errors import ConfigError
 from undiffuse.likelihood.nll import NLL, concatenate
 from undiffuse.likelihood.reverse_chain import ReverseChain
+from undiffuse.model import arguments
 from undiffuse.model import likelihood_estimators as estimates
 from undiffuse.model.build import build_network, build_part, check_chain_length, check_choices, check_process
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.training_loss import training_loss
 from undiffuse.networks.condition import Condition
-from undiffuse.networks.protocol import condition_sizes
+from undiffuse.networks.protocol import condition_sizes, weight_dtype
 from undiffuse.networks.registry import network_settings
 from undiffuse.process import schedule as schedules
 from undiffuse.process import target as targets
@@ -44,7 +45,6 @@ from undiffuse.sampling.trajectory import trajectory as solver_trajectory
 SCHEDULE_LR_FACTOR = 10.0
 """The learning rate of a learned schedule's parameters, relative to that of the network."""
 DEFAULT_SAMPLER = Sampler()
-"""Deterministic DDIM in 50 steps."""
 
 
 class Diffusion(nn.Module):
@@ -53,8 +53,12 @@ class Diffusion(nn.Module):
     Built from a `ModelConfig`; raises `ConfigError` where its parts do not fit together. ``info`` is what else a
     checkpoint records: the name and fingerprint of the data, the steps trained. ``network`` is a network, or a class,
     of your own in place of that of ``config``: see `undiffuse.networks.protocol`.
+
+    A model can be cast (``double()``, ``bfloat16()``), copied and pickled. The network computes in the type of its
+    weights, all else in that type or float32; noise is drawn in float32, so a cast changes no random number.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         config: ModelConfig,
@@ -74,8 +78,8 @@ class Diffusion(nn.Module):
         self.weight = build_part("weight", weighting.build, config.weight)
         check_chain_length(self.chain_length, self.schedule)
         self.times = build_part("times", times.build, config.times, schedule=self.schedule, T=self.chain_length)
-        learned = isinstance(self.schedule, LearnedSchedule)
-        self._chain = None if learned else time_grid(self.schedule, self.chain_length)
+        is_fixed = not isinstance(self.schedule, LearnedSchedule)
+        self._chain = time_grid(self.schedule, self.chain_length) if is_fixed else None
         self.learned_variance = config.variance == "learned"
         self.autocast: torch.dtype | None = None
         check_choices(config, transform, self.schedule, self.times)
@@ -86,6 +90,7 @@ class Diffusion(nn.Module):
         if isinstance(transform, codecs.IntegerLevels) and categorical:
             self.network = CategoricalHead(self.network, channels, transform.num_values)
         self.denoiser()
+        self.initial_tensors = {name: tensor.to("meta") for name, tensor in self.state_dict().items()}
 
     @property
     def chain(self) -> list[NoiseLevel]:
@@ -103,17 +108,19 @@ class Diffusion(nn.Module):
         return next(self.network.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of x in samples and measurements: that of the weights, at least float32."""
+        return torch.promote_types(weight_dtype(self.network, torch.float32), torch.float32)
+
+    @property
     def condition_sizes(self) -> dict[str, int]:
         """The sizes of the conditions that the network accepts: classes, vector, tokens; empty if it accepts none."""
         return condition_sizes(self.config.network)
 
     def prepare_condition(self, cond: Condition, items: int) -> Condition:
         """Validates ``cond`` for a batch of ``items`` and moves it to the model's device. Raises `ConfigError`."""
-        return cond.validate_for(self.condition_sizes, items).to(self.device)
-
-    def schedule_parameters(self) -> list[nn.Parameter]:
-        """The parameters of a learned schedule, which are no part of the network; else none."""
-        return list(self.schedule.parameters()) if isinstance(self.schedule, nn.Module) else []
+        cond = arguments.check_condition(cond).validate_for(self.condition_sizes, items)
+        return cond.to(self.device).map(arguments.outside_inference_mode)
 
     def parameter_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """The groups of an optimiser, each with ``params``, ``weight_decay`` and ``lr_factor``.
@@ -121,8 +128,10 @@ class Diffusion(nn.Module):
         ``lr_factor`` multiplies the learning rate of the group. The network, then a learned schedule without decay.
         """
         network = {"params": list(self.network.parameters()), "weight_decay": weight_decay, "lr_factor": 1.0}
-        schedule = {"params": self.schedule_parameters(), "weight_decay": 0.0, "lr_factor": SCHEDULE_LR_FACTOR}
-        return [network, schedule] if schedule["params"] else [network]
+        if not isinstance(self.schedule, nn.Module):
+            return [network]
+        parameters = list(self.schedule.parameters())
+        return [network, {"params": parameters, "weight_decay": 0.0, "lr_factor": SCHEDULE_LR_FACTOR}]
 
     def denoiser(self, network: nn.Module | None = None) -> NetworkDenoiser:
         """The network, or ``network`` in its place, as a denoiser."""
@@ -156,8 +165,12 @@ class Diffusion(nn.Module):
         noise of the values' shape, and ``z`` more noise for the target ``previous``. With loss-aware times each loss
         is weighted by 1/(T p(t)), so that the mean is that of uniform steps. The full bound ignores ``u``. The mean of
         the continuous loss is the bound's integral, with the bound's terms at the ends if the schedule learns them.
+        Raises `ConfigError` for shapes that do not fit; whether values lie within the levels is not checked in each
+        step.
         """
-        return training_loss(self, self.transform.to_model(values).to(self.device), u, eps, z, cond, network)
+        arguments.check_batch(values, u, eps, z, self.item_shape)
+        x = self.transform.to_model(values, self.dtype).to(self.device)
+        return training_loss(self, x, u, eps, z, cond, network)
 
     def update_time_sampler(self, u: Tensor, loss: Tensor) -> None:
         """Updates loss-aware times with the ``loss`` at ``u``, (n,) both, in the order of the global batch."""
@@ -172,34 +185,37 @@ class Diffusion(nn.Module):
 
     def next_level(self, t: NoiseLevel) -> NoiseLevel:
         """The level at t − 1/T, one step of the chain cleaner than ``t``: on a table its next level."""
-        return self.schedule((t.t - 1 / self.chain_length).clamp(min=0))._replace(final_log_var=self._final_log_var(t))
-
-    def _final_log_var(self, t: NoiseLevel) -> Tensor | None:
         final = None if self._chain is None else self._chain[-1].final_log_var
-        return None if final is None else final.expand(t.t.shape)
+        final = None if final is None else final.expand(t.t.shape)
+        return self.schedule((t.t - 1 / self.chain_length).clamp(min=0))._replace(final_log_var=final)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def trajectory(
         self,
         items: range,
         seed: int = 0,
-        sampler: Sampler | str = DEFAULT_SAMPLER,
+        sampler: Sampler | str = "ddim",
         cond: Condition | None = None,
         guide: Guide | None = None,
     ) -> Iterator[Step]:
         """The states of the samples numbered ``items``, from noise to data, x in the units of the transform.
 
         `rescale` and ``transform.to_data`` turn the last one into data. The noise of item i depends on (seed, i) alone.
-        A ``sampler`` given by name has default settings. ``cond`` holds the condition of each item. Raises
-        `ConfigError`.
+        A ``sampler`` given by name has default settings and 50 steps, or those of a shorter chain. ``cond`` holds the
+        condition of each item. Raises `ConfigError`.
         """
         self.eval()
-        sampler = Sampler(sampler) if isinstance(sampler, str) else sampler
+        sampler = arguments.check_sampler(sampler, self.chain_length)
         solver, levels = self.build_solver(sampler), self.noise_levels(sampler)
         noise = ItemNoise(seed, items, self.item_shape, device=self.device)
         denoise = self.sampling_denoiser(sampler, guide)
+        if guide is not None and guide.log_prob is not None:
+            arguments.check_trainable(self, "a classifier's guidance")
         if cond is not None:
             denoise = ConditionedDenoiser(denoise, self._sampling_condition(cond, len(items), guide))
-        return solver_trajectory(denoise, solver, levels, prior_sample(levels[0], noise(1)[0]), noise)
+        start = prior_sample(levels[0], noise(1)[0].to(self.dtype))
+        return solver_trajectory(denoise, solver, levels, start, noise)
 
     def build_solver(self, sampler: Sampler) -> Solver:
         """The solver of ``sampler``; ancestral sampling has the model's variance by default. Raises `ConfigError`."""
@@ -208,8 +224,12 @@ class Diffusion(nn.Module):
         return sampler.build_solver()
 
     def noise_levels(self, sampler: Sampler) -> list[NoiseLevel]:
-        """The noise levels of ``sampler``, with at most as many steps as the chain."""
-        num_steps = self.chain_length if sampler.num_steps is None else min(sampler.num_steps, self.chain_length)
+        """The noise levels of ``sampler``. Raises `ConfigError`, also for more steps than the chain has."""
+        num_steps = self.chain_length if sampler.num_steps is None else sampler.num_steps
+        arguments.check_counts(num_steps=(num_steps, 1))
+        if sampler.times is None and num_steps > self.chain_length:
+            cause = f"the model's chain has {self.chain_length:,} steps"
+            raise ConfigError("GRID", f"num_steps = {num_steps}", cause, "Give at most as many, or None for all")
         return replace(sampler, num_steps=num_steps).noise_levels(self.schedule)
 
     def sampling_denoiser(self, sampler: Sampler = DEFAULT_SAMPLER, guide: Guide | None = None) -> Denoiser:
@@ -221,17 +241,19 @@ class Diffusion(nn.Module):
         return Clipped(denoise) if (isinstance(self.transform, codecs.BOUNDED) if clip is None else clip) else denoise
 
     def _sampling_condition(self, cond: Condition, items: int, guide: Guide | None) -> Condition:
-        """``cond`` on the device, validated unless a classifier guides: it may take labels that the model does not."""
-        if guide is not None and guide.log_prob is not None:
-            return cond.to(self.device)
-        return self.prepare_condition(cond, items)
+        """`prepare_condition`, where a classifier guides also of conditions that the network does not accept."""
+        if guide is None or guide.log_prob is None:
+            return self.prepare_condition(cond, items)
+        cond = arguments.check_condition(cond).validate_for(self.condition_sizes, items, for_classifier=True)
+        return cond.to(self.device).map(arguments.outside_inference_mode)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def sample(
         self,
         n: int,
         seed: int = 0,
-        sampler: Sampler | str = DEFAULT_SAMPLER,
+        sampler: Sampler | str = "ddim",
         cond: Condition | None = None,
         *,
         guide: Guide | None = None,
@@ -245,7 +267,8 @@ class Diffusion(nn.Module):
         is called after each step with the number of items in its batch. Raises `ConfigError`, or `NonFiniteError` for
         a NaN or infinity.
         """
-        cond = cond and self._sampling_condition(cond, n, guide)  # all n, before it is sliced
+        arguments.check_counts(n=(n, 1), seed=(seed, 0), batch=(batch, 1), first=(first, 0))
+        cond = None if cond is None else self._sampling_condition(cond, n, guide)  # all n, before it is sliced
         parts = []
         for start in range(0, n, batch):
             stop = min(start + batch, n)
@@ -253,25 +276,37 @@ class Diffusion(nn.Module):
             steps = self.trajectory(items, seed, sampler, part, guide)
             last = last_step(steps, partial(progress, len(items)) if progress else None)
             parts.append(self.transform.to_data(check_finite(rescale(last.x, last.level), items.start)).cpu())
-        return torch.cat(parts) if parts else self.transform.to_data(torch.empty(0, *self.item_shape))
+        return torch.cat(parts)
 
-    def to_latent(self, values: Tensor, num_steps: int = 50, cond: Condition | None = None) -> Tensor:
-        """The latents (n, *item_shape) of ``values`` under the flow: N(0, I) to the extent that the model is right."""
-        x = self.transform.to_model(values).to(self.device)
+    def to_latent(self, values: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
+        """The latents (n, *item_shape) of ``values`` under the flow: N(0, I) to the extent that the model is right.
+
+        In ``num_steps`` steps, by default 50, or those of a shorter chain. Raises `ConfigError` and `DataError`.
+        """
+        x = self._to_model(values)
         return check_finite(ddim_invert(self._conditioned(cond, len(x)), x, self._latent_levels(num_steps)))
 
-    def from_latent(self, latent: Tensor, num_steps: int = 50, cond: Condition | None = None) -> Tensor:
+    def from_latent(self, latent: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
         """The values of ``latent``: the inverse of `to_latent`, to the solver's error and the values' rounding."""
+        latent = arguments.check_items("latent", latent, self.item_shape).to(self.device, self.dtype)
         denoise = self._conditioned(cond, len(latent))
         return self.transform.to_data(check_finite(ddim_generate(denoise, latent, self._latent_levels(num_steps))))
 
-    def _latent_levels(self, num_steps: int) -> list[NoiseLevel]:
-        return finite_levels(self.schedule, self.noise_levels(Sampler(num_steps=num_steps)))
+    def _latent_levels(self, num_steps: int | None) -> list[NoiseLevel]:
+        sampler = arguments.check_sampler("ddim", self.chain_length)
+        sampler = sampler if num_steps is None else replace(sampler, num_steps=num_steps)
+        return finite_levels(self.schedule, self.noise_levels(sampler))
+
+    def _to_model(self, values: Tensor) -> Tensor:
+        """``values``, checked, as x on the model's device and of its `dtype`."""
+        x = self.transform.to_model(arguments.check_values(values, self.item_shape, self.transform), self.dtype)
+        return arguments.outside_inference_mode(x.to(self.device))
 
     def _conditioned(self, cond: Condition | None, items: int) -> Denoiser:
         denoise = self.denoiser()
         return denoise if cond is None else ConditionedDenoiser(denoise, self.prepare_condition(cond, items))
 
+    @torch.inference_mode(False)  # `ode` needs gradients
     @torch.no_grad()
     def nll(
         self,
@@ -292,16 +327,20 @@ class Diffusion(nn.Module):
         the probability flow; ``"openai"`` the chain's bound as improved-diffusion computes it. Item i's noise is a
         function of (seed, first + i). Discrete data get a probability, continuous data a density.
         With ``cond``, a condition for each item, the result is −log p(item given its condition).
+
+        Raises `ConfigError`, and `DataError` for values that are not among the model's levels, NaN or infinite.
         """
-        if mc_samples is not None and mc_samples < 1:
-            raise ConfigError("DRAWS", f"mc_samples = {mc_samples}", "there is nothing to average", "Give 1 or more")
-        self.eval()
-        cond = cond and self.prepare_condition(cond, len(values))
         measure, parts = estimates.get(estimate), []
+        arguments.check_counts(seed=(seed, 0), mc_samples=(mc_samples, 1), batch=(batch, 1), first=(first, 0))
+        arguments.check_values(values, self.item_shape, self.transform)
+        cond = None if cond is None else self.prepare_condition(cond, len(values))
+        if estimate == "ode":
+            arguments.check_trainable(self, "the flow's likelihood")
+        self.eval()
         for start in range(0, len(values), batch):
             chunk = values[start : start + batch]
             items = range(first + start, first + start + len(chunk))
-            x = self.transform.to_model(chunk).to(self.device)
+            x = self._to_model(chunk)
             chunk_cond = cond and cond.take(slice(start, start + batch))
             part = measure(self, estimates.Batch(x, items, seed, chunk_cond), mc_samples)
             decoder = part.decoder - self.transform.log_abs_det(self.item_shape)

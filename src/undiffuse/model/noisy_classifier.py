@@ -24,9 +24,10 @@ from undiffuse.model.config import Settings, from_dict
 from undiffuse.networks.classifier_head import make_classifier
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.norm import to_fast_layout
+from undiffuse.networks.protocol import weight_dtype
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.schedule import LinearLogSNR
-from undiffuse.runtime.device import resolve_device
+from undiffuse.runtime.device import kept_random_state, resolve_device
 from undiffuse.runtime.side_files import check_info
 from undiffuse.runtime.tensor_file import FORMAT, check_tensors, read_tensors, write_tensors
 
@@ -62,14 +63,16 @@ class NoisyClassifier(nn.Module):
         self.schedule = LinearLogSNR(config.high, config.low)
         self.preconditioning = Preconditioning("unit", "log_snr")
         self.network = make_classifier(build_network(config.network, self.item_shape, len(classes)), len(classes))
+        self.initial_tensors = {name: tensor.to("meta") for name, tensor in self.state_dict().items()}
 
     def forward(self, x_t: Tensor, level: NoiseLevel, network: nn.Module | None = None) -> Tensor:
         """log p(label|x_t) of every label, (B, labels) nats; ``level`` is () or (B,), ``network`` replaces its own."""
+        network = self.network if network is None else network
         scaled = broadcast_like(self.preconditioning.input_scale(level), x_t) * x_t
         time = self.preconditioning.time_input(level).to(device=x_t.device, dtype=scaled.dtype).expand(len(x_t))
         autocast = torch.autocast(x_t.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
         with autocast:
-            logits = (self.network if network is None else network)(scaled, time)
+            logits = network(scaled.to(weight_dtype(network, scaled.dtype)), time)
         return torch.log_softmax(logits.to(scaled.dtype), 1)
 
     def log_prob(self, x_t: Tensor, level: NoiseLevel, cond: Condition) -> Tensor:
@@ -79,13 +82,19 @@ class NoisyClassifier(nn.Module):
         """
         if cond.label is None:
             raise ConfigError("GUIDANCE", "condition.label", "a classifier guides to labels only", "Give a label")
+        if (highest := int(cond.label.max())) >= len(self.classes):
+            cause = f"the classifier has no label {highest}"
+            raise ConfigError("GUIDANCE", "condition.label", cause, f"Labels are 0 to {len(self.classes) - 1}")
         log_p = self(x_t, level).gather(1, cond.label.clamp(min=0)[:, None])[:, 0]
         inside = (level.log_snr >= self.config.low - 1e-6) & (level.log_snr <= self.config.high + 1e-6)
         return torch.where(inside.to(x_t.device) & (cond.label >= 0), log_p, 0.0)
 
 
 def save(classifier: NoisyClassifier, path: str | Path) -> None:
-    """Write weights and description to ``path``, atomically."""
+    """Write weights and description to ``path``, atomically.
+
+    Raises `CheckpointError`, and writes nothing, for weights that `load` would refuse; `ResourceError`.
+    """
     description = {
         "config": asdict(classifier.config),
         "item_shape": list(classifier.item_shape),
@@ -93,8 +102,9 @@ def save(classifier: NoisyClassifier, path: str | Path) -> None:
         "classes": list(classifier.classes),
         "info": classifier.info,
     }
-    text = json.dumps(description, sort_keys=True)
-    write_tensors(Path(path), classifier.state_dict(), {"undiffuse": str(FORMAT), "classifier": text})
+    path, text = Path(path), json.dumps(description, sort_keys=True)
+    check_tensors(path, classifier.initial_tensors, classifier.state_dict(), "Save a classifier as it was built")
+    write_tensors(path, classifier.state_dict(), {"undiffuse": str(FORMAT), "classifier": text})
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> NoisyClassifier:
@@ -112,7 +122,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> NoisyClassifie
         d = json.loads(metadata["classifier"])
         config, transform = from_dict(NoisyClassifierConfig, d["config"], "model"), transforms.from_dict(d["transform"])
         info = check_info(d.get("info"))
-        classifier = NoisyClassifier(config, tuple(d["item_shape"]), transform, tuple(d["classes"]), info)
+        with kept_random_state():
+            classifier = NoisyClassifier(config, tuple(d["item_shape"]), transform, tuple(d["classes"]), info)
     except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         cause = f"this version cannot read its description ({error})"
         raise CheckpointError("DESCRIPTION", path, cause[:300], "Use the version that wrote it") from None

@@ -16,6 +16,7 @@ from undiffuse.denoising.denoiser import ConditionedDenoiser, Denoiser
 from undiffuse.denoising.linear_operators import LinearOperator, blur, identity, mask, mean_pool
 from undiffuse.denoising.posterior_guidance import Observation
 from undiffuse.errors import ConfigError
+from undiffuse.model.arguments import check_counts, check_items
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
 from undiffuse.process.noise_level import NoiseLevel
@@ -30,6 +31,8 @@ from undiffuse.sampling.trajectory import check_finite, last_step, rescale, traj
 
 SOLVER_METHODS = ("repaint", "product")
 """The rows of `RESTORATION_METHODS` that are solvers; the others are denoisers."""
+DEFAULT_NUM_STEPS = 100
+"""Steps of a restoration; all steps of a shorter chain."""
 JUMP_LENGTH, JUMP_REPEATS = 10, 4
 """RePaint's jumps back (`resampling_levels`), as measured in docs/inverse.md."""
 
@@ -96,6 +99,7 @@ def degrade(degradation: Degradation, x: Tensor, seed: int, num_values: int) -> 
     return rounding.to_model(rounding.to_data(image + degradation.noise_std * noise))[0]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def restore(
     model: Diffusion,
@@ -104,7 +108,7 @@ def restore(
     n: int,
     method: str = "mmps",
     seed: int = 0,
-    num_steps: int = 100,
+    num_steps: int | None = None,
     batch: int = 16,
     floor: float = 0.0,
     progress: Callable[[int], None] | None = None,
@@ -113,9 +117,10 @@ def restore(
     """n samples of x given y, as data values (n, *item_shape); the noise of item i depends on (seed, i) alone.
 
     ``image`` (*S B shape) in the units of x; the part that the mask hides is not read. ``method`` is one of
-    `RESTORATION_METHODS`. ``floor`` is added to the noise in quadrature, such as that of rounding. If the degradation
-    is inpainting, the known values of the samples are those of the image. ``progress`` is called with the number of
-    item-steps done. ``cond`` holds the condition of each of the n items. Raises `ConfigError` and `NonFiniteError`.
+    `RESTORATION_METHODS`; ``num_steps`` is by default 100, or the length of a shorter chain. ``floor`` is added to the
+    noise in quadrature, such as that of rounding. If the degradation is inpainting, the known values of the samples
+    are those of the image. ``progress`` is called with the number of item-steps done. ``cond`` holds the condition of
+    each of the n items. Raises `ConfigError` and `NonFiniteError`.
     """
     if method not in RESTORATION_METHODS:
         raise ConfigError("METHOD", repr(method), "no such method", f"Use one of {', '.join(RESTORATION_METHODS)}")
@@ -126,7 +131,9 @@ def restore(
         cause = "it multiplies by a factor for each element, and blur and shrinking mix elements"
         raise ConfigError("METHOD", "'product'", cause, "Use 'mmps' or 'pigdm'")
     model.eval()
-    image, cond = image[None].to(model.device), cond and model.prepare_condition(cond, n)
+    check_counts(n=(n, 1), batch=(batch, 1), seed=(seed, 0))
+    image = check_items("image", image[None], degradation.full_operator.out_shape).to(model.device, model.dtype)
+    cond = None if cond is None else model.prepare_condition(cond, n)
     solver, levels = _solver_and_levels(model, degradation, image, method, num_steps, floor)
     parts = []
     for start in range(0, n, batch):
@@ -135,7 +142,8 @@ def restore(
         if method not in SOLVER_METHODS:
             denoise = RESTORATION_METHODS[method](denoise, _observation(degradation, image, floor))
         noise = ItemNoise(seed, items, model.item_shape, device=model.device)
-        steps = trajectory(model.clip(denoise), solver, levels, prior_sample(levels[0], noise(1)[0]), noise)
+        start = prior_sample(levels[0], noise(1)[0].to(model.dtype))
+        steps = trajectory(model.clip(denoise), solver, levels, start, noise)
         last = last_step(steps, partial(progress, len(items)) if progress else None)
         parts.append(rescale(last.x, last.level))
     x = torch.cat(parts)
@@ -145,13 +153,13 @@ def restore(
 
 
 def _solver_and_levels(
-    model: Diffusion, degradation: Degradation, image: Tensor, method: str, num_steps: int, floor: float
+    model: Diffusion, degradation: Degradation, image: Tensor, method: str, num_steps: int | None, floor: float
 ) -> tuple[Solver, list[NoiseLevel]]:
     """Ancestral sampling in ``num_steps`` steps, for repaint with the known part of ``image`` and with jumps back.
 
     For product each step is multiplied by the factor of ``image`` and its noise.
     """
-    sampler = Sampler("ancestral", num_steps)
+    sampler = Sampler("ancestral", _default_steps(model) if num_steps is None else num_steps)
     solver, levels = model.build_solver(sampler), model.noise_levels(sampler)
     if method == "product":
         factor = element_factor(degradation, image, floor)
@@ -192,9 +200,13 @@ def default_method(degradation: Degradation) -> str:
     return "pigdm" if degradation.blur else "mmps"
 
 
-def num_steps_of(model: Diffusion, method: str, num_steps: int) -> int:
+def _default_steps(model: Diffusion) -> int:
+    return min(DEFAULT_NUM_STEPS, model.chain_length)
+
+
+def num_steps_of(model: Diffusion, method: str, num_steps: int | None = None) -> int:
     """The number of steps of `restore` for one item, jumps back included."""
-    levels = model.noise_levels(Sampler(num_steps=num_steps))
+    levels = model.noise_levels(Sampler(num_steps=_default_steps(model) if num_steps is None else num_steps))
     return len(resampling_levels(levels, JUMP_LENGTH, JUMP_REPEATS) if method == "repaint" else levels) - 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import NoReturn
 
@@ -22,9 +22,9 @@ FIELD_TO_SETTING = {"label": "classes", "vector": "vector", "tokens": "tokens", 
 class Condition:
     """A batch of conditions; every field that is not None has the batch as its first dimension.
 
-    ``label`` (B,) int64, −1 is the null class; ``vector`` (B, D) floats, a row with a NaN is the null vector;
-    ``tokens`` (B, L, D) with ``mask`` (B, L), True where a token counts, by default everywhere; ``image``
-    (B, C, ...) with ``image_level`` (B,), its log-SNR.
+    ``label`` (B,) of any integer type, kept as int64, −1 is the null class; ``vector`` (B, D) floats, a row with a NaN
+    is the null vector; ``tokens`` (B, L, D) with ``mask`` (B, L), True where a token counts, by default everywhere;
+    ``image`` (B, C, ...) with ``image_level`` (B,), its log-SNR. Raises `ConfigError` for fields of another type.
     """
 
     label: Tensor | None = None
@@ -35,15 +35,28 @@ class Condition:
     image_level: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.tokens is not None and self.mask is None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None and not isinstance(value, Tensor):
+                _refuse(f.name, f"it is a {type(value).__name__}, not a tensor", "Give a tensor")
+        for name in ("label", "mask"):
+            value = getattr(self, name)
+            if value is not None and (value.is_floating_point() or value.is_complex()):
+                _refuse(name, f"it holds {value.dtype}, not whole numbers", "Give integers")
+        if self.label is not None:
+            object.__setattr__(self, "label", self.label.to(torch.int64))
+        if self.mask is not None:
+            object.__setattr__(self, "mask", self.mask.to(torch.bool))
+        elif self.tokens is not None:
             object.__setattr__(self, "mask", torch.ones_like(self.tokens[..., 0], dtype=torch.bool))
 
-    def _map(self, function) -> Condition:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
+        """The same with ``function`` of each field."""
         return replace(self, **{f.name: function(v) for f in fields(self) if (v := getattr(self, f.name)) is not None})
 
     def null(self) -> Condition:
         """The null condition in the same shapes: label −1, vector NaN, all else zero (and every token masked)."""
-        null = self._map(torch.zeros_like)
+        null = self.map(torch.zeros_like)
         if null.label is not None:
             null = replace(null, label=null.label - 1)
         return null if null.vector is None else replace(null, vector=null.vector + math.nan)
@@ -70,21 +83,28 @@ class Condition:
 
     def take(self, items: Tensor | slice) -> Condition:
         """The conditions of some ``items``, an index tensor or a slice."""
-        return self._map(lambda v: v[items])
+        return self.map(lambda v: v[items])
 
     def to(self, device: torch.device | str) -> Condition:
         """The same on another device."""
-        return self._map(lambda v: v.to(device))
+        return self.map(lambda v: v.to(device))
 
-    def validate_for(self, sizes: Mapping[str, int], items: int) -> Condition:
+    def validate_for(self, sizes: Mapping[str, int], items: int, for_classifier: bool = False) -> Condition:
         """This condition, if it is one for ``items`` items of the ``sizes`` that a network accepts.
 
-        ``sizes`` is by setting, as in `undiffuse.networks.protocol.condition_sizes`. Raises `ConfigError`.
+        ``sizes`` is by setting, as in `undiffuse.networks.protocol.condition_sizes`. With ``for_classifier`` fields
+        that the network does not accept are those of a classifier, of which the number of items alone is checked.
+        Raises `ConfigError`.
         """
         length = self.mask.shape[-1] if self.mask is not None else 0
         for f in fields(self):
             value, size = getattr(self, f.name), sizes.get(FIELD_TO_SETTING.get(f.name, ""), 0)
             if value is None:
+                continue
+            if not size and for_classifier:
+                if value.shape[:1] != (items,):
+                    cause = f"its shape is {tuple(value.shape)}, not ({items}, ...)"
+                    _refuse(f.name, cause, "Give one for each item")
                 continue
             if not size:
                 _refuse(

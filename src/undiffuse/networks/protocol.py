@@ -1,7 +1,8 @@
 """What a network may declare beside its forward pass, and the default for each declaration.
 
 A network is an ``nn.Module`` whose ``forward(x, time, cond=None)`` returns y (B, out_channels, ...): x is (B, C, ...)
-or (B, D), y has the size of x, ``time`` (B,) is a real number and ``cond`` a `Condition` or None. The rest is optional:
+or (B, D), y has the size of x, ``time`` (B,) is a real number and ``cond`` a `Condition` or None. x has the type of the
+weights; the time is float32 at least, as steps and log-SNRs are not distinct in bfloat16. The rest is optional:
 
 - Arguments of its constructor called ``channels``, ``out_channels``, ``dims`` (dimensions beside the channels) and
   ``item_shape`` are supplied by the model. All others are settings, plain data in the configuration.
@@ -53,6 +54,11 @@ def declared_method(network: nn.Module, name: str) -> Callable[..., Any] | None:
     """The method called ``name``; None without one, also where that is a sub-module or a number."""
     attribute = getattr(network, name, None)
     return attribute if callable(attribute) and not isinstance(attribute, nn.Module) else None
+
+
+def weight_dtype(network: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The type of the network's first weight, in which it gets its input; ``default`` without weights."""
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), default)
 
 
 def accepts_dims(network: nn.Module | type[nn.Module], dims: int) -> bool:
@@ -110,7 +116,8 @@ def check_output(
     if first is None:
         raise ConfigError("NETWORK", name, "it has no parameters", "Give a network that can be trained")
     B, device = CHECK_ITEMS, first.device
-    x, time = torch.zeros(B, *item_shape, device=device), torch.zeros(B, device=device)
+    x, time = torch.zeros(B, *item_shape, device=device, dtype=first.dtype), torch.zeros(B, device=device)
+    time = time.to(torch.promote_types(first.dtype, time.dtype))
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:

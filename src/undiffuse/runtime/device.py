@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from undiffuse.errors import ConfigError
@@ -29,6 +31,16 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if problem := _problem(place):
         raise _refusal(device, problem)
     return torch.device("cpu") if place.type == "cpu" else place
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """A block after which the global generators of the CPU and, where they are in use, of GPUs are as before."""
+    import torch
+
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(list(gpus)):
+        yield
 
 
 def _problem(place: torch.device) -> str | None:

@@ -80,7 +80,12 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return state.hexdigest()
 
 
-def check_tensors(path: Path, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+BELONGS = "The file is damaged or belongs to another model: use an older checkpoint"
+
+
+def check_tensors(
+    path: Path, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], fix: str = BELONGS
+) -> None:
     """Raise `CheckpointError` for the first tensor that is missing, unexpected, not finite, or of another form."""
     for name in sorted(set(expected) | set(tensors)):
         code, cause = "TENSOR", None
@@ -92,8 +97,9 @@ def check_tensors(path: Path, expected: Mapping[str, Tensor], tensors: Mapping[s
             cause = f"has the shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}"
         elif expected[name].dtype != tensors[name].dtype:
             cause = f"holds {tensors[name].dtype}, not {expected[name].dtype}"
+        elif tensors[name].is_meta:
+            cause = "holds no data"
         elif not torch.isfinite(tensors[name]).all():
             code, cause = "NON_FINITE", "holds values that are NaN or infinite"
         if cause:
-            fix = "The file is damaged or belongs to another model: use an older checkpoint"
             raise CheckpointError(code, path, f"the tensor {name!r} {cause}", fix)

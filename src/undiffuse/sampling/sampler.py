@@ -26,7 +26,7 @@ class Sampler:
     Solver: ``solver`` is a name of `solvers.SOLVERS` with ``settings``, or a `Solver` object (which `to_dict` refuses).
 
     Noise levels: ``num_steps`` steps (None: the length of the model's chain) with a ``spacing`` of `SPACINGS`, or those
-    at explicit falling ``times``, where both are ignored. `Diffusion` limits ``num_steps`` to its chain length.
+    at explicit falling ``times``, where both are ignored. A `Diffusion` refuses more steps than its chain has.
 
     Guidance: ``guidance`` is the scale of classifier-free guidance (1: none), within ``guidance_interval`` (low, high)
     of log-SNR and with ``guidance_rescale``, see `ClassifierFree`. ``classifier_scale`` and ``autoguidance_scale``

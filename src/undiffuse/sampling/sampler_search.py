@@ -261,10 +261,14 @@ def fit_to_budget(
     schedule: Schedule,
     calls: int,
     times: Callable[[int], tuple[float, ...] | None] = lambda num_steps: None,
+    max_steps: int | None = None,
 ) -> Sampler | None:
-    """``template`` with the most steps (and ``times`` of so many) that ``calls`` network calls allow; None if none."""
+    """``template`` with the most steps (and ``times`` of so many) that ``calls`` network calls allow; None if none.
+
+    At most ``max_steps``, and on a table its length.
+    """
     most = calls // template.build_solver().calls + 2  # the first and the last step may be DDIM's
-    for n in range(min(most, schedule.chain_length or most), 0, -1):
+    for n in range(min(most, schedule.chain_length or most, max_steps or most), 0, -1):
         sampler = replace(template, num_steps=n, times=times(n))
         if count_calls(sampler, schedule) <= calls:
             return sampler

@@ -25,6 +25,7 @@ class Step(NamedTuple):
     x: Tensor
 
 
+@torch.inference_mode(False)  # guidance by a classifier needs gradients
 @torch.no_grad()
 def trajectory(
     denoise: Denoiser, solver: Solver, levels: Sequence[NoiseLevel], x: Tensor, noise: Noise

@@ -147,6 +147,7 @@ class DiffusionTask(Task):
         final = step is None
         n, num_steps = (FINAL_ITEMS, FINAL_STEPS) if final else (PREVIEW_ITEMS, PREVIEW_STEPS)
         num_steps = max(min(num_steps, PREVIEW_STEPS), int(min(num_steps, limit.calls_left / n)))
+        num_steps = min(num_steps, model.chain_length)
         cond = self._preview_condition(data, split, n)
 
         def sample(here: slice) -> Tensor:

@@ -1,0 +1,103 @@
+"""Checks of the arguments of `Diffusion`'s methods: a wrong one is an error that names it, before any computation."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from undiffuse.data.transform import DataTransform, IntegerLevels
+from undiffuse.errors import ConfigError, DataError
+from undiffuse.networks.condition import Condition
+from undiffuse.sampling.sampler import Sampler
+
+OPTIONAL = ("mc_samples",)
+DEFAULT_NUM_STEPS = 50
+"""Steps of samples and latents without a number of steps; all steps of a shorter chain."""
+
+
+def check_counts(**arguments: tuple[Any, int]) -> None:
+    """Raises `ConfigError` unless each argument, (value, minimum) by name, is a whole number or, if optional, None."""
+    for name, (value, minimum) in arguments.items():
+        if value is None and name in OPTIONAL:
+            continue
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)  # NumPy's integers too
+        if not whole or value < minimum:  # pyright: ignore[reportOptionalOperand]
+            cause = f"it is not a whole number of at least {minimum}"
+            raise ConfigError("ARGUMENT", f"{name} = {value!r}"[:80], cause, "Give such a number")
+
+
+def check_items(name: str, x: Any, item_shape: tuple[int, ...]) -> Tensor:
+    """``x``, if it is a tensor (n, *item_shape) of at least one item. Raises `ConfigError`."""
+    if not isinstance(x, Tensor):
+        fix = "Give a tensor, such as torch.from_numpy(array)"
+        raise ConfigError("ARGUMENT", name, f"it is a {type(x).__name__}, not a tensor", fix)
+    if tuple(x.shape[1:]) != item_shape or not x.ndim:
+        cause = f"its shape is {tuple(x.shape)}, not (n, {', '.join(map(str, item_shape))})"
+        raise ConfigError("ARGUMENT", name, cause, "Give a batch of items of the model's shape")
+    if not len(x):
+        raise ConfigError("ARGUMENT", name, "it has no items", "Give one or more")
+    return x
+
+
+def check_values(values: Any, item_shape: tuple[int, ...], transform: DataTransform) -> Tensor:
+    """``values``, if they are items in the units of the data that the model can have been trained on.
+
+    Raises `ConfigError` for a wrong type or shape, `DataError` for integers outside of the levels, and for NaN or
+    infinite numbers.
+    """
+    check_items("values", values, item_shape)
+    if isinstance(transform, IntegerLevels):
+        if values.is_floating_point() or values.is_complex():
+            cause = f"they are {values.dtype}, and the model is of whole numbers"
+            raise ConfigError("ARGUMENT", "values", cause, "Give integers, the values of the data themselves")
+        low, high = (int(end) for end in values.to(torch.int64).aminmax())
+        if low < 0 or high >= transform.num_values:
+            cause = f"they range from {low} to {high}, and the model's levels are 0 to {transform.num_values - 1}"
+            raise DataError("RANGE", "values", cause, "Give values of the data that the model was trained on")
+    elif not bool(torch.isfinite(values).all()):
+        raise DataError("NON_FINITE", "values", "some are NaN or infinite", "Remove these items")
+    return values
+
+
+def check_batch(x: Any, u: Any, eps: Any, z: Any, item_shape: tuple[int, ...]) -> None:
+    """Raises `ConfigError` unless values, uniform numbers and noise of a training step are of one batch."""
+    for name, noise in (("values", x), ("eps", eps), *([] if z is None else [("z", z)])):
+        check_items(name, noise, item_shape)
+        if len(noise) != len(x):
+            raise ConfigError("ARGUMENT", name, f"it has {len(noise)} items, and values {len(x)}", "Give one for each")
+    if not isinstance(u, Tensor) or u.shape != x.shape[:1]:
+        cause = f"its shape is {tuple(getattr(u, 'shape', ()))}, not ({len(x)},)"
+        raise ConfigError("ARGUMENT", "u", cause, "Give a number of [0, 1) for each item")
+
+
+def check_condition(cond: Any) -> Condition:
+    """``cond``, if it is a `Condition`. Raises `ConfigError`."""
+    if not isinstance(cond, Condition):
+        cause, fix = f"it is a {type(cond).__name__}, not a Condition", "Give Condition(label=labels), for example"
+        raise ConfigError("CONDITION", "cond", cause, fix)
+    return cond
+
+
+def check_sampler(sampler: Any, chain_length: int) -> Sampler:
+    """``sampler``, or that of a solver's name, with `DEFAULT_NUM_STEPS` on a chain of so many. Raises `ConfigError`."""
+    if isinstance(sampler, str):
+        return Sampler(sampler, min(DEFAULT_NUM_STEPS, chain_length))
+    if not isinstance(sampler, Sampler):
+        cause = f"it is a {type(sampler).__name__}, neither a Sampler nor the name of a solver"
+        raise ConfigError("ARGUMENT", "sampler", cause, "Give Sampler(...), or a name such as 'ddim'")
+    return sampler
+
+
+def check_trainable(model: nn.Module, what: str) -> None:
+    """Raises `ConfigError` if weights were made under inference mode, so that ``what``, a gradient, cannot be had."""
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        cause = f"the weights were made under torch.inference_mode, and {what} needs gradients through them"
+        raise ConfigError("INFERENCE_MODE", "model", cause, "Build, load, cast and move the model outside of it")
+
+
+def outside_inference_mode(tensor: Tensor) -> Tensor:
+    """``tensor``, or its copy that can be part of a gradient if it was made under inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
