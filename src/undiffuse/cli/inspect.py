@@ -18,13 +18,12 @@ def inspect(
     import json
 
     from undiffuse.model import checkpoint
-    from undiffuse.model.checkpoint import describe
     from undiffuse.report import table
 
     register_network(network)
     model = checkpoint.load(run)
     if as_json:
-        print(json.dumps(describe(model), indent=1))
+        print(json.dumps(checkpoint.describe(model), indent=1))
         return
     high, low = float(model.chain[-1].log_snr), float(model.chain[0].log_snr)
     trained = ("steps", "seconds", "seed", "batch", "precision", "torch")
