@@ -96,7 +96,7 @@ def checkpoint_tensors(folder, step=STEPS):
     place = folder / "checkpoints" / f"step-{step:08d}"
     return {
         f"{name} {key}": tensor
-        for name in ("network", "average", "optimiser")
+        for name in ("network", "average", "optimizer")
         for key, tensor in read_tensors(place / f"{name}.safetensors")[0].items()
     }
 
@@ -474,6 +474,20 @@ def test_training_from_other_weights(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="no such file"):
         train(CONFIG, tmp_path / "none", init=tmp_path / "nowhere")
     assert not (tmp_path / "wider").exists()
+
+
+def test_the_weights_that_a_run_started_from_are_not_read_when_it_is_resumed(tmp_path):
+    from tiny_run import checkpoint_hashes, data, quick_looks, recipe, stopping_at
+    from tiny_run import train as train_tiny
+
+    with quick_looks():
+        first = train_tiny(recipe(2, seed=9), tmp_path / "first", data())
+        whole = train_tiny(recipe(4), tmp_path / "whole", data(), init=first)
+        with stopping_at(2):
+            train_tiny(recipe(4), tmp_path / "run", data(), init=first)
+        (first / "model.safetensors").unlink()
+        run = train_tiny(recipe(4), tmp_path / "run", data(), init=first)
+    assert checkpoint_hashes(run, 4) == checkpoint_hashes(whole, 4)
 
 
 def test_continuous_vectors_for_a_fraction_of_a_minute(tmp_path, monkeypatch):

@@ -54,9 +54,9 @@ def fit(
 ) -> Path:
     """Train ``task`` on ``data`` into the folder of ``run``, which is returned; an unfinished run is resumed.
 
-    ``init``: file or run whose weights training starts from. ``quiet``: print nothing. ``force``: resume although
-    recipe, data or torch have changed since the run began, with a new plan for its end; not for a finished run.
-    ``clock``: seconds, as of `time.perf_counter`, for ``minutes`` and for rates.
+    ``init``: file or run whose weights training starts from; a resumed run does not load them. ``quiet``: print nothing.
+    ``force``: resume although recipe, data or torch have changed since the run began, with a new plan for its end; not
+    for a finished run. ``clock``: seconds, as of `time.perf_counter`, for ``minutes`` and for rates.
 
     Every random number is a function of (seed, purpose, step). With ``max_steps``, evaluating and saving do not change
     what is trained, and a resumed run is bit-identical to an uninterrupted one; with ``minutes`` their time counts, and
@@ -76,7 +76,7 @@ def fit(
         return run.folder
     settings = task.config.train
     split = data.split(settings.held_out)
-    model = build_model(task, data, split, accelerator, init)
+    model = build_model(task, data, split, accelerator, None if run.has_checkpoint() else init)
     state = TrainState(task, model, run.snapshots, accelerator)
 
     with run.exclusive() if main else nullcontext(), collect_stop_signals(run.has_checkpoint) as stop_requests:
@@ -145,10 +145,10 @@ def fit(
     return run.folder
 
 
-def digest_of_weights(init: Path) -> str:
-    """sha256 of the model file of a run or of a path; "missing" if there is none, which `build_model` reports."""
+def digest_of_weights(init: Path) -> str | None:
+    """sha256 of the model file of a run or of a path; None if there is none, which a new run reports."""
     path = init / "model.safetensors" if init.is_dir() else init
-    return file_digest(path) if path.is_file() else "missing"
+    return file_digest(path) if path.is_file() else None
 
 
 def resume(
