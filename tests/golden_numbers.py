@@ -150,8 +150,8 @@ def of_training() -> dict[str, Tensor]:
         with quick_looks():
             train(config, run, data())
         step = run / "checkpoints" / "step-00000006"
-        for part in ("network", "average", "optimiser"):
-            tensors = read_tensors(step / f"{part}.safetensors")[0].values()
+        for part, file in {"network": "network", "average": "average", "optimiser": "optimizer"}.items():
+            tensors = read_tensors(step / f"{file}.safetensors")[0].values()
             for i, tensor in enumerate(sorted(tensors, key=lambda t: (t.shape, float(t.double().sum())))):
                 numbers[f"run {part} {i}"] = tensor
         numbers["run samples"] = load(run).sample(8, 1, Sampler(num_steps=4))

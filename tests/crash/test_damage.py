@@ -132,7 +132,7 @@ def test_a_run_continues_from_the_previous_checkpoint_with_a_message(tmp_path, m
     with quick_looks():
         with stopping_at(25):  # after the evaluation at step 20
             train(recipe(), tmp_path, items)
-        path = tmp_path / "checkpoints" / "step-00000025" / "optimiser.safetensors"
+        path = tmp_path / "checkpoints" / "step-00000025" / "optimizer.safetensors"
         flip(random.Random(0), path, None)
         train(recipe(), tmp_path, items)
         assert [line for line in lines if str(path) in line]

@@ -345,7 +345,7 @@ def test_missing_bins_or_noise_are_an_error(make):
     x = torch.zeros(2, 1)
     with pytest.raises(ConfigError, match=r"continuous.* Leave the dequantizer out") as error:
         make(Standardized((0.0,), (1.0,)).edges)(x, lambda n: x[None])
-    assert error.value.code == "DEQUANTISE"
+    assert error.value.code == "DEQUANTIZE"
     for dequantizer in (make(IntegerLevels(5).edges), ForwardNoise(level(5), ValueSoftmax(IntegerLevels(5)))):
         with pytest.raises(ConfigError, match="needs random numbers"):
             dequantizer(x, None)

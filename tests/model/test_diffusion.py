@@ -315,7 +315,7 @@ def test_rescaled_continuous_data_shift_the_bound_by_the_log_of_the_factor():
         torch.testing.assert_close(moved.decoder - plain.decoder, torch.full((5,), shift).double(), rtol=0, atol=1e-4)
 
 
-def test_the_groups_of_an_optimiser():
+def test_the_groups_of_an_optimizer():
     plain, vdm = model(), model(schedule={"name": "learned"}, loss="continuous", times={"name": "uniform", "low": 0.0})
     (group,) = plain.parameter_groups(0.5)
     assert (group["weight_decay"], group["lr_factor"]) == (0.5, 1.0)

@@ -111,7 +111,7 @@ def test_another_seed_or_a_repeated_step_changes_every_hash(tmp_path, place):
 
             patch.setattr(Monitor, "__enter__", forgetful)
             twice = outcome(train(config, tmp_path / "twice", items), items)
-    assert expected.keys() == {"network", "average", "optimiser", "extra", "samples", "nll", "model"}
+    assert expected.keys() == {"network", "average", "optimizer", "extra", "samples", "nll", "model"}
     for name in expected:
         assert other[name] != expected[name]
         assert twice[name] != expected[name] or name == "samples"  # samples may round to the same values

@@ -35,7 +35,7 @@ def test_a_checkpoint_restores_training(two):
         "average.safetensors",
         "manifest.json",
         "network.safetensors",
-        "optimiser.safetensors",
+        "optimizer.safetensors",
         "progress.json",
     ]
     again.progress.decay_from, again.progress.last_step = 3, 9
@@ -89,7 +89,7 @@ def other(path):
     shutil.copy(path.parent.parent / "step-00000002" / path.name, path)
 
 
-FILES = ["network.safetensors", "average.safetensors", "optimiser.safetensors", "progress.json", "manifest.json"]
+FILES = ["network.safetensors", "average.safetensors", "optimizer.safetensors", "progress.json", "manifest.json"]
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, empty, remove, other])

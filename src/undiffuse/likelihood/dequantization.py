@@ -35,14 +35,14 @@ def finite_bins(edges: EdgesOf, x: Tensor) -> Edges:
     bins = edges(x)
     if bins is None:
         cause, fix = "continuous data have no bins", "Leave the dequantizer out"
-        raise ConfigError("DEQUANTISE", "dequantizer", cause, fix)
+        raise ConfigError("DEQUANTIZE", "dequantizer", cause, fix)
     low, high = (edge.to(x.device).double() for edge in bins)
     return torch.where(low.isinf(), 2 * x - high, low), torch.where(high.isinf(), 2 * x - low, high)
 
 
 def _draw(x: Tensor, noise: Noise | None) -> Tensor:
     if noise is None:
-        raise ConfigError("DEQUANTISE", "noise", "a dequantizer needs random numbers", "Pass noise, one draw per item")
+        raise ConfigError("DEQUANTIZE", "noise", "a dequantizer needs random numbers", "Pass noise, one draw per item")
     return noise(1)[0].to(x.device).double()
 
 

@@ -50,7 +50,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained. Durations are in optimiser steps unless their name says minutes.
+    """How a model is trained. Durations are in optimizer steps unless their name says minutes.
 
     The learning rate rises over ``warmup`` steps, stays, and falls linearly to 0 over the last fraction ``decay`` of
     the run, which ends after ``max_steps`` steps or about ``minutes`` minutes. ``ema`` is the length of the average of

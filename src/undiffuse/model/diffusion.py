@@ -123,7 +123,7 @@ class Diffusion(nn.Module):
         return cond.to(self.device).map(arguments.outside_inference_mode)
 
     def parameter_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """The groups of an optimiser, each with ``params``, ``weight_decay`` and ``lr_factor``.
+        """The groups of an optimizer, each with ``params``, ``weight_decay`` and ``lr_factor``.
 
         ``lr_factor`` multiplies the learning rate of the group. The network, then a learned schedule without decay.
         """

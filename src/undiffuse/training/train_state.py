@@ -225,11 +225,11 @@ def _read(
     for part, wanted in _parts(model, ema, optimizer, extra).items():
         path = folder / f"{part}.safetensors"
         tensors, _ = read_tensors(path)
-        check_tensors(path, tensors if part == "optimiser" else wanted, tensors)
+        check_tensors(path, tensors if part == "optimizer" else wanted, tensors)
         stored[part] = {name: distribute_like(t, wanted.get(name, t)) for name, t in tensors.items()}
     model.load_state_dict(stored["network"])
     ema.load(stored["average"])
-    _load_moments(optimizer, stored["optimiser"])
+    _load_moments(optimizer, stored["optimizer"])
     for name, tensor in extra.items():
         tensor.copy_(stored["extra"][name])
     return progress
@@ -268,7 +268,7 @@ def _parts(
     model: nn.Module, ema: PowerEMA, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor] | None
 ) -> dict[str, Mapping[str, Tensor]]:
     """The tensors of a checkpoint, by file and name."""
-    parts = {"network": model.state_dict(), "average": ema.mean, "optimiser": _moments(optimizer)}
+    parts = {"network": model.state_dict(), "average": ema.mean, "optimizer": _moments(optimizer)}
     return {**parts, "extra": extra} if extra else parts
 
 
