@@ -66,7 +66,7 @@ def demo(folder: Path, minutes: float | None, console: Console) -> None:
         samples = model.sample(
             len(held_out), seed=1, sampler=Sampler("ancestral", num_steps=steps), batch=180, progress=bar.advance
         ).numpy()
-        write_samples(run.folder / "samples", samples, data.num_values, {"seed": 1})
+        write_samples(run.folder / "samples" / "demo", samples, data.num_values, {"seed": 1})
         pictures.image_grid(samples[:64], data.num_values, columns=16).save(run.pictures / "grid.png")
         forward_strip(model, held_out[:4]).save(run.pictures / "forward.png")
         reverse_strip(model, bar.advance).save(run.pictures / "reverse.png")
