@@ -2,26 +2,32 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from evaluation_models import integers, model_for, model_of
+from oracles import GaussianData
 
 import undiffuse
 from undiffuse.data.from_array import from_array
-from undiffuse.data.transform import Identity, IntegerLevels
+from undiffuse.data.transform import Identity, IntegerLevels, Standardized
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.evaluation import plan as planning
 from undiffuse.evaluation import resumable
 from undiffuse.evaluation.plan import bit_reversed_order
-from undiffuse.evaluation.run_evaluation import evaluate
+from undiffuse.evaluation.run_evaluation import density_warning, evaluate
 from undiffuse.likelihood.nll import make_nll
+from undiffuse.likelihood.reverse_chain import ReverseChain
+from undiffuse.likelihood.vlb import vlb
 from undiffuse.model import checkpoint
 from undiffuse.model import likelihood_estimators as estimates
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.process import schedule as S
 from undiffuse.process.ode_integrator import Integrator
 from undiffuse.runtime.distributed_group import single_process
+from undiffuse.sampling.time_grids import time_grid
 
 DATA = integers()
 QUICK = {"items": 5, "mc_samples": 2}
@@ -258,3 +264,41 @@ def test_a_conditional_model_is_evaluated_given_the_condition(small_batches):
         assert result.bits_per_dim("discrete")[0] == pytest.approx(unconditional, abs=1e-5)
         noted = any("no condition is used" in line for line in result.explanations())
         assert noted == (data is not labelled)
+
+
+def test_a_constant_column_is_told_beside_a_density():
+    """It has no upper bound; the probability of an integer has."""
+    values = np.random.default_rng(1).normal(size=(30, 3)).astype(np.float32)
+    values[:, 1] = 2.5
+    constant = replace(from_array(values, name="table"), columns=("a", "b", "c"))
+    varying = from_array(np.delete(values, 1, 1), name="table")
+    said = [
+        [
+            line
+            for line in evaluate(of, data, part="all", estimates=["discrete"], **QUICK).explanations()
+            if "upper" in line
+        ]
+        for of, data in (
+            (model_of((3,), Standardized((0.0, 2.5, 0.0), (1.0, 1.0, 1.0))), constant),
+            (model_of((2,), Identity()), varying),
+            (model_of((3,), Identity()), from_array(values[:1], name="one")),
+        )
+    ]
+    assert [len(lines) for lines in said] == [2, 1, 1]  # "≤: an upper bound" is said of each
+    assert "channel b (1 of 3 channels) has the same value in all items, and a density no upper bound" in said[0][0]
+    values = integers(num_values=17).values.copy()
+    values[:, 3] = 5
+    integer = from_array(values, num_values=17, name="integers")
+    assert integer.constant_channels.tolist() == [3]
+    assert density_warning(model_of((20,), IntegerLevels(17)), integer) is None
+
+
+def test_the_density_of_a_constant_column_has_no_upper_bound():
+    """The bound of the exact denoiser falls by log 10 nats where the cleanest noise is ten times smaller."""
+    data, totals = GaussianData(torch.zeros(1), torch.tensor([1e-30])), []
+    for sigma in (1e-2, 1e-3, 1e-4):
+        schedule = S.VarianceExploding(sigma, 10.0)
+        chain = ReverseChain(data.denoiser(schedule), time_grid(schedule, 4))
+        totals.append(float(vlb(chain, torch.zeros(1, 1, dtype=torch.float64), lambda n: torch.ones(n, 1, 1)).total))
+    steps = [b - a for a, b in pairwise(totals)]
+    assert steps == pytest.approx([-math.log(10)] * 2, rel=1e-3)

@@ -404,3 +404,16 @@ def test_final_log_var_of_short_chains():
 def test_chains_must_fall(times):
     with pytest.raises(ValueError, match=r"a chain is a falling list of at least two times|a time must be in"):
         S.chain(S.linear(10), times)
+
+
+def test_a_table_that_does_not_rise_has_a_note():
+    assert S.Tabulated([0.1, 0.3, 0.2, 0.2, 0.05]).notes == (
+        "the table of beta falls in 2 of its 5 steps, first at beta[2] = 0.2 after 0.3",
+    )
+    assert S.Tabulated([0.1, 0.1, 0.1]).notes == ("the table of beta does not rise: every step has 0.1",)
+    for rising in (
+        S.Tabulated([0.1]),
+        S.Tabulated([0.1, 0.2, 0.2, 1.0]),
+        *(TABLES[name](T) for name in TABLES for T in (7, 1000) if name != "tabulated"),
+    ):
+        assert rising.notes == ()

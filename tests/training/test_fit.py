@@ -508,3 +508,13 @@ def test_continuous_vectors_for_a_fraction_of_a_minute(tmp_path, monkeypatch):
 
 def test_progress_is_plain_data():
     assert Progress(**json.loads(json.dumps(vars(Progress(3, 1.5, 2, 9))))) == Progress(3, 1.5, 2, 9)
+
+
+def test_a_table_of_beta_that_falls_is_noted_in_the_log_and_the_model():
+    schedule = {"name": "tabulated", "beta": [0.1, 0.4, 0.3, 0.5, 0.9]}
+    config = replace(replace_train(CONFIG, max_steps=1, previews=0), model=replace(CONFIG.model, schedule=schedule))
+    task, data, lines = loop.adapt_task(DiffusionTask(config), DATA, torch.device("cpu"))
+    note = "the table of beta falls in 1 of its 5 steps, first at beta[2] = 0.3 after 0.4"
+    assert lines == [f"note: {note}"]
+    assert task.build_model(data, data.split(0.2)).info["notes"][-1] == note
+    assert loop.adapt_task(DiffusionTask(CONFIG), DATA, torch.device("cpu"))[2] == []

@@ -250,11 +250,18 @@ def with_observations(data: Dataset) -> Dataset:
     notes = ["there is only one item"] if len(data) == 1 else []
     if repeats := len(data) - len(np.unique(data.digests)):
         notes.append(f"{repeats} of {len(data)} items repeat another one exactly")
-    if len(constant := data.constant_channels):
-        names = [data.columns[i] if data.columns else str(i) for i in constant[:5]]
-        more = f" and {len(constant) - 5} more" if len(constant) > 5 else ""
-        notes.append(f"the same value everywhere in channel {', '.join(names)}{more}")
+    if constant := describe_constant_channels(data):
+        note = f"the same value everywhere in channel {constant}"
+        unbounded = data.num_values is None and len(data) > 1
+        notes.append(f"{note}; a density has no upper bound there: leave it out to measure one" if unbounded else note)
     return data.with_notes(*notes)
+
+
+def describe_constant_channels(data: Dataset) -> str:
+    """Names, or numbers, of the first constant channels, and how many there are more; "" if there are none."""
+    constant = data.constant_channels
+    names = [data.columns[i] if data.columns else str(i) for i in constant[:5]]
+    return ", ".join(names) + (f" and {len(constant) - 5} more" if len(constant) > 5 else "")
 
 
 def chunks(values: np.ndarray, indices: np.ndarray | None = None) -> Iterator[np.ndarray]:

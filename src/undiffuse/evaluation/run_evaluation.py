@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from undiffuse import __version__, errors
-from undiffuse.data.dataset import Dataset
+from undiffuse.data.dataset import Dataset, describe_constant_channels
+from undiffuse.data.transform import IntegerLevels
 from undiffuse.errors import ConfigError, DataError, UndiffuseError
 from undiffuse.evaluation import plan as planning
 from undiffuse.evaluation import resumable, summary
@@ -171,7 +172,23 @@ def evaluate(
         {name: nll for name, (nll, _) in computed.items()},
         {name: seconds for name, (_, seconds) in computed.items()},
         {name: plan[name]["mc_samples"] for name in computed},
-        (reason,) if reason else (),
+        tuple(note for note in (reason, density_warning(model, data)) if note),
+    )
+
+
+def density_warning(model: Diffusion, data: Dataset) -> str | None:
+    """A sentence if ``data`` have constant channels of which ``model`` gives a density, else None.
+
+    A model that learns the value puts a Gaussian of ever smaller variance v around it, whose −log p at the value,
+    ½ log 2πv, has no lower bound.
+    """
+    constant = describe_constant_channels(data)
+    if not constant or len(data) == 1 or isinstance(model.transform, IntegerLevels):
+        return None
+    shares = f"{len(data.constant_channels)} of {data.item_shape[0]} channels"
+    return (
+        f"channel {constant} ({shares}) has the same value in all items, and a density no upper bound there: these "
+        "numbers fall with the noise of the cleanest level, whatever the model knows of the rest. Leave it out"
     )
 
 

@@ -48,6 +48,18 @@ class Tabulated:
         variance = -torch.expm1(self._log_alpha_bar)
         self._final_log_var = torch.log(beta[0] if self.chain_length == 1 else beta[1] * variance[1] / variance[2])
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence if beta falls in a step, or in none rises; the schedules of the literature rise [Ho20 §2]."""
+        falls = (self.beta[1:] < self.beta[:-1]).nonzero().flatten()
+        if len(falls):
+            k = int(falls[0]) + 1
+            values = f"beta[{k}] = {float(self.beta[k]):g} after {float(self.beta[k - 1]):g}"
+            return (f"the table of beta falls in {len(falls)} of its {self.chain_length} steps, first at {values}",)
+        if self.chain_length > 1 and bool(self.beta[0] == self.beta[-1]):
+            return (f"the table of beta does not rise: every step has {float(self.beta[0]):g}",)
+        return ()
+
     def _position(self, t: Tensor) -> Tensor:
         position = t * self.chain_length
         nearest = position.round()

@@ -88,7 +88,7 @@ def diffuse(x: Tensor, level: NoiseLevel, eps: Tensor) -> Tensor:
 
 
 def forward_marginal(x: Tensor, level: NoiseLevel) -> Gaussian:
-    """q(x_t given x) = N(alpha x, sigma²), of ``x``'s shape [Ho20 eq. 4]; log-variance −inf at sigma = 0."""
+    """q(x_t given x) = N(alpha x, sigma²) of ``x``'s shape, a point mass (log-variance −inf) at data [Ho20 eq. 4]."""
     at = level.broadcast_like(x)
     return Gaussian(at.alpha * x, 2 * torch.log(at.sigma))
 

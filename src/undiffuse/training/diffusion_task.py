@@ -19,12 +19,14 @@ from undiffuse.evaluation.baselines import shared_values
 from undiffuse.evaluation.memorization_test import generalization_gap, matched_items
 from undiffuse.evaluation.time_limit import TimeLimit
 from undiffuse.model import checkpoint
+from undiffuse.model.build import build_part
 from undiffuse.model.config import Config, TrainConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.presets import adapt_to_data
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.protocol import init_statistics
 from undiffuse.networks.registry import network_settings
+from undiffuse.process import schedule as schedules
 from undiffuse.process.statistics import mean_with_stderr
 from undiffuse.report.figures import image_grid
 from undiffuse.sampling.sampler import Sampler
@@ -78,6 +80,10 @@ class DiffusionTask(Task):
             described = network_settings(self.network, config.model.network)
             config = replace(config, model=replace(config.model, network=described))
         return replace(self, config=adapt_to_data(config, data.num_values, data.condition_sizes))
+
+    def notes(self) -> Sequence[str]:
+        schedule = build_part("schedule", schedules.build, self.config.model.schedule)
+        return schedule.notes if isinstance(schedule, schedules.Tabulated) else ()
 
     def build_model(self, data: Dataset, split: Split) -> Diffusion:
         settings = self.config.train

@@ -196,8 +196,9 @@ def adapt_task(task: Task, data: Dataset, device: torch.device) -> tuple[Task, D
     held_out, few_items = data.held_out_fraction(settings.held_out)
     notes = [] if few_items is None else [few_items]
     settings = replace(settings, precision=resolve_precision(settings.precision, device), held_out=held_out)
-    data = data.with_notes(*notes)
-    return task.adapt(data, settings), data, [f"note: {note}" for note in notes]
+    task = task.adapt(data, settings)
+    notes += task.notes()
+    return task, data.with_notes(*notes), [f"note: {note}" for note in notes]
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

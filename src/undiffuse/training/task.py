@@ -50,6 +50,10 @@ class Task(Protocol):
         """The task with ``settings``, adapted to ``data``. Raises `ConfigError` or `DataError` if they do not fit."""
         ...
 
+    def notes(self) -> Sequence[str]:
+        """Sentences about unusual settings, for the log and the model's notes; none by default."""
+        return ()
+
     def build_model(self, data: Dataset, split: Split) -> Any:
         """The untrained model on the CPU; random weights come from torch's global generator, seeded by the loop."""
         ...
