@@ -75,7 +75,7 @@ UNSAFE_NAMES |= {f"accelerate.utils.{name}" for name in ("gather_object", "broad
 UNSAFE_NAMES |= {f"dist.{name}" for name in ("all_gather_object", "gather_object", "broadcast_object_list")}
 UNSAFE_CALLS = {"eval", "exec", "__import__", "import_module"}
 UNSAFE_FLAGS = {"allow_pickle", "shell"}
-LAZY_TABLES = {"undiffuse.__init__", "undiffuse.sampling.tables"}
+LAZY_TABLES = {"undiffuse.__init__", "undiffuse.runtime.lazy_table"}
 """Modules that import by name, from tables written in the source: the public API, solvers and the like."""
 
 
@@ -265,7 +265,7 @@ def test_the_rule_finds_what_breaks_it(rule: Rule, module: str, source: str) -> 
             "from undiffuse.networks.condition import Condition\nfrom undiffuse.process import noise_level",
         ),
         (upward_imports, "cli.main", "from undiffuse import __version__, training"),
-        (data_as_code, "sampling.tables", "importlib.import_module(name)"),
+        (data_as_code, "runtime.lazy_table", "importlib.import_module(name)"),
         (data_as_code, "data.array", "network.eval()\nx = numpy.load(y, allow_pickle=False)\nre.compile(y)"),
         (foreign_letters, "process.discrete_schedule", "beta = 1\nalpha_bar = 2"),
         (foreign_letters, "evaluation.metrics", "x = torch.lgamma(y) + f(betas=(0.9, 0.99))\nalphabet = 1"),

@@ -1,9 +1,11 @@
 """The commands, called in this process: what they print, write and return."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -155,6 +157,16 @@ def test_usage_errors(place, refused, arguments, words, monkeypatch):
     line = refused(2, *(names.get(a, a) for a in arguments))
     assert words in line
     assert not (place / "runs").exists()
+
+
+def test_the_help_of_train_lists_schedules_and_networks(capsys):
+    from undiffuse.networks.registry import BUILT_IN
+    from undiffuse.process.schedule import SCHEDULES
+
+    with suppress(SystemExit):
+        main(["train", "--help"])
+    words = set(re.findall(r"\w+", capsys.readouterr().out))
+    assert {*SCHEDULES, *dict(BUILT_IN)} <= words
 
 
 def test_no_gpu(place, refused):

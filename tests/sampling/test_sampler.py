@@ -9,10 +9,11 @@ import pytest
 from undiffuse.denoising.denoiser import Clipped
 from undiffuse.errors import ConfigError
 from undiffuse.process import schedule as S
+from undiffuse.runtime.lazy_table import LazyTable, row
 from undiffuse.sampling.sampler import Sampler, guidance_changes
 from undiffuse.sampling.solvers import SOLVERS
 from undiffuse.sampling.solvers.ddim import DDIM
-from undiffuse.sampling.tables import RESTORATION_METHODS, SPACINGS, LazyTable, row
+from undiffuse.sampling.tables import RESTORATION_METHODS, SPACINGS
 
 SAMPLERS = [
     Sampler(),

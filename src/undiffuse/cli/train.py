@@ -24,6 +24,8 @@ from undiffuse.cli.options import (
 )
 from undiffuse.errors import ConfigError
 from undiffuse.model.presets import PRESETS
+from undiffuse.networks.tables import BUILT_IN_NETWORKS
+from undiffuse.process.tables import SCHEDULES
 
 if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
@@ -66,7 +68,11 @@ def train(
         typer.Option(help=f"A recipe: {', '.join(PRESETS)}; by default chosen from the data and the device."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A TOML file with tables [model] and [train], which override the preset.")
+        Path | None,
+        typer.Option(
+            help="A TOML file with tables [model] and [train], which override the preset. "
+            f"Schedules: {', '.join(SCHEDULES)}. Kinds of network: {', '.join(BUILT_IN_NETWORKS)}."
+        ),
     ] = None,
     network: NetworkFile = None,
     init: Annotated[Path | None, typer.Option(help="Start from the weights of this run or model file.")] = None,

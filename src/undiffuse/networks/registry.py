@@ -15,13 +15,12 @@ from torch import nn
 
 from undiffuse.errors import ConfigError
 from undiffuse.networks.condition import CONDITION_SETTINGS
-from undiffuse.networks.mlp import MLP
 from undiffuse.networks.protocol import accepts_dims
 from undiffuse.networks.settings import require
-from undiffuse.networks.unet import UNet
+from undiffuse.networks.tables import BUILT_IN_NETWORKS
 from undiffuse.runtime.machine import available_memory
 
-NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}
+NETWORKS: dict[str, Any] = dict(BUILT_IN_NETWORKS)
 """The class of each kind; `register` adds to it."""
 BUILT_IN = tuple(NETWORKS.items())
 

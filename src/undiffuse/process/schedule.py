@@ -1,13 +1,13 @@
 """Schedules: maps from t in [0, 1] (0 data, 1 noise) to a noise level, float64 on the CPU.
 
-Here are the functions of time and the table of all schedules by name; `undiffuse.process.discrete_schedule` has the
-discrete chains. Discrete and continuous time are the same code.
+Here are the functions of time; `undiffuse.process.discrete_schedule` has the discrete chains, and
+`undiffuse.process.tables` all by name. Discrete and continuous time are the same code.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from undiffuse.errors import ConfigError
-from undiffuse.process.discrete_schedule import Tabulated, cosine, linear, linear_rescaled, quadratic
-from undiffuse.process.learned_schedule import LearnedSchedule
+from undiffuse.process.discrete_schedule import Tabulated, cosine, linear, linear_rescaled, quadratic  # noqa: F401
+from undiffuse.process.learned_schedule import LearnedSchedule  # noqa: F401 (all schedules are found here)
 from undiffuse.process.noise_level import NoiseLevel, as_float64, check_ascending, check_time, transition_frac, vp_level
+from undiffuse.process.tables import SCHEDULES
 
 
 class Schedule(Protocol):
@@ -179,20 +180,6 @@ class Flow:
 
 def _sigmoid(z: float) -> float:
     return 1 / (1 + math.exp(-z))
-
-
-SCHEDULES: dict[str, Callable[..., Schedule]] = {
-    "linear": linear,
-    "linear_rescaled": linear_rescaled,
-    "quadratic": quadratic,
-    "cosine": cosine,
-    "sigmoid": Sigmoid,
-    "linear_log_snr": LinearLogSNR,
-    "learned": LearnedSchedule,
-    "variance_exploding": VarianceExploding,
-    "flow": Flow,
-    "tabulated": Tabulated,
-}
 
 
 def build(name: str, **settings: object) -> Schedule:

@@ -10,7 +10,7 @@ from inspect import Parameter
 from typing import TYPE_CHECKING
 
 from undiffuse.errors import ConfigError
-from undiffuse.sampling.tables import LazyTable, row
+from undiffuse.runtime.lazy_table import LazyTable, row
 
 if TYPE_CHECKING:
     from undiffuse.sampling.solvers.solver import Solver
