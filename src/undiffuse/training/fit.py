@@ -54,9 +54,9 @@ def fit(
 ) -> Path:
     """Train ``task`` on ``data`` into the folder of ``run``, which is returned; an unfinished run is resumed.
 
-    ``init``: file or run whose weights training starts from; a resumed run does not load them. ``quiet``: print nothing.
-    ``force``: resume although recipe, data or torch have changed since the run began, with a new plan for its end; not
-    for a finished run. ``clock``: seconds, as of `time.perf_counter`, for ``minutes`` and for rates.
+    ``init``: file or run whose weights a new run starts from. ``quiet``: print nothing. ``force``: resume although
+    recipe, data or torch have changed since the run began, with a new plan for its end; not for a finished run.
+    ``clock``: seconds, as of `time.perf_counter`, for ``minutes`` and for rates.
 
     Every random number is a function of (seed, purpose, step). With ``max_steps``, evaluating and saving do not change
     what is trained, and a resumed run is bit-identical to an uninterrupted one; with ``minutes`` their time counts, and
