@@ -66,7 +66,7 @@ class ValueSoftmax:
         count = self.transform.num_values
         precision = broadcast_like(torch.exp(level.log_snr), z).expand_as(z)
         position = z / broadcast_like(level.alpha, z)
-        reach = math.ceil(math.sqrt(2 * TAIL / math.exp(float(level.log_snr.detach().min()))) * (count - 1) / 2)
+        reach = math.ceil(math.sqrt(2 * TAIL / math.exp(float(level.log_snr.detach()))) * (count - 1) / 2)
         terms = min(2 * reach + 1, count)
         first = (self.transform.to_data(position).long() - reach).clamp(0, count - terms)
         own = self.transform.to_model(self.transform.to_data(x).long(), torch.float64)
