@@ -127,7 +127,7 @@ def too_long(tree: ast.Module, module: str) -> Iterator[tuple[int, str]]:
 
 PRIVATE_WORDS = {
     *("told", "untold", "tell", "heard", "hears", "hearing", "said", "crew", "loudest", "whats_wrong", "leave_out"),
-    *("left_out", "in_shares", "shared_like", "gathered", "require_disk_space", "turning_point", "rewind", "lengthen"),
+    *("left_out", "in_shares", "shared_like", "gathered", "require_room", "turning_point", "rewind", "lengthen"),
     *("lattice", "codec", "heard_by", "says_something", "album", "dequantise", "standardised", "ranged"),
     *("to_codes", "from_codes", "nudge", "misfit", "walked", "only_mask", "judge", "judged", "noisy", "leaps"),
     *("tighten", "cut_variance", "own_noise", "choose_items", "affordable", "spread_out", "forget_after"),
