@@ -41,7 +41,7 @@ OS_NAMES = [
     *("getuid", "geteuid", "getgid", "getegid", "getgroups", "setuid", "chown", "fchown", "fchmod", "chroot", "mkfifo"),
     *("pread", "preadv", "pwritev", "readv", "writev", "sendfile", "statvfs", "fstatvfs", "uname", "sched_getaffinity"),
     *("posix_fallocate", "posix_fadvise", "fdatasync", "sync", "lockf", "openpty", "ttyname", "register_at_fork"),
-    *("O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_SYNC", "O_DSYNC", "O_NOCTTY", "O_TMPFILE", "O_PATH"),
+    *("O_DIRECTORY", "O_SYNC", "O_DSYNC", "O_NOCTTY", "O_TMPFILE", "O_PATH"),
 ]
 SIGNAL_NAMES = [
     *("SIGHUP", "SIGKILL", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGPIPE", "SIGTSTP", "SIGCONT"),
