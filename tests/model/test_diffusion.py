@@ -6,12 +6,13 @@ import torch
 
 from undiffuse.data.transform import Identity, IntegerLevels, Standardized
 from undiffuse.errors import ConfigError, NonFiniteError
-from undiffuse.model.config import ModelConfig
+from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
 from undiffuse.process.seeded_noise import ItemNoise
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers.ancestral import Ancestral
+from undiffuse.training.diffusion_task import DiffusionTask
 
 NET = {"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()}
 MLP = {"kind": "mlp", "width": 8, "depth": 1}
@@ -316,11 +317,12 @@ def test_rescaled_continuous_data_shift_the_bound_by_the_log_of_the_factor():
 
 
 def test_the_groups_of_an_optimizer():
+    settings = Config(train=TrainConfig(weight_decay=0.5))
     plain, vdm = model(), model(schedule={"name": "learned"}, loss="continuous", times={"name": "uniform", "low": 0.0})
-    (group,) = plain.parameter_groups(0.5)
+    (group,) = DiffusionTask(settings).parameter_groups(plain)
     assert (group["weight_decay"], group["lr_factor"]) == (0.5, 1.0)
     assert [id(p) for p in group["params"]] == [id(p) for p in plain.parameters()]
-    network, schedule = vdm.parameter_groups(0.5)
+    network, schedule = DiffusionTask(settings).parameter_groups(vdm)
     assert [id(p) for p in network["params"]] == [id(p) for p in vdm.network.parameters()]
     assert [id(p) for p in schedule["params"]] == [id(p) for p in vdm.schedule.parameters()]
     assert (network["weight_decay"], network["lr_factor"]) == (0.5, 1.0)

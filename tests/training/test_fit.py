@@ -15,7 +15,7 @@ from undiffuse.data.transform import Identity, IntegerLevels, Standardized
 from undiffuse.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from undiffuse.model.checkpoint import load
 from undiffuse.model.config import Config, ModelConfig, TrainConfig, replace_train
-from undiffuse.model.diffusion import SCHEDULE_LR_FACTOR, Diffusion
+from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.presets import adapt_to_data
 from undiffuse.networks.condition import Condition
 from undiffuse.runtime.signals import Interrupted, StoppedImmediately, collect_stop_signals
@@ -24,7 +24,7 @@ from undiffuse.sampling.sampler import Sampler
 from undiffuse.training import batches as batches_of
 from undiffuse.training import fit as loop
 from undiffuse.training.batches import global_batch
-from undiffuse.training.diffusion_task import DiffusionTask, fit_diffusion
+from undiffuse.training.diffusion_task import SCHEDULE_LR_FACTOR, DiffusionTask, fit_diffusion
 from undiffuse.training.distributed import average_other_gradients
 from undiffuse.training.monitor import Monitor
 from undiffuse.training.progress import Progress

@@ -42,8 +42,6 @@ from undiffuse.sampling.time_grids import time_grid
 from undiffuse.sampling.trajectory import Step, check_finite, last_step, rescale
 from undiffuse.sampling.trajectory import trajectory as solver_trajectory
 
-SCHEDULE_LR_FACTOR = 10.0
-"""The learning rate of a learned schedule's parameters, relative to that of the network."""
 DEFAULT_SAMPLER = Sampler()
 
 
@@ -121,17 +119,6 @@ class Diffusion(nn.Module):
         """Validates ``cond`` for a batch of ``items`` and moves it to the model's device. Raises `ConfigError`."""
         cond = arguments.check_condition(cond).validate_for(self.condition_sizes, items)
         return cond.to(self.device).map(arguments.outside_inference_mode)
-
-    def parameter_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """The groups of an optimizer, each with ``params``, ``weight_decay`` and ``lr_factor``.
-
-        ``lr_factor`` multiplies the learning rate of the group. The network, then a learned schedule without decay.
-        """
-        network = {"params": list(self.network.parameters()), "weight_decay": weight_decay, "lr_factor": 1.0}
-        if not isinstance(self.schedule, nn.Module):
-            return [network]
-        parameters = list(self.schedule.parameters())
-        return [network, {"params": parameters, "weight_decay": 0.0, "lr_factor": SCHEDULE_LR_FACTOR}]
 
     def denoiser(self, network: nn.Module | None = None) -> NetworkDenoiser:
         """The network, or ``network`` in its place, as a denoiser."""

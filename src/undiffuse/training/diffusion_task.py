@@ -39,6 +39,8 @@ HELD_OUT_ITEMS = 64
 """Held-out items, and as many training items, of which the bound is measured during a run."""
 MC_SAMPLES, FINAL_MC_SAMPLES, MIN_MC_SAMPLES = 8, 32, 2
 """Noise levels per item for that bound: at every evaluation, once more at the end, and where the time is short."""
+SCHEDULE_LR_FACTOR = 10.0
+"""The learning rate of a learned schedule's parameters, relative to that of the network."""
 PREVIEW_ITEMS, PREVIEW_STEPS = 36, 12
 FINAL_ITEMS, FINAL_STEPS = 64, 100
 """Samples in a picture and their sampler steps: at every evaluation, and at the end."""
@@ -95,7 +97,13 @@ class DiffusionTask(Task):
         return model
 
     def parameter_groups(self, model: Diffusion) -> list[dict[str, Any]]:
-        return model.parameter_groups(self.config.train.weight_decay)
+        """The network, then a learned schedule, which is no part of it, without weight decay."""
+        decay, network = self.config.train.weight_decay, list(model.network.parameters())
+        groups = [{"params": network, "weight_decay": decay, "lr_factor": 1.0}]
+        if isinstance(model.schedule, nn.Module):
+            schedule = list(model.schedule.parameters())
+            groups.append({"params": schedule, "weight_decay": 0.0, "lr_factor": SCHEDULE_LR_FACTOR})
+        return groups
 
     def loss(self, model: Diffusion, batch: Batch, network: nn.Module) -> Tensor:
         return model.loss(*batch, network=network)
