@@ -87,6 +87,23 @@ def test_an_extended_run_is_the_longer_run(tmp_path):
     assert len(Run(short).record["extended"]) == 2
 
 
+def snapshots(folder):
+    return {path.name: read_tensors(path)[0] for path in (folder / "snapshots").iterdir()}
+
+
+@pytest.mark.parametrize(("count", "more"), [(2, 6), (4, 2), (4, 10), (3, 30)])
+def test_an_extended_run_has_the_snapshots_of_the_longer_run(tmp_path, count, more):
+    """It had those of its own length up to the step that it resumed from, in place of theirs."""
+    config = replace_train(CONFIG, snapshots=count)
+    short, straight = train(config, tmp_path / "a"), train(replace_train(config, max_steps=10 + more), tmp_path / "b")
+    assert extend(short, DATA, steps=more)[1] == 6
+    train(replace_train(config, max_steps=10 + more), short)
+    one, other = snapshots(short), snapshots(straight)
+    assert sorted(one) == sorted(other)
+    assert all(torch.equal(one[file][name], other[file][name]) for file in one for name in one[file])
+    assert 2 * count <= len(one) <= 4 * count
+
+
 def test_without_a_checkpoint_before_the_decay_it_decays_twice(tmp_path):
     folder = train(replace_train(CONFIG, previews=0), tmp_path / "run")
     longer, step = extend(folder, DATA, steps=10)

@@ -1,11 +1,14 @@
 """Averages of other lengths from snapshots: the weight of each step in closed form, and the least squares."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.model.config import TrainConfig
 from undiffuse.runtime.tensor_file import read_tensors
 from undiffuse.training.ema import PowerEMA, power_for_length
 from undiffuse.training.posthoc_ema import (
@@ -16,7 +19,9 @@ from undiffuse.training.posthoc_ema import (
     list_snapshots,
     profile_inner_product,
     reconstruct_average,
+    snapshot_interval,
 )
+from undiffuse.training.progress import Progress
 
 N, EVERY = 200, 25
 
@@ -142,6 +147,33 @@ def test_the_models_own_average_is_not_stored_twice(tmp_path):
     none, _ = trained(tmp_path / "none", snapshots=0)
     assert none.state == {}
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("snapshots", [1, 2, 3, 4, 16])
+def test_the_interval_of_snapshots(snapshots):
+    """At least so many in a run, fewer than twice as many, and those of a longer run are among those of a shorter."""
+    intervals = [snapshot_interval(steps, snapshots) for steps in range(snapshots, 2000)]
+    for steps, interval in enumerate(intervals, snapshots):
+        assert snapshots <= steps // interval < 2 * snapshots
+    assert all(longer % shorter == 0 for shorter, longer in itertools.pairwise(intervals))
+
+
+def test_snapshots_of_a_run_by_the_clock(tmp_path):
+    """The number of steps is estimated; it is then as many, and even for a run that becomes four times as fast."""
+    kept, average = trained(tmp_path, snapshots=0)
+    kept, settings, progress = (
+        EMASnapshots(nn.Linear(2, 1), average, 0.07, 4, tmp_path),
+        TrainConfig(minutes=1.0),
+        Progress(),
+    )
+    while progress.seconds < 60:
+        progress.step += 1
+        progress.seconds += 1.0 if progress.step < 10 else 0.25
+        progress.last_step = progress.step if progress.seconds >= 60 else None
+        kept.write_if_due(progress, settings, "", True)
+    steps = sorted({profile.step for profile in list_snapshots(tmp_path)})
+    assert steps[-1] == progress.step == 213
+    assert steps[:-1] == [32, 64, 96, 128, 160, 192]
 
 
 def test_later_snapshots_are_removed(tmp_path):

@@ -54,13 +54,13 @@ class TrainConfig:
 
     The learning rate rises over ``warmup`` steps, stays, and falls linearly to 0 over the last fraction ``decay`` of
     the run, which ends after ``max_steps`` steps or about ``minutes`` minutes. ``ema`` is the length of the average of
-    the weights as a fraction of the run (a power-function profile); ``snapshots`` is how often two averages are saved
-    from which `undiffuse.training.posthoc_ema` computes those of other lengths (each save takes 8 bytes a parameter
-    on disk; in memory it takes 4; 0: none). ``precision`` is ``auto``, ``float32`` or ``bfloat16``. ``flip`` and
-    ``flip_vertical`` mirror images at random, ``crop`` shifts items by up to that many cells along each axis
-    (`undiffuse.training.augmentation`), in training only. With ``conditional`` the network gets all conditions of the
-    data (labels, vectors, tokens), except for the fraction ``condition_dropout`` of the items, which get the null
-    condition. ``previews`` is how often the run is evaluated; a checkpoint is written then, and every
+    the weights as a fraction of the run (a power-function profile); at least ``snapshots`` times, and at most twice as
+    often, two averages are saved from which `undiffuse.training.posthoc_ema` computes those of other lengths (each save
+    takes 8 bytes a parameter on disk; in memory it takes 4; 0: none). ``precision`` is ``auto``, ``float32`` or
+    ``bfloat16``. ``flip`` and ``flip_vertical`` mirror images at random, ``crop`` shifts items by up to that many cells
+    along each axis (`undiffuse.training.augmentation`), in training only. With ``conditional`` the network gets all
+    conditions of the data (labels, vectors, tokens), except for the fraction ``condition_dropout`` of the items, which
+    get the null condition. ``previews`` is how often the run is evaluated; a checkpoint is written then, and every
     ``save_minutes``. A step with a NaN or infinite loss or gradient stops the run; with ``on_nonfinite`` "skip" it is
     skipped, at most five in a row.
 

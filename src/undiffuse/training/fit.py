@@ -118,8 +118,7 @@ def fit(
                 broadcast_progress(accelerator, progress)
                 loss = None if problem else float(losses.mean())
                 monitor.record_step(loss, norms[0], lr, batches.waited, progress.step_seconds)
-                if monitor.crossed_part(settings.snapshots):
-                    state.snapshots.write(progress.step, run.id, main)
+                state.snapshots.write_if_due(progress, settings, run.id, main)
 
                 # Save and evaluate when due; stop after a signal
                 signal = reduce_signal(accelerator, stop_requests)

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from undiffuse.data.dataset import Dataset
 from undiffuse.errors import CheckpointError, ConfigError, DataError
 from undiffuse.model.checkpoint import load
+from undiffuse.model.config import TrainConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.process.statistics import mean_with_stderr
 from undiffuse.runtime.tensor_file import FORMAT, check_tensors, read_metadata, read_tensors, write_tensors
 from undiffuse.training.distributed import gather_full
 from undiffuse.training.ema import PowerEMA, power_for_length
+from undiffuse.training.progress import Progress
 from undiffuse.training.run_folder import Run
 
 SNAPSHOT_LENGTHS = (0.05, 0.10)
@@ -43,6 +45,18 @@ class Profile(NamedTuple):
     step: int
 
 
+def snapshot_interval(steps: float, snapshots: int) -> int:
+    """Steps between snapshots in a run of ``steps``: the least power of two that gives fewer than 2 ``snapshots``.
+
+    That is at least ``snapshots``, in a run of as many steps. The multiples of the interval of a longer run are among
+    those of a shorter one: so an extended run has the snapshots of the run that would have started longer.
+    """
+    interval = 1
+    while steps >= 2 * snapshots * interval:
+        interval *= 2
+    return interval
+
+
 class EMASnapshots:
     """The averages of `SNAPSHOT_LENGTHS` during training, stored in ``folder``; none if ``snapshots`` is 0.
 
@@ -50,7 +64,7 @@ class EMASnapshots:
     """
 
     def __init__(self, model: nn.Module, ema: PowerEMA, length: float, snapshots: int, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.snapshots = folder, snapshots
         kept = SNAPSHOT_LENGTHS if snapshots else ()
         self.averages = {each: ema if each == length else PowerEMA(model, each) for each in kept}
         self.others = {each: average for each, average in self.averages.items() if average is not ema}
@@ -67,9 +81,21 @@ class EMASnapshots:
 
     def drop_after(self, step: int) -> None:
         """Remove snapshots of later steps, which a run that resumes from ``step`` has not reached."""
-        for path in self.folder.glob("*"):
-            if (name := SNAPSHOT_NAME.fullmatch(path.name)) and (name["partial"] or int(name["step"]) > step):
-                path.unlink()
+        self._remove(lambda other: other > step)
+
+    def write_if_due(self, progress: Progress, settings: TrainConfig, run_id: str, main: bool) -> None:
+        """`write` at the multiples of `snapshot_interval` and at the last step, and remove those of other steps.
+
+        With ``minutes``, the number of steps is estimated from the speed so far until the end is planned.
+        """
+        if not self.averages:
+            return
+        steps = progress.last_step or progress.step / max(progress.fraction(settings), 1e-9)
+        interval = snapshot_interval(steps, self.snapshots)
+        if progress.done or progress.step % interval == 0:
+            self.write(progress.step, run_id, main)
+            if main:
+                self._remove(lambda step: step % interval != 0 and step != progress.step)
 
     def write(self, step: int, run_id: str = "", main: bool = True) -> None:
         """Write a snapshot, one file for each length. Every process calls it, and the ``main`` one writes.
@@ -82,6 +108,12 @@ class EMASnapshots:
                 self.folder.mkdir(exist_ok=True)
                 tags = {"undiffuse": str(FORMAT), "length": str(length), "step": str(step), "run": run_id}
                 write_tensors(self.folder / snapshot_name(length, step), tensors, tags)
+
+    def _remove(self, unwanted: Callable[[int], bool]) -> None:
+        """Remove the snapshots of ``unwanted`` steps, and unfinished writes."""
+        for path in self.folder.glob("*"):
+            if (name := SNAPSHOT_NAME.fullmatch(path.name)) and (name["partial"] or unwanted(int(name["step"]))):
+                path.unlink()
 
 
 def profile_inner_product(one: Profile, other: Profile) -> float:
