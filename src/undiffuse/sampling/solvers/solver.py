@@ -52,8 +52,8 @@ class Solver:
 
 
 def is_finite_step(t: NoiseLevel, s: NoiseLevel) -> bool:
-    """Whether log-SNR is finite at both levels: sigma_s > 0, and not pure noise at t, below `MIN_LOG_SNR`."""
-    return bool(torch.logical_and(t.log_snr >= MIN_LOG_SNR, s.sigma > 0))
+    """Whether log-SNR is finite at both levels: alpha_t > 0 and sigma_s > 0."""
+    return bool(torch.logical_and(t.alpha > 0, s.sigma > 0))
 
 
 @torch.no_grad()
