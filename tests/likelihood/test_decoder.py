@@ -122,6 +122,7 @@ def test_what_the_window_leaves_out_is_below_the_bound():
 
 
 def test_chunks_do_not_change_it(monkeypatch):
+    assert decoders.CHUNK_TERMS == 1_048_576  # 8 MB for each of its tensors
     transform, level = IntegerLevels(256), at(9.0)
     x = transform.to_model(torch.randint(256, (4, 3, 5), generator=torch.Generator().manual_seed(0)))
     z = level.alpha * x.double() + level.sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
