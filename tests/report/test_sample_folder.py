@@ -16,6 +16,7 @@ from undiffuse.errors import CheckpointError, ConfigError, ResourceError
 from undiffuse.report import sample_folder
 from undiffuse.report.sample_folder import SampleFolder, write_samples
 from undiffuse.runtime import part_store
+from undiffuse.runtime.side_files import read_record, write_record
 
 
 def written(folder, values, num_values, first=0):
@@ -306,6 +307,18 @@ def test_a_damaged_manifest_is_no_record(tmp_path):
             drawn(tmp_path, 10)
     samples.manifest.write_bytes(whole)
     assert drawn(tmp_path, 10)[0].finished
+
+
+def test_a_manifest_names_files_of_its_folder_only(tmp_path):
+    """One from elsewhere, made to remove other files."""
+    samples = finished(tmp_path / "samples")
+    (tmp_path / "thesis.tex").write_text("mine")
+    record = read_record(samples.manifest)
+    files = {"../thesis.tex": "0", str(tmp_path / "thesis.tex"): "0", "..": "0", "": "0"}
+    write_record(samples.manifest, {**record, "files": {**record["files"], **files}})
+    drawn(tmp_path / "samples", 10, plan={"seed": 2})
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+    assert not (tmp_path / "samples" / "grid.png").exists()
 
 
 def test_another_plan_replaces_a_finished_folder(tmp_path):

@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from undiffuse.runtime.side_files import read_record, write_record
 
 GRID_ITEMS = 144
 """Samples in the grid, at most."""
+RECORD_KEYS = {"key", "first", "n", "finished", "files"}
+"""What `SampleFolder` reads of its record, beside the plan."""
 
 
 class SampleFolder:
@@ -135,7 +138,7 @@ class SampleFolder:
     def _own_record(self, names: set[str]) -> dict[str, Any] | None:
         """The record of the folder, None if there is none. Raises `ConfigError` if ``names`` are not ours to write."""
         record = read_record(self.manifest)
-        if record is not None and not record.keys() >= {"files", "key", "finished", "first", "n"}:
+        if record is not None and not (record.keys() >= RECORD_KEYS and isinstance(record["files"], dict)):
             record = None
         ours = listed_files(record)
         check_output_folder(self.folder, self.manifest, ours and {*ours, self.parts.name}, {*names, self.parts.name})
@@ -208,7 +211,7 @@ class SampleFolder:
     def _remove(self, names: Iterable[str]) -> None:
         """Remove files that the record lists; a name in it that we give no file is passed over."""
         for name in names:
-            if Path(name).name == name and name != self.manifest.name:
+            if re.fullmatch(r"\d{6,}\.png|[a-z]+\.(png|csv|npz)", name):
                 (self.folder / name).unlink(missing_ok=True)
 
     def _parts(self) -> list[tuple[range, str]]:
