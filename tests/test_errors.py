@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 
 from undiffuse import errors
+from undiffuse.cli.train import format_length
+from undiffuse.model.config import TrainConfig
 
 CODES = {
     errors.UndiffuseError: 1,
@@ -41,3 +43,11 @@ def test_control_characters_in_messages_are_escaped(text, printed):
     assert line == f"error[X] {printed}: {printed}. {printed}."
     assert line.isprintable()
     line.encode()
+
+
+def test_one_is_singular():
+    numbers = [(1, "minute"), (1.0, "minute"), (2.5, "minute"), (0, "step"), (1000, "class"), (1, "class")]
+    expected = ["1 minute", "1 minute", "2.5 minutes", "0 steps", "1,000 classes", "1 class"]
+    assert [errors.counted(*number) for number in numbers] == expected
+    assert format_length(TrainConfig(minutes=1.0)) == "1 minute"
+    assert format_length(TrainConfig(max_steps=1)) == "1 step"

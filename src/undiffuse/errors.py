@@ -53,3 +53,9 @@ class ResourceError(UndiffuseError):
 def printable(text: str) -> str:
     """``text`` on one line: control characters, direction marks and lone surrogates become escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def counted(number: float, noun: str) -> str:
+    """``number`` with its ``noun``, which is given in the singular, as 1 minute, 2.5 minutes, 1,000 classes."""
+    text = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{text} {noun}" if number == 1 else f"{text} {noun}{'es' if noun.endswith('s') else 's'}"

@@ -31,7 +31,7 @@ def test_json(folder, call):
     facts = json.loads(out)
     split, notes = facts.pop("split"), facts.pop("notes")
     assert sum(split.values()) == 5
-    assert "1 of 5 items repeat another one exactly" in notes
+    assert "1 of 5 items repeats another one exactly" in notes
     assert facts == {
         "name": folder.name,
         "items": 5,
@@ -60,9 +60,9 @@ def test_text(folder, call):
         "PNG (4), JPEG (1)",
         "6 x 6 (5)",
         "cats (3), dogs (2)",
-        "1 items repeat another one",
+        "1 repetition of another item",
         "1 ignored, 1 hidden, 1 skipped",
-        "note: 1 of 5 items repeat another one exactly",
+        "note: 1 of 5 items repeats another one exactly",
         f"skipped: [EMPTY_FILE] {folder}/dogs/bad.png: the file is empty",
         "contact sheet of 5 evenly spaced items",
     ):

@@ -8,6 +8,7 @@ from tiny_run import data as tiny
 
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.from_array import from_array
+from undiffuse.errors import counted
 from undiffuse.model import checkpoint
 from undiffuse.training.run_folder import Run
 
@@ -64,7 +65,7 @@ def test_too_few_items_to_hold_any_out(train, call, name):
     values, words = CASES[name]
     path, folder, out = train(values)
     assert f"note: {words}: {NOTHING}\n" in out
-    assert f"training on {len(values)} items" in out
+    assert f"training on {counted(len(values), 'item')} of" in out
     assert out.count("no held-out items") == 2
     assert "± nan" not in out
     assert f"next: undiffuse sample {folder}\nnext: undiffuse evaluate {folder} --part train\n" in out

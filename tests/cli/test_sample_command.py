@@ -148,7 +148,7 @@ def test_resume_after_an_interrupt(run, call, monkeypatch, tmp_path):
     assert not (tmp_path / "killed" / "samples.npz").exists()
     monkeypatch.setattr(SampleFolder, "add", real)
     said = call("sample", run, *flags, "--batch", 2, "--out", tmp_path / "killed")
-    assert "resuming: 8 samples are in" in said.out
+    assert "resuming: 8 samples in" in said.out
     np.testing.assert_array_equal(array(tmp_path / "killed"), array(tmp_path / "straight"))
     assert len(list((tmp_path / "killed").glob("0*.png"))) == 11
     said = call("sample", run, *flags, "--out", tmp_path / "killed")

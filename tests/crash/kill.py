@@ -166,7 +166,7 @@ def stops(server: Server, wanted: int) -> str:
             pid = server.start(folder)
             code = server.wait(pid, server.random.uniform(0.02, 1.1 * server.seconds))
             if code is None:
-                number = (signal.SIGTERM, signal.SIGINT)[sent % 2]
+                number = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[sent % 3]
                 began = time.monotonic()
                 os.kill(pid, number)
                 code = server.wait(pid)

@@ -372,7 +372,7 @@ def test_evaluate_records_skipped_files(folder, capsys):
     checkpoint.save(model, folder / "run" / "model.safetensors")
     evaluate = ["evaluate", str(folder / "run"), str(folder / "d"), "--on-bad", "skip", "--minutes", "0.01"]
     assert main([*evaluate, "--estimate", "discrete", "--device", "cpu"]) == 0
-    assert "1 files were skipped: " in capsys.readouterr().out
+    assert "skipped: 1 file, listed in " in capsys.readouterr().out
     assert json.loads((folder / "run" / "evaluation-skipped.json").read_text())[0]["code"] == "NOT_AN_IMAGE"
 
 

@@ -114,6 +114,48 @@ def test_sequences_and_points_are_drawn(shape):
     assert ((shown[..., 2] > 150) & (shown[..., 0] < 80)).sum() > 50  # the first colour, a blue
 
 
+def test_each_channel_of_a_series_has_an_axis_in_its_own_units(monkeypatch):
+    """A temperature of some degrees beside a pressure of some thousand: each fills its panel, with ticks."""
+    drawn = []
+    monkeypatch.setattr("undiffuse.report.item_plots.render", drawn.append)
+    values = np.stack([RNG.normal(20, 3, (5, 30)), np.round(RNG.normal(1e5, 50, (5, 30)))], 1)
+    image_grid(values, columns=3, names=["temperature", "pressure"])
+    axes = drawn[0].axes
+    assert [a.get_ylabel() for a in axes] == ["temperature", "pressure"] * 2
+    assert [len(a.lines) for a in axes] == [3, 3, 2, 2]
+    for panel, channel in zip(axes, (0, 1, 0, 1), strict=True):
+        low, high = panel.get_ylim()
+        assert values[:, channel].min() - low == pytest.approx(high - values[:, channel].max())
+        assert np.ptp(values[:, channel]) > 0.9 * (high - low)
+        assert sum(low <= tick <= high for tick in panel.get_yticks()) >= 2
+    assert all(tick == round(tick) for tick in axes[1].get_yticks())
+    np.testing.assert_array_equal(axes[3].lines[1].get_ydata(), values[4, 1])
+
+
+def test_a_curve_of_one_point_is_seen(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("undiffuse.report.item_plots.render", drawn.append)
+    image_grid(np.zeros((2, 1, 1)))
+    lines = [*training_curve([{"step": 7, "loss": 0.5}]).axes[0].lines[:1], *drawn[0].axes[0].lines]
+    assert len(lines) == 3
+    assert all(line.get_marker() == "o" for line in lines)
+    assert training_curve([{"step": i, "loss": 0.5} for i in range(2)]).axes[0].lines[0].get_marker() == ""
+
+
+@pytest.mark.parametrize("steps", [[1], [1, 2], [0, 1, 2, 3], [50, 100], [1000, 400000]])
+def test_ticks_of_whole_numbers_are_whole(steps, monkeypatch):
+    curve = training_curve([{"step": i, "loss": 0.5, "bits_per_dim": 2.0 + i} for i in steps])
+    drawn = []
+    monkeypatch.setattr("undiffuse.report.item_plots.render", drawn.append)
+    table = np.stack([steps, np.linspace(0, 1, len(steps))], 1)
+    image_grid(table)
+    image_grid(table, names=["whole", "real"])
+    for axes in (*curve.axes, drawn[0].axes[0], drawn[1].axes[0], drawn[1].axes[2]):
+        ticks = axes.get_xticks()
+        assert len(ticks) >= 1
+        assert all(tick == round(tick) for tick in ticks), ticks
+
+
 def test_areas_in_the_figure_of_bits_are_bits():
     curves = {"chain": (torch.tensor([-5.0, 0.0, 2.0]), [0.5, 0.4]), "points": (np.array([-5.0, 2.0]), [0.7])}
     (axes,) = bits_per_step(curves, "at most 1.5").axes
@@ -184,7 +226,7 @@ def test_curves_of_errors_by_calls():
 
 def test_columns_are_drawn_against_each_other(monkeypatch):
     drawn = []
-    monkeypatch.setattr("undiffuse.report.figures._render", drawn.append)
+    monkeypatch.setattr("undiffuse.report.item_plots.render", drawn.append)
     values = RNG.normal(size=(50, 8))
     image_grid(values, names=["a $", "b", "c" * 20, "d", "e", "f", "g", "h"])
     image_grid(values[:, :1])

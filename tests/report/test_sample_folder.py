@@ -181,7 +181,7 @@ def test_an_interrupted_folder_resumes(tmp_path):
     (tmp_path / "interrupted" / "parts" / "000000006-000000009.safetensors.partial").write_bytes(b"half")
     samples, items, added, messages = drawn(tmp_path / "interrupted", 10, [(0, 10)])  # in parts of another size
     assert added == [0, 1, 2, 6, 7, 8, 9]
-    assert messages == [f"resuming: 3 samples are in {samples.parts}"]
+    assert messages == [f"resuming: 3 samples in {samples.parts}"]
     samples.finish(items)
     assert contents(tmp_path / "interrupted") == contents(tmp_path / "straight")
 

@@ -65,7 +65,7 @@ def test_rates_are_those_of_the_steps_alone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("minutes", "call", "save", "evaluations"),
-    [(1, 0.001, 0.0, 7), (1, 0.02, 0.1, 7), (1, 0.1, 0.5, 2), (1, 0.4, 0.5, 1), (4, 0.05, 0.1, 7), (4, 0.2, 1.0, 2)],
+    [(1, 0.001, 0.0, 3), (1, 0.02, 0.1, 3), (1, 0.1, 0.5, 1), (1, 0.4, 0.5, 1), (4, 0.05, 0.1, 2), (4, 0.2, 1.0, 1)],
 )
 def test_evaluations_take_their_share_and_the_run_its_minutes(tmp_path, monkeypatch, minutes, call, save, evaluations):
     """From a machine with time for everything to one on which an evaluation of full size takes four minutes.
@@ -87,7 +87,7 @@ def test_evaluations_take_their_share_and_the_run_its_minutes(tmp_path, monkeypa
     assert sum(in_evaluations) <= allowed
     measured = [r for r in run.read_metrics() if "bits_per_dim" in r]
     assert len(in_evaluations) >= evaluations
-    assert measured or call > 0.1
+    assert measured or call >= 0.1  # on those a single item takes a second
     for r in measured:
         assert 2 <= r["items"] <= 11
         assert 2 <= r["draws"] <= 8
@@ -120,6 +120,7 @@ def test_a_small_evaluation_says_how_small_it_is(tmp_path, monkeypatch, lines):
 
 def test_an_evaluation_of_full_size_is_the_same_by_steps_and_by_the_clock(tmp_path, monkeypatch):
     """Nothing that the clock decides is part of an evaluation for which there is time."""
+    monkeypatch.setattr("undiffuse.training.monitor.FORWARD_PASSES", 1e9)  # evaluations take no time, as they do here
     machine = SlowMachine(monkeypatch, step=6.0)
     clock = train(tmp_path / "clock", by_the_clock(1, decay=0.0), machine)
     steps = clock.read_metrics()[-1]["step"]

@@ -25,7 +25,7 @@ from undiffuse.cli.options import (
     run_folder,
 )
 from undiffuse.cli.sampler_options import write_advice
-from undiffuse.errors import ConfigError, DataError
+from undiffuse.errors import ConfigError, DataError, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,13 +95,16 @@ def advise_command(
     cond = condition and model.prepare_condition(condition(range(items)), items)
     began = time.perf_counter()
     rows = (len(SOLVERS) + len(SEARCH_VARIANTS)) // 2 * len(SEARCH_SPACINGS)
-    with torch.no_grad(), ProgressBar(console, f"flow, {calls} calls", 1.5 * fine + calls * (rows + 60)) as bar:
+    with (
+        torch.no_grad(),
+        ProgressBar(console, f"flow, {counted(calls, 'call')}", 1.5 * fine + calls * (rows + 60)) as bar,
+    ):
         result = search_sampler(model.sampling_denoiser(), start, calls, bar.advance, fine=fine, cond=cond)
         best, scores, floor = result.ranking[0].sampler, [], None
         if real is not None:
             samplers = [best, *stochastic_samplers(model, result.reference, calls)]
             total = samples * calls * (len(samplers) // 4 + NUM_FINALISTS)
-            bar.restart(f"{samples} samples per sampler", total)
+            bar.restart(f"{counted(samples, 'sample')} per sampler", total)
             scores, floor = rank_samplers(model, samplers, *real, samples, seed, bar.advance)
             best = (scores[0].sampler if scores else None) or best
 
@@ -186,7 +189,9 @@ def _show_flow(model: Diffusion, result: SearchResult, calls: int, fine: int) ->
         for one in result.ranking
     ]
     coarse = scale * float(result.reference.coarse_error.mean())
-    title = f"flow: the best {min(MAX_ROWS, len(rows))} of {len(rows)} deterministic samplers of {calls} calls"
+    title = (
+        f"flow: the best {min(MAX_ROWS, len(rows))} of {len(rows)} deterministic samplers of {counted(calls, 'call')}"
+    )
     table.render(rows[:MAX_ROWS], title)
     console.print(f"error: root mean square distance to the endpoint of {fine} steps, over {len(best.error)} items")
     console.print(f"that reference differs by {coarse:.2g} from one of half as many steps")
@@ -210,7 +215,7 @@ def _show_scores(scores: list[SamplerScore], calls: int, samples: int) -> dict[s
         }
         for score in scores
     ]
-    table.render(rows, f"samples: {samples} per sampler of {calls} calls, compared with held-out items")
+    table.render(rows, f"samples: {samples} per sampler of {counted(calls, 'call')}, compared with held-out items")
     console.print("Fréchet, kernel: distances in principal components; the last row is the floor for a perfect sampler")
     return {"scores": rows, "samples": samples}
 

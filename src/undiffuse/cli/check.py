@@ -12,7 +12,7 @@ import typer
 
 from undiffuse.cli.data_options import ReadData, print_notes, refuse_inside, with_data_options
 from undiffuse.cli.options import DataArgument, console
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
@@ -102,7 +102,7 @@ def describe_facts(facts: Mapping[str, Any]) -> dict[str, str]:
     """The facts of `data_facts` as text, without the notes; facts that do not apply are left out."""
     channels, *size = facts["item_shape"]
     unused = {"ignored": facts["ignored"], "hidden": facts["hidden"], "skipped": len(facts["skipped"])}
-    shape = f"of {channels}{''.join(f'×{n}' for n in size)}" if size else f"vectors of {channels:,} numbers"
+    shape = f"of {channels}{''.join(f'×{n}' for n in size)}" if size else f"vectors of {counted(channels, 'number')}"
     lines = {
         "items": f"{facts['items']:,} {shape}",
         "values": f"{_describe_values(facts['num_values'])}; {facts['bytes']:,} bytes in total",
@@ -111,7 +111,9 @@ def describe_facts(facts: Mapping[str, Any]) -> dict[str, str]:
         "sizes in files": _describe_counts(facts["sizes"]),
         "labels": _describe_counts(facts["classes"]) or "none",
         "conditions": _describe_conditions(facts["conditions"]),
-        "duplicates": f"{facts['duplicates']:,} items repeat another one" if facts["duplicates"] else "none",
+        "duplicates": f"{counted(facts['duplicates'], 'repetition')} of another item"
+        if facts["duplicates"]
+        else "none",
         "unused files": ", ".join(f"{count:,} {name}" for name, count in unused.items() if count),
         "split": ", ".join(f"{n:,} {part}" for part, n in facts["split"].items()) if facts["split"] else "none",
         "fingerprint": facts["fingerprint"][:16],
@@ -123,7 +125,7 @@ def _describe_values(num_values: int | None) -> str:
     if num_values is None:
         return "continuous"
     bits = math.log2(num_values)
-    return f"integers 0 to {num_values - 1:,}" + (f" ({bits:.0f} bits)" if bits.is_integer() else "")
+    return f"integers 0 to {num_values - 1:,}" + (f" ({counted(int(bits), 'bit')})" if bits.is_integer() else "")
 
 
 def _describe_counts(counts: Mapping[str, int]) -> str:
@@ -138,5 +140,5 @@ def _describe_counts(counts: Mapping[str, int]) -> str:
 def _describe_conditions(cond: Mapping[str, Any] | None) -> str:
     if cond is None:
         return "none"
-    length = f"up to {cond['shape'][0]} tokens" if cond["tokens"] else "a vector"
-    return f"{length} of {cond['shape'][-1]} numbers"
+    length = f"up to {counted(cond['shape'][0], 'token')}" if cond["tokens"] else "a vector"
+    return f"{length} of {counted(cond['shape'][-1], 'number')}"

@@ -13,7 +13,7 @@ import typer
 
 from undiffuse.cli.options import console, run_folder
 from undiffuse.data.sources.registry import OPTIONS, Option, load
-from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.errors import CheckpointError, ConfigError, counted
 
 if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
@@ -121,4 +121,4 @@ def record_skipped(dataset: Dataset, path: Path) -> None:
     if dataset.report.skipped:
         path.parent.mkdir(parents=True, exist_ok=True)
         dataset.report.write(path)
-        console.print(f"{len(dataset.report.skipped)} files were skipped: {path}", markup=False)
+        console.print(f"skipped: {counted(len(dataset.report.skipped), 'file')}, listed in {path}", markup=False)

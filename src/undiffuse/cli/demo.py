@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from undiffuse.cli import guard, run
+from undiffuse.errors import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +91,7 @@ def demo(folder: Path, minutes: float | None, console: Console) -> None:
         *(
             against(ours, name, base)
             for name, base in (
-                (f"Gaussian mixture, {single.chosen['components']} components", single),
+                (f"Gaussian mixture, {counted(int(single.chosen['components']), 'component')}", single),
                 ("Gaussian mixture, mean of the best eight", eight),
                 ("independent pixels", independent),
             )
@@ -142,8 +143,8 @@ def extend_to_floor(data: Dataset, run: Any, console: Console) -> None:
     if steps >= MIN_STEPS or minutes > MINUTES or longer <= minutes:
         return
     console.print(
-        f"{steps:,} steps in {minutes:g} minutes are too few on this machine: training goes on for {longer - kept:.1f} "
-        f"minutes, so that it takes at most {MAX_MINUTES:g} in all, for {MIN_STEPS} steps",
+        f"{counted(steps, 'step')} in {minutes:g} minutes are too few on this machine: training goes on for "
+        f"{longer - kept:.1f} minutes, so that it takes at most {MAX_MINUTES:g} in all, for {MIN_STEPS} steps",
         markup=False,
     )
     extend(run.folder, data, minutes=longer - minutes)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from undiffuse.cli.options import NetworkFile, RunArgument, register_network
+from undiffuse.errors import counted
 
 
 def inspect(
@@ -28,12 +29,14 @@ def inspect(
     high, low = float(model.chain[-1].log_snr), float(model.chain[0].log_snr)
     trained = ("steps", "seconds", "seed", "batch", "precision", "torch")
     parts = ("network", "schedule", "target", "weight", "times", "preconditioning")
+    steps = counted(model.chain_length, "step")
+    items = counted(model.info["items"], "item") if "items" in model.info else "? items"
     facts: dict[str, Any] = {
         "items": f"{'×'.join(map(str, model.item_shape))}, {_values(model.info.get('num_values'))}",
-        "data": f"{model.info.get('name', 'unknown')} ({model.info.get('items', '?')} items)",
+        "data": f"{model.info.get('name', 'unknown')} ({items})",
         "parameters": f"{sum(p.numel() for p in model.network.parameters()):,}",
         **{part: _settings(getattr(model.config, part)) for part in parts},
-        "chain": f"{model.chain_length} steps, log-SNR {low:.2f} to {high:.2f}, variance {model.config.variance}",
+        "chain": f"{steps}, log-SNR {low:.2f} to {high:.2f}, variance {model.config.variance}",
         "trained": ", ".join(f"{key} {model.info[key]}" for key in trained if key in model.info),
         "notes": "; ".join(model.info.get("notes", [])) or "none",
     }

@@ -21,7 +21,7 @@ from undiffuse.cli.options import (
     resolve_device,
     run_folder,
 )
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, counted
 
 
 def interpolate(
@@ -74,5 +74,6 @@ def interpolate(
     captions = [f"{float(w):.2f}" for w in weight]
     save_picture(figures.image_strip(values[:, None].numpy(), captions, transform.num_values), path)
     console.print(
-        f"{n} images: {path}; the first and last differ from A and B by at most {int(error)} levels", markup=False
+        f"{n} images: {path}; the first and last differ from A and B by at most {counted(int(error), 'level')}",
+        markup=False,
     )

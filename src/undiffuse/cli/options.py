@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from undiffuse.data.sources.registry import SOURCES
-from undiffuse.errors import ConfigError, ResourceError
+from undiffuse.errors import ConfigError, ResourceError, counted
 from undiffuse.runtime.terminal import make_console
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def resolve_device(name: str) -> str:
 def limit_steps(steps: int, chain_length: int, log: Callable[[str], None] | None = None) -> int:
     """min(steps, chain_length); ``log`` (by default the console) gets a line if ``steps`` is larger."""
     if steps > chain_length:
-        (log or console.print)(f"--steps {steps:,} exceeds the model's chain: {chain_length:,} steps are used")
+        used = f"{counted(chain_length, 'step')} {'is' if chain_length == 1 else 'are'}"
+        (log or console.print)(f"--steps {steps:,} exceeds the model's chain: {used} used")
     return min(steps, chain_length)
 
 

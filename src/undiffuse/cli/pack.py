@@ -10,6 +10,7 @@ import typer
 
 from undiffuse.cli.data_options import ReadData, print_notes, record_skipped, refuse_inside, with_data_options
 from undiffuse.cli.options import DataArgument, console
+from undiffuse.errors import counted
 
 
 @with_data_options
@@ -29,5 +30,7 @@ def pack(
     print_notes(dataset)
     record_skipped(dataset, out.with_name(out.stem + ".skipped.json"))
     size = f"{out.stat().st_size / 1e9:,.2f} GB"
-    console.print(f"packed: {len(dataset):,} items, {size}, in {out} and {sidecar_path(out).name}", markup=False)
+    console.print(
+        f"packed: {counted(len(dataset), 'item')}, {size}, in {out} and {sidecar_path(out).name}", markup=False
+    )
     console.print(f"next: undiffuse train {shlex.quote(str(out))}", markup=False)

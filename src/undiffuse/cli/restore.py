@@ -24,7 +24,7 @@ from undiffuse.cli.options import (
     resolve_device,
     run_folder,
 )
-from undiffuse.errors import ConfigError, DataError
+from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.sampling.tables import RESTORATION_METHODS
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def restore(
         picture = strip(model, degradation, x if degrade else None, observed, values)
         samples.finish(range(n), {"residual": [float(r) / 2 for r in residual]}, {"strip.png": picture})
     expected = float((degradation.noise_std**2 + rounding**2) ** 0.5)
-    console.print(f"{n} restorations by {method} in {steps} steps, {seconds:.1f} s", markup=False)
+    console.print(f"{counted(n, 'restoration')} by {method} in {counted(steps, 'step')}, {seconds:.1f} s", markup=False)
     console.print(
         f"residual between restorations and IMAGE: {_percent(float(residual.mean()))} of black to white; "
         f"expected from noise and rounding: {_percent(expected)}",

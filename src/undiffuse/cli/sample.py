@@ -34,6 +34,7 @@ from undiffuse.cli.sampler_options import (
     read_advice,
     within_calls,
 )
+from undiffuse.errors import counted
 from undiffuse.sampling.sampler import THRESHOLDS, Sampler, guidance_changes
 from undiffuse.sampling.solvers import SOLVERS
 from undiffuse.sampling.tables import SPACINGS
@@ -165,10 +166,10 @@ def sample(
         if not folder.finished:
             picture = folder.finish(items, {"model": str(run), "seconds": round(seconds, 3)})
     if folder.finished:
-        log(f"these {n:,} samples exist already")
+        log("this sample exists already" if n == 1 else f"these {n:,} samples exist already")
     else:
-        rate = sum(map(len, missing)) / seconds
-        log(f"{n:,} samples by {sampler} in {_num_steps(sampler)} steps, {seconds:.1f} s ({rate:.1f} per second)")
+        rate, number = sum(map(len, missing)) / seconds, counted(_num_steps(sampler) or 0, "step")
+        log(f"{counted(n, 'sample')} by {sampler} in {number}, {seconds:.1f} s ({rate:.1f} per second)")
     if picture is not None and picture.is_file():
         log(f"grid: {picture}")
     log(f"samples: {folder.array}, manifest: {folder.manifest}")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, counted
 from undiffuse.runtime.side_files import read_record, write_record
 from undiffuse.sampling.sampler import Sampler, guidance_changes
 
@@ -107,7 +107,7 @@ def read_advice(
             log(f"{path} is not used: the weights have changed since. Run advise again")
             return None
         if advice is None:
-            log(f"{path} has no advice for {calls} calls, only for {', '.join(stored['advice'])}")
+            log(f"{path} has no advice for {counted(calls, 'call')}, only for {', '.join(stored['advice'])}")
             return None
         advised = Sampler.from_dict(advice["sampler"])
         different = [f"--{name}" for name, value in (conditions or {}).items() if value != advice.get(name)]

@@ -22,7 +22,7 @@ from undiffuse.cli.options import (
     register_network,
     resolve_device,
 )
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, counted
 from undiffuse.model.presets import PRESETS
 from undiffuse.networks.tables import BUILT_IN_NETWORKS
 from undiffuse.process.tables import SCHEDULES
@@ -195,7 +195,7 @@ def extend_run(
 
 def format_length(settings: TrainConfig) -> str:
     """The length of a run in words."""
-    return f"{settings.minutes:g} minutes" if settings.minutes else f"{settings.max_steps:,} steps"
+    return counted(settings.minutes, "minute") if settings.minutes else counted(settings.max_steps or 0, "step")
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from undiffuse.cli.train import (
     report_finished,
     steps_of_epochs,
 )
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
@@ -94,7 +94,7 @@ def train_classifier(
         report_finished(run)
         return
     if rows := load(run.folder).info.get("accuracy"):
-        table.render([_row(row) for row in rows], f"{rows[0]['items']:,} held-out items")
+        table.render([_row(row) for row in rows], counted(rows[0]["items"], "held-out item"))
     console.print(
         f"done: {run.folder}; use it by `undiffuse sample` with --classifier {run.folder} and --label", markup=False
     )

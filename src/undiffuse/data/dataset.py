@@ -249,7 +249,7 @@ def with_observations(data: Dataset) -> Dataset:
     """The same data with notes on repeated items, constant channels and a single item."""
     notes = ["there is only one item"] if len(data) == 1 else []
     if repeats := len(data) - len(np.unique(data.digests)):
-        notes.append(f"{repeats} of {len(data)} items repeat another one exactly")
+        notes.append(f"{repeats} of {len(data)} items repeat{'s' * (repeats == 1)} another one exactly")
     if constant := describe_constant_channels(data):
         note = f"the same value everywhere in channel {constant}"
         unbounded = data.num_values is None and len(data) > 1

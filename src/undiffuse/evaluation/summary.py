@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.data.transform import IntegerLevels
+from undiffuse.errors import counted
 from undiffuse.likelihood.nll import NLL
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.likelihood_estimators import MAX_EXACT_TRACE_DIMS, TIGHT_TOLERANCE
@@ -43,8 +44,8 @@ def title(model: Diffusion, name: str, mc_samples: int | None) -> str:
     """An estimate's name in a table; ``mc_samples`` of "ode" are its importance samples."""
     number = "all" if mc_samples is None else f"{mc_samples:,} of"
     return {
-        "discrete": f"bound of the chain, {number} {model.chain_length:,} steps",
-        "continuous": f"continuous bound, {mc_samples} points",
+        "discrete": f"bound of the chain, {number} {counted(model.chain_length, 'step')}",
+        "continuous": f"continuous bound, {counted(mc_samples or 0, 'point')}",
         "ode": "probability flow" + (f", {mc_samples} importance samples" if mc_samples and mc_samples > 1 else ""),
         "openai": "as improved-diffusion's script",
     }[name]

@@ -10,16 +10,31 @@ from typing import TypeVar
 Part = TypeVar("Part")
 
 
+RELIABLE_CALLS = 256
+"""Network calls whose time is worth more than a guess; fewer may be slow for a cold start or a small batch."""
+
+
 class Pace:
-    """How long a network call for one item takes, in ``seconds``; infinitely little until something is known."""
+    """How long a network call for one item takes: a ``guess`` times a ``factor`` that measurements have shown."""
 
     def __init__(self) -> None:
-        self.seconds, self.guess = 0.0, 0.0
+        self.guess, self.factor = 0.0, 1.0
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of a call; 0 until something is known."""
+        return self.guess * self.factor
 
     def follow(self, guess: float) -> None:
-        """Adopt a new ``guess`` of the same machine; a pace that was measured changes in proportion to its guess."""
-        self.seconds = self.seconds * guess / self.guess if self.guess else guess
+        """Adopt a new ``guess``, from what the machine does now; the factor stays."""
         self.guess = guess
+
+    def learn(self, calls: float, seconds: float) -> None:
+        """Take ``calls`` that took ``seconds`` into account; fewer than `RELIABLE_CALLS` count in part."""
+        measured = max(seconds / calls, 1e-12)
+        if not self.guess:
+            self.guess = measured
+        self.factor *= (measured / self.seconds) ** min(1.0, calls / RELIABLE_CALLS)
 
 
 class TimeLimit:
@@ -42,8 +57,9 @@ class TimeLimit:
 
     @property
     def calls_left(self) -> float:
-        """How many network calls for one item fit into the time that is left, at the pace so far."""
-        return max(self.left, 0.0) / self.pace.seconds if self.pace.seconds else math.inf
+        """How many network calls for one item fit into the time that is left, at its pace so far."""
+        seconds = self.spent / self.calls if self.calls else self.pace.seconds
+        return max(self.left, 0.0) / seconds if seconds else math.inf
 
     def share(self, fraction: float) -> TimeLimit:
         """The limit of a part of the measurement that may take this ``fraction`` of what is left."""
@@ -58,8 +74,9 @@ class TimeLimit:
         parts, start = [], 0
         while start < items and (fitting := self.calls_left / calls) >= 1:
             stop = items if fitting / 2 >= items - start else start + max(1, int(fitting / 2))
-            began = self.clock()
+            began, done = self.clock(), (stop - start) * calls
             parts.append(compute(slice(start, stop)))
-            self.spent, self.calls = self.spent + self.clock() - began, self.calls + (stop - start) * calls
-            self.pace.seconds, start = self.spent / self.calls, stop
+            seconds, start = self.clock() - began, stop
+            self.spent, self.calls = self.spent + seconds, self.calls + done
+            self.pace.learn(done, seconds)
         return parts

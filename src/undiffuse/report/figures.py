@@ -1,7 +1,6 @@
 """Images of items, and curves of measurements.
 
-Mosaics of images need Pillow and numpy alone. Curves and scatter plots are drawn by matplotlib, which is imported when
-a figure is made, and never through pyplot, so that no global state changes.
+Mosaics of images need Pillow and numpy alone; curves, tables and series are drawn by matplotlib.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from undiffuse.errors import ConfigError, DataError, NonFiniteError
+from undiffuse.errors import DataError, NonFiniteError
+from undiffuse.report.axes import COLOURS, new_figure, point_mark, style_axes, whole_ticks
+from undiffuse.report.item_plots import lines, pairs, scatter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,8 +25,6 @@ TILE = 64  # height to which smaller images are enlarged, in pixels
 GAP = 2  # least distance of tiles, in pixels
 PAPER, INK = (255, 255, 255), (64, 64, 64)
 BACKGROUND = (124, 130, 140)  # between tiles: neither black nor white, which occur in tiles
-MAX_COLUMNS = 6  # of a table that are plotted against each other
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # [Okabe08], safe for the colour-blind
 STYLES = ("-", "--", ":")
 
 
@@ -39,18 +38,19 @@ def image_grid(
     """The items of ``values`` side by side, by their shape.
 
     (N, C, H, W): tiles; 1, 3 and 4 channels as grey, RGB and RGBA on white, other numbers as a grey tile for each
-    channel. (N, C, D, H, W): the middle slices across D, H and W. (N, C, L): line plots, a colour for each channel.
-    (N, 2): a scatter plot. (N, D): the first six columns, titled by ``names``, against each other, with histograms on
-    the diagonal. Pixels are clipped to 0 .. ``num_values`` − 1; without ``num_values`` the least value is black and the
-    greatest white. ``scale`` enlarges by a whole factor.
+    channel. (N, C, D, H, W): the middle slices across D, H and W. (N, C, L): line plots side by side, each of the first
+    six channels on an axis in its own units, titled by ``names``. (N, 2): a scatter plot. (N, D): the first six
+    columns, titled by ``names``, against each other, with histograms on the diagonal. Pixels are clipped to
+    0 .. ``num_values`` − 1; without ``num_values`` the least value is black and the greatest white. ``scale`` enlarges
+    by a whole factor.
 
     Raises DataError for other shapes and NonFiniteError for NaN or infinite values.
     """
     values = _finite(values)
     if values.ndim == 2:
-        return _scatter(values) if values.shape[1] == 2 and not names else _pairs(values[:, :MAX_COLUMNS], names)
+        return scatter(values) if values.shape[1] == 2 and not names else pairs(values, names)
     if values.ndim == 3:
-        return _lines(values, columns)
+        return lines(values, columns, names)
     tiles, gap = _tiles(values, num_values, columns or 1, scale)
     n, height, width = tiles.shape[:3]
     fitting = max(1, (WIDTH - gap) // (width + gap))
@@ -162,9 +162,10 @@ def _loss(axes: Axes, losses: np.ndarray) -> None:
     steps, values = losses.T
     window = max(1, len(values) // 50)
     style_axes(axes, "", "training loss")
-    axes.plot(steps, values, color=COLOURS[0], alpha=0.3, linewidth=0.8)
+    axes.plot(steps, values, color=COLOURS[0], alpha=0.3, linewidth=0.8, marker=point_mark(values))
     averaged = np.convolve(values, np.ones(window) / window, "valid")
     axes.plot(steps[window // 2 :][: len(averaged)], averaged, color=COLOURS[0], linewidth=1.6)
+    whole_ticks(axes.xaxis, steps)
     if values.min() > 0 and values.max() > 10 * values.min():
         axes.set_yscale("log")
 
@@ -173,6 +174,7 @@ def _bound(axes: Axes, bounds: np.ndarray) -> None:
     steps, bits, stderr = bounds.T
     style_axes(axes, "", "held-out bits per dimension")
     axes.errorbar(steps, bits, stderr, color=COLOURS[1], marker="o", markersize=4, linewidth=1.6, capsize=2)
+    whole_ticks(axes.xaxis, steps)
     best = bits.argmin()
     axes.set_title(f"best {bits[best]:.3f} at step {steps[best]:,.0f}", loc="right", fontsize=9, color="0.35")
 
@@ -234,84 +236,6 @@ def _mosaic(tiles: np.ndarray, columns: int, down: int, across: int) -> np.ndarr
         top, left = down + i // columns * (height + down), across + i % columns * (width + across)
         canvas[top : top + height, left : left + width] = tile
     return canvas
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that size in inches. Raises `ConfigError` where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as missing:
-        cause = "figures need matplotlib, which is not installed"
-        raise ConfigError("MISSING", "matplotlib", cause, "Run: pip install 'undiffuse[report]'") from missing
-    return Figure((width, height), dpi=150, layout="constrained")
-
-
-def style_axes(axes: Axes, x: str, y: str) -> Axes:
-    """``axes`` in the style of all figures, labelled ``x`` and ``y``."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9)
-    axes.set_xlabel(x, fontsize=10)
-    axes.set_ylabel(y, fontsize=10)
-    return axes
-
-
-def _scatter(points: np.ndarray) -> Image.Image:
-    figure = new_figure(5, 5)
-    axes = style_axes(figure.subplots(), "", "")
-    size = float(np.clip(8000 / len(points), 3, 20))
-    axes.scatter(*points.T, s=size, color=COLOURS[0], alpha=0.5, linewidths=0)
-    axes.set_aspect("equal", adjustable="datalim")
-    return _render(figure)
-
-
-def _pairs(points: np.ndarray, names: Sequence[str]) -> Image.Image:
-    """Column against column below the diagonal, histograms on the diagonal."""
-    n = points.shape[1]
-    figure = new_figure(max(4, 1.6 * n), max(3, 1.5 * n))
-    panels: Any = figure.subplots(n, n, sharex="col", squeeze=False)
-    for i, j in np.ndindex(n, n):
-        axes = style_axes(panels[i, j], "", "")
-        axes.tick_params(labelsize=7)
-        if i < j:
-            axes.set_axis_off()
-        elif i == j:
-            axes.hist(points[:, i], bins="auto" if len(points) < 1000 else 50, color=COLOURS[0])
-            axes.set_yticks([])
-        else:
-            axes.scatter(points[:, j], points[:, i], s=3, color=COLOURS[0], alpha=0.5, linewidths=0)
-        if i == n - 1:
-            axes.set_xlabel(_short(str(names[j])) if names else str(j), fontsize=8)
-        if i > j == 0:
-            axes.set_ylabel(_short(str(names[i])) if names else str(i), fontsize=8)
-    return _render(figure)
-
-
-def _short(name: str) -> str:
-    return (name if len(name) <= 16 else name[:15] + "…").replace("$", r"\$")
-
-
-def _lines(signals: np.ndarray, columns: int | None) -> Image.Image:
-    columns = columns or min(4, math.ceil(math.sqrt(len(signals))))
-    rows = -(-len(signals) // columns)
-    figure = new_figure(2 * columns, 1.4 * rows)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-    for i, axes in enumerate(panels):
-        axes.set_axis_off()
-        if i < len(signals):
-            axes.axhline(0, color="0.9", linewidth=0.8)
-            for channel, line in enumerate(signals[i]):
-                axes.plot(line, color=COLOURS[channel % len(COLOURS)], linewidth=1.2)
-    return _render(figure)
-
-
-def _render(figure: Figure) -> Image.Image:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def accuracy_curve(rows: Sequence[Mapping[str, float]]) -> Figure:

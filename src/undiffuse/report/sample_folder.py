@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.errors import CheckpointError, ConfigError, counted
 from undiffuse.report.figures import image_grid
 from undiffuse.runtime.atomic_file import atomic_file, file_digest, write_csv, write_error
 from undiffuse.runtime.folder_lock import lock_folder
@@ -83,7 +83,7 @@ class SampleFolder:
                 self._write_manifest(items, dict.fromkeys([*kept, *names]))
                 self.parts.mkdir(exist_ok=True)
                 if count := sum(len(_items_of(name)) for name in self.store.check(report)):
-                    report(f"resuming: {count:,} samples are in {self.parts}")
+                    report(f"resuming: {counted(count, 'sample')} in {self.parts}")
             yield [] if self.finished else self.missing_items(items)
 
     def missing_items(self, items: range) -> list[range]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.data.transform import transform_for
-from undiffuse.errors import DataError
+from undiffuse.errors import DataError, counted
 from undiffuse.evaluation.plan import bit_reversed_order
 from undiffuse.evaluation.time_limit import TimeLimit
 from undiffuse.model import noisy_classifier
@@ -105,9 +105,11 @@ class ClassifierTask(Task):
         if final and (test := measure_accuracy(model, data, split.test, limit=limit)):
             model.info["accuracy"] = test
             numbers["final_accuracy"] = _mean_accuracy(test)
-            details.append(f"final, on {test[0]['items']:,} test items: {numbers['final_accuracy']:.3f}")
+            details.append(f"final, on {counted(test[0]['items'], 'test item')}: {numbers['final_accuracy']:.3f}")
         few = (
-            "" if rows[0]["items"] == min(len(split.validation), MAX_ACCURACY_ITEMS) else f", {rows[0]['items']} items"
+            ""
+            if rows[0]["items"] == min(len(split.validation), MAX_ACCURACY_ITEMS)
+            else f", {counted(rows[0]['items'], 'item')}"
         )
         summary = f"held-out accuracy {numbers['accuracy']:.3f}, mean over log-SNR{few}"
         return Evaluation(numbers, summary, details)

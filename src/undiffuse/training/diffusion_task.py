@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.data.transform import transform_for
-from undiffuse.errors import DataError
+from undiffuse.errors import DataError, counted
 from undiffuse.evaluation.baselines import shared_values
 from undiffuse.evaluation.memorization_test import generalization_gap, matched_items
 from undiffuse.evaluation.time_limit import TimeLimit
@@ -136,9 +136,9 @@ class DiffusionTask(Task):
             more, draws = self._bounds(model, data, matched[:1], FINAL_MC_SAMPLES, limit)
             if more is not None:
                 numbers |= _numbers(more[0], draws, "final_")
-                of = "" if len(more[0]) == len(matched[0]) else f" for {len(more[0])} items"
+                of = "" if len(more[0]) == len(matched[0]) else f" for {counted(len(more[0]), 'item')}"
                 bound = _format_bound(numbers, "final_")
-                details.append(f"final, with {draws} noise levels per item{of}: {bound}")
+                details.append(f"final, with {counted(draws, 'noise level')} per item{of}: {bound}")
             details += self._worse_than_baseline(data, split, matched[0][: len(bits)], float(bits.mean()))
         if gap.significant:
             details.append(
@@ -148,7 +148,7 @@ class DiffusionTask(Task):
         numbers = {name: x for name, x in numbers.items() if not (name.endswith("stderr") and math.isnan(x))}
         summary = f"held out {_format_bound(numbers)}"
         if (numbers["items"], numbers["draws"]) != (len(matched[0]), MC_SAMPLES):
-            summary += f" ({numbers['items']} items, {numbers['draws']} draws)"
+            summary += f" ({counted(len(bits), 'item')}, {counted(numbers['draws'], 'draw')})"
         return Evaluation(numbers, summary, details)
 
     def draw(

@@ -107,7 +107,7 @@ def from_main_process(accelerator: Accelerator, decision: bool) -> bool:
     """The ``decision`` of the first process, which may depend on its clock, in all processes."""
     if accelerator.num_processes == 1:
         return decision
-    return bool(broadcast(torch.tensor([decision], device=accelerator.device)).item())  # pyright: ignore[reportAttributeAccessIssue]
+    return bool(broadcast(torch.tensor([int(decision)], device=accelerator.device)).item())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_sharded(tensor: Tensor) -> bool:

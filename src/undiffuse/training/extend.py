@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from undiffuse.data.dataset import Dataset
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, counted
 from undiffuse.model.config import Config, from_dict, replace_train
 from undiffuse.training.run_folder import Run
 from undiffuse.training.train_state import (
@@ -52,7 +52,7 @@ def extend(
         flag = "--steps" if unit == "max_steps" else "--minutes"
         length: float = getattr(config.train, unit)
         if more is None or None not in (steps, minutes):
-            cause = f"the length of this run is {length:g} {flag.removeprefix('--')}"
+            cause = f"the length of this run is {counted(length, flag[2:].removesuffix('s'))}"
             raise ConfigError("EXTEND", run.folder, cause, f"Give with {flag} alone by how much to extend it")
         if not 0 < more < math.inf:
             raise ConfigError("EXTEND", flag, f"a run cannot be extended by {more:g}", "Give a number above 0")

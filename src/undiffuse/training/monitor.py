@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from undiffuse.data.dataset import Dataset, Split
-from undiffuse.errors import ConfigError, DataError, NonFiniteError, ResourceError
+from undiffuse.errors import ConfigError, DataError, NonFiniteError, ResourceError, counted
 from undiffuse.evaluation.time_limit import Pace, TimeLimit
 from undiffuse.report import figures
 from undiffuse.report.progress_bar import ProgressBar, format_clock
@@ -26,8 +26,8 @@ from undiffuse.training.task import TRAIN_LONGER, Task
 STEPS_PER_RECORD = 50
 FORWARD_PASSES = 3
 """Network calls that take as long as a training step: backward passes cost twice as much as forward ones."""
-LEAST_CALLS = 8
-"""Network calls of the smallest evaluation: two noise levels of two held-out and two training items."""
+LEAST_CALLS = 24
+"""Network calls of the smallest evaluation that is made: two noise levels of six held-out and six training items."""
 BOUND_SHARE, FIGURES_SHARE = 0.6, 0.2
 """Fractions of a limited evaluation for its numbers, and of the last one for what is not measured: files, the curve."""
 
@@ -71,7 +71,7 @@ class Monitor:
         shape = "×".join(map(str, self.data.item_shape))
         parameters = sum(p.numel() for p in self.ema_model.network.parameters())
         self.log(
-            f"{verb} on {len(self.split.train):,} items of {self.data.name}, {shape}: "
+            f"{verb} on {counted(len(self.split.train), 'item')} of {self.data.name}, {shape}: "
             f"{parameters / 1e6:.2f} M parameters, {self.settings.precision}, batch {self.settings.batch}"
         )
         if self.main and self.progress.step:
@@ -215,8 +215,8 @@ class Monitor:
         seen, items = self.progress.step * self.settings.batch, len(self.split.train)
         if self.settings.max_steps is not None or seen >= items:
             return []
-        steps = f"{self.progress.step:,} step{'s' * (self.progress.step != 1)}"
-        return [f"hardly trained: {steps} saw {seen:,} of {items:,} training items. {TRAIN_LONGER}"]
+        steps, of = counted(self.progress.step, "step"), counted(items, "training item")
+        return [f"hardly trained: {steps} saw {seen:,} of {of}. {TRAIN_LONGER}"]
 
     @torch.no_grad()
     def _draw(self, step: int | None, limit: TimeLimit) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from undiffuse.errors import NonFiniteError, printable
+from undiffuse.errors import NonFiniteError, counted, printable
 from undiffuse.model.config import TrainConfig
 from undiffuse.training.distributed import full_tensor, local_shard
 from undiffuse.training.progress import Progress
@@ -49,7 +49,8 @@ def skip_step(problem: NonFinite, names: np.ndarray, progress: Progress, setting
     bad = names[problem.items]
     more = f" and {len(bad) - MAX_NAMED_ITEMS} more" if len(bad) > MAX_NAMED_ITEMS else ""
     listed = ", ".join(printable(str(name)) for name in bad[:MAX_NAMED_ITEMS]) + more
-    cause = f"the {problem.part} of step {progress.step + 1} is not finite, for {len(bad)} of its {len(names)} items"
+    of = f"{len(bad)} of its {counted(len(names), 'item')}"
+    cause = f"the {problem.part} of step {progress.step + 1} is not finite, for {of}"
     progress.skipped_in_a_row += 1
     if settings.on_nonfinite == "stop" or progress.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
         retry = "skip such steps (--on-nonfinite skip)" if progress.skipped_in_a_row == 1 else "train in float32"

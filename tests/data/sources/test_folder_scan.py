@@ -76,10 +76,10 @@ def strip_and_animation(photos):
 @pytest.mark.parametrize(
     ("write", "note"),
     [
-        (run_folder, "1 outputs of undiffuse left out: runs/photos"),
-        (stopped_run, "1 outputs of undiffuse left out: runs/photos"),
+        (run_folder, "1 output of undiffuse left out: runs/photos"),
+        (stopped_run, "1 output of undiffuse left out: runs/photos"),
         (samples, "2 outputs of undiffuse left out: a/new, samples"),
-        (unfinished_samples, "1 outputs of undiffuse left out: samples"),
+        (unfinished_samples, "1 output of undiffuse left out: samples"),
         (sheet, "4 outputs of undiffuse left out: a/sheet.webp, sheet.TIFF, sheet.png, ..."),
         (strip_and_animation, "2 outputs of undiffuse left out: a.gif, strip.png"),
     ],
@@ -96,7 +96,7 @@ def test_a_sample_folder_that_is_named_is_read(tmp_path):
     write_samples(tmp_path / "new", values, 256, {"seed": 1})
     data = load(tmp_path / "new")
     np.testing.assert_array_equal(data.values, values)
-    assert "1 outputs of undiffuse left out: grid.png" in data.notes
+    assert "1 output of undiffuse left out: grid.png" in data.notes
 
 
 def test_records_of_other_programs_are_no_mark(photos):

@@ -170,11 +170,11 @@ def test_sub_folders_are_classes(tmp_path):
     data = load(tmp_path)
     assert data.classes == ("a", "b", "c")
     assert data.labels.tolist() == [0, 0, 1, 2]
-    assert data.notes == ("1 hidden or system files ignored", "3 classes from sub-folders: a (2), b (1), c (1)")
+    assert data.notes == ("1 hidden or system file ignored", "3 classes from sub-folders: a (2), b (1), c (1)")
     save(tmp_path / "loose.png", RGB)
     data = load(tmp_path)
     assert data.labels is None
-    assert "no labels: 1 images are not in a sub-folder" in data.notes
+    assert "no labels: 1 image outside of all sub-folders" in data.notes
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.npy"])

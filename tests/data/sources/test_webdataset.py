@@ -74,7 +74,7 @@ def test_images_of_shards_in_order(shards):
     grey = load(shards, channels=1, size=None)
     assert grey.item_shape == (1, 6, 5)
     (shards / "more.txt").write_text("x")
-    assert load(shards).notes[-1] == "1 files ignored (not shards)"
+    assert load(shards).notes[-1] == "1 file ignored (not shards)"
 
 
 def test_batches_of_shards_are_reproducible(shards):

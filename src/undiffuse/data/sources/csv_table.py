@@ -16,7 +16,7 @@ import numpy as np
 
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.sources.table_text import encoding_error, open_table, separator_of
-from undiffuse.errors import ConfigError, printable
+from undiffuse.errors import ConfigError, counted, printable
 from undiffuse.runtime.file_errors import FileError, file_errors_at
 
 SUFFIXES = (".csv", ".tsv")
@@ -85,9 +85,10 @@ def _dataset(name: str, lines: Iterator[str], label_column: str | None) -> Datas
         cause = f"item {row}, column {columns[column]}: {values[row, column]:g} (and {len(bad) - 1} more)"
         raise FileError("NON_FINITE", cause)
     classes, labels = label_classes(label_texts) if label_index is not None else ((), None)
-    notes.insert(0, f"{len(columns)} columns: {', '.join(columns[:6])}{', ...' * (len(columns) > 6)}")
+    notes.insert(0, f"{counted(len(columns), 'column')}: {', '.join(columns[:6])}{', ...' * (len(columns) > 6)}")
     if label_index is not None:
-        notes.append(f"{len(classes)} classes from the column {header[label_index]}: {', '.join(classes[:6])}")
+        count = counted(len(classes), "class")
+        notes.append(f"{count} from the column {header[label_index]}: {', '.join(classes[:6])}")
     elif offered := _offered(columns):
         notes.append(f"no classes; the column {offered} may hold them: the option label-column takes it so")
     return Dataset(name, packed, None, labels, classes, tuple(notes), columns=tuple(columns))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from undiffuse.data.sources.table_text import encoding_error, open_table, separator_of
-from undiffuse.errors import ConfigError, printable
+from undiffuse.errors import ConfigError, counted, printable
 from undiffuse.runtime.file_errors import FileError, FileProblem
 
 LABELS_FILE = "labels.csv"
@@ -88,7 +88,11 @@ def labels_from_folders(root: Path, paths: Sequence[Path], in_parts: bool = Fals
     parts = [path.relative_to(root).parts[in_parts:] for path in paths]
     outside = sum(len(p) == 1 for p in parts)
     if outside:
-        return (), None, [f"no labels: {outside} images are not in a sub-folder"] if outside < len(parts) else []
+        return (
+            (),
+            None,
+            [f"no labels: {counted(outside, 'image')} outside of all sub-folders"] if outside < len(parts) else [],
+        )
     names = sorted({p[0] for p in parts}, key=os.fsencode)
     if len(names) == 1:
         return (), None, ["no labels: all images are in one sub-folder"]
@@ -169,7 +173,7 @@ def _place(header: list[str], names: Sequence[str]) -> int | None:
 
 def _refuse_any(problem: str, names: Sequence[str], hint: str = "") -> None:
     if names:
-        raise FileError("LABELS", f"{problem} for {len(names)} file{'s' * (len(names) > 1)}{_first(names)}{hint}", FIX)
+        raise FileError("LABELS", f"{problem} for {counted(len(names), 'file')}{_first(names)}{hint}", FIX)
 
 
 def _first(names: Sequence[str]) -> str:
@@ -180,4 +184,4 @@ def _indexed(labels: Sequence[str], classes: Sequence[str], source: str) -> Labe
     index, counts = {name: i for i, name in enumerate(classes)}, Counter(labels)
     listed = ", ".join(f"{printable(name)} ({counts[name]})" for name in classes[:5]) + ", ..." * (len(classes) > 5)
     indices = np.array([index[label] for label in labels], np.int64)
-    return tuple(map(printable, classes)), indices, [f"{len(classes)} classes from {source}: {listed}"]
+    return tuple(map(printable, classes)), indices, [f"{counted(len(classes), 'class')} from {source}: {listed}"]

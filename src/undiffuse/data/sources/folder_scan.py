@@ -11,7 +11,7 @@ from pathlib import Path
 from undiffuse.data.image_formats import SUFFIXES
 from undiffuse.data.source_report import FileStamp
 from undiffuse.data.sources.folder_labels import LABELS_FILE
-from undiffuse.errors import printable
+from undiffuse.errors import counted, printable
 from undiffuse.runtime.file_errors import FileProblem, os_error
 from undiffuse.runtime.own_output import is_marked_picture, is_own_folder, is_own_tensor_file
 
@@ -36,13 +36,15 @@ class FolderScan:
         """What was left out, counted, and how many links were followed."""
         notes = []
         if self.own_output:
-            notes.append(f"{len(self.own_output)} outputs of undiffuse left out: {_listed(self.own_output)}")
+            notes.append(f"{counted(len(self.own_output), 'output')} of undiffuse left out: {_listed(self.own_output)}")
         if self.ignored:
-            notes.append(f"{len(self.ignored)} files ignored (no image file extension): {_listed(self.ignored)}")
+            notes.append(
+                f"{counted(len(self.ignored), 'file')} ignored (no image file extension): {_listed(self.ignored)}"
+            )
         if self.hidden:
-            notes.append(f"{self.hidden} hidden or system files ignored")
+            notes.append(f"{counted(self.hidden, 'hidden or system file')} ignored")
         if self.links_outside:
-            notes.append(f"{self.links_outside} links followed to files outside the folder")
+            notes.append(f"{counted(self.links_outside, 'link')} followed to files outside the folder")
         return notes
 
 

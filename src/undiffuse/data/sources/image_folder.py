@@ -27,7 +27,7 @@ from undiffuse.data.sources.folder_labels import (
     parts_note,
 )
 from undiffuse.data.sources.folder_scan import FolderScan, scan_folder
-from undiffuse.errors import ConfigError, DataError
+from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.runtime.file_errors import FIXES, BadFilesError, FileError, FileProblem, file_errors_at, os_error
 from undiffuse.runtime.machine import require_memory
 
@@ -213,7 +213,7 @@ def mixed_kinds_error(kinds: dict[ImageKind, list[Path]], where: Path) -> BadFil
     """
     aspects: dict[str, Callable[[tuple[int, ...], int], str]] = {
         "MIXED_SIZES": lambda shape, _: f"{shape[2]} x {shape[1]} pixels",
-        "MIXED_CHANNELS": lambda shape, _: f"{shape[0]} channel{'s' * (shape[0] > 1)}",
+        "MIXED_CHANNELS": lambda shape, _: counted(shape[0], "channel"),
         "MIXED_DEPTH": lambda _, num_values: f"{num_values} values",
     }
     code = next(code for code, aspect in aspects.items() if len({aspect(*kind) for kind in kinds}) > 1)

@@ -17,6 +17,7 @@ from undiffuse.data.image_formats import SUFFIXES
 from undiffuse.data.source_report import FileStamp
 from undiffuse.data.sources.folder_labels import part_called
 from undiffuse.data.sources.image_folder import MAX_FILE_BYTES
+from undiffuse.errors import counted
 from undiffuse.runtime.file_errors import FileError, file_errors_at
 
 FIX = "Write the shards again, uncompressed, with the members of each item adjacent and under one key"
@@ -83,7 +84,8 @@ def load(source: str | Path, *, on_bad: str = "stop", **image_options: Any) -> D
     mixed = [f"shards called {listed} are read as one data set, not as its parts"] * (
         len(set(map(part_called, words))) > 1
     )
-    return data.with_notes(f"{len(files)} shards", *mixed, *[f"{ignored} files ignored (not shards)"] * (ignored > 0))
+    others = [f"{counted(ignored, 'file')} ignored (not shards)"] * (ignored > 0)
+    return data.with_notes(counted(len(files), "shard"), *mixed, *others)
 
 
 def _index(shard: Path) -> list[ShardImage]:
