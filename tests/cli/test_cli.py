@@ -140,7 +140,10 @@ def test_a_stopped_run_goes_on(place, call, monkeypatch):
         (["check", "none.npy"], "none.npy: no such file or folder"),
         (["check", "digitz"], "Did you mean digits?"),
         (["sample", "RUN", "--n", "0"], "Invalid value for '--n'"),
-        (["sample", "RUN", "--solver", "best"], "error[SOLVER] 'best': no such solver. Use one of ancestral, ddim"),
+        (
+            ["sample", "RUN", "--solver", "best"],
+            "error[SOLVER] --solver best: no such solver. Use one of ancestral, ddim",
+        ),
         (["evaluate", "RUN", "DATA", "--part", "best"], "error[PART] --part best: no such part"),
         (["evaluate", "RUN", "DATA", "--estimate", "openai"], "Use one of discrete, continuous, ode"),
         (["evaluate", "RUN", "DATA", "--compat", "best"], "error[COMPAT] --compat best: no such script"),

@@ -276,7 +276,7 @@ def test_animation(run, call, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--solver", "best"], "error[SOLVER] 'best': no such solver"),
+        (["--solver", "best"], "error[SOLVER] --solver best: no such solver"),
         (["--solver", "product"], "'product': no such solver"),  # it needs a factor: restore --method product
         (["--solver", "inversion"], "'inversion': no such solver"),  # its chain does not end in samples
         (["--solver", "ddim", "--set", "eta"], "--set eta: not a setting. Write name=value"),

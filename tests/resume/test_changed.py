@@ -150,9 +150,8 @@ def test_other_first_weights_are_named(tmp_path):
         train(RECIPE, tmp_path / "run", ITEMS)  # as begun
     Run(tmp_path / "run").finish()
     train(RECIPE, tmp_path / "run", ITEMS, init=tmp_path / "4")
-    for other in ("5", "none"):
-        with pytest.raises(ConfigError, match="holds a finished run with other settings: init was"):
-            train(RECIPE, tmp_path / "run", ITEMS, init=tmp_path / other)
+    with pytest.raises(ConfigError, match="holds a finished run with other settings: init was"):
+        train(RECIPE, tmp_path / "run", ITEMS, init=tmp_path / "5")
 
 
 def test_the_command_prints_a_table_of_changes(tmp_path, capsys):
