@@ -32,7 +32,7 @@ from undiffuse.training.distributed import (
     set_checkpointing,
     start_accelerator,
 )
-from undiffuse.training.lr_schedule import lr_factor, plan_lr_decay
+from undiffuse.training.lr_schedule import decay_begins, lr_factor, plan_lr_decay
 from undiffuse.training.memory_estimate import check_memory
 from undiffuse.training.monitor import Monitor
 from undiffuse.training.nonfinite import find_nonfinite, skip_step
@@ -61,7 +61,6 @@ def fit(
     Every random number is a function of (seed, purpose, step). With ``max_steps``, evaluating and saving do not change
     what is trained, and a resumed run is bit-identical to an uninterrupted one; with ``minutes`` their time counts, and
     they get as little of it as `progress.measuring_allowance` says.
-
     Raises `ConfigError` (also for a finished run of another recipe, other data or another ``init``), `DataError`,
     `CheckpointError`, `NonFiniteError`, `ResourceError` (disk full, or another process trains into the folder), and
     `Interrupted` after a signal, when everything is saved.
@@ -123,14 +122,15 @@ def fit(
                 # Save and evaluate when due; stop after a signal
                 signal = reduce_signal(accelerator, stop_requests)
                 evaluate = from_main_process(accelerator, monitor.evaluation_due())
-                if evaluate or signal or progress.seconds - saved_at >= 60 * settings.save_minutes:
+                due = decay_begins(progress, settings) or progress.seconds - saved_at >= 60 * settings.save_minutes
+                if evaluate or signal or due:
                     began, saved_at, progress.evaluation_missing = clock(), progress.seconds, evaluate
                     state.save(run.checkpoints, progress)  # also copies the averages to `ema_model`
                     progress.seconds += clock() - began
-                    if main and signal:
-                        monitor.write_records()
-                    else:
+                    if not signal:  # else all processes raise, and the evaluation is made when the run resumes
                         evaluate_saved(accelerator, monitor, stop_requests)
+                    elif main:
+                        monitor.write_records()
                 if signal:
                     raise Interrupted(signal)
 

@@ -28,6 +28,11 @@ def plan_lr_decay(progress: Progress, settings: TrainConfig) -> None:
             progress.last_step = progress.step
 
 
+def decay_begins(progress: Progress, settings: TrainConfig) -> bool:
+    """Whether the decay of a run by the clock begins now: from a checkpoint of this step it can be extended."""
+    return settings.max_steps is None and progress.decay_from == progress.step
+
+
 def lr_factor(progress: Progress, settings: TrainConfig) -> float:
     """min(warmup, decay) in [0, 1], by which the next step's learning rate is multiplied.
 
