@@ -277,8 +277,8 @@ def test_animation(run, call, tmp_path):
     ("flags", "words"),
     [
         (["--solver", "best"], "error[SOLVER] --solver best: no such solver"),
-        (["--solver", "product"], "'product': no such solver"),  # it needs a factor: restore --method product
-        (["--solver", "inversion"], "'inversion': no such solver"),  # its chain does not end in samples
+        (["--solver", "product"], "--solver product: no such solver"),  # it needs a factor: restore --method product
+        (["--solver", "inversion"], "--solver inversion: no such solver"),  # its chain does not end in samples
         (["--solver", "ddim", "--set", "eta"], "--set eta: not a setting. Write name=value"),
         (["--solver", "ddim", "--set", "heat=2"], "ddim: heat = 2: there is no such setting"),
         (["--quality", "great"], "--quality great: unknown. Use one of draft, good, best"),
@@ -289,7 +289,7 @@ def test_animation(run, call, tmp_path):
         (["--spacing", "wide"], "no such spacing of noise levels"),
         (["--label", "star"], "the model was trained without labels"),
         (["--guidance", "2"], "the model was trained without labels or other conditions"),
-        (["--threshold", "soft"], "threshold 'soft': unknown"),
+        (["--threshold", "soft"], "--threshold soft: unknown"),
         (
             ["--classifier-scale", "5"],
             "--classifier-scale: it has no effect without --classifier. Give both, or neither",

@@ -135,7 +135,7 @@ def test_each_term_by_hand():
     data = GaussianData(tensor([0.4, 0.0]), tensor([0.3, 1.0]))
     spy = Spy(data.denoiser(S.Flow()))
     levels = time_grid(S.Tabulated(beta))
-    cond = Condition(label=torch.zeros(1))
+    cond = Condition(label=torch.zeros(1, dtype=torch.int64))
     run = chain_nll(ReverseChain(spy, levels, cond=cond), torch.from_numpy(x), lambda n: next(numbers)[None, None])
     assert [call[2:] for call in spy.seen] == [(cond, level) for level in levels[1:]]
 

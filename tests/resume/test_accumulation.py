@@ -38,7 +38,7 @@ def step(accumulate, clip=1e-3, accelerator=None, dropout=False):
     batch = global_batch(items, items.split(0.2).train, config.train, 3)
     batch = batch._replace(eps=batch.eps.double(), z=batch.z.double())
     real = model.transform.to_model
-    object.__setattr__(model.transform, "to_model", lambda values: real(values).double())
+    object.__setattr__(model.transform, "to_model", lambda values, dtype=None: real(values).double())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     state = SimpleNamespace(task=DiffusionTask(config), model=model, optimizer=optimizer)
     losses, norms = loop.compute_gradient(accelerator or Accelerator(cpu=True), state, model.network, batch, 3)

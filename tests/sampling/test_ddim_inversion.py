@@ -10,6 +10,7 @@ from posterior_cases import COV, F64, MEAN, SHAPE, Net, random
 
 from undiffuse.data.transform import Identity, IntegerLevels
 from undiffuse.denoising.denoiser import NetworkDenoiser, Preconditioning
+from undiffuse.errors import ConfigError
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.process import schedule as S
@@ -70,7 +71,9 @@ def test_to_latent_and_from_latent(transform):
     torch.testing.assert_close(model.from_latent(latent, num_steps=10), values, rtol=1e-3, atol=1e-3)
     levels = finite_levels(model.schedule, model.noise_levels(Sampler(num_steps=10)))
     torch.testing.assert_close(latent, ddim_invert(model.denoiser(), transform.to_model(values), levels))
-    assert model.to_latent(values[:1], num_steps=1000).shape == (1, 1, 4, 4)  # a chain of 12
+    assert model.to_latent(values[:1]).shape == (1, 1, 4, 4)  # all 12 steps of the chain
+    with pytest.raises(ConfigError, match="the model's chain has 12 steps"):
+        model.to_latent(values[:1], num_steps=13)
 
 
 def test_slerp():

@@ -20,8 +20,10 @@ SETTING_FLAGS = {"max_steps": "--steps"}
 LIBRARY_NAMES = {"factor": "--upsample", "noise_std": "--noise", "num_steps": "--steps"}
 """Flags of arguments of the library that have other names there."""
 
-ARGUMENT = re.compile(r"(?<![\w./=-])(?P<name>[a-z]\w*)=(?P<value>\"[^\"]*\"|'[^']*'|[\w.#-]*\w)")
-"""A Python argument in the text of an error, such as size=64."""
+ARGUMENT = re.compile(
+    r"\w\([^()]*\)|(?<![\w./=-])(?P<name>[a-z]\w*)=(?P<value>\"[^\"]*\"|'[^']*'|[\w.#-]*\w)"
+)
+"""A call, which stays as it is, or a Python argument in the text of an error, such as size=64."""
 
 OPTION_LIST = re.compile(r"(?<=options are )[\w, ]+")
 
@@ -75,6 +77,8 @@ def _in_flags(text: str, flags: Mapping[str, str]) -> str:
     """``text`` with flags in place of Python arguments."""
 
     def spell(match: re.Match[str]) -> str:
+        if match["name"] is None:
+            return match[0]
         name, value = match["name"], match["value"].strip("'\"")
         return " ".join(_words(flags[name], True if value == "True" else value)) if name in flags else match[0]
 
