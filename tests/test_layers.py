@@ -275,3 +275,9 @@ def test_the_rule_finds_what_breaks_it(rule: Rule, module: str, source: str) -> 
 )
 def test_the_rule_accepts_the_rest(rule: Rule, module: str, source: str) -> None:
     assert not list(rule(ast.parse(source), f"undiffuse.{module}"))
+
+
+def test_the_training_loop_fits_on_two_screens() -> None:
+    tree = ast.parse((SOURCE / "training" / "fit.py").read_text())
+    fit = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "fit")
+    assert fit.end_lineno - fit.lineno < 100

@@ -15,6 +15,7 @@ from undiffuse.model.presets import adapt_to_data
 from undiffuse.training import fit as loop
 from undiffuse.training.batches import global_batch
 from undiffuse.training.diffusion_task import DiffusionTask
+from undiffuse.training.progress import Progress
 
 
 class One:
@@ -41,7 +42,9 @@ def step(accumulate, clip=1e-3, accelerator=None, dropout=False):
     object.__setattr__(model.transform, "to_model", lambda values, dtype=None: real(values).double())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     state = SimpleNamespace(task=DiffusionTask(config), model=model, optimizer=optimizer)
-    losses, norms = loop.compute_gradient(accelerator or Accelerator(cpu=True), state, model.network, batch, 3)
+    losses, norms = loop.compute_gradient(
+        accelerator or Accelerator(cpu=True), state, model.network, batch, Progress(step=3)
+    )
     return losses, torch.tensor(norms, dtype=torch.float64), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 

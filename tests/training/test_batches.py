@@ -30,7 +30,7 @@ DATA = from_array(np.arange(40 * 16, dtype=np.uint16).reshape(40, 1, 4, 4), num_
 def test_a_batch_is_a_function_of_seed_and_step():
     settings, items = TrainConfig(batch=12, seed=3), np.arange(5, 38)
     torch.manual_seed(0)
-    values, u, eps, z, cond = global_batch(DATA, items, settings, 7)
+    values, u, eps, z, cond, _ = global_batch(DATA, items, settings, 7)
     assert cond is None
     torch.manual_seed(1)
     for a, b in zip((values, u, eps, z), global_batch(DATA, items, settings, 7)[:4], strict=True):
@@ -54,7 +54,7 @@ CERTAIN = TrainConfig(batch=12, seed=3, conditional=True, condition_dropout=0.0)
 
 def test_each_item_has_its_own_condition():
     for step in (0, 3, 7):  # one across two epochs
-        values, *_, cond = global_batch(LABELLED, np.arange(5, 38), CERTAIN, step)
+        values, *_, cond, _ = global_batch(LABELLED, np.arange(5, 38), CERTAIN, step)
         chosen = values[:, 0, 0, 0].int() // 16
         assert torch.equal(cond.label, chosen % 4)
         assert torch.equal(cond.vector, torch.arange(120.0).view(40, 3)[chosen])

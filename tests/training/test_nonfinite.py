@@ -22,21 +22,21 @@ def poison(patch, place, bad, at):
     """Put ``bad`` into step ``at``, counted from 1."""
     real = loop.compute_gradient
 
-    def compute_gradient(accelerator, state, network, batch, step):
+    def compute_gradient(accelerator, state, network, batch, progress):
         weight = next(state.model.network.parameters())
         with pytest.MonkeyPatch.context() as only:
             hook = None
-            if step + 1 == at and place == "batch":
+            if progress.step + 1 == at and place == "batch":
                 batch.eps[3, 0, 1, 2] = bad
-            elif step + 1 == at and place == "loss":
+            elif progress.step + 1 == at and place == "loss":
                 loss = state.model.loss
                 only.setattr(state.model, "loss", lambda *a, **k: loss(*a, **k) * torch.tensor([1.0] * 11 + [bad]))
-            elif step + 1 == at and place == "gradient":
+            elif progress.step + 1 == at and place == "gradient":
                 hook = weight.register_hook(lambda g: torch.full_like(g, bad))
-            elif step + 1 == at and place == "weight":
+            elif progress.step + 1 == at and place == "weight":
                 weight.data.view(-1)[0] = bad
             try:
-                return real(accelerator, state, network, batch, step)
+                return real(accelerator, state, network, batch, progress)
             finally:
                 if hook is not None:
                     hook.remove()
@@ -50,7 +50,7 @@ def poison_losses(patch, bad_items):
 
     def compute_gradient(*arguments):
         losses, norms = real(*arguments)
-        losses[: bad_items(arguments[-1])] = math.nan
+        losses[: bad_items(arguments[-1].step)] = math.nan
         return losses, norms
 
     patch.setattr(loop, "compute_gradient", compute_gradient)

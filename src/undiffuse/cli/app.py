@@ -10,6 +10,7 @@ from undiffuse import __version__
 from undiffuse.cli.advise import advise_command
 from undiffuse.cli.check import check
 from undiffuse.cli.compare import compare
+from undiffuse.cli.distill import distill
 from undiffuse.cli.ema import ema
 from undiffuse.cli.evaluate import evaluate
 from undiffuse.cli.inspect import inspect
@@ -54,6 +55,7 @@ for command, name in (
     (restore, "restore"),
     (interpolate, "interpolate"),
     (train_classifier, "train-classifier"),
+    (distill, "distill"),
     (ema, "ema"),
     (watch, "watch"),
     (inspect, "inspect"),

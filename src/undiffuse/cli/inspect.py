@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from undiffuse.cli.options import NetworkFile, RunArgument, register_network
 from undiffuse.errors import counted
+
+if TYPE_CHECKING:
+    from undiffuse.model.diffusion import Diffusion
 
 
 def inspect(
@@ -37,10 +40,21 @@ def inspect(
         "parameters": f"{sum(p.numel() for p in model.network.parameters()):,}",
         **{part: _settings(getattr(model.config, part)) for part in parts},
         "chain": f"{steps}, log-SNR {low:.2f} to {high:.2f}, variance {model.config.variance}",
+        **_distilled(model),
         "trained": ", ".join(f"{key} {model.info[key]}" for key in trained if key in model.info),
         "notes": "; ".join(model.info.get("notes", [])) or "none",
     }
     table.render([{"": key, "model": value} for key, value in facts.items()], str(run))
+
+
+def _distilled(model: Diffusion) -> dict[str, str]:
+    """How the model was distilled; empty if it was not."""
+    if not model.config.calls:
+        return {}
+    made = model.info.get("distilled", {})
+    guidance = f", with guidance {made['guidance']:g}" if made.get("guidance", 1) != 1 else ""
+    teacher = f" from the weights {str(made.get('teacher', 'unknown'))[:12]}"
+    return {"distilled": f"for {counted(model.config.calls, 'network call')}{teacher}{guidance}"}
 
 
 def _values(num_values: int | None) -> str:

@@ -20,9 +20,7 @@ SETTING_FLAGS = {"max_steps": "--steps"}
 LIBRARY_NAMES = {"factor": "--upsample", "noise_std": "--noise", "num_steps": "--steps"}
 """Flags of arguments of the library that have other names there."""
 
-ARGUMENT = re.compile(
-    r"\w\([^()]*\)|(?<![\w./=-])(?P<name>[a-z]\w*)=(?P<value>\"[^\"]*\"|'[^']*'|[\w.#-]*\w)"
-)
+ARGUMENT = re.compile(r"\w\([^()]*\)|(?<![\w./=-])(?P<name>[a-z]\w*)=(?P<value>\"[^\"]*\"|'[^']*'|[\w.#-]*\w)")
 """A call, which stays as it is, or a Python argument in the text of an error, such as size=64."""
 
 OPTION_LIST = re.compile(r"(?<=options are )[\w, ]+")

@@ -56,7 +56,9 @@ def sample(
     calls: Annotated[
         int | None,
         typer.Option(
-            help="Network calls per sample; uses the result of 'advise' for this number if there is one.", min=1
+            help="Network calls per sample; uses the result of 'advise' for this number if there is one. By default "
+            "that of a distilled model.",
+            min=1,
         ),
     ] = None,
     solver: Annotated[str | None, typer.Option(help=f"One of {', '.join(SOLVERS)}.")] = None,
@@ -103,6 +105,7 @@ def sample(
 ) -> None:
     """Draw samples from a trained model: single files, a grid, an array, and a manifest. Resumes a stopped command."""
     from undiffuse.model import checkpoint
+    from undiffuse.model.consistency import few_call_sampler
     from undiffuse.report.sample_folder import SampleFolder
     from undiffuse.runtime.distributed_group import init_process_group
     from undiffuse.runtime.signals import interruptible
@@ -116,19 +119,19 @@ def sample(
     model = checkpoint.load(run, place)
     weights, labels, names = checkpoint.fingerprint(model), label or [], class_names(model, classifier)
     condition = make_condition(names, labels, cond)
-    sampler = parse_sampler(
-        quality,
-        solver,
-        setting or (),
-        steps and limit_steps(steps, model.chain_length, log),
-        spacing,
-        guidance=guidance,
-        guidance_interval=guidance_interval,
-        guidance_rescale=guidance_rescale,
-        classifier_scale=classifier_scale,
-        autoguidance_scale=autoguide_scale,
-        threshold=threshold,
-    )
+    fields = {
+        "guidance": guidance,
+        "guidance_interval": guidance_interval,
+        "guidance_rescale": guidance_rescale,
+        "classifier_scale": classifier_scale,
+        "autoguidance_scale": autoguide_scale,
+        "threshold": threshold,
+    }
+    if model.config.calls and not (quality or solver or setting or steps or spacing):  # distilled
+        sampler, calls = replace(few_call_sampler(model.schedule, calls or model.config.calls), **fields), None
+    else:
+        steps = steps and limit_steps(steps, model.chain_length, log)
+        sampler = parse_sampler(quality, solver, setting or (), steps, spacing, **fields)
     sampler = replace(sampler, num_steps=min(sampler.num_steps or model.chain_length, model.chain_length))
     model.build_solver(sampler)  # raises before any work if a setting is wrong
     files = {"cond": cond, "classifier": classifier, "autoguide": autoguide}

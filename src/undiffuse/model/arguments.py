@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from undiffuse.data.transform import DataTransform, IntegerLevels
 from undiffuse.errors import ConfigError, DataError
+from undiffuse.model.config import ModelConfig
 from undiffuse.networks.condition import Condition
 from undiffuse.sampling.sampler import Sampler
 
@@ -89,6 +90,13 @@ def check_sampler(sampler: Any, chain_length: int) -> Sampler:
         cause = f"it is a {type(sampler).__name__}, neither a Sampler nor the name of a solver"
         raise ConfigError("ARGUMENT", "sampler", cause, "Give Sampler(...), or a name such as 'ddim'")
     return sampler
+
+
+def check_has_likelihood(config: ModelConfig) -> None:
+    """Raises `ConfigError` for a distilled model."""
+    if config.calls:
+        cause = "it is distilled: its predictions are samples of the data, not means, and have no likelihood"
+        raise ConfigError("DISTILLED", "this model", cause, "Measure the model that it was distilled from")
 
 
 def check_trainable(model: nn.Module, what: str) -> None:

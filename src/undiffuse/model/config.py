@@ -21,6 +21,9 @@ from undiffuse.errors import ConfigError
 MAX_FILE_BYTES, MAX_TEXT_LENGTH = 1 << 20, 1000
 """The most bytes of a recipe file, and the most characters of a string in it."""
 
+MAX_CALLS = 16
+"""The most network calls of a sample of a distilled model."""
+
 Settings = dict[str, Any]
 T = TypeVar("T")
 
@@ -33,7 +36,8 @@ class ModelConfig:
     ``loss`` is ``weighted_mse`` (of the target), ``hybrid`` (with a learned variance), ``bound``, ``full_bound``
     (every step of the chain at once) or ``continuous`` (infinitely many steps; the only loss that trains a
     ``learned`` schedule); ``variance`` is that of the reverse process. ``output`` of the network is ``values`` of the
-    target or ``categorical``, logits of all values of the data (`undiffuse.denoising.categorical_head`).
+    target or ``categorical``, logits of all values of the data (`undiffuse.denoising.categorical_head`). ``calls`` is
+    0, or for a distilled model the network calls of a sample (`undiffuse.model.consistency`).
     """
 
     network: Settings = field(default_factory=lambda: {"kind": "unet"})
@@ -46,6 +50,12 @@ class ModelConfig:
     loss: str = "weighted_mse"
     variance: str = "small"
     output: str = "values"
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.calls <= MAX_CALLS:
+            fix = f"Give a number from 0 to {MAX_CALLS}"
+            raise ConfigError("CONFIG", f"model.calls = {self.calls!r}", "out of range", fix)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from undiffuse.model import arguments
 from undiffuse.model import likelihood_estimators as estimates
 from undiffuse.model.build import build_network, build_part, check_chain_length, check_choices, check_process
 from undiffuse.model.config import ModelConfig
+from undiffuse.model.consistency import few_call_sampler
 from undiffuse.model.training_loss import training_loss
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.protocol import condition_sizes, weight_dtype
@@ -95,6 +96,12 @@ class Diffusion(nn.Module):
         """The levels of the chain, from noise to data; of a learned schedule as it is now."""
         with torch.no_grad():
             return self._chain or time_grid(self.schedule, self.chain_length)
+
+    @property
+    def default_sampler(self) -> Sampler:
+        """Deterministic DDIM in 50 steps; for a distilled model consistency sampling with its network calls."""
+        calls = self.config.calls
+        return few_call_sampler(self.schedule, calls) if calls else arguments.check_sampler("ddim", self.chain_length)
 
     @property
     def dims(self) -> int:
@@ -182,18 +189,18 @@ class Diffusion(nn.Module):
         self,
         items: range,
         seed: int = 0,
-        sampler: Sampler | str = "ddim",
+        sampler: Sampler | str | None = None,
         cond: Condition | None = None,
         guide: Guide | None = None,
     ) -> Iterator[Step]:
         """The states of the samples numbered ``items``, from noise to data, x in the units of the transform.
 
         `rescale` and ``transform.to_data`` turn the last one into data. The noise of item i depends on (seed, i) alone.
-        A ``sampler`` given by name has default settings and 50 steps, or those of a shorter chain. ``cond`` holds the
-        condition of each item. Raises `ConfigError`.
+        The ``sampler`` is `default_sampler` if not given; one given by name has default settings and 50 steps, or those
+        of a shorter chain. ``cond`` holds the condition of each item. Raises `ConfigError`.
         """
         self.eval()
-        sampler = arguments.check_sampler(sampler, self.chain_length)
+        sampler = arguments.check_sampler(sampler or self.default_sampler, self.chain_length)
         solver, levels = self.build_solver(sampler), self.noise_levels(sampler)
         noise = ItemNoise(seed, items, self.item_shape, device=self.device)
         denoise = self.sampling_denoiser(sampler, guide)
@@ -240,7 +247,7 @@ class Diffusion(nn.Module):
         self,
         n: int,
         seed: int = 0,
-        sampler: Sampler | str = "ddim",
+        sampler: Sampler | str | None = None,
         cond: Condition | None = None,
         *,
         guide: Guide | None = None,
@@ -317,6 +324,7 @@ class Diffusion(nn.Module):
 
         Raises `ConfigError`, and `DataError` for values that are not among the model's levels, NaN or infinite.
         """
+        arguments.check_has_likelihood(self.config)
         measure, parts = estimates.get(estimate), []
         arguments.check_counts(seed=(seed, 0), mc_samples=(mc_samples, 1), batch=(batch, 1), first=(first, 0))
         arguments.check_values(values, self.item_shape, self.transform)

@@ -23,18 +23,23 @@ from undiffuse.training.augmentation import augment
 
 
 class Batch(NamedTuple):
-    """``values`` (B, *item_shape) as the data hold them, ``u`` (B,) uniform in [0, 1), noises ``eps`` and ``z``."""
+    """``values`` (B, *item_shape) as the data hold them, ``u`` (B,) uniform in [0, 1), noises ``eps`` and ``z``.
+
+    ``fraction``: how much of the run was done before this step, in [0, 1).
+    """
 
     values: Tensor
     u: Tensor
     eps: Tensor
     z: Tensor
     cond: Condition | None
+    fraction: float = 0.0
 
     def take(self, part: slice, device: torch.device) -> Batch:
         """The items ``part``, with noise and condition on ``device``; values and u stay on the CPU."""
         cond = self.cond and self.cond.take(part).to(device)
-        return Batch(self.values[part], self.u[part], self.eps[part].to(device), self.z[part].to(device), cond)
+        eps, z = self.eps[part].to(device), self.z[part].to(device)
+        return Batch(self.values[part], self.u[part], eps, z, cond, self.fraction)
 
 
 class Batches:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.data.transform import transform_for
-from undiffuse.errors import DataError, counted
+from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.evaluation.baselines import shared_values
 from undiffuse.evaluation.memorization_test import generalization_gap, matched_items
 from undiffuse.evaluation.time_limit import TimeLimit
@@ -74,6 +74,9 @@ class DiffusionTask(Task):
     network: nn.Module | type[nn.Module] | None = None
 
     def adapt(self, data: Dataset, settings: TrainConfig) -> DiffusionTask:
+        if self.config.model.calls:
+            cause = "a distilled model learns from another model"
+            raise ConfigError("CONFIG", f"model.calls = {self.config.model.calls}", cause, "Use 'undiffuse distill'")
         if settings.conditional and not data.condition_sizes:
             cause = "these data have no labels, vectors or tokens for each item"
             raise DataError("NO_CONDITIONS", data.name, cause, "Omit --conditional, or sort images into sub-folders")
@@ -106,7 +109,7 @@ class DiffusionTask(Task):
         return groups
 
     def loss(self, model: Diffusion, batch: Batch, network: nn.Module) -> Tensor:
-        return model.loss(*batch, network=network)
+        return model.loss(batch.values, batch.u, batch.eps, batch.z, batch.cond, network)
 
     def after_step(self, model: Diffusion, batch: Batch, losses: Tensor) -> None:
         model.update_time_sampler(batch.u, losses)

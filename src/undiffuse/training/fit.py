@@ -98,7 +98,7 @@ def fit(
                 # One step: gradient, then weights and averages; neither moves if something is NaN or infinite
                 began = clock()
                 batch, lr = batches(progress.step), settings.lr * lr_factor(progress, settings)
-                losses, norms = compute_gradient(accelerator, state, network, batch, progress.step)
+                losses, norms = compute_gradient(accelerator, state, network, batch, progress)
                 problem = find_nonfinite(losses, norms)
                 if problem:
                     names = data.item_names(batch_items(split.train, settings, progress.step))
@@ -235,7 +235,7 @@ def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator,
 
 
 def compute_gradient(
-    accelerator: Accelerator, state: TrainState, network: nn.Module, batch: Batch, step: int
+    accelerator: Accelerator, state: TrainState, network: nn.Module, batch: Batch, progress: Progress
 ) -> tuple[Tensor, list[float]]:
     """The loss of each item, (B,), and the gradient norm of each parameter group, over all processes.
 
@@ -243,7 +243,8 @@ def compute_gradient(
     is called in place of ``model.network``.
     """
     settings = state.task.config.train
-    seed = generator(settings.seed, "dropout", step).initial_seed()
+    batch = batch._replace(fraction=progress.fraction(settings))
+    seed = generator(settings.seed, "dropout", progress.step).initial_seed()
     parts = micro_batches(settings, accelerator.num_processes, accelerator.process_index)
     losses = []
     for number, part in enumerate(parts, start=len(parts) * accelerator.process_index):

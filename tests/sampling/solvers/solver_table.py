@@ -19,6 +19,7 @@ from numpy import ndarray as Array
 
 from undiffuse.process import schedule as S
 from undiffuse.sampling.solvers.ancestral import Ancestral
+from undiffuse.sampling.solvers.consistency import ConsistencySampling
 from undiffuse.sampling.solvers.ddim import DDIM
 from undiffuse.sampling.solvers.dpm_multistep import Multistep
 from undiffuse.sampling.solvers.dpm_singlestep import SingleStep
@@ -327,6 +328,15 @@ def ddim_then_langevin(step_size: float, each: int) -> Reference:
     return stepwise(step)
 
 
+def consistency(hand: Hand) -> Array:
+    """Song 2023 (consistency models) algorithm 1: x = f(x, t), then x + fresh noise, for x_t = alpha x + sigma eps."""
+    x, levels = hand.x, hand.levels
+    for k, (alpha, sigma) in enumerate(levels[:-1]):
+        clean, (a_s, s_s) = hand.predict(x, alpha, sigma), levels[k + 1]
+        x = a_s * clean if k == len(levels) - 2 else a_s * clean + s_s * hand.noise[k][0]
+    return x
+
+
 def twice(steps: int) -> int:
     return 2 * steps
 
@@ -409,6 +419,7 @@ ROWS: dict[str, Row] = {
         3,
         finest={"log-SNR": 1024, "flow": 6144, "exploding": 2048},
     ),
+    "consistency": Row(ConsistencySampling(), consistency, None, 1, name="consistency"),
     "product": Row(Product(), ancestral("small"), None, 1),  # with a factor: test_product.py
 }
 WITHOUT_REFERENCE = {

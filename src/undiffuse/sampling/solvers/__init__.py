@@ -35,6 +35,7 @@ SOLVERS: Mapping[str, Callable[..., Solver]] = LazyTable(
         "dpm++3m_sde": row("sampling.solvers.dpm_multistep", "Multistep", points=3, eta=1.0),
         "exponential": row("sampling.solvers.dpm_multistep", "Multistep", points=4),
         "unipc": row("sampling.solvers.unipc", "UniPC"),
+        "consistency": row("sampling.solvers.consistency", "ConsistencySampling"),
     }
 )
 

@@ -1,0 +1,114 @@
+"""``undiffuse distill``."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from undiffuse.cli.data_options import (
+    OwnDataArgument,
+    ReadData,
+    print_notes,
+    read_data,
+    refuse_inside,
+    with_data_options,
+)
+from undiffuse.cli.options import (
+    Device,
+    NetworkFile,
+    RunArgument,
+    console,
+    network_option,
+    register_network,
+    resolve_device,
+    run_folder,
+)
+from undiffuse.cli.train import (
+    Force,
+    Minutes,
+    OnNonfinite,
+    Steps,
+    changes_as_table,
+    check_length,
+    format_length,
+    report_finished,
+)
+
+if TYPE_CHECKING:
+    from undiffuse.model.config import TrainConfig
+
+LR_FACTOR = 0.25
+"""The learning rate relative to that of the teacher's training, since the weights are good already."""
+
+
+@with_data_options
+def distill(
+    run: RunArgument,
+    data: OwnDataArgument = None,
+    calls: Annotated[int, typer.Option(help="Network calls of a sample, such as 1, 2 or 4.", min=1)] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder; by default RUN with the calls, such as runs/digits-1-call.")
+    ] = None,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    guidance: Annotated[
+        float, typer.Option(help="Scale of the model's classifier-free guidance, which becomes part of the result.")
+    ] = 1.0,
+    pairs: Annotated[
+        str, typer.Option(help="What the pairs of points on a trajectory come from: teacher (steps of RUN) or data.")
+    ] = "teacher",
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    device: Device = "auto",
+    network: NetworkFile = None,
+    on_nonfinite: OnNonfinite = None,
+    force: Force = False,
+    *,
+    read: ReadData,
+) -> None:
+    """Distill the model of RUN into one that draws a sample with few network calls. An unfinished run is resumed.
+
+    It trains on the data of RUN, from the weights of RUN. Such a model has no likelihood.
+    """
+    from undiffuse.model import checkpoint
+    from undiffuse.training.distillation_task import distillation_task
+    from undiffuse.training.fit import fit
+    from undiffuse.training.run_folder import Run
+
+    refuse_inside(out, None, run)
+    device = resolve_device(device)
+    check_length(minutes, steps)
+    register_network(network)
+    teacher = checkpoint.load(run)
+    dataset = read_data(read, data, run)
+    print_notes(dataset)
+    folder = run_folder(run)
+    student = Run(out or folder.parent / f"{folder.name}-{calls}-call{'s' * (calls > 1)}")
+    finished = student.finished
+    length = {"minutes": 10.0 if (minutes, steps) == (None, None) else minutes, "max_steps": steps}
+    given = {} if on_nonfinite is None else {"on_nonfinite": on_nonfinite}
+    settings = _settings_of(run, seed=seed, **length, **given)
+    task = distillation_task(teacher, settings, calls, pairs, guidance)
+    if not finished:
+        console.print(f"{calls}-call model of {run}, {format_length(settings)}, into {student.folder}", markup=False)
+    with changes_as_table():
+        fit(task, dataset, student, device, force=force)
+    if finished:
+        report_finished(student)
+        return
+    console.print(f"done: {student.folder}/model.safetensors, pictures in {student.pictures}", markup=False)
+    own = network_option(network)
+    console.print(f"next: undiffuse sample {shlex.quote(str(student.folder))}{own}", markup=False)
+
+
+def _settings_of(run: Path, **settings: Any) -> TrainConfig:
+    """The training settings of the ``run``, with a smaller learning rate and no snapshots, and with ``settings``."""
+    from undiffuse.model.config import TrainConfig, from_dict
+    from undiffuse.training.run_folder import Run
+
+    record = Run(run_folder(run)).record
+    own = from_dict(TrainConfig, record["config"]["train"], "run.json: train") if record else TrainConfig()
+    return replace(own, lr=LR_FACTOR * own.lr, snapshots=0, **settings)

@@ -1,0 +1,214 @@
+"""Distillation: from a diffusion model to one that draws samples with few network calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from undiffuse.data.dataset import Dataset, Split
+from undiffuse.errors import ConfigError, DataError
+from undiffuse.evaluation.time_limit import TimeLimit
+from undiffuse.model import checkpoint
+from undiffuse.model.config import ModelConfig, TrainConfig
+from undiffuse.model.consistency import (
+    consistency_loss,
+    few_call_sampler,
+    level_after_gap,
+    noisiest_level,
+    teacher_step,
+)
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.networks.condition import Condition
+from undiffuse.process.gaussian import diffuse
+from undiffuse.process.statistics import item_mean
+from undiffuse.process.time_sampling import LogNormalSigma
+from undiffuse.report.figures import image_grid
+from undiffuse.sampling.sampler import Sampler
+from undiffuse.training.batches import Batch
+from undiffuse.training.fit import fit
+from undiffuse.training.run_folder import Run
+from undiffuse.training.task import Evaluation, Task
+
+PAIRS = ("teacher", "data")
+GAPS = (1 / 4, 1 / 8, 1 / 16)
+"""1 − u_r/u_t in equal parts of the run, u = sigma/alpha."""
+LOG_RATIO_MEAN, LOG_RATIO_STD = -1.1, 2.0
+"""Of log(sigma_t/alpha_t) in training [Geng24 table 1]."""
+EVALUATED_ITEMS, TEACHER_STEPS = 64, 25
+"""Samples that are compared with the teacher's, and the steps of Heun's method that those take."""
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """A recipe of a distillation: the distilled model, how it is trained, and what makes the pairs.
+
+    ``pairs`` is one of `PAIRS`, where x_r comes from. ``guidance`` is the scale of classifier-free guidance of the
+    teacher, which becomes part of the model. ``teacher`` is the fingerprint of the teacher's weights. Raises
+    `ConfigError`.
+    """
+
+    model: ModelConfig
+    train: TrainConfig
+    pairs: str = "teacher"
+    guidance: float = 1.0
+    teacher: str = ""
+
+    def __post_init__(self) -> None:
+        if self.pairs not in PAIRS:
+            raise ConfigError("CONFIG", f"pairs = {self.pairs!r}", "unknown", f"Use one of {', '.join(PAIRS)}")
+        if self.pairs == "data" and self.guidance != 1:
+            raise ConfigError("GUIDANCE", "pairs = 'data'", "only a teacher can be guided", "Use the pairs 'teacher'")
+
+
+def fit_distillation(
+    teacher: Diffusion,
+    data: Dataset,
+    out: str | Path,
+    train: TrainConfig,
+    calls: int = 1,
+    pairs: str = "teacher",
+    guidance: float = 1.0,
+    device: str = "auto",
+    quiet: bool = False,
+    force: bool = False,
+) -> Path:
+    """Distill ``teacher`` into a model that samples with so many ``calls``, in the run folder ``out``; returns ``out``.
+
+    The model starts from the teacher's weights. An unfinished run in ``out`` is resumed. ``data`` are those of the
+    teacher; the rest as in `distillation_task` and `undiffuse.training.fit.fit`.
+    """
+    task = distillation_task(teacher, train, calls, pairs, guidance)
+    return fit(task, data, Run(out), device, None, quiet, force)
+
+
+def distillation_task(
+    teacher: Diffusion, train: TrainConfig, calls: int = 1, pairs: str = "teacher", guidance: float = 1.0
+) -> DistillationTask:
+    """The task of distilling ``teacher``; ``pairs`` and ``guidance`` as in `DistillationConfig`.
+
+    Raises `ConfigError` for settings that are out of range, and for a teacher that is distilled itself.
+    """
+    if teacher.config.calls:
+        cause = "it is distilled already: its predictions are samples of the data, not means"
+        raise ConfigError("DISTILLED", "the teacher", cause, "Give the model that it was distilled from")
+    model = replace(teacher.config, calls=calls)
+    return DistillationTask(DistillationConfig(model, train, pairs, guidance, checkpoint.fingerprint(teacher)), teacher)
+
+
+@dataclass
+class DistillationTask(Task):
+    """Train the recipe ``config`` with pairs of ``teacher``."""
+
+    config: DistillationConfig
+    teacher: Diffusion
+
+    def adapt(self, data: Dataset, settings: TrainConfig) -> DistillationTask:
+        if data.item_shape != self.teacher.item_shape:
+            expected, got = ("×".join(map(str, shape)) for shape in (self.teacher.item_shape, data.item_shape))
+            cause = f"the items are {got}, those of the teacher {expected}"
+            raise DataError("SHAPE", data.name, cause, "Give the data that the teacher was trained on")
+        sizes = self.teacher.condition_sizes
+        conditional = any(sizes.values())
+        if self.config.guidance != 1 and not conditional:
+            cause = "the teacher has no conditions"
+            raise ConfigError("GUIDANCE", f"guidance = {self.config.guidance:g}", cause, "Leave it out")
+        if conditional and not data.condition_sizes:
+            cause = "these data have no labels, vectors or tokens, on which the teacher was trained"
+            raise DataError("NO_CONDITIONS", data.name, cause, "Give the data that the teacher was trained on")
+        return replace(self, config=replace(self.config, train=replace(settings, conditional=conditional)))
+
+    def build_model(self, data: Dataset, split: Split) -> Diffusion:
+        """The teacher's architecture with the teacher's weights."""
+        teacher, config = self.teacher, self.config
+        distilled = {"teacher": config.teacher, "guidance": config.guidance, "pairs": config.pairs}
+        info = teacher.info | {"distilled": distilled}
+        model = Diffusion(config.model, teacher.item_shape, teacher.transform, info)
+        model.load_state_dict(teacher.state_dict())
+        model.autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
+        return model
+
+    def parameter_groups(self, model: Diffusion) -> list[dict[str, Any]]:
+        """The network alone: a learned schedule stays as the teacher has it."""
+        return [
+            {
+                "params": list(model.network.parameters()),
+                "weight_decay": self.config.train.weight_decay,
+                "lr_factor": 1.0,
+            }
+        ]
+
+    def loss(self, model: Diffusion, batch: Batch, network: nn.Module) -> Tensor:
+        """`consistency_loss` with the gap of the part of the run that ``batch.fraction`` lies in."""
+        schedule, device = model.schedule, batch.eps.device
+        x = model.transform.to_model(batch.values).to(device)
+        times = LogNormalSigma(schedule, LOG_RATIO_MEAN, LOG_RATIO_STD)
+        t = schedule(times.sample(batch.u))
+        r = level_after_gap(schedule, t, GAPS[min(int(batch.fraction * len(GAPS)), len(GAPS) - 1)])
+        x_t = diffuse(x, t, batch.eps)
+        if self.config.pairs == "data":
+            x_r = diffuse(x, r, batch.eps)
+        else:
+            teacher = self.teacher.to(device).sampling_denoiser(Sampler(guidance=self.config.guidance))
+            with torch.no_grad():
+                x_r = teacher_step(teacher, x_t, t, r, batch.cond)
+        return consistency_loss(model.denoiser(network), x_t, t, x_r, r, batch.cond)
+
+    def evaluate(self, model: Diffusion, data: Dataset, split: Split, final: bool, limit: TimeLimit) -> Evaluation:
+        """The distance of one-call samples to the teacher's samples from the same noise, root mean square in x.
+
+        The teacher takes `TEACHER_STEPS` steps of Heun's method on its flow; of fewer items where ``limit`` is short.
+        """
+        one_call, cond = few_call_sampler(model.schedule, 1), self._condition(data, split)
+
+        def squared_distances(here: slice) -> Tensor:
+            n, first, part = here.stop - here.start, here.start, cond and cond.take(here)
+            samples = model.sample(n, sampler=one_call, cond=part, first=first)
+            goal = self.teacher.sample(n, sampler=self._teacher_sampler, cond=part, first=first)
+            x, x_goal = (model.transform.to_model(values) for values in (samples, goal))
+            return item_mean((x - x_goal) ** 2)
+
+        parts = limit.in_parts(squared_distances, EVALUATED_ITEMS, 2 * TEACHER_STEPS + 1)
+        if not parts:
+            return Evaluation({}, "no time for a comparison with the teacher")
+        squares = torch.cat(parts)
+        numbers = {"distance": float(squares.mean().sqrt()), "items": len(squares)}
+        summary = f"one call to the teacher's flow: rms {numbers['distance']:.4f}"
+        return Evaluation(numbers, summary if len(squares) == EVALUATED_ITEMS else f"{summary} ({len(squares)} items)")
+
+    def draw(
+        self, model: Diffusion, data: Dataset, split: Split, folder: Path, step: int | None, limit: TimeLimit
+    ) -> None:
+        """A grid of samples, ``samples-STEP.png``, and ``samples.png`` at the end."""
+        cond = self._condition(data, split)
+
+        def sample(here: slice) -> Tensor:
+            return model.sample(here.stop - here.start, cond=cond and cond.take(here), first=here.start)
+
+        if samples := limit.in_parts(sample, EVALUATED_ITEMS, self.config.model.calls):
+            picture = image_grid(torch.cat(samples).numpy(), data.num_values, names=data.columns)
+            picture.save(folder / ("samples.png" if step is None else f"samples-{step:08d}.png"))
+
+    def save(self, model: Diffusion, path: Path) -> None:
+        checkpoint.save(model, path)
+
+    def load(self, path: Path) -> Diffusion:
+        return checkpoint.load(path)
+
+    @cached_property
+    def _teacher_sampler(self) -> Sampler:
+        start = float(noisiest_level(self.teacher.schedule).t)
+        times = [start * (1 - i / TEACHER_STEPS) for i in range(TEACHER_STEPS + 1)]
+        return Sampler("heun", TEACHER_STEPS, times=tuple(times), guidance=self.config.guidance)
+
+    def _condition(self, data: Dataset, split: Split) -> Condition | None:
+        """Each label in turn if there are only labels, else the conditions of the first training items, or None."""
+        if not self.config.train.conditional:
+            return None
+        if data.cond is None:
+            return Condition(label=torch.arange(EVALUATED_ITEMS) % len(data.classes))
+        return data.condition(split.train[torch.arange(EVALUATED_ITEMS).numpy() % len(split.train)])

@@ -1,0 +1,131 @@
+"""Consistency training on Gaussian data, where f is linear and the bias of one-call samples is a product of factors."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from oracles import GaussianData, MixtureData
+
+from undiffuse.denoising.denoiser import Prediction
+from undiffuse.model.consistency import MAX_RATIO, consistency_loss, level_after_gap, noisiest_level, teacher_step
+from undiffuse.process import schedule as S
+from undiffuse.process.gaussian import diffuse
+from undiffuse.sampling.solvers.runge_kutta import noise_to_signal
+
+f64 = torch.float64
+VARIANCE = 0.25
+EXPLODING = S.VarianceExploding(0.002, 80.0)
+DATA = GaussianData(torch.zeros(1), torch.tensor([VARIANCE]))
+
+
+def ladder(gap, schedule=EXPLODING):
+    """The levels from the noisiest to the cleanest, each the `level_after_gap` of the one before, shape (1,) each."""
+    levels = [schedule(noisiest_level(schedule).t.reshape(1))]
+    while float(levels[-1].t) > schedule.t_min:
+        levels.append(level_after_gap(schedule, levels[-1], gap))
+    return levels
+
+
+@pytest.mark.parametrize(("n", "bias"), [(2, 7.3e-2), (4, 1.2e-2), (8, 2.4e-3), (16, 5.3e-4), (64, 2.1e-5)])
+def test_the_spread_of_one_call_with_the_teachers_steps(n, bias):
+    """x_t times a product of factors, by hand from dx/dsigma = x sigma/(c + sigma²): too large by O(1/n²)."""
+    x, by_hand, denoise = torch.ones(1, 1, dtype=f64), 1.0, DATA.denoiser(EXPLODING)
+    levels = ladder(1 / n)
+    for t, r in pairwise(levels):
+        x = teacher_step(denoise, x, t, r)
+        high, low = float(t.sigma), float(r.sigma)
+        first = high / (VARIANCE + high**2)
+        euler = 1 + (low - high) * first
+        by_hand *= 1 + (low - high) / 2 * (first + euler * low / (VARIANCE + low**2))
+    assert float(x) == pytest.approx(by_hand, rel=1e-10)
+    std = by_hand * 80 / VARIANCE**0.5
+    assert 0 < std - 1 < bias
+
+
+@pytest.mark.parametrize(("n", "spread"), [(2, 0.841), (4, 0.931), (8, 0.967), (16, 0.984), (64, 0.996)])
+def test_the_spread_of_one_call_with_pairs_from_the_data(n, spread):
+    """E[f(x_r, r) given x_t] is a fixed point with k_t = k_r (c + r t)/(c + t²), r and t the values of sigma."""
+    levels, k = ladder(1 / n), 1.0
+    for t, r in reversed(list(pairwise(levels))):
+        k *= float((VARIANCE + r.sigma * t.sigma) / (VARIANCE + t.sigma**2))
+    assert abs(k * 80 / VARIANCE**0.5 - spread) < 0.0006
+
+
+class Linear:
+    """f(x_t, t) = k(t) x_t with the fixed point of a ladder of levels."""
+
+    schedule = EXPLODING
+
+    def __init__(self, levels, factors):
+        self.at = torch.cat([level.t for level in levels])
+        self.k = torch.tensor(factors, dtype=f64, requires_grad=True)
+
+    def __call__(self, x_t, level, cond=None, next_level=None):
+        nearest = (level.t[:, None] - self.at).abs().argmin(1)
+        x = self.k[nearest][:, None] * x_t
+        return Prediction(x, (x_t - x) / level.sigma[:, None])
+
+
+def fixed_point(gap):
+    """The ladder with the factors of its exact teacher."""
+    levels, denoise = ladder(gap), DATA.denoiser(EXPLODING)
+    factors = [1.0]
+    for t, r in reversed(list(pairwise(levels))):
+        factors.append(factors[-1] * float(teacher_step(denoise, torch.ones(1, 1, dtype=f64), t, r)))
+    return levels, factors[::-1]
+
+
+def test_the_loss_is_zero_at_the_fixed_point_and_its_gradient_points_to_it():
+    levels, factors = fixed_point(0.25)
+    t = EXPLODING(torch.cat([level.t for level in levels[:-1]]))
+    r = level_after_gap(EXPLODING, t, 0.25)
+    x_t = torch.linspace(-2, 2, len(levels) - 1, dtype=f64)[:, None] * t.sigma[:, None]
+    x_r = teacher_step(DATA.denoiser(EXPLODING), x_t, t, r)
+    loss = consistency_loss(Linear(levels, factors), x_t, t, x_r, r).detach()
+    assert float(loss.abs().max()) < 1e-9
+    for change, sign in ((1.01, 1), (0.99, -1)):  # the factor at the noisiest level is too large, then too small
+        wrong = Linear(levels, [change * factors[0], *factors[1:]])
+        consistency_loss(wrong, x_t, t, x_r, r).sum().backward()
+        assert sign * float(wrong.k.grad[0]) > 0
+        assert float(wrong.k.grad[1:].abs().max()) < 1e-9
+
+
+def test_no_gradient_reaches_the_goal_and_the_cleanest_level_is_its_own_goal():
+    levels, _ = fixed_point(0.25)
+    constant = Linear(levels, [0.0] * len(levels))
+    t = EXPLODING(levels[-2].t)
+    r = level_after_gap(EXPLODING, t, 0.25)
+    x_r = torch.full((1, 1), 0.3, dtype=f64)
+    loss = consistency_loss(constant, torch.ones(1, 1, dtype=f64), t, x_r, r)
+    huber = (0.09 + 0.00054**2) ** 0.5 - 0.00054  # |0 − x_r/alpha_r| = 0.3
+    expected = huber / float(noise_to_signal(t) - noise_to_signal(r))
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [S.LinearLogSNR(), S.Flow(), S.cosine(1000), S.linear(), EXPLODING], ids=str)
+def test_levels_of_every_schedule(schedule):
+    top = noisiest_level(schedule)
+    assert float(noise_to_signal(top)) <= MAX_RATIO * (1 + 1e-9)
+    t = schedule(top.t * torch.linspace(0.2, 1, 9, dtype=f64))
+    r = level_after_gap(schedule, t, 1 / 16)
+    inside = r.t > schedule.t_min
+    ratio = noise_to_signal(r) / noise_to_signal(t)
+    assert inside.sum() >= 7
+    torch.testing.assert_close(ratio[inside], torch.full_like(ratio[inside], 15 / 16), rtol=1e-6, atol=0)
+    assert bool((r.t < t.t).all())
+    assert bool(torch.isfinite(r.log_snr).all())
+
+
+def test_the_teachers_step_is_of_second_order_on_a_mixture():
+    """Halving the gap divides the error after one step by 8: 2^(order + 1)."""
+    data = MixtureData(torch.tensor([0.4, 0.6]), torch.tensor([[-1.0], [0.8]]), torch.tensor([[0.02], [0.03]]))
+    schedule = S.LinearLogSNR()
+    t = schedule(torch.tensor([0.45, 0.5, 0.55], dtype=f64))
+    x_t = diffuse(torch.tensor([[-0.6], [0.1], [0.7]], dtype=f64), t, torch.ones(3, 1, dtype=f64))
+    errors = []
+    for gap in (1 / 16, 1 / 32, 1 / 64):
+        r = level_after_gap(schedule, t, gap)
+        exact = torch.cat([data.flow(x_t[i : i + 1], t.take(i), r.take(i)) for i in range(3)])
+        errors.append(float((teacher_step(data.denoiser(schedule), x_t, t, r) - exact).norm()))
+    assert errors[0] / errors[1] == pytest.approx(8, rel=0.15)
+    assert errors[1] / errors[2] == pytest.approx(8, rel=0.1)

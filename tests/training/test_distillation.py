@@ -1,0 +1,140 @@
+"""Distillation of tiny models: the run stops and resumes like any other, and its model samples with few calls."""
+
+from dataclasses import replace
+
+import pytest
+import tiny_run
+import torch
+from tiny_run import checkpoint_hashes, stopping_at
+
+from undiffuse.errors import ConfigError, DataError
+from undiffuse.model import checkpoint
+from undiffuse.model.config import ModelConfig, TrainConfig
+from undiffuse.model.consistency import few_call_sampler, level_after_gap
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.networks.condition import Condition
+from undiffuse.process import schedule as S
+from undiffuse.sampling.sampler import Sampler
+from undiffuse.training import distillation_task
+from undiffuse.training.batches import global_batch
+from undiffuse.training.diffusion_task import DiffusionTask
+from undiffuse.training.distillation_task import GAPS, DistillationConfig, DistillationTask, fit_distillation
+
+DATA = tiny_run.data()
+SETTINGS = TrainConfig(
+    batch=12, max_steps=6, warmup=2, lr=0.01, precision="float32", held_out=0.2, previews=2, snapshots=0, seed=4
+)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    """An untrained conditional model."""
+    torch.manual_seed(0)
+    config = tiny_run.recipe(conditional=True)
+    config = DiffusionTask(config).adapt(DATA, config.train).config
+    return DiffusionTask(config).build_model(DATA, DATA.split(0.2)).eval()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A second less for each run: no training curve, and a short flow of the teacher in evaluations."""
+
+    def missing(_):
+        raise ConfigError("MISSING_PACKAGE", "matplotlib", "is not installed", "Install it")
+
+    monkeypatch.setattr("undiffuse.report.figures.training_curve", missing)
+    monkeypatch.setattr(distillation_task, "TEACHER_STEPS", 2)
+
+
+def distill(teacher, folder, data=DATA, **options):
+    return fit_distillation(teacher, data, folder, SETTINGS, device="cpu", quiet=True, **options)
+
+
+@pytest.mark.parametrize("pairs", ["teacher", "data"])
+def test_a_stopped_run_resumes_to_the_bit(pairs, teacher, tmp_path):
+    for k in (2, 5):
+        with stopping_at(k):
+            distill(teacher, tmp_path / "stopped", pairs=pairs)
+    distill(teacher, tmp_path / "stopped", pairs=pairs)
+    distill(teacher, tmp_path / "straight", pairs=pairs)
+    assert checkpoint_hashes(tmp_path / "stopped", 6) == checkpoint_hashes(tmp_path / "straight", 6)
+
+
+def test_the_model_of_a_run(teacher, tmp_path):
+    model = checkpoint.load(distill(teacher, tmp_path / "run", calls=2, guidance=1.5))
+    assert model.config == replace(teacher.config, calls=2)
+    assert model.info["distilled"] == {
+        "teacher": checkpoint.fingerprint(teacher), "guidance": 1.5, "pairs": "teacher"
+    }  # fmt: skip
+    cond = Condition(label=torch.arange(4) % 3)
+    samples = model.sample(4, cond=cond)
+    assert model.default_sampler == few_call_sampler(model.schedule, 2)
+    assert torch.equal(samples, model.sample(4, sampler=few_call_sampler(model.schedule, 2), cond=cond))
+    with pytest.raises(ConfigError, match=r"DISTILLED.*no likelihood"):
+        model.nll(torch.from_numpy(DATA.values[:2]))
+    with pytest.raises(ConfigError, match=r"DISTILLED.*already"):
+        distill(model, tmp_path / "again")
+
+
+def test_the_first_weights_are_those_of_the_teacher(teacher):
+    task = DistillationTask(DistillationConfig(replace(teacher.config, calls=1), SETTINGS), teacher)
+    model = task.build_model(DATA, DATA.split(0.2))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("pairs", ["teacher", "data"])
+def test_the_loss_has_the_gap_of_the_part_of_the_run(pairs, teacher, monkeypatch):
+    """The pairs of a batch are on trajectories of the teacher or of the data; each third of the run has its gap."""
+    settings = replace(SETTINGS, conditional=True)
+    config = DistillationConfig(replace(teacher.config, calls=1), settings, pairs)
+    task = DistillationTask(config, teacher)
+    seen = []
+    monkeypatch.setattr(
+        distillation_task, "consistency_loss", lambda *pair: seen.append(pair) or torch.zeros(len(pair[1]))
+    )
+    batch = global_batch(DATA, DATA.split(0.2).train, settings, 0)
+    for fraction, gap in ((0.0, GAPS[0]), (0.34, GAPS[1]), (0.99, GAPS[2])):
+        task.loss(teacher, batch._replace(fraction=fraction), teacher.network)
+        _, x_t, t, x_r, r, cond = seen.pop()
+        expected = level_after_gap(teacher.schedule, t, gap)
+        assert torch.equal(r.t, expected.t)
+        assert cond is batch.cond
+        eps = (x_t - t.broadcast_like(x_t).alpha * teacher.transform.to_model(batch.values)) / t.broadcast_like(
+            x_t
+        ).sigma
+        torch.testing.assert_close(eps, batch.eps, rtol=0, atol=1e-3)
+        on_data = r.broadcast_like(x_t).alpha * teacher.transform.to_model(batch.values)
+        on_data = on_data + r.broadcast_like(x_t).sigma * batch.eps
+        assert torch.allclose(x_r, on_data, rtol=0, atol=1e-5) == (pairs == "data")
+
+
+def test_few_call_sampler():
+    """Each call at a level of its own, from the noisiest to the last, the middle one of two at sigma/alpha = 0.8."""
+    schedule = S.LinearLogSNR()
+    assert few_call_sampler(schedule, 1) == Sampler("consistency", 1, times=(1.0, 0.0))
+    _, middle, _ = few_call_sampler(schedule, 2).times
+    assert float(torch.exp(-0.5 * schedule(middle).log_snr)) == pytest.approx(0.8)
+    four = few_call_sampler(schedule, 4)
+    assert len(set(four.times)) == 5
+    assert list(four.times) == sorted(four.times, reverse=True)
+    assert four.times[2] == pytest.approx(middle)
+
+
+def test_what_does_not_fit_is_refused(teacher, tmp_path):
+    with pytest.raises(DataError, match=r"SHAPE.*the items are 1×4×2, those of the teacher 1×4×4"):
+        distill(teacher, tmp_path, replace(DATA, values=DATA.values[..., :2]))
+    with pytest.raises(DataError, match=r"NO_CONDITIONS"):
+        distill(teacher, tmp_path, replace(DATA, labels=None, classes=()))
+    with pytest.raises(ConfigError, match=r"pairs = 'clouds'"):
+        distill(teacher, tmp_path, pairs="clouds")
+    with pytest.raises(ConfigError, match=r"only a teacher can be guided"):
+        distill(teacher, tmp_path, pairs="data", guidance=2.0)
+    with pytest.raises(ConfigError, match=r"model.calls = 17"):
+        distill(teacher, tmp_path, calls=17)
+    unconditional = Diffusion(ModelConfig(teacher.config.network | {"classes": 0}), DATA.item_shape, teacher.transform)
+    with pytest.raises(ConfigError, match=r"guidance = 2: the teacher has no conditions"):
+        distill(unconditional, tmp_path, guidance=2.0)
+    config = tiny_run.recipe()
+    with pytest.raises(ConfigError, match=r"a distilled model learns from another model"):
+        tiny_run.train(replace(config, model=replace(config.model, calls=1)), tmp_path, DATA)
+    assert not list(tmp_path.iterdir())
