@@ -12,6 +12,7 @@ import torch
 from undiffuse.data.from_array import from_array
 from undiffuse.errors import CheckpointError, ConfigError, ResourceError
 from undiffuse.model.config import Config, ModelConfig, TrainConfig, to_dict
+from undiffuse.runtime.file_errors import FileProblem
 from undiffuse.training.run_folder import Run, describe
 
 DATA = from_array(np.arange(40).reshape(20, 2) % 5, name="tiny")
@@ -116,6 +117,27 @@ def test_a_run_killed_before_its_record_can_be_started_again(tmp_path):
     (tmp_path / "run.json").rename(tmp_path / "run.json.partial")
     Run(tmp_path).open(CONFIG, DATA)
     assert Run(tmp_path).record is not None
+
+
+def test_a_run_killed_at_its_record_can_be_started_again_with_skipped_files(tmp_path, monkeypatch):
+    """skipped.json was written before the record, and the folder was then refused as one of the user's."""
+    problem = FileProblem(tmp_path / "a.png", "EMPTY_FILE", "the file is empty")
+    data, run = replace(DATA, report=replace(DATA.report, skipped=(problem,))), Run(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_write", lambda self, record: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.open(CONFIG, data)
+    run.open(CONFIG, data)
+    assert json.loads((run.folder / "skipped.json").read_text())[0]["code"] == "EMPTY_FILE"
+
+
+def test_a_folder_of_another_name_is_no_checkpoint(tmp_path):
+    """A copy step-best beside no checkpoint once kept the weights of --init from being read."""
+    run = Run(tmp_path)
+    (run.checkpoints / "step-best").mkdir(parents=True)
+    assert not run.has_checkpoint()
+    (run.checkpoints / "step-00000003").mkdir()
+    assert run.has_checkpoint()
 
 
 def test_folders_with_other_files_are_refused(tmp_path):

@@ -13,8 +13,8 @@ from filelock import FileLock, Timeout
 from undiffuse.errors import ResourceError
 from undiffuse.runtime.atomic_file import write_error
 
-LOCK_FILES = {"lock", "lock.pid"}
-"""The names in a locked folder: the file that is locked, and the number of the process that locked it."""
+LOCK_FILES = ("lock.pid", "lock")
+"""The number of the process that locked the folder, and the file that is locked, in the order of their removal."""
 PATIENCE, INTERVAL = 0.1, 0.01
 """Seconds for which locking is tried, and between two attempts: `lock_holder` of another process locks for a moment."""
 
@@ -39,7 +39,7 @@ def lock_folder(folder: Path, activity: str, fix: str) -> Iterator[None]:
             raise write_error(pid, len(str(os.getpid())) + 1, error) from None
         yield
     finally:
-        for name in LOCK_FILES:
+        for name in LOCK_FILES:  # once "lock" is removed, "lock.pid" may be that of the next process
             with suppress(OSError):  # Windows removes a locked file only after its release, and filelock does it
                 (folder / name).unlink()
         lock.release()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from undiffuse.runtime.atomic_file import write_atomic
+from undiffuse.runtime.folder_lock import LOCK_FILES
 
 PICTURE_MARK = "undiffuse:picture"
 """Stands in the metadata of each picture that is no item: sheets, strips, plots, animations."""
@@ -28,7 +29,7 @@ RECORD_KEYS = {
     "manifest.json": {"key", "sha256", "first", "n", "files"},
 }
 """Keys of the records of a run folder and of a sample folder, by the name of the file."""
-UNRECORDED_RUN = {"checkpoints", "pictures", "lock", "lock.pid", "run.json.partial"}
+UNRECORDED_RUN = {"checkpoints", "pictures", "run.json.partial", *LOCK_FILES}
 """Names in the folder of a run that was stopped before it wrote its record."""
 
 

@@ -42,12 +42,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except OSError as error:
-        raise CheckpointError(
-            "UNREADABLE", path, f"cannot be read ({error.strerror or error})", remedy(error)
-        ) from None
-    except (FileError, SafetensorError, ValueError) as error:
-        raise CheckpointError("DAMAGED", path, f"not a whole safetensors file ({error})"[:300], OLDER) from None
+    except (FileError, SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
     version = metadata.get("undiffuse", "")
     if re.fullmatch("[0-9]{1,9}", version) and int(version) != FORMAT:
         cause = f"it has format {version}, and this version reads format {FORMAT}"
@@ -66,7 +62,14 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except (FileError, SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError("DAMAGED", path, f"not a whole safetensors file ({error})"[:300], OLDER) from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file that the system does not read, or that is not a whole safetensors file."""
+    if isinstance(error, OSError):
+        return CheckpointError("UNREADABLE", path, f"cannot be read ({error.strerror or error})", remedy(error))
+    return CheckpointError("DAMAGED", path, f"not a whole safetensors file ({error})"[:300], OLDER)
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -18,14 +18,12 @@ from undiffuse.data.sources.registry import load
 from undiffuse.errors import CheckpointError, ConfigError, DataError, ResourceError
 from undiffuse.model.config import from_dict, to_dict
 from undiffuse.runtime.atomic_file import json_digest, remedy, write_atomic
-from undiffuse.runtime.folder_lock import LOCK_FILES, lock_folder, lock_holder
+from undiffuse.runtime.folder_lock import lock_folder, lock_holder
+from undiffuse.runtime.own_output import UNRECORDED_RUN
 from undiffuse.runtime.part_store import Report
 from undiffuse.runtime.side_files import parse_metrics, read_record, write_record
 
-ALLOWED_WITHOUT_RECORD = {"checkpoints", "pictures", "run.json.partial", *LOCK_FILES}
-"""What a run killed before it wrote ``run.json`` may leave."""
-
-ATOMIC_FILES = ("run.json", "metrics.jsonl", "metrics.csv", "model.safetensors")
+ATOMIC_FILES = ("run.json", "skipped.json", "metrics.jsonl", "metrics.csv", "model.safetensors")
 """What is written under the name with .partial and renamed."""
 CHANGEABLE_SETTINGS = {"on_nonfinite", "save_minutes"}
 """Settings that may change when a run is resumed, because they do not change what is trained."""
@@ -74,13 +72,11 @@ class Run:
         if not path.is_file():
             return None
         try:
-            path.read_bytes()
+            record = read_record(path)
+            _ = record["config"], record["data"]["fingerprint"], record["finished"]  # pyright: ignore
         except OSError as error:
             cause = f"cannot be read ({error.strerror or error})"
             raise CheckpointError("UNREADABLE", path, cause, remedy(error)) from None
-        try:
-            record = read_record(path)
-            _ = record["config"], record["data"]["fingerprint"], record["finished"]  # pyright: ignore
         except (KeyError, TypeError):
             fix = "Restore it, or train into another folder"
             raise CheckpointError("RUN", path, "not the record of a run, or damaged", fix) from None
@@ -101,7 +97,7 @@ class Run:
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint of training to resume from."""
-        return any(self.checkpoints.glob("step-*"))
+        return bool(checkpoint_folders(self.checkpoints))
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -136,9 +132,14 @@ class Run:
         self._claim()
         for name in ATOMIC_FILES:
             (self.folder / f"{name}.partial").unlink(missing_ok=True)
-        if data.report.skipped:
+        changed = self._update_record(_fresh(config, data, init), config, data, force)
+        if data.report.skipped:  # after the record, without which the folder would not be taken for a run
             data.report.write(self.folder / "skipped.json")
-        fresh, record = _fresh(config, data, init), self.record
+        return changed
+
+    def _update_record(self, fresh: dict[str, Any], config: Any, data: Dataset, force: bool) -> bool:
+        """Write ``fresh`` if there is no record, else compare the two: see `open`."""
+        record = self.record
         if record is None:
             self._write({**fresh, "id": json_digest(_compared_fields(fresh))})
             return False
@@ -192,7 +193,7 @@ class Run:
         """Create the folders. Raises `ConfigError` if the folder holds something else than a run, `ResourceError`."""
         try:
             names = {f.name for f in self.folder.iterdir()} if self.folder.is_dir() else set()
-            if "run.json" not in names and names - ALLOWED_WITHOUT_RECORD:
+            if "run.json" not in names and names - UNRECORDED_RUN:
                 cause = "this folder is neither empty nor a run"
                 raise ConfigError("RUN", self.folder, cause, "Give --out a new folder")
             for folder in (self.folder, self.checkpoints, self.pictures):
