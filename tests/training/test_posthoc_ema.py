@@ -170,7 +170,7 @@ def test_snapshots_of_a_run_by_the_clock(tmp_path):
         progress.step += 1
         progress.seconds += 1.0 if progress.step < 10 else 0.25
         progress.last_step = progress.step if progress.seconds >= 60 else None
-        kept.write_if_due(progress, settings, "", True)
+        kept.write_if_due(progress, settings, True)
     steps = sorted({profile.step for profile in list_snapshots(tmp_path)})
     assert steps[-1] == progress.step == 213
     assert steps[:-1] == [32, 64, 96, 128, 160, 192]

@@ -221,8 +221,9 @@ def test_setting_up_is_part_of_the_time(tmp_path, monkeypatch):
     assert run.read_metrics()[-1]["step"] == pytest.approx(60 - 20 - 2.5, abs=1)
 
 
-def test_an_evaluation_at_the_start_of_a_resumed_run_has_a_limit(tmp_path, monkeypatch):
-    """The pace is that of the last step before the stop, since none has been made yet."""
+@pytest.mark.parametrize("setup", [0, 10])
+def test_an_evaluation_at_the_start_of_a_resumed_run_has_a_limit(tmp_path, monkeypatch, setup):
+    """The pace is that of the last step before the stop, since none has been made yet. Setting up takes none of it."""
     machine = SlowMachine(monkeypatch, step=1.0, call=0.03)
     spent, real = [], Monitor._evaluate
 
@@ -235,6 +236,8 @@ def test_an_evaluation_at_the_start_of_a_resumed_run_has_a_limit(tmp_path, monke
     with stopping_at(30):  # in the middle, where an evaluation is due
         train(tmp_path, by_the_clock(1, previews=2), machine)
     assert spent == []
+    build = loop.build_model
+    monkeypatch.setattr(loop, "build_model", lambda *a: (setattr(machine, "now", machine.now + setup), build(*a))[1])
     train(tmp_path, by_the_clock(1, previews=2), machine)
     assert len(spent) == 2
     assert 0 < spent[0] <= 2.5

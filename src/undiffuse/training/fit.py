@@ -84,6 +84,8 @@ def fit(
             return run.folder
         progress, warnings = resumed
         network = prepare_network(accelerator, model.network, settings)
+        saved_at = progress.seconds
+        progress.seconds += clock() - began  # setting up is part of the run
 
         with (
             Monitor(run, task, state.ema_model, data, split, progress, quiet, main, clock) as monitor,
@@ -91,8 +93,6 @@ def fit(
         ):
             for line in [*notes, *warnings]:
                 monitor.log(line)
-            saved_at = progress.seconds
-            progress.seconds += clock() - began  # setting up is part of the run
             evaluate_saved(accelerator, monitor, stop_requests)
             while not progress.done:
                 # One step: gradient, then weights and averages; neither moves if something is NaN or infinite
@@ -117,7 +117,7 @@ def fit(
                 broadcast_progress(accelerator, progress)
                 loss = None if problem else float(losses.mean())
                 monitor.record_step(loss, norms[0], lr, batches.waited, progress.step_seconds)
-                state.snapshots.write_if_due(progress, settings, run.id, main)
+                state.snapshots.write_if_due(progress, settings, main)
 
                 # Save and evaluate when due; stop after a signal
                 signal = reduce_signal(accelerator, stop_requests)

@@ -83,7 +83,7 @@ class EMASnapshots:
         """Remove snapshots of later steps, which a run that resumes from ``step`` has not reached."""
         self._remove(lambda other: other > step)
 
-    def write_if_due(self, progress: Progress, settings: TrainConfig, run_id: str, main: bool) -> None:
+    def write_if_due(self, progress: Progress, settings: TrainConfig, main: bool) -> None:
         """`write` at the multiples of `snapshot_interval` and at the last step, and remove those of other steps.
 
         With ``minutes``, the number of steps is estimated from the speed so far until the end is planned.
@@ -93,7 +93,7 @@ class EMASnapshots:
         steps = progress.last_step or progress.step / max(progress.fraction(settings), 1e-9)
         interval = snapshot_interval(steps, self.snapshots)
         if progress.done or progress.step % interval == 0:
-            self.write(progress.step, run_id, main)
+            self.write(progress.step, progress.run, main)
             if main:
                 self._remove(lambda step: step % interval != 0 and step != progress.step)
 
