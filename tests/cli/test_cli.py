@@ -10,8 +10,9 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
+import typer
 
-from undiffuse.cli import main
+from undiffuse.cli import guard, main
 from undiffuse.model.checkpoint import load
 from undiffuse.training.monitor import Monitor
 from undiffuse.training.run_folder import Run
@@ -388,3 +389,16 @@ def test_training_on_what_the_data_tell(place, call, refused, capsys):
     assert model.info["classes"] == ["0", "1", "2", "3"]
     assert call("train", place / "told.npz", "--out", place / "plain", *recipe).code == 0
     assert "classes" not in load(place / "plain").config.network
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [(None, 0), (0, 0), (3, 3), ("a message", 1), (1, 141)])
+def test_a_program_that_exits_inside_a_command_keeps_its_code(code, exit_code):
+    """A file of --network that called sys.exit once ended `train` with success; rich exits so at a closed pipe."""
+    assert guard(lambda: sys.exit(code)) == exit_code
+
+
+def test_an_exit_of_typer_keeps_its_code():
+    def command():
+        raise typer.Exit(4)
+
+    assert guard(command) == 4

@@ -191,6 +191,7 @@ def test_a_file_is_run_for_its_class(tmp_path):
         ("none.py:Net", "", "there is no file"),
         ("own.py:Net", "x = (", r"running the file fails \(SyntaxError"),
         ("own.py:Net", "import nothing_such", r"running the file fails \(ModuleNotFoundError"),
+        ("own.py:Net", "raise SystemExit('no foo')", r"running the file fails \(SystemExit: no foo"),
         ("own.py:Net", "x = 1", "the file has no 'Net'"),
         ("own.py:Net", "Net = 1", "'Net' is not a subclass of nn.Module"),
         ("own.py:Net", "class Net: pass", "'Net' is not a subclass of nn.Module"),

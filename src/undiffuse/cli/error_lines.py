@@ -34,25 +34,25 @@ def run(command: Callable[[], int], arguments: Sequence[str], debug: bool) -> in
             _report(StoppedImmediately.message, code, debug)
     except UsageError as error:
         code = _report(_usage_line(error), 2, debug)
+    except typer.Exit as exit_:
+        code = exit_.exit_code
     except (typer.Abort, KeyboardInterrupt):
         code = _report(StoppedImmediately.message, 130, debug)
     except Interrupted as stopped:
         code = _report(stopped.message, stopped.exit_code, False)
-    except BadFilesError as error:
-        _list_problems(error)
-        code = _report(error_line(error, arguments), error.exit_code, debug)
     except UndiffuseError as error:
+        if isinstance(error, BadFilesError):
+            _list_problems(error)
         code = _report(error_line(error, arguments), error.exit_code, debug)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         code = _report("error[MEMORY] undiffuse: out of memory. Use a smaller batch.", 6, debug)
     except SystemExit as closed:  # rich and typer end so where the reader of a pipe has gone
-        code = CLOSED_PIPE if closed.code == 1 else 0
+        left = closed.code
+        code = CLOSED_PIPE if left == 1 else left if isinstance(left, int) else int(left is not None)
     except OSError as error:
         code = _report(_system_line(error), 6, debug)
-    except typer.Exit as exit_:
-        code = exit_.exit_code
     return code
 
 

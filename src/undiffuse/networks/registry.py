@@ -161,7 +161,7 @@ def load_class(text: str) -> type[nn.Module]:
     sys.path.append(folder)  # for what the file imports beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         cause = f"running the file fails ({type(error).__name__}: {error})"
         raise ConfigError("NETWORK", text, cause[:300], "Correct the file") from error
     finally:
