@@ -46,3 +46,11 @@ def test_a_slow_machine_trains_for_longer(tmp_path, monkeypatch, seconds, longer
     assert minutes > MAX_MINUTES - 0.3 or seconds < 15
     extend_to_floor(items, run, console)  # the command, repeated
     assert verify_checkpoint(max(run.checkpoints.glob("step-*"))).step == steps
+
+
+def test_a_run_of_given_steps_is_not_extended(tmp_path):
+    """The demo's folder may hold one that `train --steps` has made."""
+    items, run = data(), Run(tmp_path)
+    diffusion_task.fit_diffusion(recipe(max_steps=1, previews=0), items, tmp_path, device="cpu", quiet=True)
+    extend_to_floor(items, run, Console(file=io.StringIO()))
+    assert run.record["config"]["train"]["max_steps"] == 1

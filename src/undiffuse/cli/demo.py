@@ -132,12 +132,15 @@ def train(data: Dataset, run: Any, minutes: float, console: Console) -> None:
 
 
 def extend_to_floor(data: Dataset, run: Any, console: Console) -> None:
-    """Extend a run that made fewer than `MIN_STEPS` steps, so that all training takes at most `MAX_MINUTES`."""
+    """Extend a run by the clock of fewer than `MIN_STEPS` steps; all training takes at most `MAX_MINUTES`."""
     from undiffuse.training.extend import extend
+    from undiffuse.training.run_folder import checkpoint_folders
     from undiffuse.training.train_state import resume_step_for_extension, verify_checkpoint
 
-    last = max(run.checkpoints.glob("step-*"))
-    steps, minutes = verify_checkpoint(last).step, run.record["config"]["train"]["minutes"]
+    minutes = run.record["config"]["train"]["minutes"]
+    if minutes is None:
+        return
+    steps = verify_checkpoint(checkpoint_folders(run.checkpoints)[-1]).step
     kept = verify_checkpoint(run.checkpoints / f"step-{resume_step_for_extension(run.checkpoints):08d}").seconds / 60
     longer = min(1.1 * minutes * MIN_STEPS / steps, MAX_MINUTES - (minutes - kept))
     if steps >= MIN_STEPS or minutes > MINUTES or longer <= minutes:
