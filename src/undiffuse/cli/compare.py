@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -108,11 +109,12 @@ def compare(
 
 def _run_of(samples: str) -> Path | None:
     """The run that the manifest of a sample folder names, if it is there."""
-    try:
-        run = Path(json.loads((Path(samples) / "manifest.json").read_bytes())["model"])
-        return run if run.exists() else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    from undiffuse.runtime.side_files import read_record
+
+    with suppress(OSError):
+        model = (read_record(Path(samples) / "manifest.json") or {}).get("model")
+        return Path(model) if model and Path(model).exists() else None
+    return None
 
 
 def _held_out(held_out: float | None, run: Path | None, dataset: Dataset) -> float:
