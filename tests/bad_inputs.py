@@ -517,7 +517,7 @@ ODD = [
     folder(69, "a shard beside images", _shard_beside_images, "AMBIGUOUS", "a WebDataset and also 2 image files", ""),
     folder(70, "a pipe as labels", _labels_pipe, "NOT_A_REGULAR_FILE", "", "labels.csv"),
     folder(70, "semicolons and backslashes", _semicolons, "", "3 classes from labels.csv: x (1), y (2), z (1)"),
-    array(71, "index.csv", b",a,b\n0,1,2\n1,3,4\n", "", "only count the lines"),
+    array(71, "index.csv", b",a,b\n0,1,2\n1,3,4\n", "", "lines (pandas' index)"),
     array(71, "classes.csv", b"a,class\n1,cat\n", "TABLE", "'cat' is not a number"),
     folder(72, "idx", _idx_without_labels, "", "no labels: no file of labels beside x-images-idx3-ubyte"),
     array(72, "x-images-idx3-ubyte", b"\0\0\x08\3" + b"\xff" * 12, "TRUNCATED"),

@@ -15,7 +15,7 @@ SCAN_END = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 AFTER_SCAN = frozenset({0xC4, 0xCC, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)})
 """Markers that may follow a scan: tables, another scan, comments, the end."""
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-PROGRESSIVE, ARITHMETIC = {0xC2, 0xC6}, frozenset(range(0xC9, 0xD0))
+ARITHMETIC = frozenset(range(0xC9, 0xD0))
 JPEG_METADATA = frozenset(range(0xE1, 0xF0)) - {0xEE} | {0xFE}
 """Application segments but JFIF's, and Adobe's on which the colours depend; comments."""
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
@@ -43,10 +43,6 @@ class Jpeg:
     @property
     def scan_ends(self) -> list[int]:
         return [end for marker, _, end in self.segments if marker == 0xDA]
-
-    @property
-    def is_progressive(self) -> bool:
-        return self.frame in PROGRESSIVE
 
     @property
     def is_arithmetic(self) -> bool:

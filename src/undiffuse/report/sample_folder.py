@@ -241,10 +241,8 @@ def write_samples(
 ) -> Path | None:
     """Write ``values`` (N, ...), the samples from number ``first`` on, to ``folder``; the path of the grid, if any."""
     contents = hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
-    samples, items = (
-        SampleFolder(folder, {**plan, "values": contents}, values.shape[1:], num_values),
-        range(first, first + len(values)),
-    )
+    samples = SampleFolder(folder, {**plan, "values": contents}, values.shape[1:], num_values)
+    items = range(first, first + len(values))
     with samples.open(items, lambda message: None) as missing:
         for gap in missing:
             samples.add(gap.start, values[gap.start - first : gap.stop - first])

@@ -210,7 +210,7 @@ class DiffusionTask(Task):
         baseline = shared_values(data.counts(known), data.counts(items))
         if bits < baseline:
             return []
-        return [f"hardly trained: independent values cost {baseline:.3f} bits/dim, no more. {TRAIN_LONGER}"]
+        return [f"hardly trained: values drawn independently cost only {baseline:.3f} bits/dim. {TRAIN_LONGER}"]
 
     def _condition(self, data: Dataset, items: np.ndarray) -> Condition | None:
         return data.condition(items) if self.config.train.conditional else None

@@ -33,9 +33,8 @@ def start_accelerator(device: str | torch.device) -> Accelerator:
     if accelerator.num_processes > 1:
         check_own_device(str(place), accelerator.device)
     else:
-        vars(accelerator.state)["device"] = (
-            place  # accelerate's own choice is the first GPU, for all runs of this process
-        )
+        # accelerate's own choice is the first GPU, for all runs of this process
+        vars(accelerator.state)["device"] = place
     return accelerator
 
 

@@ -15,7 +15,7 @@ import torch
 
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.sources.registry import load
-from undiffuse.errors import CheckpointError, ConfigError, DataError, ResourceError
+from undiffuse.errors import CheckpointError, ConfigError, DataError, ResourceError, counted
 from undiffuse.model.config import from_dict, to_dict
 from undiffuse.runtime.atomic_file import json_digest, remedy, write_atomic
 from undiffuse.runtime.folder_lock import lock_folder, lock_holder
@@ -168,7 +168,10 @@ class Run:
             raise ConfigError("NO_SOURCE", self.folder, cause, fix)
         data = load(began["source"], **began.get("options", {}))
         if data.fingerprint != began["fingerprint"]:
-            cause = f"these data have changed since the run began: {began['items']:,} items then, {len(data):,} now"
+            counts = (
+                f": {counted(began['items'], 'item')} then, {len(data):,} now" if len(data) != began["items"] else ""
+            )
+            cause = f"these data have changed since the run began{counts}"
             fix = "Restore them, or name DATA to use them as they are"
             raise DataError("CHANGED", began["source"], cause, fix)
         return data

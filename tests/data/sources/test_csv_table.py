@@ -115,10 +115,10 @@ def test_the_index_that_pandas_writes_is_left_out(tmp_path):
     (tmp_path / "r.csv").write_text('"","a","label","b"\n"1",1.5,"x",7\n"2",2,"y",8\n"3",3,"x",9\n')
     (tmp_path / "no-index.csv").write_text("a,label,b\n1.5,x,7\n2,y,8\n3,x,9\n")
     expected = load(tmp_path / "no-index.csv")
-    for name, left_out in (("once", 1), ("twice", 2), ("r", 1)):
+    for name, left_out in (("once", "1 column"), ("twice", "2 columns"), ("r", "1 column")):
         data = load(tmp_path / f"{name}.csv")
         assert (data.columns, data.classes, data.fingerprint) == (("a", "b"), ("x", "y"), expected.fingerprint)
-        assert f"{left_out} columns left out that only count the lines (pandas' index)" in data.notes
+        assert any(note.startswith(f"{left_out} left out that only count") for note in data.notes)
 
 
 @pytest.mark.parametrize(

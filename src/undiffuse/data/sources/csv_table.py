@@ -74,7 +74,8 @@ def _dataset(name: str, lines: Iterator[str], label_column: str | None) -> Datas
     counting = [i for i in indices if i != label_index and _counts_lines(values[:, i])]
     if counting:
         columns, values = columns[len(counting) :], values[:, len(counting) :]
-        notes.append(f"{len(counting)} columns left out that only count the lines (pandas' index)")
+        verb = "counts" if len(counting) == 1 else "count"
+        notes.append(f"{counted(len(counting), 'column')} left out that only {verb} the lines (pandas' index)")
     if not columns or "" in columns:
         cause = "its only column counts the lines" if not columns else "its first column has no name"
         raise FileError("BAD_HEADER", cause, "Give each column a name, or write the table without index")

@@ -72,7 +72,7 @@ def check_parts(root: Path, paths: Iterable[Path]) -> None:
 def parts_note(root: Path, paths: Iterable[Path]) -> list[str]:
     """A warning if training images and others are read as one data set."""
     folders = {path.relative_to(root).parts[0] for path in paths if part_of(root, path)}
-    if len({part_of(root, root / name / "x") for name in folders}) < 2:
+    if len(set(map(part_called, folders))) < 2:
         return []
     listed = " and ".join(map(printable, sorted(folders)))
     return [

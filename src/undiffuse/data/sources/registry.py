@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from undiffuse.errors import ConfigError, DataError
+from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.runtime.file_errors import FileError
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def _check_unambiguous(row: Source, folder: Path) -> None:
 
     others = [other.title for other in SOURCES[SOURCES.index(row) + 1 : -1] if other.module().sniff(folder)]
     if row is not SOURCES[-1] and (count := len(scan_folder(folder).images)):
-        others.append(f"{count:,} image file" + "s" * (count > 1))
+        others.append(counted(count, "image file"))
     if others:
         cause = f"contains {row.title} and also {' and '.join(others)}, and which are the data is unclear"
         fix = "Name the file or folder that is the data, or move the others elsewhere"
