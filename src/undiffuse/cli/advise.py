@@ -114,7 +114,7 @@ def advise_command(
     else:
         if real is not None:
             reason = "all samples became NaN or infinite"
-        console.print(f"stochastic solvers were not compared: {reason}", markup=False)
+        console.print(f"stochastic solvers were not compared: {reason}")
     own = network_option(network)
     _store(run, model, calls, best, measured | {"seconds": round(time.perf_counter() - began, 1)}, own)
 
@@ -126,8 +126,8 @@ def _store(run: RunArgument, model: Diffusion, calls: int, best: Sampler, measur
     measured |= {"calls": count_calls(best, model.schedule)}
     path = write_advice(run_folder(run), checkpoint.fingerprint(model), calls, best, measured)
     labels = "".join(f" --label {shlex.quote(one)}" for one in measured["label"] or ())
-    console.print(f"best: {best}, {best.spacing} levels, stored in {path}", markup=False)
-    console.print(f"next: undiffuse sample {shlex.quote(str(run))} --calls {calls}{labels}{own}", markup=False)
+    console.print(f"best: {best}, {best.spacing} levels, stored in {path}")
+    console.print(f"next: undiffuse sample {shlex.quote(str(run))} --calls {calls}{labels}{own}")
 
 
 def _real_items(
@@ -195,7 +195,7 @@ def _show_flow(model: Diffusion, result: SearchResult, calls: int, fine: int) ->
     table.render(rows[:MAX_ROWS], title)
     console.print(f"error: root mean square distance to the endpoint of {fine} steps, over {len(best.error)} items")
     console.print(f"that reference differs by {coarse:.2g} from one of half as many steps")
-    console.print("excluded: " + "; ".join(_by_reason(result.excluded)), markup=False)
+    console.print("excluded: " + "; ".join(_by_reason(result.excluded)))
     ranking = [{**row, "behind the best": row["behind the best"] or (0.0, 0.0)} for row in rows]
     return {"error": scaled(best.mean_error), "unit": unit, "coarse": coarse, "ranking": ranking}
 

@@ -50,11 +50,11 @@ def check(
         table.render([{"": name, "data": text} for name, text in describe_facts(facts).items()], data)
         print_notes(dataset)
         for problem in facts["skipped"]:
-            console.print(f"skipped: [{problem['code']}] {problem['path']}: {problem['reason']}", markup=False)
+            console.print(f"skipped: [{problem['code']}] {problem['path']}: {problem['reason']}")
     if out is not None:
         count = write_contact_sheet(dataset, out)
         if not as_json:
-            console.print(f"contact sheet of {count} evenly spaced items: {out}", markup=False)
+            console.print(f"contact sheet of {count} evenly spaced items: {out}")
 
 
 def write_contact_sheet(dataset: Dataset, out: Path) -> int:

@@ -92,7 +92,7 @@ def compare(
         title = f"{samples} and {dataset.name}: n = {result.n:,}, features {result.extractor}, ± standard error"
         table.render(comparison_report.comparison_rows(result), title)
         for line in result.explanations():
-            console.print(line, markup=False)
+            console.print(line)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_record(out / RECORD, {**summary, "files": [IMAGE]})
@@ -102,9 +102,9 @@ def compare(
             written.append(str(out / IMAGE))
         except DataError as error:
             if not as_json:
-                console.print(f"no image of nearest items: {error.cause}", markup=False)
+                console.print(f"no image of nearest items: {error.cause}")
         if not as_json:
-            console.print(f"written: {', '.join(written)}", markup=False)
+            console.print(f"written: {', '.join(written)}")
 
 
 def _run_of(samples: str) -> Path | None:

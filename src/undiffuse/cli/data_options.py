@@ -113,7 +113,7 @@ def _recorded_data(run: Path) -> dict[str, Any]:
 def print_notes(dataset: Dataset) -> None:
     """Print what was noticed and changed when the data were read."""
     for note in dataset.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
 
 
 def record_skipped(dataset: Dataset, path: Path) -> None:
@@ -121,4 +121,4 @@ def record_skipped(dataset: Dataset, path: Path) -> None:
     if dataset.report.skipped:
         path.parent.mkdir(parents=True, exist_ok=True)
         dataset.report.write(path)
-        console.print(f"skipped: {counted(len(dataset.report.skipped), 'file')}, listed in {path}", markup=False)
+        console.print(f"skipped: {counted(len(dataset.report.skipped), 'file')}, listed in {path}")

@@ -53,7 +53,7 @@ def demo(folder: Path, minutes: float | None, console: Console) -> None:
     console.rule("1. train on 8×8 digits, seventeen grey levels")
     data, run = load("digits"), Run(folder)
     if run.finished:
-        console.print(f"{folder} holds a finished run; remove it to train again", markup=False)
+        console.print(f"{folder} holds a finished run; remove it to train again")
     train(data, run, minutes or MINUTES, console)
     if minutes is None:
         extend_to_floor(data, run, console)
@@ -116,8 +116,8 @@ def demo(folder: Path, minutes: float | None, console: Console) -> None:
         ("bits-per-step", "where the bits are"),
         ("training", "the training curve"),
     ):
-        console.print(f"{run.pictures / name}.png  {what}", markup=False)
-    console.print(f"model: {run.model}; {time.perf_counter() - began:.0f} s in all", markup=False)
+        console.print(f"{run.pictures / name}.png  {what}")
+    console.print(f"model: {run.model}; {time.perf_counter() - began:.0f} s in all")
 
 
 def train(data: Dataset, run: Any, minutes: float, console: Console) -> None:
@@ -148,7 +148,6 @@ def extend_to_floor(data: Dataset, run: Any, console: Console) -> None:
     console.print(
         f"{counted(steps, 'step')} in {minutes:g} minutes are too few on this machine: training goes on for "
         f"{longer - kept:.1f} minutes, so that it takes at most {MAX_MINUTES:g} in all, for {MIN_STEPS} steps",
-        markup=False,
     )
     extend(run.folder, data, minutes=longer - minutes)
     train(data, run, longer, console)

@@ -66,7 +66,7 @@ def ema(
     model, error = with_ema_length(source, chosen)
     path = out or run / f"model-ema-{chosen:g}.safetensors"
     checkpoint.save(model, path)
-    console.print(f"average of length {chosen:g}, {error:.2%} error of its profile: {path}", markup=False)
+    console.print(f"average of length {chosen:g}, {error:.2%} error of its profile: {path}")
     if error > MAX_PROFILE_ERROR:
         console.print("note: more snapshots (in [train] of --config) reduce the error of lengths far from 0.05 and 0.1")
 

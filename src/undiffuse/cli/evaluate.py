@@ -109,7 +109,7 @@ def evaluate(
                 unconditional=unconditional,
                 folder=batches,
                 group=group,
-                on_message=lambda message: console.print(message, markup=False),
+                on_message=lambda message: console.print(message),
                 on_progress=lambda p: bar and bar.update(p.spent / max(p.total, 1e-9), left=p.left, title=p.estimate),
             )
         if not first:
@@ -119,5 +119,5 @@ def evaluate(
         skipped = functools.partial(record_skipped, dataset) if dataset.report.skipped else None
         written = evaluation_report.write_evaluation(result, folder, skipped)
         for line in [*result.explanations(), *differences, *written]:
-            console.print(line, markup=False)
+            console.print(line)
         resumable.remove(batches)

@@ -62,7 +62,7 @@ def interpolate(
     images = [load_image(path, channels, sides, prepare) for path in (one, other)]
     for path, image in zip((one, other), images, strict=True):
         if prepare and image.changes:
-            console.print(f"note: {path}: {', '.join(image.changes)}", markup=False)
+            console.print(f"note: {path}: {', '.join(image.changes)}")
     x = [IntegerLevels(image.num_values).to_model(torch.tensor(image.pixels)[None]) for image in images]
     ends = torch.cat([transform.to_data(item) for item in x])
     latents = model.to_latent(ends, steps, condition and condition(range(2)))
@@ -75,5 +75,4 @@ def interpolate(
     save_picture(figures.image_strip(values[:, None].numpy(), captions, transform.num_values), path)
     console.print(
         f"{n} images: {path}; the first and last differ from A and B by at most {counted(int(error), 'level')}",
-        markup=False,
     )

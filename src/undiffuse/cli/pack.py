@@ -30,7 +30,5 @@ def pack(
     print_notes(dataset)
     record_skipped(dataset, out.with_name(out.stem + ".skipped.json"))
     size = f"{out.stat().st_size / 1e9:,.2f} GB"
-    console.print(
-        f"packed: {counted(len(dataset), 'item')}, {size}, in {out} and {sidecar_path(out).name}", markup=False
-    )
-    console.print(f"next: undiffuse train {shlex.quote(str(out))}", markup=False)
+    console.print(f"packed: {counted(len(dataset), 'item')}, {size}, in {out} and {sidecar_path(out).name}")
+    console.print(f"next: undiffuse train {shlex.quote(str(out))}")

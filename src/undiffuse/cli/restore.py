@@ -95,7 +95,7 @@ def restore(
     prepare = recorded_options(run) if exact else {}
     loaded = load_image(image, channels, sides if degrade else small_sides, prepare)
     if prepare and loaded.changes:
-        console.print(f"note: {image}: {', '.join(loaded.changes)}", markup=False)
+        console.print(f"note: {image}: {', '.join(loaded.changes)}")
     x = IntegerLevels(loaded.num_values).to_model(torch.tensor(loaded.pixels)[None])[0]
     if mask is not None:
         hidden = load_image(mask, 1, small_sides, prepare | {"background": "white"})
@@ -152,16 +152,15 @@ def restore(
         picture = strip(model, degradation, x if degrade else None, observed, values)
         samples.finish(range(n), {"residual": [float(r) / 2 for r in residual]}, {"strip.png": picture})
     expected = float((degradation.noise_std**2 + rounding**2) ** 0.5)
-    console.print(f"{counted(n, 'restoration')} by {method} in {counted(steps, 'step')}, {seconds:.1f} s", markup=False)
+    console.print(f"{counted(n, 'restoration')} by {method} in {counted(steps, 'step')}, {seconds:.1f} s")
     console.print(
         f"residual between restorations and IMAGE: {_percent(float(residual.mean()))} of black to white; "
         f"expected from noise and rounding: {_percent(expected)}",
-        markup=False,
     )
     if degrade:
         error = float((model.transform.to_model(values).mean(0) - x).square().mean().sqrt())
-        console.print(f"root mean square error of their mean: {_percent(error)} of black to white", markup=False)
-    console.print(f"strip: {folder}/strip.png, single restorations: {folder}/000000.png ...", markup=False)
+        console.print(f"root mean square error of their mean: {_percent(error)} of black to white")
+    console.print(f"strip: {folder}/strip.png, single restorations: {folder}/000000.png ...")
 
 
 def _sides(image: Path) -> tuple[int, ...]:

@@ -115,7 +115,7 @@ def sample(
     check_one_length(quality, calls, steps)
     register_network(network)
     rank, processes, place, gather = init_process_group(resolve_device(device))
-    log = (lambda line: console.print(line, markup=False)) if rank == 0 else (lambda line: None)
+    log = (lambda line: console.print(line)) if rank == 0 else (lambda line: None)
     model = checkpoint.load(run, place)
     weights, labels, names = checkpoint.fingerprint(model), label or [], class_names(model, classifier)
     condition = make_condition(names, labels, cond)

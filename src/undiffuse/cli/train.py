@@ -118,21 +118,21 @@ def train(
     if on_nonfinite is not None:
         recipe = configs.replace_train(recipe, on_nonfinite=on_nonfinite)
     if not finished:
-        console.print(f"recipe {name!r}, {format_length(recipe.train)}, into {run.folder}", markup=False)
+        console.print(f"recipe {name!r}, {format_length(recipe.train)}, into {run.folder}")
     if dataset.report.skipped:
-        console.print(f"skipped files are listed in {run.folder}/skipped.json", markup=False)
+        console.print(f"skipped files are listed in {run.folder}/skipped.json")
     with changes_as_table():
         fit_diffusion(recipe, dataset, run.folder, device, init=init, force=force, network=network_class)
     if finished:
         report_finished(run)
         return
-    console.print(f"done: {run.folder}/model.safetensors, pictures in {run.pictures}", markup=False)
+    console.print(f"done: {run.folder}/model.safetensors, pictures in {run.pictures}")
     has_test_part = dataset.held_out_fraction(recipe.train.held_out)[0] > 0 or dataset.test_from is not None
     own = network_option(network)
     part = "" if has_test_part else " --part train"
     folder = shlex.quote(str(run.folder))
-    console.print(f"next: undiffuse sample {folder}{own}", markup=False)
-    console.print(f"next: undiffuse evaluate {folder}{part}{own}", markup=False)
+    console.print(f"next: undiffuse sample {folder}{own}")
+    console.print(f"next: undiffuse evaluate {folder}{part}{own}")
 
 
 def check_length(minutes: float | None, steps: int | None, epochs: float | None = None) -> None:
@@ -170,7 +170,7 @@ def open_run(out: Path | None, data: str, suffix: str = "") -> Run:
 
 def report_finished(run: Run) -> None:
     """Print that the run is finished, which `undiffuse.training.fit.fit` has compared with the command."""
-    console.print(f"{run.folder} is a finished run already; give --out another folder to train again", markup=False)
+    console.print(f"{run.folder} is a finished run already; give --out another folder to train again")
 
 
 def extend_run(
@@ -189,7 +189,7 @@ def extend_run(
     group = init_process_group(device)
     if group.rank == 0:
         _, step = extend(run.folder, dataset, steps, minutes, config_type=config_type, **options)
-        console.print(f"{run.folder} is extended and resumes from step {step:,}", markup=False)
+        console.print(f"{run.folder} is extended and resumes from step {step:,}")
     group.gather(None)
 
 

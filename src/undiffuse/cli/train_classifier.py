@@ -87,7 +87,7 @@ def train_classifier(
         recipe = replace(recipe, train=replace(recipe.train, on_nonfinite=on_nonfinite))
     length = format_length(recipe.train)
     if not finished:
-        console.print(f"a classifier of {len(dataset.classes)} classes, {length}, into {run.folder}", markup=False)
+        console.print(f"a classifier of {len(dataset.classes)} classes, {length}, into {run.folder}")
     with changes_as_table():
         fit_classifier(recipe, dataset, run.folder, device, force=force)
     if finished:
@@ -95,9 +95,7 @@ def train_classifier(
         return
     if rows := load(run.folder).info.get("accuracy"):
         table.render([_row(row) for row in rows], counted(rows[0]["items"], "held-out item"))
-    console.print(
-        f"done: {run.folder}; use it by `undiffuse sample` with --classifier {run.folder} and --label", markup=False
-    )
+    console.print(f"done: {run.folder}; use it by `undiffuse sample` with --classifier {run.folder} and --label")
 
 
 def recipe_for(data: Dataset, device: str, **settings: Any) -> ClassifierConfig:

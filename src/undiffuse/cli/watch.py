@@ -62,7 +62,7 @@ def watch(
     if not console.is_terminal:
         console.print()  # Live ends its last line on terminals only
     if board is not None:
-        console.print(f"for TensorBoard: {tensorboard}", markup=False)
+        console.print(f"for TensorBoard: {tensorboard}")
 
 
 class Board:

@@ -84,7 +84,7 @@ class Monitor:
     def log(self, line: str) -> None:
         """Print a line above the bar; a terminal that is closed costs the run nothing but the line."""
         with suppress(OSError):
-            self.console.print(line, soft_wrap=True, markup=False)
+            self.console.print(line, soft_wrap=True)
 
     def record_step(self, loss: float | None, norm: float, lr: float, waited: float, seconds: float) -> None:
         """Note a step, or a skipped one if ``loss`` is None; write a record every fifty steps and at the end.
