@@ -42,6 +42,16 @@ def evaluate(place, tmp_path, call, monkeypatch):
     )
 
 
+def test_a_figure_of_an_earlier_evaluation_is_removed(evaluate, tmp_path):
+    """The flow has no bits per step. The figure that stayed was no longer listed, so that the next command refused it."""
+    assert evaluate(*QUICK, "--estimate", "discrete")[0] == 0
+    (tmp_path / "notes.txt").write_text("mine")
+    assert evaluate(*QUICK, "--estimate", "ode")[0] == 0
+    assert not (tmp_path / "bits-per-step.png").exists()
+    assert evaluate(*QUICK, "--estimate", "discrete")[0] == 0
+    assert {"bits-per-step.png", "notes.txt"} <= {f.name for f in tmp_path.iterdir()}
+
+
 def report(folder):
     return json.loads((folder / "evaluation.json").read_text())
 

@@ -100,9 +100,11 @@ def write_evaluation(
 ) -> list[str]:
     """Write evaluation.json, evaluation-items.csv and, with matplotlib, bits-per-step.png; lines that name them.
 
-    evaluation.json is also the record of these files. ``skipped`` writes one more file with the path that it gets.
+    evaluation.json is also the record of these files; those of an earlier evaluation that this one lacks are removed.
+    ``skipped`` writes one more file with the path that it gets.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    earlier = FILES.intersection(listed_files(read_record(folder / RECORD)) or ())
     files, lines = ["evaluation-items.csv"], []
     write_items(folder / files[0], result)
     if "discrete" in result.nll or "continuous" in result.nll:
@@ -117,6 +119,8 @@ def write_evaluation(
     if skipped is not None:
         skipped(folder / "evaluation-skipped.json")
         files.append("evaluation-skipped.json")
+    for name in earlier.difference(files):
+        (folder / name).unlink(missing_ok=True)
     write_record(folder / RECORD, {**result.summary(), "files": files})
     lines.append(f"all numbers: {folder / RECORD}, of each item: {folder / files[0]}")
     return lines
