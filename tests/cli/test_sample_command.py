@@ -438,6 +438,14 @@ def test_advice_is_stored_and_read(tmp_path):
     assert read_advice(tmp_path, "b", 4, lines.append) == first
 
 
+def test_advice_replaces_no_file_of_the_user(tmp_path):
+    """A model file may lie beside files of the user; damaged advice is kept too, as a damaged plan is."""
+    (tmp_path / "advice.json").write_text('{"mine": 1}')
+    write_advice(tmp_path, "a", 3, Sampler("ddim", 3), {})
+    assert read_advice(tmp_path, "a", 3, print) == Sampler("ddim", 3)
+    assert (tmp_path / "advice.json.damaged").read_text() == '{"mine": 1}'
+
+
 def test_units_of_the_data():
     assert data_unit(model()) == (8.0, "levels")  # 17 levels on [-1, 1]
     scale, name = data_unit(model(0, (2,), Standardized((1.0, 0.0), (2.0, 8.0))))

@@ -125,9 +125,15 @@ def read_advice(
 
 
 def write_advice(folder: Path, weights: str, calls: int, sampler: Sampler, measured: dict[str, Any]) -> Path:
-    """Adds the ``sampler`` for ``calls`` to the folder's advice, dropping advice for other ``weights``."""
+    """Adds the ``sampler`` for ``calls`` to the folder's advice, dropping advice for other ``weights``.
+
+    A file of its name that is damaged or not ours is renamed to advice.json.damaged.
+    """
     path = folder / ADVICE_FILE
-    stored = read_record(path) or {}
+    stored = read_record(path)
+    if stored is None and path.exists():
+        path.replace(folder / f"{ADVICE_FILE}.damaged")
+    stored = stored or {}
     advice = stored["advice"] if stored.get("weights") == weights else {}
     advice[str(calls)] = {"sampler": sampler.to_dict(), **measured}
     write_record(path, {"weights": weights, "advice": advice})
