@@ -99,6 +99,13 @@ def test_a_sample_folder_that_is_named_is_read(tmp_path):
     assert "1 output of undiffuse left out: grid.png" in data.notes
 
 
+def test_a_run_that_is_named_has_no_items(photos):
+    """Its pictures are none, and the advice to delete its checkpoints, a class without images, was a bad one."""
+    run_folder(photos)
+    with pytest.raises(DataError, match=r"error\[NO_IMAGES\] .*2 outputs of undiffuse left out: checkpoints, pictures"):
+        load(photos / "runs" / "photos")
+
+
 def test_records_of_other_programs_are_no_mark(photos):
     before = facts(photos)
     for name, content in (("run.json", {"config": 1}), ("manifest.json", {"key": "x"}), ("state.json", {"open": 1})):

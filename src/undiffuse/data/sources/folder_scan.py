@@ -52,7 +52,8 @@ def scan_folder(root: Path) -> FolderScan:
     """Visit each folder once, identified by device and inode, and links to folders after folders.
 
     Output of this package below ``root`` is left out: run folders, sample folders, weights, and pictures that are no
-    items. A sub-folder that contains nothing else is not listed. If ``root`` is such a folder, its items are meant.
+    items. A sub-folder that contains nothing else is not listed. If ``root`` is such a folder, its own items are meant,
+    without sub-folders: a run has none.
     """
     scan, visited, pending = FolderScan(), set(), [root]
     inside = os.path.realpath(root) + os.sep
@@ -71,7 +72,8 @@ def scan_folder(root: Path) -> FolderScan:
             scan.problems.append(_problem(folder, error))
             with_files.update(first)
             continue
-        if folder != root and is_own_folder(folder, {entry.name for entry in entries}):
+        is_own = is_own_folder(folder, {entry.name for entry in entries})
+        if folder != root and is_own:
             scan.own_output.append(folder.relative_to(root).as_posix())
             with_output.update(first)
             continue
@@ -85,6 +87,9 @@ def scan_folder(root: Path) -> FolderScan:
             except OSError as error:
                 scan.problems.append(_problem(path, error))
                 with_files.update(first)
+                continue
+            if stat.S_ISDIR(status.st_mode) and is_own:
+                scan.own_output.append(entry.name)
                 continue
             if stat.S_ISDIR(status.st_mode):
                 pending.insert(0 if entry.is_symlink() else len(pending), path)
