@@ -79,7 +79,7 @@ def test_the_table_and_the_files(place, evaluate, tmp_path):
     assert out.count("≤ ") == 3
     paired = cell(tuple(summary["minus_discrete"]["ode"]["total"]))
     assert f"probability flow {paired}\n" in out
-    assert "a bound, because integer data are dequantised; its divergence is estimated" in out
+    assert "a bound, because integer data are dequantized; its divergence is estimated" in out
     assert (tmp_path / "bits-per-step.png").is_file()
     assert f"figure: {tmp_path}/bits-per-step.png\n" in out
     assert f"all numbers: {tmp_path}/evaluation.json, of each item: {tmp_path}/evaluation-items.csv\n" in out

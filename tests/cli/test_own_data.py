@@ -112,7 +112,7 @@ def test_data_that_have_changed_are_an_error(place, call, command, tmp_path):
 
 def test_options_without_data_and_runs_without_a_source(place, call, tmp_path):
     said = call("evaluate", place / "runs" / "photos", "--size", 16)
-    assert said.err.startswith("error[USAGE] --size: it says how DATA are to be read")
+    assert said.err.startswith("error[USAGE] --size: it is an option of DATA")
     shutil.copy(place / "runs" / "photos" / "model.safetensors", tmp_path)
     said = call("evaluate", tmp_path)
     assert said.err == f"error[NO_SOURCE] {tmp_path}: no run.json in this folder records the data. Name DATA.\n"

@@ -112,7 +112,7 @@ def test_answers_are_never_replaced(place, call):
     said = call(*flags, "--seed", 1, "--out", first)
     assert (said.code, said.err) == (
         2,
-        f"error[OUT] {first}: it already holds restorations. Give another folder, or remove it.\n",
+        f"error[OUT] {first}: it already holds finished restorations or samples. Give another folder, or remove it.\n",
     )
     said = call(*flags, "--out", first / "000000.png")
     assert (said.code, "000000.png: it is a file. " in said.err) == (2, True)
@@ -181,7 +181,7 @@ def test_colour_becomes_grey_and_one_answer_has_no_spread(place, call):
         (2, ["line", "whole.png", "--blur", "1"], "its items are 1x16, not grey or RGB images"),
         (2, ["plain.safetensors", "whole.png", "--blur", "1"], "its items are 1x4x4, not grey or RGB images"),
         (2, ["run", "small.png", "--upsample", "3"], "3 does not divide the sides of an item, 8 x 8"),
-        (2, ["run", "whole.png", "--blur", "1", "--method", "magic"], "--method magic: no such method"),
+        (2, ["run", "whole.png", "--blur", "1", "--method", "magic"], "error[METHOD] --method magic: no such method"),
         (2, ["run", "whole.png", "--blur", "1", "--method", "repaint"], "it fills in masked parts only"),
         (2, ["run", "whole.png", "--blur", "1", "--method", "product"], "it multiplies by a factor for each element"),
         (2, ["run", "whole.png", "--mask", "white.png"], "it hides the whole image"),

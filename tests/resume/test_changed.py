@@ -128,6 +128,7 @@ def test_a_finished_run_is_not_another_one(name, force, tmp_path):
         train(config, tmp_path, items, force=force)
     assert name in [what for what, _, _ in caught.value.rows]
     assert "--force" not in caught.value.fix
+    assert ("--extend" in caught.value.fix) == (name == "train.max_steps")
     assert train(RECIPE, tmp_path, ITEMS) == tmp_path
     assert Run(tmp_path).record == before
 

@@ -65,8 +65,8 @@ def read_data(read: ReadData, data: str | None, run: Path) -> Dataset:
         return read(data)
     given = [flag_of(OPTIONS[name]) for name, value in read.keywords.items() if value != OPTIONS[name].default]
     if given:
-        cause = "it says how DATA are to be read, and those of the run are read as they were"
-        raise ConfigError("USAGE", given[0], cause, "Name DATA, or leave it out")
+        cause = "it is an option of DATA, and without DATA those of the run are read with the options of training"
+        raise ConfigError("USAGE", given[0], cause, "Leave it out, or name DATA")
     return Run(run_folder(run)).load_data()
 
 

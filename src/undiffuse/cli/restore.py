@@ -80,7 +80,9 @@ def restore(
     from undiffuse.report.sample_folder import SampleFolder
 
     if out is not None and _is_finished(out):
-        raise ConfigError("OUT", out, "it already holds restorations", "Give another folder, or remove it")
+        raise ConfigError(
+            "OUT", out, "it already holds finished restorations or samples", "Give another folder, or remove it"
+        )
     refuse_inside(out, None, run)
     register_network(network)
     model = checkpoint.load(run, resolve_device(device))

@@ -1,7 +1,7 @@
 """Two exact likelihoods of integer images that a model has to beat: independent pixels and Gaussian mixtures.
 
 Both give the probability of the integers themselves, so their bits compare with those of any other model without a
-bound, a dequantisation or a correction. All settings are chosen on the validation part.
+bound, a dequantization or a correction. All settings are chosen on the validation part.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def explanations(model: Diffusion, names: Iterable[str], iw_samples: int) -> lis
     if "ode" in names:
         trace = "its divergence is exact" if exact else "its divergence is estimated by random signs, without bias"
         if integers and is_bound(model, "ode", iw_samples):
-            meaning = f"a bound, because integer data are dequantised; {trace}"
+            meaning = f"a bound, because integer data are dequantized; {trace}"
         elif integers:
             meaning = f"no bound: noise in the estimated divergence biases the mean of {iw_samples} importance weights"
         elif exact:

@@ -42,10 +42,13 @@ class ChangedError(ConfigError):
         self.rows = rows
         changes = "; ".join(f"{what} was {old}, now {new}" for what, old, new in rows[:3])
         more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-        cause, fix = "this run began with other settings", "Give --out a new folder, the flags and data it began with"
+        cause = "this run began with other settings"
+        fix = "Give --out a new folder, the flags and data it began with, or --force to resume it with these"
         if finished:
             cause = "this folder holds a finished run with other settings"
-        fix += "" if finished else ", or --force to resume it with these"
+            fix = "Give --out a new folder, or the flags and data it began with"
+            if {what for what, _, _ in rows} <= {"train.max_steps", "train.minutes"}:
+                fix = "Give --out a new folder, or --extend with the --steps or --minutes to add"
         super().__init__("RUN", folder, f"{cause}: {changes}{more}", fix)
 
 
