@@ -43,7 +43,7 @@ def evaluate(place, tmp_path, call, monkeypatch):
 
 
 def test_a_figure_of_an_earlier_evaluation_is_removed(evaluate, tmp_path):
-    """The flow has no bits per step. A figure that stayed would not be listed, and the next command would refuse it."""
+    """The flow has no bits per step. The figure stayed, was not listed any more, and the next command refused it."""
     assert evaluate(*QUICK, "--estimate", "discrete")[0] == 0
     (tmp_path / "notes.txt").write_text("mine")
     assert evaluate(*QUICK, "--estimate", "ode")[0] == 0

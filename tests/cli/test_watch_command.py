@@ -59,7 +59,7 @@ def test_a_run_that_stopped(tmp_path):
         (run.checkpoints / name).mkdir()
     output = shown(run)
     assert output.startswith("tiny, stopped; the command that began it resumes it: ")
-    assert "step 120 after 0:00:24, about 0:01:12 left · last checkpoint at step 120" in output
+    assert "step 120 after 0:24, about 1:12 left · last checkpoint at step 120" in output
     assert "training loss         0.5  █▁" in output
     assert "held out, bits/dim         3.5  ▁█" in output
     assert "best held out        3.25  at step 60" in output
@@ -97,7 +97,7 @@ def test_the_time_left_of_a_run_by_the_clock(tmp_path):
     with run.exclusive():
         output = shown(run)
     assert f"training, process {os.getpid()}" in output
-    assert "step 100 after 0:00:20, about 0:01:40 left · no checkpoint yet" in output
+    assert "step 100 after 0:20, about 1:40 left · no checkpoint yet" in output
     assert "overfitting: " not in output
     run.metrics.write_text(run.metrics.read_text() + '{"step": 150, "lo')  # an incomplete line
     assert shown(run).partition("step")[2] == output.partition("step")[2]
@@ -136,7 +136,7 @@ def test_a_finished_run_and_one_without_steps(tmp_path, capsys):
     fresh = started(tmp_path / "fresh", {"max_steps": 120})
     before = {f: f.stat().st_mtime_ns for f in fresh.folder.rglob("*")}
     assert main(["watch", str(fresh.folder), "--once"]) == 0
-    assert "step 0 after 0:00:00 · no checkpoint yet" in capsys.readouterr().out
+    assert "step 0 after 0:00 · no checkpoint yet" in capsys.readouterr().out
     assert before == {f: f.stat().st_mtime_ns for f in fresh.folder.rglob("*")}  # nothing is changed
     assert main(["watch", str(tmp_path / "none"), "--once"]) == 4
     assert "there is no run in this folder" in capsys.readouterr().err
@@ -183,3 +183,14 @@ def test_tensorboard_gets_the_records_of_the_run(tmp_path, monkeypatch, capsys):
         points = [(e.step, e.value) for e in read.Scalars(name)]
         assert points == [(r["step"], float(r[name])) for r in RECORDS if name in r]
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0]) == RECORDS[0]
+
+
+def test_a_run_that_is_removed_while_it_is_watched(tmp_path, call, monkeypatch):
+    run = Run(tmp_path / "run")
+    run.open(Config(), DATA)
+    monkeypatch.setattr("time.sleep", lambda seconds: run.folder.rename(tmp_path / "elsewhere"))
+    code, _, err = call("watch", run.folder)
+    assert (code, err) == (
+        4,
+        f"error[NOT_FOUND] {run.folder}: there is no run in this folder. Give the folder of a run.\n",
+    )

@@ -89,4 +89,4 @@ def test_only_a_terminal_shows_it(clock):
 
 
 def test_format_clock():
-    assert [format_clock(s) for s in (0, 59.6, 61, 3725)] == ["0:00", "1:00", "1:01", "62:05"]
+    assert [format_clock(s) for s in (0, 59.6, 61, 3725)] == ["0:00", "1:00", "1:01", "1:02:05"]

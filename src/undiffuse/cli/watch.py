@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from undiffuse.cli.options import console
 from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.report.progress_bar import format_clock
 
 if TYPE_CHECKING:
     from undiffuse.training.run_folder import Run
@@ -44,11 +44,10 @@ def watch(
     from undiffuse.training.run_folder import Run
 
     watched = Run(run)
-    if watched.record is None:
-        raise CheckpointError("NOT_FOUND", run, "there is no run in this folder", "Give the folder of a run")
+    shown = summary(watched)
     board = None if tensorboard is None else Board(tensorboard)
     try:
-        with Live(summary(watched), console=console, refresh_per_second=4, transient=False) as live:
+        with Live(shown, console=console, refresh_per_second=4, transient=False) as live:
             while True:
                 if board is not None:
                     board.add(watched.read_metrics())
@@ -87,19 +86,23 @@ class Board:
 
 
 def summary(run: Run) -> Group:
-    """The run as lines of text: its data and state, steps and time, and each number with its curve."""
+    """The run as lines of text: its data and state, steps and time, and each number with its curve.
+
+    Raises `CheckpointError` if there is no run in the folder, or not any more.
+    """
     from undiffuse.report.table import spark
     from undiffuse.training.run_folder import checkpoint_folders, step_of
 
     record, records = run.record, run.read_metrics()
-    assert record is not None
+    if record is None:
+        raise CheckpointError("NOT_FOUND", run.folder, "there is no run in this folder", "Give the folder of a run")
     step, seconds = (max((r[key] for r in records if key in r), default=0) for key in ("step", "seconds"))
     now = seconds + _since_record(run)
     saved = [step_of(folder) for folder in checkpoint_folders(run.checkpoints)]
     checkpoint = f"last checkpoint at step {saved[-1]:,}" if saved else "no checkpoint yet"
     lines = [
         f"{record['data']['name']}, {_state(run, record)}: {run.folder}",
-        f"step {step:,} after {_time(now)}{_time_left(record, step, seconds, now)} · {checkpoint}",
+        f"step {step:,} after {format_clock(now)}{_time_left(record, step, seconds, now)} · {checkpoint}",
     ]
     for key, name in CURVES.items():
         if values := [r[key] for r in records if key in r]:
@@ -140,8 +143,4 @@ def _time_left(record: Record, step: int, seconds: float, now: float) -> str:
         return ""
     length = seconds * settings["max_steps"] / step if settings["max_steps"] else 60 * settings["minutes"]
     left = length - now
-    return f", about {_time(max(left, 0))} left"
-
-
-def _time(seconds: float) -> str:
-    return str(timedelta(seconds=round(min(seconds, 1e10))))
+    return f", about {format_clock(max(left, 0))} left"

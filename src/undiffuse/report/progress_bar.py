@@ -9,6 +9,8 @@ from contextlib import suppress
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from undiffuse.runtime.side_files import MAX_SECONDS
+
 REFRESHES_PER_SECOND = 4
 MAX_SHOWN = 0.999
 """The largest fraction that is shown before the work has ended."""
@@ -96,6 +98,7 @@ class _Moving(TextColumn):
 
 
 def format_clock(seconds: float) -> str:
-    """Minutes and seconds, as 2:05."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    """Minutes and seconds, as 2:05, or hours too, as 1:02:05; at most `MAX_SECONDS`."""
+    minutes, rest = divmod(round(min(seconds, MAX_SECONDS)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
