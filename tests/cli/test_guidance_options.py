@@ -110,6 +110,9 @@ def test_names_of_labels(runs):
     assert class_names(model(3), runs / "strange") == ["a", "b", "c"]
     assert class_names(model(), runs / "strange") == ["a", "c", "b"]
     assert class_names(model()) == []
+    unnamed = model(3)
+    del unnamed.info["classes"]  # as where the names in a file were damaged
+    assert class_names(unnamed) == ["0", "1", "2"]
 
 
 def test_models_that_do_not_fit_together(runs):

@@ -35,6 +35,7 @@ def test_labels_by_name_and_index(classes, labels, indices):
         (CLOTHES, "xyz", r"Labels are T-shirt/top, trouser, pullover, dress, coat\.$"),
         (CLOTHES, "5", r"no such label"),
         (CLOTHES, "-1", r"no such label"),
+        (CLOTHES, "9" * 5000, r"no such label"),  # more digits than Python converts
         (("a", "A", "b"), "ä", r"Labels are a, A, b\.$"),
         ([str(i) for i in range(10, 30)], "x", r"no such label among 20. Labels are 10, .*, 21, \.\.\.\.$"),
         ((), "coat", r"the model was trained without labels. Omit it, or train a model with --conditional"),

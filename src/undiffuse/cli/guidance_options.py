@@ -47,11 +47,11 @@ def load_guide(
 
 
 def class_names(model: Diffusion, classifier: Path | None = None) -> list[str]:
-    """The names of the labels: those of the model, else of the classifier, else none."""
+    """The names of the labels: those of the model (numbers if they are not recorded), else of the classifier."""
     from undiffuse.model import noisy_classifier
 
     if "classes" in model.condition_sizes:
-        return list(model.info.get("classes", []))
+        return list(model.info.get("classes") or map(str, range(model.condition_sizes["classes"])))
     return [] if classifier is None else list(noisy_classifier.load(classifier).classes)
 
 

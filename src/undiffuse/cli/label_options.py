@@ -79,7 +79,7 @@ def _indices(classes: list[str], label: str) -> list[int]:
             return [names.index(name)]
     if label in ("all", "none"):
         return list(range(len(classes))) if label == "all" else [-1]
-    if label.isdecimal() and int(label) < len(classes):
+    if label.isdecimal() and len(label) < 10 and int(label) < len(classes):
         return [int(label)]
     close = [classes[lower.index(name)] for name in difflib.get_close_matches(label.casefold(), lower, cutoff=0.5)]
     fix = f"Did you mean {' or '.join(close)}" if close else f"Labels are {', '.join(classes[:12])}"
