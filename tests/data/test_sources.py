@@ -3,9 +3,11 @@
 import gzip
 import hashlib
 import inspect
+import os
 import struct
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,3 +171,16 @@ def test_the_table_matches_the_loaders():
         accepted = set(parameters) | (images if "image_options" in parameters else set())
         assert {option.name for option in row.options} == accepted - {"source", "allocate", "image_options"}, row.title
         assert row.allocates == ("allocate" in parameters)
+
+
+def test_a_folder_without_read_permission_is_reported_by_the_last_source(tmp_path, monkeypatch):
+    """As another user would see it: the tests may run as one whom permissions do not bind."""
+
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"PERMISSION"):
+        load(tmp_path)

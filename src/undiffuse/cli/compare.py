@@ -95,14 +95,17 @@ def compare(
             console.print(line)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        write_record(out / RECORD, {**summary, "files": [IMAGE]})
-        written = [str(out / RECORD)]
+        picture = None
         try:
-            save_picture(comparison_report.neighbours_image(result, values, dataset), out / IMAGE)
-            written.append(str(out / IMAGE))
+            picture = comparison_report.neighbours_image(result, values, dataset)
         except DataError as error:
             if not as_json:
                 console.print(f"no image of nearest items: {error.cause}")
+        write_record(out / RECORD, {**summary, "files": [IMAGE] if picture else []})
+        written = [str(out / RECORD)]
+        if picture:
+            save_picture(picture, out / IMAGE)
+            written.append(str(out / IMAGE))
         if not as_json:
             console.print(f"written: {', '.join(written)}")
 

@@ -132,7 +132,7 @@ def restore(
     samples = SampleFolder(folder, plan, model.item_shape, model.info.get("num_values"), more=["strip.png"])
     require_memory_for(f"--n {n}", 4 * n * model.dims)
     began = time.perf_counter()
-    with samples.open(range(n), lambda line: None) as missing:
+    with samples.open(range(n), console.print) as missing:
         with ProgressBar(console, "restoring", n * restoration.num_steps_of(model, method, steps)) as bar:
             values = restoration.restore(
                 model,

@@ -30,7 +30,9 @@ MAX_RANK, MAX_RATIO = 8, 1100
 def sniff(source: str | Path) -> bool:
     """Whether ``source`` is a file with a name such as train-images-idx3-ubyte.gz, or a folder that contains images."""
     path = Path(source)
-    return bool(_image_files(path)) if path.is_dir() else bool(NAME.fullmatch(path.name)) and os.path.lexists(path)
+    if path.is_dir():
+        return os.access(path, os.R_OK) and bool(_image_files(path))  # the folder of images reports one without access
+    return bool(NAME.fullmatch(path.name)) and os.path.lexists(path)
 
 
 def load(

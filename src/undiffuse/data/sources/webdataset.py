@@ -39,7 +39,7 @@ def sniff(source: str | Path) -> bool:
 
 def find_shards(source: Path) -> list[Path]:
     """The tar file ``source``, or the tar files in the folder ``source`` in the order of their names."""
-    if source.is_dir():
+    if source.is_dir() and os.access(source, os.R_OK):  # else the folder of images reports it
         paths = (path for path in source.iterdir() if path.suffix.lower() == ".tar" and not path.is_dir())
         return sorted(paths, key=os.fsencode)
     return [source] if source.suffix.lower() == ".tar" and source.is_file() else []
