@@ -169,3 +169,14 @@ def test_no_items_to_compare_with(tmp_path, monkeypatch):
         < posthoc_ema.SNAPSHOT_LENGTHS[1]
         < posthoc_ema.CANDIDATES[-1]
     )
+
+
+def test_a_file_that_exists_is_never_replaced(trained, tmp_path, call):
+    run, _ = trained
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in (tmp_path / "notes.txt", run / "model.safetensors"):
+        before = out.read_bytes()
+        answer = call("ema", run, "--length", "0.08", "--out", out)
+        assert answer.code == 2
+        assert answer.err == f"error[OUT] --out {out}: exists already. Give another name, or delete it.\n"
+        assert out.read_bytes() == before

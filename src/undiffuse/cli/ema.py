@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,6 +50,8 @@ def ema(
         cause = "it needs one --length, or --best"
         raise ConfigError("USAGE", "undiffuse ema", cause, "See 'undiffuse ema --help'")
     refuse_inside(out, data, run)
+    if out is not None and os.path.lexists(out):
+        raise ConfigError("OUT", f"--out {out}", "exists already", "Give another name, or delete it")
     register_network(network)
     source, device = Run(run), resolve_device(device)
     chosen = (length or [0.0])[0]
