@@ -185,3 +185,21 @@ def test_fixes_spell_options_as_arguments():
     for code, fix in FIXES.items():
         words = {word.strip("(),") for word in fix.split()}
         assert not names & words - {"channels", "frames"}, code
+
+
+def test_layouts_and_columns_of_labels_are_flags(tmp_path, call):
+    np.save(tmp_path / "volumes.npy", np.zeros((2, 8, 8, 8), np.uint8))
+    np.save(tmp_path / "last.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    np.save(tmp_path / "three.npy", np.zeros((2, 8, 8), np.float32))
+    assert "Give --layout NCHW (images) or --layout NDHW (volumes)." in call("check", tmp_path / "volumes.npy").err
+    assert "Give --layout NHWC (or --layout NCHW if that is right)." in call("check", tmp_path / "last.npy").err
+    assert "Give --layout NHW (grey images), --layout NCL" in call("check", tmp_path / "three.npy").err
+    (tmp_path / "numbers.csv").write_text("a,target\n1.5,2\n2.5,3\n")
+    assert "--label-column target takes it so" in call("check", tmp_path / "numbers.csv").out
+    (tmp_path / "words.csv").write_text("a,class\n1.5,x\n2.5,y\n")
+    assert "If class holds the classes, give --label-column class." in call("check", tmp_path / "words.csv").err
+
+
+def test_a_setting_in_the_text_of_an_error_is_a_flag():
+    error = ConfigError("NON_FINITE", "runs/x", "weights are not finite", "Lower train.lr, or train.warmup")
+    assert error_line(error, ["train", "x"]).endswith("Lower --lr, or train.warmup.")

@@ -59,7 +59,7 @@ def test_channels_last_needs_a_layout():
 def test_four_dimensions_may_be_images_or_volumes(channels):
     values = np.random.default_rng(0).integers(0, 256, (4, channels, 8, 6), np.uint8)
     cause = rf"4x{channels}x8x6 could be images of {channels} channels, or volumes without channels"
-    with pytest.raises(DataError, match=rf"^error\[SHAPE\] array: {cause}. Give layout NCHW \(images\) or NDHW"):
+    with pytest.raises(DataError, match=rf"^error\[SHAPE\] array: {cause}. Give layout=NCHW \(images\) or layout=NDHW"):
         from_array(values)
     np.testing.assert_array_equal(from_array(values, layout="NCHW").values, values)
     data = from_array(values, layout="NDHW")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undiffuse.cli.options import console, run_folder
+from undiffuse.cli.options import console, in_flags, run_folder
 from undiffuse.data.sources.registry import OPTIONS, Option, load
 from undiffuse.errors import CheckpointError, ConfigError, counted
 
@@ -112,8 +112,9 @@ def _recorded_data(run: Path) -> dict[str, Any]:
 
 def print_notes(dataset: Dataset) -> None:
     """Print what was noticed and changed when the data were read."""
+    flags = {name: flag_of(option) for name, option in OPTIONS.items()}
     for note in dataset.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {in_flags(note, flags)}")
 
 
 def record_skipped(dataset: Dataset, path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from undiffuse.cli.options import flag_words, in_flags
 from undiffuse.errors import UndiffuseError
 
 SETTING_FLAGS = {"max_steps": "--steps"}
@@ -20,16 +21,11 @@ SETTING_FLAGS = {"max_steps": "--steps"}
 LIBRARY_NAMES = {"factor": "--upsample", "noise_std": "--noise", "num_steps": "--steps"}
 """Flags of arguments of the library that have other names there."""
 
-ARGUMENT = re.compile(r"\w\([^()]*\)|(?<![\w./=-])(?P<name>[a-z]\w*)=(?P<value>\"[^\"]*\"|'[^']*'|[\w.#-]*\w)")
-"""A call, which stays as it is, or a Python argument in the text of an error, such as size=64."""
-
-OPTION_LIST = re.compile(r"(?<=options are )[\w, ]+")
-
 
 def error_line(error: UndiffuseError, arguments: Sequence[str]) -> str:
     """The line of an ``error`` of the command ``arguments``, whose options are flags."""
     flags = command_flags(arguments)
-    where, cause, fix = error.where, _in_flags(error.cause, flags), f"{_in_flags(error.fix, flags)}."
+    where, cause, fix = error.where, in_flags(error.cause, flags), f"{in_flags(error.fix, flags)}."
     setting = re.fullmatch(r"train\.(\w+) = (.*)", where)
     named = re.fullmatch(r"(\w+)(?: = (.*))?", where)
     quoted = re.fullmatch(r"(?:\w+ )?'(.*)'", where)
@@ -41,7 +37,7 @@ def error_line(error: UndiffuseError, arguments: Sequence[str]) -> str:
         where = f"{flag} {quoted[1]}"
     remedy: Mapping[str, Any] = getattr(error, "remedy", {})
     if remedy and remedy.keys() <= flags.keys():
-        words = [word for name, value in remedy.items() for word in _words(flags[name], value)]
+        words = [word for name, value in remedy.items() for word in flag_words(flags[name], value)]
         fix = f"Run: {shlex.join(['undiffuse', *arguments, *words])}"
     return f"error[{error.code}] {where}: {cause}. {fix}"
 
@@ -71,27 +67,10 @@ def config_hint(option: str) -> str:
     return f"{name} is a setting of {places[name]} in a recipe: give it in a file, --config FILE.toml"
 
 
-def _in_flags(text: str, flags: Mapping[str, str]) -> str:
-    """``text`` with flags in place of Python arguments."""
-
-    def spell(match: re.Match[str]) -> str:
-        if match["name"] is None:
-            return match[0]
-        name, value = match["name"], match["value"].strip("'\"")
-        return " ".join(_words(flags[name], True if value == "True" else value)) if name in flags else match[0]
-
-    text = OPTION_LIST.sub(lambda match: re.sub(r"\w+", lambda name: flags.get(name[0], name[0]), match[0]), text)
-    return ARGUMENT.sub(spell, text)
-
-
 def _flag_of_value(value: str, arguments: Sequence[str]) -> str | None:
     """The flag that was given with this ``value``."""
     pairs = itertools.pairwise(arguments)
     return next((flag for flag, given in pairs if given == value and flag.startswith("--")), None)
-
-
-def _words(flag: str, value: Any) -> list[str]:
-    return [flag] if value is True else [flag, str(value)]
 
 
 def _as_flag(name: str) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,6 +37,14 @@ NetworkFile = Annotated[
         "--network", metavar="FILE.py:NAME", help="A network of your own, a class in FILE.py. The file is run."
     ),
 ]
+
+ARGUMENT = re.compile(r"\w\([^()]*\)|(?<![\w./=-])(?P<name>[a-z]\w*)=(?P<value>\"[^\"]*\"|'[^']*'|[\w.#-]*\w)")
+"""A call, which stays as it is, or a Python argument in the text of an error, such as size=64."""
+
+SETTING = re.compile(r"\btrain\.(\w+)")
+"""A setting of [train] in the text of an error, such as train.lr."""
+
+OPTION_LIST = re.compile(r"(?<=options are )[\w, ]+")
 
 
 def register_network(text: str | None) -> type[nn.Module] | None:
@@ -99,3 +108,22 @@ def require_memory_for(flag: str, size: int) -> None:
 def run_folder(run: Path) -> Path:
     """The folder of a run, or the folder that contains a model file."""
     return run if run.is_dir() else run.parent
+
+
+def in_flags(text: str, flags: Mapping[str, str]) -> str:
+    """``text`` with flags in place of Python arguments."""
+
+    def spell(match: re.Match[str]) -> str:
+        if match["name"] is None:
+            return match[0]
+        name, value = match["name"], match["value"].strip("'\"")
+        return " ".join(flag_words(flags[name], True if value == "True" else value)) if name in flags else match[0]
+
+    text = OPTION_LIST.sub(lambda match: re.sub(r"\w+", lambda name: flags.get(name[0], name[0]), match[0]), text)
+    text = ARGUMENT.sub(spell, text)
+    return SETTING.sub(lambda match: flags.get(match[1], match[0]), text)
+
+
+def flag_words(flag: str, value: Any) -> list[str]:
+    """The words that give ``value`` to ``flag`` on a command line."""
+    return [flag] if value is True else [flag, str(value)]

@@ -137,16 +137,16 @@ def _channels_first(values: np.ndarray, layout: str | None, notes: list[str]) ->
         is_grey = values.dtype.kind == "b" or values.dtype.name in ("uint8", "uint16")
         layout = {2: "ND", 3: "NHW" if is_grey else None, 4: "NCHW", 5: "NCDHW"}.get(values.ndim)
         if values.ndim == 3 and layout is None:
-            fix = "Give layout NHW (grey images), NCL or NLC (sequences)"
+            fix = "Give layout=NHW (grey images), layout=NCL or layout=NLC (sequences)"
             raise FileError("SHAPE", f"{shape} could be images without channels or sequences with channels", fix)
         if values.ndim in (4, 5) and values.shape[1] > MAX_CHANNELS:
             last = "NHWC" if values.ndim == 4 else "NDHWC"
             if values.shape[-1] <= MAX_CHANNELS:
-                fix = f"Give layout {last} (or {layout} if that is right)"
+                fix = f"Give layout={last} (or layout={layout} if that is right)"
                 raise FileError("SHAPE", f"{shape} looks like {last}, channels last", fix)
             if values.ndim == 4:
                 cause = f"{shape} could be images of {values.shape[1]} channels, or volumes without channels"
-                raise FileError("SHAPE", cause, "Give layout NCHW (images) or NDHW (volumes)")
+                raise FileError("SHAPE", cause, "Give layout=NCHW (images) or layout=NDHW (volumes)")
     if layout is None or len(layout) != values.ndim:
         raise FileError("SHAPE", f"{shape} has {values.ndim} dimensions" + (f", {layout} does not" if layout else ""))
     if layout.endswith("C"):

@@ -146,9 +146,9 @@ def test_columns_that_pandas_named_and_that_do_not_count(file):
 def test_columns_that_may_hold_classes_are_offered(file, name):
     data = load(file(f"a,{name}\n1,0\n2,1\n"))
     assert data.columns == ("a", name)
-    assert f"no classes; the column {name} may hold them: the option label-column takes it so" in data.notes
+    assert f"no classes; the column {name} may hold them: label_column={name} takes it so" in data.notes
     with pytest.raises(
-        DataError, match=rf"'cat' is not a number.*If {name} holds the classes, give it as label-column"
+        DataError, match=rf"'cat' is not a number.*If {name} holds the classes, give label_column={name}"
     ):
         load(file(f"a,{name}\n1,cat\n2,dog\n"))
     data = load(file(f"a,{name}\n1,cat\n2,dog\n"), label_column=name)

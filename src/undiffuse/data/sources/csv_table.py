@@ -91,7 +91,7 @@ def _dataset(name: str, lines: Iterator[str], label_column: str | None) -> Datas
         count = counted(len(classes), "class")
         notes.append(f"{count} from the column {header[label_index]}: {', '.join(classes[:6])}")
     elif offered := _offered(columns):
-        notes.append(f"no classes; the column {offered} may hold them: the option label-column takes it so")
+        notes.append(f"no classes; the column {offered} may hold them: label_column={offered} takes it so")
     return Dataset(name, packed, None, labels, classes, tuple(notes), columns=tuple(columns))
 
 
@@ -132,7 +132,7 @@ def _cells(rows: Iterator[list[str]], header: list[str], label_index: int | None
             cells.append(math.nan if value is None else value)
     if bad:
         offered = _offered(header) if label_index is None else None
-        fix = f"If {offered} holds the classes, give it as label-column. {FIX}" if offered else FIX
+        fix = f"If {offered} holds the classes, give label_column={offered}. {FIX}" if offered else FIX
         raise FileError("TABLE", bad[0] + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""), fix)
     return cells, label_texts
 
