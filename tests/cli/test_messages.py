@@ -203,3 +203,11 @@ def test_layouts_and_columns_of_labels_are_flags(tmp_path, call):
 def test_a_setting_in_the_text_of_an_error_is_a_flag():
     error = ConfigError("NON_FINITE", "runs/x", "weights are not finite", "Lower train.lr, or train.warmup")
     assert error_line(error, ["train", "x"]).endswith("Lower --lr, or train.warmup.")
+
+
+def test_the_printed_next_command_works_for_names_like_flags(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    np.save("data.npy", np.arange(12.0, dtype=np.float32).reshape(6, 2))
+    said = call("pack", "data.npy", "--", "-packed.npy")
+    assert "next: undiffuse train ./-packed.npy\n" in said.out
+    assert call("check", "./-packed.npy").code == 0

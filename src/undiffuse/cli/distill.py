@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +20,7 @@ from undiffuse.cli.options import (
     Device,
     NetworkFile,
     RunArgument,
+    as_argument,
     console,
     network_option,
     register_network,
@@ -93,15 +93,15 @@ def distill(
     settings = _settings_of(run, seed=seed, **length, **given)
     task = distillation_task(teacher, settings, calls, pairs, guidance)
     if not finished:
-        console.print(f"{calls}-call model of {run}, {format_length(settings)}, into {student.folder}", markup=False)
+        console.print(f"{calls}-call model of {run}, {format_length(settings)}, into {student.folder}")
     with changes_as_table():
         fit(task, dataset, student, device, force=force)
     if finished:
         report_finished(student)
         return
-    console.print(f"done: {student.folder}/model.safetensors, pictures in {student.pictures}", markup=False)
+    console.print(f"done: {student.folder}/model.safetensors, pictures in {student.pictures}")
     own = network_option(network)
-    console.print(f"next: undiffuse sample {shlex.quote(str(student.folder))}{own}", markup=False)
+    console.print(f"next: undiffuse sample {as_argument(student.folder)}{own}")
 
 
 def _settings_of(run: Path, **settings: Any) -> TrainConfig:

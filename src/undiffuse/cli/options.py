@@ -73,6 +73,11 @@ def resolve_device(name: str) -> str:
         raise ConfigError(error.code, f"--device {name}", error.cause, error.fix) from None
 
 
+def as_argument(path: Path) -> str:
+    """``path`` as a word of a command: quoted, and with ./ where it begins as a flag does."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+
+
 def limit_steps(steps: int, chain_length: int, log: Callable[[str], None] | None = None) -> int:
     """min(steps, chain_length); ``log`` (by default the console) gets a line if ``steps`` is larger."""
     if steps > chain_length:

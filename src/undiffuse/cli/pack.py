@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from undiffuse.cli.data_options import ReadData, print_notes, record_skipped, refuse_inside, with_data_options
-from undiffuse.cli.options import DataArgument, console
+from undiffuse.cli.options import DataArgument, as_argument, console
 from undiffuse.errors import counted
 
 
@@ -31,4 +30,4 @@ def pack(
     record_skipped(dataset, out.with_name(out.stem + ".skipped.json"))
     size = f"{out.stat().st_size / 1e9:,.2f} GB"
     console.print(f"packed: {counted(len(dataset), 'item')}, {size}, in {out} and {sidecar_path(out).name}")
-    console.print(f"next: undiffuse train {shlex.quote(str(out))}")
+    console.print(f"next: undiffuse train {as_argument(out)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from undiffuse.cli.options import (
     DataArgument,
     Device,
     NetworkFile,
+    as_argument,
     console,
     network_option,
     register_network,
@@ -130,7 +130,7 @@ def train(
     has_test_part = dataset.held_out_fraction(recipe.train.held_out)[0] > 0 or dataset.test_from is not None
     own = network_option(network)
     part = "" if has_test_part else " --part train"
-    folder = shlex.quote(str(run.folder))
+    folder = as_argument(run.folder)
     console.print(f"next: undiffuse sample {folder}{own}")
     console.print(f"next: undiffuse evaluate {folder}{part}{own}")
 
