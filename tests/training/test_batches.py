@@ -138,3 +138,5 @@ def test_precision_auto_is_resolved():
     assert resolve_precision("float32", cpu) == "float32"
     assert resolve_precision("bfloat16", cpu) == "bfloat16"
     assert resolve_precision("auto", cpu) in ("float32", "bfloat16")
+    assert resolve_precision("auto", cpu, dims=3) == "float32"
+    assert resolve_precision("bfloat16", cpu, dims=3) == "bfloat16"

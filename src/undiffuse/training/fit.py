@@ -194,19 +194,24 @@ def adapt_task(task: Task, data: Dataset, device: torch.device) -> tuple[Task, D
     check_augmentation(settings, data.item_shape)
     held_out, few_items = data.held_out_fraction(settings.held_out)
     notes = [] if few_items is None else [few_items]
-    settings = replace(settings, precision=resolve_precision(settings.precision, device), held_out=held_out)
+    precision = resolve_precision(settings.precision, device, len(data.item_shape) - 1)
+    settings = replace(settings, precision=precision, held_out=held_out)
     task = task.adapt(data, settings)
     notes += task.notes()
     return task, data.with_notes(*notes), [f"note: {note}" for note in notes]
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """``precision``, where ``auto`` is bfloat16 if ``device`` multiplies matrices in it natively, else float32."""
+def resolve_precision(precision: str, device: torch.device, dims: int = 2) -> str:
+    """``precision``, where ``auto`` is bfloat16 if ``device`` multiplies matrices in it natively, else float32.
+
+    It is float32 for items of three dimensions on the CPU: there the gradient of a bfloat16 convolution can be NaN for
+    finite inputs (docs/log.md, 2026-11-28).
+    """
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if device.type != "cpu":
+    if device.type != "cpu" or dims == 3:
         return "float32"
     queries = (getattr(torch.cpu, f"_is_{feature}_supported", None) for feature in ("avx512_bf16", "amx_tile"))
     return "bfloat16" if any(query() for query in queries if query) else "float32"
