@@ -108,6 +108,10 @@ def test_data_that_have_changed_are_an_error(place, call, command, tmp_path):
     assert said.code == 3
     assert said.err.startswith(f"error[CHANGED] {tmp_path}/moved/photos: these data have changed since the run began: ")
     assert "90 items then, 89 now" in said.err
+    (tmp_path / "moved" / "photos").rename(tmp_path / "moved" / "pictures")
+    said = call(command, run, *more)
+    cause = "the data that the run was trained on are not there. Name DATA after RUN."
+    assert said.err == f"error[NOT_FOUND] {tmp_path}/moved/photos: {cause}\n"
 
 
 def test_options_without_data_and_runs_without_a_source(place, call, tmp_path):

@@ -81,7 +81,7 @@ def test_defaults(run, call):
     for item in (0, 63):
         with Image.open(folder / f"{item:06d}.png") as picture:
             np.testing.assert_array_equal(np.asarray(picture), np.rint(values[item, 0] * (255 / 16)))
-    assert stored["items"] == [*range(64)]
+    assert (stored["first"], stored["n"]) == (0, 64)
     assert stored["weights"] == checkpoint.fingerprint(checkpoint.load(run))
     assert (stored["seed"], stored["model"], sampler_of(folder)) == (0, str(run), good)
     np.testing.assert_array_equal(values, model().sample(64, 0, good).numpy())

@@ -1,6 +1,7 @@
 """Tables: their text and numbers, and escape codes on terminals only."""
 
 import io
+import math
 
 import pytest
 
@@ -50,6 +51,7 @@ def test_standard_output_and_long_cells(capsys):
         ((2.3, 0.99), "2.30 ± 0.99"),
         ((1234.5, 56.0), "1234 ± 56"),
         ((1.5, 0.0), "1.500 ± 0.000"),
+        ((1.26212, math.nan), "1.262"),
         ((0.51367, 6.6e-18), "0.514 ± 0.000"),
         ((0.0, 2.5e-13), "0.00000000000000 ± 0.00000000000025"),
         (3.14159, "3.142"),

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from undiffuse.model.diffusion import Diffusion
     from undiffuse.report.sample_folder import SampleFolder
 
+MIN_FILE_BYTES = 4096
+"""What an image file takes on a disk at least."""
 MAX_ANIMATED, MAX_FRAMES = 16, 60
 """The most items and frames of an animation."""
 
@@ -148,7 +150,8 @@ def sample(
     out = out or run_folder(run) / "samples" / _folder_name(sampler, labels, [p for p in files.values() if p], seed)
     num_values, columns = model.info.get("num_values"), model.info.get("columns", ())
     folder, items = SampleFolder(out, plan, model.item_shape, num_values, columns), range(n)
-    require_disk_space(f"--n {n}", out, n * model.dims * bytes_per_value(num_values))
+    size_of_sample = model.dims * bytes_per_value(num_values) + MIN_FILE_BYTES * folder.is_image
+    require_disk_space(f"--n {n}", out, n * size_of_sample)
     if animate is not None and rank == 0:
         _animate(animate, model, seed, range(min(n, MAX_ANIMATED)), sampler, condition, guide)
         log(f"animation: {animate}")

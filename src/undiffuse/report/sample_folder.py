@@ -184,7 +184,7 @@ class SampleFolder:
         self, items: range, files: Mapping[str, str | None], facts: Mapping[str, Any] | None = None
     ) -> None:
         """Write the record: the plan, ``facts`` if the samples are finished, and the ``files``."""
-        range_of_items = {"first": items.start, "n": len(items), "items": [*items]}
+        range_of_items = {"first": items.start, "n": len(items)}
         done = {"key": self.key, "finished": all(files.values())}
         write_record(self.manifest, {**self.plan, **(facts or {}), **range_of_items, **done, "files": dict(files)})
 

@@ -35,11 +35,16 @@ def render(rows: Sequence[Mapping[str, Any]], title: str = "", file: IO[str] | N
 
 
 def cell(value: Any) -> str:
-    """``value`` as text: (value, stderr) as value ± stderr to the error's second digit, floats to four digits."""
+    """``value`` as text: (value, stderr) as value ± stderr to the error's second digit, floats to four digits.
+
+    A stderr that is NaN is left out.
+    """
     if value is None:
         return ""
     if isinstance(value, tuple):
         mean, stderr = value
+        if math.isnan(stderr):  # of a single item
+            return f"{mean:.3f}"
         meaningful = 1e-12 * abs(mean) < stderr < math.inf  # else it is 0 or a rounding error
         digits = 1 - math.floor(math.log10(stderr)) if meaningful else 3
         return f"{mean:.{max(0, digits)}f} ± {stderr:.{max(0, digits)}f}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from undiffuse.data.dataset import Dataset
-from undiffuse.data.sources.registry import load
+from undiffuse.data.sources.registry import load, path_of
 from undiffuse.errors import CheckpointError, ConfigError, DataError, ResourceError, counted
 from undiffuse.model.config import from_dict, to_dict
 from undiffuse.runtime.atomic_file import json_digest, remedy, write_atomic
@@ -169,6 +169,8 @@ class Run:
         if not began.get("source"):
             cause = "this run does not record where its data came from (they were an array in Python)"
             raise ConfigError("NO_SOURCE", self.folder, cause, fix)
+        if (path := path_of(began["source"])) is not None and not path.exists():
+            raise DataError("NOT_FOUND", path, "the data that the run was trained on are not there", f"{fix} after RUN")
         data = load(began["source"], **began.get("options", {}))
         if data.fingerprint != began["fingerprint"]:
             counts = (
