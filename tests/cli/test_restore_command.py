@@ -62,7 +62,7 @@ def test_a_mask(place, call):
     assert (answers[:, 0] == WHOLE[0]).all()  # 127 of 255 counts as black
     assert (answers[:, 1:, 4:] != WHOLE[1:, 4:]).mean() > 0.9
     manifest = json.loads((folder / "manifest.json").read_text())
-    expected = {"method": "mmps", "seed": 0, "steps": 6, "items": [0, 1, 2], "upsample": 1, "blur": 0.0, "noise": 0.0}
+    expected = {"method": "mmps", "seed": 0, "steps": 6, "n": 3, "upsample": 1, "blur": 0.0, "noise": 0.0}
     expected |= {"degrade": False, "residual": [0.0, 0.0, 0.0]}
     expected |= {"image": str(place / "whole.png"), "mask": str(place / "mask.png")}
     assert {name: manifest[name] for name in expected} == expected

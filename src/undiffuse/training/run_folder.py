@@ -43,7 +43,7 @@ class ChangedError(ConfigError):
         changes = "; ".join(f"{what} was {old}, now {new}" for what, old, new in rows[:3])
         more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
         cause = "this run began with other settings"
-        fix = "Give --out a new folder, the flags and data it began with, or --force to resume it with these"
+        fix = "Give --out a new folder, or the flags and data it began with, or --force to resume it with these"
         if finished:
             cause = "this folder holds a finished run with other settings"
             fix = "Give --out a new folder, or the flags and data it began with"

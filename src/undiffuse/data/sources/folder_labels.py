@@ -76,7 +76,7 @@ def parts_note(root: Path, paths: Iterable[Path]) -> list[str]:
         return []
     listed = " and ".join(map(printable, sorted(folders)))
     return [
-        f"the folders {listed} are read as one data set, not as its parts; the option split-folders takes them as these"
+        f"the folders {listed} are read as one data set, not as its parts; split_folders=True takes them as such"
     ]
 
 
