@@ -194,7 +194,7 @@ def test_the_command_prints_a_table_of_changes(tmp_path, capsys):
         assert "is a finished run already" in out
     code, out, err = call("--steps", 3)
     assert (code, err.count("\n")) == (2, 1)
-    assert "finished run with other settings: train.seed was 7, now 0" in err
+    assert "finished run with other settings: --seed was 7, now 0" in err
     assert ["train.seed", "7", "0"] in [line.split() for line in out.splitlines()]
     np.save(tmp_path / "tiny.npy", VALUES[::-1])
     code, _, err = plain(tmp_path, capsys)
