@@ -102,7 +102,11 @@ def test_no_gradient_reaches_the_goal_and_the_cleanest_level_is_its_own_goal():
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("schedule", [S.LinearLogSNR(), S.Flow(), S.cosine(1000), S.linear(), EXPLODING], ids=str)
+@pytest.mark.parametrize(
+    "schedule",
+    [S.LinearLogSNR(), S.Flow(), S.cosine(1000), S.linear(), EXPLODING],
+    ids=["linear_log_snr", "flow", "cosine", "linear", "exploding"],
+)
 def test_levels_of_every_schedule(schedule):
     top = noisiest_level(schedule)
     assert float(noise_to_signal(top)) <= MAX_RATIO * (1 + 1e-9)

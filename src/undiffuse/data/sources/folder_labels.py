@@ -75,9 +75,7 @@ def parts_note(root: Path, paths: Iterable[Path]) -> list[str]:
     if len(set(map(part_called, folders))) < 2:
         return []
     listed = " and ".join(map(printable, sorted(folders)))
-    return [
-        f"the folders {listed} are read as one data set, not as its parts; split_folders=True takes them as such"
-    ]
+    return [f"the folders {listed} are read as one data set, not as its parts; split_folders=True takes them as such"]
 
 
 def labels_from_folders(root: Path, paths: Sequence[Path], in_parts: bool = False) -> Labels:
