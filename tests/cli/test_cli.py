@@ -296,7 +296,7 @@ def test_a_changed_recipe(place, call, refused, monkeypatch):
     monkeypatch.setattr(Monitor, "record_step", step)
     arguments = ["train", place / "data.npy", "--out", place / "begun", "--config", place / "recipe.toml"]
     assert call(*arguments, "--steps", 3).code == 143
-    assert "train.seed was 0, now 1" in refused(2, *arguments, "--steps", 3, "--seed", 1)
+    assert "--seed was 0, now 1" in refused(2, *arguments, "--steps", 3, "--seed", 1)
 
 
 def test_debug_shows_the_traceback(place, call):

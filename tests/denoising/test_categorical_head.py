@@ -1,5 +1,7 @@
 """The head for integer data against the exact mean of data with independent values."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from oracles import EmpiricalData, MixtureData
@@ -29,6 +31,17 @@ class Constant(nn.Module):
     def forward(self, x, time, cond=None):
         body = self.said.reshape(1, -1, *[1] * (x.ndim - 2)).expand(len(x), -1, *x.shape[2:])
         return torch.cat([body, torch.ones_like(body[:, :1]).expand(-1, self.more, *body.shape[2:])], 1)
+
+
+def test_what_the_head_declares():
+    """The blocks of its network, and statistics that it starts from."""
+    network = nn.Sequential(nn.Linear(1, 1))
+    network.blocks = lambda: list(network)  # type: ignore[assignment]
+    head = CategoricalHead(network, 2, 3)
+    assert head.blocks() == [network[0]]
+    head.init_statistics(SimpleNamespace(counts=torch.tensor([[0, 1, 5], [2, 2, 2]])))
+    expected = torch.tensor([[1 / 9, 2 / 9, 6 / 9], [1 / 3] * 3])
+    torch.testing.assert_close(torch.softmax(head.bias[:, 0], -1), expected)
 
 
 def headed(shape, levels, seed=0, more=0):

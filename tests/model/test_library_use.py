@@ -267,7 +267,7 @@ def test_a_wrong_number_of_draws_or_steps_is_refused(value):
         model().sample(1, sampler=Sampler(num_steps=value))
 
 
-@pytest.mark.parametrize("sampler", [None, 3, {"solver": "ddim"}, Sampler])
+@pytest.mark.parametrize("sampler", [3, {"solver": "ddim"}, Sampler])
 def test_what_is_no_sampler_is_refused(sampler):
     with pytest.raises(ConfigError, match="neither a Sampler nor the name of a solver"):
         model().sample(1, sampler=sampler)

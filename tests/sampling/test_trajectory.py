@@ -14,7 +14,7 @@ from undiffuse.process.seeded_noise import ItemNoise, generator
 from undiffuse.sampling.solvers.ancestral import Ancestral
 from undiffuse.sampling.solvers.ddim import DDIM
 from undiffuse.sampling.time_grids import time_grid
-from undiffuse.sampling.trajectory import Step, check_finite, forward_trajectory, rescale, trajectory
+from undiffuse.sampling.trajectory import Step, check_finite, forward_trajectory, last_step, rescale, trajectory
 
 f64 = torch.float64
 DATA = GaussianData(torch.tensor([0.5, -1.0]), torch.tensor([0.04, 2.0]))
@@ -85,6 +85,15 @@ def test_forward_trajectory_is_the_marginal(schedule):
         assert float(step.x[0]) == pytest.approx(float(ratio), rel=1e-12, abs=1e-12)
         assert float((step.x[1:] ** 2).sum()) == pytest.approx(float(variance), rel=1e-12, abs=1e-15)
         assert bool((step.x[1 + step.done :] == 0).all())
+
+
+def test_last_step_counts_the_steps_and_needs_a_start():
+    level, counted = S.LinearLogSNR()(0.5), []
+    steps = [Step(done, level, torch.full((1,), float(done))) for done in range(3)]
+    assert last_step(iter(steps), lambda: counted.append(1)) is steps[-1]
+    assert len(counted) == 2
+    with pytest.raises(ValueError, match="a trajectory has at least its start"):
+        last_step([])
 
 
 def test_forward_trajectory_is_lazy_and_uses_each_noise_once():

@@ -132,7 +132,7 @@ def parts(tmp_path):
 def test_train_and_test_as_classes_are_noted(parts):
     data = load(parts)
     assert data.classes == ("test", "train", "val")
-    note = "the folders test and train and val are read as one data set, not as its parts; the option split-folders"
+    note = "the folders test and train and val are read as one data set, not as its parts; split_folders=True"
     assert any(n.startswith(note) for n in data.notes)
     for part in ("train", "val"):
         assert not any("split_folders" in n for n in load(parts / part).notes)

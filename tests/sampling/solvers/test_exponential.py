@@ -207,3 +207,8 @@ def test_settings_out_of_range():
     ):
         with pytest.raises(ConfigError, match=r"error\[SOLVER\] (order|points) ?=.*: (there is no such|unknown order)"):
             build()
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_single_step_declares_as_many_calls_as_its_order(order):
+    assert SingleStep(order).calls == order
