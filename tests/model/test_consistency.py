@@ -1,5 +1,6 @@
 """Consistency training on Gaussian data, where f is linear and the bias of one-call samples is a product of factors."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -7,9 +8,17 @@ import torch
 from oracles import GaussianData, MixtureData
 
 from undiffuse.denoising.denoiser import Prediction
-from undiffuse.model.consistency import MAX_RATIO, consistency_loss, level_after_gap, noisiest_level, teacher_step
+from undiffuse.model.consistency import (
+    MAX_RATIO,
+    consistency_loss,
+    few_call_sampler,
+    level_after_gap,
+    noisiest_level,
+    teacher_step,
+)
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import diffuse
+from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers.runge_kutta import noise_to_signal
 
 f64 = torch.float64
@@ -133,3 +142,35 @@ def test_the_teachers_step_is_of_second_order_on_a_mixture():
         errors.append(float((teacher_step(data.denoiser(schedule), x_t, t, r) - exact).norm()))
     assert errors[0] / errors[1] == pytest.approx(8, rel=0.15)
     assert errors[1] / errors[2] == pytest.approx(8, rel=0.1)
+
+
+def test_the_calls_are_at_quantiles_of_the_ratio():
+    """The first at the noisiest level, the others at quantiles of log(sigma/alpha) ~ N(log 0.8, 1.2²), then data."""
+    schedule = S.LinearLogSNR()
+    assert few_call_sampler(schedule, 1) == Sampler("consistency", 1, times=(1.0, 0.0))
+    sampler = few_call_sampler(schedule, 4)
+    ratios = [math.exp(-0.5 * float(schedule(t).log_snr)) for t in sampler.times[1:-1]]
+    spread = 1.2 * 0.6744897501960817  # the third quartile of N(0, 1)
+    assert ratios == pytest.approx([0.8 * math.exp(spread), 0.8, 0.8 * math.exp(-spread)])
+    assert (sampler.num_steps, sampler.times[0], sampler.times[-1]) == (4, 1.0, 0.0)
+    start = few_call_sampler(S.Flow(), 2).times[0]
+    assert float(noise_to_signal(S.Flow()(start))) == pytest.approx(80)  # the paper's sigma_max
+
+
+def test_the_loss_has_the_type_of_its_states_and_passes_the_condition():
+    """At a clean end with alpha below 1 the goal is x_r/alpha_r, whatever the denoiser predicts there."""
+    schedule, seen, cond = S.LinearLogSNR(high=1.0), [], object()
+
+    def constant(x_t, level, cond=None, next_level=None):
+        seen.append(cond)
+        return Prediction(torch.zeros_like(x_t), x_t)
+
+    constant.schedule = schedule
+    t = schedule(torch.tensor([0.01], dtype=f64))
+    r, x = level_after_gap(schedule, t, 0.25), torch.ones(1, 1)
+    loss = consistency_loss(constant, x, t, x, r, cond)
+    assert seen == [cond, cond]
+    assert loss.dtype == torch.float32
+    goal = 1 / math.sqrt(1 / (1 + math.exp(-1)))  # x_r/alpha_r, alpha² = sigmoid(1)
+    huber = math.sqrt(goal**2 + 0.00054**2) - 0.00054
+    assert float(loss) == pytest.approx(huber / float(noise_to_signal(t) - noise_to_signal(r)), rel=1e-5)

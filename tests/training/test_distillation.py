@@ -13,8 +13,6 @@ from undiffuse.model.config import ModelConfig, TrainConfig
 from undiffuse.model.consistency import few_call_sampler, level_after_gap
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
-from undiffuse.process import schedule as S
-from undiffuse.sampling.sampler import Sampler
 from undiffuse.training import distillation_task
 from undiffuse.training.batches import global_batch
 from undiffuse.training.diffusion_task import DiffusionTask
@@ -106,18 +104,6 @@ def test_the_loss_has_the_gap_of_the_part_of_the_run(pairs, teacher, monkeypatch
         on_data = r.broadcast_like(x_t).alpha * teacher.transform.to_model(batch.values)
         on_data = on_data + r.broadcast_like(x_t).sigma * batch.eps
         assert torch.allclose(x_r, on_data, rtol=0, atol=1e-5) == (pairs == "data")
-
-
-def test_few_call_sampler():
-    """Each call at a level of its own, from the noisiest to the last, the middle one of two at sigma/alpha = 0.8."""
-    schedule = S.LinearLogSNR()
-    assert few_call_sampler(schedule, 1) == Sampler("consistency", 1, times=(1.0, 0.0))
-    _, middle, _ = few_call_sampler(schedule, 2).times
-    assert float(torch.exp(-0.5 * schedule(middle).log_snr)) == pytest.approx(0.8)
-    four = few_call_sampler(schedule, 4)
-    assert len(set(four.times)) == 5
-    assert list(four.times) == sorted(four.times, reverse=True)
-    assert four.times[2] == pytest.approx(middle)
 
 
 def test_what_does_not_fit_is_refused(teacher, tmp_path):

@@ -67,7 +67,7 @@ def consistency_loss(
     """
     with torch.random.fork_rng(), torch.no_grad():
         at = r.broadcast_like(x_r)
-        is_cleanest = (r.log_snr >= finite_ends(denoise.schedule)[1].log_snr - 1e-9).to(x_r.device)
+        is_cleanest = (r.t <= denoise.schedule.t_min).to(x_r.device)
         goal = denoise(x_r, r, cond).x
         goal = torch.where(is_cleanest.reshape(at.alpha.shape), x_r / at.alpha, goal)
     error = item_mean((denoise(x_t, t, cond).x - goal) ** 2)
