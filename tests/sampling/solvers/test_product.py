@@ -98,6 +98,12 @@ def test_factors_by_hand():
     at_zero = level._replace(t=tensor(0.0), alpha=tensor(1.0), sigma=tensor(0.0))
     torch.testing.assert_close(observation_factor(y, log_var)(at_zero).log_var, log_var)
 
+    two = S.LinearLogSNR()(tensor([0.0, 0.4]))  # a level for each item
+    spread = observation_factor(y.expand(2, 3), log_var)(two).log_var
+    for i in range(2):
+        level_of_item = S.LinearLogSNR()(two.t[i : i + 1])
+        torch.testing.assert_close(spread[i : i + 1], observation_factor(y, log_var)(level_of_item).log_var)
+
     mask = torch.tensor([True, True, False])
     for part, expected in zip(
         inpainting_factor(y, mask)(level), observation_factor(y, tensor([[-INF, -INF, INF]]))(level), strict=True

@@ -76,6 +76,7 @@ def test_hostile_values(name):
             if isinstance(found, ConfigError):
                 assert found.code in ("SOLVER", "VARIANCE", "ODE_METHOD", "ODE_CALLS"), found
                 assert len(str(found).splitlines()) == 1
+                assert len(found.where) <= 100, found.where
             else:
                 assert setting not in NOT_SETTINGS, (setting, value)
                 assert bool(torch.isfinite(found).all()), (setting, value)
