@@ -11,6 +11,7 @@ from undiffuse.cli.advise import advise_command
 from undiffuse.cli.check import check
 from undiffuse.cli.compare import compare
 from undiffuse.cli.distill import distill
+from undiffuse.cli.doctor import doctor
 from undiffuse.cli.ema import ema
 from undiffuse.cli.evaluate import evaluate
 from undiffuse.cli.inspect import inspect
@@ -60,5 +61,6 @@ for command, name in (
     (watch, "watch"),
     (inspect, "inspect"),
     (pack, "pack"),
+    (doctor, "doctor"),
 ):
     app.command(name)(command)
