@@ -1,6 +1,6 @@
 # One word for each chore. The work is in scripts/, so that a person, this file and CI run the same commands.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-release check docs
+.PHONY: help venv demo test test-release check dist docs
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\): *## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -16,6 +16,9 @@ test-release:    ## the heavy tests, line coverage and the mutation tester
 
 check:           ## lint, types, documentation build
 	@scripts/check
+
+dist:            ## the wheel and the source archive in dist/, installed and tried in an environment of their own
+	@scripts/dist
 
 docs:            ## serve the documentation on this machine
 	@scripts/docs $(ARGS)
