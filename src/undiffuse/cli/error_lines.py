@@ -10,7 +10,6 @@ from contextlib import suppress
 
 import typer
 
-from undiffuse.cli.messages import config_hint, error_line
 from undiffuse.errors import UndiffuseError, printable
 from undiffuse.runtime.atomic_file import remedy
 from undiffuse.runtime.file_errors import BadFilesError
@@ -43,7 +42,7 @@ def run(command: Callable[[], int], arguments: Sequence[str], debug: bool) -> in
     except UndiffuseError as error:
         if isinstance(error, BadFilesError):
             _list_problems(error)
-        code = _report(error_line(error, arguments), error.exit_code, debug)
+        code = _report(_error_line(error, arguments), error.exit_code, debug)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
@@ -65,8 +64,20 @@ def flush(code: int) -> int:
     return code
 
 
+def _error_line(error: UndiffuseError, arguments: Sequence[str]) -> str:
+    """The line of ``error`` with flags, or its own where the commands cannot be imported because of a plugin."""
+    try:
+        from undiffuse.cli.messages import error_line
+
+        return error_line(error, arguments)
+    except UndiffuseError as broken:
+        return str(broken)
+
+
 def _usage_line(error: Exception) -> str:
     """The line of a ``UsageError``: its cause, and where an unknown option belongs."""
+    from undiffuse.cli.messages import config_hint
+
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "undiffuse"
     cause = error.format_message().replace("\n", " ").rstrip(".")  # pyright: ignore[reportAttributeAccessIssue]

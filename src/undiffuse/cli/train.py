@@ -24,7 +24,7 @@ from undiffuse.cli.options import (
 )
 from undiffuse.errors import ConfigError, counted
 from undiffuse.model.presets import PRESETS
-from undiffuse.networks.tables import BUILT_IN_NETWORKS
+from undiffuse.networks.tables import INSTALLED_NETWORKS
 from undiffuse.process.tables import SCHEDULES
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def train(
         Path | None,
         typer.Option(
             help="A TOML file with tables [model] and [train], which override the preset. "
-            f"Schedules: {', '.join(SCHEDULES)}. Kinds of network: {', '.join(BUILT_IN_NETWORKS)}."
+            f"Schedules: {', '.join(SCHEDULES)}. Kinds of network: {', '.join(INSTALLED_NETWORKS)}."
         ),
     ] = None,
     network: NetworkFile = None,

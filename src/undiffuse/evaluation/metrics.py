@@ -8,8 +8,10 @@ part.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
+
+from undiffuse.runtime.plugins import WithPlugins
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +87,7 @@ def nearest(samples: Tensor, reference: Tensor) -> Value:
 
 POSITIVE, SHARE, REAL = (0.0, math.inf), (0.0, 1.0), (-math.inf, math.inf)
 JACKKNIFE = "jackknife of 10 groups"
-METRICS: dict[str, Metric] = {
+BUILT_IN_METRICS: Mapping[str, Metric] = {
     "frechet": Metric("Fréchet distance", frechet, "squared feature units", "lower", JACKKNIFE, POSITIVE),
     "kernel": Metric("kernel distance", kernel, "none", "lower", "10 blocks", REAL),
     "precision": Metric("precision", precision, "share", "higher", JACKKNIFE, SHARE),
@@ -94,3 +96,5 @@ METRICS: dict[str, Metric] = {
         "distance to training", nearest, "feature units", "at the floor", "spread over samples", POSITIVE, "training"
     ),
 }
+METRICS = WithPlugins(BUILT_IN_METRICS, "undiffuse.metrics")
+"""The metrics by name, those of plugins last."""

@@ -19,6 +19,7 @@ from undiffuse.model.config import ModelConfig, from_dict
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.norm import to_fast_layout
 from undiffuse.networks.registry import NETWORKS, kind_of, names_of
+from undiffuse.networks.tables import INSTALLED_NETWORKS
 from undiffuse.runtime.device import kept_random_state, resolve_device
 from undiffuse.runtime.side_files import check_info
 from undiffuse.runtime.tensor_file import FORMAT, check_tensors, digest, read_tensors, write_tensors
@@ -142,7 +143,7 @@ def _from_description(
     config, transform, plain = _read_description(path, metadata)
     try:
         kind = config.network.get("kind")
-        if network is None and isinstance(kind, str) and kind not in NETWORKS:
+        if network is None and isinstance(kind, str) and kind not in {*NETWORKS, *INSTALLED_NETWORKS}:
             name = kind[:80]
             cause = f"its network is of the class {name!r}, which is not part of undiffuse"
             fix = f"Give the class: load(path, network={name}), or --network FILE.py:{name} on the command line"

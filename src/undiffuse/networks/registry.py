@@ -17,11 +17,11 @@ from undiffuse.errors import ConfigError
 from undiffuse.networks.condition import CONDITION_SETTINGS
 from undiffuse.networks.protocol import accepts_dims
 from undiffuse.networks.settings import require
-from undiffuse.networks.tables import BUILT_IN_NETWORKS
+from undiffuse.networks.tables import BUILT_IN_NETWORKS, INSTALLED_NETWORKS
 from undiffuse.runtime.machine import available_memory
 
 NETWORKS: dict[str, Any] = dict(BUILT_IN_NETWORKS)
-"""The class of each kind; `register` adds to it."""
+"""The class of each kind; `register` adds to it, and `find` the kinds of plugins when they are looked up."""
 BUILT_IN = tuple(NETWORKS.items())
 
 WEIGHT_COPIES = 2
@@ -84,7 +84,10 @@ def network_settings(network: nn.Module | type[nn.Module], settings: Mapping[str
 
 def find(kind: str) -> type[nn.Module]:
     """The class of a ``kind``. Raises `ConfigError`."""
-    fix = f"Choose {' or '.join(NETWORKS)}, or register your own class (--network FILE.py:NAME on the command line)"
+    if kind not in NETWORKS and kind in INSTALLED_NETWORKS:
+        register(kind, INSTALLED_NETWORKS[kind])  # pyright: ignore[reportArgumentType]
+    names = dict.fromkeys([*INSTALLED_NETWORKS, *NETWORKS])
+    fix = f"Choose {' or '.join(names)}, or register your own class (--network FILE.py:NAME on the command line)"
     require(kind in NETWORKS, "kind", f"there is no network {kind!r}", fix)
     return NETWORKS[kind]
 

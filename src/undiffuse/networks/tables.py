@@ -1,8 +1,9 @@
-"""Kinds of networks of the package by name, see `LazyTable`; `registry` adds those of users."""
+"""Kinds of networks by name, see `LazyTable`; `registry` adds those of users."""
 
 from __future__ import annotations
 
 from undiffuse.runtime.lazy_table import LazyTable, row
+from undiffuse.runtime.plugins import WithPlugins
 
 BUILT_IN_NETWORKS = LazyTable(
     {
@@ -11,3 +12,5 @@ BUILT_IN_NETWORKS = LazyTable(
     }
 )
 """The class of each kind."""
+INSTALLED_NETWORKS = WithPlugins(BUILT_IN_NETWORKS, "undiffuse.networks")
+"""Those and the kinds of plugins."""

@@ -38,6 +38,9 @@ class LazyTable(Mapping[str, Callable[..., Any]]):
         value = getattr(importlib.import_module(f"undiffuse.{module}"), attribute)
         return partial(value, *arguments, **settings) if arguments or settings else value
 
+    def __contains__(self, name: object) -> bool:  # without the look-up of `Mapping`, which imports
+        return name in self._rows
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.runtime.file_errors import FileError
+from undiffuse.runtime.plugins import load_plugin, plugins
 
 if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
@@ -136,7 +137,7 @@ ARRAY_OPTIONS = (
     Option("value_range", tuple[float, float] | None, "Smallest and largest value of floating-point data."),
 )
 
-SOURCES = (
+_BUILT_IN = (
     Source(
         "a built-in data set",
         _builtin,
@@ -155,9 +156,11 @@ SOURCES = (
     Source("a WebDataset", _webdataset, IMAGE_OPTIONS),
     Source("a folder of images", _image_folder, FOLDER_OPTIONS, allocates=True),
 )
+SOURCES: tuple[Source, ...] = (*_BUILT_IN[:-1], *map(load_plugin, plugins("undiffuse.sources").values()), _BUILT_IN[-1])
 """In the order in which they are tried: the first one whose module recognises the source reads it.
 
-The last one reads every folder that no other one recognises."""
+A plugin is a `Source` whose module must import nothing heavy. The last row reads every folder that no other one
+recognises."""
 
 OPTIONS = {option.name: option for source in SOURCES for option in source.options}
 """All options, by name."""

@@ -1,4 +1,4 @@
-"""Solvers by name: a new one is one file and one row here. Listing the names imports no torch."""
+"""Solvers by name: a new one is one file and one row here, or a plugin. Listing the names imports no torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from undiffuse.errors import ConfigError
 from undiffuse.runtime.lazy_table import LazyTable, row
+from undiffuse.runtime.plugins import WithPlugins
 
 if TYPE_CHECKING:
     from undiffuse.sampling.solvers.solver import Solver
 
-SOLVERS: Mapping[str, Callable[..., Solver]] = LazyTable(
+BUILT_IN_SOLVERS: Mapping[str, Callable[..., Solver]] = LazyTable(
     {
         "ancestral": row("sampling.solvers.ancestral", "Ancestral"),
         "ddim": row("sampling.solvers.ddim", "DDIM"),
@@ -38,6 +39,7 @@ SOLVERS: Mapping[str, Callable[..., Solver]] = LazyTable(
         "consistency": row("sampling.solvers.consistency", "ConsistencySampling"),
     }
 )
+SOLVERS = WithPlugins(BUILT_IN_SOLVERS, "undiffuse.solvers")
 
 
 def build(name: str, **settings: object) -> Solver:
