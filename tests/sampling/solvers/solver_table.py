@@ -125,7 +125,7 @@ class Row(NamedTuple):
     """``solver`` against ``reference``, with its ``order``: strong if it draws no noise, else weak; None for none.
 
     ``calls(steps)`` is how often it calls the denoiser on a chain with finite ends. ``signal``: it needs alpha > 0.
-    ``finest``: by schedule, the steps at which its order shows if those are more than the 256 of `test_order.py`.
+    ``finest``: by schedule, the steps at which its order shows if those are more than the 128 of `test_order.py`.
     ``name``: the name in `SOLVERS` that builds this very solver.
     """
 
@@ -367,7 +367,12 @@ ROWS: dict[str, Row] = {
     "edm exact": Row(EDM(1.0, 0.0, math.inf, 1.0), edm(1.0, 0.0, math.inf, 1.0), 2, 1, twice),
     "edm without churn": Row(EDM(0.0), runge_kutta("heun", "ratio", "low"), 2, calls=twice),
     "euler-maruyama": Row(
-        EulerMaruyama(), by_ddim_at_the_ends(euler_maruyama), 1, 1, finest={"exploding": 512}, name="euler_maruyama"
+        EulerMaruyama(),
+        by_ddim_at_the_ends(euler_maruyama),
+        1,
+        1,
+        finest={"flow": 256, "exploding": 512},
+        name="euler_maruyama",
     ),
     "predictor-corrector": Row(
         PredictorCorrector(DDIM(), AnnealedLangevin(0.1, 2)),
@@ -379,18 +384,22 @@ ROWS: dict[str, Row] = {
     ),
     "dpm++ 2s": Row(SingleStep(2), by_lambda.single(2), 2, calls=lambda steps: 2 * steps, name="dpm++2s"),
     "dpm++ 3s": Row(SingleStep(3), by_lambda.single(3), 3, calls=lambda steps: 3 * steps, name="dpm++3s"),
-    "dpm++ 2m": Row(Multistep(2, rule="bh2"), by_lambda.two_m, 2, name="dpm++2m"),
-    "dpm++ 3m": Row(Multistep(3), by_lambda.adams(3), 3, calls=lambda steps: steps + 1, name="dpm++3m"),
+    "dpm++ 2m": Row(Multistep(2, rule="bh2"), by_lambda.two_m, 2, finest={"flow": 256}, name="dpm++2m"),
+    "dpm++ 3m": Row(
+        Multistep(3), by_lambda.adams(3), 3, calls=lambda steps: steps + 1, finest={"exploding": 256}, name="dpm++3m"
+    ),
     "dpm++ 2m sde": Row(
         Multistep(2, 1.0, "bh2"), by_lambda.two_m_sde, 2, 1, finest={"exploding": 512}, name="dpm++2m_sde"
     ),
     "exponential 1 sde": Row(Multistep(1, 0.4), by_lambda.adams(1, 0.4), 1, 1),
     "exponential 2 sde": Row(Multistep(2, 0.4), by_lambda.adams(2, 0.4), 2, 1),
-    "exponential 2": Row(Multistep(2), by_lambda.adams(2), 2),
+    "exponential 2": Row(Multistep(2), by_lambda.adams(2), 2, finest={"flow": 256}),
     "unipc 1": Row(UniPC(1), by_lambda.unipc(1, "bh2"), 2),
-    "unipc 2": Row(UniPC(2), by_lambda.unipc(2, "bh2"), 3, name="unipc"),
+    "unipc 2": Row(UniPC(2), by_lambda.unipc(2, "bh2"), 3, finest={"flow": 256}, name="unipc"),
     "unipc 2 bh1": Row(UniPC(2, "bh1"), by_lambda.unipc(2, "bh1"), 3),
-    "unipc 3": Row(UniPC(3), by_lambda.unipc(3, "bh2"), 4, calls=lambda steps: steps + 2, finest={"flow": 512}),
+    "unipc 3": Row(
+        UniPC(3), by_lambda.unipc(3, "bh2"), 4, calls=lambda steps: steps + 2, finest={"flow": 512, "exploding": 256}
+    ),
     "exponential 4": Row(
         Multistep(4),
         by_lambda.adams(4),
@@ -407,11 +416,25 @@ ROWS: dict[str, Row] = {
         finest={"log-SNR": 512, "flow": 2048, "exploding": 512},
     ),
     "dpm++ 3m sde": Row(
-        Multistep(3, 1.0), by_lambda.adams(3, 1.0), 2, 1, finest={"flow": 2048, "exploding": 1024}, name="dpm++3m_sde"
+        Multistep(3, 1.0),
+        by_lambda.adams(3, 1.0),
+        2,
+        1,
+        finest={"log-SNR": 256, "flow": 2048, "exploding": 1024},
+        name="dpm++3m_sde",
     ),
-    "dpm++ 2m sde to low": Row(Multistep(2, 1.0, "bh2", end="low"), by_lambda.ended(by_lambda.two_m_sde, 1.0), 2, 1),
+    "dpm++ 2m sde to low": Row(
+        Multistep(2, 1.0, "bh2", end="low"),
+        by_lambda.ended(by_lambda.two_m_sde, 1.0),
+        2,
+        1,
+        finest={"flow": 256, "exploding": 256},
+    ),
     "dpm++ 3m to low": Row(
-        Multistep(3, end="low"), by_lambda.ended(by_lambda.adams(3, low=True)), 2, finest={"log-SNR": 512}
+        Multistep(3, end="low"),
+        by_lambda.ended(by_lambda.adams(3, low=True)),
+        2,
+        finest={"log-SNR": 512, "flow": 256, "exploding": 256},
     ),
     "unipc 3 from low": Row(
         UniPC(3, "bh1", "low"),

@@ -33,8 +33,8 @@ ORDERED = {row.name: row for row in ROWS.values() if row.name and row.order is n
 LOG = {("flow", name) for name in SOLVERS if name.startswith(("dpm", "exponential", "unipc"))}
 LOG |= {("sigmoid", name) for name in SOLVERS}
 """Where step k before data contributes h^p/k to the error, which is then h^p log 1/h."""
-FINEST = {("flow", "dpm++3m_sde"): 2560, **{(name, "exponential"): 640 for name in FUNCTIONS}}
-"""Steps at which the order shows, where they are more than 320."""
+FINEST = {("flow", "dpm++2m"): 320, ("flow", "dpm++3m_sde"): 2560, **{(name, "exponential"): 640 for name in FUNCTIONS}}
+"""Steps at which the order shows, where they are more than 160."""
 
 
 def error(name: str, schedule: S.Schedule, steps: int) -> float:
@@ -68,7 +68,7 @@ def test_declared_orders_hold_with_the_ends_of_the_default_grid(schedule, name):
 
     A Gaussian's mean and variance can be more accurate than the declared weak order.
     """
-    function, finest = FUNCTIONS[schedule], FINEST.get((schedule, name), 320)
+    function, finest = FUNCTIONS[schedule], FINEST.get((schedule, name), 160)
     declared, measured = (
         ORDERED[name].solver.order_on(function, at_data=True),
         slope(name, function, finest // 2, finest),
