@@ -19,6 +19,17 @@ if Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 4e9:  # fs
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 
+SLOWEST = (
+    *("test_commands", "test_kill", "test_fit", "test_order", "test_processes", "test_default_grids"),
+    *("test_sample_command", "test_bad_inputs", "test_golden_numbers", "test_library_use", "test_classifier"),
+)
+"""Files that take over ten seconds. They run first, so that two processes end at about the same time."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
+
+
 def pytest_sessionfinish(session):
     if offline.attempts:
         session.exitstatus = 1

@@ -16,7 +16,7 @@ def kill(*arguments):
 
 
 def test_kills_stops_and_races_change_nothing():
-    output = kill("--kills", 20, "--stops", 4, "--races", 2, "--points")
+    output = kill("--kills", 10, "--stops", 3, "--races", 1, "--points")
     assert [line.split(":")[0] for line in output.splitlines()] == [
         "A2 kills",
         "A5 stops",
