@@ -42,7 +42,15 @@ TONE = re.compile(r"-(?:medium-light|medium-dark|light|medium|dark)-skin-tone(?=
 SHORT_TONE = re.compile(r"-(medium-light|medium-dark|light|medium|dark)$")
 NUMBERED_TONE = re.compile(r"(?:-tone[1-5])+$")
 PREFIX = re.compile(rf"^(?:(?:man|woman|person|men|women|people|mens|womens|{'|'.join(COLOURS)}|white|light-blue)-)+")
-TOGETHER = {"girl": "boy", "princess": "prince", "blonde": "blond", "old-woman": "old-man", "old": "old-man"}
+TOGETHER = {
+    "girl": "boy",
+    "princess": "prince",
+    "old-woman": "old-man",
+    "old-person": "old-man",
+    "older-person": "old-man",
+}
+TOGETHER |= {"blonde-hair": "hair", "blond-hair": "hair", "curly-hair": "hair", "man": "person", "woman": "person"}
+"""Families that are one, beside those that the rules find."""
 
 
 class Name(NamedTuple):
@@ -69,7 +77,7 @@ def split_tones(icon: str, icons: Collection[str]) -> Name:
 
 
 def family(base: str) -> str:
-    """The name without gender, direction and colour: ``astronaut`` for ``woman-astronaut``, ``heart`` for ``red-heart``."""
+    """The name without gender, direction, colour: ``astronaut`` of ``woman-astronaut``, ``heart`` of ``red-heart``."""
     name = base.removesuffix("-facing-right")
     name = PREFIX.sub("", name) or name
     name = re.sub(r"-(?:left|right|up|down)$", "", name)
@@ -117,7 +125,7 @@ def split_colour(base: str) -> tuple[str, str] | None:
 
 
 def held_out(pairs: Sequence[tuple[str, str]], share: float) -> set[tuple[str, str]]:
-    """About ``share`` of the (colour, thing) pairs, such that each colour and each thing also occurs in pairs that stay.
+    """About ``share`` of the (colour, thing) pairs; each colour and each thing also occurs in pairs that stay.
 
     Pairs are taken in the order of a hash of their words; at most three of a thing, and never the last but two.
     """
@@ -186,7 +194,7 @@ class MainColour(NamedTuple):
 
 
 def main_colour(rgba: np.ndarray) -> MainColour | None:
-    """The main hue of a drawing, (H, W, 4) uint8: the window of hues that holds the most pixels. None if all is grey."""
+    """The main hue of a drawing (H, W, 4) uint8: the window of hues that holds the most pixels. None if all is grey."""
     pixels = rgba.reshape(-1, 4)
     lab = oklab(pixels[pixels[:, 3] > 200, :3] / 255)
     chroma, hue = np.hypot(lab[:, 1], lab[:, 2]), np.degrees(np.arctan2(lab[:, 2], lab[:, 1]))
