@@ -60,13 +60,15 @@ class Texts:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        parts = []
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of like length need little padding
+        found = torch.empty(len(texts), self.model.config.hidden_size)
         for first in range(0, len(texts), 256):
-            tokens = self.tokenizer(list(texts[first : first + 256]), padding=True, return_tensors="pt")
+            rows = order[first : first + 256]
+            tokens = self.tokenizer([texts[i] for i in rows], padding=True, return_tensors="pt")
             mask = tokens["attention_mask"][..., None]
             hidden = self.model(**tokens).last_hidden_state
-            parts.append(functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
-        return torch.cat(parts)
+            found[rows] = functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+        return found
 
 
 class Heads(nn.Module):
