@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +136,15 @@ def test_recolouring_keeps_light_and_dark_shades_apart() -> None:
     main = drawings.main_colour(picture(("#f8312f", 80), ("#a01010", 20)))
     light, dark = drawings.recolour("#f8312f #a01010", main, "blue").split()
     assert drawings.oklab(drawings.from_hex(light))[0] > drawings.oklab(drawings.from_hex(dark))[0] + 0.1
+
+
+def test_the_nearest_drawing_and_its_difference() -> None:
+    loader = SourceFileLoader("emoji_picture", str(PATH.with_name("picture")))
+    picture_script = importlib.util.module_from_spec(importlib.util.spec_from_loader("emoji_picture", loader))
+    loader.exec_module(picture_script)
+    drawn = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3)).astype(np.uint8)
+    sample = drawn[[3, 1]].copy()
+    sample[0, 0, 0, 0] ^= 64  # one of 48 values by a quarter of the range
+    index, percent = picture_script.nearest(sample, drawn)
+    assert index.tolist() == [3, 1]
+    assert percent == pytest.approx([100 * 64 / 255 / 48**0.5, 0], abs=0.05)
