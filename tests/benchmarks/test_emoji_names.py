@@ -93,6 +93,14 @@ def test_held_out_pairs_leave_each_word_in_others() -> None:
     assert not drawings.held_out([("red", "car"), ("red", "hat"), ("blue", "car")], 1.0)
 
 
+def test_each_held_out_word_stays_in_three_pairs() -> None:
+    """A thing or colour of four pairs can lose one: the first in the order, then only pairs without its words."""
+    square = [(colour, thing) for colour in "abcd" for thing in "wxyz"]
+    chosen = drawings.held_out(square, 1.0)
+    assert 3 <= len(chosen) <= 4
+    assert len({colour for colour, _ in chosen}) == len({thing for _, thing in chosen}) == len(chosen)
+
+
 def test_split_colour() -> None:
     assert drawings.split_colour("blue-book") == ("blue", "book")
     assert drawings.split_colour("blue") is None
