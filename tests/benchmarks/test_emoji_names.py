@@ -35,6 +35,7 @@ def test_skin_tones_are_split_from_names(icon: str, base: str, tones: tuple[str,
 
 def test_a_short_ending_is_a_tone_only_behind_an_icon() -> None:
     assert drawings.split_tones("light-rail-dark", {"light-rail-dark"}) == ("light-rail-dark", ())
+    assert drawings.split_tones("signal-light-dark-skin-tone", {"signal"}) == ("signal-light", ("dark",))
 
 
 @pytest.mark.parametrize(
@@ -124,8 +125,8 @@ def picture(*shares: tuple[str, int]) -> np.ndarray:
 
 
 def test_main_colour_and_its_share() -> None:
-    main = drawings.main_colour(picture(("#f8312f", 70), ("#d3231f", 20), ("#00b85c", 10)))
-    assert main.share == pytest.approx(0.9)
+    main = drawings.main_colour(picture(("#f8312f", 70), ("#d3231f", 20), ("#00b85c", 10), ("#808080", 100)))
+    assert main.share == pytest.approx(0.45)
     assert drawings.near_colours(main.lab, drawings.SAME_COLOUR) == ["red"]
     assert drawings.main_colour(picture(("#808080", 5))) is None
 
@@ -133,11 +134,11 @@ def test_main_colour_and_its_share() -> None:
 @pytest.mark.parametrize("word", list(drawings.COLOURS))
 def test_recolouring_moves_the_main_colour_alone(word: str) -> None:
     main = drawings.main_colour(picture(("#f8312f", 90), ("#00b85c", 10)))
-    svg = '<path fill="#f8312f"/><path fill="#00b85c"/><path fill="#ccc"/><g id="#face-1"/>'
+    svg = '<path fill="#f8312f"/><path fill="#00b85c"/><path fill="#ccc4c4"/><g id="#face-1"/>'
     body, leaf, grey, _ = drawings.recolour(svg, main, word).split("/>")[:4]
     lab = drawings.oklab(drawings.from_hex(body.split('"')[1]))
     assert np.linalg.norm(lab - drawings.oklab(drawings.from_hex(drawings.COLOURS[word]))) < 0.03
-    assert (leaf, grey) == ('<path fill="#00b85c"', '<path fill="#ccc"')
+    assert (leaf, grey) == ('<path fill="#00b85c"', '<path fill="#ccc4c4"')
 
 
 def test_recolouring_keeps_light_and_dark_shades_apart() -> None:
