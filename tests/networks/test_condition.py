@@ -35,7 +35,9 @@ def test_null_has_the_same_shapes():
     for name in NAMES:
         value, given = getattr(null, name), getattr(full_condition(), name)
         assert (value.shape, value.dtype) == (given.shape, given.dtype)
-        assert name in ("label", "vector") or not value.any()
+        assert name in ("label", "vector", "image", "image_level") or not value.any()
+    for name in ("image", "image_level"):  # what is to be enlarged stays
+        assert torch.equal(getattr(null, name), getattr(full_condition(), name))
     assert null.vector.isnan().all()
     assert Condition(vector=torch.ones(2, 3)).null().label is None
     assert same(Condition().null(), Condition())

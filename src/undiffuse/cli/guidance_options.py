@@ -33,7 +33,7 @@ def load_guide(
     if sampler.threshold != "static" and not isinstance(model.transform, BOUNDED):
         cause = "the data of this model are unbounded"
         raise ConfigError("GUIDANCE", f"--threshold {sampler.threshold}", cause, "Omit it")
-    if sampler.guidance != 1 and not model.condition_sizes:
+    if sampler.guidance != 1 and not model.condition_sizes.keys() - {"image"}:
         cause = "the model was trained without labels or other conditions"
         raise ConfigError("GUIDANCE", "--guidance", cause, "Train one with --conditional, or use --classifier")
     if not has_condition and (sampler.guidance != 1 or classifier is not None):

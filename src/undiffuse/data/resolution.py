@@ -7,18 +7,14 @@ All of it is integer arithmetic: nothing is rounded but by the map, and D is a f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from undiffuse.data.lazy_array import LazyArray, cast_to_array
-from undiffuse.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from undiffuse.data.dataset import Dataset
+from undiffuse.errors import ConfigError
 
 MAX_VALUES = 1 << 16
 """The most values of an item, as in `undiffuse.data.transform.IntegerLevels`."""
@@ -180,39 +176,12 @@ class ResolutionSplit:
         return {**asdict(self), "item_shape": list(self.item_shape)}
 
 
-class StageOf(NamedTuple):
-    """What a data set is of ``full`` ones: the low resolution (``is_base``) or the rest of ``split``."""
-
-    split: ResolutionSplit
-    full: Dataset
-    is_base: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Facts for the model's file."""
-        return self.split.to_dict() | {"is_base": self.is_base, "fingerprint": self.full.fingerprint}
-
-
 def split_from_dict(plain: Any) -> ResolutionSplit:
     """The split of a model's facts. Raises `ConfigError`."""
     try:
         return ResolutionSplit(*(plain[name] for name in ("map", "factor", "item_shape", "num_values")))
     except (TypeError, LookupError):
         raise ConfigError("MAP", "resolution", "not a split of images", "Train the model again") from None
-
-
-def split_of(data: Dataset, side: int, map: str) -> ResolutionSplit:
-    """The split of ``data`` to images whose shortest side is ``side``. Raises `ConfigError` and `DataError`."""
-    if len(data.item_shape) < 2 or data.num_values is None:
-        cause = "a cascade is of images with integer values"
-        raise DataError("CASCADE", data.name, cause, "Leave out --from and --reduce, or give images")
-    short = min(data.item_shape[1:])
-    if not 1 <= side < short or short % side:
-        sides = "×".join(str(n) for n in data.item_shape[1:])
-        cause = f"sides of {sides} cannot be divided down to {side} by a whole number"
-        divisors = [str(n) for n in range(1, short) if short % n == 0]
-        fix = f"Give one of {', '.join(divisors[-6:])}" if divisors else "Give larger images"
-        raise ConfigError("SIDE", f"side {side}", cause, fix)
-    return ResolutionSplit(map, short // side, data.item_shape, data.num_values)
 
 
 def _dtype(num_values: int) -> type[np.unsignedinteger]:

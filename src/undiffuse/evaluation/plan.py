@@ -44,12 +44,16 @@ def select_items(model: Diffusion, data: Dataset, part: str | None) -> tuple[np.
 
 
 def shared_condition(model: Diffusion, data: Dataset) -> tuple[str, str | None]:
-    """The condition that ``model`` accepts and ``data`` have, or "none"; and the reason where they differ."""
-    accepted = {name: size for name in CONDITION_NAMES if (size := model.config.network.get(name, 0))}
+    """The condition that ``model`` accepts and ``data`` have, or "none"; and the reason where they differ.
+
+    The image of a super-resolution model is none of these: it is always given.
+    """
+    accepted = {name: size for name, size in model.condition_sizes.items() if name != "image"}
     if not accepted:
         return "none", None
     names = " and ".join(CONDITION_NAMES[name] for name in accepted)
-    if data.condition_sizes == accepted and list(data.classes) == list(model.info.get("classes", [])):
+    given = {name: size for name, size in data.condition_sizes.items() if name != "image"}
+    if given == accepted and list(data.classes) == list(model.info.get("classes", [])):
         return names, None
     return "none", f"the model accepts {names}, which these data lack or define differently: no condition is used"
 

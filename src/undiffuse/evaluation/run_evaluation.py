@@ -131,7 +131,7 @@ def evaluate(
     chosen = chosen[planning.bit_reversed_order(len(chosen))][:items]
     values = torch.from_numpy(np.ascontiguousarray(data.values[chosen]))
     condition, reason = ("none", None) if unconditional else planning.shared_condition(model, data)
-    cond = None if condition == "none" else data.condition(chosen)
+    cond = data.given_condition(chosen, condition != "none")
     facts = {
         "data": data.name,
         "fingerprint": data.fingerprint,
