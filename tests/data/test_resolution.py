@@ -33,7 +33,7 @@ def test_haar_of_a_block_by_hand():
     assert (split.rest(x).ravel().astype(int) - 9).tolist() == [5, -9, 0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_maps_of_any_shape(data):
     dims, factor = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([2, 2, 3]))
@@ -92,7 +92,9 @@ def test_what_cannot_be_split_is_refused(arguments, message):
         ResolutionSplit(*arguments)
 
 
-@pytest.mark.parametrize("plain", [None, [], {"map": "mean"}, {"map": {}, "factor": 2, "item_shape": [1], "num_values": 2}])
+@pytest.mark.parametrize(
+    "plain", [None, [], {"map": "mean"}, {"map": {}, "factor": 2, "item_shape": [1], "num_values": 2}]
+)
 def test_damaged_facts_are_refused(plain):
     with pytest.raises(ConfigError):
         split_from_dict(plain)

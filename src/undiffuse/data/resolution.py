@@ -93,7 +93,7 @@ class ResolutionSplit:
         object.__setattr__(self, "item_shape", tuple(shape))
         if odd := next((n for n in self.item_shape[1:] if n % self.factor), None):
             cause = f"a side of {odd} is not a multiple of {self.factor}"
-            raise ConfigError("MAP", "resolution", cause, "Give images whose sides can be divided, with --size or --crop")
+            raise ConfigError("MAP", "resolution", cause, "Give images with other sides, by --size")
         if self.is_bijection and self.factor != 2:
             cause = f"the map {self.map!r} divides each side by 2, not by {self.factor}"
             raise ConfigError("MAP", "resolution", cause, "Train one stage for each factor of 2, or use the map 'mean'")

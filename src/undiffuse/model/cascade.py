@@ -127,7 +127,7 @@ class Cascade:
 
     @property
     def condition_sizes(self) -> dict[str, int]:
-        """The sizes of the conditions that any stage accepts, without the images, which are those of the stage before."""
+        """The sizes of the conditions that any stage accepts, without images, which come from the stage before."""
         return {name: size for model in self.models for name, size in _sizes(model).items()}
 
     @property
@@ -141,7 +141,7 @@ class Cascade:
         return json_digest({"models": self.fingerprints})
 
     def stage_sampler(self, stage: int, sampler: Sampler | str | None) -> Sampler:
-        """``sampler`` for a stage: its default one, as many steps as its chain has, guidance only if it has a target."""
+        """``sampler`` for a stage: at most the steps of its chain, without guidance if it has no condition for it."""
         model = self.models[stage]
         if sampler is None:
             return model.default_sampler

@@ -70,9 +70,10 @@ class TrainConfig:
     ``bfloat16``. ``flip`` and ``flip_vertical`` mirror images at random, ``crop`` shifts items by up to that many cells
     along each axis (`undiffuse.training.augmentation`), in training only. With ``conditional`` the network gets all
     conditions of the data (labels, vectors, tokens), except for the fraction ``condition_dropout`` of the items, which
-    get the null condition. Super-resolution gets each item's low resolution with noise of a standard deviation uniform
-    from 0 to ``image_noise`` in units of x, for a tenth of the items 0; it is never dropped. ``previews`` is how often the run is evaluated; a checkpoint is written then, and every
-    ``save_minutes``. A step with a NaN or infinite loss or gradient stops the run; with ``on_nonfinite`` "skip" it is
+    get the null condition. Super-resolution gets the low resolution of an item with noise of a standard deviation
+    uniform from 0 to ``image_noise`` in units of x, for a tenth of the items 0; it is never dropped. ``previews`` is
+    how often the run is evaluated; a checkpoint is written then, and every ``save_minutes``. A step with a NaN or
+    infinite loss or gradient stops the run; with ``on_nonfinite`` "skip" it is
     skipped, at most five in a row.
 
     With several processes ``shard`` splits weights, averages and moments among them (FSDP2); otherwise every process

@@ -118,7 +118,8 @@ class UNet(nn.Module):
     ``layer`` (faster on a CPU). Sizes of the conditions, 0 for one that it does not accept: ``classes`` (labels
     0 … classes − 1, −1 is null); ``vector``; ``tokens``, to which it attends wherever it attends to itself, without
     regard to their order; ``image``, the channels of an image that is brought to x's size by repeating its cells and
-    joins the input channels (zeros without one). Zero at initialisation. Raises `ConfigError` for settings that cannot work.
+    joins the input channels (zeros without one). Zero at initialisation. Raises `ConfigError` for settings that cannot
+    work.
     """
 
     item_dims = (1, 2, 3)

@@ -23,7 +23,6 @@ from undiffuse.process.seeded_noise import generator
 from undiffuse.process.time_sampling import low_discrepancy
 from undiffuse.training.augmentation import augment
 
-
 CLEAN_IMAGES = 0.1
 """Fraction of the items of super-resolution that get the low resolution without noise, as likelihoods do."""
 
