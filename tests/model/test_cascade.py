@@ -278,7 +278,10 @@ def test_the_bound_of_every_stage(stages):
     torch.testing.assert_close(nll.per_step, torch.stack([part.total for part in by_hand], 1))
     torch.testing.assert_close(nll.prior + nll.diffusion_nats + nll.decoder, nll.total)
     torch.testing.assert_close(cascade.nll(x[2:], seed=1, first=2).total, nll.total[2:])
-    assert stage_lines(cascade, nll)[0].startswith("by 3 stages, bits per dimension of x: 1×2×2 ")
+    bits = (nll.per_step.mean(0) / (64 * math.log(2))).tolist()
+    shapes = ("1×2×2", "1×4×4", "1×8×8")
+    parts = ", ".join(f"{shape} {b:.4f}" for shape, b in zip(shapes, bits, strict=True))
+    assert stage_lines(cascade, nll) == f"{parts} bits per dimension of x"
     assert not torch.equal(cascade.nll(x, seed=1, augmentation=0.3).total, nll.total)
     assert cascade.nll(x[:2], estimate="continuous", mc_samples=2).total.isfinite().all()
 

@@ -18,14 +18,17 @@ from torch import Tensor
 from undiffuse.data.resolution import ResolutionSplit, split_from_dict
 from undiffuse.data.stage_data import add_image, stage_facts
 from undiffuse.data.transform import IntegerLevels
-from undiffuse.errors import ConfigError, counted
+from undiffuse.denoising.denoiser import NetworkDenoiser
+from undiffuse.errors import ConfigError
 from undiffuse.likelihood.nll import NLL, make_nll
 from undiffuse.model import arguments, checkpoint
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import FIELD_TO_SETTING, Condition
+from undiffuse.process.schedule import Schedule
 from undiffuse.process.seeded_noise import ItemNoise, generator
 from undiffuse.runtime.atomic_file import json_digest
 from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.solvers.solver import Solver
 
 DEFAULT_AUGMENTATION = 0.1
 """Standard deviation, in units of x, of the noise on the images that a stage is given in sampling (docs/cascade.md)."""
@@ -112,6 +115,11 @@ class Cascade:
         return lines
 
     @property
+    def shapes(self) -> list[str]:
+        """The shape of the images of each stage, such as 1×8×8."""
+        return [_by(self.models[0].item_shape), *(_by(split.item_shape) for split in self.splits)]
+
+    @property
     def dims(self) -> int:
         """The number of values of an image."""
         return math.prod(self.item_shape)
@@ -140,10 +148,23 @@ class Cascade:
         """sha256 of all models."""
         return json_digest({"models": self.fingerprints})
 
+    @property
+    def schedule(self) -> Schedule:
+        """That of the base, from which the steps for a number of network calls follow."""
+        return self.models[0].schedule
+
+    def denoiser(self) -> NetworkDenoiser:
+        """That of the base, on which the settings of a sampler are checked."""
+        return self.models[0].denoiser()
+
+    def build_solver(self, sampler: Sampler) -> Solver:
+        """The solver of the last stage, after those of the others. Raises `ConfigError`."""
+        return [model.build_solver(sampler) for model in self.models][-1]
+
     def stage_sampler(self, stage: int, sampler: Sampler | str | None) -> Sampler:
         """``sampler`` for a stage: at most the steps of its chain, without guidance if it has no condition for it."""
         model = self.models[stage]
-        if sampler is None:
+        if sampler is None or model.config.calls:  # a distilled model has a sampler of its own
             return model.default_sampler
         sampler = arguments.check_sampler(sampler, model.chain_length)
         if sampler.times is None:
@@ -273,17 +294,25 @@ class Cascade:
             arguments.check_condition(cond).validate_for(self.condition_sizes, items)
 
 
+AnyModel = Diffusion | Cascade
+"""What commands sample and measure."""
+
+
+def weights_of(model: AnyModel) -> str | list[str]:
+    """sha256 of a model, or of each model of a cascade."""
+    return model.fingerprints if isinstance(model, Cascade) else checkpoint.fingerprint(model)
+
+
 def stage_seed(seed: int, stage: int) -> int:
     """The seed of a stage: ``seed`` itself for the base, so that the base draws what it draws alone."""
     return seed if stage == 0 else generator(seed, "cascade", stage).initial_seed()
 
 
-def stage_lines(cascade: Cascade, nll: NLL) -> list[str]:
-    """What each stage adds to the mean bound, in bits per dimension of x, as sentences."""
+def stage_lines(cascade: Cascade, nll: NLL) -> str:
+    """What each stage adds to the mean bound, in bits per dimension of x."""
     bits = nll.per_step.mean(0) / (cascade.dims * math.log(2))
-    names = [_by(cascade.models[0].item_shape), *(_by(split.item_shape) for split in cascade.splits)]
-    lines = (f"{name} {float(share):.4f}" for name, share in zip(names, bits, strict=True))
-    return [f"by {counted(len(names), 'stage')}, bits per dimension of x: {', '.join(lines)}"]
+    lines = (f"{shape} {float(share):.4f}" for shape, share in zip(cascade.shapes, bits, strict=True))
+    return f"{', '.join(lines)} bits per dimension of x"
 
 
 def _sizes(model: Diffusion) -> dict[str, int]:

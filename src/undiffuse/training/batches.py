@@ -93,11 +93,11 @@ def global_batch(data: Dataset, items: np.ndarray, settings: TrainConfig, step: 
     and so is the noise of conditioning images (`image_noise_std`).
     """
     chosen = batch_items(items, settings, step)
-    enlarges = isinstance(data, StageData) and data.low is not None
-    source = data.full if enlarges else data
+    stage = data if isinstance(data, StageData) and data.low is not None else None
+    source = data if stage is None else stage.full
     values, cond = augment(source.values[chosen], settings, step), source.given_condition(chosen, settings.conditional)
-    if enlarges:  # after augmentation, so that the two parts fit together
-        values, cond = with_noisy_image(data.resolution, values, cond, settings, step)
+    if stage is not None:  # after augmentation, so that the two parts fit together
+        values, cond = with_noisy_image(stage.resolution, values, cond, settings, step)
     if settings.conditional and cond is not None:
         g = generator(settings.seed, "condition", step)
         cond = cond.drop(torch.rand(settings.batch, generator=g) < settings.condition_dropout)
