@@ -72,7 +72,7 @@ def test_noise_on_an_image_by_hand():
     noisy = cond.with_image_noise(torch.tensor([0.0, 0.6, 1.0]), torch.tensor([[[7.0]], [[2.0]], [[3.0]]]))
     torch.testing.assert_close(noisy.image.flatten(), torch.tensor([0.5, 0.8 + 1.2, 3.0]))
     assert noisy.image_level.tolist() == [math.inf, pytest.approx(math.log(0.64 / 0.36)), -math.inf]
-    with pytest.raises(ConfigError, match="image_noise = 1.5"):
+    with pytest.raises(ConfigError, match=r"image_noise = 1\.5"):
         replace(SETTINGS, image_noise=1.5)
 
 
