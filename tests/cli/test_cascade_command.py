@@ -83,6 +83,9 @@ def test_all_stages_are_drawn_with_a_line_for_each_and_one_manifest(place, call,
     with Image.open(place / "samples" / "000004.png") as picture:
         assert picture.size == (16, 16)
     assert "these 5 samples exist already" in call(*arguments).out
+    assert call("compare", "samples").err.startswith("error[FEW] photos: 5 samples, ")  # with the full resolution
+    assert "enlarges 3×8×8 to 3×16×16, map haar" in call("inspect", TOP).out
+    assert "base, 3×4×4 of 3×16×16, map mean" in call("inspect", BASE).out
     other = call(*arguments, "--augmentation", 0.5).out
     assert "differ in augmentation" in other
 
@@ -121,6 +124,8 @@ def test_the_sum_of_the_bounds_is_evaluated(place, call):
         (("train", "photos", "--from", 4, "--map", "haar"), "error[MAP] resolution: the map 'haar' divides each"),
         (("train", "photos", "--map", "haar"), "error[OPTION] --map"),
         (("pack", "photos", "packed.npy", "--from", 8), "error[PACK] --from"),
+        (("restore", MIDDLE, "photos/0.png", "--noise", 0.1), f"error[CASCADE] {MIDDLE}: it is a super-resolution"),
+        (("advise", MIDDLE, "--calls", 5), f"error[CASCADE] {MIDDLE}: it enlarges images, and there are none."),
         (("distill", TOP, "--steps", 1), "error[DISTILLED] the teacher: it is a super-resolution model"),
     ],
 )
