@@ -76,7 +76,7 @@ def test_all_stages_are_drawn_with_a_line_for_each_and_one_manifest(place, call,
     manifest = json.loads((place / "samples" / "manifest.json").read_text())
     cascade = Cascade.load([BASE, MIDDLE, TOP])
     assert manifest["weights"] == cascade.fingerprints
-    assert (manifest["then"], manifest["seed"], manifest["augmentation"]) == ([MIDDLE, TOP], 3, 0.1)
+    assert (manifest["then"], manifest["seed"], manifest["augmentation"]) == ([MIDDLE, TOP], 3, 0.2)
     x = np.load(place / "samples" / "samples.npz")["x"]
     assert x.shape == (5, 3, 16, 16)
     assert torch.equal(torch.from_numpy(x), cascade.sample(5, 3, Sampler("dpm++2m_sde", 4)))

@@ -30,7 +30,7 @@ from undiffuse.runtime.atomic_file import json_digest
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers.solver import Solver
 
-DEFAULT_AUGMENTATION = 0.1
+DEFAULT_AUGMENTATION = 0.2
 """Standard deviation, in units of x, of the noise on the images that a stage is given in sampling (docs/cascade.md)."""
 
 Progress = Callable[[int, int], None]
