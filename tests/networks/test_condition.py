@@ -35,7 +35,9 @@ def test_null_has_the_same_shapes():
     for name in NAMES:
         value, given = getattr(null, name), getattr(full_condition(), name)
         assert (value.shape, value.dtype) == (given.shape, given.dtype)
-        assert name in ("label", "vector") or not value.any()
+        assert name in ("label", "vector", "image", "image_level") or not value.any()
+    for name in ("image", "image_level"):  # what is to be enlarged stays
+        assert torch.equal(getattr(null, name), getattr(full_condition(), name))
     assert null.vector.isnan().all()
     assert Condition(vector=torch.ones(2, 3)).null().label is None
     assert same(Condition().null(), Condition())
@@ -116,6 +118,24 @@ def test_a_condition_that_the_network_does_not_accept_is_refused(name, value, si
     with pytest.raises(ConfigError, match=cause) as caught:
         Condition(**{name: value}).validate_for(sizes, 2)
     assert caught.value.where == f"condition.{name}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "cause"),
+    [
+        ({"image": torch.zeros(1, 3, 2, 2)}, r"image: its shape is \(1, 3, 2, 2\), not \(2, 3, 2, 2\)"),
+        ({"image": torch.zeros(2, 1, 2, 2)}, r"image: its shape is \(2, 1, 2, 2\), not \(2, 3, 2, 2\)"),
+        ({"image": torch.full((2, 3, 2), torch.nan)}, r"image: some of it is no finite number"),
+        ({"image": torch.zeros(2, 3, 2, dtype=torch.uint8), "image_level": torch.zeros(2)}, r"image: some of it is no"),
+        ({"image": torch.zeros(2, 3, 2), "image_level": torch.zeros(2, 1)}, r"image_level: its shape is \(2, 1\)"),
+        ({"image": torch.zeros(2, 3, 2), "image_level": torch.full((2,), torch.nan)}, r"image_level: some are NaN"),
+        ({"image_level": torch.zeros(2)}, r"image_level: there is no image"),
+    ],
+)
+def test_an_image_must_fit_its_items(fields, cause):
+    with pytest.raises(ConfigError, match=cause):
+        Condition(**fields).validate_for({"image": 3}, 2)
+    Condition(image=torch.zeros(2, 3, 9, 5)).validate_for({"image": 3}, 2)
 
 
 def test_a_mask_must_fit_its_tokens():

@@ -3,7 +3,9 @@ import torch
 from network_cases import SMALL, noise, randomised
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from undiffuse.errors import ConfigError
 from undiffuse.model.presets import PRESETS
+from undiffuse.networks.condition import Condition
 from undiffuse.networks.registry import build
 from undiffuse.networks.unet import UNet, fold, unfold
 
@@ -76,3 +78,32 @@ def test_lists_from_json_build_the_same_network_as_tuples():
     one = build("unet", channels=2, widths=[8, 16], attention=[1], heads=2)
     other = build("unet", channels=2, widths=(8, 16), attention=(1,), heads=2)
     assert list(one.state_dict()) == list(other.state_dict())
+
+
+@pytest.mark.parametrize("size", [(6,), (4, 8), (2, 4, 6)], ids=str)
+@pytest.mark.parametrize("options", [{}, OTHER], ids=["ho", "other"])
+def test_an_image_is_brought_to_the_size_of_x_by_repeating_its_cells(size, options):
+    network = randomised(UNet(2, 1, dims=len(size), image=3, **{**SMALL, **options}))
+    x, time, image = noise(2, 2, *size), torch.tensor([0.1, 0.9]), noise(2, 3, *[n // 2 for n in size], seed=3)
+    level = torch.tensor([1.0, -2.0])
+    y = network(x, time, Condition(image=image, image_level=level))
+    for axis in range(2, image.ndim):
+        image = image.repeat_interleave(2, axis)
+    torch.testing.assert_close(y, network(x, time, Condition(image=image, image_level=level)))
+    assert not torch.allclose(y, network(x, time, Condition(image=-image, image_level=level)))
+    assert not torch.allclose(y, network(x, time, Condition(image=image, image_level=-level)))
+
+
+def test_without_an_image_it_is_one_of_noise_alone():
+    network = randomised(UNet(2, 1, image=1, **SMALL))
+    x, time = noise(2, 2, 4, 4), torch.tensor([0.1, 0.9])
+    zeros = Condition(image=torch.zeros(2, 1, 4, 4), image_level=torch.full((2,), -torch.inf))
+    torch.testing.assert_close(network(x, time), network(x, time, zeros))
+    torch.testing.assert_close(network(x, time, Condition()), network(x, time, zeros))
+    clean, almost = (
+        network(x, time, Condition(image=torch.ones(2, 1, 2, 2), image_level=torch.full((2,), level)))
+        for level in (torch.inf, 10.0)
+    )
+    torch.testing.assert_close(clean, almost)  # +inf, without noise, is the largest log-SNR that is embedded
+    with pytest.raises(ConfigError, match=r"condition.image: its shape is \(2, 1, 4\), and x has 2 dimensions"):
+        network(x, time, Condition(image=torch.zeros(2, 1, 4)))

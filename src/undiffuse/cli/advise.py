@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from undiffuse.cli.cascade_options import require_then
 from undiffuse.cli.data_options import ReadData, read_data, with_data_options
 from undiffuse.cli.guidance_options import class_names
 from undiffuse.cli.label_options import make_condition
@@ -85,6 +86,7 @@ def advise_command(
 
     register_network(network)
     model = checkpoint.load(run, resolve_device(device))
+    require_then(model, run)
     real, reason = None, "they are compared without labels only"
     if not label:
         real, reason = _real_items(model, run, data, read)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from undiffuse.cli.cascade_options import full_resolution
 from undiffuse.cli.data_options import (
     OwnDataArgument,
     ReadData,
@@ -68,6 +69,7 @@ def compare(
     from undiffuse.runtime.own_output import save_picture
     from undiffuse.runtime.side_files import read_record, write_record
 
+    of_cascade = run is None and bool(_manifest(samples).get("then"))
     run = run or _run_of(samples)
     if run is None and data is None:
         cause = "neither DATA nor a run of these samples is known"
@@ -79,6 +81,7 @@ def compare(
         check_output_folder(out, record, listed_files(read_record(record)), [IMAGE])
     dataset = read_data(read, data, run or Path())
     held_out = _held_out(held_out, run, dataset)
+    dataset = full_resolution(dataset) if of_cascade else dataset
     if not as_json:
         print_notes(dataset)
     values = comparison.load_samples(samples, dataset, read)
@@ -111,13 +114,19 @@ def compare(
 
 
 def _run_of(samples: str) -> Path | None:
-    """The run that the manifest of a sample folder names, if it is there."""
+    """The run that the manifest of a sample folder names, of a cascade the last one, if it is there."""
+    manifest = _manifest(samples)
+    model = [manifest.get("model"), *manifest.get("then", ())][-1]
+    return Path(model) if model and Path(model).exists() else None
+
+
+def _manifest(samples: str) -> dict[str, Any]:
+    """The manifest of a sample folder; empty if there is none."""
     from undiffuse.runtime.side_files import read_record
 
     with suppress(OSError):
-        model = (read_record(Path(samples) / "manifest.json") or {}).get("model")
-        return Path(model) if model and Path(model).exists() else None
-    return None
+        return read_record(Path(samples) / "manifest.json") or {}
+    return {}
 
 
 def _held_out(held_out: float | None, run: Path | None, dataset: Dataset) -> float:

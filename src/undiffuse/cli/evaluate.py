@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from undiffuse.cli.cascade_options import Then, full_resolution, load_model, refuse_with_then
 from undiffuse.cli.data_options import (
     OwnDataArgument,
     ReadData,
@@ -68,6 +69,7 @@ def evaluate(
     ] = 5.0,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; by default the run folder.")] = None,
+    then: Then = None,
     network: NetworkFile = None,
     device: Device = "auto",
     *,
@@ -76,18 +78,19 @@ def evaluate(
     """Measure a model in bits per dimension, on its own held-out data or on DATA; an interrupted evaluation resumes."""
     from undiffuse.evaluation import resumable
     from undiffuse.evaluation.run_evaluation import evaluate as evaluate_model
-    from undiffuse.model import checkpoint
     from undiffuse.report import evaluation_report, table
     from undiffuse.report.progress_bar import ProgressBar
     from undiffuse.runtime.distributed_group import init_process_group
     from undiffuse.runtime.signals import interruptible
 
     refuse_inside(out, data, run)
+    refuse_with_then(then, compat=compat)
     register_network(network)
     group = init_process_group(resolve_device(device))
-    model = checkpoint.load(run, group.device)
-    dataset = read_data(read, data, run)
-    folder = out or run_folder(run)
+    model = load_model(run, then, group.device, console.print if group.rank == 0 else lambda line: None)
+    dataset = read_data(read, data, then[-1] if then else run)
+    dataset = full_resolution(dataset) if then else dataset
+    folder = out or run_folder(run).joinpath(*([f"cascade-{then[-1].stem}"] if then else []))
     batches = folder / evaluation_report.BATCHES
     first = group.rank == 0
     if first:

@@ -10,12 +10,13 @@ from undiffuse.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from undiffuse.denoising.guidance import Guide
+    from undiffuse.model.cascade import AnyModel
     from undiffuse.model.diffusion import Diffusion
     from undiffuse.model.noisy_classifier import NoisyClassifier
 
 
 def load_guide(
-    model: Diffusion,
+    model: AnyModel,
     sampler: Sampler,
     classifier: Path | None = None,
     autoguide: Path | None = None,
@@ -33,7 +34,7 @@ def load_guide(
     if sampler.threshold != "static" and not isinstance(model.transform, BOUNDED):
         cause = "the data of this model are unbounded"
         raise ConfigError("GUIDANCE", f"--threshold {sampler.threshold}", cause, "Omit it")
-    if sampler.guidance != 1 and not model.condition_sizes:
+    if sampler.guidance != 1 and not model.condition_sizes.keys() - {"image"}:
         cause = "the model was trained without labels or other conditions"
         raise ConfigError("GUIDANCE", "--guidance", cause, "Train one with --conditional, or use --classifier")
     if not has_condition and (sampler.guidance != 1 or classifier is not None):
@@ -46,7 +47,7 @@ def load_guide(
     return None if guide == Guide() else guide
 
 
-def class_names(model: Diffusion, classifier: Path | None = None) -> list[str]:
+def class_names(model: AnyModel, classifier: Path | None = None) -> list[str]:
     """The names of the labels: those of the model (numbers if they are not recorded), else of the classifier."""
     from undiffuse.model import noisy_classifier
 
@@ -55,7 +56,7 @@ def class_names(model: Diffusion, classifier: Path | None = None) -> list[str]:
     return [] if classifier is None else list(noisy_classifier.load(classifier).classes)
 
 
-def _load_classifier(model: Diffusion, path: Path) -> NoisyClassifier:
+def _load_classifier(model: AnyModel, path: Path) -> NoisyClassifier:
     from undiffuse.model import noisy_classifier
 
     classifier = noisy_classifier.load(path, model.device)
@@ -66,12 +67,13 @@ def _load_classifier(model: Diffusion, path: Path) -> NoisyClassifier:
     return classifier
 
 
-def _load_weak_model(model: Diffusion, path: Path) -> Diffusion:
+def _load_weak_model(model: AnyModel, path: Path) -> Diffusion:
     from undiffuse.model import checkpoint
+    from undiffuse.model.cascade import weights_of
 
     weak = checkpoint.load(path, model.device)
     _check_same_data(model, weak, "--autoguide", path)
-    if checkpoint.fingerprint(weak) == checkpoint.fingerprint(model):
+    if checkpoint.fingerprint(weak) == weights_of(model):
         fix = "Use an earlier or a smaller model of the same data"
         raise ConfigError("GUIDANCE", "--autoguide", f"{path} is the model itself", fix)
     return weak
@@ -90,7 +92,7 @@ def _check_options_have_effect(sampler: Sampler, classifier: Path | None, autogu
             raise ConfigError("GUIDANCE", flag, f"it has no effect without {required}", "Give both, or neither")
 
 
-def _check_same_data(model: Diffusion, other: Diffusion | NoisyClassifier, flag: str, path: Path) -> None:
+def _check_same_data(model: AnyModel, other: Diffusion | NoisyClassifier, flag: str, path: Path) -> None:
     if (other.item_shape, other.transform) != (model.item_shape, model.transform):
         cause = f"{path} was trained on other data: items {other.item_shape}, {other.transform}"
         raise ConfigError("GUIDANCE", flag, cause[:300], "Use one that was trained on the data of the model")

@@ -41,6 +41,7 @@ def inspect(
         **{part: _settings(getattr(model.config, part)) for part in parts},
         "chain": f"{steps}, log-SNR {low:.2f} to {high:.2f}, variance {model.config.variance}",
         **_distilled(model),
+        **_stage(model),
         "trained": ", ".join(f"{key} {model.info[key]}" for key in trained if key in model.info),
         "notes": "; ".join(model.info.get("notes", [])) or "none",
     }
@@ -55,6 +56,18 @@ def _distilled(model: Diffusion) -> dict[str, str]:
     guidance = f", with guidance {made['guidance']:g}" if made.get("guidance", 1) != 1 else ""
     teacher = f" from the weights {str(made.get('teacher', 'unknown'))[:12]}"
     return {"distilled": f"for {counted(model.config.calls, 'network call')}{teacher}{guidance}"}
+
+
+def _stage(model: Diffusion) -> dict[str, str]:
+    """Which stage of a cascade the model is; empty if it is none."""
+    from undiffuse.data.resolution import split_from_dict
+
+    if not isinstance(facts := model.info.get("stage"), dict):
+        return {}
+    split = split_from_dict(facts)
+    small, large = ("×".join(map(str, shape)) for shape in (split.low_shape, split.item_shape))
+    text = f"enlarges {small} to {large}" if "image" in model.condition_sizes else f"base, {small} of {large}"
+    return {"stage": f"{text}, map {split.map}"}
 
 
 def _values(num_values: int | None) -> str:

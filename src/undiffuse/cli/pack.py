@@ -9,7 +9,7 @@ import typer
 
 from undiffuse.cli.data_options import ReadData, print_notes, record_skipped, refuse_inside, with_data_options
 from undiffuse.cli.options import DataArgument, as_argument, console
-from undiffuse.errors import counted
+from undiffuse.errors import ConfigError, counted
 
 
 @with_data_options
@@ -23,6 +23,10 @@ def pack(
     from undiffuse.data.sources.packed_array import pack_writer, sidecar_path
 
     refuse_inside(out, data, flag="OUT.npy")
+    for name, flag in (("from_side", "--from"), ("reduce_to", "--reduce")):
+        if read.keywords.get(name) is not None:
+            cause = "one array does not hold a stage of a cascade"
+            raise ConfigError("PACK", flag, cause, "Pack the images without it, and give it to train")
     with pack_writer(out) as writer:
         dataset = read(data, allocate=writer.allocate)
         writer.write(dataset, out)

@@ -11,6 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from undiffuse.cli.cascade_options import (
+    Augmentation,
+    Then,
+    draw_cascade,
+    image_noise,
+    load_model,
+    refuse_with_then,
+    require_then,
+    stage_words,
+)
 from undiffuse.cli.data_options import refuse_inside
 from undiffuse.cli.guidance_options import class_names, load_guide
 from undiffuse.cli.label_options import ConditionFn, has_label, make_condition
@@ -102,11 +112,13 @@ def sample(
     out: Annotated[
         Path | None, typer.Option(help="Output folder, new or of this command; default is a folder in the run.")
     ] = None,
+    then: Then = None,
+    augmentation: Augmentation = None,
     network: NetworkFile = None,
     device: Device = "auto",
 ) -> None:
     """Draw samples from a trained model: single files, a grid, an array, and a manifest. Resumes a stopped command."""
-    from undiffuse.model import checkpoint
+    from undiffuse.model.cascade import Cascade, weights_of
     from undiffuse.model.consistency import few_call_sampler
     from undiffuse.report.sample_folder import SampleFolder
     from undiffuse.runtime.distributed_group import init_process_group
@@ -118,8 +130,10 @@ def sample(
     register_network(network)
     rank, processes, place, gather = init_process_group(resolve_device(device))
     log = (lambda line: console.print(line)) if rank == 0 else (lambda line: None)
-    model = checkpoint.load(run, place)
-    weights, labels, names = checkpoint.fingerprint(model), label or [], class_names(model, classifier)
+    refuse_with_then(then, classifier=classifier, autoguide=autoguide, animate=animate)
+    model = load_model(run, then, place, log)
+    require_then(model, run)
+    weights, labels, names = weights_of(model), label or [], class_names(model, classifier)
     condition = make_condition(names, labels, cond)
     fields = {
         "guidance": guidance,
@@ -129,8 +143,9 @@ def sample(
         "autoguidance_scale": autoguide_scale,
         "threshold": threshold,
     }
-    if model.config.calls and not (quality or solver or setting or steps or spacing):  # distilled
-        sampler, calls = replace(few_call_sampler(model.schedule, calls or model.config.calls), **fields), None
+    distilled_calls = 0 if isinstance(model, Cascade) else model.config.calls
+    if distilled_calls and not (quality or solver or setting or steps or spacing):
+        sampler, calls = replace(few_call_sampler(model.schedule, calls or distilled_calls), **fields), None
     else:
         steps = steps and limit_steps(steps, model.chain_length, log)
         sampler = parse_sampler(quality, solver, setting or (), steps, spacing, **fields)
@@ -139,20 +154,24 @@ def sample(
     files = {"cond": cond, "classifier": classifier, "autoguide": autoguide}
     if calls is not None:
         advised = None
-        if solver is None and spacing is None and not setting:
+        if solver is None and spacing is None and not setting and not isinstance(weights, list):
             conditions = {"label": label, **files}
             advised = read_advice(run_folder(run), weights, calls, log, sampler, conditions)
         sampler = advised or within_calls(model, sampler, calls)
     guide = load_guide(model, sampler, classifier, autoguide, cond is not None or has_label(names, labels))
+    noise = image_noise(then, augmentation)
 
     plan = {"weights": weights, "seed": seed, "sampler": sampler.to_dict(), "label": label}
     plan |= {name: None if path is None else _sha256(path) for name, path in files.items()}
-    out = out or run_folder(run) / "samples" / _folder_name(sampler, labels, [p for p in files.values() if p], seed)
+    if then:
+        plan["augmentation"] = noise
+    words, used = [*labels, *stage_words(then, augmentation)], [path for path in files.values() if path]
+    out = out or run_folder(run) / "samples" / _folder_name(sampler, words, used, seed)
     num_values, columns = model.info.get("num_values"), model.info.get("columns", ())
     folder, items = SampleFolder(out, plan, model.item_shape, num_values, columns), range(n)
     size_of_sample = model.dims * bytes_per_value(num_values) + MIN_FILE_BYTES * folder.is_image
     require_disk_space(f"--n {n}", out, n * size_of_sample)
-    if animate is not None and rank == 0:
+    if animate is not None and rank == 0 and not isinstance(model, Cascade):
         _animate(animate, model, seed, range(min(n, MAX_ANIMATED)), sampler, condition, guide)
         log(f"animation: {animate}")
     began = time.perf_counter()
@@ -164,13 +183,18 @@ def sample(
             for block in blocks[rank::processes]
             for gap in missing
         ]
-        _draw(folder, model, seed, [part for part in parts if part], sampler, condition, guide)
+        parts = [part for part in parts if part]
+        if isinstance(model, Cascade):
+            draw_cascade(folder, model, seed, parts, sampler, condition, noise, log)
+        else:
+            _draw(folder, model, seed, parts, sampler, condition, guide)
         gather(None)
         if rank:
             return
         seconds, picture = time.perf_counter() - began, folder.grid
         if not folder.finished:
-            picture = folder.finish(items, {"model": str(run), "seconds": round(seconds, 3)})
+            facts = {"model": str(run), "seconds": round(seconds, 3)} | ({"then": list(map(str, then))} if then else {})
+            picture = folder.finish(items, facts)
     if folder.finished:
         log("this sample exists already" if n == 1 else f"these {n:,} samples exist already")
     else:

@@ -13,7 +13,7 @@ from undiffuse.runtime.side_files import read_record, write_record
 from undiffuse.sampling.sampler import Sampler, guidance_changes
 
 if TYPE_CHECKING:
-    from undiffuse.model.diffusion import Diffusion
+    from undiffuse.model.cascade import AnyModel
 
 QUALITIES = {
     "draft": Sampler("dpm++2m_sde", 10),
@@ -68,7 +68,7 @@ def check_one_length(quality: str | None, calls: int | None, steps: int | None) 
         raise ConfigError("USAGE", ", ".join(given), "each determines the number of steps", "Give one of them")
 
 
-def within_calls(model: Diffusion, sampler: Sampler, calls: int) -> Sampler:
+def within_calls(model: AnyModel, sampler: Sampler, calls: int) -> Sampler:
     """``sampler`` with as many steps as ``calls`` network calls allow. Raises `ConfigError` if not even one."""
     from undiffuse.sampling.sampler_search import fit_to_budget
     from undiffuse.sampling.solvers.adaptive import Adaptive

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,7 +93,7 @@ def train(
     device = resolve_device(device)
     check_length(minutes, steps, epochs)
     network_class = register_network(network)
-    run = open_run(out, data)
+    run = open_run(out, data, stage_suffix(read.keywords))
     dataset = read(data)
     print_notes(dataset)
     if extend:
@@ -131,7 +131,10 @@ def train(
     own = network_option(network)
     part = "" if has_test_part else " --part train"
     folder = as_argument(run.folder)
-    console.print(f"next: undiffuse sample {folder}{own}")
+    if "image" in dataset.condition_sizes:
+        console.print(f"to sample: undiffuse sample BASE --then {folder}, BASE a model of the small images")
+    else:
+        console.print(f"next: undiffuse sample {folder}{own}")
     console.print(f"next: undiffuse evaluate {folder}{part}{own}")
 
 
@@ -166,6 +169,12 @@ def open_run(out: Path | None, data: str, suffix: str = "") -> Run:
             out = Path(os.path.relpath(path.parent)) / out
     refuse_inside(out, data)
     return Run(out)
+
+
+def stage_suffix(options: Mapping[str, Any]) -> str:
+    """What is added to the name of a run for the stage of a cascade that the ``options`` of data name."""
+    sides = (("", options.get("reduce_to")), ("-from", options.get("from_side")))
+    return "".join(f"{word}-{side}" for word, side in sides if side is not None)
 
 
 def report_finished(run: Run) -> None:

@@ -103,6 +103,10 @@ class Dataset:
             fields[_condition_field(self.cond)] = self.cond
         return Condition(**{name: torch.from_numpy(v[indices]) for name, v in fields.items() if v is not None})
 
+    def given_condition(self, indices: np.ndarray, conditional: bool) -> Condition | None:
+        """The condition that a model of these data gets, with labels, vectors and tokens only if ``conditional``."""
+        return self.condition(indices) if conditional else None
+
     def item_names(self, indices: np.ndarray) -> np.ndarray:
         """The names of the items ``indices``; the indices themselves if items have no names."""
         return np.array([self.names[i] for i in indices], object) if self.names else indices

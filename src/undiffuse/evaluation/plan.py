@@ -12,7 +12,7 @@ import torch
 from undiffuse.data.dataset import Dataset
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.evaluation.resumable import Plan
-from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.cascade import AnyModel
 
 TIME_SHARES = {"discrete": 5, "openai": 5, "continuous": 4, "ode": 4}
 """The order of the estimates, and the shares in which they divide the time."""
@@ -31,7 +31,7 @@ CONDITION_NAMES = {"classes": "labels", "vector": "vectors", "tokens": "tokens"}
 """Settings of a network that accept a condition, and what the condition is called."""
 
 
-def select_items(model: Diffusion, data: Dataset, part: str | None) -> tuple[np.ndarray, str]:
+def select_items(model: AnyModel, data: Dataset, part: str | None) -> tuple[np.ndarray, str]:
     """The indices of a part and its description; by default the test part of the model's own data, else all items."""
     own = data.fingerprint == model.info.get("fingerprint")
     part = part or ("test" if own else "all")
@@ -43,13 +43,17 @@ def select_items(model: Diffusion, data: Dataset, part: str | None) -> tuple[np.
     return items, PARTS[part] if own else f"{part} part of data that the model was not trained on"
 
 
-def shared_condition(model: Diffusion, data: Dataset) -> tuple[str, str | None]:
-    """The condition that ``model`` accepts and ``data`` have, or "none"; and the reason where they differ."""
-    accepted = {name: size for name in CONDITION_NAMES if (size := model.config.network.get(name, 0))}
+def shared_condition(model: AnyModel, data: Dataset) -> tuple[str, str | None]:
+    """The condition that ``model`` accepts and ``data`` have, or "none"; and the reason where they differ.
+
+    The image of a super-resolution model is none of these: it is always given.
+    """
+    accepted = {name: size for name, size in model.condition_sizes.items() if name != "image"}
     if not accepted:
         return "none", None
     names = " and ".join(CONDITION_NAMES[name] for name in accepted)
-    if data.condition_sizes == accepted and list(data.classes) == list(model.info.get("classes", [])):
+    given = {name: size for name, size in data.condition_sizes.items() if name != "image"}
+    if given == accepted and list(data.classes) == list(model.info.get("classes", [])):
         return names, None
     return "none", f"the model accepts {names}, which these data lack or define differently: no condition is used"
 
@@ -64,7 +68,7 @@ def bit_reversed_order(n: int) -> np.ndarray:
 
 
 def plan_evaluation(
-    model: Diffusion,
+    model: AnyModel,
     values: torch.Tensor,
     names: Sequence[str],
     items: int | None,
@@ -118,7 +122,7 @@ def plan_evaluation(
     return plan
 
 
-def calls_per_second(model: Diffusion, values: torch.Tensor) -> float:
+def calls_per_second(model: AnyModel, values: torch.Tensor) -> float:
     """Network calls for single items per second, measured."""
     model.nll(values, mc_samples=2)
     start = time.perf_counter()
@@ -126,13 +130,18 @@ def calls_per_second(model: Diffusion, values: torch.Tensor) -> float:
     return calls * len(values) / (time.perf_counter() - start)
 
 
-def batch_size(model: Diffusion, slow: bool) -> int:
+def batch_size(model: AnyModel, slow: bool) -> int:
     """Items in a batch: few where each is ``slow``, so that an interruption loses little. It depends on no clock."""
     return (16 if slow else 64) * (16 if model.dims <= 256 or model.device.type == "cuda" else 1)
 
 
 def check_request(
-    model: Diffusion, data: Dataset, estimates: Sequence[str], iw_samples: int, compat: str | None, minutes: float
+    model: AnyModel,
+    data: Dataset,
+    estimates: Sequence[str],
+    iw_samples: int,
+    compat: str | None,
+    minutes: float,
 ) -> list[str]:
     """The names of the estimates to compute, in order. Raises `DataError` and `ConfigError` before any computation."""
     num_values = model.info.get("num_values")

@@ -23,8 +23,7 @@ from undiffuse.errors import ConfigError, DataError, UndiffuseError
 from undiffuse.evaluation import plan as planning
 from undiffuse.evaluation import resumable, summary
 from undiffuse.likelihood.nll import NLL, concatenate
-from undiffuse.model import checkpoint
-from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.cascade import AnyModel, Cascade, stage_lines, weights_of
 from undiffuse.networks.condition import Condition
 from undiffuse.runtime.distributed_group import ProcessGroup, single_process
 from undiffuse.runtime.part_store import PartStore, Report
@@ -56,7 +55,7 @@ class EvaluationResult:
     chain_length, version.
     """
 
-    model: Diffusion
+    model: AnyModel
     facts: dict[str, Any]
     items: np.ndarray
     nll: dict[str, NLL] = field(default_factory=dict)
@@ -78,11 +77,14 @@ class EvaluationResult:
 
     def explanations(self) -> list[str]:
         """What the numbers mean, as sentences."""
-        return [*self.notes, *summary.explanations(self.model, self.nll, self.mc_samples.get("ode") or 1)]
+        stages = ()
+        if isinstance(self.model, Cascade):
+            stages = [f"{name}: {stage_lines(self.model, nll)}" for name, nll in self.nll.items()]
+        return [*self.notes, *stages, *summary.explanations(self.model, self.nll, self.mc_samples.get("ode") or 1)]
 
 
 def evaluate(
-    model: Diffusion,
+    model: AnyModel,
     data: Dataset,
     *,
     part: str | None = None,
@@ -131,14 +133,14 @@ def evaluate(
     chosen = chosen[planning.bit_reversed_order(len(chosen))][:items]
     values = torch.from_numpy(np.ascontiguousarray(data.values[chosen]))
     condition, reason = ("none", None) if unconditional else planning.shared_condition(model, data)
-    cond = None if condition == "none" else data.condition(chosen)
+    cond = data.given_condition(chosen, condition != "none")
     facts = {
         "data": data.name,
         "fingerprint": data.fingerprint,
         "part": description,
         "condition": condition,
         "seed": seed,
-        "digest": checkpoint.fingerprint(model),
+        "digest": weights_of(model),
         "chain_length": model.chain_length,
         "version": __version__,
     }
@@ -176,7 +178,7 @@ def evaluate(
     )
 
 
-def density_warning(model: Diffusion, data: Dataset) -> str | None:
+def density_warning(model: AnyModel, data: Dataset) -> str | None:
     """A sentence if ``data`` have constant channels of which ``model`` gives a density, else None.
 
     A model that learns the value puts a Gaussian of ever smaller variance v around it, whose −log p at the value,
@@ -193,7 +195,7 @@ def density_warning(model: Diffusion, data: Dataset) -> str | None:
 
 
 def _compute(
-    model: Diffusion,
+    model: AnyModel,
     values: torch.Tensor,
     plan: resumable.Plan,
     seed: int,

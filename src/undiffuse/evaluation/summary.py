@@ -13,6 +13,7 @@ from torch import Tensor
 from undiffuse.data.transform import IntegerLevels
 from undiffuse.errors import counted
 from undiffuse.likelihood.nll import NLL
+from undiffuse.model.cascade import AnyModel
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.likelihood_estimators import MAX_EXACT_TRACE_DIMS, TIGHT_TOLERANCE
 from undiffuse.process.schedule import finite_ends
@@ -23,13 +24,13 @@ MAX_INTERVALS = 40
 """Most intervals of log-SNR in a curve of bits."""
 
 
-def mean_bits(model: Diffusion, nats: Tensor) -> tuple[float, float]:
+def mean_bits(model: AnyModel, nats: Tensor) -> tuple[float, float]:
     """The mean of ``nats`` (B,) in bits per dimension and its standard error over the items, NaN for one item."""
     bits = nats / (model.dims * math.log(2))
     return float(bits.mean()), float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
 
 
-def summarize(model: Diffusion, name: str, nll: NLL, seconds: float, mc_samples: int | None) -> dict[str, Any]:
+def summarize(model: AnyModel, name: str, nll: NLL, seconds: float, mc_samples: int | None) -> dict[str, Any]:
     """An estimate as plain data: each part as [mean, standard error], and what it cost; calls are for each item."""
     return {
         "bits_per_dim": {part: list(mean_bits(model, getattr(nll, nats))) for part, nats in PARTS.items()},
@@ -40,7 +41,7 @@ def summarize(model: Diffusion, name: str, nll: NLL, seconds: float, mc_samples:
     }
 
 
-def title(model: Diffusion, name: str, mc_samples: int | None) -> str:
+def title(model: AnyModel, name: str, mc_samples: int | None) -> str:
     """An estimate's name in a table; ``mc_samples`` of "ode" are its importance samples."""
     number = "all" if mc_samples is None else f"{mc_samples:,} of"
     return {
@@ -51,7 +52,7 @@ def title(model: Diffusion, name: str, mc_samples: int | None) -> str:
     }[name]
 
 
-def is_bound(model: Diffusion, name: str, mc_samples: int | None) -> bool:
+def is_bound(model: AnyModel, name: str, mc_samples: int | None) -> bool:
     """Whether an estimate's expectation is at least −log p of the model.
 
     That of the flow is for integer data, unless several importance samples have an estimated divergence: the mean of
@@ -62,7 +63,7 @@ def is_bound(model: Diffusion, name: str, mc_samples: int | None) -> bool:
     return isinstance(model.transform, IntegerLevels) and (mc_samples == 1 or model.dims <= MAX_EXACT_TRACE_DIMS)
 
 
-def explanations(model: Diffusion, names: Iterable[str], iw_samples: int) -> list[str]:
+def explanations(model: AnyModel, names: Iterable[str], iw_samples: int) -> list[str]:
     """What the numbers of the estimates ``names`` mean, as sentences."""
     lines, names = [], list(names)
     integers, exact = isinstance(model.transform, IntegerLevels), model.dims <= MAX_EXACT_TRACE_DIMS
@@ -88,7 +89,7 @@ def explanations(model: Diffusion, names: Iterable[str], iw_samples: int) -> lis
     return lines
 
 
-def differences(model: Diffusion, nll: Mapping[str, NLL]) -> dict[str, dict[str, list[float]]]:
+def differences(model: AnyModel, nll: Mapping[str, NLL]) -> dict[str, dict[str, list[float]]]:
     """Each estimate minus the chain's bound in bits per dimension: [mean, standard error] of paired items, by part."""
     if "discrete" not in nll:
         return {}

@@ -70,8 +70,10 @@ class TrainConfig:
     ``bfloat16``. ``flip`` and ``flip_vertical`` mirror images at random, ``crop`` shifts items by up to that many cells
     along each axis (`undiffuse.training.augmentation`), in training only. With ``conditional`` the network gets all
     conditions of the data (labels, vectors, tokens), except for the fraction ``condition_dropout`` of the items, which
-    get the null condition. ``previews`` is how often the run is evaluated; a checkpoint is written then, and every
-    ``save_minutes``. A step with a NaN or infinite loss or gradient stops the run; with ``on_nonfinite`` "skip" it is
+    get the null condition. Super-resolution gets the low resolution of an item with noise of a standard deviation
+    uniform from 0 to ``image_noise`` in units of x, for a tenth of the items 0; it is never dropped. ``previews`` is
+    how often the run is evaluated; a checkpoint is written then, and every ``save_minutes``. A step with a NaN or
+    infinite loss or gradient stops the run; with ``on_nonfinite`` "skip" it is
     skipped, at most five in a row.
 
     With several processes ``shard`` splits weights, averages and moments among them (FSDP2); otherwise every process
@@ -104,6 +106,7 @@ class TrainConfig:
     save_minutes: float = 10.0
     conditional: bool = False
     condition_dropout: float = 0.1
+    image_noise: float = 1.0
     on_nonfinite: str = "stop"
 
     def __post_init__(self) -> None:
@@ -117,6 +120,7 @@ class TrainConfig:
         _require(0 <= self.held_out < 0.5, "held_out", self.held_out, "must be a fraction of the data, below 0.5")
         dropout = self.condition_dropout
         _require(0 <= dropout <= 1, "condition_dropout", dropout, "must be a fraction of the items, in [0, 1]")
+        _require(0 <= self.image_noise <= 1, "image_noise", self.image_noise, "must be a standard deviation in [0, 1]")
         for name in ("warmup", "weight_decay", "crop", "previews", "snapshots"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be below 0")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be a whole number from 0 to 2^63 - 1")

@@ -143,7 +143,8 @@ def adapt_to_data(config: Config, num_values: int | None, condition_sizes: Mappi
 
     A log-SNR schedule without a clean end of its own ends (a learned one starts) at `clean_end`, where three standard
     deviations of noise fill half a bin. Without discrete values, or with too many, the output is "values". The network
-    of a conditional recipe accepts all conditions of the data. Raises `ConfigError` where it has other sizes.
+    of a conditional recipe accepts all conditions of the data, that of any recipe their images. Raises `ConfigError`
+    where it has other sizes.
     """
     from undiffuse.denoising.categorical_head import MAX_VALUES  # the table above is read without torch
 
@@ -153,7 +154,9 @@ def adapt_to_data(config: Config, num_values: int | None, condition_sizes: Mappi
     schedule = model.schedule
     if num_values is not None and schedule.get("name") in ("linear_log_snr", "learned") and "high" not in schedule:
         model = replace(model, schedule={**schedule, "high": clean_end(num_values)})
-    for name, size in (condition_sizes or {}).items() if config.train.conditional else ():
+    for name, size in (condition_sizes or {}).items():
+        if name != "image" and not config.train.conditional:
+            continue
         if model.network.get(name, size) != size:
             where = f"model.network.{name} = {model.network[name]!r}"
             raise ConfigError("CONFIG", where, f"the data make it {size}", "Leave it out")

@@ -217,4 +217,7 @@ def check_image_model(model: Diffusion, where: str | Path) -> IntegerLevels:
         shape = "x".join(map(str, model.item_shape))
         fix = "Use a run that was trained on images"
         raise ConfigError("NOT_IMAGES", where, f"its items are {shape}, not grey or RGB images", fix)
+    if "image" in model.condition_sizes:
+        cause = "it is a super-resolution model, whose images need smaller ones"
+        raise ConfigError("CASCADE", where, cause, "Use a run that was trained without --from")
     return model.transform

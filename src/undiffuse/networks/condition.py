@@ -12,9 +12,11 @@ from torch import Tensor
 
 from undiffuse.errors import ConfigError
 
-CONDITION_SETTINGS = ("classes", "vector", "tokens")
-"""Settings of a network that make it accept a condition: the number of classes, the size of a vector or a token."""
+CONDITION_SETTINGS = ("classes", "vector", "tokens", "image")
+"""Settings of a network that make it accept a condition: the number of classes, the size of a vector or a token, the
+channels of an image."""
 FIELD_TO_SETTING = {"label": "classes", "vector": "vector", "tokens": "tokens", "mask": "tokens"}
+FIELD_TO_SETTING |= {"image": "image", "image_level": "image"}
 """The setting for each field of a condition; no network accepts the other fields."""
 
 
@@ -24,7 +26,8 @@ class Condition:
 
     ``label`` (B,) of any integer type, kept as int64, −1 is the null class; ``vector`` (B, D) floats, a row with a NaN
     is the null vector; ``tokens`` (B, L, D) with ``mask`` (B, L), True where a token counts, by default everywhere;
-    ``image`` (B, C, ...) with ``image_level`` (B,), its log-SNR. Raises `ConfigError` for fields of another type.
+    ``image`` (B, C, ...) of any size with ``image_level`` (B,), its log-SNR, by default +inf: without noise. Raises
+    `ConfigError` for fields of another type.
     """
 
     label: Tensor | None = None
@@ -49,14 +52,19 @@ class Condition:
             object.__setattr__(self, "mask", self.mask.to(torch.bool))
         elif self.tokens is not None:
             object.__setattr__(self, "mask", torch.ones_like(self.tokens[..., 0], dtype=torch.bool))
+        if self.image is not None and self.image_level is None:
+            object.__setattr__(self, "image_level", self.image.new_full(self.image.shape[:1], math.inf))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
         """The same with ``function`` of each field."""
         return replace(self, **{f.name: function(v) for f in fields(self) if (v := getattr(self, f.name)) is not None})
 
     def null(self) -> Condition:
-        """The null condition in the same shapes: label −1, vector NaN, all else zero (and every token masked)."""
-        null = self.map(torch.zeros_like)
+        """The null condition in the same shapes: label −1, vector NaN, tokens zero and masked.
+
+        The image stays: it says what is to be enlarged, and no guidance goes away from it.
+        """
+        null = replace(self.map(torch.zeros_like), image=self.image, image_level=self.image_level)
         if null.label is not None:
             null = replace(null, label=null.label - 1)
         return null if null.vector is None else replace(null, vector=null.vector + math.nan)
@@ -70,6 +78,17 @@ class Condition:
             if value is not None:
                 kept[f.name] = torch.where(mask.view(-1, *[1] * (value.ndim - 1)), getattr(null, f.name), value)
         return replace(self, **kept)
+
+    def with_image_noise(self, std: Tensor, eps: Tensor) -> Condition:
+        """The image √(1 − std²) image + std eps, at the log-SNR log((1 − std²)/std²); of an image without noise.
+
+        ``std`` (B,) in [0, 1], ``eps`` of the image's shape.
+        """
+        assert self.image is not None
+        scale = std.view(-1, *[1] * (self.image.ndim - 1)).to(self.image)
+        image = (1 - scale**2).sqrt() * self.image + scale * eps
+        std = std.to(torch.float64)
+        return replace(self, image=image, image_level=(torch.log1p(-(std**2)) - 2 * std.log()).to(self.image.dtype))
 
     def cat(self, other: Condition) -> Condition:
         """This batch followed by ``other``'s. Raises ValueError where they have different fields."""
@@ -111,12 +130,18 @@ class Condition:
                     f.name, "the model was trained without it", "Leave it out, or use a model that was trained with it"
                 )
             shape = {"vector": (items, size), "tokens": (items, length, size), "mask": (items, length)}
+            shape["image"] = (items, size, *value.shape[2:])
             expected = shape.get(f.name, (items,))
             if value.shape != expected:
                 _refuse(f.name, f"its shape is {tuple(value.shape)}, not {expected}", "Give one for each item")
             if f.name == "label" and ((value < -1) | (value >= size)).any():
                 cause = f"it ranges from {int(value.min())} to {int(value.max())}"
                 _refuse(f.name, cause, f"Labels are 0 to {size - 1}, or -1 for none")
+            if f.name == "image" and not (value.is_floating_point() and bool(value.isfinite().all())):
+                _refuse(f.name, "some of it is no finite number", "Give the image in the units of x")
+            if f.name == "image_level" and (self.image is None or bool(value.isnan().any())):
+                cause = "there is no image" if self.image is None else "some are NaN"
+                _refuse(f.name, cause, "Give the log-SNR of each image")
         return self
 
 

@@ -1,4 +1,4 @@
-"""The embedding of the time (any real number) and, where a network accepts them, of a label and a vector."""
+"""The embedding of the time (any real number) and, where a network accepts them, of a label, a vector, a level."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ def sinusoids(time: Tensor, width: int) -> Tensor:
     rate = -math.log(10_000) / max(half - 1, 1)
     angle = time.reshape(-1, 1) * torch.exp(rate * torch.arange(half, device=time.device, dtype=time.dtype))
     return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+MAX_IMAGE_LEVEL = 10.0
+"""Log-SNRs of conditioning images are clamped to ± this; the noise is then below 0.7 % of black to white, or all."""
 
 
 class VectorEmbedding(nn.Module):
@@ -63,21 +67,28 @@ class ConditionEmbedding(nn.Module):
     """(B or 1, width) SiLU(MLP(sinusoids(time)) + row of the label + `VectorEmbedding`), which conditions the blocks.
 
     Row 0 is the null class (label −1), which is also used without a label. A condition of size 0 (``classes`` or
-    ``vector``) is ignored.
+    ``vector``) is ignored. With ``image`` the log-SNR of the conditioning image enters the MLP beside the time; without
+    an image it is the lowest one.
     """
 
-    def __init__(self, features: int, width: int, classes: int, vector: int = 0) -> None:
+    def __init__(self, features: int, width: int, classes: int, vector: int = 0, image: int = 0) -> None:
         super().__init__()
         self.features = features
         self.fc1 = nn.Linear(features, width)
         self.fc2 = nn.Linear(width, width)
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.vector = VectorEmbedding(vector, width) if vector else None
+        self.image_level = nn.Linear(features, width) if image else None
 
     def forward(self, time: Tensor, cond: Condition | None) -> Tensor:
         with torch.autocast(time.device.type, enabled=False):  # a few rows: full precision costs nothing here
-            h = sinusoids(time, self.features).to(self.fc1.weight.dtype)
-            h = self.fc2(F.silu(self.fc1(h)))
+            h = self.fc1(sinusoids(time, self.features).to(self.fc1.weight.dtype))
+            if self.image_level is not None:
+                level = cond.image_level if cond is not None else None
+                level = time.new_full((1,), -math.inf) if level is None else level
+                level = level.clamp(-MAX_IMAGE_LEVEL, MAX_IMAGE_LEVEL)
+                h = h + self.image_level(sinusoids(level, self.features).to(h.dtype))
+            h = self.fc2(F.silu(h))
             if self.vector is not None:
                 h = h + self.vector(cond.vector if cond is not None else None)
         if self.label is not None:

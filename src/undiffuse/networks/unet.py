@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from undiffuse.errors import ConfigError
 from undiffuse.networks.attention import Attention, CrossAttention, TokenEmbedding
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.embedding import ConditionEmbedding
@@ -116,7 +117,9 @@ class UNet(nn.Module):
     ``fourier``: powers n for which sin and cos of 2^n π x are further inputs [Kingma21]; ``norm``: ``group`` (Ho) or
     ``layer`` (faster on a CPU). Sizes of the conditions, 0 for one that it does not accept: ``classes`` (labels
     0 … classes − 1, −1 is null); ``vector``; ``tokens``, to which it attends wherever it attends to itself, without
-    regard to their order. Zero at initialisation. Raises `ConfigError` for settings that cannot work.
+    regard to their order; ``image``, the channels of an image that is brought to x's size by repeating its cells and
+    joins the input channels (zeros without one). Zero at initialisation. Raises `ConfigError` for settings that cannot
+    work.
     """
 
     item_dims = (1, 2, 3)
@@ -141,6 +144,7 @@ class UNet(nn.Module):
         norm: str = "group",
         vector: int = 0,
         tokens: int = 0,
+        image: int = 0,
     ) -> None:
         super().__init__()
         require(dims in self.item_dims, "dims", f"{dims!r} dimensions", "Give 1, 2 or 3")
@@ -167,8 +171,9 @@ class UNet(nn.Module):
         time_width = 4 * widths[0] if time_width is None else check_int("time_width", time_width)
         dropout, classes = check_fraction("dropout", dropout), check_int("classes", classes, 0)
         vector, tokens = check_int("vector", vector, 0), check_int("tokens", tokens, 0)
+        self.image = check_int("image", image, 0)
 
-        self.condition_sizes = {"classes": classes, "vector": vector, "tokens": tokens}
+        self.condition_sizes = {"classes": classes, "vector": vector, "tokens": tokens, "image": self.image}
         self.patch, self.feature_channels, self.feature_norm = patch, widths[-1], norm
         self.fourier = check_ints("fourier", fourier, 0)
         self.multiple = patch * 2**top  # x is padded to a multiple of this
@@ -182,9 +187,9 @@ class UNet(nn.Module):
             attend = attention_layers(widths[level]) if level in attention else []
             return Stage([residual, *attend, *resampling])
 
-        self.embed = ConditionEmbedding(max(widths[0] + widths[0] % 2, 4), time_width, classes, vector)
+        self.embed = ConditionEmbedding(max(widths[0] + widths[0] % 2, 4), time_width, classes, vector, image)
         self.tokens = TokenEmbedding(tokens) if tokens else None
-        self.conv_in = conv(dims, channels * cells * (1 + 2 * len(self.fourier)), widths[0])
+        self.conv_in = conv(dims, (channels + image) * cells * (1 + 2 * len(self.fourier)), widths[0])
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips = [widths[0]]
         for level, width in enumerate(widths):
@@ -235,7 +240,7 @@ class UNetEncoder(nn.Module):
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
-        self.patch, self.fourier, self.multiple = unet.patch, unet.fourier, unet.multiple
+        self.patch, self.fourier, self.multiple, self.image = unet.patch, unet.fourier, unet.multiple, unet.image
         self.feature_channels, self.feature_norm = unet.feature_channels, unet.feature_norm
         self.embed, self.tokens, self.conv_in = unet.embed, unet.tokens, unet.conv_in
         self.down, self.middle = unet.down, unet.middle
@@ -244,10 +249,25 @@ class UNetEncoder(nn.Module):
         return encode(self, x, time, cond)[1]
 
 
+def conditioning_image(x: Tensor, cond: Condition | None, channels: int) -> Tensor:
+    """(B, channels, *size of x): the image of ``cond``, its cells repeated to x's size; zeros without one.
+
+    Raises `ConfigError` for an image of other dimensions than x.
+    """
+    if cond is None or cond.image is None:
+        return x.new_zeros(len(x), channels, *x.shape[2:])
+    if cond.image.ndim != x.ndim:
+        cause = f"its shape is {tuple(cond.image.shape)}, and x has {x.ndim - 2} dimensions"
+        raise ConfigError("CONDITION", "condition.image", cause, "Give an image of as many dimensions")
+    return F.interpolate(cond.image.to(x.dtype), x.shape[2:], mode="nearest-exact")
+
+
 def encode(
     network: UNet | UNetEncoder, x: Tensor, time: Tensor, cond: Condition | None
 ) -> tuple[list[Tensor], Tensor, Tensor, Sequence[Tensor]]:
     """(outputs of conv_in and of every stage down, output of the middle, embedding, tokens)."""
+    if network.image:
+        x = torch.cat([x, conditioning_image(x, cond, network.image)], 1)
     pad = [end for n in reversed(x.shape[2:]) for end in (0, -n % network.multiple)]
     h = F.pad(x, pad, mode="replicate") if any(pad) else x
     if network.fourier:

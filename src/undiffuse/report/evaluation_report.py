@@ -48,7 +48,9 @@ def evaluation_rows(result: EvaluationResult) -> list[dict[str, Any]]:
 def table_title(result: EvaluationResult) -> str:
     """What was measured, as the title of the table."""
     condition = result.facts["condition"]
-    given = "" if condition == "none" else f", given {condition}"
+    image = isinstance(result.model, Diffusion) and "image" in result.model.condition_sizes
+    words = [*([] if condition == "none" else [condition]), *(["the low resolution"] if image else [])]
+    given = f", given {' and '.join(words)}" if words else ""
     return f"{result.facts['data']}, {result.facts['part']}: bits per dimension{given} ± standard error"
 
 
@@ -107,7 +109,8 @@ def write_evaluation(
     earlier = FILES.intersection(listed_files(read_record(folder / RECORD)) or ())
     files, lines = ["evaluation-items.csv"], []
     write_items(folder / files[0], result)
-    if "discrete" in result.nll or "continuous" in result.nll:
+    # a cascade has no noise levels in common
+    if isinstance(result.model, Diffusion) and ("discrete" in result.nll or "continuous" in result.nll):
         try:
             figure, mark = bits_figure(result.model, result.nll), {"Software": PICTURE_MARK}
             figure.savefig(picture := io.BytesIO(), dpi=150, metadata=mark)

@@ -14,12 +14,17 @@ from torch import Tensor
 
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.lazy_array import LazyArray
+from undiffuse.data.resolution import ResolutionSplit
+from undiffuse.data.stage_data import StageData, add_image
 from undiffuse.errors import ConfigError
 from undiffuse.model.config import TrainConfig
 from undiffuse.networks.condition import Condition
 from undiffuse.process.seeded_noise import generator
 from undiffuse.process.time_sampling import low_discrepancy
 from undiffuse.training.augmentation import augment
+
+CLEAN_IMAGES = 0.1
+"""Fraction of the items of super-resolution that get the low resolution without noise, as likelihoods do."""
 
 
 class Batch(NamedTuple):
@@ -84,18 +89,41 @@ class Batches:
 def global_batch(data: Dataset, items: np.ndarray, settings: TrainConfig, step: int) -> Batch:
     """The whole batch of a step, over all processes: a function of (seed, step) alone.
 
-    Dropped conditions are drawn with a key of their own, so that values and noise are those of unconditional training.
+    Dropped conditions are drawn with a key of their own, so that values and noise are those of unconditional training,
+    and so is the noise of conditioning images (`image_noise_std`).
     """
     chosen = batch_items(items, settings, step)
-    values, cond = data.values[chosen], None
-    if settings.conditional:
+    stage = data if isinstance(data, StageData) and data.low is not None else None
+    source = data if stage is None else stage.full
+    values, cond = augment(source.values[chosen], settings, step), source.given_condition(chosen, settings.conditional)
+    if stage is not None:  # after augmentation, so that the two parts fit together
+        values, cond = with_noisy_image(stage.resolution, values, cond, settings, step)
+    if settings.conditional and cond is not None:
         g = generator(settings.seed, "condition", step)
-        cond = data.condition(chosen).drop(torch.rand(settings.batch, generator=g) < settings.condition_dropout)
+        cond = cond.drop(torch.rand(settings.batch, generator=g) < settings.condition_dropout)
     g = generator(settings.seed, "train", step)
     u = low_discrepancy(torch.rand((), generator=g, dtype=torch.float64), settings.batch)
     u = u[torch.randperm(settings.batch, generator=g)]
     eps, z = torch.randn(2, *values.shape, generator=g)
-    return Batch(torch.from_numpy(np.ascontiguousarray(augment(values, settings, step))), u, eps, z, cond)
+    return Batch(torch.from_numpy(np.ascontiguousarray(values)), u, eps, z, cond)
+
+
+def with_noisy_image(
+    split: ResolutionSplit, values: np.ndarray, cond: Condition | None, settings: TrainConfig, step: int
+) -> tuple[np.ndarray, Condition]:
+    """Images ``values`` (B, ...) of full resolution as (rest, ``cond`` with the low resolution and noise on it).
+
+    The standard deviation of the noise is that of `image_noise_std` for a uniform number of each item.
+    """
+    g = generator(settings.seed, "image noise", step)
+    cond = add_image(cond or Condition(), split, low := split.low(values))
+    std = image_noise_std(torch.rand(len(values), generator=g), settings.image_noise)
+    return split.rest(values), cond.with_image_noise(std, torch.randn(low.shape, generator=g))
+
+
+def image_noise_std(u: Tensor, largest: float) -> Tensor:
+    """largest · max(0, (u − c)/(1 − c)), c = `CLEAN_IMAGES`: 0 for that share of items, else uniform to ``largest``."""
+    return largest * ((u - CLEAN_IMAGES) / (1 - CLEAN_IMAGES)).clamp(min=0)
 
 
 class TrainingStatistics:

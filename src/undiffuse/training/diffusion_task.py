@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from undiffuse.data.dataset import Dataset, Split
+from undiffuse.data.stage_data import StageData
 from undiffuse.data.transform import transform_for
 from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.evaluation.baselines import shared_values
@@ -77,7 +78,7 @@ class DiffusionTask(Task):
         if self.config.model.calls:
             cause = "a distilled model learns from another model"
             raise ConfigError("CONFIG", f"model.calls = {self.config.model.calls}", cause, "Use 'undiffuse distill'")
-        if settings.conditional and not data.condition_sizes:
+        if settings.conditional and not data.condition_sizes.keys() - {"image"}:
             cause = "these data have no labels, vectors or tokens for each item"
             raise DataError("NO_CONDITIONS", data.name, cause, "Omit --conditional, or sort images into sub-folders")
         config = replace(self.config, train=settings)
@@ -172,7 +173,10 @@ class DiffusionTask(Task):
             return model.sample(items, seed=0, cond=cond and cond.take(here), sampler=sampler, first=here.start)
 
         if samples := limit.in_parts(sample, n, num_steps):
-            picture = image_grid(torch.cat(samples).numpy(), data.num_values, names=data.columns)
+            values, num_values = torch.cat(samples).numpy(), data.num_values
+            if isinstance(data, StageData):
+                values, num_values = data.full_values(values, preview_items(split, n)[: len(values)])
+            picture = image_grid(values, num_values, names=data.columns)
             picture.save(folder / ("samples.png" if final else f"samples-{step:08d}.png"))
 
     def save(self, model: Diffusion, path: Path) -> None:
@@ -213,13 +217,18 @@ class DiffusionTask(Task):
         return [f"hardly trained: values drawn independently cost only {baseline:.3f} bits/dim. {TRAIN_LONGER}"]
 
     def _condition(self, data: Dataset, items: np.ndarray) -> Condition | None:
-        return data.condition(items) if self.config.train.conditional else None
+        return data.given_condition(items, self.config.train.conditional)
 
     def _preview_condition(self, data: Dataset, split: Split, n: int) -> Condition | None:
         """Each label in turn if there are only labels, else the conditions of held-out (or training) items, or None."""
-        if self.config.train.conditional and data.cond is None:
+        if self.config.train.conditional and data.condition_sizes.keys() == {"classes"}:
             return Condition(label=torch.arange(n) % len(data.classes))
-        return self._condition(data, np.resize(split.validation if len(split.validation) else split.train, n))
+        return self._condition(data, preview_items(split, n))
+
+
+def preview_items(split: Split, n: int) -> np.ndarray:
+    """Held-out items, or without any training items, (n,), whose conditions pictures are drawn with."""
+    return np.resize(split.validation if len(split.validation) else split.train, n)
 
 
 def _numbers(bits: Tensor, draws: int, prefix: str = "") -> dict[str, Any]:

@@ -96,6 +96,9 @@ def distillation_task(
     if teacher.config.calls:
         cause = "it is distilled already: its predictions are samples of the data, not means"
         raise ConfigError("DISTILLED", "the teacher", cause, "Give the model that it was distilled from")
+    if "image" in teacher.condition_sizes:
+        cause = "it is a super-resolution model, and only models without a conditioning image are distilled"
+        raise ConfigError("DISTILLED", "the teacher", cause, "Distill the base of the cascade")
     model = replace(teacher.config, calls=calls)
     return DistillationTask(DistillationConfig(model, train, pairs, guidance, checkpoint.fingerprint(teacher)), teacher)
 

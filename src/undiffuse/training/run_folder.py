@@ -15,6 +15,7 @@ import torch
 
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.sources.registry import load, path_of
+from undiffuse.data.stage_data import StageData
 from undiffuse.errors import CheckpointError, ConfigError, DataError, ResourceError, counted
 from undiffuse.model.config import from_dict, to_dict
 from undiffuse.runtime.atomic_file import json_digest, remedy, write_atomic
@@ -271,6 +272,7 @@ def describe(data: Dataset) -> dict[str, Any]:
         "columns": list(data.columns),
         "notes": list(data.notes),
         "fingerprint": data.fingerprint,
+        **({"stage": data.stage} if isinstance(data, StageData) else {}),
     }
 
 

@@ -137,6 +137,13 @@ ARRAY_OPTIONS = (
     Option("value_range", tuple[float, float] | None, "Smallest and largest value of floating-point data."),
 )
 
+STAGE_OPTIONS = (
+    Option("reduce_to", int | None, "Reduce images to this side by --map: data of a cascade's base.", "--reduce"),
+    Option("from_side", int | None, "Enlarge images from this side: data of a super-resolution model.", "--from"),
+    Option("resolution_map", str | None, "How --reduce and --from reduce images: mean (default) or haar.", "--map"),
+)
+"""Options of every source: what is made of the data after they were read."""
+
 _BUILT_IN = (
     Source(
         "a built-in data set",
@@ -163,6 +170,7 @@ A plugin is a `Source` whose module must import nothing heavy. The last row read
 recognises."""
 
 OPTIONS = {option.name: option for source in SOURCES for option in source.options}
+OPTIONS |= {option.name: option for option in STAGE_OPTIONS}
 """All options, by name."""
 
 
@@ -177,6 +185,7 @@ def load(source: str | Path, *, allocate: Allocator | None = None, **options: An
     from undiffuse.data.dataset import with_observations
 
     given = {name: value for name, value in options.items() if value is not None and value is not False}
+    stage = {option.name: given.pop(option.name) for option in STAGE_OPTIONS if option.name in given}
     name = os.fspath(source)
     if len(os.fsencode(name)) > MAX_PATH_BYTES:
         raise FileError("PATH_TOO_LONG", f"more than {MAX_PATH_BYTES} bytes").at(name[:40] + "...")
@@ -194,7 +203,23 @@ def load(source: str | Path, *, allocate: Allocator | None = None, **options: An
     if row.by_name and os.path.exists(name):
         data = data.with_notes(f"{name} is the built-in data set; the file or folder of that name is ./{name}")
     given.pop("allocate", None)
+    if stage:
+        data, given = _stage(data, **stage), given | stage
     return data.with_origin(name if row.by_name else os.path.abspath(name), _plain_options(given))
+
+
+def _stage(
+    data: Dataset, reduce_to: int | None = None, from_side: int | None = None, resolution_map: str | None = None
+) -> Dataset:
+    """The stage of a cascade that the options name; with both, super-resolution up to ``reduce_to``."""
+    from undiffuse.data.stage_data import reduce_data, split_data
+
+    if reduce_to is None and from_side is None:
+        cause = "it says how images are reduced, and neither --reduce nor --from is given"
+        raise ConfigError("OPTION", "--map", cause, "Give one of them, or leave it out")
+    row = resolution_map or "mean"
+    data = data if reduce_to is None else reduce_data(data, reduce_to, row)
+    return data if from_side is None else split_data(data, from_side, row)
 
 
 def path_of(source: str | Path) -> Path | None:

@@ -1,0 +1,118 @@
+"""``--then``: the models of a cascade after the base, of the commands that sample and evaluate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from undiffuse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from undiffuse.cli.label_options import ConditionFn
+    from undiffuse.data.dataset import Dataset
+    from undiffuse.model.cascade import AnyModel, Cascade
+    from undiffuse.report.sample_folder import SampleFolder
+    from undiffuse.sampling.sampler import Sampler
+
+Then = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--then", metavar="RUN", help="A super-resolution model (train --from) of RUN's images; repeatable, in order."
+    ),
+]
+Augmentation = Annotated[
+    float | None,
+    typer.Option(help="Standard deviation, 0 to 1, of the noise on images that --then enlarges.", min=0.0, max=1.0),
+]
+
+
+def load_model(run: Path, then: list[Path] | None, device: str, log: Callable[[str], None]) -> AnyModel:
+    """The model of ``run``, or the cascade with those of ``then``; ``log`` gets its notes. Raises `ConfigError`."""
+    from undiffuse.model import checkpoint
+    from undiffuse.model.cascade import Cascade
+
+    if not then:
+        return checkpoint.load(run, device)
+    cascade = Cascade.load([run, *then], device)
+    for note in cascade.notes:
+        log(f"note: {note}")
+    return cascade
+
+
+def full_resolution(data: Dataset) -> Dataset:
+    """The images that ``data`` are a stage of, or ``data`` itself."""
+    from undiffuse.data.stage_data import StageData
+
+    return data.full if isinstance(data, StageData) else data
+
+
+def refuse_with_then(then: list[Path] | None, **flags: Any) -> None:
+    """Raise `ConfigError` if ``then`` is given and one of the ``flags``, by the name of the argument, is not None."""
+    given = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value is not None]
+    if then and given:
+        raise ConfigError("USAGE", given[0], "it is for a single model, and --then makes a cascade", "Leave it out")
+
+
+def image_noise(then: list[Path] | None, augmentation: float | None) -> float:
+    """``augmentation`` or its default. Raises `ConfigError` if it is given without ``then``."""
+    from undiffuse.model.cascade import DEFAULT_AUGMENTATION
+
+    if augmentation is not None and not then:
+        raise ConfigError("USAGE", "--augmentation", "it is for images that --then enlarges", "Leave it out")
+    return DEFAULT_AUGMENTATION if augmentation is None else augmentation
+
+
+def stage_words(then: list[Path] | None, augmentation: float | None) -> list[str]:
+    """What the name of a folder of samples lists of a cascade: its runs, and the noise if it is given."""
+    from undiffuse.cli.options import run_folder
+
+    runs = [run_folder(path).name for path in then or ()]
+    return runs if augmentation is None else [*runs, f"augmentation-{augmentation:g}"]
+
+
+def require_then(model: AnyModel, run: Path) -> None:
+    """Raise `ConfigError` if ``model`` is one stage of super-resolution, which needs images to enlarge."""
+    from undiffuse.model.cascade import Cascade
+
+    if not isinstance(model, Cascade) and "image" in model.condition_sizes:
+        cause = "it enlarges images, and there are none"
+        raise ConfigError("CASCADE", run, cause, f"Name the model of the small images: sample BASE --then {run}")
+
+
+def draw_cascade(
+    folder: SampleFolder,
+    cascade: Cascade,
+    seed: int,
+    parts: list[range],
+    sampler: Sampler | None,
+    condition: ConditionFn | None,
+    augmentation: float,
+    log: Callable[[str], None],
+) -> None:
+    """Add the samples of ``parts`` to ``folder``, with a progress bar and a line for each stage."""
+    from undiffuse.cli.options import console
+    from undiffuse.report.progress_bar import ProgressBar
+
+    items, seconds = sum(map(len, parts)), [0.0] * len(cascade.models)
+    titles = [f"stage {i} of {len(cascade.models)}, {shape}" for i, shape in enumerate(cascade.shapes, 1)]
+    steps = [cascade.num_steps(stage, sampler) for stage in range(len(titles))]
+    with ProgressBar(console, titles[0], items * sum(steps)) as bar:
+        began = time.perf_counter()
+
+        def advance(stage: int, count: int) -> None:
+            nonlocal began
+            now = time.perf_counter()
+            seconds[stage], began = seconds[stage] + now - began, now
+            bar.title = titles[stage]
+            bar.advance(count)
+
+        for part in parts:
+            given = condition and condition(part)
+            options = {"cond": given, "augmentation": augmentation, "batch": len(part), "first": part.start}
+            folder.add(part.start, cascade.sample(len(part), seed, sampler, progress=advance, **options).numpy())
+    for stage, title in enumerate(titles if parts else ()):
+        log(f"{title}: {cascade.stage_sampler(stage, sampler)} in {steps[stage]} steps, {seconds[stage]:.1f} s")

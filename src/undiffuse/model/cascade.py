@@ -1,0 +1,339 @@
+"""A cascade: a base model of small images and super-resolution models, each given the images of the one before.
+
+−log p(x) ≤ bound(D x) + E[bound(rest of x given z)], where z is D x with noise, for the maps of
+`undiffuse.data.resolution`: docs/maths.md, (139) to (144).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from undiffuse.data.resolution import ResolutionSplit, split_from_dict
+from undiffuse.data.stage_data import add_image, stage_facts
+from undiffuse.data.transform import IntegerLevels
+from undiffuse.denoising.denoiser import NetworkDenoiser
+from undiffuse.errors import ConfigError
+from undiffuse.likelihood.nll import NLL, make_nll
+from undiffuse.model import arguments, checkpoint
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.networks.condition import FIELD_TO_SETTING, Condition
+from undiffuse.process.schedule import Schedule
+from undiffuse.process.seeded_noise import ItemNoise, generator
+from undiffuse.runtime.atomic_file import json_digest
+from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.solvers.solver import Solver
+
+DEFAULT_AUGMENTATION = 0.2
+"""Standard deviation, in units of x, of the noise on the images that a stage is given in sampling (docs/cascade.md)."""
+
+Progress = Callable[[int, int], None]
+"""Called after each step of a sampler with the stage, from 0, and the number of items."""
+
+
+class Cascade:
+    """The models ``[base, sr, ...]`` as one model of the images of the last one, with the methods of a `Diffusion`.
+
+    ``names`` are those of the models in errors. Raises `ConfigError` where a model is not of its kind or does not fit
+    to the one before it: in sizes, channels, values, conditions, or data.
+    """
+
+    def __init__(self, models: Sequence[Diffusion], names: Sequence[str] = ()) -> None:
+        self.models, self.names = list(models), list(names) or [f"models[{i}]" for i in range(len(models))]
+        if len(self.models) < 2:
+            raise ConfigError("CASCADE", "models", "a cascade has a base and at least one more", "Give two or more")
+        if "image" in self.models[0].condition_sizes:
+            cause = "it enlarges images, and a cascade begins with a model of the smallest"
+            raise ConfigError("CASCADE", self.names[0], cause, "Name that one first, and this one after --then")
+        self.splits = [self._split(i) for i in range(1, len(self.models))]
+        for below in range(len(self.splits)):
+            self._check_pair(below)
+        self.item_shape, self.num_values = self.splits[-1].item_shape, self.splits[-1].num_values
+        self.transform = IntegerLevels(self.num_values)
+        self.info: dict[str, Any] = {
+            name: value for name, value in self.models[-1].info.items() if name in ("name", "held_out")
+        }
+        self.info |= {"num_values": self.num_values, "fingerprint": self._facts(-1).get("fingerprint")}
+        self.info["classes"] = next((m.info.get("classes", []) for m in self.models if _sizes(m)), [])
+
+    @classmethod
+    def load(cls, paths: Sequence[str | Path], device: torch.device | str = "cpu") -> Cascade:
+        """The cascade of the runs or model files ``paths``, the base first. Raises `CheckpointError`, `ConfigError`."""
+        return cls([checkpoint.load(path, device) for path in paths], [str(path) for path in paths])
+
+    def _facts(self, stage: int) -> dict[str, Any]:
+        facts = self.models[stage].info.get("stage")
+        return facts if isinstance(facts, dict) else {}
+
+    def _split(self, stage: int) -> ResolutionSplit:
+        """The split that the model of a stage after the first learned. Raises `ConfigError`."""
+        model, name = self.models[stage], self.names[stage]
+        if "image" not in model.condition_sizes or not self._facts(stage):
+            cause = "it enlarges no images"
+            raise ConfigError("CASCADE", name, cause, "Name a model that was trained with --from")
+        split = split_from_dict(self._facts(stage))
+        if (model.item_shape, model.transform) != (split.rest_shape, IntegerLevels(split.rest_num_values)):
+            raise ConfigError("CASCADE", name, "its facts about the data are not those of its images", "Train it again")
+        return split
+
+    def _check_pair(self, below: int) -> None:
+        """Raises `ConfigError` unless the images of stage ``below`` are those that the next one enlarges."""
+        model, other, split = self.models[below], self.models[below + 1], self.splits[below]
+        shape = self.splits[below - 1].item_shape if below else model.item_shape
+        transform = IntegerLevels(self.splits[below - 1].num_values) if below else model.transform
+        levels = transform.num_values if isinstance(transform, IntegerLevels) else "continuous"
+        cause, above = "", self.names[below + 1]
+        if (shape, levels) != (split.low_shape, split.num_values):
+            theirs = f"{_by(split.low_shape)} with {split.num_values} values"
+            cause = f"its images are {_by(shape)} with {levels} values, and {above} enlarges {theirs}"
+        elif model.info.get("name") != other.info.get("name"):
+            cause = f"it was trained on {model.info.get('name')!r}, and {above} on {other.info.get('name')!r}"
+        elif _sizes(model) and _sizes(other) and _conditions(model) != _conditions(other):
+            cause = f"its labels, vectors or tokens are not those of {above}"
+        if cause:
+            raise ConfigError("CASCADE", self.names[below], cause, "Name models that fit together")
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence for each stage that was trained on other images than the reduced ones of the stage after it."""
+        lines = []
+        for below, split in enumerate(self.splits):
+            expected = json_digest(stage_facts(split, self._facts(below + 1).get("fingerprint", ""), True))
+            trained = self._facts(below).get("fingerprint") if below else self.models[0].info.get("fingerprint")
+            if trained != expected:
+                lines.append(
+                    f"{self.names[below]} was not trained on the images that {self.names[below + 1]} reduces (by "
+                    f"--reduce {min(split.low_shape[1:])} --map {split.map}): items that are held out here may be "
+                    "among those that it was trained on"
+                )
+        return lines
+
+    @property
+    def shapes(self) -> list[str]:
+        """The shape of the images of each stage, such as 1×8×8."""
+        return [_by(self.models[0].item_shape), *(_by(split.item_shape) for split in self.splits)]
+
+    @property
+    def dims(self) -> int:
+        """The number of values of an image."""
+        return math.prod(self.item_shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.models[-1].device
+
+    @property
+    def chain_length(self) -> int:
+        """The longest chain of a stage."""
+        return max(model.chain_length for model in self.models)
+
+    @property
+    def condition_sizes(self) -> dict[str, int]:
+        """The sizes of the conditions that any stage accepts, without images, which come from the stage before."""
+        return {name: size for model in self.models for name, size in _sizes(model).items()}
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """sha256 of each model, as `undiffuse.model.checkpoint.fingerprint`."""
+        return [checkpoint.fingerprint(model) for model in self.models]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all models."""
+        return json_digest({"models": self.fingerprints})
+
+    @property
+    def schedule(self) -> Schedule:
+        """That of the base, from which the steps for a number of network calls follow."""
+        return self.models[0].schedule
+
+    def denoiser(self) -> NetworkDenoiser:
+        """That of the base, on which the settings of a sampler are checked."""
+        return self.models[0].denoiser()
+
+    def build_solver(self, sampler: Sampler) -> Solver:
+        """The solver of the last stage, after those of the others. Raises `ConfigError`."""
+        return [model.build_solver(sampler) for model in self.models][-1]
+
+    def stage_sampler(self, stage: int, sampler: Sampler | str | None) -> Sampler:
+        """``sampler`` for a stage: at most the steps of its chain, without guidance if it has no condition for it."""
+        model = self.models[stage]
+        if sampler is None or model.config.calls:  # a distilled model has a sampler of its own
+            return model.default_sampler
+        sampler = arguments.check_sampler(sampler, model.chain_length)
+        if sampler.times is None:
+            num_steps = min(sampler.num_steps or model.chain_length, model.chain_length)
+            sampler = replace(sampler, num_steps=num_steps)
+        return sampler if _sizes(model) else replace(sampler, guidance=1.0, guidance_interval=None)
+
+    def num_steps(self, stage: int, sampler: Sampler | str | None) -> int:
+        """The steps of a stage in sampling."""
+        return len(self.models[stage].noise_levels(self.stage_sampler(stage, sampler))) - 1
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        sampler: Sampler | str | None = None,
+        cond: Condition | None = None,
+        *,
+        augmentation: float = DEFAULT_AUGMENTATION,
+        batch: int = 64,
+        first: int = 0,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """n samples as data values (n, *item_shape), the items from ``first`` on; the same for any ``batch``.
+
+        ``augmentation``: standard deviation in [0, 1] of the noise on the image that a stage is given. ``cond``: the
+        condition of each item, of which each stage gets what it accepts. Item i depends on (seed, i) alone; the base
+        draws what it draws without the cascade. The rest as in `Diffusion.sample`. Raises `ConfigError`.
+        """
+        arguments.check_counts(n=(n, 1), seed=(seed, 0), batch=(batch, 1), first=(first, 0))
+        _check_augmentation(augmentation)
+        self._check_condition(cond, n)
+        parts = []
+        for start in range(0, n, batch):
+            here = range(start, min(start + batch, n))
+            part, items = cond and cond.take(slice(here.start, here.stop)), range(first + here.start, first + here.stop)
+            values: Tensor | None = None
+            for stage in range(len(self.models)):
+                values = self._sample_stage(stage, values, items, seed, sampler, part, augmentation, progress)
+            assert values is not None
+            parts.append(values)
+        return torch.cat(parts)
+
+    def _sample_stage(
+        self,
+        stage: int,
+        low: Tensor | None,
+        items: range,
+        seed: int,
+        sampler: Sampler | str | None,
+        cond: Condition | None,
+        augmentation: float,
+        progress: Progress | None,
+    ) -> Tensor:
+        """The images of a stage from those of the stage before it."""
+        given = self._accepted(stage, cond)
+        if low is not None:
+            given = self._with_image(stage, given, low, items, seed, augmentation)
+        n = len(items)
+        step = None if progress is None else (lambda count: progress(stage, count))
+        sampler = self.stage_sampler(stage, sampler)
+        own_seed = stage_seed(seed, stage)
+        rest = self.models[stage].sample(n, own_seed, sampler, given, batch=n, first=items.start, progress=step)
+        if low is None:
+            return rest
+        return torch.from_numpy(self.splits[stage - 1].join(low.numpy(), rest.numpy()))
+
+    def nll(
+        self,
+        values: Tensor,
+        seed: int = 0,
+        mc_samples: int | None = None,
+        batch: int = 256,
+        progress: Callable[[int], None] | None = None,
+        first: int = 0,
+        estimate: str = "discrete",
+        cond: Condition | None = None,
+        augmentation: float = 0.0,
+    ) -> NLL:
+        """bound(D x) + bound(rest of x given D x) ≥ −log p(x) of each item in nats, over all stages, (139) to (144).
+
+        ``values`` (n, *item_shape) are integers. Each part of the result is the sum over the stages, and ``per_step``
+        (n, stages) the total of each. With ``augmentation`` > 0 stages are given an image with noise of this standard
+        deviation, one draw for each item, and the bound holds in expectation. The rest as in `Diffusion.nll`. Raises
+        `ConfigError` and `DataError`.
+        """
+        arguments.check_counts(seed=(seed, 0), mc_samples=(mc_samples, 1), batch=(batch, 1), first=(first, 0))
+        _check_augmentation(augmentation)
+        arguments.check_values(values, self.item_shape, self.transform)
+        self._check_condition(cond, len(values))
+        items, x, parts = range(first, first + len(values)), values.cpu().numpy(), []
+        for stage in range(len(self.models) - 1, -1, -1):
+            given, rest = self._accepted(stage, cond), x
+            if stage:
+                split = self.splits[stage - 1]
+                low, rest = split.low(x), split.rest(x)
+                given = self._with_image(stage, given, torch.from_numpy(low), items, seed, augmentation)
+                x = low
+            options = {"batch": batch, "first": first, "estimate": estimate, "cond": given}
+            parts.append(self.models[stage].nll(torch.from_numpy(rest), stage_seed(seed, stage), mc_samples, **options))
+        if progress:
+            progress(len(values))
+        parts.reverse()
+        prior, diffusion, decoder = (torch.stack(terms).sum(0) for terms in zip(*(p[:3] for p in parts), strict=True))
+        totals = torch.stack([part.total for part in parts], 1)
+        return make_nll(prior, diffusion, decoder, sum(part.calls for part in parts), totals)
+
+    def _accepted(self, stage: int, cond: Condition | None) -> Condition | None:
+        """The fields of ``cond`` that a stage accepts, None if there are none."""
+        sizes = _sizes(self.models[stage])
+        kept = {name: value for name, value in _given(cond).items() if FIELD_TO_SETTING.get(name) in sizes}
+        return Condition(**kept) if kept else None
+
+    def _with_image(
+        self, stage: int, cond: Condition | None, low: Tensor, items: range, seed: int, augmentation: float
+    ) -> Condition:
+        """``cond`` with the image ``low`` for a stage, with noise that depends on (seed, item) alone."""
+        cond = add_image(cond or Condition(), self.splits[stage - 1], low.cpu().numpy())
+        if augmentation == 0:
+            return cond
+        noise = ItemNoise(stage_seed(seed, stage), items, self.splits[stage - 1].low_shape, "image noise")
+        return cond.with_image_noise(torch.full((len(items),), augmentation), noise(1)[0])
+
+    def _check_condition(self, cond: Condition | None, items: int) -> None:
+        if cond is not None:
+            arguments.check_condition(cond).validate_for(self.condition_sizes, items)
+
+
+AnyModel = Diffusion | Cascade
+"""What commands sample and measure."""
+
+
+def weights_of(model: AnyModel) -> str | list[str]:
+    """sha256 of a model, or of each model of a cascade."""
+    return model.fingerprints if isinstance(model, Cascade) else checkpoint.fingerprint(model)
+
+
+def stage_seed(seed: int, stage: int) -> int:
+    """The seed of a stage: ``seed`` itself for the base, so that the base draws what it draws alone."""
+    return seed if stage == 0 else generator(seed, "cascade", stage).initial_seed()
+
+
+def stage_lines(cascade: Cascade, nll: NLL) -> str:
+    """What each stage adds to the mean bound, in bits per dimension of x."""
+    bits = nll.per_step.mean(0) / (cascade.dims * math.log(2))
+    lines = (f"{shape} {float(share):.4f}" for shape, share in zip(cascade.shapes, bits, strict=True))
+    return f"{', '.join(lines)} bits per dimension of x"
+
+
+def _sizes(model: Diffusion) -> dict[str, int]:
+    return {name: size for name, size in model.condition_sizes.items() if name != "image"}
+
+
+def _conditions(model: Diffusion) -> tuple[Any, ...]:
+    return _sizes(model), model.info.get("classes")
+
+
+def _given(cond: Condition | None) -> dict[str, Tensor]:
+    if cond is None:
+        return {}
+    return {f.name: value for f in fields(cond) if (value := getattr(cond, f.name)) is not None}
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "×".join(str(n) for n in shape)
+
+
+def _check_augmentation(augmentation: float) -> None:
+    if not 0 <= augmentation <= 1:
+        cause, fix = "it is no standard deviation in [0, 1]", "Give 0 for none, 1 for noise alone"
+        raise ConfigError("ARGUMENT", f"augmentation = {augmentation:g}", cause, fix)
