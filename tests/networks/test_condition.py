@@ -19,6 +19,7 @@ def full_condition(B=3):
         mask=torch.ones(B, 5, dtype=torch.bool),
         image=torch.randn(B, 1, 2, 2),
         image_level=torch.randn(B),
+        end_time=torch.rand(B),
     )
 
 
@@ -35,7 +36,8 @@ def test_null_has_the_same_shapes():
     for name in NAMES:
         value, given = getattr(null, name), getattr(full_condition(), name)
         assert (value.shape, value.dtype) == (given.shape, given.dtype)
-        assert name in ("label", "vector") or not value.any()
+        assert name in ("label", "vector", "end_time") or not value.any()
+    assert torch.equal(null.end_time, full_condition().end_time)  # no condition to be dropped
     assert null.vector.isnan().all()
     assert Condition(vector=torch.ones(2, 3)).null().label is None
     assert same(Condition().null(), Condition())

@@ -130,7 +130,8 @@ def sample(
         "threshold": threshold,
     }
     if model.config.calls and not (quality or solver or setting or steps or spacing):  # distilled
-        sampler, calls = replace(few_call_sampler(model.schedule, calls or model.config.calls), **fields), None
+        few = few_call_sampler(model.schedule, calls or model.config.calls, model.config.few_call_solver)
+        sampler, calls = replace(few, **fields), None
     else:
         steps = steps and limit_steps(steps, model.chain_length, log)
         sampler = parse_sampler(quality, solver, setting or (), steps, spacing, **fields)

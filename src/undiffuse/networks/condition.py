@@ -24,7 +24,8 @@ class Condition:
 
     ``label`` (B,) of any integer type, kept as int64, −1 is the null class; ``vector`` (B, D) floats, a row with a NaN
     is the null vector; ``tokens`` (B, L, D) with ``mask`` (B, L), True where a token counts, by default everywhere;
-    ``image`` (B, C, ...) with ``image_level`` (B,), its log-SNR. Raises `ConfigError` for fields of another type.
+    ``image`` (B, C, ...) with ``image_level`` (B,), its log-SNR. ``end_time`` (B,) is no condition but the time that a
+    flow map goes to (`undiffuse.denoising.two_times`). Raises `ConfigError` for fields of another type.
     """
 
     label: Tensor | None = None
@@ -33,6 +34,7 @@ class Condition:
     mask: Tensor | None = None
     image: Tensor | None = None
     image_level: Tensor | None = None
+    end_time: Tensor | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -55,8 +57,11 @@ class Condition:
         return replace(self, **{f.name: function(v) for f in fields(self) if (v := getattr(self, f.name)) is not None})
 
     def null(self) -> Condition:
-        """The null condition in the same shapes: label −1, vector NaN, all else zero (and every token masked)."""
-        null = self.map(torch.zeros_like)
+        """The null condition in the same shapes: label −1, vector NaN, all else zero (and every token masked).
+
+        ``end_time`` stays.
+        """
+        null = replace(self.map(torch.zeros_like), end_time=self.end_time)
         if null.label is not None:
             null = replace(null, label=null.label - 1)
         return null if null.vector is None else replace(null, vector=null.vector + math.nan)
