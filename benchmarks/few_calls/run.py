@@ -15,7 +15,6 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +149,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     dataset = load_data(given.data)
     rows = []
     for name, run, sampler, calls in samplers(runs, given.chain):
-        folder = given.out / "samples" / f"{name.replace(', ', '-')}-{calls}-{checkpoint.fingerprint(run)[:8]}"
-        values, rate = draw(folder, checkpoint.load(run), replace(sampler, threshold="static"), given.n)
+        model = checkpoint.load(run)
+        folder = given.out / "samples" / f"{name.replace(', ', '-')}-{calls}-{checkpoint.fingerprint(model)[:8]}"
+        values, rate = draw(folder, model, sampler, given.n)
         rows.append({"sampler": name, "calls": calls, "images per second": round(rate, 1)})
         rows[-1] |= measure(values, dataset, given.n, given.features)
     for other in given.also:
