@@ -23,6 +23,7 @@ import numpy as np
 from undiffuse import load_data
 from undiffuse.cli import main as undiffuse
 from undiffuse.evaluation.comparison import compare
+from undiffuse.evaluation.metrics import METRICS as TABLE
 from undiffuse.evaluation.metrics import Value
 from undiffuse.model import checkpoint
 from undiffuse.model.consistency import few_call_sampler
@@ -119,8 +120,8 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         line: dict[str, Any] = {"sampler": row["sampler"], "calls": row["calls"]}
         for name in METRICS:
-            value, stderr = row[name]
-            line[name] = f"{value:.4g} [{value - 1.96 * stderr:.4g}, {value + 1.96 * stderr:.4g}]"
+            low, high = TABLE[name].interval(Value(*row[name]))
+            line[name] = f"{row[name][0]:.4g} [{low:.4g}, {high:.4g}]"
         for name in METRICS[:2]:
             share = ratio(Value(*row[f"{name} excess"]), Value(*rows[0][f"{name} excess"]))
             line[f"{name} excess / teacher's"] = "1" if row is rows[0] else f"{share.value:.2f} ± {share.stderr:.2f}"
