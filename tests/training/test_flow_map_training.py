@@ -7,6 +7,7 @@ import tiny_run
 import torch
 from tiny_run import checkpoint_hashes, stopping_at
 
+from undiffuse.cli import main
 from undiffuse.data.dataset import Dataset
 from undiffuse.denoising.two_times import average_velocity
 from undiffuse.errors import ConfigError
@@ -74,9 +75,14 @@ def test_a_stopped_run_resumes_to_the_bit(method, teacher, tmp_path):
     assert checkpoint_hashes(tmp_path / "stopped", 4) == checkpoint_hashes(tmp_path / "straight", 4)
 
 
-def test_the_model_of_a_run_does_what_models_do(teacher, tmp_path):
-    """Samples, restored images, bounds, the flow's likelihood and the estimate, all with labels."""
-    model = checkpoint.load(distill(teacher, tmp_path / "run", calls=2, method="lagrangian", both_ways=True))
+def test_the_model_of_a_run_does_what_models_do(teacher, tmp_path, capsys, monkeypatch):
+    """Samples, restored images, bounds, the flow's likelihood and the estimate, all with labels; `inspect` says it."""
+    options = {"calls": 2, "method": "lagrangian", "both_ways": True, "guidance": 1.5}
+    model = checkpoint.load(distill(teacher, tmp_path / "run", **options))
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    said = f"for 2 network calls from the weights {checkpoint.fingerprint(teacher)[:12]}, lagrangian, with guidance 1.5"
+    assert said in " ".join(capsys.readouterr().out.split())
     assert (model.config.calls, model.config.network["two_times"]) == (2, True)
     assert model.info["distilled"]["method"] == "lagrangian"
     torch.nn.init.normal_(model.network.embed.end.fc2.weight)  # after four steps it is almost 0
