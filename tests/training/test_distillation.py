@@ -121,8 +121,10 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path):
         distill(teacher, tmp_path, pairs="data", guidance=2.0)
     with pytest.raises(ConfigError, match=r"method = 'magic'"):
         distill(teacher, tmp_path, method="magic")
-    with pytest.raises(ConfigError, match=r"both_ways: a consistency model goes from noise to data only"):
+    with pytest.raises(ConfigError, match=r"both_ways: consistency goes from noise to data only"):
         distill(teacher, tmp_path, both_ways=True)
+    with pytest.raises(ConfigError, match=r"both_ways: meanflow goes.*Use the method lagrangian"):
+        DistillationConfig(teacher.config, SETTINGS, method="meanflow", both_ways=True)
     with pytest.raises(ConfigError, match=r"tiny: a flow map gets a second time.*no setting 'two_times'"):
         distill(teacher, tmp_path, method="meanflow")
     with pytest.raises(ConfigError, match=r"model.calls = 17"):

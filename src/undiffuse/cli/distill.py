@@ -64,7 +64,9 @@ def distill(
     ] = "consistency",
     both_ways: Annotated[
         bool,
-        typer.Option("--both-ways", help="A flow map also learns data to noise, for evaluate --estimate flow_map."),
+        typer.Option(
+            "--both-ways", help="Lagrangian only: also learn data to noise, for evaluate --estimate flow_map."
+        ),
     ] = False,
     pairs: Annotated[
         str,

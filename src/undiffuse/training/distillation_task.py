@@ -40,6 +40,9 @@ from undiffuse.training.task import Evaluation, Task
 
 METHODS = ("consistency", *OBJECTIVES)
 """Consistency training, and the objectives of a flow map."""
+BOTH_WAYS_METHOD = "lagrangian"
+"""A consistency model ends at data. MeanFlow's derivative is at the start of the map: with one near data and an end near
+noise it is multiplied by up to 1,000, as (τ_t − τ_s)/h is."""
 PAIRS = ("teacher", "data")
 GAPS = (1 / 4, 1 / 8, 1 / 16)
 """1 − u_r/u_t in equal parts of the run, u = sigma/alpha."""
@@ -54,9 +57,9 @@ class DistillationConfig:
     """A recipe of a distillation: the distilled model, how it is trained, and what it is trained with.
 
     ``method`` is one of `METHODS`. ``pairs`` is one of `PAIRS`, where x_r comes from, or for a flow map the velocity.
-    ``both_ways``: a flow map also learns to go from data to noise. ``guidance`` is the scale of classifier-free
-    guidance of the teacher, which becomes part of the model. ``teacher`` is the fingerprint of the teacher's weights.
-    Raises `ConfigError`.
+    ``both_ways``: the method `BOTH_WAYS_METHOD` also learns to go from data to noise. ``guidance`` is the scale of
+    classifier-free guidance of the teacher, which becomes part of the model. ``teacher`` is the fingerprint of the
+    teacher's weights. Raises `ConfigError`.
     """
 
     model: ModelConfig
@@ -70,9 +73,9 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConfigError("CONFIG", f"method = {self.method!r}", "unknown", f"Use one of {', '.join(METHODS)}")
-        if self.both_ways and self.method == "consistency":
-            cause = "a consistency model goes from noise to data only"
-            raise ConfigError("CONFIG", "both_ways", cause, f"Use the method {' or '.join(OBJECTIVES)}")
+        if self.both_ways and self.method != BOTH_WAYS_METHOD:
+            cause = f"{self.method} goes from noise to data only"
+            raise ConfigError("CONFIG", "both_ways", cause, f"Use the method {BOTH_WAYS_METHOD}")
         if self.pairs not in PAIRS:
             raise ConfigError("CONFIG", f"pairs = {self.pairs!r}", "unknown", f"Use one of {', '.join(PAIRS)}")
         if self.pairs == "data" and self.guidance != 1:
