@@ -92,8 +92,8 @@ def lagrangian(
         with torch.random.fork_rng(enabled=level is low):
             u = average_velocity(denoise, x_t, t, level, cond)
         ends.append(z + broadcast_like(straight_time(level) - straight_time(t), z) * u)
-    middle = (ends[0] + ends[1]).detach() / 2
     with torch.no_grad():
+        middle = (ends[0] + ends[1]) / 2
         v = velocity(middle * broadcast_like(straight_scale(s), z), s)
     h, scale = broadcast_like(half, z), broadcast_like(half / width, z)
     return scale * ((ends[1] - ends[0]) / (2 * h) - v)

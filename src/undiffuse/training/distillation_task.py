@@ -41,8 +41,8 @@ from undiffuse.training.task import Evaluation, Task
 METHODS = ("consistency", *OBJECTIVES)
 """Consistency training, and the objectives of a flow map."""
 BOTH_WAYS_METHOD = "lagrangian"
-"""A consistency model ends at data. MeanFlow's derivative is at the start of the map: with one near data and an end near
-noise it is multiplied by up to 1,000, as (τ_t − τ_s)/h is."""
+"""A consistency model ends at data. MeanFlow's derivative is at the start of the map: where that is near data and the
+end near noise, it is multiplied by up to 1,000, as (τ_t − τ_s)/h is."""
 PAIRS = ("teacher", "data")
 GAPS = (1 / 4, 1 / 8, 1 / 16)
 """1 − u_r/u_t in equal parts of the run, u = sigma/alpha."""
