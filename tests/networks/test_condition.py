@@ -19,6 +19,7 @@ def full_condition(B=3):
         mask=torch.ones(B, 5, dtype=torch.bool),
         image=torch.randn(B, 1, 2, 2),
         image_level=torch.randn(B),
+        end_time=torch.rand(B),
     )
 
 
@@ -35,8 +36,8 @@ def test_null_has_the_same_shapes():
     for name in NAMES:
         value, given = getattr(null, name), getattr(full_condition(), name)
         assert (value.shape, value.dtype) == (given.shape, given.dtype)
-        assert name in ("label", "vector", "image", "image_level") or not value.any()
-    for name in ("image", "image_level"):  # what is to be enlarged stays
+        assert name in ("label", "vector", "image", "image_level", "end_time") or not value.any()
+    for name in ("image", "image_level", "end_time"):  # what is to be enlarged, and where a flow map goes, stays
         assert torch.equal(getattr(null, name), getattr(full_condition(), name))
     assert null.vector.isnan().all()
     assert Condition(vector=torch.ones(2, 3)).null().label is None

@@ -62,8 +62,12 @@ def test_the_model_of_a_run(teacher, tmp_path):
     model = checkpoint.load(distill(teacher, tmp_path / "run", calls=2, guidance=1.5))
     assert model.config == replace(teacher.config, calls=2)
     assert model.info["distilled"] == {
-        "teacher": checkpoint.fingerprint(teacher), "guidance": 1.5, "pairs": "teacher"
-    }  # fmt: skip
+        "teacher": checkpoint.fingerprint(teacher),
+        "guidance": 1.5,
+        "pairs": "teacher",
+        "method": "consistency",
+        "both_ways": False,
+    }
     cond = Condition(label=torch.arange(4) % 3)
     samples = model.sample(4, cond=cond)
     assert model.default_sampler == few_call_sampler(model.schedule, 2)
@@ -115,6 +119,14 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path):
         distill(teacher, tmp_path, pairs="clouds")
     with pytest.raises(ConfigError, match=r"only a teacher can be guided"):
         distill(teacher, tmp_path, pairs="data", guidance=2.0)
+    with pytest.raises(ConfigError, match=r"method = 'magic'"):
+        distill(teacher, tmp_path, method="magic")
+    with pytest.raises(ConfigError, match=r"both_ways: consistency goes from noise to data only"):
+        distill(teacher, tmp_path, both_ways=True)
+    with pytest.raises(ConfigError, match=r"both_ways: meanflow goes.*Use the method lagrangian"):
+        DistillationConfig(teacher.config, SETTINGS, method="meanflow", both_ways=True)
+    with pytest.raises(ConfigError, match=r"tiny: a flow map gets a second time.*no setting 'two_times'"):
+        distill(teacher, tmp_path, method="meanflow")
     with pytest.raises(ConfigError, match=r"model.calls = 17"):
         distill(teacher, tmp_path, calls=17)
     unconditional = Diffusion(ModelConfig(teacher.config.network | {"classes": 0}), DATA.item_shape, teacher.transform)

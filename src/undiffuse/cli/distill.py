@@ -58,8 +58,19 @@ def distill(
     guidance: Annotated[
         float, typer.Option(help="Scale of the model's classifier-free guidance, which becomes part of the result.")
     ] = 1.0,
+    method: Annotated[
+        str,
+        typer.Option(help="consistency (noise to data), or a flow map between any two levels: lagrangian, meanflow."),
+    ] = "consistency",
+    both_ways: Annotated[
+        bool,
+        typer.Option(
+            "--both-ways", help="Lagrangian only: also learn data to noise, for evaluate --estimate flow_map."
+        ),
+    ] = False,
     pairs: Annotated[
-        str, typer.Option(help="What the pairs of points on a trajectory come from: teacher (steps of RUN) or data.")
+        str,
+        typer.Option(help="What the pairs of points on a trajectory, or velocities, come from: teacher (RUN) or data."),
     ] = "teacher",
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
     device: Device = "auto",
@@ -71,7 +82,7 @@ def distill(
 ) -> None:
     """Distill the model of RUN into one that draws a sample with few network calls. An unfinished run is resumed.
 
-    It trains on the data of RUN, from the weights of RUN. Such a model has no likelihood.
+    It trains on the data of RUN, from the weights of RUN. A consistency model has no likelihood, a flow map has.
     """
     from undiffuse.model import checkpoint
     from undiffuse.training.distillation_task import distillation_task
@@ -86,12 +97,13 @@ def distill(
     dataset = read_data(read, data, run)
     print_notes(dataset)
     folder = run_folder(run)
-    student = Run(out or folder.parent / f"{folder.name}-{calls}-call{'s' * (calls > 1)}")
+    name = f"{folder.name}-{calls}-call{'s' * (calls > 1)}" + (f"-{method}" if method != "consistency" else "")
+    student = Run(out or folder.parent / name)
     finished = student.finished
     length = {"minutes": 10.0 if (minutes, steps) == (None, None) else minutes, "max_steps": steps}
     given = {} if on_nonfinite is None else {"on_nonfinite": on_nonfinite}
     settings = _settings_of(run, seed=seed, **length, **given)
-    task = distillation_task(teacher, settings, calls, pairs, guidance)
+    task = distillation_task(teacher, settings, calls, pairs, guidance, method, both_ways)
     if not finished:
         console.print(f"{calls}-call model of {run}, {format_length(settings)}, into {student.folder}")
     with changes_as_table():

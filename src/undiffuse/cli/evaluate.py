@@ -39,7 +39,8 @@ def evaluate(
         typer.Option(help="test, validation, train or all; by default test for the model's own data, all for others."),
     ] = None,
     estimate: Annotated[
-        list[str] | None, typer.Option(help="discrete, continuous or ode; repeatable; by default all three.")
+        list[str] | None,
+        typer.Option(help="discrete, continuous, ode, and flow_map of a flow map; repeatable; by default all."),
     ] = None,
     items: Annotated[
         int | None, typer.Option(help="Largest number of items to measure, spread evenly over the part.", min=2)

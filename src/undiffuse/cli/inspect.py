@@ -55,7 +55,8 @@ def _distilled(model: Diffusion) -> dict[str, str]:
     made = model.info.get("distilled", {})
     guidance = f", with guidance {made['guidance']:g}" if made.get("guidance", 1) != 1 else ""
     teacher = f" from the weights {str(made.get('teacher', 'unknown'))[:12]}"
-    return {"distilled": f"for {counted(model.config.calls, 'network call')}{teacher}{guidance}"}
+    method = f", {made['method']}" if "method" in made else ""
+    return {"distilled": f"for {counted(model.config.calls, 'network call')}{teacher}{method}{guidance}"}
 
 
 def _stage(model: Diffusion) -> dict[str, str]:

@@ -143,9 +143,10 @@ def sample(
         "autoguidance_scale": autoguide_scale,
         "threshold": threshold,
     }
-    distilled_calls = 0 if isinstance(model, Cascade) else model.config.calls
-    if distilled_calls and not (quality or solver or setting or steps or spacing):
-        sampler, calls = replace(few_call_sampler(model.schedule, calls or distilled_calls), **fields), None
+    distilled = None if isinstance(model, Cascade) or not model.config.calls else model.config
+    if distilled and not (quality or solver or setting or steps or spacing):
+        few = few_call_sampler(model.schedule, calls or distilled.calls, distilled.few_call_solver)
+        sampler, calls = replace(few, **fields), None
     else:
         steps = steps and limit_steps(steps, model.chain_length, log)
         sampler = parse_sampler(quality, solver, setting or (), steps, spacing, **fields)

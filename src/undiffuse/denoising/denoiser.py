@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -140,18 +140,25 @@ class NetworkDenoiser:
     def _call_network(self, x_t: Tensor, level: NoiseLevel, cond: Condition | None, *more: Tensor) -> Tensor:
         """The network's output for x_t in float32 at least; ``more`` are the other inputs of a categorical one.
 
-        At sigma = 0 the network's inputs are those of ``t_min``, the cleanest level of its training.
+        At sigma = 0 the network's inputs are those of ``t_min``, the cleanest level of its training. An ``end_time`` of
+        the condition is a time of the schedule, which the network gets encoded like the level's own.
         """
         if not bool((level.sigma > 0).all()):
             level = self.schedule(level.t.clamp(min=self.schedule.t_min))
         scaled = broadcast_like(self.preconditioning.input_scale(level), x_t) * x_t
-        time = self.preconditioning.time_input(level).to(device=x_t.device, dtype=scaled.dtype).expand(x_t.shape[0])
+        time = self._time_input(level, scaled)
+        if cond is not None and cond.end_time is not None:
+            end = self.schedule(cond.end_time.clamp(min=self.schedule.t_min))
+            cond = replace(cond, end_time=self._time_input(end, scaled))
         precision = contextlib.nullcontext()
         if self.autocast is not None:
             precision = torch.autocast(x_t.device.type, dtype=self.autocast)
         inputs = scaled.to(weight_dtype(self.network, scaled.dtype))
         with precision:
             return self.network(inputs, time, cond, *more)
+
+    def _time_input(self, level: NoiseLevel, x: Tensor) -> Tensor:
+        return self.preconditioning.time_input(level).to(device=x.device, dtype=x.dtype).expand(x.shape[0])
 
     def outputs(self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None) -> tuple[Tensor, Tensor | None]:
         """(y, var_interp) as the network returns them, in float32 at least."""
@@ -224,7 +231,10 @@ class Clipped(DenoiserWrapper):
 
 @dataclass(frozen=True)
 class ConditionedDenoiser(DenoiserWrapper):
-    """A denoiser called with the condition ``cond`` (None: without), in place of the condition of each call."""
+    """A denoiser called with the condition ``cond`` (None: without), in place of the condition of each call.
+
+    The ``end_time`` of the call's condition stays.
+    """
 
     cond: Condition | None
 
@@ -235,4 +245,7 @@ class ConditionedDenoiser(DenoiserWrapper):
     def __call__(
         self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, next_level: NoiseLevel | None = None
     ) -> Prediction:
-        return self.denoise(x_t, level, self.cond, next_level)
+        own = self.cond
+        if cond is not None and cond.end_time is not None:
+            own = replace(own or Condition(), end_time=cond.end_time)
+        return self.denoise(x_t, level, own, next_level)

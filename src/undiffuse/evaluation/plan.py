@@ -12,9 +12,10 @@ import torch
 from undiffuse.data.dataset import Dataset
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.evaluation.resumable import Plan
+from undiffuse.evaluation.summary import flow_map_calls
 from undiffuse.model.cascade import AnyModel
 
-TIME_SHARES = {"discrete": 5, "openai": 5, "continuous": 4, "ode": 4}
+TIME_SHARES = {"discrete": 5, "openai": 5, "continuous": 4, "ode": 4, "flow_map": 4}
 """The order of the estimates, and the shares in which they divide the time."""
 ESTIMATES = ("discrete", "continuous", "ode")
 PLANNED_FRACTION = 0.85
@@ -25,6 +26,8 @@ MAX_POINTS = 256
 """Most points of log-SNR of the continuous bound that are chosen automatically."""
 ODE_COST_GUESS = 400
 """Network calls that take as long as an item of the flow with its divergence, until the first batch is measured."""
+BACKWARD_CALLS = 2
+"""Network calls that take as long as a backward pass, of which the map of few calls needs one for each dimension."""
 PARTS = {"test": "held out for testing", "validation": "held out for validation", "train": "trained on"}
 """Parts of a data set and their descriptions."""
 CONDITION_NAMES = {"classes": "labels", "vector": "vectors", "tokens": "tokens"}
@@ -81,7 +84,8 @@ def plan_evaluation(
 
     Sizes that are not given are chosen so that all jobs fit into ``minutes`` of one process on this machine, by a short
     measurement of its speed. Where "fit" is true, "items" is only an upper limit: while the job runs, the pace of its
-    batches decides how many fit into the expected seconds. "mc_samples" of the flow is ``iw_samples``.
+    batches decides how many fit into the expected seconds. "mc_samples" of the flow is ``iw_samples``; the map of few
+    calls has none.
     """
     rate = calls_per_second(model, values[:64])
     total = PLANNED_FRACTION * 60 * minutes
@@ -103,8 +107,8 @@ def plan_evaluation(
     plan: Plan = {}
     for name in names:
         n, each, fit = bound_items, None, False
-        if name == "ode":
-            n, each, fit = len(values), iw_samples, not fixed_items
+        if name in ("ode", "flow_map"):
+            n, each, fit = len(values), iw_samples if name == "ode" else None, not fixed_items
         elif name not in bounds:
             n = chain_items
         elif exact:
@@ -115,8 +119,12 @@ def plan_evaluation(
             fit = not fixed_items and mc_samples is None
         if name == "discrete" and each is not None and each >= model.chain_length:
             each = None
-        cost = n * (ODE_COST_GUESS * iw_samples if name == "ode" else each or model.chain_length) / rate
-        batch = batch_size(model, name == "ode" or (each or model.chain_length) > 128)
+        calls_each = {
+            "ode": ODE_COST_GUESS * iw_samples,
+            "flow_map": BACKWARD_CALLS * flow_map_calls(model) * model.dims,
+        }
+        cost = n * calls_each.get(name, each or model.chain_length) / rate
+        batch = batch_size(model, name in calls_each or (each or model.chain_length) > 128)
         expected = seconds[name] if fit else cost
         plan[name] = {"items": n, "mc_samples": each, "batch": batch, "expected": expected, "fit": fit}
     return plan
@@ -149,9 +157,11 @@ def check_request(
         theirs, ours = describe_items(data.item_shape, data.num_values), describe_items(model.item_shape, num_values)
         cause = f"its items are {theirs}, those of the model {ours}"
         raise DataError("SHAPE", data.name, cause, "Evaluate on data of the kind that the model was trained on")
+    few_calls = ("flow_map",) if flow_map_calls(model) else ()
+    known = (*ESTIMATES, *few_calls)
     for name in estimates:
-        if name not in ESTIMATES:
-            fix = f"Use one of {', '.join(ESTIMATES)}"
+        if name not in known:
+            fix = f"Use one of {', '.join(known)}"
             raise ConfigError("ESTIMATE", f"--estimate {name}", "no such estimate", fix)
     if compat not in (None, "openai"):
         raise ConfigError("COMPAT", f"--compat {compat}", "no such script", "Use openai, or leave it out")
@@ -162,7 +172,7 @@ def check_request(
         raise ConfigError("IW_SAMPLES", f"--iw-samples {iw_samples}", cause, "Leave it out")
     if not 0 < minutes < math.inf:
         raise ConfigError("MINUTES", f"--minutes {minutes:g}", "not a duration", "Give a number above 0")
-    wanted = {*(estimates or ESTIMATES), *(("discrete", "openai") if compat else ())}
+    wanted = {*(estimates or known), *(("discrete", "openai") if compat else ())}
     return [name for name in TIME_SHARES if name in wanted]
 
 

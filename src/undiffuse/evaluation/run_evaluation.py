@@ -80,7 +80,8 @@ class EvaluationResult:
         stages = ()
         if isinstance(self.model, Cascade):
             stages = [f"{name}: {stage_lines(self.model, nll)}" for name, nll in self.nll.items()]
-        return [*self.notes, *stages, *summary.explanations(self.model, self.nll, self.mc_samples.get("ode") or 1)]
+        meanings = summary.explanations(self.model, self.nll, self.mc_samples.get("ode") or 1)
+        return [*self.notes, *stages, *meanings, *summary.few_call_error(self.model, self.nll)]
 
 
 def evaluate(
@@ -104,8 +105,9 @@ def evaluate(
 ) -> EvaluationResult:
     """Estimates of −log p of the items of ``data``, a bound or the likelihood itself for each of ``estimates``.
 
-    ``part`` is test, validation, train or all; ``estimates`` are some of discrete, continuous and ode, by default all
-    three. What ``items``, ``mc_samples``, ``exact`` and ``iw_samples`` leave open is chosen so that everything takes
+    ``part`` is test, validation, train or all; ``estimates`` are some of discrete, continuous and ode, and flow_map of
+    a distilled model with two times, by default all. What ``items``, ``mc_samples``, ``exact`` and ``iw_samples`` leave
+    open is chosen so that everything takes
     about ``minutes``. A conditional model gets the condition that the data have, unless ``unconditional`` or the data
     have another one: then the result is −log p(x) without a condition. ``compat="openai"`` adds the bound as
     improved-diffusion's script computes it. Item i in `bit_reversed_order` has noise that depends on (seed, i) alone.

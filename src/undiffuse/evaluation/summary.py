@@ -49,17 +49,25 @@ def title(model: AnyModel, name: str, mc_samples: int | None) -> str:
         "continuous": f"continuous bound, {counted(mc_samples or 0, 'point')}",
         "ode": "probability flow" + (f", {mc_samples} importance samples" if mc_samples and mc_samples > 1 else ""),
         "openai": "as improved-diffusion's script",
+        "flow_map": f"flow map, {counted(flow_map_calls(model), 'call')}",
     }[name]
+
+
+def flow_map_calls(model: AnyModel) -> int:
+    """The network calls of a sample of a flow map; 0 of any other model."""
+    is_flow_map = isinstance(model, Diffusion) and model.config.few_call_solver == "flow_map"
+    return model.config.calls if is_flow_map else 0
 
 
 def is_bound(model: AnyModel, name: str, mc_samples: int | None) -> bool:
     """Whether an estimate's expectation is at least −log p of the model.
 
     That of the flow is for integer data, unless several importance samples have an estimated divergence: the mean of
-    exp(noise) is above 1. That of the script is not: a clamp makes values more likely than they are.
+    exp(noise) is above 1. That of the script is not: a clamp makes values more likely than they are. That of a few
+    calls is not: the learned map is not the flow's.
     """
     if name != "ode":
-        return name != "openai"
+        return name not in ("openai", "flow_map")
     return isinstance(model.transform, IntegerLevels) and (mc_samples == 1 or model.dims <= MAX_EXACT_TRACE_DIMS)
 
 
@@ -86,7 +94,22 @@ def explanations(model: AnyModel, names: Iterable[str], iw_samples: int) -> list
             "with an exact denoiser the flow's prior term would be at most that of the bounds; a larger one shows "
             "model error"
         )
+    if "flow_map" in names:
+        lines.append("flow map: an estimate and no bound, wrong by as much as the learned map differs from the flow")
     return lines
+
+
+def few_call_error(model: AnyModel, nll: Mapping[str, NLL]) -> list[str]:
+    """A sentence about the estimate "flow_map" minus "ode" of the same items and noise, if both are there."""
+    if not {"flow_map", "ode"} <= nll.keys():
+        return []
+    few, flow = nll["flow_map"].total, nll["ode"].total
+    n = min(len(few), len(flow))
+    (mean, stderr), (size, _) = mean_bits(model, few[:n] - flow[:n]), mean_bits(model, (few[:n] - flow[:n]).abs())
+    return [
+        f"flow map minus probability flow, item by item: {mean:+.3f} ± {stderr:.3f} bits/dim, mean size {size:.3f} "
+        f"(n = {n:,})"
+    ]
 
 
 def differences(model: AnyModel, nll: Mapping[str, NLL]) -> dict[str, dict[str, list[float]]]:

@@ -93,8 +93,8 @@ def check_sampler(sampler: Any, chain_length: int) -> Sampler:
 
 
 def check_has_likelihood(config: ModelConfig) -> None:
-    """Raises `ConfigError` for a distilled model."""
-    if config.calls:
+    """Raises `ConfigError` for a consistency model; a flow map with s = t predicts means like its teacher."""
+    if config.few_call_solver == "consistency":
         cause = "it is distilled: its predictions are samples of the data, not means, and have no likelihood"
         raise ConfigError("DISTILLED", "this model", cause, "Measure the model that it was distilled from")
 

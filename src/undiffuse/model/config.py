@@ -57,6 +57,11 @@ class ModelConfig:
             fix = f"Give a number from 0 to {MAX_CALLS}"
             raise ConfigError("CONFIG", f"model.calls = {self.calls!r}", "out of range", fix)
 
+    @property
+    def few_call_solver(self) -> str:
+        """The solver of a distilled model: "flow_map" if its network has two times, else "consistency"; else ""."""
+        return ("flow_map" if self.network.get("two_times") else "consistency") if self.calls else ""
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -72,11 +72,16 @@ def consistency_loss(
         goal = torch.where(is_cleanest.reshape(at.alpha.shape), x_r / at.alpha, goal)
     error = item_mean((denoise(x_t, t, cond).x - goal) ** 2)
     weight = 1 / (noise_to_signal(t) - noise_to_signal(r))
-    return weight.to(error) * (torch.sqrt(error + HUBER**2) - HUBER)
+    return weight.to(error) * pseudo_huber(error)
 
 
-def few_call_sampler(schedule: Schedule, calls: int) -> Sampler:
-    """The sampler of a consistency model with so many network calls.
+def pseudo_huber(error: Tensor) -> Tensor:
+    """√(error + c²) − c, where ``error`` is a mean square: about its root far from 0, and a parabola of it near 0."""
+    return torch.sqrt(error + HUBER**2) - HUBER
+
+
+def few_call_sampler(schedule: Schedule, calls: int, solver: str = "consistency") -> Sampler:
+    """The sampler of a consistency model with so many network calls, or that of a flow map, ``solver`` "flow_map".
 
     Each call is at a level of its own: the first at `noisiest_level`, the others where sigma/alpha is a quantile of a
     log-normal distribution with median `MIDDLE_RATIO`, which is that of the second of two calls [Geng24 app. D].
@@ -84,4 +89,4 @@ def few_call_sampler(schedule: Schedule, calls: int) -> Sampler:
     normal = NormalDist(math.log(MIDDLE_RATIO), RATIO_SPREAD)
     ratios = [math.exp(normal.inv_cdf(1 - i / calls)) for i in range(1, calls)]
     inner = [float(schedule.inverse(-2 * math.log(ratio))) for ratio in ratios]
-    return Sampler("consistency", calls, times=(float(noisiest_level(schedule).t), *inner, 0.0))
+    return Sampler(solver, calls, times=(float(noisiest_level(schedule).t), *inner, 0.0))

@@ -99,9 +99,10 @@ class Diffusion(nn.Module):
 
     @property
     def default_sampler(self) -> Sampler:
-        """Deterministic DDIM in 50 steps; for a distilled model consistency sampling with its network calls."""
-        calls = self.config.calls
-        return few_call_sampler(self.schedule, calls) if calls else arguments.check_sampler("ddim", self.chain_length)
+        """Deterministic DDIM in 50 steps; for a distilled model its own solver with its network calls."""
+        if solver := self.config.few_call_solver:
+            return few_call_sampler(self.schedule, self.config.calls, solver)
+        return arguments.check_sampler("ddim", self.chain_length)
 
     @property
     def dims(self) -> int:

@@ -17,6 +17,7 @@ from undiffuse.denoising.denoiser import Clipped, Denoiser, NetworkDenoiser
 from undiffuse.errors import ConfigError
 from undiffuse.likelihood.decoder import CategoricalDecoder, Decoder, Density, LastStep, ValueSoftmax
 from undiffuse.likelihood.dequantization import ForwardNoise
+from undiffuse.likelihood.few_calls import few_call_nll
 from undiffuse.likelihood.importance_weighting import iwae_bound
 from undiffuse.likelihood.nll import NLL
 from undiffuse.likelihood.openai_vlb import openai_vlb
@@ -24,6 +25,8 @@ from undiffuse.likelihood.probability_flow import ode_nll
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.likelihood.vlb import stratify, vlb
 from undiffuse.likelihood.vlb_continuous import vlb_continuous
+from undiffuse.model.config import ModelConfig
+from undiffuse.model.consistency import few_call_sampler
 from undiffuse.networks.condition import Condition
 from undiffuse.process.clean_end import clean_end
 from undiffuse.process.noise_level import NoiseLevel
@@ -52,6 +55,8 @@ class Decodable(Protocol):
 class Model(Decodable, Protocol):
     """The parts of a `Diffusion` that estimates use."""
 
+    @property
+    def config(self) -> ModelConfig: ...
     @property
     def item_shape(self) -> tuple[int, ...]: ...
     @property
@@ -115,12 +120,9 @@ def ode(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
     Discrete data are dequantized by the process' own noise: at the schedule's clean end, or at the level where three
     standard deviations fill half a bin, if the schedule goes beyond it. There `clean_decoder` decodes.
     """
-    (top, clean), dequantizer, decoder_calls, denoise = finite_ends(model.schedule), None, 0, model.denoiser()
-    if isinstance(model.transform, IntegerLevels):
-        if clean.log_snr > (bin_filling := clean_end(model.transform.num_values)):
-            clean = model.schedule(model.schedule.inverse(bin_filling))
-        dequantizer = ForwardNoise(clean, decode := clean_decoder(model, denoise, clean, batch.cond))
-        decoder_calls = decode.calls
+    denoise = model.denoiser()
+    top, clean, dequantizer = _flow_ends(model, denoise, batch.cond)
+    decoder_calls = dequantizer.decode.calls if dequantizer else 0
     exact = model.dims <= MAX_EXACT_TRACE_DIMS
     flow = partial(
         ode_nll,
@@ -136,6 +138,35 @@ def ode(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
     )
     result = iwae_bound(samples := [flow() for _ in range(mc_samples or 1)])
     return result._replace(calls=result.calls + len(samples) * decoder_calls)
+
+
+def _flow_ends(
+    model: Decodable, denoise: Denoiser, cond: Condition | None
+) -> tuple[NoiseLevel, NoiseLevel, ForwardNoise | None]:
+    """The noisy and the clean end of the flow, and for discrete data the dequantizer at the clean end."""
+    top, clean = finite_ends(model.schedule)
+    if not isinstance(model.transform, IntegerLevels):
+        return top, clean, None
+    if clean.log_snr > (bin_filling := clean_end(model.transform.num_values)):
+        clean = model.schedule(model.schedule.inverse(bin_filling))
+    return top, clean, ForwardNoise(clean, clean_decoder(model, denoise, clean, cond))
+
+
+def flow_map(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
+    """`few_call_nll` of a distilled model with two times, in the calls of its samples: an estimate, not a bound.
+
+    With the dequantizer's noise of `ode` for the same seed, and so to be compared item by item. Raises `ConfigError`
+    for another model.
+    """
+    if model.config.few_call_solver != "flow_map":
+        cause = "only a flow map has this estimate: a model that was distilled with --method lagrangian or meanflow"
+        raise ConfigError("ESTIMATE", "flow_map", cause, "Use discrete, continuous or ode")
+    denoise = model.denoiser()
+    top, clean, dequantizer = _flow_ends(model, denoise, batch.cond)
+    inner = few_call_sampler(model.schedule, model.config.calls).times or ()
+    levels = [clean, *(model.schedule(t) for t in reversed(inner[1:-1])), top]
+    result = few_call_nll(denoise, batch.x, levels, _noise(model, batch), cond=batch.cond, dequantizer=dequantizer)
+    return result._replace(calls=result.calls + (dequantizer.decode.calls if dequantizer else 0))
 
 
 def openai(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
@@ -154,6 +185,7 @@ ESTIMATES: dict[str, Estimate] = {
     "continuous": continuous,
     "ode": ode,
     "openai": openai,
+    "flow_map": flow_map,
 }
 
 

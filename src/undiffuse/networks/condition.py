@@ -26,7 +26,8 @@ class Condition:
 
     ``label`` (B,) of any integer type, kept as int64, −1 is the null class; ``vector`` (B, D) floats, a row with a NaN
     is the null vector; ``tokens`` (B, L, D) with ``mask`` (B, L), True where a token counts, by default everywhere;
-    ``image`` (B, C, ...) of any size with ``image_level`` (B,), its log-SNR, by default +inf: without noise. Raises
+    ``image`` (B, C, ...) of any size with ``image_level`` (B,), its log-SNR, by default +inf: without noise.
+    ``end_time`` (B,) is no condition but the time that a flow map goes to (`undiffuse.denoising.two_times`). Raises
     `ConfigError` for fields of another type.
     """
 
@@ -36,6 +37,7 @@ class Condition:
     mask: Tensor | None = None
     image: Tensor | None = None
     image_level: Tensor | None = None
+    end_time: Tensor | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -62,9 +64,10 @@ class Condition:
     def null(self) -> Condition:
         """The null condition in the same shapes: label −1, vector NaN, tokens zero and masked.
 
-        The image stays: it says what is to be enlarged, and no guidance goes away from it.
+        The image stays: it says what is to be enlarged, and no guidance goes away from it. So does ``end_time``.
         """
-        null = replace(self.map(torch.zeros_like), image=self.image, image_level=self.image_level)
+        kept = {name: getattr(self, name) for name in ("image", "image_level", "end_time")}
+        null = replace(self.map(torch.zeros_like), **kept)
         if null.label is not None:
             null = replace(null, label=null.label - 1)
         return null if null.vector is None else replace(null, vector=null.vector + math.nan)

@@ -63,15 +63,32 @@ class VectorEmbedding(nn.Module):
         return torch.where(given, self.fc2(F.silu(self.fc1(h))), self.null)
 
 
+class EndTimeEmbedding(nn.Module):
+    """(B, width) E(end) − E(time), E(t) = W₂ SiLU(W₁ sinusoids(t)), W₂ = 0 at initialisation; 0 where end = time."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.features = features
+        self.fc1 = nn.Linear(features, width)
+        self.fc2 = nn.Linear(width, width, bias=False)
+        nn.init.zeros_(self.fc2.weight)
+
+    def forward(self, time: Tensor, end: Tensor) -> Tensor:
+        at_time, at_end = (F.silu(self.fc1(sinusoids(t, self.features).to(self.fc1.weight.dtype))) for t in (time, end))
+        return self.fc2(at_end - at_time)
+
+
 class ConditionEmbedding(nn.Module):
     """(B or 1, width) SiLU(MLP(sinusoids(time)) + row of the label + `VectorEmbedding`), which conditions the blocks.
 
     Row 0 is the null class (label −1), which is also used without a label. A condition of size 0 (``classes`` or
     ``vector``) is ignored. With ``image`` the log-SNR of the conditioning image enters the MLP beside the time; without
-    an image it is the lowest one.
+    an image it is the lowest one. With ``two_times`` the `EndTimeEmbedding` of a condition's end time is added.
     """
 
-    def __init__(self, features: int, width: int, classes: int, vector: int = 0, image: int = 0) -> None:
+    def __init__(
+        self, features: int, width: int, classes: int, vector: int = 0, image: int = 0, two_times: bool = False
+    ) -> None:
         super().__init__()
         self.features = features
         self.fc1 = nn.Linear(features, width)
@@ -79,6 +96,7 @@ class ConditionEmbedding(nn.Module):
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.vector = VectorEmbedding(vector, width) if vector else None
         self.image_level = nn.Linear(features, width) if image else None
+        self.end = EndTimeEmbedding(features, width) if two_times else None
 
     def forward(self, time: Tensor, cond: Condition | None) -> Tensor:
         with torch.autocast(time.device.type, enabled=False):  # a few rows: full precision costs nothing here
@@ -91,6 +109,8 @@ class ConditionEmbedding(nn.Module):
             h = self.fc2(F.silu(h))
             if self.vector is not None:
                 h = h + self.vector(cond.vector if cond is not None else None)
+            if self.end is not None and cond is not None and cond.end_time is not None:
+                h = h + self.end(time, cond.end_time)
         if self.label is not None:
             label = cond.label if cond is not None else None
             h = h + self.label(h.new_zeros(1, dtype=torch.int64) if label is None else label + 1)

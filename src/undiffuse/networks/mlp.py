@@ -36,8 +36,8 @@ class MLP(nn.Module):
 
     ``depth`` residual layers of ``width`` features, each conditioned on the embedding of the time, of labels
     0 … ``classes`` − 1 (−1 is null) and of vectors of ``vector`` numbers. Before each layer it attends to tokens of
-    ``tokens`` numbers. A size of 0 means that it does not accept that condition. Raises `ConfigError` for settings
-    that cannot work.
+    ``tokens`` numbers. A size of 0 means that it does not accept that condition. With ``two_times`` it accepts a
+    condition's end time, as a flow map does. Raises `ConfigError` for settings that cannot work.
     """
 
     item_dims = (0,)
@@ -54,6 +54,7 @@ class MLP(nn.Module):
         classes: int = 0,
         vector: int = 0,
         tokens: int = 0,
+        two_times: bool = False,
     ) -> None:
         super().__init__()
         channels, width, depth = check_int("channels", channels), check_int("width", width), check_int("depth", depth)
@@ -62,7 +63,7 @@ class MLP(nn.Module):
         time_width = width if time_width is None else check_int("time_width", time_width)
         self.condition_sizes = {"classes": classes, "vector": vector, "tokens": tokens}
         self.embed = ConditionEmbedding(
-            64, time_width, check_int("classes", classes, 0), check_int("vector", vector, 0)
+            64, time_width, check_int("classes", classes, 0), check_int("vector", vector, 0), two_times
         )
         self.tokens = TokenEmbedding(tokens) if check_int("tokens", tokens, 0) else None
         self.attend = nn.ModuleList(CrossAttention(width, tokens) for _ in range(depth if tokens else 0))

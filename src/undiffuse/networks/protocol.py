@@ -8,6 +8,8 @@ weights; the time is float32 at least, as steps and log-SNRs are not distinct in
   ``item_shape`` are supplied by the model. All others are settings, plain data in the configuration.
 - Settings called ``classes``, ``vector``, ``tokens`` and ``image`` are the sizes of the conditions that it accepts;
   without the setting it does not accept that condition.
+- A setting called ``two_times`` makes it accept ``cond.end_time`` (B,), encoded like ``time``: it is then a flow map.
+  Without an end time, and with one that equals ``time``, its output is the same. `undiffuse distill` sets it.
 - ``item_dims``, a class attribute: the numbers of dimensions beside the channels that it accepts; default any.
 - ``blocks()``: the modules to recompute in the backward pass (activation checkpointing) and to shard one by one;
   default the entries of every ``nn.ModuleList`` directly in it.

@@ -118,8 +118,8 @@ class UNet(nn.Module):
     ``layer`` (faster on a CPU). Sizes of the conditions, 0 for one that it does not accept: ``classes`` (labels
     0 … classes − 1, −1 is null); ``vector``; ``tokens``, to which it attends wherever it attends to itself, without
     regard to their order; ``image``, the channels of an image that is brought to x's size by repeating its cells and
-    joins the input channels (zeros without one). Zero at initialisation. Raises `ConfigError` for settings that cannot
-    work.
+    joins the input channels (zeros without one). With ``two_times`` it accepts a condition's end time, as a flow map
+    does. Zero at initialisation. Raises `ConfigError` for settings that cannot work.
     """
 
     item_dims = (1, 2, 3)
@@ -145,6 +145,7 @@ class UNet(nn.Module):
         vector: int = 0,
         tokens: int = 0,
         image: int = 0,
+        two_times: bool = False,
     ) -> None:
         super().__init__()
         require(dims in self.item_dims, "dims", f"{dims!r} dimensions", "Give 1, 2 or 3")
@@ -187,7 +188,8 @@ class UNet(nn.Module):
             attend = attention_layers(widths[level]) if level in attention else []
             return Stage([residual, *attend, *resampling])
 
-        self.embed = ConditionEmbedding(max(widths[0] + widths[0] % 2, 4), time_width, classes, vector, image)
+        features = max(widths[0] + widths[0] % 2, 4)
+        self.embed = ConditionEmbedding(features, time_width, classes, vector, image, two_times)
         self.tokens = TokenEmbedding(tokens) if tokens else None
         self.conv_in = conv(dims, (channels + image) * cells * (1 + 2 * len(self.fourier)), widths[0])
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -216,10 +218,13 @@ class UNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         branches = [m for m in self.modules() if isinstance(m, Residual | Attention | CrossAttention)]
         for end in [self.conv_out, *(m.conv2 if isinstance(m, Residual) else m.proj for m in branches)]:
             nn.init.zeros_(end.weight)  # pyright: ignore[reportArgumentType]
+        if self.embed.end is not None:
+            nn.init.zeros_(self.embed.end.fc2.weight)
 
     def blocks(self) -> list[nn.Module]:
         return [*self.down, *self.up, self.middle]

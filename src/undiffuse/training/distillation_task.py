@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from undiffuse.data.dataset import Dataset, Split
+from undiffuse.denoising.denoiser import Denoiser
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.evaluation.time_limit import TimeLimit
 from undiffuse.model import checkpoint
@@ -23,8 +24,11 @@ from undiffuse.model.consistency import (
     teacher_step,
 )
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.flow_map import OBJECTIVES, flow_map_loss, map_levels
+from undiffuse.networks import registry
 from undiffuse.networks.condition import Condition
 from undiffuse.process.gaussian import diffuse
+from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.statistics import item_mean
 from undiffuse.process.time_sampling import LogNormalSigma
 from undiffuse.report.figures import image_grid
@@ -34,6 +38,11 @@ from undiffuse.training.fit import fit
 from undiffuse.training.run_folder import Run
 from undiffuse.training.task import Evaluation, Task
 
+METHODS = ("consistency", *OBJECTIVES)
+"""Consistency training, and the objectives of a flow map."""
+BOTH_WAYS_METHOD = "lagrangian"
+"""A consistency model ends at data. MeanFlow's derivative is at the start of the map: where that is near data and the
+end near noise, it is multiplied by up to 1,000, as (τ_t − τ_s)/h is."""
 PAIRS = ("teacher", "data")
 GAPS = (1 / 4, 1 / 8, 1 / 16)
 """1 − u_r/u_t in equal parts of the run, u = sigma/alpha."""
@@ -45,11 +54,12 @@ EVALUATED_ITEMS, TEACHER_STEPS = 64, 25
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """A recipe of a distillation: the distilled model, how it is trained, and what makes the pairs.
+    """A recipe of a distillation: the distilled model, how it is trained, and what it is trained with.
 
-    ``pairs`` is one of `PAIRS`, where x_r comes from. ``guidance`` is the scale of classifier-free guidance of the
-    teacher, which becomes part of the model. ``teacher`` is the fingerprint of the teacher's weights. Raises
-    `ConfigError`.
+    ``method`` is one of `METHODS`. ``pairs`` is one of `PAIRS`, where x_r comes from, or for a flow map the velocity.
+    ``both_ways``: the method `BOTH_WAYS_METHOD` also learns to go from data to noise. ``guidance`` is the scale of
+    classifier-free guidance of the teacher, which becomes part of the model. ``teacher`` is the fingerprint of the
+    teacher's weights. Raises `ConfigError`.
     """
 
     model: ModelConfig
@@ -57,8 +67,15 @@ class DistillationConfig:
     pairs: str = "teacher"
     guidance: float = 1.0
     teacher: str = ""
+    method: str = "consistency"
+    both_ways: bool = False
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError("CONFIG", f"method = {self.method!r}", "unknown", f"Use one of {', '.join(METHODS)}")
+        if self.both_ways and self.method != BOTH_WAYS_METHOD:
+            cause = f"{self.method} goes from noise to data only"
+            raise ConfigError("CONFIG", "both_ways", cause, f"Use the method {BOTH_WAYS_METHOD}")
         if self.pairs not in PAIRS:
             raise ConfigError("CONFIG", f"pairs = {self.pairs!r}", "unknown", f"Use one of {', '.join(PAIRS)}")
         if self.pairs == "data" and self.guidance != 1:
@@ -76,22 +93,31 @@ def fit_distillation(
     device: str = "auto",
     quiet: bool = False,
     force: bool = False,
+    method: str = "consistency",
+    both_ways: bool = False,
 ) -> Path:
     """Distill ``teacher`` into a model that samples with so many ``calls``, in the run folder ``out``; returns ``out``.
 
     The model starts from the teacher's weights. An unfinished run in ``out`` is resumed. ``data`` are those of the
     teacher; the rest as in `distillation_task` and `undiffuse.training.fit.fit`.
     """
-    task = distillation_task(teacher, train, calls, pairs, guidance)
+    task = distillation_task(teacher, train, calls, pairs, guidance, method, both_ways)
     return fit(task, data, Run(out), device, None, quiet, force)
 
 
 def distillation_task(
-    teacher: Diffusion, train: TrainConfig, calls: int = 1, pairs: str = "teacher", guidance: float = 1.0
+    teacher: Diffusion,
+    train: TrainConfig,
+    calls: int = 1,
+    pairs: str = "teacher",
+    guidance: float = 1.0,
+    method: str = "consistency",
+    both_ways: bool = False,
 ) -> DistillationTask:
-    """The task of distilling ``teacher``; ``pairs`` and ``guidance`` as in `DistillationConfig`.
+    """The task of distilling ``teacher``; ``pairs``, ``guidance``, ``method``, ``both_ways`` of `DistillationConfig`.
 
-    Raises `ConfigError` for settings that are out of range, and for a teacher that is distilled itself.
+    Raises `ConfigError` for settings that are out of range, for a teacher that is distilled itself, and for a flow map
+    with a network that has no setting ``two_times``.
     """
     if teacher.config.calls:
         cause = "it is distilled already: its predictions are samples of the data, not means"
@@ -99,8 +125,14 @@ def distillation_task(
     if "image" in teacher.condition_sizes:
         cause = "it is a super-resolution model, and only models without a conditioning image are distilled"
         raise ConfigError("DISTILLED", "the teacher", cause, "Distill the base of the cascade")
-    model = replace(teacher.config, calls=calls)
-    return DistillationTask(DistillationConfig(model, train, pairs, guidance, checkpoint.fingerprint(teacher)), teacher)
+    model, weights = replace(teacher.config, calls=calls), checkpoint.fingerprint(teacher)
+    if method in OBJECTIVES:
+        kind = model.network["kind"]
+        if not registry.accepted(registry.find(kind), ["two_times"]):
+            cause = "a flow map gets a second time, and this network has no setting 'two_times'"
+            raise ConfigError("NETWORK", kind, cause, "Use the method 'consistency', or a network that has it")
+        model = replace(model, network={**model.network, "two_times": True})
+    return DistillationTask(DistillationConfig(model, train, pairs, guidance, weights, method, both_ways), teacher)
 
 
 @dataclass
@@ -126,13 +158,16 @@ class DistillationTask(Task):
         return replace(self, config=replace(self.config, train=replace(settings, conditional=conditional)))
 
     def build_model(self, data: Dataset, split: Split) -> Diffusion:
-        """The teacher's architecture with the teacher's weights."""
-        teacher, config = self.teacher, self.config
-        distilled = {"teacher": config.teacher, "guidance": config.guidance, "pairs": config.pairs}
-        info = teacher.info | {"distilled": distilled}
+        """The teacher's architecture with the teacher's weights; a second time has no effect at first.
+
+        A flow map computes in float32: its differences of two calls are below the precision of bfloat16.
+        """
+        teacher, config, given = self.teacher, self.config, ("teacher", "guidance", "pairs", "method", "both_ways")
+        info = teacher.info | {"distilled": {name: getattr(config, name) for name in given}}
         model = Diffusion(config.model, teacher.item_shape, teacher.transform, info)
-        model.load_state_dict(teacher.state_dict())
-        model.autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
+        model.load_state_dict(model.state_dict() | teacher.state_dict())
+        bfloat16 = config.train.precision == "bfloat16" and config.method == "consistency"
+        model.autocast = torch.bfloat16 if bfloat16 else None
         return model
 
     def parameter_groups(self, model: Diffusion) -> list[dict[str, Any]]:
@@ -146,7 +181,12 @@ class DistillationTask(Task):
         ]
 
     def loss(self, model: Diffusion, batch: Batch, network: nn.Module) -> Tensor:
-        """`consistency_loss` with the gap of the part of the run that ``batch.fraction`` lies in."""
+        """That of the method: `flow_map_loss` of its row of `OBJECTIVES`, or `consistency_loss`.
+
+        The gap of the latter is that of the part of the run that ``batch.fraction`` lies in.
+        """
+        if self.config.method in OBJECTIVES:
+            return self._flow_map_loss(model, batch, network)
         schedule, device = model.schedule, batch.eps.device
         x = model.transform.to_model(batch.values).to(device)
         times = LogNormalSigma(schedule, LOG_RATIO_MEAN, LOG_RATIO_STD)
@@ -156,17 +196,40 @@ class DistillationTask(Task):
         if self.config.pairs == "data":
             x_r = diffuse(x, r, batch.eps)
         else:
-            teacher = self.teacher.to(device).sampling_denoiser(Sampler(guidance=self.config.guidance))
             with torch.no_grad():
-                x_r = teacher_step(teacher, x_t, t, r, batch.cond)
+                x_r = teacher_step(self._teacher_denoiser(device), x_t, t, r, batch.cond)
         return consistency_loss(model.denoiser(network), x_t, t, x_r, r, batch.cond)
+
+    def _flow_map_loss(self, model: Diffusion, batch: Batch, network: nn.Module) -> Tensor:
+        """The velocity is the teacher's; with pairs from the data it is ε − x at x_t, and elsewhere the model's own."""
+        config, device = self.config, batch.eps.device
+        x, denoise = model.transform.to_model(batch.values).to(device), model.denoiser(network)
+        r = torch.special.ndtr(batch.z.flatten(1)[:, 0].double().cpu())  # the part of the noise that is not used yet
+        t, s = map_levels(model.schedule, batch.u, r, config.both_ways)
+        x_t = diffuse(x, t, batch.eps)
+        from_data = config.pairs == "data"
+        flow = denoise if from_data else self._teacher_denoiser(device)
+
+        def velocity(at: Tensor, level: NoiseLevel) -> Tensor:
+            if from_data and config.method == "meanflow":
+                return batch.eps - x
+            predicted_x, predicted_eps, _ = flow(at, level, batch.cond)
+            v = predicted_eps - predicted_x
+            is_at_x_t = (t.t == s.t).to(device).reshape(-1, *[1] * (x.ndim - 1))
+            return torch.where(is_at_x_t, batch.eps - x, v) if from_data else v
+
+        return flow_map_loss(OBJECTIVES[config.method](denoise, velocity, x_t, t, s, batch.cond))
+
+    def _teacher_denoiser(self, device: torch.device) -> Denoiser:
+        return self.teacher.to(device).sampling_denoiser(Sampler(guidance=self.config.guidance))
 
     def evaluate(self, model: Diffusion, data: Dataset, split: Split, final: bool, limit: TimeLimit) -> Evaluation:
         """The distance of one-call samples to the teacher's samples from the same noise, root mean square in x.
 
         The teacher takes `TEACHER_STEPS` steps of Heun's method on its flow; of fewer items where ``limit`` is short.
         """
-        one_call, cond = few_call_sampler(model.schedule, 1), self._condition(data, split)
+        one_call = few_call_sampler(model.schedule, 1, model.config.few_call_solver)
+        cond = self._condition(data, split)
 
         def squared_distances(here: slice) -> Tensor:
             n, first, part = here.stop - here.start, here.start, cond and cond.take(here)

@@ -25,6 +25,7 @@ from undiffuse.sampling.solvers.dpm_multistep import Multistep
 from undiffuse.sampling.solvers.dpm_singlestep import SingleStep
 from undiffuse.sampling.solvers.edm import EDM
 from undiffuse.sampling.solvers.euler_maruyama import EulerMaruyama
+from undiffuse.sampling.solvers.flow_map import FlowMapSampling
 from undiffuse.sampling.solvers.langevin import AnnealedLangevin
 from undiffuse.sampling.solvers.predictor_corrector import PredictorCorrector
 from undiffuse.sampling.solvers.product import Product
@@ -442,6 +443,7 @@ ROWS: dict[str, Row] = {
         3,
         finest={"log-SNR": 1024, "flow": 6144, "exploding": 2048},
     ),
+    "flow map": Row(FlowMapSampling(), ddim(0.0), 1, name="flow_map"),  # the denoisers here have one time
     "consistency": Row(ConsistencySampling(), consistency, None, 1, name="consistency"),
     "product": Row(Product(), ancestral("small"), None, 1),  # with a factor: test_product.py
 }

@@ -37,6 +37,7 @@ BUILT_IN_SOLVERS: Mapping[str, Callable[..., Solver]] = LazyTable(
         "exponential": row("sampling.solvers.dpm_multistep", "Multistep", points=4),
         "unipc": row("sampling.solvers.unipc", "UniPC"),
         "consistency": row("sampling.solvers.consistency", "ConsistencySampling"),
+        "flow_map": row("sampling.solvers.flow_map", "FlowMapSampling"),
     }
 )
 SOLVERS = WithPlugins(BUILT_IN_SOLVERS, "undiffuse.solvers")

@@ -1,0 +1,156 @@
+"""Objectives for a flow map X_{t→s}, learned from the velocity of a flow, by the table `OBJECTIVES`.
+
+In the coordinates of `undiffuse.denoising.two_times` a map is Z_{t→s}(z) = z + (τ_s − τ_t) u(z, t, s), and with the
+flow's velocity v either of two equations makes it that of the flow: ∂Z_{t→s}(z)/∂τ_s = v(Z_{t→s}(z), s) (Lagrangian:
+at the end of the map [Boffi25]), or u = v − (τ_t − τ_s) du/dτ_t along the flow through z (MeanFlow: at its start
+[Geng25]). Both say u(z, t, t) = v(z, t) at s = t. Derivatives are central differences, two calls of the network, which
+work with every network, attention kernel and distribution of weights; their error is of order 2 in the width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from undiffuse.denoising.denoiser import Denoiser
+from undiffuse.denoising.two_times import (
+    average_velocity,
+    level_at_straight_time,
+    straight_scale,
+    straight_time,
+)
+from undiffuse.model.consistency import noisiest_level, pseudo_huber
+from undiffuse.networks.condition import Condition
+from undiffuse.process.noise_level import NoiseLevel, broadcast_like
+from undiffuse.process.schedule import Schedule
+from undiffuse.process.statistics import item_mean
+
+WIDTH = 0.02
+"""Half the width of a difference, relative to τ (1 − τ): about that of log(sigma/alpha)."""
+DIAGONAL_SHARE, TO_DATA_SHARE = 0.25, 0.25
+"""Shares of the items with s = t, where u is the velocity, and with s at the data."""
+MIN_TIME_SHARE = 0.02
+"""τ_t is uniform from this fraction of its range on."""
+
+Velocity = Callable[[Tensor, NoiseLevel], Tensor]
+"""(x_t, t) -> dz/dτ, of x_t's shape."""
+
+
+class Objective(Protocol):
+    def __call__(
+        self,
+        denoise: Denoiser,
+        velocity: Velocity,
+        x_t: Tensor,
+        t: NoiseLevel,
+        s: NoiseLevel,
+        cond: Condition | None = None,
+        width: float = WIDTH,
+    ) -> Tensor:
+        """The error of the map of ``denoise`` from ``x_t`` (B, ...), of x_t's shape: 0 for that of ``velocity``.
+
+        Levels are (B,). No gradient flows through ``velocity``.
+        """
+        ...
+
+
+class Stencil(NamedTuple):
+    """Levels at τ − h and τ + h, and h, (B,)."""
+
+    low: NoiseLevel
+    high: NoiseLevel
+    half: Tensor
+
+
+def stencil(schedule: Schedule, level: NoiseLevel, width: float) -> Stencil:
+    """The levels to both sides of ``level``, h = ``width`` τ (1 − τ)."""
+    tau = straight_time(level)
+    half = width * tau * (1 - tau)
+    return Stencil(level_at_straight_time(schedule, tau - half), level_at_straight_time(schedule, tau + half), half)
+
+
+def lagrangian(
+    denoise: Denoiser,
+    velocity: Velocity,
+    x_t: Tensor,
+    t: NoiseLevel,
+    s: NoiseLevel,
+    cond: Condition | None = None,
+    width: float = WIDTH,
+) -> Tensor:
+    """τ_s (1 − τ_s) (∂Z_{t→s}/∂τ_s − v(Z_{t→s}, s)): the error of the map per unit of log(sigma_s/alpha_s) [Boffi25].
+
+    The derivative is (Z_{t→high} − Z_{t→low})/2h, and v is at the mean of the two. Both calls have the same dropout.
+    """
+    low, high, half = stencil(denoise.schedule, s, width)
+    z = x_t / broadcast_like(straight_scale(t), x_t)
+    ends = []
+    for level in (low, high):
+        with torch.random.fork_rng(enabled=level is low):
+            u = average_velocity(denoise, x_t, t, level, cond)
+        ends.append(z + broadcast_like(straight_time(level) - straight_time(t), z) * u)
+    with torch.no_grad():
+        middle = (ends[0] + ends[1]) / 2
+        v = velocity(middle * broadcast_like(straight_scale(s), z), s)
+    h, scale = broadcast_like(half, z), broadcast_like(half / width, z)
+    return scale * ((ends[1] - ends[0]) / (2 * h) - v)
+
+
+def meanflow(
+    denoise: Denoiser,
+    velocity: Velocity,
+    x_t: Tensor,
+    t: NoiseLevel,
+    s: NoiseLevel,
+    cond: Condition | None = None,
+    width: float = WIDTH,
+) -> Tensor:
+    """u(z, t, s) − (v − (τ_t − τ_s) du/dτ_t), without a gradient to the part in brackets [Geng25 eq. 6 and 11].
+
+    du/dτ_t is along the flow: (u(z + h v, t + h, s) − u(z − h v, t − h, s))/2h. ``velocity`` may be that of the pair
+    of data and noise, ε − x, since the part in brackets is linear in it up to the error of the difference: its mean
+    given x_t is that with v.
+    """
+    low, high, half = stencil(denoise.schedule, t, width)
+    with torch.no_grad():
+        v = velocity(x_t, t)
+        z, h = x_t / broadcast_like(straight_scale(t), x_t), broadcast_like(half, x_t)
+        sides = []
+        for level, sign in ((low, -1), (high, 1)):
+            with torch.random.fork_rng():
+                x = (z + sign * h * v) * broadcast_like(straight_scale(level), z)
+                sides.append(average_velocity(denoise, x, level, s, cond))
+        span = broadcast_like(straight_time(t) - straight_time(s), z)
+        goal = v - span * (sides[1] - sides[0]) / (2 * h)
+    return average_velocity(denoise, x_t, t, s, cond) - goal
+
+
+OBJECTIVES: dict[str, Objective] = {"lagrangian": lagrangian, "meanflow": meanflow}
+
+
+def flow_map_loss(residual: Tensor) -> Tensor:
+    """√(mean residual² + c²) − c of each item, (B,): `pseudo_huber`."""
+    return pseudo_huber(item_mean(residual**2))
+
+
+def map_levels(schedule: Schedule, u: Tensor, r: Tensor, both_ways: bool = False) -> tuple[NoiseLevel, NoiseLevel]:
+    """The levels (t, s) of training from uniform numbers ``u`` and ``r``, (B,) in [0, 1).
+
+    τ_t is uniform between the ends. With the shares `DIAGONAL_SHARE` and `TO_DATA_SHARE` s is t or the cleanest level,
+    else log(sigma_s/alpha_s) is uniform between that and t. With ``both_ways`` t and s are exchanged for half of the
+    items. No difference of width `WIDTH` leaves the range of the schedule.
+    """
+    ends = straight_time(schedule(schedule.t_min)), straight_time(noisiest_level(schedule))
+    lowest, highest = ends[0] / (1 - WIDTH), ends[1] - WIDTH * ends[1] * (1 - ends[1])
+    tau_t = lowest + (highest - lowest) * (MIN_TIME_SHARE + (1 - MIN_TIME_SHARE) * u.double())
+    r, exchanged = r.double(), torch.zeros_like(r, dtype=torch.bool)
+    if both_ways:
+        exchanged, r = r >= 0.5, 2 * r % 1
+    share = ((r - DIAGONAL_SHARE - TO_DATA_SHARE) / (1 - DIAGONAL_SHARE - TO_DATA_SHARE)).clamp(min=0)
+    tau_s = torch.sigmoid(torch.lerp(torch.logit(lowest).expand_as(share), torch.logit(tau_t), share))
+    tau_s = torch.where(r < DIAGONAL_SHARE, tau_t, tau_s)
+    tau_t, tau_s = torch.where(exchanged, tau_s, tau_t), torch.where(exchanged, tau_t, tau_s)
+    return level_at_straight_time(schedule, tau_t), level_at_straight_time(schedule, tau_s)
