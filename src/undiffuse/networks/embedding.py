@@ -62,7 +62,7 @@ class VectorEmbedding(nn.Module):
 class ConditionEmbedding(nn.Module):
     """(B or 1, width) SiLU(MLP(sinusoids(time)) + row of the label + `VectorEmbedding`), which conditions the blocks.
 
-    Row 0 is the null class (label −1), which is also used without a label. A condition of size 0 (``classes`` or
+    ``pooled`` (B, width), that of a text, is one more term. Row 0 is the null class (label −1), which is also used without a label. A condition of size 0 (``classes`` or
     ``vector``) is ignored.
     """
 
@@ -74,12 +74,14 @@ class ConditionEmbedding(nn.Module):
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.vector = VectorEmbedding(vector, width) if vector else None
 
-    def forward(self, time: Tensor, cond: Condition | None) -> Tensor:
+    def forward(self, time: Tensor, cond: Condition | None, pooled: Tensor | None = None) -> Tensor:
         with torch.autocast(time.device.type, enabled=False):  # a few rows: full precision costs nothing here
             h = sinusoids(time, self.features).to(self.fc1.weight.dtype)
             h = self.fc2(F.silu(self.fc1(h)))
             if self.vector is not None:
                 h = h + self.vector(cond.vector if cond is not None else None)
+            if pooled is not None:
+                h = h + pooled.to(h.dtype)
         if self.label is not None:
             label = cond.label if cond is not None else None
             h = h + self.label(h.new_zeros(1, dtype=torch.int64) if label is None else label + 1)

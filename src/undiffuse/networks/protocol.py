@@ -6,8 +6,8 @@ weights; the time is float32 at least, as steps and log-SNRs are not distinct in
 
 - Arguments of its constructor called ``channels``, ``out_channels``, ``dims`` (dimensions beside the channels) and
   ``item_shape`` are supplied by the model. All others are settings, plain data in the configuration.
-- Settings called ``classes``, ``vector`` and ``tokens`` are the sizes of the conditions that it accepts; without the
-  setting it does not accept that condition.
+- Settings called ``classes``, ``vector``, ``tokens`` and ``text`` are the sizes of the conditions that it accepts;
+  without the setting it does not accept that condition.
 - ``item_dims``, a class attribute: the numbers of dimensions beside the channels that it accepts; default any.
 - ``blocks()``: the modules to recompute in the backward pass (activation checkpointing) and to shard one by one;
   default the entries of every ``nn.ModuleList`` directly in it.
@@ -146,4 +146,5 @@ def _null_condition(sizes: Mapping[str, int], x: Tensor) -> Condition:
         label=x.new_zeros(B, dtype=torch.int64) if sizes.get("classes") else None,
         vector=x.new_zeros(B, vector) if vector else None,
         tokens=x.new_zeros(B, 1, tokens) if tokens else None,
+        text=x.new_zeros(B, 1, dtype=torch.int64) if sizes.get("text") else None,
     ).null()

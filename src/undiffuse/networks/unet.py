@@ -14,6 +14,7 @@ from undiffuse.networks.condition import Condition
 from undiffuse.networks.embedding import ConditionEmbedding
 from undiffuse.networks.norm import NORMS
 from undiffuse.networks.settings import MAX_DEPTH, MAX_LAYERS, check_fraction, check_int, check_ints, require
+from undiffuse.networks.text_encoder import TEXT_WIDTH, TextEncoder, embed_condition
 
 
 def conv(dims: int, in_width: int, out_width: int, kernel: int = 3, **settings) -> nn.Module:
@@ -116,7 +117,7 @@ class UNet(nn.Module):
     ``fourier``: powers n for which sin and cos of 2^n π x are further inputs [Kingma21]; ``norm``: ``group`` (Ho) or
     ``layer`` (faster on a CPU). Sizes of the conditions, 0 for one that it does not accept: ``classes`` (labels
     0 … classes − 1, −1 is null); ``vector``; ``tokens``, to which it attends wherever it attends to itself, without
-    regard to their order. Zero at initialisation. Raises `ConfigError` for settings that cannot work.
+    regard to their order; ``text``, prompts of up to so many bytes, through `TextEncoder`, pooled and as tokens. Zero at initialisation. Raises `ConfigError` for settings that cannot work.
     """
 
     item_dims = (1, 2, 3)
@@ -141,6 +142,7 @@ class UNet(nn.Module):
         norm: str = "group",
         vector: int = 0,
         tokens: int = 0,
+        text: int = 0,
     ) -> None:
         super().__init__()
         require(dims in self.item_dims, "dims", f"{dims!r} dimensions", "Give 1, 2 or 3")
@@ -167,15 +169,16 @@ class UNet(nn.Module):
         time_width = 4 * widths[0] if time_width is None else check_int("time_width", time_width)
         dropout, classes = check_fraction("dropout", dropout), check_int("classes", classes, 0)
         vector, tokens = check_int("vector", vector, 0), check_int("tokens", tokens, 0)
+        token_width = tokens or (TEXT_WIDTH if check_int("text", text, 0) else 0)
 
-        self.condition_sizes = {"classes": classes, "vector": vector, "tokens": tokens}
+        self.condition_sizes = {"classes": classes, "vector": vector, "tokens": tokens, "text": text}
         self.patch, self.feature_channels, self.feature_norm = patch, widths[-1], norm
         self.fourier = check_ints("fourier", fourier, 0)
         self.multiple = patch * 2**top  # x is padded to a multiple of this
         cells = patch**dims
 
         def attention_layers(width: int) -> list[nn.Module]:
-            return [Attention(width, heads), *([CrossAttention(width, tokens, heads)] if tokens else [])]
+            return [Attention(width, heads), *([CrossAttention(width, token_width, heads)] if token_width else [])]
 
         def stage(in_width: int, level: int, *resampling: nn.Module) -> Stage:
             residual = Residual(dims, in_width, widths[level], time_width, dropout, scale_shift, norm)
@@ -184,6 +187,7 @@ class UNet(nn.Module):
 
         self.embed = ConditionEmbedding(max(widths[0] + widths[0] % 2, 4), time_width, classes, vector)
         self.tokens = TokenEmbedding(tokens) if tokens else None
+        self.text = TextEncoder(time_width, token_width) if text else None
         self.conv_in = conv(dims, channels * cells * (1 + 2 * len(self.fourier)), widths[0])
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips = [widths[0]]
@@ -237,7 +241,7 @@ class UNetEncoder(nn.Module):
         super().__init__()
         self.patch, self.fourier, self.multiple = unet.patch, unet.fourier, unet.multiple
         self.feature_channels, self.feature_norm = unet.feature_channels, unet.feature_norm
-        self.embed, self.tokens, self.conv_in = unet.embed, unet.tokens, unet.conv_in
+        self.embed, self.tokens, self.text, self.conv_in = unet.embed, unet.tokens, unet.text, unet.conv_in
         self.down, self.middle = unet.down, unet.middle
 
     def forward(self, x: Tensor, time: Tensor, cond: Condition | None = None) -> Tensor:
@@ -253,8 +257,7 @@ def encode(
     if network.fourier:
         waves = [wave(2**n * math.pi * h) for n in network.fourier for wave in (torch.sin, torch.cos)]
         h = torch.cat([h, *waves], 1)
-    embedding = network.embed(time, cond)
-    tokens = network.tokens(cond, x) if network.tokens is not None else ()
+    embedding, tokens = embed_condition(network, x, time, cond)
     skips = [network.conv_in(fold(h, network.patch))]
     for stage in network.down:
         skips.append(stage(skips[-1], embedding, tokens))
