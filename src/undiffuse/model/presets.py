@@ -154,8 +154,8 @@ def adapt_to_data(config: Config, num_values: int | None, condition_sizes: Mappi
     if num_values is not None and schedule.get("name") in ("linear_log_snr", "learned") and "high" not in schedule:
         model = replace(model, schedule={**schedule, "high": clean_end(num_values)})
     for name, size in (condition_sizes or {}).items() if config.train.conditional else ():
-        if model.network.get(name, size) != size:
+        if (model.network.get(name, size) < size) if name == "text" else (model.network.get(name, size) != size):
             where = f"model.network.{name} = {model.network[name]!r}"
             raise ConfigError("CONFIG", where, f"the data make it {size}", "Leave it out")
-        model = replace(model, network={**model.network, name: size})
+        model = replace(model, network={**model.network, name: model.network.get(name, size)})
     return replace(config, model=model)

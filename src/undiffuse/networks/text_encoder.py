@@ -51,6 +51,12 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(TEXT_WIDTH)
         self.pooled = nn.Linear(TEXT_WIDTH, out_width)
         self.tokens = nn.Linear(TEXT_WIDTH, token_width)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Zero ``pooled``, so that a network to which captions are added starts at what it was."""
+        nn.init.zeros_(self.pooled.weight)
+        nn.init.zeros_(self.pooled.bias)
 
     def forward(self, cond: Condition | None, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         text = cond.text if cond is not None else None

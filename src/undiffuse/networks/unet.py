@@ -219,6 +219,8 @@ class UNet(nn.Module):
         branches = [m for m in self.modules() if isinstance(m, Residual | Attention | CrossAttention)]
         for end in [self.conv_out, *(m.conv2 if isinstance(m, Residual) else m.proj for m in branches)]:
             nn.init.zeros_(end.weight)  # pyright: ignore[reportArgumentType]
+        if self.text is not None:
+            self.text.initialise()
 
     def blocks(self) -> list[nn.Module]:
         return [*self.down, *self.up, self.middle]

@@ -84,13 +84,15 @@ class Batches:
 def global_batch(data: Dataset, items: np.ndarray, settings: TrainConfig, step: int) -> Batch:
     """The whole batch of a step, over all processes: a function of (seed, step) alone.
 
-    Dropped conditions are drawn with a key of their own, so that values and noise are those of unconditional training.
+    Dropped conditions, and the caption of an item with several, are drawn with keys of their own, so that values and
+    noise are those of unconditional training.
     """
     chosen = batch_items(items, settings, step)
     values, cond = data.values[chosen], None
     if settings.conditional:
         g = generator(settings.seed, "condition", step)
-        cond = data.condition(chosen).drop(torch.rand(settings.batch, generator=g) < settings.condition_dropout)
+        fractions = torch.rand(settings.batch, generator=generator(settings.seed, "caption", step)).numpy()
+        cond = data.condition(chosen, fractions).drop(torch.rand(settings.batch, generator=g) < settings.condition_dropout)
     g = generator(settings.seed, "train", step)
     u = low_discrepancy(torch.rand((), generator=g, dtype=torch.float64), settings.batch)
     u = u[torch.randperm(settings.batch, generator=g)]
@@ -110,9 +112,10 @@ class TrainingStatistics:
 
     @property
     def vector_moments(self) -> tuple[Tensor, Tensor] | None:
-        if not self.conditional or self.data.cond is None:
+        vectors = self.data.condition_vectors(self.items) if self.conditional else None
+        if vectors is None:
             return None
-        vectors = torch.from_numpy(self.data.cond[self.items]).double()
+        vectors = torch.from_numpy(vectors).double()
         std = vectors.std(0, correction=0)
         return vectors.mean(0), torch.where(std > 0, std, 1.0)
 

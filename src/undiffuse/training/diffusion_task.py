@@ -78,8 +78,9 @@ class DiffusionTask(Task):
             cause = "a distilled model learns from another model"
             raise ConfigError("CONFIG", f"model.calls = {self.config.model.calls}", cause, "Use 'undiffuse distill'")
         if settings.conditional and not data.condition_sizes:
-            cause = "these data have no labels, vectors or tokens for each item"
-            raise DataError("NO_CONDITIONS", data.name, cause, "Omit --conditional, or sort images into sub-folders")
+            cause = "these data have no labels, vectors, tokens or captions for each item"
+            fix = "Omit --conditional, sort images into sub-folders, or give captions and --captions"
+            raise DataError("NO_CONDITIONS", data.name, cause, fix)
         config = replace(self.config, train=settings)
         if self.network is not None:
             described = network_settings(self.network, config.model.network)
@@ -217,7 +218,7 @@ class DiffusionTask(Task):
 
     def _preview_condition(self, data: Dataset, split: Split, n: int) -> Condition | None:
         """Each label in turn if there are only labels, else the conditions of held-out (or training) items, or None."""
-        if self.config.train.conditional and data.cond is None:
+        if self.config.train.conditional and list(data.condition_sizes) == ["classes"]:
             return Condition(label=torch.arange(n) % len(data.classes))
         return self._condition(data, np.resize(split.validation if len(split.validation) else split.train, n))
 

@@ -271,6 +271,7 @@ def describe(data: Dataset) -> dict[str, Any]:
         "columns": list(data.columns),
         "notes": list(data.notes),
         "fingerprint": data.fingerprint,
+        **({"text_encoder": data.text_encoder} if data.captions else {}),
     }
 
 
