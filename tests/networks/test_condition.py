@@ -150,5 +150,5 @@ def test_text_must_fit_the_network(text, message):
     with pytest.raises(ConfigError, match=f"text: {message}"):
         Condition(text=text).validate_for({"text": 4}, 2)
     Condition(text=torch.zeros(2, 0, dtype=torch.int64)).validate_for({"text": 4}, 2)
-    with pytest.raises(ConfigError, match="it holds torch.float32, not whole numbers"):
+    with pytest.raises(ConfigError, match="not whole numbers"):
         Condition(text=torch.ones(2, 4))

@@ -40,7 +40,10 @@ def test_the_null_prompt_is_no_prompt(kind, more):
     model, (x, time) = network(kind, **more), inputs(kind)
     prompt = Condition(text=text("a disc", "b"))
     nulls = [None, Condition(), prompt.null(), prompt.drop(torch.ones(2, dtype=torch.bool))]
-    nulls += [Condition(text=torch.zeros(2, 1, dtype=torch.int64)), Condition(text=torch.zeros(2, 0, dtype=torch.int64))]
+    nulls += [
+        Condition(text=torch.zeros(2, 1, dtype=torch.int64)),
+        Condition(text=torch.zeros(2, 0, dtype=torch.int64)),
+    ]
     with torch.no_grad():
         expected, *others = [model(x, time, cond) for cond in nulls]
         for other in others:

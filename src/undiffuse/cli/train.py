@@ -91,6 +91,7 @@ def train(
     from undiffuse.training.diffusion_task import fit_diffusion
 
     device = resolve_device(device)
+    conditional = conditional or bool(read.keywords.get("captions"))
     check_length(minutes, steps, epochs)
     network_class = register_network(network)
     run = open_run(out, data)

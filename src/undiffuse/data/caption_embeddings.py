@@ -76,9 +76,7 @@ class CaptionEmbeddings:
         pooled, tokens, mask = self.pooled[rows], self.tokens[rows].astype(np.float32), self.mask[rows]
         pooled = np.where((rows < 0)[:, None], np.float32(np.nan), pooled)
         mask, tokens = mask & (rows >= 0)[:, None], np.where((rows < 0)[:, None, None], np.float32(0), tokens)
-        return Condition(
-            vector=torch.from_numpy(pooled), tokens=torch.from_numpy(tokens), mask=torch.from_numpy(mask)
-        )
+        return Condition(vector=torch.from_numpy(pooled), tokens=torch.from_numpy(tokens), mask=torch.from_numpy(mask))
 
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
         """``pooled`` of some of the `texts`, (n, D)."""

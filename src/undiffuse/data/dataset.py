@@ -84,7 +84,9 @@ class Dataset:
             raise ValueError(f"{len(self)} items with official parts from {starts[1:-1]}")
         if self.names and len(self.names) != len(self):
             raise ValueError(f"{len(self.names)} names for {len(self)} items")
-        if self.captions and (len(self.captions) != len(self) or not all(map(all, self.captions)) or () in self.captions):
+        if self.captions and (
+            len(self.captions) != len(self) or not all(map(all, self.captions)) or () in self.captions
+        ):
             raise ValueError(f"captions of {len(self.captions)} items, some of them empty, for {len(self)} items")
         if self.embeddings is not None and (self.cond is not None or not self.captions):
             raise ValueError("embeddings of captions take the place of vectors or tokens, and need captions")
@@ -99,7 +101,7 @@ class Dataset:
 
     @property
     def condition_sizes(self) -> dict[str, int]:
-        """Settings of a network that accepts all conditions of these data: ``classes``, ``vector``, ``tokens``, ``text``."""
+        """Settings of a network that accepts all conditions of these data: classes, vector, tokens, text."""
         sizes = {"classes": len(self.classes)} if self.labels is not None else {}
         if self.cond is not None:
             sizes[_condition_field(self.cond)] = self.cond.shape[-1]
@@ -123,8 +125,8 @@ class Dataset:
         cond = Condition(**{name: torch.from_numpy(v[indices]) for name, v in fields.items() if v is not None})
         if not self.captions:
             return cond
-        choices = [self.captions[i] for i in indices]
-        texts = [each[int(fraction * len(each))] for each, fraction in zip(choices, _fractions(u, indices), strict=True)]
+        choices, fractions = [self.captions[i] for i in indices], np.zeros(len(indices)) if u is None else u
+        texts = [each[int(fraction * len(each))] for each, fraction in zip(choices, fractions, strict=True)]
         if self.embeddings is None:
             return replace(cond, text=text_rows(texts, self.longest_caption))
         return replace(self.embeddings.condition(texts), label=cond.label)
@@ -163,7 +165,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 in hex over dtype, shape, num_values, value_range, labels, conditions, captions, encoder and values."""
+        """sha256 in hex over dtype, shape, num_values, value_range, labels, conditions, captions and values."""
         return self._scan[1]
 
     @property
@@ -309,10 +311,6 @@ def chunks(values: np.ndarray, indices: np.ndarray | None = None) -> Iterator[np
     for start in range(0, len(values) if indices is None else len(indices), size):
         part = slice(start, start + size)
         yield values[part if indices is None else indices[part]]
-
-
-def _fractions(u: np.ndarray | None, indices: np.ndarray) -> np.ndarray:
-    return np.zeros(len(indices)) if u is None else u
 
 
 def _condition_field(cond: np.ndarray) -> str:

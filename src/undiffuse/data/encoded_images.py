@@ -35,9 +35,9 @@ def encoded_dataset(
 ) -> Dataset:
     """The images ``image_names`` in ``source``: each is decoded once now, and again at each access.
 
-    ``label_texts`` are their classes, or all None, ``captions`` those of each image, or its problem; ``files`` contain the images and must not change. Raises
-    `BadFilesError` with every image that cannot be used, unless ``on_bad="skip"`` skips these; `DataError` (LABELS);
-    `ConfigError` (OPTION).
+    ``label_texts`` are their classes, or all None, ``captions`` those of each image, or its problem; ``files``
+    contain the images and must not change. Raises `BadFilesError` with every image that cannot be used, unless
+    ``on_bad="skip"`` skips these; `DataError` (LABELS); `ConfigError` (OPTION).
     """
     check_on_bad(on_bad)
     if options.frames == "all":

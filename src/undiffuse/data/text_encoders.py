@@ -111,9 +111,13 @@ def find_encoder(name: str) -> FrozenEncoder | None:
     folder = Path(name)
     if not folder.is_dir():
         cause = "no such text encoder, and no folder of this name"
-        raise ConfigError("TEXT_ENCODER", name, cause, f"Give {', '.join(ENCODERS)} or a folder that transformers wrote")
+        raise ConfigError(
+            "TEXT_ENCODER", name, cause, f"Give {', '.join(ENCODERS)} or a folder that transformers wrote"
+        )
     if not (folder / "config.json").is_file():
-        raise DataError("TEXT_ENCODER", folder, "there is no config.json in it", "Give a folder that transformers wrote")
+        raise DataError(
+            "TEXT_ENCODER", folder, "there is no config.json in it", "Give a folder that transformers wrote"
+        )
     if not any(folder.glob("*.safetensors")):
         fix = "Save the encoder again: save_pretrained(folder, safe_serialization=True)"
         raise DataError("TEXT_ENCODER", folder, "there is no .safetensors file in it; others may run code", fix)

@@ -92,7 +92,6 @@ class ClassifierFree(DenoiserWrapper):
         ratio = torch.where(std > 0, _item_std(with_cond.x) / std, 1.0)
         return prediction_from_x(guided.x + self.rescale * (ratio - 1) * guided.x, x_t, level, with_cond.var_interp)
 
-
     def _null(self, cond: Condition, items: int) -> Condition:
         """The condition to lead away from, of so many ``items``: null, with the fields of ``negative`` if given."""
         if self.negative is None:

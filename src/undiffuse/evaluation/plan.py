@@ -27,7 +27,7 @@ ODE_COST_GUESS = 400
 """Network calls that take as long as an item of the flow with its divergence, until the first batch is measured."""
 PARTS = {"test": "held out for testing", "validation": "held out for validation", "train": "trained on"}
 """Parts of a data set and their descriptions."""
-CONDITION_NAMES = {"classes": "labels", "vector": "vectors", "tokens": "tokens"}
+CONDITION_NAMES = {"classes": "labels", "vector": "vectors", "tokens": "tokens", "text": "captions"}
 """Settings of a network that accept a condition, and what the condition is called."""
 
 
@@ -49,7 +49,13 @@ def shared_condition(model: Diffusion, data: Dataset) -> tuple[str, str | None]:
     if not accepted:
         return "none", None
     names = " and ".join(CONDITION_NAMES[name] for name in accepted)
-    if data.condition_sizes == accepted and list(data.classes) == list(model.info.get("classes", [])):
+    encoder = model.info.get("text_encoder") if data.embeddings is not None else None
+    if data.embeddings is not None and data.embeddings.encoder != encoder:
+        return "none", "the captions of these data were embedded by another text encoder: no condition is used"
+    sizes = data.condition_sizes
+    fits = sizes.keys() == accepted.keys() and all(size <= accepted[name] for name, size in sizes.items())
+    fits = fits and all(size == accepted[name] for name, size in sizes.items() if name != "text")
+    if fits and list(data.classes) == list(model.info.get("classes", [])):
         return names, None
     return "none", f"the model accepts {names}, which these data lack or define differently: no condition is used"
 

@@ -62,8 +62,8 @@ class VectorEmbedding(nn.Module):
 class ConditionEmbedding(nn.Module):
     """(B or 1, width) SiLU(MLP(sinusoids(time)) + row of the label + `VectorEmbedding`), which conditions the blocks.
 
-    ``pooled`` (B, width), that of a text, is one more term. Row 0 is the null class (label −1), which is also used without a label. A condition of size 0 (``classes`` or
-    ``vector``) is ignored.
+    ``pooled`` (B, width), that of a text, is one more term. Row 0 is the null class (label −1), which is also used
+    without a label. A condition of size 0 (``classes`` or ``vector``) is ignored.
     """
 
     def __init__(self, features: int, width: int, classes: int, vector: int = 0) -> None:

@@ -37,8 +37,8 @@ class MLP(nn.Module):
 
     ``depth`` residual layers of ``width`` features, each conditioned on the embedding of the time, of labels
     0 … ``classes`` − 1 (−1 is null) and of vectors of ``vector`` numbers. Before each layer it attends to tokens of
-    ``tokens`` numbers, and to those of prompts of up to ``text`` bytes (`TextEncoder`). A size of 0 means that it does not accept that condition. Raises `ConfigError` for settings
-    that cannot work.
+    ``tokens`` numbers, and to those of prompts of up to ``text`` bytes (`TextEncoder`). A size of 0 means that it does
+    not accept that condition. Raises `ConfigError` for settings that cannot work.
     """
 
     item_dims = (0,)

@@ -117,7 +117,8 @@ class UNet(nn.Module):
     ``fourier``: powers n for which sin and cos of 2^n π x are further inputs [Kingma21]; ``norm``: ``group`` (Ho) or
     ``layer`` (faster on a CPU). Sizes of the conditions, 0 for one that it does not accept: ``classes`` (labels
     0 … classes − 1, −1 is null); ``vector``; ``tokens``, to which it attends wherever it attends to itself, without
-    regard to their order; ``text``, prompts of up to so many bytes, through `TextEncoder`, pooled and as tokens. Zero at initialisation. Raises `ConfigError` for settings that cannot work.
+    regard to their order; ``text``, prompts of up to so many bytes, by `TextEncoder`, pooled and as tokens. Zero
+    at initialisation. Raises `ConfigError` for settings that cannot work.
     """
 
     item_dims = (1, 2, 3)

@@ -92,7 +92,9 @@ def global_batch(data: Dataset, items: np.ndarray, settings: TrainConfig, step: 
     if settings.conditional:
         g = generator(settings.seed, "condition", step)
         fractions = torch.rand(settings.batch, generator=generator(settings.seed, "caption", step)).numpy()
-        cond = data.condition(chosen, fractions).drop(torch.rand(settings.batch, generator=g) < settings.condition_dropout)
+        cond = data.condition(chosen, fractions).drop(
+            torch.rand(settings.batch, generator=g) < settings.condition_dropout
+        )
     g = generator(settings.seed, "train", step)
     u = low_discrepancy(torch.rand((), generator=g, dtype=torch.float64), settings.batch)
     u = u[torch.randperm(settings.batch, generator=g)]

@@ -61,7 +61,8 @@ def captions_of_folder(root: Path, images: Iterable[Path]) -> tuple[dict[Path, C
     """(captions by image, problems, files that were read) of the images in a folder, all below ``root``.
 
     They come from the `TABLES` in the folders of the images and above, up to ``root``, which name images relative to
-    themselves; without any table from a text file beside each image. Raises `DataError` for a table that cannot be read.
+    themselves; without any table from a text file beside each image. Raises `DataError` for a table that is not
+    readable.
     """
     images = list(images)
     tables = [folder / name for folder in _folders(root, images) for name in TABLES if (folder / name).is_file()]
@@ -129,7 +130,9 @@ def _read_file(file: Path) -> Captions:
             raise FileError("CAPTIONS", f"{file.name} is larger than {MAX_TEXT_FILE_BYTES:,} bytes", FIX)
         return parse_text(file.read_bytes())
     except FileNotFoundError:
-        raise FileError("CAPTIONS", f"there is no caption: no {file.name} beside it, and no metadata.csv", FIX) from None
+        raise FileError(
+            "CAPTIONS", f"there is no caption: no {file.name} beside it, and no metadata.csv", FIX
+        ) from None
     except OSError as error:
         raise FileError("CAPTIONS", f"{file.name} cannot be read ({error.strerror})", FIX) from None
 

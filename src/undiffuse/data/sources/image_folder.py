@@ -68,8 +68,8 @@ def load(
     level, if there are at least two and each image is in one. ``image_options`` are those of `ImageOptions`. With
     ``on_bad="skip"`` files that cannot be used, or differ from most, are listed in ``Dataset.report.skipped``. With
     ``split_folders`` the folders called train, val and test are the parts of the data, in this order, and the
-    sub-folders in them the classes. With ``captions`` the captions beside the images (`captions_of_folder`) take the place
-    of labels.
+    sub-folders in them the classes. With ``captions`` those beside the images (`captions_of_folder`) take the place of
+    labels.
 
     Raises `ConfigError` (OPTION); `BadFilesError` with every file that cannot be used; `DataError` for
     problems of the whole (NO_IMAGES, MIXED_SIZES, MIXED_CHANNELS, MIXED_DEPTH, LABELS); `ResourceError` (MEMORY).

@@ -211,7 +211,9 @@ def _text_encoder(given: dict[str, Any]) -> str | None:
     if encoder is None:
         return None
     if not given.get("captions"):
-        raise ConfigError("OPTION", "text_encoder", "it embeds captions, and these are not read", "Give captions=True too")
+        raise ConfigError(
+            "OPTION", "text_encoder", "it embeds captions, and these are not read", "Give captions=True too"
+        )
     return os.path.abspath(encoder) if os.path.isdir(encoder) and encoder not in ("bytes", "minilm") else str(encoder)
 
 

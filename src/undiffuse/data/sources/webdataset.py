@@ -125,9 +125,7 @@ def _index(shard: Path, with_captions: bool) -> list[ShardImage]:
                 assert file is not None
                 if (label := _parse_label(file.read(MAX_LABEL_BYTES), suffix, member.name)) is not None:
                     labels.setdefault(key, label)
-    return [
-        image._replace(label=labels.get(key), captions=captions.get(key, missing)) for key, image in images.items()
-    ]
+    return [image._replace(label=labels.get(key), captions=captions.get(key, missing)) for key, image in images.items()]
 
 
 def _parse_label(text: bytes, suffix: str, name: str) -> str | None:
