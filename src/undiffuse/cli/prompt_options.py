@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from undiffuse.cli.data_options import recorded_options
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, printable
 
 if TYPE_CHECKING:
+    from undiffuse.data.dataset import Dataset
     from undiffuse.model.diffusion import Diffusion
     from undiffuse.networks.condition import Condition
 
@@ -61,8 +64,17 @@ def prompt_condition(
         return None
     recorded = text_encoder_of(model) or {}
     if encoder is None and "digest" in recorded:
-        encoder = recorded_options(run).get("text_encoder")
+        encoder = recorded_options(run).get("text_encoder") or recorded["name"]
+        if encoder != "minilm" and not os.path.isdir(encoder):
+            cause = f"the text encoder {recorded['name']!r}, with which the model was trained, is not there"
+            raise ConfigError("TEXT_ENCODER", encoder, cause, "Name its folder: --text-encoder FOLDER")
     return text_condition(model, prompts, encoder)
+
+
+def example_prompt(data: Dataset) -> str:
+    """The option that asks for the first caption of ``data``, after a space; empty without captions."""
+    prompt = data.captions[0][0] if data.captions else ""
+    return f" --prompt {shlex.quote(printable(prompt))}" if prompt and not prompt.startswith("-") else ""
 
 
 def slug(prompts: Sequence[str]) -> list[str]:

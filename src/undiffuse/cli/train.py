@@ -22,6 +22,7 @@ from undiffuse.cli.options import (
     register_network,
     resolve_device,
 )
+from undiffuse.cli.prompt_options import example_prompt
 from undiffuse.errors import ConfigError, counted
 from undiffuse.model.presets import PRESETS
 from undiffuse.networks.tables import BUILT_IN_NETWORKS
@@ -132,7 +133,7 @@ def train(
     own = network_option(network)
     part = "" if has_test_part else " --part train"
     folder = as_argument(run.folder)
-    console.print(f"next: undiffuse sample {folder}{own}")
+    console.print(f"next: undiffuse sample {folder}{example_prompt(dataset) if conditional else ''}{own}")
     console.print(f"next: undiffuse evaluate {folder}{part}{own}")
 
 

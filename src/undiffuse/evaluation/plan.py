@@ -49,6 +49,7 @@ def shared_condition(model: Diffusion, data: Dataset) -> tuple[str, str | None]:
     if not accepted:
         return "none", None
     names = " and ".join(CONDITION_NAMES[name] for name in accepted)
+    names = "captions" if model.info.get("text_encoder") and "classes" not in accepted else names
     encoder = model.info.get("text_encoder") if data.embeddings is not None else None
     if data.embeddings is not None and data.embeddings.encoder != encoder:
         return "none", "the captions of these data were embedded by another text encoder: no condition is used"
