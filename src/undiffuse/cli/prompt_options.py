@@ -64,7 +64,7 @@ def prompt_condition(
         return None
     recorded = text_encoder_of(model) or {}
     if encoder is None and "digest" in recorded:
-        encoder = recorded_options(run).get("text_encoder") or recorded["name"]
+        encoder = str(recorded_options(run).get("text_encoder") or recorded["name"])
         if encoder != "minilm" and not os.path.isdir(encoder):
             cause = f"the text encoder {recorded['name']!r}, with which the model was trained, is not there"
             raise ConfigError("TEXT_ENCODER", encoder, cause, "Name its folder: --text-encoder FOLDER")

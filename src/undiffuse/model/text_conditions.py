@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from undiffuse.data.caption_embeddings import distinct, text_rows
 from undiffuse.data.text_encoders import ENCODERS, find_encoder
 from undiffuse.errors import ConfigError
 from undiffuse.networks.condition import Condition
 
-if TYPE_CHECKING:
-    from undiffuse.model.diffusion import Diffusion
+
+class TextModel(Protocol):
+    """A model of images: the sizes of the conditions that it accepts, and what its file records."""
+
+    info: dict[str, Any]
+
+    @property
+    def condition_sizes(self) -> dict[str, int]: ...
 
 
-def text_encoder_of(model: Diffusion) -> dict[str, Any] | None:
+def text_encoder_of(model: TextModel) -> dict[str, Any] | None:
     """The ``name`` and, unless it is trained along, the ``digest`` of the model's text encoder; None without one."""
     sizes, recorded = model.condition_sizes, model.info.get("text_encoder")
     if "text" in sizes:
@@ -24,7 +30,7 @@ def text_encoder_of(model: Diffusion) -> dict[str, Any] | None:
     return recorded if is_embedded else None
 
 
-def text_condition(model: Diffusion, prompts: Sequence[str], encoder: str | None = None) -> Condition:
+def text_condition(model: TextModel, prompts: Sequence[str], encoder: str | None = None) -> Condition:
     """The conditions of ``prompts``, one for each item, for `Diffusion.sample` and all that takes a condition.
 
     An empty prompt is the null condition. A model that was trained with the embeddings of a folder needs it as
@@ -56,7 +62,7 @@ def text_condition(model: Diffusion, prompts: Sequence[str], encoder: str | None
     return embeddings.condition(texts)
 
 
-def _bytes_condition(model: Diffusion, texts: Sequence[str]) -> Condition:
+def _bytes_condition(model: TextModel, texts: Sequence[str]) -> Condition:
     limit = model.condition_sizes["text"]
     for text in texts:
         if (length := len(text.encode())) > limit:
