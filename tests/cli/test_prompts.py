@@ -98,7 +98,7 @@ def test_evaluate_restore_and_interpolate_take_captions(trained, call, tmp_path)
 ERRORS = [
     (["--prompt", "x" * 65], "[PROMPT] --prompt xxx", "it has 65 bytes"),
     (["--prompt", "a", "--negative", "b"], "[GUIDANCE] --negative", "no effect without --guidance"),
-    (["--negative", "b", "--guidance", "3"], "[GUIDANCE] --guidance", "Give --label, --prompt or --cond"),
+    (["--negative", "b", "--guidance", "3"], "[GUIDANCE] --guidance", "it needs a condition. Give --prompt."),
     (["--prompt", "", "--guidance", "3"], "[GUIDANCE] --guidance", "it needs a condition"),
     (["--prompts", "none.txt"], "[PROMPT] none.txt", "cannot be read (No such file or directory)"),
     (["--text-encoder", "bytes"], "[USAGE] --text-encoder", "no effect without a prompt"),

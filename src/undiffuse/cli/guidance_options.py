@@ -30,6 +30,7 @@ def load_guide(
     """
     from undiffuse.data.transform import BOUNDED
     from undiffuse.denoising.guidance import Guide
+    from undiffuse.model.text_conditions import text_encoder_of
 
     _check_options_have_effect(sampler, classifier, autoguide)
     if sampler.threshold != "static" and not isinstance(model.transform, BOUNDED):
@@ -40,7 +41,8 @@ def load_guide(
         raise ConfigError("GUIDANCE", "--guidance", cause, "Train one with --conditional, or use --classifier")
     if not has_condition and (sampler.guidance != 1 or classifier is not None):
         flag = "--guidance" if classifier is None else "--classifier"
-        raise ConfigError("GUIDANCE", flag, "it needs a condition", "Give --label, --prompt or --cond")
+        fix = "Give --prompt" if classifier is None and text_encoder_of(model) else "Give --label or --cond"
+        raise ConfigError("GUIDANCE", flag, "it needs a condition", fix)
     if negative is not None and sampler.guidance == 1:
         raise ConfigError("GUIDANCE", "--negative", "it has no effect without --guidance other than 1", "Give both")
     loaded = None if classifier is None else _load_classifier(model, classifier)
