@@ -14,6 +14,7 @@ from undiffuse.data.from_array import from_array
 from undiffuse.errors import ConfigError
 from undiffuse.model import checkpoint
 from undiffuse.sampling.sampler import Sampler
+from undiffuse.training import diffusion_task
 from undiffuse.training.run_folder import ChangedError
 
 RECIPE = """[model]
@@ -37,7 +38,10 @@ def trained(tmp_path_factory):
     pictures(place / "data")
     (place / "my.toml").write_text(RECIPE)
     flags = ["--captions", "--steps", "2", "--config", str(place / "my.toml"), "--out", str(place / "run")]
-    assert main(["train", str(place / "data"), *flags]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("FINAL_ITEMS", "HELD_OUT_ITEMS", "FINAL_MC_SAMPLES", "MC_SAMPLES"):
+            patch.setattr(diffusion_task, name, 2)
+        assert main(["train", str(place / "data"), *flags]) == 0
     return place
 
 
