@@ -13,6 +13,7 @@ from undiffuse.cli.prompt_options import read_prompts, slug
 from undiffuse.data.from_array import from_array
 from undiffuse.errors import ConfigError
 from undiffuse.model import checkpoint
+from undiffuse.report.figures import image_strip, prompt_grid
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.training import diffusion_task
 from undiffuse.training.run_folder import ChangedError
@@ -76,6 +77,9 @@ def test_a_run_with_captions_draws_prompts(trained, call, tmp_path):
     sampler = Sampler("ddim", 3, guidance=4.0, threshold="dynamic")
     expected = model.sample(5, sampler=sampler, cond=cond)
     np.testing.assert_array_equal(values(folder), expected.numpy())
+    named = prompt_grid(expected.numpy(), prompts, 256)
+    with Image.open(folder / "grid.png") as grid:
+        np.testing.assert_array_equal(np.asarray(grid), np.asarray(named))
     flags += ["--negative", "a grey square", "--out", tmp_path / "n"]
     assert call("sample", run, "--prompt", "a white square", *flags).code == 0
     assert json.loads((tmp_path / "n" / "manifest.json").read_text())["negative"] == "a grey square"
@@ -141,6 +145,18 @@ def test_lines_of_a_file_are_prompts(tmp_path):
         file.write_bytes(content)
         with pytest.raises(ConfigError, match=cause):
             read_prompts([], file)
+
+
+def test_a_grid_has_a_column_for_each_prompt():
+    values = np.arange(7)[:, None, None, None] * np.ones((1, 1, 2, 2), np.uint8)
+    strip = image_strip(
+        np.stack([values[[0, 3]], values[[1, 4]], values[[2, 5]]]), ["a", "b" * 28, "c" * 25 + "..."], 256
+    )
+    assert np.array_equal(np.asarray(prompt_grid(values, ["a", "b" * 28, "c" * 29], 256)), np.asarray(strip))
+    assert (
+        prompt_grid(np.repeat(values, 9, 0), list("abcdefghijk"), 256).size
+        == image_strip(np.zeros((8, 5, 1, 2, 2), np.uint8), list("abcdefgh"), 256).size
+    )
 
 
 def test_the_name_of_a_folder_says_the_prompts():

@@ -64,10 +64,10 @@ def prompt_condition(
         return None
     recorded = text_encoder_of(model) or {}
     if encoder is None and "digest" in recorded:
-        encoder = str(recorded_options(run).get("text_encoder") or recorded["name"])
-        if encoder != "minilm" and not os.path.isdir(encoder):
+        encoder = "minilm" if recorded["name"] == "minilm" else recorded_options(run).get("text_encoder")
+        if encoder is None or (encoder != "minilm" and not os.path.isdir(encoder)):
             cause = f"the text encoder {recorded['name']!r}, with which the model was trained, is not there"
-            raise ConfigError("TEXT_ENCODER", encoder, cause, "Name its folder: --text-encoder FOLDER")
+            raise ConfigError("TEXT_ENCODER", encoder or run, cause, "Name its folder: --text-encoder FOLDER")
     return text_condition(model, prompts, encoder)
 
 

@@ -92,6 +92,7 @@ def load(
     of_images = tuple(texts[path] for path in images.paths if captions)
     if captions:
         label_notes.append(captions_note(of_images, "files beside the images"))
+        label_notes += [f"{LABELS_FILE} ignored: captions take the place of labels"] * scan.has_labels_file
     elif found := sorted({name for name in scan.ignored if name in TABLES}):
         label_notes.append(f"{' and '.join(found)} ignored; captions=True reads captions from it")
     notes = [*scan.notes, *label_notes, *([] if split_folders else parts_note(root, images.paths))]
@@ -124,7 +125,8 @@ def _read_captions(root: Path, scan: FolderScan) -> dict[Path, Captions]:
     scan.images = {path: stamp for path, stamp in scan.images.items() if path in captions}
     scan.problems += problems
     for path in read:
-        scan.ignored.remove(path.name)
+        if path.name in scan.ignored:
+            scan.ignored.remove(path.name)
     return captions
 
 
