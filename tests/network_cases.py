@@ -17,6 +17,7 @@ CASES = {
     "unet": lambda **more: UNet(2, classes=3, **{**SMALL, **more}),
     "shifted": lambda **more: UNet(2, classes=3, scale_shift=True, learned_resampling=False, **{**SMALL, **more}),
     "layered": lambda **more: UNet(2, classes=3, norm="layer", **{**SMALL, **more}),
+    "text": lambda **more: UNet(2, classes=3, text=8, **{**SMALL, **more}),
     "mlp": lambda **more: MLP(2, width=16, depth=2, classes=3, **more),
     "all-conditions": lambda **more: UNet(2, **{**SMALL, **SIZES, **more}),
     "all-conditions-mlp": lambda **more: MLP(2, width=16, depth=2, **{**SIZES, **more}),
@@ -42,11 +43,12 @@ def inputs(case: str, n: int = 4) -> torch.Tensor:
 
 
 def condition() -> Condition:
-    """Of four items: labels and vectors, one of them null, and sequences of 0 to 3 tokens."""
+    """Of four items: labels and vectors, one of them null, sequences of 0 to 3 tokens, and texts of 0 to 3 bytes."""
     vector = noise(4, 4, seed=2)
     vector[1, 2] = math.nan
     mask = torch.arange(3) < torch.arange(4)[:, None]
-    return Condition(label=torch.tensor([-1, 0, 1, 2]), vector=vector, tokens=noise(4, 3, 5, seed=3), mask=mask)
+    tokens, text = noise(4, 3, 5, seed=3), mask * torch.tensor([98, 1, 256])
+    return Condition(label=torch.tensor([-1, 0, 1, 2]), vector=vector, tokens=tokens, mask=mask, text=text)
 
 
 def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -98,6 +98,10 @@ def place(tmp_path_factory):
         patch.setattr(sampler_search, "NUM_REFINED", 1)
         (folder / "examples").symlink_to(ROOT / "examples")
         photographs(folder / "DATA", 400, (8, 8), classes=("cat", "dog"))
+        rows = [
+            f"{path.relative_to(folder / 'DATA')},a {path.parent.name}" for path in (folder / "DATA").rglob("*.png")
+        ]
+        (folder / "DATA" / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
         photographs(folder / "shirts", 40, (28, 28))
         photographs(folder / "photos", KEPT, (32, 32, 3))
         for name, size in {"IMAGE": 8, "A": 8, "B": 8, "photo.png": 28, "thumbnail.png": 7}.items():

@@ -42,6 +42,7 @@ def test_json(folder, call):
         "sizes": {"6 x 6": 5},
         "classes": {"cats": 3, "dogs": 2},
         "conditions": None,
+        "captions": None,
         "duplicates": 1,
         "ignored": 1,
         "hidden": 1,

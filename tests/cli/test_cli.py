@@ -381,7 +381,7 @@ def test_training_on_what_the_data_tell(place, call, refused, capsys):
     assert "conditions" in call("check", place / "data.npy").out
     recipe = ["--steps", 2, "--config", place / "recipe.toml", "--device", "cpu"]
     line = refused(3, "train", place / "data.npy", "--out", place / "none", *recipe, "--conditional")
-    assert line.startswith("error[NO_CONDITIONS] data: these data have no labels, vectors or tokens")
+    assert line.startswith("error[NO_CONDITIONS] data: these data have no labels, vectors, tokens or captions")
     assert call("train", place / "told.npz", "--out", place / "told", *recipe, "--conditional").code == 0
     model = load(place / "told")
     assert (model.config.network["classes"], model.config.network["tokens"]) == (4, 2)

@@ -20,6 +20,7 @@ def full_condition(B=3):
         image=torch.randn(B, 1, 2, 2),
         image_level=torch.randn(B),
         end_time=torch.rand(B),
+        text=torch.randint(1, 257, (B, 6)),
     )
 
 
@@ -144,3 +145,31 @@ def test_a_mask_must_fit_its_tokens():
         Condition(tokens=torch.zeros(2, 5, 2), mask=torch.ones(2, 4, dtype=torch.bool)).validate_for(SIZES, 2)
     with pytest.raises(ConfigError, match=r"mask: its shape is \(1, 5\), not \(2, 5\)"):
         Condition(tokens=torch.zeros(2, 5, 2), mask=torch.ones(1, 5, dtype=torch.bool)).validate_for(SIZES, 2)
+
+
+def test_cat_of_sequences_of_other_lengths_pads_the_shorter():
+    one = Condition(text=torch.ones(1, 2, dtype=torch.int32), tokens=torch.ones(1, 3, 4))
+    two = Condition(text=torch.full((2, 4), 5), tokens=torch.ones(2, 1, 4))
+    for both, lengths in ((one.cat(two), [(2, 3), (4, 1), (4, 1)]), (two.cat(one), [(4, 1), (4, 1), (2, 3)])):
+        assert both.text.dtype == torch.int64
+        assert [tuple(row) for row in zip((both.text > 0).sum(1), both.mask.sum(1), strict=True)] == lengths
+        assert both.tokens.shape == (3, 3, 4)
+        assert not both.tokens[~both.mask].any()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (torch.ones(2, 5, dtype=torch.int64), "its prompts have up to 5 bytes, and the model takes 4"),
+        (torch.full((2, 4), 257), "it ranges from 257 to 257"),
+        (torch.full((2, 4), -1), "it ranges from -1 to -1"),
+        (torch.ones(3, 4, dtype=torch.int64), r"its shape is \(3, 4\), not \(2, 4\)"),
+        (torch.ones(2, dtype=torch.int64), r"its shape is \(2,\), not \(2, 4\)"),
+    ],
+)
+def test_text_must_fit_the_network(text, message):
+    with pytest.raises(ConfigError, match=f"text: {message}"):
+        Condition(text=text).validate_for({"text": 4}, 2)
+    Condition(text=torch.zeros(2, 0, dtype=torch.int64)).validate_for({"text": 4}, 2)
+    with pytest.raises(ConfigError, match="not whole numbers"):
+        Condition(text=torch.ones(2, 4))

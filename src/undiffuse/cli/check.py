@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_LISTED = 12
 """Classes, sizes and formats that are listed by name."""
-SHEET_ITEMS = 64
+SHEET_ITEMS, MAX_EXAMPLE = 64, 60
 
 
 @with_data_options
@@ -88,6 +88,7 @@ def data_facts(dataset: Dataset) -> dict[str, Any]:
         "sizes": dict(dataset.report.sizes),
         "classes": dict(zip(dataset.classes, map(int, counts), strict=True)) if dataset.labels is not None else {},
         "conditions": None if cond is None else {"shape": list(cond.shape[1:]), "tokens": dataset.mask is not None},
+        "captions": _caption_facts(dataset),
         "duplicates": len(dataset) - len(np.unique(dataset.digests)),
         "ignored": dataset.report.ignored,
         "hidden": dataset.report.hidden,
@@ -96,6 +97,16 @@ def data_facts(dataset: Dataset) -> dict[str, Any]:
         "notes": list(dataset.notes),
         "fingerprint": dataset.fingerprint,
     }
+
+
+def _caption_facts(dataset: Dataset) -> dict[str, Any] | None:
+    """How many captions there are, the longest in bytes, and examples; None without captions."""
+    if not dataset.captions:
+        return None
+    texts = [text for each in dataset.captions for text in each]
+    spread = [texts[i * (len(texts) - 1) // 2] for i in range(3)]
+    facts = {"count": len(texts), "distinct": len(set(texts)), "longest": dataset.longest_caption}
+    return facts | {"examples": list(dict.fromkeys(spread)), "encoder": dataset.text_encoder}
 
 
 def describe_facts(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -111,6 +122,7 @@ def describe_facts(facts: Mapping[str, Any]) -> dict[str, str]:
         "sizes in files": _describe_counts(facts["sizes"]),
         "labels": _describe_counts(facts["classes"]) or "none",
         "conditions": _describe_conditions(facts["conditions"]),
+        "captions": _describe_captions(facts["captions"]),
         "duplicates": f"{counted(facts['duplicates'], 'repetition')} of another item"
         if facts["duplicates"]
         else "none",
@@ -135,6 +147,14 @@ def _describe_counts(counts: Mapping[str, int]) -> str:
         listed = sorted(listed, key=lambda item: -item[1])[:MAX_LISTED]
     more = f" and {len(counts) - MAX_LISTED} more" if len(counts) > MAX_LISTED else ""
     return ", ".join(f"{name} ({count:,})" for name, count in listed) + more
+
+
+def _describe_captions(captions: Mapping[str, Any] | None) -> str:
+    if captions is None:
+        return ""
+    examples = ", ".join(repr(text[:MAX_EXAMPLE]) for text in captions["examples"])
+    size = f"{captions['count']:,}, {captions['distinct']:,} distinct, of up to {counted(captions['longest'], 'byte')}"
+    return f"{size}, for the encoder {captions['encoder']['name']}: {examples}"
 
 
 def _describe_conditions(cond: Mapping[str, Any] | None) -> str:

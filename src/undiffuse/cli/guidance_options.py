@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from undiffuse.model.cascade import AnyModel
     from undiffuse.model.diffusion import Diffusion
     from undiffuse.model.noisy_classifier import NoisyClassifier
+    from undiffuse.networks.condition import Condition
 
 
 def load_guide(
@@ -21,14 +22,16 @@ def load_guide(
     classifier: Path | None = None,
     autoguide: Path | None = None,
     has_condition: bool = True,
+    negative: Condition | None = None,
 ) -> Guide | None:
-    """The guide of `Diffusion.sample`, None without ``classifier`` and weak model ``autoguide``.
+    """The guide of `Diffusion.sample`, None without ``classifier``, weak model ``autoguide`` and ``negative`` prompt.
 
     Checks the guidance of ``sampler`` too: raises `ConfigError` if the models do not fit together or an option has no
     effect, for instance guidance if there is no label (``has_condition`` false), and `CheckpointError`.
     """
     from undiffuse.data.transform import BOUNDED
     from undiffuse.denoising.guidance import Guide
+    from undiffuse.model.text_conditions import text_encoder_of
 
     _check_options_have_effect(sampler, classifier, autoguide)
     if sampler.threshold != "static" and not isinstance(model.transform, BOUNDED):
@@ -39,10 +42,13 @@ def load_guide(
         raise ConfigError("GUIDANCE", "--guidance", cause, "Train one with --conditional, or use --classifier")
     if not has_condition and (sampler.guidance != 1 or classifier is not None):
         flag = "--guidance" if classifier is None else "--classifier"
-        raise ConfigError("GUIDANCE", flag, "it needs a condition", "Give --label or --cond")
+        fix = "Give --prompt" if classifier is None and text_encoder_of(model) else "Give --label or --cond"
+        raise ConfigError("GUIDANCE", flag, "it needs a condition", fix)
+    if negative is not None and sampler.guidance == 1:
+        raise ConfigError("GUIDANCE", "--negative", "it has no effect without --guidance other than 1", "Give both")
     loaded = None if classifier is None else _load_classifier(model, classifier)
     weak = None if autoguide is None else _load_weak_model(model, autoguide)
-    guide = Guide(loaded and loaded.log_prob, weak and weak.denoiser())
+    guide = Guide(loaded and loaded.log_prob, weak and weak.denoiser(), negative)
     sampler.guide(model.denoiser(), guide)  # raises before the first step if a scale is out of range
     return None if guide == Guide() else guide
 

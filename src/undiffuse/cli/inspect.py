@@ -40,12 +40,26 @@ def inspect(
         "parameters": f"{sum(p.numel() for p in model.network.parameters()):,}",
         **{part: _settings(getattr(model.config, part)) for part in parts},
         "chain": f"{steps}, log-SNR {low:.2f} to {high:.2f}, variance {model.config.variance}",
+        **_text(model),
         **_distilled(model),
         **_stage(model),
         "trained": ", ".join(f"{key} {model.info[key]}" for key in trained if key in model.info),
         "notes": "; ".join(model.info.get("notes", [])) or "none",
     }
     table.render([{"": key, "model": value} for key, value in facts.items()], str(run))
+
+
+def _text(model: Diffusion) -> dict[str, str]:
+    """What turns prompts into conditions; empty for a model that was not trained with captions."""
+    from undiffuse.model.text_conditions import text_encoder_of
+
+    encoder, sizes = text_encoder_of(model), model.condition_sizes
+    if encoder is None:
+        return {}
+    if "digest" in encoder:
+        made = f"embeddings by {encoder['name']} ({encoder['digest'][:12]}), which prompts need too"
+        return {"text": f"{made}: a vector of {sizes['vector']}, tokens of {sizes['tokens']} numbers"}
+    return {"text": f"prompts of up to {sizes['text']} bytes, by a transformer trained along"}
 
 
 def _distilled(model: Diffusion) -> dict[str, str]:

@@ -21,6 +21,7 @@ from undiffuse.cli.options import (
     resolve_device,
     run_folder,
 )
+from undiffuse.cli.prompt_options import EncoderFolder, PromptOfImage, prompt_condition
 from undiffuse.errors import ConfigError, counted
 
 
@@ -33,6 +34,8 @@ def interpolate(
         int, typer.Option(help="Steps of the flow each way, four calls each, at most those of the chain.", min=1)
     ] = 50,
     label: Annotated[str | None, typer.Option(help="The class of A and B.")] = None,
+    prompt: PromptOfImage = None,
+    text_encoder: EncoderFolder = None,
     out: Annotated[Path | None, typer.Option(help="The PNG file; default is in the run's pictures.")] = None,
     network: NetworkFile = None,
     device: Device = "auto",
@@ -57,7 +60,8 @@ def interpolate(
     channels, *sides = model.item_shape
     require_memory_for(f"--n {n}", 4 * n * model.dims)
     steps = limit_steps(steps, model.chain_length)
-    condition = make_condition(class_names(model), [label] if label else ())
+    text = prompt_condition(model, run, [prompt] if prompt else (), text_encoder)
+    condition = make_condition(class_names(model), [label] if label else (), text=text)
     prepare = recorded_options(run)
     images = [load_image(path, channels, sides, prepare) for path in (one, other)]
     for path, image in zip((one, other), images, strict=True):

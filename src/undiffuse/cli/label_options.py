@@ -19,20 +19,25 @@ ConditionFn = Callable[[range], "Condition"]
 """The conditions of some items; each depends on the item's index alone."""
 
 
-def make_condition(classes: Sequence[str], labels: Sequence[str] = (), file: Path | None = None) -> ConditionFn | None:
-    """The ``cond`` of `Diffusion.sample` as a function of the items, None if neither labels nor a file is given.
+def make_condition(
+    classes: Sequence[str], labels: Sequence[str] = (), file: Path | None = None, text: Condition | None = None
+) -> ConditionFn | None:
+    """The ``cond`` of `Diffusion.sample` as a function of the items, None if no labels, file or text are given.
 
     ``labels`` are names or indices of ``classes`` (see `parse_labels`); ``file`` holds vectors (N, D) or tokens
-    (N, L, D) with their mask. Item i gets the (i mod N)-th. Raises `ConfigError` and `DataError`.
+    (N, L, D) with their mask; ``text`` is that of prompts, one each. Item i gets the (i mod N)-th. Raises `ConfigError`
+    and `DataError`.
     """
     import torch
 
     from undiffuse.networks.condition import Condition
 
-    if not labels and file is None:
+    if not labels and file is None and text is None:
         return None
+    if file is not None and text is not None:
+        raise ConfigError("USAGE", "--cond, --prompt", "each determines the condition", "Give one of them")
     label_of = parse_labels(classes, labels) if labels else None
-    conditions, rows = (Condition(), 1) if file is None else _read(file)
+    conditions, rows = (text or Condition(), _rows(text)) if file is None else _read(file)
 
     def condition(items: range) -> Condition:
         index = torch.tensor(list(items), dtype=torch.int64)
@@ -52,6 +57,10 @@ def _read(file: Path) -> tuple[Condition, int]:
     values, mask = load_conditions(file)
     rows = torch.from_numpy(values)
     return Condition(vector=rows) if mask is None else Condition(tokens=rows, mask=torch.from_numpy(mask)), len(values)
+
+
+def _rows(text: Condition | None) -> int:
+    return 1 if text is None else len(next(iter(text.given().values())))
 
 
 def parse_labels(classes: Sequence[str], labels: Sequence[str]) -> Tensor:

@@ -34,4 +34,4 @@ def pack(
     record_skipped(dataset, out.with_name(out.stem + ".skipped.json"))
     size = f"{out.stat().st_size / 1e9:,.2f} GB"
     console.print(f"packed: {counted(len(dataset), 'item')}, {size}, in {out} and {sidecar_path(out).name}")
-    console.print(f"next: undiffuse train {as_argument(out)}")
+    console.print(f"next: undiffuse train {as_argument(out)}{' --captions' if dataset.captions else ''}")

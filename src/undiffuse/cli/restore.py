@@ -24,6 +24,7 @@ from undiffuse.cli.options import (
     resolve_device,
     run_folder,
 )
+from undiffuse.cli.prompt_options import EncoderFolder, Prompt, prompt_condition
 from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.sampling.tables import RESTORATION_METHODS
 
@@ -60,6 +61,8 @@ def restore(
         typer.Option(help=f"{', '.join(RESTORATION_METHODS)}; default is pigdm with --blur, else mmps."),
     ] = None,
     label: Annotated[list[str] | None, typer.Option(help="The class of IMAGE; repeatable, used in turn.")] = None,
+    prompt: Prompt = None,
+    text_encoder: EncoderFolder = None,
     n: Annotated[
         int, typer.Option(help="Number of restorations: different images that are all consistent with IMAGE.", min=1)
     ] = 4,
@@ -112,7 +115,9 @@ def restore(
             raise ConfigError("MASK", mask, "it hides nothing", "Make white the part that is to be filled in")
     method = method or restoration.default_method(degradation)
     observed = restoration.degrade(degradation, x, seed, loaded.num_values) if degrade else x
-    steps, condition = limit_steps(steps, model.chain_length), make_condition(class_names(model), label or ())
+    text = prompt_condition(model, run, prompt or (), text_encoder)
+    condition = make_condition(class_names(model), label or (), text=text)
+    steps = limit_steps(steps, model.chain_length)
     rounding = restoration.rounding_std(loaded.num_values)
     plan = {
         "model": str(run),
@@ -127,6 +132,7 @@ def restore(
         "seed": seed,
         "steps": steps,
     }
+    plan |= {"prompt": prompt} if prompt else {}
     plan |= {"weights": checkpoint.fingerprint(model), "observed": hashlib.sha256(observed.numpy().data).hexdigest()}
     folder = out or _unused_folder(run_folder(run) / "restored" / f"{image.stem}-{method}")
     samples = SampleFolder(folder, plan, model.item_shape, model.info.get("num_values"), more=["strip.png"])

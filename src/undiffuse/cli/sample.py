@@ -36,6 +36,7 @@ from undiffuse.cli.options import (
     resolve_device,
     run_folder,
 )
+from undiffuse.cli.prompt_options import EncoderFolder, Prompt, Prompts, prompt_condition, read_prompts, slug
 from undiffuse.cli.sampler_options import (
     DEFAULT_QUALITY,
     QUALITIES,
@@ -85,6 +86,12 @@ def sample(
     cond: Annotated[
         Path | None, typer.Option(help="An array file of condition vectors or tokens, used in turn.")
     ] = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    negative: Annotated[
+        str | None, typer.Option(help="A prompt to lead away from, in place of none, with --guidance.")
+    ] = None,
+    text_encoder: EncoderFolder = None,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 disables it.")] = 1.0,
     guidance_interval: Annotated[
         tuple[float, float] | None, typer.Option(help="Lowest and highest log-SNR of the guidance.")
@@ -134,7 +141,9 @@ def sample(
     model = load_model(run, then, place, log)
     require_then(model, run)
     weights, labels, names = weights_of(model), label or [], class_names(model, classifier)
-    condition = make_condition(names, labels, cond)
+    texts = read_prompts(prompt, prompts)
+    condition = make_condition(names, labels, cond, prompt_condition(model, run, texts, text_encoder))
+    avoided = None if negative is None else prompt_condition(model, run, [negative], text_encoder)
     fields = {
         "guidance": guidance,
         "guidance_interval": guidance_interval,
@@ -156,17 +165,19 @@ def sample(
     if calls is not None:
         advised = None
         if solver is None and spacing is None and not setting and not isinstance(weights, list):
-            conditions = {"label": label, **files}
+            conditions = {"label": label, **files, **({"prompt": texts} if texts else {})}
             advised = read_advice(run_folder(run), weights, calls, log, sampler, conditions)
         sampler = advised or within_calls(model, sampler, calls)
-    guide = load_guide(model, sampler, classifier, autoguide, cond is not None or has_label(names, labels))
+    has_condition = cond is not None or has_label(names, labels) or any(texts)
+    guide = load_guide(model, sampler, classifier, autoguide, has_condition, avoided)
     noise = image_noise(then, augmentation)
 
     plan = {"weights": weights, "seed": seed, "sampler": sampler.to_dict(), "label": label}
     plan |= {name: None if path is None else _sha256(path) for name, path in files.items()}
-    if then:
-        plan["augmentation"] = noise
-    words, used = [*labels, *stage_words(then, augmentation)], [path for path in files.values() if path]
+    plan |= {"prompt": texts, "negative": negative} if texts else {}
+    plan |= {"augmentation": noise} if then else {}
+    words = [*labels, *slug(texts), *slug([negative] if negative else []), *stage_words(then, augmentation)]
+    used = [path for path in files.values() if path]
     out = out or run_folder(run) / "samples" / _folder_name(sampler, words, used, seed)
     num_values, columns = model.info.get("num_values"), model.info.get("columns", ())
     folder, items = SampleFolder(out, plan, model.item_shape, num_values, columns), range(n)

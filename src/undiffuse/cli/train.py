@@ -22,6 +22,7 @@ from undiffuse.cli.options import (
     register_network,
     resolve_device,
 )
+from undiffuse.cli.prompt_options import example_prompt
 from undiffuse.errors import ConfigError, counted
 from undiffuse.model.presets import PRESETS
 from undiffuse.networks.tables import INSTALLED_NETWORKS
@@ -91,6 +92,7 @@ def train(
     from undiffuse.training.diffusion_task import fit_diffusion
 
     device = resolve_device(device)
+    conditional = conditional or bool(read.keywords.get("captions"))
     check_length(minutes, steps, epochs)
     network_class = register_network(network)
     run = open_run(out, data, stage_suffix(read.keywords))
@@ -134,7 +136,7 @@ def train(
     if "image" in dataset.condition_sizes:
         console.print(f"to sample: undiffuse sample BASE --then {folder}, BASE a model of the small images")
     else:
-        console.print(f"next: undiffuse sample {folder}{own}")
+        console.print(f"next: undiffuse sample {folder}{example_prompt(dataset) if conditional else ''}{own}")
     console.print(f"next: undiffuse evaluate {folder}{part}{own}")
 
 

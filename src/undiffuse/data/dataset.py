@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from undiffuse.data.caption_embeddings import CaptionEmbeddings, prompt_bytes, text_rows, text_setting
 from undiffuse.data.source_report import SourceReport
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.networks.condition import Condition
@@ -47,6 +48,8 @@ class Dataset:
     columns      names of the D numbers of an item (N, D)
     names        name of each item in its source (the path of a file within its folder); empty for arrays
     report       formats, sizes and skipped files of the source
+    captions     of each item a tuple of one or more texts; empty without captions
+    embeddings   of the captions by a text encoder; None: the network gets their bytes
 
     Raises ValueError if these contradict one another. User data are checked earlier, by `from_array` and the loaders.
     """
@@ -65,6 +68,8 @@ class Dataset:
     names: tuple[str, ...] = ()
     report: SourceReport = field(default_factory=SourceReport)
     validation_from: int | None = None
+    captions: tuple[tuple[str, ...], ...] = ()
+    embeddings: CaptionEmbeddings | None = None
 
     def __post_init__(self) -> None:
         dtype = "float32" if self.num_values is None else "uint8" if self.num_values <= 256 else "uint16"
@@ -79,6 +84,12 @@ class Dataset:
             raise ValueError(f"{len(self)} items with official parts from {starts[1:-1]}")
         if self.names and len(self.names) != len(self):
             raise ValueError(f"{len(self.names)} names for {len(self)} items")
+        if self.captions and (
+            len(self.captions) != len(self) or not all(map(all, self.captions)) or () in self.captions
+        ):
+            raise ValueError(f"captions of {len(self.captions)} items, some of them empty, for {len(self)} items")
+        if self.embeddings is not None and (self.cond is not None or not self.captions):
+            raise ValueError("embeddings of captions take the place of vectors or tokens, and need captions")
 
     def __len__(self) -> int:
         return len(self.values)
@@ -90,22 +101,50 @@ class Dataset:
 
     @property
     def condition_sizes(self) -> dict[str, int]:
-        """Settings of a network that accepts all conditions of these data: ``classes``, ``vector``, ``tokens``."""
+        """Settings of a network that accepts all conditions of these data: classes, vector, tokens, text."""
         sizes = {"classes": len(self.classes)} if self.labels is not None else {}
         if self.cond is not None:
             sizes[_condition_field(self.cond)] = self.cond.shape[-1]
-        return sizes
+        if self.embeddings is not None:
+            return sizes | self.embeddings.sizes
+        return sizes | ({"text": text_setting(self.longest_caption)} if self.captions else {})
 
-    def condition(self, indices: np.ndarray) -> Condition:
-        """The labels, vectors or tokens of the items ``indices``."""
+    @cached_property
+    def longest_caption(self) -> int:
+        """The bytes of the longest caption; 0 without captions."""
+        return prompt_bytes(self.captions)
+
+    def condition(self, indices: np.ndarray, u: np.ndarray | None = None) -> Condition:
+        """The labels, vectors or tokens, and a caption each, of the items ``indices``.
+
+        Of several captions of an item it is the one at the fraction ``u`` (n,), in [0, 1), the first without ``u``.
+        """
         fields = {"label": self.labels, "mask": self.mask}
         if self.cond is not None:
             fields[_condition_field(self.cond)] = self.cond
-        return Condition(**{name: torch.from_numpy(v[indices]) for name, v in fields.items() if v is not None})
+        cond = Condition(**{name: torch.from_numpy(v[indices]) for name, v in fields.items() if v is not None})
+        if not self.captions:
+            return cond
+        choices, fractions = [self.captions[i] for i in indices], np.zeros(len(indices)) if u is None else u
+        texts = [each[int(fraction * len(each))] for each, fraction in zip(choices, fractions, strict=True)]
+        if self.embeddings is None:
+            return replace(cond, text=text_rows(texts, self.longest_caption))
+        return replace(self.embeddings.condition(texts), label=cond.label)
 
-    def given_condition(self, indices: np.ndarray, conditional: bool) -> Condition | None:
-        """The condition that a model of these data gets, with labels, vectors and tokens only if ``conditional``."""
-        return self.condition(indices) if conditional else None
+    def condition_vectors(self, indices: np.ndarray) -> np.ndarray | None:
+        """The vectors that are conditions of the items ``indices``, of each caption one; None without vectors."""
+        if self.embeddings is not None:
+            return self.embeddings.vectors([text for i in indices for text in self.captions[i]])
+        return self.cond[indices] if self.cond is not None and self.cond.ndim == 2 else None
+
+    @property
+    def text_encoder(self) -> dict[str, Any] | None:
+        """What turns captions into conditions: ``name`` and, if it is not trained along, ``digest``; None without."""
+        return (self.embeddings.encoder if self.embeddings else {"name": "bytes"}) if self.captions else None
+
+    def given_condition(self, indices: np.ndarray, conditional: bool, u: np.ndarray | None = None) -> Condition | None:
+        """The condition that a model of these data gets, that of `condition` only if ``conditional``."""
+        return self.condition(indices, u) if conditional else None
 
     def item_names(self, indices: np.ndarray) -> np.ndarray:
         """The names of the items ``indices``; the indices themselves if items have no names."""
@@ -130,7 +169,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 in hex over dtype, shape, num_values, value_range, labels, conditions and values."""
+        """sha256 in hex over dtype, shape, num_values, value_range, labels, conditions, captions and values."""
         return self._scan[1]
 
     @property
@@ -148,6 +187,8 @@ class Dataset:
         for array in (self.cond, self.mask):
             if array is not None:
                 digest.update(json.dumps(array.shape).encode() + _bytes(array))
+        if self.captions:
+            digest.update(json.dumps([self.captions, self.embeddings and self.embeddings.encoder["digest"]]).encode())
         size = self.values.dtype.itemsize * math.prod(self.item_shape)
         item_digests, first, is_constant = bytearray(), self._first, np.ones(self.item_shape[0], bool)
         for chunk in chunks(self.values):

@@ -12,6 +12,7 @@ from undiffuse.data.dataset import Dataset
 from undiffuse.data.image_decoding import DecodedImage, ImageOptions, decode_image
 from undiffuse.data.lazy_array import LazyArray, cast_to_array
 from undiffuse.data.source_report import FileStamp, SourceReport, changed_error
+from undiffuse.data.sources.captions import Captions, captions_note
 from undiffuse.data.sources.csv_table import label_classes
 from undiffuse.data.sources.image_folder import ImageKind, check_on_bad, image_notes, mixed_kinds_error
 from undiffuse.errors import ConfigError, DataError
@@ -30,12 +31,13 @@ def encoded_dataset(
     options: ImageOptions,
     on_bad: str,
     files: Mapping[Path, FileStamp],
+    captions: Sequence[Captions | FileError] = (),
 ) -> Dataset:
     """The images ``image_names`` in ``source``: each is decoded once now, and again at each access.
 
-    ``label_texts`` are their classes, or all None; ``files`` contain the images and must not change. Raises
-    `BadFilesError` with every image that cannot be used, unless ``on_bad="skip"`` skips these; `DataError` (LABELS);
-    `ConfigError` (OPTION).
+    ``label_texts`` are their classes, or all None, ``captions`` those of each image, or its problem; ``files``
+    contain the images and must not change. Raises `BadFilesError` with every image that cannot be used, unless
+    ``on_bad="skip"`` skips these; `DataError` (LABELS); `ConfigError` (OPTION).
     """
     check_on_bad(on_bad)
     if options.frames == "all":
@@ -47,6 +49,8 @@ def encoded_dataset(
     for i, path in enumerate(paths):
         try:
             image = decode_image(read_bytes(i), path.suffix, options)
+            if captions and isinstance(problem := captions[i], FileError):
+                raise problem
         except (FileError, OSError) as error:
             problem = os_error(error) if isinstance(error, OSError) else error
             problems.append(FileProblem(path, problem.code, problem.reason))
@@ -84,12 +88,15 @@ def encoded_dataset(
     classes, labels = _labels(name, [label_texts[i] for i in kept])
     changes = Counter(change for i in kept for change in decoded[i].changes)
     notes = image_notes(changes, len(kept), problems, len(paths), "images")
+    texts = tuple(texts for i in kept if captions and not isinstance(texts := captions[i], FileError))
+    notes += [captions_note(texts, "the table")] if texts else []
     formats = Counter(decoded[i].format for i in kept)
     sizes = Counter("{} x {}".format(*decoded[i].size_on_disk) for i in kept)
     report = SourceReport(formats, sizes, skipped=tuple(problems), files=files)
     values = cast_to_array(LazyArray((len(kept), *shape), np.uint8 if num_values <= 256 else np.uint16, read))
     names = tuple(image_names[int(i)] for i in kept)
-    return Dataset(name, values, num_values, labels, classes, tuple(notes), names=names, report=report)
+    parts = {"names": names, "report": report, "captions": texts}
+    return Dataset(name, values, num_values, labels, classes, tuple(notes), **parts)
 
 
 def _labels(name: str, texts: list[str | None]) -> tuple[tuple[str, ...], np.ndarray | None]:

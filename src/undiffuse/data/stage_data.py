@@ -35,13 +35,13 @@ class StageData(Dataset):
         sizes = self.full.condition_sizes
         return sizes if self.low is None else {**sizes, "image": self.low.shape[1]}
 
-    def condition(self, indices: np.ndarray) -> Condition:
-        """The labels, vectors or tokens of the items ``indices``, and their image without noise in units of x."""
-        return self.with_image(self.full.condition(indices), indices)
+    def condition(self, indices: np.ndarray, u: np.ndarray | None = None) -> Condition:
+        """The conditions of the items ``indices`` of ``full``, and their image without noise in units of x."""
+        return self.with_image(self.full.condition(indices, u), indices)
 
-    def given_condition(self, indices: np.ndarray, conditional: bool) -> Condition | None:
+    def given_condition(self, indices: np.ndarray, conditional: bool, u: np.ndarray | None = None) -> Condition | None:
         """The image, if there is one, and if ``conditional`` all other conditions."""
-        cond = self.full.given_condition(indices, conditional)
+        cond = self.full.given_condition(indices, conditional, u)
         return cond if self.low is None else self.with_image(cond or Condition(), indices)
 
     def with_image(self, cond: Condition, indices: np.ndarray) -> Condition:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -25,10 +25,12 @@ LogProb = Callable[[Tensor, NoiseLevel, Condition], Tensor]
 
 
 class Guide(NamedTuple):
-    """Models that guide beside the sampled one: a classifier's ``log_prob``, and a ``weak`` model of the same data."""
+    """What guides beside the sampled model: a classifier's ``log_prob``, a ``weak`` model of the same data, and a
+    ``negative`` condition of one item, which takes the place of the null condition in classifier-free guidance."""
 
     log_prob: LogProb | None = None
     weak: Denoiser | None = None
+    negative: Condition | None = None
 
 
 def extrapolate(good: Prediction, poor: Prediction, scale: Tensor | float) -> Prediction:
@@ -45,7 +47,8 @@ class ClassifierFree(DenoiserWrapper):
     """null + scale (conditional − null), one call for both, where low ≤ log_snr < high, else conditional [Ho22 eq. 6].
 
     ``scale`` 1 is conditional and 0 unconditional; Ho's w is scale − 1. The interval is that of [Kynkäänniemi24 eq. 5],
-    theirs in sigma/alpha = exp(−log_snr/2); an end of None is open. ``rescale`` φ brings the standard deviation over
+    theirs in sigma/alpha = exp(−log_snr/2); an end of None is open. The fields of a ``negative`` condition of one item
+    take the place of those of the null condition, for all items. ``rescale`` φ brings the standard deviation over
     the item toward that of the conditional x̂: φ std(conditional)/std(x̂) x̂ + (1 − φ) x̂ [Lin23 §3.4]. Raises
     `ConfigError`.
     """
@@ -54,6 +57,7 @@ class ClassifierFree(DenoiserWrapper):
     low: float | None = None
     high: float | None = None
     rescale: float = 0.0
+    negative: Condition | None = None
 
     def __post_init__(self) -> None:
         _check_finite(self.scale)
@@ -79,7 +83,7 @@ class ClassifierFree(DenoiserWrapper):
         if cond is None or self.scale == 1 or not bool(inside.any()):
             return self.denoise(x_t, level, cond, next_level)
         next_twice = None if next_level is None else _twice(next_level)
-        both = self.denoise(torch.cat([x_t, x_t]), _twice(level), cond.cat(cond.null()), next_twice)
+        both = self.denoise(torch.cat([x_t, x_t]), _twice(level), cond.cat(self._null(cond, len(x_t))), next_twice)
         with_cond, null = (Prediction(*(None if v is None else v.chunk(2)[i] for v in both)) for i in range(2))  # type: ignore[arg-type]
         guided = extrapolate(with_cond, null, broadcast_like(torch.where(inside, self.scale, 1.0), x_t))
         if self.rescale == 0:
@@ -87,6 +91,13 @@ class ClassifierFree(DenoiserWrapper):
         std = _item_std(guided.x)
         ratio = torch.where(std > 0, _item_std(with_cond.x) / std, 1.0)
         return prediction_from_x(guided.x + self.rescale * (ratio - 1) * guided.x, x_t, level, with_cond.var_interp)
+
+    def _null(self, cond: Condition, items: int) -> Condition:
+        """The condition to lead away from, of so many ``items``: null, with the fields of ``negative`` if given."""
+        if self.negative is None:
+            return cond.null()
+        rows = self.negative.map(lambda v: v.expand(items, *v.shape[1:])).given()
+        return replace(cond.null(), **{name: v.to(cond.given().get(name, v)) for name, v in rows.items()})
 
 
 @dataclass(frozen=True)

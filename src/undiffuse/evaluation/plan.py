@@ -30,7 +30,7 @@ BACKWARD_CALLS = 2
 """Network calls that take as long as a backward pass, of which the map of few calls needs one for each dimension."""
 PARTS = {"test": "held out for testing", "validation": "held out for validation", "train": "trained on"}
 """Parts of a data set and their descriptions."""
-CONDITION_NAMES = {"classes": "labels", "vector": "vectors", "tokens": "tokens"}
+CONDITION_NAMES = {"classes": "labels", "vector": "vectors", "tokens": "tokens", "text": "captions"}
 """Settings of a network that accept a condition, and what the condition is called."""
 
 
@@ -55,8 +55,14 @@ def shared_condition(model: AnyModel, data: Dataset) -> tuple[str, str | None]:
     if not accepted:
         return "none", None
     names = " and ".join(CONDITION_NAMES[name] for name in accepted)
-    given = {name: size for name, size in data.condition_sizes.items() if name != "image"}
-    if given == accepted and list(data.classes) == list(model.info.get("classes", [])):
+    names = "captions" if model.info.get("text_encoder") and "classes" not in accepted else names
+    encoder = model.info.get("text_encoder") if data.embeddings is not None else None
+    if data.embeddings is not None and data.embeddings.encoder != encoder:
+        return "none", "the captions of these data were embedded by another text encoder: no condition is used"
+    sizes = {name: size for name, size in data.condition_sizes.items() if name != "image"}
+    fits = sizes.keys() == accepted.keys() and all(size <= accepted[name] for name, size in sizes.items())
+    fits = fits and all(size == accepted[name] for name, size in sizes.items() if name != "text")
+    if fits and list(data.classes) == list(model.info.get("classes", [])):
         return names, None
     return "none", f"the model accepts {names}, which these data lack or define differently: no condition is used"
 

@@ -55,8 +55,9 @@ def title(model: AnyModel, name: str, mc_samples: int | None) -> str:
 
 def flow_map_calls(model: AnyModel) -> int:
     """The network calls of a sample of a flow map; 0 of any other model."""
-    is_flow_map = isinstance(model, Diffusion) and model.config.few_call_solver == "flow_map"
-    return model.config.calls if is_flow_map else 0
+    if isinstance(model, Diffusion) and model.config.few_call_solver == "flow_map":
+        return model.config.calls
+    return 0
 
 
 def is_bound(model: AnyModel, name: str, mc_samples: int | None) -> bool:

@@ -60,7 +60,10 @@ class Cascade:
             name: value for name, value in self.models[-1].info.items() if name in ("name", "held_out")
         }
         self.info |= {"num_values": self.num_values, "fingerprint": self._facts(-1).get("fingerprint")}
-        self.info["classes"] = next((m.info.get("classes", []) for m in self.models if _sizes(m)), [])
+        conditioned = next((model for model in self.models if _sizes(model)), self.models[0])
+        self.info["classes"] = conditioned.info.get("classes", [])
+        if "text_encoder" in conditioned.info:
+            self.info["text_encoder"] = conditioned.info["text_encoder"]
 
     @classmethod
     def load(cls, paths: Sequence[str | Path], device: torch.device | str = "cpu") -> Cascade:
@@ -317,7 +320,7 @@ def stage_lines(cascade: Cascade, nll: NLL) -> str:
 
 def _sizes(model: Diffusion) -> dict[str, int]:
     return {name: size for name, size in model.condition_sizes.items() if name != "image"}
-
+    return _sizes(model), model.info.get("classes"), model.info.get("text_encoder")
 
 def _conditions(model: Diffusion) -> tuple[Any, ...]:
     return _sizes(model), model.info.get("classes")

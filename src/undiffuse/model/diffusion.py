@@ -24,6 +24,7 @@ from undiffuse.model import likelihood_estimators as estimates
 from undiffuse.model.build import build_network, build_part, check_chain_length, check_choices, check_process
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.consistency import few_call_sampler
+from undiffuse.model.text_conditions import text_condition
 from undiffuse.model.training_loss import training_loss
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.protocol import condition_sizes, weight_dtype
@@ -122,6 +123,8 @@ class Diffusion(nn.Module):
     def condition_sizes(self) -> dict[str, int]:
         """The sizes of the conditions that the network accepts: classes, vector, tokens; empty if it accepts none."""
         return condition_sizes(self.config.network)
+
+    text_condition = text_condition
 
     def prepare_condition(self, cond: Condition, items: int) -> Condition:
         """Validates ``cond`` for a batch of ``items`` and moves it to the model's device. Raises `ConfigError`."""

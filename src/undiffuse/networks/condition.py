@@ -12,12 +12,13 @@ from torch import Tensor
 
 from undiffuse.errors import ConfigError
 
-CONDITION_SETTINGS = ("classes", "vector", "tokens", "image")
+CONDITION_SETTINGS = ("classes", "vector", "tokens", "image", "text")
 """Settings of a network that make it accept a condition: the number of classes, the size of a vector or a token, the
-channels of an image."""
-FIELD_TO_SETTING = {"label": "classes", "vector": "vector", "tokens": "tokens", "mask": "tokens"}
+channels of an image, the longest prompt in bytes."""
+FIELD_TO_SETTING = {"label": "classes", "vector": "vector", "tokens": "tokens", "mask": "tokens", "text": "text"}
 FIELD_TO_SETTING |= {"image": "image", "image_level": "image"}
 """The setting for each field of a condition; no network accepts the other fields."""
+NUM_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Condition:
 
     ``label`` (B,) of any integer type, kept as int64, −1 is the null class; ``vector`` (B, D) floats, a row with a NaN
     is the null vector; ``tokens`` (B, L, D) with ``mask`` (B, L), True where a token counts, by default everywhere;
-    ``image`` (B, C, ...) of any size with ``image_level`` (B,), its log-SNR, by default +inf: without noise.
+    ``image`` (B, C, ...) of any size with ``image_level`` (B,), its log-SNR, by default +inf: without noise;
+    ``text`` (B, L) bytes of prompts in UTF-8, b + 1 each and 0 after the end, kept as int64, all 0 is the null prompt.
     ``end_time`` (B,) is no condition but the time that a flow map goes to (`undiffuse.denoising.two_times`). Raises
     `ConfigError` for fields of another type.
     """
@@ -38,18 +40,21 @@ class Condition:
     image: Tensor | None = None
     image_level: Tensor | None = None
     end_time: Tensor | None = None
+    text: Tensor | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
             if value is not None and not isinstance(value, Tensor):
                 _refuse(f.name, f"it is a {type(value).__name__}, not a tensor", "Give a tensor")
-        for name in ("label", "mask"):
+        for name in ("label", "mask", "text"):
             value = getattr(self, name)
             if value is not None and (value.is_floating_point() or value.is_complex()):
                 _refuse(name, f"it holds {value.dtype}, not whole numbers", "Give integers")
         if self.label is not None:
             object.__setattr__(self, "label", self.label.to(torch.int64))
+        if self.text is not None:
+            object.__setattr__(self, "text", self.text.to(torch.int64))
         if self.mask is not None:
             object.__setattr__(self, "mask", self.mask.to(torch.bool))
         elif self.tokens is not None:
@@ -60,6 +65,10 @@ class Condition:
     def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
         """The same with ``function`` of each field."""
         return replace(self, **{f.name: function(v) for f in fields(self) if (v := getattr(self, f.name)) is not None})
+
+    def given(self) -> dict[str, Tensor]:
+        """The fields that are not None, by name."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
     def null(self) -> Condition:
         """The null condition in the same shapes: label −1, vector NaN, tokens zero and masked.
@@ -94,13 +103,13 @@ class Condition:
         return replace(self, image=image, image_level=(torch.log1p(-(std**2)) - 2 * std.log()).to(self.image.dtype))
 
     def cat(self, other: Condition) -> Condition:
-        """This batch followed by ``other``'s. Raises ValueError where they have different fields."""
+        """This batch followed by ``other``'s, of the longer texts and tokens. Raises ValueError for other fields."""
         joined = {}
         for f in fields(self):
             one, two = getattr(self, f.name), getattr(other, f.name)
             if (one is None) != (two is None):
                 raise ValueError(f"conditions to join must have the same fields; only one has {f.name!r}")
-            joined[f.name] = None if one is None else torch.cat([one, two])
+            joined[f.name] = None if one is None else torch.cat(_same_length(f.name, one, two))
         return Condition(**joined)
 
     def take(self, items: Tensor | slice) -> Condition:
@@ -134,6 +143,14 @@ class Condition:
                 )
             shape = {"vector": (items, size), "tokens": (items, length, size), "mask": (items, length)}
             shape["image"] = (items, size, *value.shape[2:])
+            if f.name == "text":
+                if value.ndim == 2 and value.shape[1] > size:
+                    cause = f"its prompts have up to {value.shape[1]} bytes, and the model takes {size}"
+                    _refuse(f.name, cause, "Give shorter prompts")
+                if value.numel() and not 0 <= int(value.min()) <= int(value.max()) <= NUM_BYTES:
+                    cause = f"it ranges from {int(value.min())} to {int(value.max())}"
+                    _refuse(f.name, cause, f"Give bytes + 1, 1 to {NUM_BYTES}, and 0 after the end")
+                shape["text"] = (items, value.shape[1] if value.ndim == 2 else size)
             expected = shape.get(f.name, (items,))
             if value.shape != expected:
                 _refuse(f.name, f"its shape is {tuple(value.shape)}, not {expected}", "Give one for each item")
@@ -146,6 +163,14 @@ class Condition:
                 cause = "there is no image" if self.image is None else "some are NaN"
                 _refuse(f.name, cause, "Give the log-SNR of each image")
         return self
+
+
+def _same_length(name: str, one: Tensor, two: Tensor) -> list[Tensor]:
+    """Both, where they are sequences (B, L, ...) with zeros after the end of the shorter one."""
+    if name not in ("text", "tokens", "mask") or one.shape[1] == two.shape[1]:
+        return [one, two]
+    length = max(one.shape[1], two.shape[1])
+    return [torch.cat([v, v.new_zeros(len(v), length - v.shape[1], *v.shape[2:])], 1) for v in (one, two)]
 
 
 def _refuse(name: str, cause: str, fix: str) -> NoReturn:

@@ -81,9 +81,10 @@ class EndTimeEmbedding(nn.Module):
 class ConditionEmbedding(nn.Module):
     """(B or 1, width) SiLU(MLP(sinusoids(time)) + row of the label + `VectorEmbedding`), which conditions the blocks.
 
-    Row 0 is the null class (label −1), which is also used without a label. A condition of size 0 (``classes`` or
-    ``vector``) is ignored. With ``image`` the log-SNR of the conditioning image enters the MLP beside the time; without
-    an image it is the lowest one. With ``two_times`` the `EndTimeEmbedding` of a condition's end time is added.
+    ``pooled`` (B, width), that of a text, is one more term. Row 0 is the null class (label −1), which is also used
+    without a label. A condition of size 0 (``classes`` or ``vector``) is ignored. With ``image`` the log-SNR of the
+    conditioning image enters the MLP beside the time; without an image it is the lowest one. With ``two_times`` the
+    `EndTimeEmbedding` of a condition's end time is added.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class ConditionEmbedding(nn.Module):
         self.image_level = nn.Linear(features, width) if image else None
         self.end = EndTimeEmbedding(features, width) if two_times else None
 
-    def forward(self, time: Tensor, cond: Condition | None) -> Tensor:
+    def forward(self, time: Tensor, cond: Condition | None, pooled: Tensor | None = None) -> Tensor:
         with torch.autocast(time.device.type, enabled=False):  # a few rows: full precision costs nothing here
             h = self.fc1(sinusoids(time, self.features).to(self.fc1.weight.dtype))
             if self.image_level is not None:
@@ -111,6 +112,8 @@ class ConditionEmbedding(nn.Module):
                 h = h + self.vector(cond.vector if cond is not None else None)
             if self.end is not None and cond is not None and cond.end_time is not None:
                 h = h + self.end(time, cond.end_time)
+            if pooled is not None:
+                h = h + pooled.to(h.dtype)
         if self.label is not None:
             label = cond.label if cond is not None else None
             h = h + self.label(h.new_zeros(1, dtype=torch.int64) if label is None else label + 1)

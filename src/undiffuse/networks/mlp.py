@@ -10,6 +10,7 @@ from undiffuse.networks.attention import CrossAttention, TokenEmbedding
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.embedding import ConditionEmbedding
 from undiffuse.networks.settings import MAX_LAYERS, check_fraction, check_int, require
+from undiffuse.networks.text_encoder import TEXT_WIDTH, TextEncoder, embed_condition
 
 
 class ResidualLayer(nn.Module):
@@ -36,8 +37,9 @@ class MLP(nn.Module):
 
     ``depth`` residual layers of ``width`` features, each conditioned on the embedding of the time, of labels
     0 … ``classes`` − 1 (−1 is null) and of vectors of ``vector`` numbers. Before each layer it attends to tokens of
-    ``tokens`` numbers. A size of 0 means that it does not accept that condition. With ``two_times`` it accepts a
-    condition's end time, as a flow map does. Raises `ConfigError` for settings that cannot work.
+    ``tokens`` numbers, and to those of prompts of up to ``text`` bytes (`TextEncoder`). A size of 0 means that it does
+    not accept that condition. With ``two_times`` it accepts a condition's end time, as a flow map does. Raises
+    `ConfigError` for settings that cannot work.
     """
 
     item_dims = (0,)
@@ -55,18 +57,21 @@ class MLP(nn.Module):
         vector: int = 0,
         tokens: int = 0,
         two_times: bool = False,
+        text: int = 0,
     ) -> None:
         super().__init__()
         channels, width, depth = check_int("channels", channels), check_int("width", width), check_int("depth", depth)
         require(depth <= MAX_LAYERS, "depth", f"{depth:,} layers are more than {MAX_LAYERS:,}", "Give fewer")
         out_channels = channels if out_channels is None else check_int("out_channels", out_channels)
         time_width = width if time_width is None else check_int("time_width", time_width)
-        self.condition_sizes = {"classes": classes, "vector": vector, "tokens": tokens}
+        self.condition_sizes = {"classes": classes, "vector": vector, "tokens": tokens, "text": text}
         self.embed = ConditionEmbedding(
             64, time_width, check_int("classes", classes, 0), check_int("vector", vector, 0), two_times
         )
         self.tokens = TokenEmbedding(tokens) if check_int("tokens", tokens, 0) else None
-        self.attend = nn.ModuleList(CrossAttention(width, tokens) for _ in range(depth if tokens else 0))
+        token_width = tokens or (TEXT_WIDTH if check_int("text", text, 0) else 0)
+        self.text = TextEncoder(time_width, token_width) if text else None
+        self.attend = nn.ModuleList(CrossAttention(width, token_width) for _ in range(depth if token_width else 0))
         self.proj_in = nn.Linear(channels, width)
         self.layers = nn.ModuleList(
             ResidualLayer(width, time_width, check_fraction("dropout", dropout)) for _ in range(depth)
@@ -77,11 +82,10 @@ class MLP(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(self, x: Tensor, time: Tensor, cond: Condition | None = None) -> Tensor:
-        embedding = self.embed(time, cond)
-        tokens = self.tokens(cond, x) if self.tokens is not None else None
+        embedding, tokens = embed_condition(self, x, time, cond)
         h = self.proj_in(x)
         for i, layer in enumerate(self.layers):
-            if tokens is not None:
+            if tokens:
                 h = self.attend[i](h[..., None], *tokens)[..., 0]
             h = layer(h, embedding)
         return self.proj_out(F.silu(self.norm(h))).to(x.dtype)

@@ -6,8 +6,8 @@ weights; the time is float32 at least, as steps and log-SNRs are not distinct in
 
 - Arguments of its constructor called ``channels``, ``out_channels``, ``dims`` (dimensions beside the channels) and
   ``item_shape`` are supplied by the model. All others are settings, plain data in the configuration.
-- Settings called ``classes``, ``vector``, ``tokens`` and ``image`` are the sizes of the conditions that it accepts;
-  without the setting it does not accept that condition.
+- Settings called ``classes``, ``vector``, ``tokens``, ``image`` and ``text`` are the sizes of the conditions that it
+  accepts; without the setting it does not accept that condition.
 - A setting called ``two_times`` makes it accept ``cond.end_time`` (B,), encoded like ``time``: it is then a flow map.
   Without an end time, and with one that equals ``time``, its output is the same. `undiffuse distill` sets it.
 - ``item_dims``, a class attribute: the numbers of dimensions beside the channels that it accepts; default any.
@@ -149,4 +149,5 @@ def _null_condition(sizes: Mapping[str, int], x: Tensor) -> Condition:
         vector=x.new_zeros(B, vector) if vector else None,
         tokens=x.new_zeros(B, 1, tokens) if tokens else None,
         image=x.new_zeros(B, image, *x.shape[2:]) if image else None,
+        text=x.new_zeros(B, 1, dtype=torch.int64) if sizes.get("text") else None,
     ).null()

@@ -15,6 +15,7 @@ from undiffuse.networks.condition import Condition
 from undiffuse.networks.embedding import ConditionEmbedding
 from undiffuse.networks.norm import NORMS
 from undiffuse.networks.settings import MAX_DEPTH, MAX_LAYERS, check_fraction, check_int, check_ints, require
+from undiffuse.networks.text_encoder import TEXT_WIDTH, TextEncoder, embed_condition
 
 
 def conv(dims: int, in_width: int, out_width: int, kernel: int = 3, **settings) -> nn.Module:
@@ -117,9 +118,10 @@ class UNet(nn.Module):
     ``fourier``: powers n for which sin and cos of 2^n π x are further inputs [Kingma21]; ``norm``: ``group`` (Ho) or
     ``layer`` (faster on a CPU). Sizes of the conditions, 0 for one that it does not accept: ``classes`` (labels
     0 … classes − 1, −1 is null); ``vector``; ``tokens``, to which it attends wherever it attends to itself, without
-    regard to their order; ``image``, the channels of an image that is brought to x's size by repeating its cells and
-    joins the input channels (zeros without one). With ``two_times`` it accepts a condition's end time, as a flow map
-    does. Zero at initialisation. Raises `ConfigError` for settings that cannot work.
+    regard to their order; ``text``, prompts of up to so many bytes, by `TextEncoder`, pooled and as tokens; ``image``,
+    the channels of an image that is brought to x's size by repeating its cells and joins the input channels (zeros
+    without one). With ``two_times`` it accepts a condition's end time, as a flow map does. Zero at initialisation.
+    Raises `ConfigError` for settings that cannot work.
     """
 
     item_dims = (1, 2, 3)
@@ -146,6 +148,7 @@ class UNet(nn.Module):
         tokens: int = 0,
         image: int = 0,
         two_times: bool = False,
+        text: int = 0,
     ) -> None:
         super().__init__()
         require(dims in self.item_dims, "dims", f"{dims!r} dimensions", "Give 1, 2 or 3")
@@ -173,15 +176,17 @@ class UNet(nn.Module):
         dropout, classes = check_fraction("dropout", dropout), check_int("classes", classes, 0)
         vector, tokens = check_int("vector", vector, 0), check_int("tokens", tokens, 0)
         self.image = check_int("image", image, 0)
+        token_width = tokens or (TEXT_WIDTH if check_int("text", text, 0) else 0)
 
-        self.condition_sizes = {"classes": classes, "vector": vector, "tokens": tokens, "image": self.image}
+        sizes = {"classes": classes, "vector": vector, "tokens": tokens, "image": self.image, "text": text}
+        self.condition_sizes = sizes
         self.patch, self.feature_channels, self.feature_norm = patch, widths[-1], norm
         self.fourier = check_ints("fourier", fourier, 0)
         self.multiple = patch * 2**top  # x is padded to a multiple of this
         cells = patch**dims
 
         def attention_layers(width: int) -> list[nn.Module]:
-            return [Attention(width, heads), *([CrossAttention(width, tokens, heads)] if tokens else [])]
+            return [Attention(width, heads), *([CrossAttention(width, token_width, heads)] if token_width else [])]
 
         def stage(in_width: int, level: int, *resampling: nn.Module) -> Stage:
             residual = Residual(dims, in_width, widths[level], time_width, dropout, scale_shift, norm)
@@ -191,6 +196,7 @@ class UNet(nn.Module):
         features = max(widths[0] + widths[0] % 2, 4)
         self.embed = ConditionEmbedding(features, time_width, classes, vector, image, two_times)
         self.tokens = TokenEmbedding(tokens) if tokens else None
+        self.text = TextEncoder(time_width, token_width) if text else None
         self.conv_in = conv(dims, (channels + image) * cells * (1 + 2 * len(self.fourier)), widths[0])
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips = [widths[0]]
@@ -225,6 +231,8 @@ class UNet(nn.Module):
             nn.init.zeros_(end.weight)  # pyright: ignore[reportArgumentType]
         if self.embed.end is not None:
             nn.init.zeros_(self.embed.end.fc2.weight)
+        if self.text is not None:
+            self.text.initialise()
 
     def blocks(self) -> list[nn.Module]:
         return [*self.down, *self.up, self.middle]
@@ -247,7 +255,7 @@ class UNetEncoder(nn.Module):
         super().__init__()
         self.patch, self.fourier, self.multiple, self.image = unet.patch, unet.fourier, unet.multiple, unet.image
         self.feature_channels, self.feature_norm = unet.feature_channels, unet.feature_norm
-        self.embed, self.tokens, self.conv_in = unet.embed, unet.tokens, unet.conv_in
+        self.embed, self.tokens, self.text, self.conv_in = unet.embed, unet.tokens, unet.text, unet.conv_in
         self.down, self.middle = unet.down, unet.middle
 
     def forward(self, x: Tensor, time: Tensor, cond: Condition | None = None) -> Tensor:
@@ -278,8 +286,7 @@ def encode(
     if network.fourier:
         waves = [wave(2**n * math.pi * h) for n in network.fourier for wave in (torch.sin, torch.cos)]
         h = torch.cat([h, *waves], 1)
-    embedding = network.embed(time, cond)
-    tokens = network.tokens(cond, x) if network.tokens is not None else ()
+    embedding, tokens = embed_condition(network, x, time, cond)
     skips = [network.conv_in(fold(h, network.patch))]
     for stage in network.down:
         skips.append(stage(skips[-1], embedding, tokens))

@@ -26,6 +26,8 @@ GAP = 2  # least distance of tiles, in pixels
 PAPER, INK = (255, 255, 255), (64, 64, 64)
 BACKGROUND = (124, 130, 140)  # between tiles: neither black nor white, which occur in tiles
 STYLES = ("-", "--", ":")
+MAX_PROMPTS, MAX_ROWS, MAX_NAME = 8, 8, 28
+"""Columns and rows of a grid by prompts, and characters of a prompt below its column."""
 
 
 def image_grid(
@@ -82,6 +84,17 @@ def image_strip(frames, labels: Sequence[str], num_values: int | None = None, sc
         middle = across + i * (width + across) + width / 2
         draw.text((middle, rows.shape[0] + 3), caption, fill=INK, font=font, anchor="ma")
     return picture
+
+
+def prompt_grid(values, prompts: Sequence[str], num_values: int | None = None) -> Image.Image:
+    """A column for each of the first T ``prompts``, named below it, of images (N, C, H, W): image i has prompt i mod T.
+
+    At most `MAX_PROMPTS` columns and `MAX_ROWS` rows; there must be an image of each prompt.
+    """
+    rows = min(len(values) // len(prompts), MAX_ROWS)
+    table = np.asarray(values)[: rows * len(prompts)].reshape(rows, len(prompts), *values.shape[1:])[:, :MAX_PROMPTS]
+    names = [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 3]}..." for name in prompts[:MAX_PROMPTS]]
+    return image_strip(table.swapaxes(0, 1), names, num_values)
 
 
 def bits_per_step(curves: Mapping[str, tuple[Any, Any]], title: str = "") -> Figure:

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from undiffuse.errors import CheckpointError, ConfigError, counted
-from undiffuse.report.figures import image_grid
+from undiffuse.report.figures import image_grid, prompt_grid
 from undiffuse.runtime.atomic_file import atomic_file, file_digest, write_csv, write_error
 from undiffuse.runtime.folder_lock import lock_folder
 from undiffuse.runtime.output_folder import check_output_folder, listed_files
@@ -202,7 +202,11 @@ class SampleFolder:
 
     def _write_grid(self, values: np.ndarray, files: dict[str, str | None]) -> None:
         try:
-            image = image_grid(values, self.num_values, names=self.columns)
+            prompts = self.plan.get("prompt") or ()
+            if self.is_image and 1 < len(prompts) <= len(values):
+                image = prompt_grid(values, prompts, self.num_values)
+            else:
+                image = image_grid(values, self.num_values, names=self.columns)
         except ConfigError:  # there is no matplotlib
             files.pop(self.grid.name, None)
         else:

@@ -79,9 +79,10 @@ class Sampler:
         from undiffuse.denoising.guidance import Autoguided, ClassifierFree, ClassifierGuided, DynamicThreshold
 
         low, high = self.guidance_interval or (None, None)
-        classifier_free = ClassifierFree(
-            denoise, self.guidance, low, high, self.guidance_rescale
-        )  # checks its settings
+        negative = None if guide is None else guide.negative
+        classifier_free = ClassifierFree(  # checks its settings
+            denoise, self.guidance, low, high, self.guidance_rescale, negative
+        )
         if self.guidance != 1:
             denoise = classifier_free
         if guide is not None and guide.weak is not None:

@@ -89,13 +89,15 @@ class Batches:
 def global_batch(data: Dataset, items: np.ndarray, settings: TrainConfig, step: int) -> Batch:
     """The whole batch of a step, over all processes: a function of (seed, step) alone.
 
-    Dropped conditions are drawn with a key of their own, so that values and noise are those of unconditional training,
-    and so is the noise of conditioning images (`image_noise_std`).
+    Dropped conditions, and the caption of an item with several, are drawn with keys of their own, so that values and
+    noise are those of unconditional training, and so is the noise of conditioning images (`image_noise_std`).
     """
     chosen = batch_items(items, settings, step)
     stage = data if isinstance(data, StageData) and data.low is not None else None
     source = data if stage is None else stage.full
-    values, cond = augment(source.values[chosen], settings, step), source.given_condition(chosen, settings.conditional)
+    fractions = torch.rand(settings.batch, generator=generator(settings.seed, "caption", step)).numpy()
+    cond = source.given_condition(chosen, settings.conditional, fractions)
+    values = augment(source.values[chosen], settings, step)
     if stage is not None:  # after augmentation, so that the two parts fit together
         values, cond = with_noisy_image(stage.resolution, values, cond, settings, step)
     if settings.conditional and cond is not None:
@@ -138,9 +140,10 @@ class TrainingStatistics:
 
     @property
     def vector_moments(self) -> tuple[Tensor, Tensor] | None:
-        if not self.conditional or self.data.cond is None:
+        vectors = self.data.condition_vectors(self.items) if self.conditional else None
+        if vectors is None:
             return None
-        vectors = torch.from_numpy(self.data.cond[self.items]).double()
+        vectors = torch.from_numpy(vectors).double()
         std = vectors.std(0, correction=0)
         return vectors.mean(0), torch.where(std > 0, std, 1.0)
 

@@ -79,8 +79,9 @@ class DiffusionTask(Task):
             cause = "a distilled model learns from another model"
             raise ConfigError("CONFIG", f"model.calls = {self.config.model.calls}", cause, "Use 'undiffuse distill'")
         if settings.conditional and not data.condition_sizes.keys() - {"image"}:
-            cause = "these data have no labels, vectors or tokens for each item"
-            raise DataError("NO_CONDITIONS", data.name, cause, "Omit --conditional, or sort images into sub-folders")
+            cause = "these data have no labels, vectors, tokens or captions for each item"
+            fix = "Omit --conditional, sort images into sub-folders, or give captions and --captions"
+            raise DataError("NO_CONDITIONS", data.name, cause, fix)
         config = replace(self.config, train=settings)
         if self.network is not None:
             described = network_settings(self.network, config.model.network)

@@ -153,7 +153,7 @@ class DistillationTask(Task):
             cause = "the teacher has no conditions"
             raise ConfigError("GUIDANCE", f"guidance = {self.config.guidance:g}", cause, "Leave it out")
         if conditional and not data.condition_sizes:
-            cause = "these data have no labels, vectors or tokens, on which the teacher was trained"
+            cause = "these data have no labels, vectors, tokens or captions, on which the teacher was trained"
             raise DataError("NO_CONDITIONS", data.name, cause, "Give the data that the teacher was trained on")
         return replace(self, config=replace(self.config, train=replace(settings, conditional=conditional)))
 
@@ -275,6 +275,6 @@ class DistillationTask(Task):
         """Each label in turn if there are only labels, else the conditions of the first training items, or None."""
         if not self.config.train.conditional:
             return None
-        if data.cond is None:
+        if list(data.condition_sizes) == ["classes"]:
             return Condition(label=torch.arange(EVALUATED_ITEMS) % len(data.classes))
         return data.condition(split.train[torch.arange(EVALUATED_ITEMS).numpy() % len(split.train)])

@@ -273,6 +273,7 @@ def describe(data: Dataset) -> dict[str, Any]:
         "notes": list(data.notes),
         "fingerprint": data.fingerprint,
         **({"stage": data.stage} if isinstance(data, StageData) else {}),
+        **({"text_encoder": data.text_encoder} if data.captions else {}),
     }
 
 

@@ -108,11 +108,11 @@ def labels_from_table(root: Path, paths: Sequence[Path], skipped: Iterable[Path]
     existing = {*names, *(path.relative_to(root).as_posix() for path in skipped)}
     with_key: dict[str, list[str]] = {}
     for name in sorted(existing):
-        with_key.setdefault(_key(name), []).append(name)
+        with_key.setdefault(path_key(name), []).append(name)
     label_of: dict[str, str] = {}
     repeated, missing, unclear = [], [], []
     for name, label in _rows(root / LABELS_FILE):
-        meant = [name] if name in existing else with_key.get(_key(name), [])
+        meant = [name] if name in existing else with_key.get(path_key(name), [])
         if len(meant) != 1:
             (unclear if meant else missing).append(name)
         elif label_of.setdefault(meant[0], label) != label:
@@ -128,15 +128,15 @@ def labels_from_table(root: Path, paths: Sequence[Path], skipped: Iterable[Path]
     return _indexed([label_of[name] for name in names], classes, LABELS_FILE)
 
 
-def _key(name: str) -> str:
+def path_key(name: str) -> str:
     """A path as all spellings of it share it."""
     return unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
 
 
 def _other_case(missing: Sequence[str], existing: Iterable[str]) -> str:
     """A hint at the file that the first missing name means if small and capital letters are not distinguished."""
-    wanted = _key(missing[0]).casefold() if missing else None
-    close = next((name for name in sorted(existing) if _key(name).casefold() == wanted), None)
+    wanted = path_key(missing[0]).casefold() if missing else None
+    close = next((name for name in sorted(existing) if path_key(name).casefold() == wanted), None)
     return f" ({printable(close)} is there)" if close else ""
 
 

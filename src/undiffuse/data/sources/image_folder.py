@@ -15,6 +15,7 @@ import numpy as np
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.image_decoding import DecodedImage, ImageOptions, decode_frames
 from undiffuse.data.source_report import FileStamp, SourceReport, changed_error
+from undiffuse.data.sources.captions import TABLES, Captions, captions_note, captions_of_folder
 from undiffuse.data.sources.folder_labels import (
     LABELS_FILE,
     PARTS,
@@ -57,6 +58,7 @@ def load(
     *,
     on_bad: str = "stop",
     split_folders: bool = False,
+    captions: bool = False,
     allocate: Allocator = allocate_in_memory,
     **image_options: Any,
 ) -> Dataset:
@@ -66,7 +68,8 @@ def load(
     level, if there are at least two and each image is in one. ``image_options`` are those of `ImageOptions`. With
     ``on_bad="skip"`` files that cannot be used, or differ from most, are listed in ``Dataset.report.skipped``. With
     ``split_folders`` the folders called train, val and test are the parts of the data, in this order, and the
-    sub-folders in them the classes.
+    sub-folders in them the classes. With ``captions`` those beside the images (`captions_of_folder`) take the place of
+    labels.
 
     Raises `ConfigError` (OPTION); `BadFilesError` with every file that cannot be used; `DataError` for
     problems of the whole (NO_IMAGES, MIXED_SIZES, MIXED_CHANNELS, MIXED_DEPTH, LABELS); `ResourceError` (MEMORY).
@@ -81,10 +84,17 @@ def load(
         check_parts(root, scan.images)
         order = list(PARTS)
         scan.images = dict(sorted(scan.images.items(), key=lambda image: order.index(part_of(root, image[0]) or "")))
-    if not scan.has_labels_file:
+    texts = _read_captions(root, scan) if captions else {}
+    if not scan.has_labels_file and not captions:
         scan.problems += empty_classes(root, scan.images, scan.folders, [p.path for p in scan.problems])
     images = _read_all(root, scan, options, on_bad == "skip", allocate)
-    classes, labels, label_notes = _labels(root, scan, images, split_folders)
+    classes, labels, label_notes = ((), None, []) if captions else _labels(root, scan, images, split_folders)
+    of_images = tuple(texts[path] for path in images.paths if captions)
+    if captions:
+        label_notes.append(captions_note(of_images, "files beside the images"))
+        label_notes += [f"{LABELS_FILE} ignored: captions take the place of labels"] * scan.has_labels_file
+    elif found := sorted({name for name in scan.ignored if name in TABLES}):
+        label_notes.append(f"{' and '.join(found)} ignored; captions=True reads captions from it")
     notes = [*scan.notes, *label_notes, *([] if split_folders else parts_note(root, images.paths))]
     counts = Counter(part_of(root, path) for path in images.paths if split_folders)
     if split_folders:
@@ -101,11 +111,23 @@ def load(
         labels,
         classes,
         tuple(notes),
+        captions=of_images,
         names=tuple(path.relative_to(root).as_posix() for path in images.paths),
         report=SourceReport(images.formats, images.sizes, len(scan.ignored), scan.hidden, tuple(images.problems)),
         validation_from=counts["train"] if counts["validation"] else None,
         test_from=len(images.paths) - counts["test"] if counts["test"] else None,
     )
+
+
+def _read_captions(root: Path, scan: FolderScan) -> dict[Path, Captions]:
+    """The captions of each image; images without any are moved from the images of ``scan`` to its problems."""
+    captions, problems, read = captions_of_folder(root, scan.images)
+    scan.images = {path: stamp for path, stamp in scan.images.items() if path in captions}
+    scan.problems += problems
+    for path in read:
+        if path.name in scan.ignored:
+            scan.ignored.remove(path.name)
+    return captions
 
 
 def check_on_bad(on_bad: str) -> None:

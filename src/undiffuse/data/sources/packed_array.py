@@ -18,9 +18,11 @@ from numpy.lib import format as npy
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from undiffuse.data.caption_embeddings import CaptionEmbeddings, distinct
 from undiffuse.data.dataset import Dataset, chunks
 from undiffuse.data.from_array import CHANNELS_FIRST
 from undiffuse.data.sources import array_files
+from undiffuse.data.text_encoders import EMBEDDING_ARRAYS, arrays_of
 from undiffuse.errors import ConfigError, ResourceError
 from undiffuse.runtime.atomic_file import fsync_folder, write_atomic, write_error
 from undiffuse.runtime.file_errors import FileError, file_errors_at
@@ -94,6 +96,11 @@ class PackWriter:
         arrays = {name: array for name in ARRAY_FIELDS if (array := getattr(data, name)) is not None}
         if data.names:
             arrays["names"] = np.frombuffer(os.fsencode("\0".join(data.names)), np.uint8)
+        if data.captions:
+            arrays["captions"] = np.frombuffer(json.dumps(data.captions).encode(), np.uint8)
+        if data.embeddings is not None:
+            metadata["text_encoder"] = data.embeddings.encoder
+            arrays |= {f"caption_{name}": array for name, array in arrays_of(data.embeddings).items()}
         write_atomic(sidecar_path(out), save(arrays, {METADATA_KEY: json.dumps(metadata)}))
         os.replace(path, out)
         fsync_folder(out.parent)
@@ -114,13 +121,19 @@ def pack_writer(out: Path) -> Iterator[PackWriter]:
         yield PackWriter(Path(name))
 
 
-def load(source: str | Path) -> Dataset:
-    """The data set that was packed, with its labels, conditions, names and notes. Raises `DataError`."""
+def load(source: str | Path, *, captions: bool = False) -> Dataset:
+    """The data set that was packed, with its labels, conditions, captions, names and notes.
+
+    Raises `DataError`, also for data without ``captions`` where these are asked for.
+    """
     path = Path(source)
     sidecar = sidecar_path(path)
     with file_errors_at(sidecar):
         try:
-            return _load(path, sidecar)
+            data = _load(path, sidecar)
+            if captions and not data.captions:
+                raise FileError("CAPTIONS", "was packed without captions", "Pack the data again with captions=True")
+            return data
         except (SafetensorError, ConfigError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             cause = f"does not describe packed data ({error})"[:200]
             raise FileError("BAD_HEADER", cause, "Pack the data again") from error
@@ -129,10 +142,20 @@ def load(source: str | Path) -> Dataset:
 def _load(path: Path, sidecar: Path) -> Dataset:
     with safe_open(sidecar, framework="np") as file:
         metadata: dict[str, Any] = json.loads((file.metadata() or {})[METADATA_KEY])
-        arrays = {name: file.get_tensor(name) for name in (*ARRAY_FIELDS, "names") if name in file.keys()}  # noqa: SIM118
+        stored = (*ARRAY_FIELDS, "names", "captions", *(f"caption_{name}" for name in EMBEDDING_ARRAYS))
+        arrays = {name: file.get_tensor(name) for name in stored if name in file.keys()}  # noqa: SIM118
     fields = {name: tuple(metadata[name]) for name in ("classes", "notes", "columns")}
     if (names := arrays.pop("names", None)) is not None:
         fields["names"] = tuple(os.fsdecode(names.tobytes()).split("\0"))
+    embedded = {name: arrays.pop(f"caption_{name}") for name in EMBEDDING_ARRAYS if f"caption_{name}" in arrays}
+    if (texts := arrays.pop("captions", None)) is not None:
+        captions = tuple(map(tuple, json.loads(texts.tobytes())))
+        if not all(isinstance(text, str) for each in captions for text in each):
+            raise ValueError("captions that are no texts")
+        fields["captions"] = captions
+        if embedded:
+            encoder = {name: str(metadata["text_encoder"][name]) for name in ("name", "digest")}
+            arrays["embeddings"] = CaptionEmbeddings(encoder, tuple(distinct(captions)), **embedded)
     value_range = metadata["value_range"]
     data = array_files.load(
         path,

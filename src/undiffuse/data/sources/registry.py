@@ -125,8 +125,13 @@ IMAGE_OPTIONS = (
     Option("upscale", bool, "Allow images to be enlarged to more than four times their side.", "--allow-upscale"),
     Option("on_bad", str | None, "What to do with unusable files: stop (default, lists all) or skip."),
 )
+CAPTION_OPTIONS = (
+    Option("captions", bool, "Read a caption of each image, in place of labels.", "--captions"),
+    Option("text_encoder", str | None, "What embeds captions: bytes (default, trained along), minilm or a folder."),
+)
 FOLDER_OPTIONS = (
     *IMAGE_OPTIONS,
+    *CAPTION_OPTIONS,
     Option(
         "split_folders", bool, "Take folders called train, val and test as parts, not as classes.", "--split-folders"
     ),
@@ -151,7 +156,7 @@ _BUILT_IN = (
         (Option("folder", Path | None, "Folder that contains the files of fashion-mnist."),),
         by_name=True,
     ),
-    Source("a packed array", _packed_array, has_observations=True),
+    Source("a packed array", _packed_array, CAPTION_OPTIONS, has_observations=True),
     Source("an array file", _array_files, ARRAY_OPTIONS),
     Source("an idx file (MNIST's format)", _idx_files, ARRAY_OPTIONS),
     Source(
@@ -159,8 +164,8 @@ _BUILT_IN = (
         _csv_table,
         (Option("label_column", str | None, "Column of a table that holds the classes (default label, labels or y)."),),
     ),
-    Source("a folder of the library datasets", _hf_datasets, IMAGE_OPTIONS),
-    Source("a WebDataset", _webdataset, IMAGE_OPTIONS),
+    Source("a folder of the library datasets", _hf_datasets, (*IMAGE_OPTIONS, *CAPTION_OPTIONS)),
+    Source("a WebDataset", _webdataset, (*IMAGE_OPTIONS, *CAPTION_OPTIONS)),
     Source("a folder of images", _image_folder, FOLDER_OPTIONS, allocates=True),
 )
 SOURCES: tuple[Source, ...] = (*_BUILT_IN[:-1], *map(load_plugin, plugins("undiffuse.sources").values()), _BUILT_IN[-1])
@@ -197,7 +202,13 @@ def load(source: str | Path, *, allocate: Allocator | None = None, **options: An
     _check_options(row, given)
     if row.allocates and allocate is not None:
         given["allocate"] = allocate
+    encoder = _text_encoder(given)
     data = row.module().load(source, **given)
+    if encoder is not None:
+        from undiffuse.data.text_encoders import with_encoder
+
+        data = with_encoder(data, encoder)
+        given["text_encoder"] = encoder
     if not row.has_observations:
         data = with_observations(data)
     if row.by_name and os.path.exists(name):
@@ -220,6 +231,18 @@ def _stage(
     row = resolution_map or "mean"
     data = data if reduce_to is None else reduce_data(data, reduce_to, row)
     return data if from_side is None else split_data(data, from_side, row)
+
+
+def _text_encoder(given: dict[str, Any]) -> str | None:
+    """The option ``text_encoder``, taken out of those of the source; a folder as its absolute path."""
+    encoder = given.pop("text_encoder", None)
+    if encoder is None:
+        return None
+    if not given.get("captions"):
+        raise ConfigError(
+            "OPTION", "text_encoder", "it embeds captions, and these are not read", "Give captions=True too"
+        )
+    return os.path.abspath(encoder) if os.path.isdir(encoder) and encoder not in ("bytes", "minilm") else str(encoder)
 
 
 def path_of(source: str | Path) -> Path | None:

@@ -15,6 +15,7 @@ from undiffuse.data.encoded_images import encoded_dataset
 from undiffuse.data.image_decoding import ImageOptions
 from undiffuse.data.image_formats import SUFFIXES
 from undiffuse.data.source_report import FileStamp
+from undiffuse.data.sources.captions import MAX_TEXT_FILE_BYTES, Captions, parse_text
 from undiffuse.data.sources.folder_labels import part_called
 from undiffuse.data.sources.image_folder import MAX_FILE_BYTES
 from undiffuse.errors import counted
@@ -30,6 +31,7 @@ class ShardImage(NamedTuple):
     start: int
     size: int
     label: str | None
+    captions: Captions | FileError
 
 
 def sniff(source: str | Path) -> bool:
@@ -45,10 +47,11 @@ def find_shards(source: Path) -> list[Path]:
     return [source] if source.suffix.lower() == ".tar" and source.is_file() else []
 
 
-def load(source: str | Path, *, on_bad: str = "stop", **image_options: Any) -> Dataset:
+def load(source: str | Path, *, on_bad: str = "stop", captions: bool = False, **image_options: Any) -> Dataset:
     """The images of tar files, in their order: ``key.png`` (or another format), with labels.
 
-    ``key.cls`` is a label as text, ``key.json`` may contain a ``label``; other members are ignored. Shards are indexed
+    ``key.cls`` is a label as text, ``key.json`` may contain a ``label``; other members are ignored. With
+    ``captions`` the lines of ``key.txt`` are captions, and there are no labels. Shards are indexed
     once and never unpacked: images are read at their offsets. Options and errors as `image_folder.load`.
     """
     source, options = Path(source), ImageOptions(**image_options)
@@ -61,7 +64,7 @@ def load(source: str | Path, *, on_bad: str = "stop", **image_options: Any) -> D
                 raise FileError("NOT_A_REGULAR_FILE", "is a pipe, a socket or a device")
             files[shard] = FileStamp.of(status)
             try:
-                images += _index(shard)
+                images += _index(shard, captions)
             except tarfile.TarError as error:
                 raise FileError("BAD_ARCHIVE", f"is not an uncompressed tar file ({error})", FIX) from None
     if not images:
@@ -76,8 +79,9 @@ def load(source: str | Path, *, on_bad: str = "stop", **image_options: Any) -> D
             return file.read(image.size)
 
     image_names = [f"{image.shard.name}/{image.member}" if source.is_dir() else image.member for image in images]
-    labels = [image.label for image in images]
-    data = encoded_dataset(source.stem, source, image_names, read_bytes, labels, options, on_bad, files)
+    labels = [None if captions else image.label for image in images]
+    texts = [image.captions for image in images] if captions else ()
+    data = encoded_dataset(source.stem, source, image_names, read_bytes, labels, options, on_bad, files, texts)
     ignored = sum(path not in files for path in source.iterdir()) if source.is_dir() else 0
     words = {word for path in files for word in re.split(r"[^A-Za-z]+", path.stem) if part_called(word)}
     listed = " and ".join(sorted(words))
@@ -88,10 +92,12 @@ def load(source: str | Path, *, on_bad: str = "stop", **image_options: Any) -> D
     return data.with_notes(counted(len(files), "shard"), *mixed, *others)
 
 
-def _index(shard: Path) -> list[ShardImage]:
-    """The images of a shard with their offsets and labels."""
+def _index(shard: Path, with_captions: bool) -> list[ShardImage]:
+    """The images of a shard with their offsets, labels and captions."""
     images: dict[str, ShardImage] = {}
     labels: dict[str, str] = {}
+    captions: dict[str, Captions | FileError] = {}
+    missing = FileError("CAPTIONS", "there is no caption: no member of its key ends in .txt", FIX)
     last_key = None
     with tarfile.open(shard, "r:") as archive:
         for member in archive:
@@ -100,19 +106,26 @@ def _index(shard: Path) -> list[ShardImage]:
             if not member.isreg() or not stem or not dot:
                 continue
             key, suffix = f"{folder}/{stem}", f".{extension.lower()}"
-            if key != last_key and (key in images or key in labels):
+            if key != last_key and (key in images or key in labels or key in captions):
                 raise FileError("BAD_ARCHIVE", f"the members of {key.lstrip('/')} are not adjacent", FIX)
             last_key = key
             if suffix in SUFFIXES:
                 if key in images:
                     raise FileError("BAD_ARCHIVE", f"{key.lstrip('/')} has two images", FIX)
-                images[key] = ShardImage(shard, member.name, member.offset_data, member.size, None)
+                images[key] = ShardImage(shard, member.name, member.offset_data, member.size, None, missing)
+            elif suffix == ".txt" and with_captions:
+                file = archive.extractfile(member)
+                assert file is not None
+                try:
+                    captions[key] = parse_text(file.read(MAX_TEXT_FILE_BYTES))
+                except FileError as error:
+                    captions[key] = error
             elif suffix in (".cls", ".json"):
                 file = archive.extractfile(member)
                 assert file is not None
                 if (label := _parse_label(file.read(MAX_LABEL_BYTES), suffix, member.name)) is not None:
                     labels.setdefault(key, label)
-    return [image._replace(label=labels.get(key)) for key, image in images.items()]
+    return [image._replace(label=labels.get(key), captions=captions.get(key, missing)) for key, image in images.items()]
 
 
 def _parse_label(text: bytes, suffix: str, name: str) -> str | None:

@@ -1,0 +1,190 @@
+"""Text to image from the command line: training with captions, prompts, and their errors."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_run import checkpoint_hashes, quick_looks, recipe, stopping_at, train
+
+from undiffuse.cli.prompt_options import read_prompts, slug
+from undiffuse.data.from_array import from_array
+from undiffuse.errors import ConfigError
+from undiffuse.model import checkpoint
+from undiffuse.report.figures import image_strip, prompt_grid
+from undiffuse.sampling.sampler import Sampler
+from undiffuse.training import diffusion_task
+from undiffuse.training.run_folder import ChangedError
+
+RECIPE = """[model]
+network = {kind = "unet", widths = [8], blocks = 1, attention = [0]}
+chain_length = 12
+[train]
+batch = 8
+warmup = 1
+precision = "float32"
+previews = 0
+"""
+COLOURS = ("black", "white")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two steps on pictures with captions, and its folder of data."""
+    from undiffuse.cli import main
+
+    place = tmp_path_factory.mktemp("text")
+    pictures(place / "data")
+    (place / "my.toml").write_text(RECIPE)
+    flags = ["--captions", "--steps", "2", "--config", str(place / "my.toml"), "--out", str(place / "run")]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("FINAL_ITEMS", "HELD_OUT_ITEMS", "FINAL_MC_SAMPLES", "MC_SAMPLES"):
+            patch.setattr(diffusion_task, name, 2)
+        assert main(["train", str(place / "data"), *flags]) == 0
+    return place
+
+
+def pictures(folder, count=30):
+    folder.mkdir()
+    rows = [{"file_name": f"{i}.png", "text": f"a {COLOURS[i % 2]} square"} for i in range(count)]
+    for i, row in enumerate(rows):
+        pixels = np.clip(np.random.default_rng(i).integers(60, size=(4, 4)) + 180 * (i % 2), 0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / row["file_name"])
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def values(folder):
+    with np.load(folder / "samples.npz") as file:
+        return file["x"]
+
+
+def test_a_run_with_captions_draws_prompts(trained, call, tmp_path):
+    run = trained / "run"
+    assert "prompts of up to 64 bytes, by a transformer trained along" in " ".join(call("inspect", run).out.split())
+    (tmp_path / "p.txt").write_text("a white square\n\n a black square \n")
+    flags = ["--solver", "ddim", "--steps", 3, "--guidance", 4, "--threshold", "dynamic", "--n", 5]
+    done = call("sample", run, "--prompt", "a grey square", "--prompts", tmp_path / "p.txt", *flags)
+    assert (done.code, done.err) == (0, "")
+    (folder,) = (run / "samples").iterdir()
+    assert folder.name.startswith("ddim-3-a-grey-square-a-white-square-a-black-squ")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    prompts = ["a grey square", "a white square", "a black square"]
+    assert (manifest["prompt"], manifest["negative"]) == (prompts, None)
+    model = checkpoint.load(run)
+    cond = model.text_condition([*prompts, *prompts[:2]])
+    sampler = Sampler("ddim", 3, guidance=4.0, threshold="dynamic")
+    expected = model.sample(5, sampler=sampler, cond=cond)
+    np.testing.assert_array_equal(values(folder), expected.numpy())
+    named = prompt_grid(expected.numpy(), prompts, 256)
+    with Image.open(folder / "grid.png") as grid:
+        np.testing.assert_array_equal(np.asarray(grid), np.asarray(named))
+    flags += ["--negative", "a grey square", "--out", tmp_path / "n"]
+    assert call("sample", run, "--prompt", "a white square", *flags).code == 0
+    assert json.loads((tmp_path / "n" / "manifest.json").read_text())["negative"] == "a grey square"
+    assert call("sample", run, "--prompt", "a white square", *flags).out.startswith("these 5 samples exist already")
+
+
+def test_evaluate_restore_and_interpolate_take_captions(trained, call, tmp_path):
+    run, one, two = trained / "run", trained / "data" / "0.png", trained / "data" / "1.png"
+    done = call("evaluate", run, "--estimate", "discrete", "--items", 2, "--mc-samples", 2)
+    assert (done.code, done.err) == (0, "")
+    assert json.loads((run / "evaluation.json").read_text())["condition"] == "captions"
+    strips = {}
+    for prompt in ("a black square", "a white square"):
+        out = tmp_path / prompt
+        flags = ["--noise", 0.3, "--n", 1, "--steps", 2, "--prompt", prompt]
+        assert call("restore", run, one, *flags, "--out", out).code == 0
+        assert json.loads((out / "manifest.json").read_text())["prompt"] == [prompt]
+        strip = tmp_path / f"{prompt}.png"
+        assert call("interpolate", run, one, two, "--n", 2, "--steps", 2, "--prompt", prompt, "--out", strip).code == 0
+        strips[prompt] = strip.read_bytes()
+    assert call("check", trained / "data", "--captions").out.count("'a black square', 'a white square'") == 1
+
+
+ERRORS = [
+    (["--prompt", "x" * 65], "[PROMPT] --prompt xxx", "it has 65 bytes"),
+    (["--prompt", "a", "--negative", "b"], "[GUIDANCE] --negative", "no effect without --guidance"),
+    (["--negative", "b", "--guidance", "3"], "[GUIDANCE] --guidance", "it needs a condition. Give --prompt."),
+    (["--prompt", "", "--guidance", "3"], "[GUIDANCE] --guidance", "it needs a condition"),
+    (["--prompts", "none.txt"], "[PROMPT] none.txt", "cannot be read (No such file or directory)"),
+    (["--text-encoder", "bytes"], "[USAGE] --text-encoder", "no effect without a prompt"),
+    (["--prompt", "a", "--text-encoder", "minilm"], "[TEXT_ENCODER] minilm", "of its own, trained along"),
+    (["--prompt", "a", "--label", "b"], "[LABEL] --label b", "trained without labels"),
+]
+
+
+@pytest.mark.parametrize(("flags", "place", "cause"), ERRORS, ids=lambda value: value[0] if value else "")
+def test_prompts_that_cannot_work_are_one_line(flags, place, cause, trained, call):
+    done = call("sample", trained / "run", "--n", 2, *flags)
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert done.err.startswith(f"error{place}")
+    assert cause in done.err
+
+
+def test_bad_captions_and_other_data_are_one_line(trained, call, tmp_path):
+    pictures(tmp_path / "data", 12)
+    table = tmp_path / "data" / "metadata.jsonl"
+    table.write_text(table.read_text().replace("a black square", "", 1))
+    done = call("train", tmp_path / "data", "--captions", "--steps", 1, "--out", tmp_path / "run")
+    assert (done.code, (tmp_path / "run").exists()) == (3, False)
+    assert "error[CAPTIONS]" in done.err.splitlines()[-1]
+    assert "--on-bad skip" in done.err.splitlines()[-1]
+    done = call("train", trained / "data", "--text-encoder", "minilm", "--steps", 1, "--out", tmp_path / "run")
+    assert "Give --captions too" in done.err
+    done = call("train", "two-moons", "--captions", "--steps", 1, "--out", tmp_path / "run")
+    assert "a built-in data set does not take this option" in done.err
+
+
+def test_lines_of_a_file_are_prompts(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_bytes("﻿one\r\n\r\n two ".encode())
+    assert read_prompts(["zero", ""], file) == ["zero", "", "one", "two"]
+    for content, cause in ((b"\n \n", "no prompt in it"), (b"\xff", "not text in UTF-8"), (b"x" * (1 << 23), "larger")):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=cause):
+            read_prompts([], file)
+
+
+def test_a_grid_has_a_column_for_each_prompt():
+    values = np.arange(7)[:, None, None, None] * np.ones((1, 1, 2, 2), np.uint8)
+    strip = image_strip(
+        np.stack([values[[0, 3]], values[[1, 4]], values[[2, 5]]]), ["a", "b" * 28, "c" * 25 + "..."], 256
+    )
+    assert np.array_equal(np.asarray(prompt_grid(values, ["a", "b" * 28, "c" * 29], 256)), np.asarray(strip))
+    assert (
+        prompt_grid(np.repeat(values, 9, 0), list("abcdefghijk"), 256).size
+        == image_strip(np.zeros((8, 5, 1, 2, 2), np.uint8), list("abcdefgh"), 256).size
+    )
+
+
+def test_the_name_of_a_folder_says_the_prompts():
+    assert slug(["a red apple"]) == ["a-red-apple"]
+    assert slug([]) == []
+    one, other = slug(["x" * 50, "y"]), slug(["x" * 50, "z"])
+    assert one[0] == other[0] == "x" * 40
+    assert one != other
+
+
+def captioned():
+    g = np.random.default_rng(0)
+    data = from_array(g.integers(5, size=(30, 1, 4, 4)), num_values=5, name="tiny")
+    return replace(data, captions=tuple((f"item {i}", f"{i}", "it") for i in range(30)))
+
+
+def test_a_run_with_captions_resumes_to_the_bit(tmp_path):
+    config = recipe(max_steps=4)
+    network = {"kind": "unet", "widths": (8,), "blocks": 1, "attention": (0,)}
+    config, data = replace(config, model=replace(config.model, network=network)), captioned()
+    with quick_looks():
+        train(config, tmp_path / "straight", data)
+        with stopping_at(2):
+            train(config, tmp_path / "stopped", data)
+        changed = replace(data, captions=(("other",), *data.captions[1:]))
+        with pytest.raises(ChangedError, match="fingerprint"):
+            train(config, tmp_path / "stopped", changed)
+        train(config, tmp_path / "stopped", data)
+    hashes = checkpoint_hashes(tmp_path / "stopped", 4)
+    assert hashes == checkpoint_hashes(tmp_path / "straight", 4)
+    assert torch.equal(*(checkpoint.load(tmp_path / name).network.text.null_token for name in ("straight", "stopped")))
