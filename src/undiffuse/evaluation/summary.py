@@ -10,15 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from undiffuse.data.transform import IntegerLevels
+from undiffuse.data.transform import IntegerLevels, values_transform
 from undiffuse.errors import counted
 from undiffuse.likelihood.nll import NLL
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.likelihood_estimators import MAX_EXACT_TRACE_DIMS, TIGHT_TOLERANCE
 from undiffuse.process.schedule import finite_ends
 
-PARTS = {"prior": "prior", "diffusion": "diffusion_nats", "decoder": "decoder", "total": "total"}
-"""The parts of an estimate by name, and the fields of `NLL` that hold them in nats."""
 MAX_INTERVALS = 40
 """Most intervals of log-SNR in a curve of bits."""
 
@@ -29,10 +27,16 @@ def mean_bits(model: Diffusion, nats: Tensor) -> tuple[float, float]:
     return float(bits.mean()), float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
 
 
+def parts(nll: NLL) -> dict[str, Tensor]:
+    """The parts of an estimate by name, (B,) nats, those of an autoencoder after those of the density, then the total."""
+    of_density = {"prior": nll.prior, "diffusion": nll.diffusion_nats, "decoder": nll.decoder}
+    return of_density | dict(nll.extra) | {"total": nll.total}
+
+
 def summarize(model: Diffusion, name: str, nll: NLL, seconds: float, mc_samples: int | None) -> dict[str, Any]:
     """An estimate as plain data: each part as [mean, standard error], and what it cost; calls are for each item."""
     return {
-        "bits_per_dim": {part: list(mean_bits(model, getattr(nll, nats))) for part, nats in PARTS.items()},
+        "bits_per_dim": {part: list(mean_bits(model, nats)) for part, nats in parts(nll).items()},
         "items": len(nll.total),
         "calls": nll.calls,
         "iw_samples" if name == "ode" else "mc_samples": mc_samples,
@@ -59,13 +63,13 @@ def is_bound(model: Diffusion, name: str, mc_samples: int | None) -> bool:
     """
     if name != "ode":
         return name != "openai"
-    return isinstance(model.transform, IntegerLevels) and (mc_samples == 1 or model.dims <= MAX_EXACT_TRACE_DIMS)
+    return isinstance(values_transform(model.transform), IntegerLevels) and (mc_samples == 1 or math.prod(model.x_shape) <= MAX_EXACT_TRACE_DIMS)
 
 
 def explanations(model: Diffusion, names: Iterable[str], iw_samples: int) -> list[str]:
     """What the numbers of the estimates ``names`` mean, as sentences."""
     lines, names = [], list(names)
-    integers, exact = isinstance(model.transform, IntegerLevels), model.dims <= MAX_EXACT_TRACE_DIMS
+    integers, exact = isinstance(values_transform(model.transform), IntegerLevels), math.prod(model.x_shape) <= MAX_EXACT_TRACE_DIMS
     if any(is_bound(model, name, iw_samples) for name in names):
         lines.append("≤: an upper bound on −log₂ p per dimension, in expectation")
     if not integers:
@@ -97,8 +101,8 @@ def differences(model: Diffusion, nll: Mapping[str, NLL]) -> dict[str, dict[str,
         n = min(len(other.total), len(chain.total))
         if name != "discrete":
             paired[name] = {
-                part: list(mean_bits(model, getattr(other, nats)[:n] - getattr(chain, nats)[:n]))
-                for part, nats in PARTS.items()
+                part: list(mean_bits(model, nats[:n] - of_chain[:n]))
+                for (part, nats), of_chain in zip(parts(other).items(), parts(chain).values(), strict=True)
             }
     return paired
 

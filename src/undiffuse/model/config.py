@@ -37,7 +37,8 @@ class ModelConfig:
     (every step of the chain at once) or ``continuous`` (infinitely many steps; the only loss that trains a
     ``learned`` schedule); ``variance`` is that of the reverse process. ``output`` of the network is ``values`` of the
     target or ``categorical``, logits of all values of the data (`undiffuse.denoising.categorical_head`). ``calls`` is
-    0, or for a distilled model the network calls of a sample (`undiffuse.model.consistency`).
+    0, or for a distilled model the network calls of a sample (`undiffuse.model.consistency`). ``autoencoder`` is the
+    fingerprint of the autoencoder of a latent model, else empty.
     """
 
     network: Settings = field(default_factory=lambda: {"kind": "unet"})
@@ -51,6 +52,7 @@ class ModelConfig:
     variance: str = "small"
     output: str = "values"
     calls: int = 0
+    autoencoder: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.calls <= MAX_CALLS:

@@ -5,6 +5,7 @@ A new estimate is a function of (model, batch, mc_samples) and a row of the tabl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -53,9 +54,7 @@ class Model(Decodable, Protocol):
     """The parts of a `Diffusion` that estimates use."""
 
     @property
-    def item_shape(self) -> tuple[int, ...]: ...
-    @property
-    def dims(self) -> int: ...
+    def x_shape(self) -> tuple[int, ...]: ...
     @property
     def device(self) -> torch.device: ...
     def denoiser(self) -> Denoiser: ...
@@ -121,7 +120,7 @@ def ode(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
             clean = model.schedule(model.schedule.inverse(bin_filling))
         dequantizer = ForwardNoise(clean, decode := clean_decoder(model, denoise, clean, batch.cond))
         decoder_calls = decode.calls
-    exact = model.dims <= MAX_EXACT_TRACE_DIMS
+    exact = math.prod(model.x_shape) <= MAX_EXACT_TRACE_DIMS
     flow = partial(
         ode_nll,
         denoise,
@@ -165,7 +164,7 @@ def get(name: str) -> Estimate:
 
 
 def _noise(model: Model, batch: Batch) -> ItemNoise:
-    return ItemNoise(batch.seed, batch.items, model.item_shape, "bound", model.device)
+    return ItemNoise(batch.seed, batch.items, model.x_shape, "bound", model.device)
 
 
 def _uniform(batch: Batch, n: int) -> Tensor:
