@@ -196,6 +196,7 @@ TRANSFORMS: Mapping[str, type[IntegerLevels] | type[Standardized] | type[MinMax]
     "identity": Identity,
 }
 
+
 def values_transform(transform: DataTransform) -> DataTransform:
     """The transform of the values themselves: ``transform``, or the one before the autoencoder of latents."""
     return getattr(transform, "values", transform)

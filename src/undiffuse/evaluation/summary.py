@@ -63,13 +63,18 @@ def is_bound(model: Diffusion, name: str, mc_samples: int | None) -> bool:
     """
     if name != "ode":
         return name != "openai"
-    return isinstance(values_transform(model.transform), IntegerLevels) and (mc_samples == 1 or math.prod(model.x_shape) <= MAX_EXACT_TRACE_DIMS)
+    return isinstance(values_transform(model.transform), IntegerLevels) and (
+        mc_samples == 1 or math.prod(model.x_shape) <= MAX_EXACT_TRACE_DIMS
+    )
 
 
 def explanations(model: Diffusion, names: Iterable[str], iw_samples: int) -> list[str]:
     """What the numbers of the estimates ``names`` mean, as sentences."""
     lines, names = [], list(names)
-    integers, exact = isinstance(values_transform(model.transform), IntegerLevels), math.prod(model.x_shape) <= MAX_EXACT_TRACE_DIMS
+    integers, exact = (
+        isinstance(values_transform(model.transform), IntegerLevels),
+        math.prod(model.x_shape) <= MAX_EXACT_TRACE_DIMS,
+    )
     if any(is_bound(model, name, iw_samples) for name in names):
         lines.append("≤: an upper bound on −log₂ p per dimension, in expectation")
     if not integers:

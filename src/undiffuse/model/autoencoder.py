@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -125,7 +126,8 @@ class Autoencoder(nn.Module):
         the bound −log p(x) ≤ ... with the prior N(0, I).
         """
         x = self.transform.to_model(values, self.dtype).to(eps.device)
-        x_hat, mean, log_var = (self.network if network is None else network)(x, eps)
+        with torch.autocast(x.device.type, self.autocast) if self.autocast else contextlib.nullcontext():
+            x_hat, mean, log_var = (self.network if network is None else network)(x, eps)
         x_hat, mean, log_var = (part.to(x.dtype) for part in (x_hat, mean, log_var))
         kl = item_sum(Gaussian(mean, log_var).kl(Gaussian(torch.zeros_like(mean), torch.zeros_like(log_var))))
         if self.config.reconstruction == "nll":

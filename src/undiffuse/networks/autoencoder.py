@@ -226,7 +226,9 @@ def latent_shape(
         raise ConfigError("SHAPE", "autoencoder", cause, fix)
     if item_shape[0] != channels:
         cause = f"items of {name} have {item_shape[0]} channels, the autoencoder has {channels}"
-        raise ConfigError("SHAPE", "autoencoder", cause, "Give one of as many channels as the data, or prepare the data")
+        raise ConfigError(
+            "SHAPE", "autoencoder", cause, "Give one of as many channels as the data, or prepare the data"
+        )
     if wrong := [side for side in sides if side % factor]:
         cause = f"a side of {wrong[0]} cannot be divided by the factor {factor}"
         raise ConfigError("SHAPE", "autoencoder", cause, "Give a smaller power of two, or data of another size")

@@ -22,8 +22,24 @@ from undiffuse.process.time_sampling import low_discrepancy
 from undiffuse.training.augmentation import augment
 
 
+class Reader(NamedTuple):
+    """What batches are made of.
+
+    ``read``: the values (B, ...) that are trained on, augmented, from (items, settings, step), a function of these
+    alone. ``noise_shape``: the shape of an item's noises, by default that of its values.
+    """
+
+    read: Callable[[np.ndarray, TrainConfig, int], np.ndarray]
+    noise_shape: tuple[int, ...] | None = None
+
+
+def values_of(data: Dataset) -> Reader:
+    """The `Reader` of the values of ``data`` themselves."""
+    return Reader(lambda items, settings, step: augment(data.values[items], settings, step))
+
+
 class Batch(NamedTuple):
-    """``values`` (B, *item_shape) as the data hold them, ``u`` (B,) uniform in [0, 1), noises ``eps`` and ``z``.
+    """``values`` (B, *item_shape) as the data, or the task's `Reader`, give them, ``u`` (B,) uniform in [0, 1), noises ``eps`` and ``z``.
 
     ``fraction``: how much of the run was done before this step, in [0, 1).
     """
@@ -54,8 +70,9 @@ class Batches:
         items: np.ndarray,
         settings: TrainConfig,
         clock: Callable[[], float] = time.perf_counter,
+        read: Reader | None = None,
     ) -> None:
-        self.data, self.items, self.settings, self.clock = data, items, settings, clock
+        self.data, self.items, self.settings, self.clock, self.read = data, items, settings, clock, read
         self.pool = ThreadPoolExecutor(1, "batches")
         self.pending: dict[int, Future[Batch]] = {}
         self.waited = 0.0
@@ -78,24 +95,29 @@ class Batches:
         return batch
 
     def _submit(self, step: int) -> Future[Batch]:
-        return self.pool.submit(global_batch, self.data, self.items, self.settings, step)
+        return self.pool.submit(global_batch, self.data, self.items, self.settings, step, self.read)
 
 
-def global_batch(data: Dataset, items: np.ndarray, settings: TrainConfig, step: int) -> Batch:
+def global_batch(
+    data: Dataset, items: np.ndarray, settings: TrainConfig, step: int, read: Reader | None = None
+) -> Batch:
     """The whole batch of a step, over all processes: a function of (seed, step) alone.
 
+    ``read`` gives the values, by default those of ``data``.
     Dropped conditions are drawn with a key of their own, so that values and noise are those of unconditional training.
     """
     chosen = batch_items(items, settings, step)
-    values, cond = data.values[chosen], None
+    read = read or values_of(data)
+    values, cond = read.read(chosen, settings, step), None
     if settings.conditional:
         g = generator(settings.seed, "condition", step)
         cond = data.condition(chosen).drop(torch.rand(settings.batch, generator=g) < settings.condition_dropout)
     g = generator(settings.seed, "train", step)
     u = low_discrepancy(torch.rand((), generator=g, dtype=torch.float64), settings.batch)
     u = u[torch.randperm(settings.batch, generator=g)]
-    eps, z = torch.randn(2, *values.shape, generator=g)
-    return Batch(torch.from_numpy(np.ascontiguousarray(augment(values, settings, step))), u, eps, z, cond)
+    shape = values.shape if read.noise_shape is None else (len(values), *read.noise_shape)
+    eps, z = torch.randn(2, *shape, generator=g)
+    return Batch(torch.from_numpy(np.ascontiguousarray(values)), u, eps, z, cond)
 
 
 class TrainingStatistics:

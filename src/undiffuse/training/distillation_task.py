@@ -29,8 +29,9 @@ from undiffuse.process.statistics import item_mean
 from undiffuse.process.time_sampling import LogNormalSigma
 from undiffuse.report.figures import image_grid
 from undiffuse.sampling.sampler import Sampler
-from undiffuse.training.batches import Batch
+from undiffuse.training.batches import Batch, Reader
 from undiffuse.training.fit import fit
+from undiffuse.training.latents import batch_x, reader_of
 from undiffuse.training.run_folder import Run
 from undiffuse.training.task import Evaluation, Task
 
@@ -145,7 +146,7 @@ class DistillationTask(Task):
     def loss(self, model: Diffusion, batch: Batch, network: nn.Module) -> Tensor:
         """`consistency_loss` with the gap of the part of the run that ``batch.fraction`` lies in."""
         schedule, device = model.schedule, batch.eps.device
-        x = model.transform.to_model(batch.values).to(device)
+        x = batch_x(model, batch).to(device)
         times = LogNormalSigma(schedule, LOG_RATIO_MEAN, LOG_RATIO_STD)
         t = schedule(times.sample(batch.u))
         r = level_after_gap(schedule, t, GAPS[min(int(batch.fraction * len(GAPS)), len(GAPS) - 1)])
@@ -157,6 +158,9 @@ class DistillationTask(Task):
             with torch.no_grad():
                 x_r = teacher_step(teacher, x_t, t, r, batch.cond)
         return consistency_loss(model.denoiser(network), x_t, t, x_r, r, batch.cond)
+
+    def reader(self, model: Diffusion, data: Dataset, split: Split, folder: Path | None) -> Reader:
+        return reader_of(model, None, data, split.train, self.config.train, folder)
 
     def evaluate(self, model: Diffusion, data: Dataset, split: Split, final: bool, limit: TimeLimit) -> Evaluation:
         """The distance of one-call samples to the teacher's samples from the same noise, root mean square in x.
