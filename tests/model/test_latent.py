@@ -58,12 +58,8 @@ def test_otherwise_the_gap_is_the_kl_of_q_to_the_posterior():
         torch.testing.assert_close(bound, -network.log_prob(x) + kl, rtol=0, atol=1e-10)
 
 
-def test_the_bound_of_a_model_is_log_p_with_the_flow_and_in_expectation():
-    """The flow's likelihood of z is exact to the integrator's tolerance; the other bound has noise of its points.
-
-    The mean of 1,024 items is within 5.5 standard errors of 0 (false alarm 4e-8); an error of the determinant, log 3 +
-    log 0.2, is 40 of them.
-    """
+def test_the_bound_of_a_model_is_log_p_itself():
+    """With the flow's likelihood of z, to the integrator's tolerance; the determinant, log 3 + log 0.2, is −0.51."""
     transform = linear_transform()
     model, network = exact_model(transform), transform.autoencoder.network
     flow = model.nll(X, estimate="ode", mc_samples=1)
@@ -71,11 +67,6 @@ def test_the_bound_of_a_model_is_log_p_with_the_flow_and_in_expectation():
     assert list(flow.extra) == ["reconstruction", "posterior"]
     parts = flow.prior + flow.diffusion_nats + flow.decoder + flow.extra["reconstruction"] + flow.extra["posterior"]
     torch.testing.assert_close(flow.total, parts)
-    many = X.repeat(171, 1)[:1024]
-    difference = model.nll(many, estimate="continuous", mc_samples=32).total + network.log_prob(many)
-    error = difference.std() / 32
-    assert abs(float(difference.mean())) < 5.5 * error
-    assert 40 * error < abs(math.log(3 * 0.2))
 
 
 def test_items_have_noise_of_their_own_in_any_batch():
@@ -108,7 +99,7 @@ def test_probabilities_of_all_items_sum_to_at_most_one(distribution):
 def test_what_has_no_likelihood_is_refused_by_name():
     values = torch.randint(17, (2, 1, 8, 8))
     model = tiny_latent_model(distribution="none")
-    with pytest.raises(ConfigError, match="NO_DECODER.*no distribution of x given z"):
+    with pytest.raises(ConfigError, match=r"NO_DECODER.*no distribution of x given z"):
         model.nll(values)
     model.transform.autoencoder.network.is_deterministic = True
     model.transform.autoencoder.network.encode = lambda x: (torch.zeros(len(x), 2, 4, 4), None)

@@ -41,6 +41,7 @@ def inspect(
         **{part: _settings(getattr(model.config, part)) for part in parts},
         "chain": f"{steps}, log-SNR {low:.2f} to {high:.2f}, variance {model.config.variance}",
         **_distilled(model),
+        **_latent(model),
         "trained": ", ".join(f"{key} {model.info[key]}" for key in trained if key in model.info),
         "notes": "; ".join(model.info.get("notes", [])) or "none",
     }
@@ -55,6 +56,18 @@ def _distilled(model: Diffusion) -> dict[str, str]:
     guidance = f", with guidance {made['guidance']:g}" if made.get("guidance", 1) != 1 else ""
     teacher = f" from the weights {str(made.get('teacher', 'unknown'))[:12]}"
     return {"distilled": f"for {counted(model.config.calls, 'network call')}{teacher}{guidance}"}
+
+
+def _latent(model: Diffusion) -> dict[str, str]:
+    """The autoencoder of a latent model; empty for other models."""
+    from undiffuse.model.latent import LatentTransform
+
+    if not isinstance(model.transform, LatentTransform):
+        return {}
+    shape, config = "×".join(map(str, model.x_shape)), model.transform.autoencoder.config
+    given = "no likelihood" if config.distribution == "none" else f"p(x given z) {config.distribution}"
+    kind = f"{_settings(config.network)}; {config.reconstruction} with KL weight {config.kl_weight:g}, {given}"
+    return {"latents": shape, "autoencoder": f"{kind}, {model.config.autoencoder[:12]}"}
 
 
 def _values(num_values: int | None) -> str:

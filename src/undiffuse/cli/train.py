@@ -98,7 +98,7 @@ def train(
     device = resolve_device(device)
     check_length(minutes, steps, epochs)
     network_class = register_network(network)
-    run = open_run(out, data)
+    run = open_run(out, data, "" if autoencoder is None else "-latent")
     dataset = read(data)
     print_notes(dataset)
     if extend:
@@ -113,7 +113,8 @@ def train(
         name, recipe = "as begun", configs.from_dict(configs.Config, record["config"], "run.json")
     else:
         name = preset or presets.choose(dataset.item_shape if encoder is None else encoder.latent_shape, device)
-        recipe = presets.get(name) if config is None else configs.read(config, presets.get(name))
+        base = presets.get(name) if encoder is None else presets.of_latents(presets.get(name))
+        recipe = base if config is None else configs.read(config, base)
         given = {name: value for name, value in (("batch", batch), ("lr", lr), ("seed", seed)) if value is not None}
         recipe = configs.replace_train(recipe, **{"seed": 0, **given})
         if epochs is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undiffuse.cli.data_options import ReadData, print_notes, with_data_options
+from undiffuse.cli.data_options import ReadData, given_options, print_notes, with_data_options
 from undiffuse.cli.options import DataArgument, Device, as_argument, console, resolve_device
 from undiffuse.cli.train import (
     Batch,
@@ -109,7 +109,8 @@ def train_autoencoder(
         report_finished(run)
         return
     console.print(f"done: {run.folder}/model.safetensors, pictures in {run.pictures}")
-    console.print(f"next: undiffuse train {as_argument(Path(data))} --autoencoder {as_argument(run.folder)}")
+    options, folder = given_options(read), as_argument(run.folder)
+    console.print(f"next: undiffuse train {as_argument(Path(data))} --autoencoder {folder}{options}")
 
 
 def recipe_for(

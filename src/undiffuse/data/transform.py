@@ -202,6 +202,11 @@ def values_transform(transform: DataTransform) -> DataTransform:
     return getattr(transform, "values", transform)
 
 
+def is_latent(transform: DataTransform) -> bool:
+    """Whether x are latents of an autoencoder."""
+    return values_transform(transform) is not transform
+
+
 def x_shape(transform: DataTransform, item_shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of x: that of an item, or of the latents of an autoencoder."""
     return getattr(transform, "x_shape", tuple(item_shape))

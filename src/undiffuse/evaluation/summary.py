@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from undiffuse.data.transform import IntegerLevels, values_transform
+from undiffuse.data.transform import IntegerLevels, is_latent, values_transform
 from undiffuse.errors import counted
 from undiffuse.likelihood.nll import NLL
 from undiffuse.model.diffusion import Diffusion
@@ -28,7 +28,7 @@ def mean_bits(model: Diffusion, nats: Tensor) -> tuple[float, float]:
 
 
 def parts(nll: NLL) -> dict[str, Tensor]:
-    """The parts of an estimate by name, (B,) nats, those of an autoencoder after those of the density, then the total."""
+    """The parts of an estimate by name, (B,) nats: those of the density, those of an autoencoder, and the total."""
     of_density = {"prior": nll.prior, "diffusion": nll.diffusion_nats, "decoder": nll.decoder}
     return of_density | dict(nll.extra) | {"total": nll.total}
 
@@ -58,11 +58,14 @@ def title(model: Diffusion, name: str, mc_samples: int | None) -> str:
 def is_bound(model: Diffusion, name: str, mc_samples: int | None) -> bool:
     """Whether an estimate's expectation is at least −log p of the model.
 
-    That of the flow is for integer data, unless several importance samples have an estimated divergence: the mean of
-    exp(noise) is above 1. That of the script is not: a clamp makes values more likely than they are.
+    That of the flow is for latents, and for integer data, unless several importance samples have an estimated
+    divergence: the mean of exp(noise) is above 1. That of the script is not: a clamp makes values more likely than they
+    are.
     """
     if name != "ode":
         return name != "openai"
+    if is_latent(model.transform):
+        return True
     return isinstance(values_transform(model.transform), IntegerLevels) and (
         mc_samples == 1 or math.prod(model.x_shape) <= MAX_EXACT_TRACE_DIMS
     )
@@ -70,18 +73,25 @@ def is_bound(model: Diffusion, name: str, mc_samples: int | None) -> bool:
 
 def explanations(model: Diffusion, names: Iterable[str], iw_samples: int) -> list[str]:
     """What the numbers of the estimates ``names`` mean, as sentences."""
-    lines, names = [], list(names)
+    lines, names, latent = [], list(names), is_latent(model.transform)
     integers, exact = (
         isinstance(values_transform(model.transform), IntegerLevels),
         math.prod(model.x_shape) <= MAX_EXACT_TRACE_DIMS,
     )
     if any(is_bound(model, name, iw_samples) for name in names):
         lines.append("≤: an upper bound on −log₂ p per dimension, in expectation")
+    if latent:
+        lines.append(
+            "a latent model: prior, diffusion and decoder are of z; reconstruction is -log₂ p(x given z), posterior "
+            "log₂ q(z given x), minus the entropy of q in the mean"
+        )
     if not integers:
         lines.append("a density: it depends on the units of the data, and may be negative")
     if "ode" in names:
         trace = "its divergence is exact" if exact else "its divergence is estimated by random signs, without bias"
-        if integers and is_bound(model, "ode", iw_samples):
+        if latent:
+            meaning = f"a bound, because q(z given x) is not the exact posterior; {trace}"
+        elif integers and is_bound(model, "ode", iw_samples):
             meaning = f"a bound, because integer data are dequantized; {trace}"
         elif integers:
             meaning = f"no bound: noise in the estimated divergence biases the mean of {iw_samples} importance weights"

@@ -199,7 +199,7 @@ def _is_plain(value: object, deep: int = 4) -> bool:
 
 
 def read(path: Path, base: T) -> T:
-    """The recipe ``base`` with the settings of a TOML or JSON file, tables ``model`` and ``train``. Raises `ConfigError`."""
+    """``base`` with the settings of a TOML or JSON file, tables ``model`` and ``train``. Raises `ConfigError`."""
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)

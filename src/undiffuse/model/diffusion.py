@@ -317,8 +317,8 @@ class Diffusion(nn.Module):
         ``"continuous"`` the bound of infinitely many steps, from ``mc_samples`` points; ``"ode"`` the likelihood of
         the probability flow; ``"openai"`` the chain's bound as improved-diffusion computes it. Item i's noise is a
         function of (seed, first + i). Discrete data get a probability, continuous data a density.
-        With ``cond``, a condition for each item, the result is −log p(item given its condition). Of a latent model it is
-        a bound for every estimate, with the parts of its autoencoder in `NLL.extra`.
+        With ``cond``, a condition for each item, the result is −log p(item given its condition). Of a latent model
+        every estimate is a bound, with the parts of its autoencoder in `NLL.extra`.
 
         Raises `ConfigError`, and `DataError` for values that are not among the model's levels, NaN or infinite.
         """

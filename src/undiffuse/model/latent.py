@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from undiffuse.data.transform import DataTransform
 from undiffuse.errors import ConfigError
 from undiffuse.model import autoencoder as autoencoders
 from undiffuse.process.gaussian import Gaussian

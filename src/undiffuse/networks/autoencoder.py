@@ -1,7 +1,7 @@
 """Autoencoders: convolutional encoders and decoders of sequences, images and volumes.
 
-An autoencoder network has ``encode``, ``decode`` and ``latent_shape``, and ``is_deterministic`` where its encoder has no
-variance. It contains no distribution: that is `undiffuse.model.autoencoder`.
+A network has ``encode``, ``decode`` and ``latent_shape``, and ``is_deterministic`` where its encoder has no variance.
+It contains no distribution: that is `undiffuse.model.autoencoder`.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Encoder(nn.Module):
 
 
 class ConvolutionalDecoder(nn.Module):
-    """z (B, latent_channels, ...) ↦ (B, channels, ... · 2^(stages − 1)); a stage has one block more than the encoder's."""
+    """z (B, latent_channels, ...) ↦ (B, channels, ... · 2^(stages − 1)), a block more a stage than the encoder."""
 
     def __init__(
         self, dims: int, channels: int, latent_channels: int, widths: Sequence[int], blocks: int, groups: int, mid: bool
@@ -164,7 +164,7 @@ class ConvolutionalDecoder(nn.Module):
 
 
 class KLAutoencoder(nn.Module):
-    """The autoencoder of latent diffusion [Rombach22]: the layers, and names of parameters, of diffusers' AutoencoderKL.
+    """The autoencoder of latent diffusion [Rombach22], with the layers and parameter names of diffusers' AutoencoderKL.
 
     Each of ``widths`` is a stage of ``blocks`` residual blocks (``blocks`` + 1 in the decoder), with half the side of
     the stage before it: the factor of downsampling is 2^(stages − 1). ``attention``: among all positions at the

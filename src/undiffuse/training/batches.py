@@ -39,7 +39,7 @@ def values_of(data: Dataset) -> Reader:
 
 
 class Batch(NamedTuple):
-    """``values`` (B, *item_shape) as the data, or the task's `Reader`, give them, ``u`` (B,) uniform in [0, 1), noises ``eps`` and ``z``.
+    """``values`` (B, ...) of the task's `Reader`, ``u`` (B,) uniform in [0, 1), noises ``eps`` and ``z``.
 
     ``fraction``: how much of the run was done before this step, in [0, 1).
     """
