@@ -7,6 +7,7 @@ import difflib
 import functools
 import json
 import math
+import re
 import reprlib
 import sys
 import tomllib
@@ -58,6 +59,9 @@ class ModelConfig:
         if not 0 <= self.calls <= MAX_CALLS:
             fix = f"Give a number from 0 to {MAX_CALLS}"
             raise ConfigError("CONFIG", f"model.calls = {self.calls!r}", "out of range", fix)
+        if self.autoencoder and not re.fullmatch("[0-9a-f]{64}", self.autoencoder):
+            where = f"model.autoencoder = {reprlib.repr(self.autoencoder)}"
+            raise ConfigError("CONFIG", where, "not a fingerprint", "Leave it out: --autoencoder sets it")
 
 
 @dataclass(frozen=True)

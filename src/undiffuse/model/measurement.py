@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
 
@@ -14,12 +14,9 @@ from undiffuse.model.latent import LatentTransform
 from undiffuse.networks.condition import Condition
 from undiffuse.process.seeded_noise import ItemNoise
 
-if TYPE_CHECKING:
-    from undiffuse.model.diffusion import Diffusion
-
 
 def measure(
-    model: Diffusion,
+    model: Any,
     values: Tensor,
     seed: int = 0,
     mc_samples: int | None = None,
@@ -52,7 +49,7 @@ def measure(
     return concatenate(parts)
 
 
-def _encode(model: Diffusion, values: Tensor, items: range, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+def _encode(model: Any, values: Tensor, items: range, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     """x, and the parts that the bound adds to that of x: none, or those of an autoencoder, from the items' noise."""
     transform = model.transform
     if not isinstance(transform, LatentTransform):

@@ -83,9 +83,8 @@ def fit(
         if resumed is None:  # finished by another process, since the check above
             return run.folder
         progress, warnings = resumed
-        read = prepare_reader(accelerator, task, model, data, split, run)
         network = prepare_network(accelerator, model.network, settings)
-        saved_at = progress.seconds
+        saved_at, read = progress.seconds, prepare_reader(accelerator, task, model, data, split, run)
         progress.seconds += clock() - began  # setting up is part of the run
 
         with (
