@@ -110,6 +110,8 @@ def train_autoencoder(
         return
     console.print(f"done: {run.folder}/model.safetensors, pictures in {run.pictures}")
     options, folder = given_options(read), as_argument(run.folder)
+    if out is not None:  # so that the latents of another autoencoder of the same data go elsewhere
+        options += f" --out {as_argument(run.folder.with_name(f'{run.folder.name}-latent'))}"
     console.print(f"next: undiffuse train {as_argument(Path(data))} --autoencoder {folder}{options}")
 
 
