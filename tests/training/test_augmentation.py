@@ -118,7 +118,7 @@ def test_prefetched_batches_are_those_of_their_steps_in_any_order():
 def test_the_next_batch_is_prefetched_and_its_error_raised_at_its_step(monkeypatch):
     requested = []
 
-    def global_batch(data, items, settings, step):
+    def global_batch(data, items, settings, step, read):
         requested.append(step)
         if step == 2:
             raise DataError("CHANGED_DURING_RUN", "x", "was changed", "Train again")

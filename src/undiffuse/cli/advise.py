@@ -92,7 +92,7 @@ def advise_command(
         real, reason = _real_items(model, run, data, read)
     require_memory_for(f"--items {items}", 4 * items * model.dims)
     require_memory_for(f"--samples {samples}", 4 * samples * model.dims)
-    noise = ItemNoise(seed, range(items), model.item_shape, "advise", model.device)
+    noise = ItemNoise(seed, range(items), model.x_shape, "advise", model.device)
     start, condition = prior_sample(model.chain[0], noise(1)[0]), make_condition(class_names(model), label or ())
     cond = condition and model.prepare_condition(condition(range(items)), items)
     began = time.perf_counter()
@@ -231,6 +231,10 @@ def _by_reason(excluded: dict[str, str]) -> list[str]:
 
 def data_unit(model: Diffusion) -> tuple[float, str]:
     """(units of the data in one unit of x, their name); the geometric mean if the scales of channels differ."""
+    from undiffuse.data.transform import is_latent
+
+    if is_latent(model.transform):
+        return 1.0, "standard deviations of latents"
     num_values = model.info.get("num_values")
     if num_values:
         return (num_values - 1) / 2, "levels"

@@ -20,6 +20,7 @@ from undiffuse.cli.pack import pack
 from undiffuse.cli.restore import restore
 from undiffuse.cli.sample import sample
 from undiffuse.cli.train import train
+from undiffuse.cli.train_autoencoder import train_autoencoder
 from undiffuse.cli.train_classifier import train_classifier
 from undiffuse.cli.watch import watch
 
@@ -56,6 +57,7 @@ for command, name in (
     (restore, "restore"),
     (interpolate, "interpolate"),
     (train_classifier, "train-classifier"),
+    (train_autoencoder, "train-autoencoder"),
     (distill, "distill"),
     (ema, "ema"),
     (watch, "watch"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -52,6 +53,15 @@ def _parameter(option: Option) -> inspect.Parameter:
 def flag_of(option: Option) -> str:
     """The option as on the command line, such as --on-bad."""
     return option.flag or f"--{option.name.replace('_', '-')}"
+
+
+def given_options(read: ReadData) -> str:
+    """The options of data that were given, as on the command line, each after a space."""
+    words = []
+    for name, value in read.keywords.items():
+        if value != OPTIONS[name].default:
+            words += [flag_of(OPTIONS[name])] if value is True else [flag_of(OPTIONS[name]), str(value)]
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def read_data(read: ReadData, data: str | None, run: Path) -> Dataset:

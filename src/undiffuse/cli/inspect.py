@@ -43,6 +43,7 @@ def inspect(
         **_text(model),
         **_distilled(model),
         **_stage(model),
+        **_latent(model),
         "trained": ", ".join(f"{key} {model.info[key]}" for key in trained if key in model.info),
         "notes": "; ".join(model.info.get("notes", [])) or "none",
     }
@@ -83,6 +84,18 @@ def _stage(model: Diffusion) -> dict[str, str]:
     small, large = ("×".join(map(str, shape)) for shape in (split.low_shape, split.item_shape))
     text = f"enlarges {small} to {large}" if "image" in model.condition_sizes else f"base, {small} of {large}"
     return {"stage": f"{text}, map {split.map}"}
+
+
+def _latent(model: Diffusion) -> dict[str, str]:
+    """The autoencoder of a latent model; empty for other models."""
+    from undiffuse.model.latent import LatentTransform
+
+    if not isinstance(model.transform, LatentTransform):
+        return {}
+    shape, config = "×".join(map(str, model.x_shape)), model.transform.autoencoder.config
+    given = "no likelihood" if config.distribution == "none" else f"p(x given z) {config.distribution}"
+    kind = f"{_settings(config.network)}; {config.reconstruction} with KL weight {config.kl_weight:g}, {given}"
+    return {"latents": shape, "autoencoder": f"{kind}, {model.config.autoencoder[:12]}"}
 
 
 def _values(num_values: int | None) -> str:

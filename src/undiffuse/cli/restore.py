@@ -90,6 +90,7 @@ def restore(
     register_network(network)
     model = checkpoint.load(run, resolve_device(device))
     restoration.check_image_model(model, run)
+    restoration.check_pixels(model, run)
     channels, *sides = model.item_shape
     if mask is None and upsample == 1 and not blur and not noise:
         fix = "Give --mask, --upsample, --blur or --noise"

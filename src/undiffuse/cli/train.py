@@ -77,6 +77,10 @@ def train(
     ] = None,
     network: NetworkFile = None,
     init: Annotated[Path | None, typer.Option(help="Start from the weights of this run or model file.")] = None,
+    autoencoder: Annotated[
+        Path | None,
+        typer.Option(help="Train on the latents of this autoencoder: a run, or a file or folder of docs/latent.md."),
+    ] = None,
     conditional: Annotated[
         bool, typer.Option("--conditional", help="Condition the network on the labels, vectors or tokens of the data.")
     ] = False,
@@ -87,6 +91,7 @@ def train(
     read: ReadData,
 ) -> None:
     """Train a model on DATA; an unfinished run is resumed."""
+    from undiffuse.interop.autoencoders import load_autoencoder
     from undiffuse.model import config as configs
     from undiffuse.model import presets
     from undiffuse.training.diffusion_task import fit_diffusion
@@ -95,21 +100,23 @@ def train(
     conditional = conditional or bool(read.keywords.get("captions"))
     check_length(minutes, steps, epochs)
     network_class = register_network(network)
-    run = open_run(out, data, stage_suffix(read.keywords))
+    run = open_run(out, data, stage_suffix(read.keywords) + ("" if autoencoder is None else "-latent"))
     dataset = read(data)
     print_notes(dataset)
     if extend:
-        if (epochs, batch, lr, seed, preset, config, init) != (None,) * 7:
+        if (epochs, batch, lr, seed, preset, config, init, autoencoder) != (None,) * 8:
             cause = "an extended run keeps the recipe that it began with"
             raise ConfigError("USAGE", "--extend", cause, "Give it with --minutes or --steps alone")
         extend_run(run, dataset, device, configs.Config, steps, minutes, conditional=conditional, force=force)
         minutes = steps = None
     record, finished = run.record, run.finished
+    encoder = None if autoencoder is None else load_autoencoder(autoencoder, dataset)
     if record is not None and (minutes, steps, epochs, batch, lr, seed, preset, config) == (None,) * 8:
         name, recipe = "as begun", configs.from_dict(configs.Config, record["config"], "run.json")
     else:
-        name = preset or presets.choose(dataset.item_shape, device)
-        recipe = presets.get(name) if config is None else configs.read(config, presets.get(name))
+        name = preset or presets.choose(dataset.item_shape if encoder is None else encoder.latent_shape, device)
+        base = presets.get(name) if encoder is None else presets.of_latents(presets.get(name))
+        recipe = base if config is None else configs.read(config, base)
         given = {name: value for name, value in (("batch", batch), ("lr", lr), ("seed", seed)) if value is not None}
         recipe = configs.replace_train(recipe, **{"seed": 0, **given})
         if epochs is not None:
@@ -124,7 +131,9 @@ def train(
     if dataset.report.skipped:
         console.print(f"skipped files are listed in {run.folder}/skipped.json")
     with changes_as_table():
-        fit_diffusion(recipe, dataset, run.folder, device, init=init, force=force, network=network_class)
+        fit_diffusion(
+            recipe, dataset, run.folder, device, init=init, force=force, network=network_class, autoencoder=encoder
+        )
     if finished:
         report_finished(run)
         return

@@ -25,7 +25,8 @@ class DataTransform(Protocol):
     """``to_model`` and ``to_data`` are inverse maps between values and x.
 
     ``edges`` returns the interval of x of each value, or None for continuous data, which have a density instead.
-    ``log_abs_det`` is log |det dx/dvalue| of one item, in nats.
+    ``log_abs_det`` is log |det dx/dvalue| of one item, in nats. A transform whose x has another shape than the values,
+    or that is no bijection, also has ``x_shape`` and ``values`` (`undiffuse.model.latent.LatentTransform`).
     """
 
     def to_model(self, values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor: ...
@@ -194,6 +195,22 @@ TRANSFORMS: Mapping[str, type[IntegerLevels] | type[Standardized] | type[MinMax]
     "min_max": MinMax,
     "identity": Identity,
 }
+
+
+def values_transform(transform: DataTransform) -> DataTransform:
+    """The transform of the values themselves: ``transform``, or the one before the autoencoder of latents."""
+    return getattr(transform, "values", transform)
+
+
+def is_latent(transform: DataTransform) -> bool:
+    """Whether x are latents of an autoencoder."""
+    return values_transform(transform) is not transform
+
+
+def x_shape(transform: DataTransform, item_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of x: that of an item, or of the latents of an autoencoder."""
+    return getattr(transform, "x_shape", tuple(item_shape))
+
 
 BOUNDED = (IntegerLevels, MinMax)
 """Transforms whose x lies in [−1, 1]."""

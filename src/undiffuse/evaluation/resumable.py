@@ -20,6 +20,8 @@ Plan = dict[str, Any]
 PLAN = "plan.json"
 TENSORS = ("prior", "diffusion_nats", "decoder", "per_step")
 """The fields of an `NLL` that a batch holds as tensors."""
+EXTRA = "extra."
+"""The beginning of the names of an `NLL`'s further parts."""
 
 
 def open_plan(
@@ -79,6 +81,7 @@ def batch_store(folder: Path, key: str) -> PartStore:
 def write(store: PartStore, batch: str, result: NLL, seconds: float) -> None:
     """Writes a finished batch and the seconds that it took."""
     tensors = {name: getattr(result, name) for name in TENSORS}
+    tensors |= {EXTRA + name: part for name, part in result.extra.items()}
     store.write(batch, tensors, {"calls": str(result.calls), "seconds": str(seconds)})
 
 
@@ -88,7 +91,8 @@ def read(store: PartStore, batch: str, report: Report) -> tuple[NLL, float] | No
         return None
     tensors, metadata = part
     prior, diffusion_nats, decoder, per_step = (tensors[name] for name in TENSORS)
-    nll = make_nll(prior, diffusion_nats, decoder, int(metadata["calls"]), per_step)
+    extra = {name.removeprefix(EXTRA): part for name, part in sorted(tensors.items()) if name.startswith(EXTRA)}
+    nll = make_nll(prior, diffusion_nats, decoder, int(metadata["calls"]), per_step, extra)
     return nll, float(metadata["seconds"])
 
 

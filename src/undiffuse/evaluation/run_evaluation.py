@@ -18,7 +18,7 @@ import torch
 
 from undiffuse import __version__, errors
 from undiffuse.data.dataset import Dataset, describe_constant_channels
-from undiffuse.data.transform import IntegerLevels
+from undiffuse.data.transform import IntegerLevels, values_transform
 from undiffuse.errors import ConfigError, DataError, UndiffuseError
 from undiffuse.evaluation import plan as planning
 from undiffuse.evaluation import resumable, summary
@@ -187,7 +187,7 @@ def density_warning(model: AnyModel, data: Dataset) -> str | None:
     ½ log 2πv, has no lower bound.
     """
     constant = describe_constant_channels(data)
-    if not constant or len(data) == 1 or isinstance(model.transform, IntegerLevels):
+    if not constant or len(data) == 1 or isinstance(values_transform(model.transform), IntegerLevels):
         return None
     shares = f"{len(data.constant_channels)} of {data.item_shape[0]} channels"
     return (

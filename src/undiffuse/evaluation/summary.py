@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from undiffuse.data.transform import IntegerLevels
+from undiffuse.data.transform import IntegerLevels, is_latent, values_transform
 from undiffuse.errors import counted
 from undiffuse.likelihood.nll import NLL
 from undiffuse.model.cascade import AnyModel
@@ -18,8 +18,6 @@ from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.likelihood_estimators import MAX_EXACT_TRACE_DIMS, TIGHT_TOLERANCE
 from undiffuse.process.schedule import finite_ends
 
-PARTS = {"prior": "prior", "diffusion": "diffusion_nats", "decoder": "decoder", "total": "total"}
-"""The parts of an estimate by name, and the fields of `NLL` that hold them in nats."""
 MAX_INTERVALS = 40
 """Most intervals of log-SNR in a curve of bits."""
 
@@ -30,10 +28,16 @@ def mean_bits(model: AnyModel, nats: Tensor) -> tuple[float, float]:
     return float(bits.mean()), float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
 
 
+def parts(nll: NLL) -> dict[str, Tensor]:
+    """The parts of an estimate by name, (B,) nats: those of the density, those of an autoencoder, and the total."""
+    of_density = {"prior": nll.prior, "diffusion": nll.diffusion_nats, "decoder": nll.decoder}
+    return of_density | dict(nll.extra) | {"total": nll.total}
+
+
 def summarize(model: AnyModel, name: str, nll: NLL, seconds: float, mc_samples: int | None) -> dict[str, Any]:
     """An estimate as plain data: each part as [mean, standard error], and what it cost; calls are for each item."""
     return {
-        "bits_per_dim": {part: list(mean_bits(model, getattr(nll, nats))) for part, nats in PARTS.items()},
+        "bits_per_dim": {part: list(mean_bits(model, nats)) for part, nats in parts(nll).items()},
         "items": len(nll.total),
         "calls": nll.calls,
         "iw_samples" if name == "ode" else "mc_samples": mc_samples,
@@ -63,26 +67,40 @@ def flow_map_calls(model: AnyModel) -> int:
 def is_bound(model: AnyModel, name: str, mc_samples: int | None) -> bool:
     """Whether an estimate's expectation is at least −log p of the model.
 
-    That of the flow is for integer data, unless several importance samples have an estimated divergence: the mean of
-    exp(noise) is above 1. That of the script is not: a clamp makes values more likely than they are. That of a few
-    calls is not: the learned map is not the flow's.
+    That of the flow is for latents, and for integer data, unless several importance samples have an estimated
+    divergence: the mean of exp(noise) is above 1. That of the script is not: a clamp makes values more likely than they
+    are. That of a few calls is not: the learned map is not the flow's.
     """
     if name != "ode":
         return name not in ("openai", "flow_map")
-    return isinstance(model.transform, IntegerLevels) and (mc_samples == 1 or model.dims <= MAX_EXACT_TRACE_DIMS)
+    if is_latent(model.transform):
+        return True
+    return isinstance(values_transform(model.transform), IntegerLevels) and (
+        mc_samples == 1 or math.prod(model.x_shape) <= MAX_EXACT_TRACE_DIMS
+    )
 
 
 def explanations(model: AnyModel, names: Iterable[str], iw_samples: int) -> list[str]:
     """What the numbers of the estimates ``names`` mean, as sentences."""
-    lines, names = [], list(names)
-    integers, exact = isinstance(model.transform, IntegerLevels), model.dims <= MAX_EXACT_TRACE_DIMS
+    lines, names, latent = [], list(names), is_latent(model.transform)
+    integers, exact = (
+        isinstance(values_transform(model.transform), IntegerLevels),
+        math.prod(model.x_shape) <= MAX_EXACT_TRACE_DIMS,
+    )
     if any(is_bound(model, name, iw_samples) for name in names):
         lines.append("≤: an upper bound on −log₂ p per dimension, in expectation")
+    if latent:
+        lines.append(
+            "a latent model: prior, diffusion and decoder are of z; reconstruction is -log₂ p(x given z), posterior "
+            "log₂ q(z given x), minus the entropy of q in the mean"
+        )
     if not integers:
         lines.append("a density: it depends on the units of the data, and may be negative")
     if "ode" in names:
         trace = "its divergence is exact" if exact else "its divergence is estimated by random signs, without bias"
-        if integers and is_bound(model, "ode", iw_samples):
+        if latent:
+            meaning = f"a bound, because q(z given x) is not the exact posterior; {trace}"
+        elif integers and is_bound(model, "ode", iw_samples):
             meaning = f"a bound, because integer data are dequantized; {trace}"
         elif integers:
             meaning = f"no bound: noise in the estimated divergence biases the mean of {iw_samples} importance weights"
@@ -122,8 +140,8 @@ def differences(model: AnyModel, nll: Mapping[str, NLL]) -> dict[str, dict[str, 
         n = min(len(other.total), len(chain.total))
         if name != "discrete":
             paired[name] = {
-                part: list(mean_bits(model, getattr(other, nats)[:n] - getattr(chain, nats)[:n]))
-                for part, nats in PARTS.items()
+                part: list(mean_bits(model, nats[:n] - of_chain[:n]))
+                for (part, nats), of_chain in zip(parts(other).items(), parts(chain).values(), strict=True)
             }
     return paired
 

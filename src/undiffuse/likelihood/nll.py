@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ class NLL(NamedTuple):
 
     ``prior``, ``diffusion_nats`` and ``decoder`` are (B,); ``stderr`` () is the standard error of the mean total
     over the items (NaN for one item); ``calls`` is the number of network calls per item; ``per_step`` (B, N) holds
-    the terms of the N steps, from data to noise, NaN where a step was not evaluated.
+    the terms of the N steps, from data to noise, NaN where a step was not evaluated. ``extra`` are further parts by
+    name, (B,) each, such as those of an autoencoder.
     """
 
     prior: Tensor
@@ -26,27 +28,40 @@ class NLL(NamedTuple):
     stderr: Tensor
     calls: int
     per_step: Tensor
+    extra: Mapping[str, Tensor] = MappingProxyType({})
 
     @property
     def total(self) -> Tensor:
-        """prior + diffusion_nats + decoder, (B,) nats."""
-        return self.prior + self.diffusion_nats + self.decoder
+        """prior + diffusion_nats + decoder + Σ extra, (B,) nats."""
+        return sum(self.extra.values(), self.prior + self.diffusion_nats + self.decoder)
 
     def cpu(self) -> NLL:
         """The same result on the CPU."""
         prior, diffusion_nats, decoder, stderr = (part.cpu() for part in self[:4])
-        return NLL(prior, diffusion_nats, decoder, stderr, self.calls, self.per_step.cpu())
+        extra = {name: part.cpu() for name, part in self.extra.items()}
+        return NLL(prior, diffusion_nats, decoder, stderr, self.calls, self.per_step.cpu(), extra)
+
+    def with_parts(self, extra: Mapping[str, Tensor]) -> NLL:
+        """The same result with further parts, and the ``stderr`` of the new total."""
+        parts = {**self.extra, **extra}
+        return make_nll(self.prior, self.diffusion_nats, self.decoder, self.calls, self.per_step, parts)
 
     def bits_per_dim(self, dims: int) -> Tensor:
         """total/(dims ln 2): bits per dimension, (B,), for items of ``dims`` dimensions."""
         return self.total / (dims * math.log(2))
 
 
-def make_nll(prior: Tensor, diffusion_nats: Tensor, decoder: Tensor, calls: int, per_step: Tensor) -> NLL:
+def make_nll(
+    prior: Tensor,
+    diffusion_nats: Tensor,
+    decoder: Tensor,
+    calls: int,
+    per_step: Tensor,
+    extra: Mapping[str, Tensor] = MappingProxyType({}),
+) -> NLL:
     """An `NLL` whose ``stderr`` is computed from the totals."""
-    total = prior + diffusion_nats + decoder
-    stderr = total.new_tensor(mean_with_stderr(total)[1])
-    return NLL(prior, diffusion_nats, decoder, stderr, calls, per_step)
+    nll = NLL(prior, diffusion_nats, decoder, prior.new_tensor(math.nan), calls, per_step, extra)
+    return nll._replace(stderr=prior.new_tensor(mean_with_stderr(nll.total)[1]))
 
 
 def concatenate(parts: Sequence[NLL]) -> NLL:
@@ -55,4 +70,5 @@ def concatenate(parts: Sequence[NLL]) -> NLL:
         torch.cat([getattr(part, field) for part in parts]) for field in ("prior", "diffusion_nats", "decoder")
     )
     calls = math.ceil(sum(part.calls * len(part.prior) for part in parts) / len(prior))
-    return make_nll(prior, diffusion_nats, decoder, calls, torch.cat([part.per_step for part in parts]))
+    extra = {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra}
+    return make_nll(prior, diffusion_nats, decoder, calls, torch.cat([part.per_step for part in parts]), extra)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from undiffuse.data.transform import DataTransform, IntegerLevels
+from undiffuse.data.transform import DataTransform, IntegerLevels, values_transform
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.model.config import ModelConfig
 from undiffuse.networks.condition import Condition
@@ -50,6 +50,7 @@ def check_values(values: Any, item_shape: tuple[int, ...], transform: DataTransf
     infinite numbers.
     """
     check_items("values", values, item_shape)
+    transform = values_transform(transform)
     if isinstance(transform, IntegerLevels):
         if values.is_floating_point() or values.is_complex():
             cause = f"they are {values.dtype}, and the model is of whole numbers"

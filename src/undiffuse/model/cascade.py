@@ -123,6 +123,11 @@ class Cascade:
         return [_by(self.models[0].item_shape), *(_by(split.item_shape) for split in self.splits)]
 
     @property
+    def x_shape(self) -> tuple[int, ...]:
+        """That of an image: no stage is one of latents."""
+        return self.item_shape
+
+    @property
     def dims(self) -> int:
         """The number of values of an image."""
         return math.prod(self.item_shape)
@@ -321,6 +326,7 @@ def stage_lines(cascade: Cascade, nll: NLL) -> str:
 def _sizes(model: Diffusion) -> dict[str, int]:
     return {name: size for name, size in model.condition_sizes.items() if name != "image"}
     return _sizes(model), model.info.get("classes"), model.info.get("text_encoder")
+
 
 def _conditions(model: Diffusion) -> tuple[Any, ...]:
     return _sizes(model), model.info.get("classes")

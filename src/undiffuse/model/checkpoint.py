@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from undiffuse.data import transform as transforms
 from undiffuse.data.transform import DataTransform
 from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.model import latent
 from undiffuse.model.config import ModelConfig, from_dict
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.latent import LatentTransform
 from undiffuse.networks.norm import to_fast_layout
 from undiffuse.networks.registry import NETWORKS, kind_of, names_of
 from undiffuse.networks.tables import INSTALLED_NETWORKS
@@ -38,7 +40,8 @@ def save(diffusion: Diffusion, path: str | Path) -> None:
     metadata = _metadata(path, diffusion)
     _read_description(path, metadata)
     fix = "Save a model with finite float32 weights, as it was built: float() undoes double() and bfloat16()"
-    check_tensors(path, by_own_names(diffusion.initial_tensors), tensors, fix)
+    expected = by_own_names(diffusion.initial_tensors) | _autoencoder(diffusion.transform, initial=True)
+    check_tensors(path, expected, tensors, fix)
     write_tensors(path, tensors, metadata)
 
 
@@ -79,7 +82,7 @@ def describe(diffusion: Diffusion) -> dict[str, Any]:
     return {
         "config": asdict(diffusion.config),
         "item_shape": list(diffusion.item_shape),
-        "transform": transforms.to_dict(diffusion.transform),
+        "transform": _transform_to_dict(diffusion.transform),
         "info": diffusion.info,
     }
 
@@ -93,9 +96,26 @@ def fingerprint(diffusion: Diffusion) -> str:
 def weights(diffusion: Diffusion) -> dict[str, Tensor]:
     """All trained tensors, not copied: those of the network by name, those of a learned schedule as ``schedule.*``.
 
-    The names are those of the bare network, also where it is compiled or wrapped for several processes.
+    The names are those of the bare network, also where it is compiled or wrapped for several processes. Those of the
+    autoencoder of a latent model, which do not learn, are ``autoencoder.*``.
     """
-    return by_own_names(diffusion.state_dict())
+    return by_own_names(diffusion.state_dict()) | _autoencoder(diffusion.transform)
+
+
+def _autoencoder(transform: DataTransform, initial: bool = False) -> dict[str, Tensor]:
+    """The tensors of a latent model's autoencoder, or those that it was built with; empty for other models."""
+    if not isinstance(transform, LatentTransform):
+        return {}
+    tensors = transform.autoencoder.initial_tensors if initial else transform.autoencoder.state_dict()
+    return {f"autoencoder.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _transform_to_dict(transform: DataTransform) -> dict[str, Any]:
+    return latent.to_dict(transform) if isinstance(transform, LatentTransform) else transforms.to_dict(transform)
+
+
+def _transform_from_dict(plain: Mapping[str, Any]) -> DataTransform:
+    return latent.from_dict(plain) if plain.get("kind") == "latent" else transforms.from_dict(plain)
 
 
 def by_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,7 +146,7 @@ def _read_description(path: Path, metadata: Mapping[str, str]) -> tuple[ModelCon
     """(config, transform, all of the description) in the ``metadata`` of a file. Raises `CheckpointError`."""
     try:
         plain = _parse_description(path, metadata)
-        return from_dict(ModelConfig, plain["config"], "model"), transforms.from_dict(plain["transform"]), plain
+        return from_dict(ModelConfig, plain["config"], "model"), _transform_from_dict(plain["transform"]), plain
     except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise _not_understood(path, error) from None
 
@@ -162,6 +182,9 @@ def _from_description(
 
 
 def _parse_description(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if "autoencoder" in metadata:
+        fix = "Give it to train as --autoencoder, and a diffusion model as RUN"
+        raise CheckpointError("KIND", path, "this is an autoencoder, not a diffusion model", fix)
     if "classifier" in metadata:
         fix = "Give it to sample as --classifier, and a diffusion model as RUN"
         raise CheckpointError("KIND", path, "this is a classifier, not a diffusion model", fix)

@@ -7,6 +7,7 @@ import difflib
 import functools
 import json
 import math
+import re
 import reprlib
 import sys
 import tomllib
@@ -37,7 +38,8 @@ class ModelConfig:
     (every step of the chain at once) or ``continuous`` (infinitely many steps; the only loss that trains a
     ``learned`` schedule); ``variance`` is that of the reverse process. ``output`` of the network is ``values`` of the
     target or ``categorical``, logits of all values of the data (`undiffuse.denoising.categorical_head`). ``calls`` is
-    0, or for a distilled model the network calls of a sample (`undiffuse.model.consistency`).
+    0, or for a distilled model the network calls of a sample (`undiffuse.model.consistency`). ``autoencoder`` is the
+    fingerprint of the autoencoder of a latent model, else empty.
     """
 
     network: Settings = field(default_factory=lambda: {"kind": "unet"})
@@ -51,11 +53,15 @@ class ModelConfig:
     variance: str = "small"
     output: str = "values"
     calls: int = 0
+    autoencoder: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.calls <= MAX_CALLS:
             fix = f"Give a number from 0 to {MAX_CALLS}"
             raise ConfigError("CONFIG", f"model.calls = {self.calls!r}", "out of range", fix)
+        if self.autoencoder and not re.fullmatch("[0-9a-f]{64}", self.autoencoder):
+            where = f"model.autoencoder = {reprlib.repr(self.autoencoder)}"
+            raise ConfigError("CONFIG", where, "not a fingerprint", "Leave it out: --autoencoder sets it")
 
     @property
     def few_call_solver(self) -> str:
@@ -205,7 +211,7 @@ def _is_plain(value: object, deep: int = 4) -> bool:
     return value is None or (isinstance(value, str) and len(value) <= MAX_TEXT_LENGTH)
 
 
-def read(path: Path, base: Config) -> Config:
+def read(path: Path, base: T) -> T:
     """``base`` with the settings of a TOML or JSON file, tables ``model`` and ``train``. Raises `ConfigError`."""
     try:
         with path.open("rb") as stream:
@@ -223,7 +229,7 @@ def read(path: Path, base: Config) -> Config:
         merged[section] = (
             {**merged[section], **settings} if isinstance(settings, dict) and section in merged else settings
         )
-    return from_dict(Config, merged, path.name)
+    return from_dict(type(base), merged, path.name)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Settings:

@@ -17,13 +17,13 @@ from undiffuse.denoising.categorical_head import LOGIT_FEATURES, CategoricalHead
 from undiffuse.denoising.denoiser import Clipped, ConditionedDenoiser, Denoiser, NetworkDenoiser, Preconditioning
 from undiffuse.denoising.guidance import Guide
 from undiffuse.errors import ConfigError
-from undiffuse.likelihood.nll import NLL, concatenate
+from undiffuse.likelihood.nll import NLL
 from undiffuse.likelihood.reverse_chain import ReverseChain
-from undiffuse.model import arguments
-from undiffuse.model import likelihood_estimators as estimates
+from undiffuse.model import arguments, inversion
 from undiffuse.model.build import build_network, build_part, check_chain_length, check_choices, check_process
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.consistency import few_call_sampler
+from undiffuse.model.measurement import measure
 from undiffuse.model.text_conditions import text_condition
 from undiffuse.model.training_loss import training_loss
 from undiffuse.networks.condition import Condition
@@ -37,7 +37,6 @@ from undiffuse.process.learned_schedule import LearnedSchedule
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.prior import prior_sample
 from undiffuse.process.seeded_noise import ItemNoise
-from undiffuse.sampling.ddim_inversion import ddim_generate, ddim_invert, finite_levels
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers.solver import Solver
 from undiffuse.sampling.time_grids import time_grid
@@ -49,6 +48,8 @@ DEFAULT_SAMPLER = Sampler()
 
 class Diffusion(nn.Module):
     """A diffusion model over items of ``item_shape``, (C, ...) or (D,), in the units of ``transform``.
+
+    ``x_shape`` is the shape of x and of noise: that of an item, or of the latents of an autoencoder.
 
     Built from a `ModelConfig`; raises `ConfigError` where its parts do not fit together. ``info`` is what else a
     checkpoint records: the name and fingerprint of the data, the steps trained. ``network`` is a network, or a class,
@@ -72,6 +73,7 @@ class Diffusion(nn.Module):
             config = replace(config, network=network_settings(network, config.network))
         self.config, self.transform, self.info = config, transform, dict(info or {})
         self.item_shape: tuple[int, ...] = tuple(item_shape)
+        self.x_shape = codecs.x_shape(transform, self.item_shape)
         self.chain_length = config.chain_length
         self.schedule = build_part("schedule", schedules.build, config.schedule)
         self.target = build_part("target", targets.build, config.target)
@@ -84,9 +86,9 @@ class Diffusion(nn.Module):
         self.autocast: torch.dtype | None = None
         check_choices(config, transform, self.schedule, self.times)
         check_process(config, self.schedule, self.times, self.weight, self.target, self.chain, self.next_level)
-        channels, categorical = self.item_shape[0], config.output == "categorical"
+        channels, categorical = self.x_shape[0], config.output == "categorical"
         out_channels = channels * ((LOGIT_FEATURES if categorical else 1) + self.learned_variance)
-        self.network = build_network(config.network, self.item_shape, out_channels, network)
+        self.network = build_network(config.network, self.x_shape, out_channels, network)
         if isinstance(transform, codecs.IntegerLevels) and categorical:
             self.network = CategoricalHead(self.network, channels, transform.num_values)
         self.denoiser()
@@ -164,11 +166,23 @@ class Diffusion(nn.Module):
         is weighted by 1/(T p(t)), so that the mean is that of uniform steps. The full bound ignores ``u``. The mean of
         the continuous loss is the bound's integral, with the bound's terms at the ends if the schedule learns them.
         Raises `ConfigError` for shapes that do not fit; whether values lie within the levels is not checked in each
-        step.
+        step. Of a latent model the values are encoded as the means of q; `loss_of_x` takes draws of z.
         """
-        arguments.check_batch(values, u, eps, z, self.item_shape)
-        x = self.transform.to_model(values, self.dtype).to(self.device)
-        return training_loss(self, x, u, eps, z, cond, network)
+        arguments.check_items("values", values, self.item_shape)
+        return self.loss_of_x(self.transform.to_model(values, self.dtype), u, eps, z, cond, network)
+
+    def loss_of_x(
+        self,
+        x: Tensor,
+        u: Tensor,
+        eps: Tensor,
+        z: Tensor | None = None,
+        cond: Condition | None = None,
+        network: nn.Module | None = None,
+    ) -> Tensor:
+        """`loss` of ``x`` (B, *x_shape) in the units of the model."""
+        arguments.check_batch(x, u, eps, z, self.x_shape)
+        return training_loss(self, x.to(self.device, self.dtype), u, eps, z, cond, network)
 
     def update_time_sampler(self, u: Tensor, loss: Tensor) -> None:
         """Updates loss-aware times with the ``loss`` at ``u``, (n,) both, in the order of the global batch."""
@@ -206,7 +220,7 @@ class Diffusion(nn.Module):
         self.eval()
         sampler = arguments.check_sampler(sampler or self.default_sampler, self.chain_length)
         solver, levels = self.build_solver(sampler), self.noise_levels(sampler)
-        noise = ItemNoise(seed, items, self.item_shape, device=self.device)
+        noise = ItemNoise(seed, items, self.x_shape, device=self.device)
         denoise = self.sampling_denoiser(sampler, guide)
         if guide is not None and guide.log_prob is not None:
             arguments.check_trainable(self, "a classifier's guidance")
@@ -277,32 +291,15 @@ class Diffusion(nn.Module):
         return torch.cat(parts)
 
     def to_latent(self, values: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
-        """The latents (n, *item_shape) of ``values`` under the flow: N(0, I) to the extent that the model is right.
+        """The latents (n, *x_shape) of ``values`` under the flow: N(0, I) to the extent that the model is right.
 
         In ``num_steps`` steps, by default 50, or those of a shorter chain. Raises `ConfigError` and `DataError`.
         """
-        x = self._to_model(values)
-        return check_finite(ddim_invert(self._conditioned(cond, len(x)), x, self._latent_levels(num_steps)))
+        return inversion.to_latent(self, values, num_steps, cond)
 
     def from_latent(self, latent: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
         """The values of ``latent``: the inverse of `to_latent`, to the solver's error and the values' rounding."""
-        latent = arguments.check_items("latent", latent, self.item_shape).to(self.device, self.dtype)
-        denoise = self._conditioned(cond, len(latent))
-        return self.transform.to_data(check_finite(ddim_generate(denoise, latent, self._latent_levels(num_steps))))
-
-    def _latent_levels(self, num_steps: int | None) -> list[NoiseLevel]:
-        sampler = arguments.check_sampler("ddim", self.chain_length)
-        sampler = sampler if num_steps is None else replace(sampler, num_steps=num_steps)
-        return finite_levels(self.schedule, self.noise_levels(sampler))
-
-    def _to_model(self, values: Tensor) -> Tensor:
-        """``values``, checked, as x on the model's device and of its `dtype`."""
-        x = self.transform.to_model(arguments.check_values(values, self.item_shape, self.transform), self.dtype)
-        return arguments.outside_inference_mode(x.to(self.device))
-
-    def _conditioned(self, cond: Condition | None, items: int) -> Denoiser:
-        denoise = self.denoiser()
-        return denoise if cond is None else ConditionedDenoiser(denoise, self.prepare_condition(cond, items))
+        return inversion.from_latent(self, latent, num_steps, cond)
 
     @torch.inference_mode(False)  # `ode` needs gradients
     @torch.no_grad()
@@ -324,26 +321,9 @@ class Diffusion(nn.Module):
         ``"continuous"`` the bound of infinitely many steps, from ``mc_samples`` points; ``"ode"`` the likelihood of
         the probability flow; ``"openai"`` the chain's bound as improved-diffusion computes it. Item i's noise is a
         function of (seed, first + i). Discrete data get a probability, continuous data a density.
-        With ``cond``, a condition for each item, the result is −log p(item given its condition).
+        With ``cond``, a condition for each item, the result is −log p(item given its condition). Of a latent model
+        every estimate is a bound, with the parts of its autoencoder in `NLL.extra`.
 
         Raises `ConfigError`, and `DataError` for values that are not among the model's levels, NaN or infinite.
         """
-        arguments.check_has_likelihood(self.config)
-        measure, parts = estimates.get(estimate), []
-        arguments.check_counts(seed=(seed, 0), mc_samples=(mc_samples, 1), batch=(batch, 1), first=(first, 0))
-        arguments.check_values(values, self.item_shape, self.transform)
-        cond = None if cond is None else self.prepare_condition(cond, len(values))
-        if estimate == "ode":
-            arguments.check_trainable(self, "the flow's likelihood")
-        self.eval()
-        for start in range(0, len(values), batch):
-            chunk = values[start : start + batch]
-            items = range(first + start, first + start + len(chunk))
-            x = self._to_model(chunk)
-            chunk_cond = cond and cond.take(slice(start, start + batch))
-            part = measure(self, estimates.Batch(x, items, seed, chunk_cond), mc_samples)
-            decoder = part.decoder - self.transform.log_abs_det(self.item_shape)
-            parts.append(part._replace(decoder=decoder).cpu())
-            if progress:
-                progress(len(chunk))
-        return concatenate(parts)
+        return measure(self, values, seed, mc_samples, batch, progress, first, estimate, cond)

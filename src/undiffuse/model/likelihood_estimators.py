@@ -5,6 +5,7 @@ A new estimate is a function of (model, batch, mc_samples) and a row of the tabl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -58,9 +59,7 @@ class Model(Decodable, Protocol):
     @property
     def config(self) -> ModelConfig: ...
     @property
-    def item_shape(self) -> tuple[int, ...]: ...
-    @property
-    def dims(self) -> int: ...
+    def x_shape(self) -> tuple[int, ...]: ...
     @property
     def device(self) -> torch.device: ...
     def denoiser(self) -> Denoiser: ...
@@ -123,7 +122,7 @@ def ode(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
     denoise = model.denoiser()
     top, clean, dequantizer = _flow_ends(model, denoise, batch.cond)
     decoder_calls = dequantizer.decode.calls if dequantizer else 0
-    exact = model.dims <= MAX_EXACT_TRACE_DIMS
+    exact = math.prod(model.x_shape) <= MAX_EXACT_TRACE_DIMS
     flow = partial(
         ode_nll,
         denoise,
@@ -197,7 +196,7 @@ def get(name: str) -> Estimate:
 
 
 def _noise(model: Model, batch: Batch) -> ItemNoise:
-    return ItemNoise(batch.seed, batch.items, model.item_shape, "bound", model.device)
+    return ItemNoise(batch.seed, batch.items, model.x_shape, "bound", model.device)
 
 
 def _uniform(batch: Batch, n: int) -> Tensor:

@@ -138,6 +138,12 @@ def get(name: str) -> Config:
     return PRESETS[name]
 
 
+def of_latents(config: Config) -> Config:
+    """The recipe without what serves integer data: a categorical output, and Fourier features of the values."""
+    network = {name: value for name, value in config.model.network.items() if name != "fourier"}
+    return replace(config, model=replace(config.model, network=network, output="values"))
+
+
 def adapt_to_data(config: Config, num_values: int | None, condition_sizes: Mapping[str, int] | None = None) -> Config:
     """The recipe for data of ``num_values`` values (None: continuous) with conditions of ``condition_sizes``.
 

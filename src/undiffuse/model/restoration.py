@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from undiffuse.data.transform import IntegerLevels
+from undiffuse.data.transform import IntegerLevels, is_latent, values_transform
 from undiffuse.denoising.denoiser import ConditionedDenoiser, Denoiser
 from undiffuse.denoising.linear_operators import LinearOperator, blur, identity, mask, mean_pool
 from undiffuse.denoising.posterior_guidance import Observation
@@ -122,6 +122,7 @@ def restore(
     are those of the image. ``progress`` is called with the number of item-steps done. ``cond`` holds the condition of
     each of the n items. Raises `ConfigError` and `NonFiniteError`.
     """
+    check_pixels(model, "this model")
     if method not in RESTORATION_METHODS:
         raise ConfigError("METHOD", repr(method), "no such method", f"Use one of {', '.join(RESTORATION_METHODS)}")
     if method == "repaint" and not degradation.is_inpainting:
@@ -210,14 +211,22 @@ def num_steps_of(model: Diffusion, method: str, num_steps: int | None = None) ->
     return len(resampling_levels(levels, JUMP_LENGTH, JUMP_REPEATS) if method == "repaint" else levels) - 1
 
 
+def check_pixels(model: Diffusion, where: str | Path) -> None:
+    """Raises `ConfigError` for a latent model: blur, shrinking and masks are linear in pixels, not in z."""
+    if is_latent(model.transform):
+        cause = "it is a model of latents, and what was observed is no linear function of them"
+        raise ConfigError("LATENT", where, cause, "Restore with a model of the pixels themselves")
+
+
 def check_image_model(model: Diffusion, where: str | Path) -> IntegerLevels:
     """The transform of a model of grey or RGB images. Raises `ConfigError` for ``where`` if it is another model."""
     channels, *sides = model.item_shape
-    if not isinstance(model.transform, IntegerLevels) or len(sides) != 2 or channels not in (1, 3):
+    transform = values_transform(model.transform)
+    if not isinstance(transform, IntegerLevels) or len(sides) != 2 or channels not in (1, 3):
         shape = "x".join(map(str, model.item_shape))
         fix = "Use a run that was trained on images"
         raise ConfigError("NOT_IMAGES", where, f"its items are {shape}, not grey or RGB images", fix)
     if "image" in model.condition_sizes:
         cause = "it is a super-resolution model, whose images need smaller ones"
         raise ConfigError("CASCADE", where, cause, "Use a run that was trained without --from")
-    return model.transform
+    return transform

@@ -58,14 +58,14 @@ class Gaussian(NamedTuple):
         """
         mean = self.mean.double()
         scale = torch.exp(-0.5 * self.log_var.double())
-        low, high = (_standard(edge.to(mean), mean, scale) for edge in edges)
+        low, high = (standard_edge(edge.to(mean), mean, scale) for edge in edges)
         above = low > 0
         low, high = torch.where(above, -high, low), torch.where(above, -low, high)
         a, b = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
         return b + torch.log(-torch.expm1(a - b))
 
 
-def _standard(edge: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+def standard_edge(edge: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     """(edge − mean) scale; an infinite edge becomes ±1e15, so that its gradient is 0 and not NaN."""
     finite = torch.isfinite(edge)
     inside = (torch.where(finite, edge, torch.zeros_like(edge)) - mean) * scale

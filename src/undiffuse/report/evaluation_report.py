@@ -37,7 +37,7 @@ def evaluation_rows(result: EvaluationResult) -> list[dict[str, Any]]:
     rows = []
     for name, numbers in result.summary()["estimates"].items():
         mc_samples = result.mc_samples[name]
-        parts = {part: tuple(numbers["bits_per_dim"][part]) for part in summary.PARTS}
+        parts = {part: tuple(bits) for part, bits in numbers["bits_per_dim"].items()}
         bound = "≤ " if summary.is_bound(result.model, name, mc_samples) else "  "
         cost = {"items": numbers["items"], "calls per item": numbers["calls"], "time": f"{numbers['seconds']:,.0f} s"}
         total = {"total": f"{bound}{cell(parts['total'])}"}
@@ -72,11 +72,10 @@ def bits_figure(model: Diffusion, nll: Mapping[str, NLL]) -> Figure:
     """A figure of the bits that each interval of log-SNR adds to the bounds among ``nll``."""
     curves, totals = {}, []
     for name, curve in summary.bits_by_log_snr(model, nll).items():
-        prior, diffusion, decoder, total = (
-            summary.mean_bits(model, getattr(nll[name], nats))[0] for nats in summary.PARTS.values()
-        )
-        short = "chain" if name == "discrete" else name
-        label = f"{short}: {total:.3f} = prior {prior:.2g} + diffusion {diffusion:.3f} + decoder {decoder:.3f}"
+        bits = {part: summary.mean_bits(model, nats)[0] for part, nats in summary.parts(nll[name]).items()}
+        total, prior = bits.pop("total"), bits.pop("prior")
+        terms = [f"prior {prior:.2g}", *(f"{part} {number:.3f}" for part, number in bits.items())]
+        label = f"{'chain' if name == 'discrete' else name}: {total:.3f} = {' + '.join(terms)}"
         curves[label] = curve
         totals.append(total)
     return bits_per_step(curves, f"at most {totals[0]:.3f} bits per dimension")

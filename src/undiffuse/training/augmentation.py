@@ -22,6 +22,11 @@ def check_augmentation(settings: TrainConfig, item_shape: tuple[int, ...]) -> No
         raise ConfigError("CROP", f"train.crop = {settings.crop}", cause, fix)
 
 
+def mirrored(name: str, settings: TrainConfig, step: int, batch: int) -> np.ndarray:
+    """Which items of the batch of a step are mirrored by the setting ``name``, (batch,) bool."""
+    return (torch.rand(batch, generator=generator(settings.seed, name, step)) < 0.5).numpy()
+
+
 def augment(values: np.ndarray, settings: TrainConfig, step: int) -> np.ndarray:
     """``values`` (B, C, *size), each item mirrored and translated at random; a function of (seed, purpose, step).
 
@@ -31,8 +36,8 @@ def augment(values: np.ndarray, settings: TrainConfig, step: int) -> np.ndarray:
     batch, dims = len(values), values.ndim - 2
     for name, axis in (("flip", -1), ("flip_vertical", -2)):
         if getattr(settings, name):
-            mirrored = torch.rand(batch, generator=generator(settings.seed, name, step)) < 0.5
-            values = np.where(mirrored.numpy().reshape(-1, *[1] * (dims + 1)), np.flip(values, axis), values)
+            chosen = mirrored(name, settings, step, batch).reshape(-1, *[1] * (dims + 1))
+            values = np.where(chosen, np.flip(values, axis), values)
     if k := settings.crop:
         shift = torch.randint(-k, k + 1, (dims, batch), generator=generator(settings.seed, "crop", step)).numpy()
         for axis in range(dims):

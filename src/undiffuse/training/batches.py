@@ -27,8 +27,25 @@ CLEAN_IMAGES = 0.1
 """Fraction of the items of super-resolution that get the low resolution without noise, as likelihoods do."""
 
 
+class Reader(NamedTuple):
+    """What batches are made of.
+
+    ``read``: the values (B, ...) that are trained on, augmented, from (items, settings, step), a function of these
+    alone. ``noise_shape``: the shape of an item's noises, by default that of its values.
+    """
+
+    read: Callable[[np.ndarray, TrainConfig, int], np.ndarray]
+    noise_shape: tuple[int, ...] | None = None
+
+
+def values_of(data: Dataset) -> Reader:
+    """The `Reader` of the values of ``data`` themselves; of the stage of a cascade, of its images before the split."""
+    source = data.full if isinstance(data, StageData) and data.low is not None else data
+    return Reader(lambda items, settings, step: augment(source.values[items], settings, step))
+
+
 class Batch(NamedTuple):
-    """``values`` (B, *item_shape) as the data hold them, ``u`` (B,) uniform in [0, 1), noises ``eps`` and ``z``.
+    """``values`` (B, ...) of the task's `Reader`, ``u`` (B,) uniform in [0, 1), noises ``eps`` and ``z``.
 
     ``fraction``: how much of the run was done before this step, in [0, 1).
     """
@@ -59,8 +76,9 @@ class Batches:
         items: np.ndarray,
         settings: TrainConfig,
         clock: Callable[[], float] = time.perf_counter,
+        read: Reader | None = None,
     ) -> None:
-        self.data, self.items, self.settings, self.clock = data, items, settings, clock
+        self.data, self.items, self.settings, self.clock, self.read = data, items, settings, clock, read
         self.pool = ThreadPoolExecutor(1, "batches")
         self.pending: dict[int, Future[Batch]] = {}
         self.waited = 0.0
@@ -83,21 +101,25 @@ class Batches:
         return batch
 
     def _submit(self, step: int) -> Future[Batch]:
-        return self.pool.submit(global_batch, self.data, self.items, self.settings, step)
+        return self.pool.submit(global_batch, self.data, self.items, self.settings, step, self.read)
 
 
-def global_batch(data: Dataset, items: np.ndarray, settings: TrainConfig, step: int) -> Batch:
+def global_batch(
+    data: Dataset, items: np.ndarray, settings: TrainConfig, step: int, read: Reader | None = None
+) -> Batch:
     """The whole batch of a step, over all processes: a function of (seed, step) alone.
 
     Dropped conditions, and the caption of an item with several, are drawn with keys of their own, so that values and
     noise are those of unconditional training, and so is the noise of conditioning images (`image_noise_std`).
+    ``read`` gives the values, by default those of ``data``.
     """
     chosen = batch_items(items, settings, step)
     stage = data if isinstance(data, StageData) and data.low is not None else None
     source = data if stage is None else stage.full
     fractions = torch.rand(settings.batch, generator=generator(settings.seed, "caption", step)).numpy()
     cond = source.given_condition(chosen, settings.conditional, fractions)
-    values = augment(source.values[chosen], settings, step)
+    read = read or values_of(data)
+    values = read.read(chosen, settings, step)
     if stage is not None:  # after augmentation, so that the two parts fit together
         values, cond = with_noisy_image(stage.resolution, values, cond, settings, step)
     if settings.conditional and cond is not None:
@@ -106,7 +128,8 @@ def global_batch(data: Dataset, items: np.ndarray, settings: TrainConfig, step: 
     g = generator(settings.seed, "train", step)
     u = low_discrepancy(torch.rand((), generator=g, dtype=torch.float64), settings.batch)
     u = u[torch.randperm(settings.batch, generator=g)]
-    eps, z = torch.randn(2, *values.shape, generator=g)
+    shape = values.shape if read.noise_shape is None else (len(values), *read.noise_shape)
+    eps, z = torch.randn(2, *shape, generator=g)
     return Batch(torch.from_numpy(np.ascontiguousarray(values)), u, eps, z, cond)
 
 

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.data.stage_data import StageData
-from undiffuse.data.transform import transform_for
+from undiffuse.data.transform import DataTransform, transform_for
 from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.evaluation.baselines import shared_values
 from undiffuse.evaluation.memorization_test import generalization_gap, matched_items
 from undiffuse.evaluation.time_limit import TimeLimit
+from undiffuse.model import autoencoder as autoencoders
 from undiffuse.model import checkpoint
+from undiffuse.model.autoencoder import Autoencoder
 from undiffuse.model.build import build_part
 from undiffuse.model.config import Config, TrainConfig
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.latent import LatentTransform
 from undiffuse.model.presets import adapt_to_data
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.protocol import init_statistics
@@ -31,8 +34,10 @@ from undiffuse.process import schedule as schedules
 from undiffuse.process.statistics import mean_with_stderr
 from undiffuse.report.figures import image_grid
 from undiffuse.sampling.sampler import Sampler
-from undiffuse.training.batches import Batch, TrainingStatistics
+from undiffuse.training import latents
+from undiffuse.training.batches import Batch, Reader, TrainingStatistics
 from undiffuse.training.fit import fit
+from undiffuse.training.latents import stored_autoencoder
 from undiffuse.training.run_folder import Run, describe
 from undiffuse.training.task import TRAIN_LONGER, Evaluation, Task
 
@@ -58,21 +63,29 @@ def fit_diffusion(
     quiet: bool = False,
     force: bool = False,
     network: nn.Module | type[nn.Module] | None = None,
+    autoencoder: Autoencoder | None = None,
 ) -> Path:
     """Train a diffusion model on ``data`` into the run folder ``out``, which is returned; `undiffuse.fit`.
 
     An unfinished run in ``out`` is resumed. ``network`` is a network of your own, or its class, in place of the one
-    that ``config`` describes (`undiffuse.networks.protocol`). The rest as in `undiffuse.training.fit.fit`.
+    that ``config`` describes (`undiffuse.networks.protocol`). With an ``autoencoder`` the model is one of its latents;
+    a resumed run finds the one that it began with. The rest as in `undiffuse.training.fit.fit`.
     """
-    return fit(DiffusionTask(config, network), data, Run(out), device, init, quiet, force)
+    if autoencoder is None and config.model.autoencoder:
+        autoencoder = stored_autoencoder(Path(out))
+    return fit(DiffusionTask(config, network, autoencoder), data, Run(out), device, init, quiet, force)
 
 
 @dataclass
 class DiffusionTask(Task):
-    """Train the recipe ``config``, with ``network`` in place of the one that it describes if given."""
+    """Train the recipe ``config``, with ``network`` in place of the one that it describes if given.
+
+    With an ``autoencoder`` the model is one of its latents.
+    """
 
     config: Config
     network: nn.Module | type[nn.Module] | None = None
+    autoencoder: Autoencoder | None = None
 
     def adapt(self, data: Dataset, settings: TrainConfig) -> DiffusionTask:
         if self.config.model.calls:
@@ -83,10 +96,19 @@ class DiffusionTask(Task):
             fix = "Omit --conditional, sort images into sub-folders, or give captions and --captions"
             raise DataError("NO_CONDITIONS", data.name, cause, fix)
         config = replace(self.config, train=settings)
+        if self.autoencoder is not None:
+            latents.check_data(self.autoencoder, data, settings)
+            config = replace(
+                config, model=replace(config.model, autoencoder=autoencoders.fingerprint(self.autoencoder))
+            )
+        elif config.model.autoencoder:
+            cause = f"the recipe is one of latents, of the autoencoder {config.model.autoencoder[:12]}"
+            raise ConfigError("AUTOENCODER", "model.autoencoder", cause, "Give the autoencoder")
         if self.network is not None:
             described = network_settings(self.network, config.model.network)
             config = replace(config, model=replace(config.model, network=described))
-        return replace(self, config=adapt_to_data(config, data.num_values, data.condition_sizes))
+        num_values = data.num_values if self.autoencoder is None else None
+        return replace(self, config=adapt_to_data(config, num_values, data.condition_sizes))
 
     def notes(self) -> Sequence[str]:
         schedule = build_part("schedule", schedules.build, self.config.model.schedule)
@@ -94,7 +116,10 @@ class DiffusionTask(Task):
 
     def build_model(self, data: Dataset, split: Split) -> Diffusion:
         settings = self.config.train
-        transform = transform_for(data, None if data.num_values is not None else data.moments(split.train))
+        if self.autoencoder is not None:
+            transform: DataTransform = LatentTransform(latents.with_scale(self.autoencoder, data, split.train))
+        else:
+            transform = transform_for(data, None if data.num_values is not None else data.moments(split.train))
         info = describe(data) | {"held_out": settings.held_out}
         model = Diffusion(self.config.model, data.item_shape, transform, info, self.network)
         init_statistics(model.network, TrainingStatistics(data, split.train, settings.conditional))
@@ -111,7 +136,10 @@ class DiffusionTask(Task):
         return groups
 
     def loss(self, model: Diffusion, batch: Batch, network: nn.Module) -> Tensor:
-        return model.loss(batch.values, batch.u, batch.eps, batch.z, batch.cond, network)
+        return model.loss_of_x(latents.batch_x(model, batch), batch.u, batch.eps, batch.z, batch.cond, network)
+
+    def reader(self, model: Diffusion, data: Dataset, split: Split, folder: Path | None) -> Reader:
+        return latents.reader_of(model, self.autoencoder, data, split.train, self.config.train, folder)
 
     def after_step(self, model: Diffusion, batch: Batch, losses: Tensor) -> None:
         model.update_time_sampler(batch.u, losses)
@@ -128,6 +156,8 @@ class DiffusionTask(Task):
         matched = matched_items(split, HELD_OUT_ITEMS)
         if len(matched[0]) == 0:
             return Evaluation({}, "no held-out items")
+        if self.autoencoder is not None and self.autoencoder.is_deterministic:
+            return Evaluation({}, "no bound, because the encoder is deterministic")
         curve = limit.share(0.4) if final else limit
         measured, draws = self._bounds(model, data, matched, MC_SAMPLES, curve)
         if measured is None:

@@ -33,8 +33,9 @@ from undiffuse.process.statistics import item_mean
 from undiffuse.process.time_sampling import LogNormalSigma
 from undiffuse.report.figures import image_grid
 from undiffuse.sampling.sampler import Sampler
-from undiffuse.training.batches import Batch
+from undiffuse.training.batches import Batch, Reader
 from undiffuse.training.fit import fit
+from undiffuse.training.latents import batch_x, reader_of
 from undiffuse.training.run_folder import Run
 from undiffuse.training.task import Evaluation, Task
 
@@ -188,7 +189,7 @@ class DistillationTask(Task):
         if self.config.method in OBJECTIVES:
             return self._flow_map_loss(model, batch, network)
         schedule, device = model.schedule, batch.eps.device
-        x = model.transform.to_model(batch.values).to(device)
+        x = batch_x(model, batch).to(device)
         times = LogNormalSigma(schedule, LOG_RATIO_MEAN, LOG_RATIO_STD)
         t = schedule(times.sample(batch.u))
         r = level_after_gap(schedule, t, GAPS[min(int(batch.fraction * len(GAPS)), len(GAPS) - 1)])
@@ -203,7 +204,7 @@ class DistillationTask(Task):
     def _flow_map_loss(self, model: Diffusion, batch: Batch, network: nn.Module) -> Tensor:
         """The velocity is the teacher's; with pairs from the data it is ε − x at x_t, and elsewhere the model's own."""
         config, device = self.config, batch.eps.device
-        x, denoise = model.transform.to_model(batch.values).to(device), model.denoiser(network)
+        x, denoise = batch_x(model, batch).to(device), model.denoiser(network)
         r = torch.special.ndtr(batch.z.flatten(1)[:, 0].double().cpu())  # the part of the noise that is not used yet
         t, s = map_levels(model.schedule, batch.u, r, config.both_ways)
         x_t = diffuse(x, t, batch.eps)
@@ -222,6 +223,9 @@ class DistillationTask(Task):
 
     def _teacher_denoiser(self, device: torch.device) -> Denoiser:
         return self.teacher.to(device).sampling_denoiser(Sampler(guidance=self.config.guidance))
+
+    def reader(self, model: Diffusion, data: Dataset, split: Split, folder: Path | None) -> Reader:
+        return reader_of(model, None, data, split.train, self.config.train, folder)
 
     def evaluate(self, model: Diffusion, data: Dataset, split: Split, final: bool, limit: TimeLimit) -> Evaluation:
         """The distance of one-call samples to the teacher's samples from the same noise, root mean square in x.

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from undiffuse.data.dataset import Dataset
+from undiffuse.data.dataset import Dataset, Split
 from undiffuse.errors import ConfigError
 from undiffuse.networks.norm import to_fast_layout
 from undiffuse.process.seeded_noise import generator
@@ -21,7 +21,7 @@ from undiffuse.runtime.atomic_file import file_digest
 from undiffuse.runtime.signals import Interrupted, StopRequests, collect_stop_signals
 from undiffuse.runtime.tensor_file import check_tensors
 from undiffuse.training.augmentation import check_augmentation
-from undiffuse.training.batches import Batch, Batches, batch_items, global_batch, micro_batches
+from undiffuse.training.batches import Batch, Batches, Reader, batch_items, global_batch, micro_batches
 from undiffuse.training.distributed import (
     average_other_gradients,
     broadcast_progress,
@@ -84,12 +84,12 @@ def fit(
             return run.folder
         progress, warnings = resumed
         network = prepare_network(accelerator, model.network, settings)
-        saved_at = progress.seconds
+        saved_at, read = progress.seconds, prepare_reader(accelerator, task, model, data, split, run)
         progress.seconds += clock() - began  # setting up is part of the run
 
         with (
             Monitor(run, task, state.ema_model, data, split, progress, quiet, main, clock) as monitor,
-            Batches(data, split.train, settings, clock) as batches,
+            Batches(data, split.train, settings, clock, read) as batches,
         ):
             for line in [*notes, *warnings]:
                 monitor.log(line)
@@ -170,6 +170,16 @@ def resume(
     return progress, warnings
 
 
+def prepare_reader(accelerator: Accelerator, task: Task, model: Any, data: Dataset, split: Split, run: Run) -> Reader:
+    """`Task.reader` of the run, in the first process before the others, which find the files that it wrote."""
+    reads = []
+    for is_turn in (accelerator.is_main_process, not accelerator.is_main_process):
+        if is_turn:
+            reads.append(task.reader(model, data, split, run.folder))
+        accelerator.wait_for_everyone()
+    return reads[0]
+
+
 def evaluate_saved(accelerator: Accelerator, monitor: Monitor, stop_requests: StopRequests) -> None:
     """The evaluation that the checkpoint of this step lacks, if one is due.
 
@@ -227,8 +237,10 @@ def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator,
     model = task.build_model(data, split).to(device)
     set_checkpointing(to_fast_layout(model.network), settings)
 
+    read = task.reader(model, data, split, None)
+
     def loss(items: int) -> Tensor:
-        batch = global_batch(data, split.train, replace(settings, batch=items, accumulate=1), step=0)
+        batch = global_batch(data, split.train, replace(settings, batch=items, accumulate=1), 0, read)
         return task.loss(model, batch.take(slice(items), device), model.network)
 
     check_memory(model, loss, settings, accelerator.num_processes)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.evaluation.time_limit import TimeLimit
 from undiffuse.model.config import TrainConfig
-from undiffuse.training.batches import Batch
+from undiffuse.training.batches import Batch, Reader, values_of
 
 TRAIN_LONGER = "Give it more --minutes (with --extend this run goes on), a smaller network or smaller items"
 """What to do about a run that has hardly trained."""
@@ -61,6 +61,14 @@ class Task(Protocol):
     def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
         """The optimizer's groups: ``params``, ``lr_factor`` (a factor of ``train.lr``) and options of ``AdamW``."""
         return [{"params": list(model.parameters()), "lr_factor": 1.0, "weight_decay": self.config.train.weight_decay}]
+
+    def reader(self, model: Any, data: Dataset, split: Split, folder: Path | None) -> Reader:
+        """What the batches of ``data`` are made of; ``folder`` is the run's, locked, or None for a trial of the memory.
+
+        It may write into the folder what is computed once and read in every step. With several processes the first one
+        calls it before the others.
+        """
+        return values_of(data)
 
     def loss(self, model: Any, batch: Batch, network: nn.Module) -> Tensor:
         """The loss of each item of ``batch``, (B,); ``network`` is called in place of ``model.network``."""

@@ -1,0 +1,148 @@
+"""``undiffuse train-autoencoder``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from undiffuse.cli.data_options import ReadData, given_options, print_notes, with_data_options
+from undiffuse.cli.options import DataArgument, Device, as_argument, console, resolve_device
+from undiffuse.cli.train import (
+    Batch,
+    Epochs,
+    Extend,
+    Force,
+    LearningRate,
+    Minutes,
+    OnNonfinite,
+    Steps,
+    changes_as_table,
+    check_length,
+    extend_run,
+    format_length,
+    open_run,
+    report_finished,
+    steps_of_epochs,
+)
+from undiffuse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from undiffuse.training.autoencoder_task import AutoencoderRecipe
+
+WIDTHS, GPU_WIDTHS = (32, 64, 64), (64, 128, 256)
+"""Channels of the first stages of the default network on a CPU and on a GPU; later stages have the last one."""
+
+
+@with_data_options
+def train_autoencoder(
+    data: DataArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder, outside of DATA; runs/DATA-autoencoder if not given.")
+    ] = None,
+    factor: Annotated[
+        int | None, typer.Option(help="Sides of an item divided by those of its latents: 2, 4, 8; 4 if not given.")
+    ] = None,
+    latent_channels: Annotated[int | None, typer.Option(help="Channels of the latents; 4 if not given.", min=1)] = None,
+    kl_weight: Annotated[
+        float | None,
+        typer.Option(help="Weight of the KL; 1e-6 if not given, for pictures; 1 with --reconstruction nll: a bound."),
+    ] = None,
+    reconstruction: Annotated[
+        str | None, typer.Option(help="The other term of the loss: l1 (default) or nll, -log p(x given z) in nats.")
+    ] = None,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch: Batch = None,
+    lr: LearningRate = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; 0 if not given.")] = None,
+    device: Device = "auto",
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file with tables [model] and [train], which override the recipe.")
+    ] = None,
+    on_nonfinite: OnNonfinite = None,
+    force: Force = False,
+    extend: Extend = False,
+    *,
+    read: ReadData,
+) -> None:
+    """Train an autoencoder on DATA, for `train DATA --autoencoder RUN`; 10 minutes if not given.
+
+    An unfinished run is resumed.
+    """
+    from undiffuse.model import config as configs
+    from undiffuse.training.autoencoder_task import AutoencoderRecipe, fit_autoencoder
+
+    device = resolve_device(device)
+    check_length(minutes, steps, epochs)
+    run = open_run(out, data, "-autoencoder")
+    dataset = read(data)
+    print_notes(dataset)
+    chosen = (factor, latent_channels, kl_weight, reconstruction)
+    if extend:
+        if (epochs, batch, lr, seed, config, *chosen) != (None,) * 9:
+            cause = "an extended run keeps the recipe that it began with"
+            raise ConfigError("USAGE", "--extend", cause, "Give it with --minutes or --steps alone")
+        extend_run(run, dataset, device, AutoencoderRecipe, steps, minutes, force=force)
+        minutes = steps = None
+    record, finished = run.record, run.finished
+    if record is not None and (minutes, steps, epochs, batch, lr, seed, config, *chosen) == (None,) * 11:
+        recipe = configs.from_dict(AutoencoderRecipe, record["config"], "run.json")
+    else:
+        minutes = 10.0 if (minutes, steps, epochs) == (None,) * 3 else minutes
+        given = {name: value for name, value in (("batch", batch), ("lr", lr), ("seed", seed)) if value is not None}
+        recipe = recipe_for(device, *chosen, minutes=minutes, max_steps=steps, **given)
+        recipe = recipe if config is None else configs.read(config, recipe)
+        if epochs is not None:
+            steps = steps_of_epochs(epochs, dataset, recipe.train)
+            recipe = replace(recipe, train=replace(recipe.train, max_steps=steps))
+    if on_nonfinite is not None:
+        recipe = replace(recipe, train=replace(recipe.train, on_nonfinite=on_nonfinite))
+    if not finished:
+        console.print(f"an autoencoder, {format_length(recipe.train)}, into {run.folder}")
+    with changes_as_table():
+        fit_autoencoder(recipe, dataset, run.folder, device, force=force)
+    if finished:
+        report_finished(run)
+        return
+    console.print(f"done: {run.folder}/model.safetensors, pictures in {run.pictures}")
+    options, folder = given_options(read), as_argument(run.folder)
+    if out is not None:  # so that the latents of another autoencoder of the same data go elsewhere
+        options += f" --out {as_argument(run.folder.with_name(f'{run.folder.name}-latent'))}"
+    console.print(f"next: undiffuse train {as_argument(Path(data))} --autoencoder {folder}{options}")
+
+
+def recipe_for(
+    device: str,
+    factor: int | None = None,
+    latent_channels: int | None = None,
+    kl_weight: float | None = None,
+    reconstruction: str | None = None,
+    **settings: Any,
+) -> AutoencoderRecipe:
+    """The recipe of these options, with ``settings`` of `TrainConfig`. Raises `ConfigError`.
+
+    There are no snapshots, because `undiffuse ema` is for diffusion models.
+    """
+    from undiffuse.model.autoencoder import AutoencoderConfig
+    from undiffuse.model.config import TrainConfig
+    from undiffuse.training.autoencoder_task import AutoencoderRecipe
+
+    factor, widths = 4 if factor is None else factor, WIDTHS if device == "cpu" else GPU_WIDTHS
+    if factor < 1 or factor & (factor - 1) or factor > 64:
+        raise ConfigError("OPTION", f"--factor {factor}", "it is not a power of two up to 64", "Give 2, 4 or 8")
+    stages = factor.bit_length()
+    network = {
+        "kind": "kl",
+        "latent_channels": latent_channels or 4,
+        "widths": [widths[min(i, len(widths) - 1)] for i in range(stages)],
+        "blocks": 1,
+    }
+    if kl_weight is None:
+        kl_weight = 1.0 if reconstruction == "nll" else 1e-6
+    model = AutoencoderConfig(network, reconstruction=reconstruction or "l1", kl_weight=kl_weight)
+    defaults = {"batch": 64, "lr": 1e-3, "snapshots": 0}
+    return AutoencoderRecipe(model, TrainConfig(**(defaults | settings)))

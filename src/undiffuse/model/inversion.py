@@ -1,0 +1,40 @@
+"""Items to the noise that generates them under a model's flow, and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from undiffuse.denoising.denoiser import ConditionedDenoiser, Denoiser
+from undiffuse.model import arguments
+from undiffuse.networks.condition import Condition
+from undiffuse.process.noise_level import NoiseLevel
+from undiffuse.sampling.ddim_inversion import ddim_generate, ddim_invert, finite_levels
+from undiffuse.sampling.trajectory import check_finite
+
+
+def to_latent(model: Any, values: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
+    """`Diffusion.to_latent`."""
+    x = model.transform.to_model(arguments.check_values(values, model.item_shape, model.transform), model.dtype)
+    x = arguments.outside_inference_mode(x.to(model.device))
+    return check_finite(ddim_invert(_conditioned(model, cond, len(x)), x, _levels(model, num_steps)))
+
+
+def from_latent(model: Any, latent: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
+    """`Diffusion.from_latent`."""
+    latent = arguments.check_items("latent", latent, model.x_shape).to(model.device, model.dtype)
+    denoise = _conditioned(model, cond, len(latent))
+    return model.transform.to_data(check_finite(ddim_generate(denoise, latent, _levels(model, num_steps))))
+
+
+def _levels(model: Any, num_steps: int | None) -> list[NoiseLevel]:
+    sampler = arguments.check_sampler("ddim", model.chain_length)
+    sampler = sampler if num_steps is None else replace(sampler, num_steps=num_steps)
+    return finite_levels(model.schedule, model.noise_levels(sampler))
+
+
+def _conditioned(model: Any, cond: Condition | None, items: int) -> Denoiser:
+    denoise = model.denoiser()
+    return denoise if cond is None else ConditionedDenoiser(denoise, model.prepare_condition(cond, items))
