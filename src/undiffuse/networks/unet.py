@@ -266,6 +266,9 @@ class UNetEncoder(nn.Module):
         self.embed, self.tokens, self.conv_in = unet.embed, unet.tokens, unet.conv_in
         self.down, self.middle = unet.down, unet.middle
 
+    def feature_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        return tuple(math.ceil(n / self.multiple) for n in size)
+
     def forward(self, x: Tensor, time: Tensor, cond: Condition | None = None) -> Tensor:
         return encode(self, x, time, cond)[1]
 
