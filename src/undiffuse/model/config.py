@@ -196,8 +196,11 @@ def _is_plain(value: object, deep: int = 4) -> bool:
     return value is None or (isinstance(value, str) and len(value) <= MAX_TEXT_LENGTH)
 
 
-def read(path: Path, base: Config) -> Config:
-    """``base`` with the settings of a TOML or JSON file, tables ``model`` and ``train``. Raises `ConfigError`."""
+def read(path: Path, base: T) -> T:
+    """The recipe ``base`` with the settings of a TOML or JSON file, tables ``model`` and ``train``.
+
+    Raises `ConfigError`.
+    """
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
@@ -214,7 +217,7 @@ def read(path: Path, base: Config) -> Config:
         merged[section] = (
             {**merged[section], **settings} if isinstance(settings, dict) and section in merged else settings
         )
-    return from_dict(Config, merged, path.name)
+    return from_dict(type(base), merged, path.name)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Settings:
@@ -225,6 +228,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Settings:
     return table
 
 
-def replace_train(config: Config, **settings: Any) -> Config:
-    """The recipe with some settings of its training changed."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **settings))
+def replace_train(config: T, **settings: Any) -> T:
+    """The recipe, of a model or of a classifier, with some settings of its training changed."""
+    train = dataclasses.replace(config.train, **settings)  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.replace(config, train=train)  # pyright: ignore[reportArgumentType, reportCallIssue]

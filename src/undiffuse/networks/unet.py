@@ -120,14 +120,15 @@ class UNet(nn.Module):
 
     ``widths``: channels of each level, each half the size of the one before; ``blocks``: residual blocks a level
     (one more on the way up); ``attention``: levels with self-attention, 0 the finest (the middle always has it),
-    of ``heads`` heads, or of heads of ``head_width`` channels if that is not 0; ``patch``: cells of space to depth before level 0 and back at the end; ``time_width``: of
-    the embedding, default four times the first width; ``scale_shift``: the embedding scales and shifts the inner norm
-    rather than being added; ``learned_resampling``: convolutions between levels (Ho) rather than means and repeats;
-    ``residual_resampling``: residual blocks between levels, which take means and repeats inside [Dhariwal21];
-    ``fourier``: powers n for which sin and cos of 2^n π x are further inputs [Kingma21]; ``norm``: ``group`` (Ho) or
-    ``layer`` (faster on a CPU). Sizes of the conditions, 0 for one that it does not accept: ``classes`` (labels
-    0 … classes − 1, −1 is null); ``vector``; ``tokens``, to which it attends wherever it attends to itself, without
-    regard to their order. Zero at initialisation. Raises `ConfigError` for settings that cannot work.
+    of ``heads`` heads, or of heads of ``head_width`` channels if that is not 0; ``patch``: cells of space to depth
+    before level 0 and back at the end; ``time_width``: of the embedding, default four times the first width;
+    ``scale_shift``: the embedding scales and shifts the inner norm rather than being added; ``learned_resampling``:
+    convolutions between levels (Ho) rather than means and repeats; ``residual_resampling``: residual blocks between
+    levels, with means and repeats inside [Dhariwal21], instead of both; ``fourier``: powers n for which sin and cos
+    of 2^n π x are further inputs [Kingma21]; ``norm``: ``group`` (Ho) or ``layer`` (faster on a CPU). Sizes of the
+    conditions, 0 for one that it does not accept: ``classes`` (labels 0 … classes − 1, −1 is null); ``vector``;
+    ``tokens``, to which it attends wherever it attends to itself, without regard to their order. Zero at
+    initialisation. Raises `ConfigError` for settings that cannot work.
     """
 
     item_dims = (1, 2, 3)
