@@ -164,8 +164,8 @@ class UNet(nn.Module):
         top = len(widths) - 1
         last = max(attention, default=0)
         require(last <= top, "attention", f"level {last} is not one of 0 to {top}", "Name levels of widths")
-        check_int("heads", heads)
-        both = heads > 1 and check_int("head_width", head_width, 0) > 0
+        heads, head_width = check_int("heads", heads), check_int("head_width", head_width, 0)
+        both = heads > 1 and head_width > 0
         require(not both, "head_width", f"{head_width} beside {heads} heads", "Give one of heads and head_width")
         setting, divisor = ("head_width", head_width) if head_width else ("heads", heads)
         for level in {*attention, top}:
