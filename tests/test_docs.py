@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import undiffuse
 from undiffuse.data.transform import IntegerLevels
-from undiffuse.model import checkpoint
+from undiffuse.model import checkpoint, presets
 from undiffuse.model.config import Config, ModelConfig, TrainConfig, read, replace_train
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.networks.registry import build
 from undiffuse.process.schedule import SCHEDULES
 from undiffuse.process.target import TARGETS
 from undiffuse.process.time_sampling import TIME_DISTRIBUTIONS
@@ -133,7 +135,7 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_the_recipe_names_every_setting_and_can_be_read(tmp_path) -> None:
-    whole = blocks(ROOT / "docs/recipes.md", "toml")[-1]
+    _, whole, _ = blocks(ROOT / "docs/recipes.md", "toml")
     for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
         table = whole.partition(f"[{name}]\n")[2].partition("\n[")[0]
         assert set(re.findall(r"^(?:# )?(\w+) = ", table, re.M)) == {field.name for field in fields(kind)}
@@ -147,6 +149,18 @@ def test_the_recipe_names_every_setting_and_can_be_read(tmp_path) -> None:
     for text in blocks(ROOT / "docs/recipes.md", "toml"):
         (tmp_path / "part.toml").write_text(text)
         read(tmp_path / "part.toml", Config())
+
+
+def test_the_recipe_of_adm_has_the_number_of_parameters_that_the_page_states(tmp_path) -> None:
+    page = ROOT / "docs/recipes.md"
+    (tmp_path / "adm64.toml").write_text(blocks(page, "toml")[-1])
+    recipe = read(tmp_path / "adm64.toml", presets.get("adm"))
+    with torch.device("meta"):
+        network = build(**recipe.model.network, channels=3, out_channels=6, classes=1000)
+    assert f"{sum(p.numel() for p in network.parameters()):,} parameters" in page.read_text()
+    small, paper = presets.get("adm").model.network, recipe.model.network
+    assert small["widths"] == tuple(width // 3 for width in paper["widths"][:3])
+    assert {k: v for k, v in small.items() if paper[k] != v}.keys() == {"widths", "blocks", "attention"}
 
 
 @pytest.mark.parametrize(

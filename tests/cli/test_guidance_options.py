@@ -95,12 +95,15 @@ def test_every_guidance_changes_the_samples(runs):
     for guided in (
         sampled(conditional, guidance=3.0),
         sampled(conditional, "classifier"),
+        sampled(conditional, "classifier", solver="ancestral", classifier_form="mean"),
         sampled(conditional, threshold="dynamic"),
         sampled(conditional, weak="weak"),
     ):
         assert not torch.allclose(unguided, guided)
     *_, unconditional = plain.trajectory(range(3), sampler=Sampler(num_steps=4, clip=False))
     assert not torch.allclose(unconditional.x, sampled(plain, "classifier"))
+    ancestral = [sampled(plain, "classifier", solver="ancestral", classifier_form=form) for form in ("score", "mean")]
+    assert not torch.allclose(*ancestral)
     strong, stronger = (sampled(plain, "classifier", classifier_scale=scale) for scale in (50.0, 100.0))
     assert not torch.allclose(strong, stronger)
 
@@ -130,6 +133,7 @@ def test_models_that_do_not_fit_together(runs):
         (model(3), {"guidance_rescale": 0.7}, None, None, "-rescale: it has no effect without --guidance other than 1"),
         (model(3), {"guidance_interval": (0.0, 1.0)}, None, None, "-interval: it has no effect without --guidance"),
         (model(3), {"classifier_scale": 5.0}, None, "weak", "-scale: it has no effect without --classifier"),
+        (model(3), {"solver": "ancestral", "classifier_form": "mean"}, None, "weak", "-form: it has no effect without"),
         (model(3), {"autoguidance_scale": math.inf}, "classifier", None, "-scale: it has no effect without --autogu"),
         (model(codec=Identity()), {"threshold": "dynamic"}, None, None, "--threshold dynamic: .* are unbounded"),
     ):

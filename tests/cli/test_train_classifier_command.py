@@ -21,8 +21,8 @@ UNET = {"kind": "unet", "widths": (4,), "blocks": 1, "attention": ()}
 def small(monkeypatch):
     """The recipe of the command with a network of a few weights, and no figures."""
 
-    def recipe(data, device, **settings):
-        config = recipe_for(data, device, **settings)
+    def recipe(data, device, preset=None):
+        config = recipe_for(data, device, preset)
         train = replace(config.train, batch=8, precision="float32", held_out=0.2, previews=0)
         return replace(config, model=replace(config.model, network=UNET), train=train)
 

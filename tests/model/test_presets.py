@@ -21,6 +21,7 @@ SHAPES = {
     "likelihood": (1, 8, 8),
     "gpu": (3, 8, 8),
     "ddpm-cifar10": (3, 8, 8),
+    "adm": (1, 8, 8),
     "sohl-dickstein": (1, 8, 8),
     "ncsn": (1, 8, 8),
     "vdm": (1, 8, 8),

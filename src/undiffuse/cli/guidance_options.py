@@ -92,6 +92,7 @@ def _check_options_have_effect(sampler: Sampler, classifier: Path | None, autogu
         ("--guidance-interval", "guidance_interval", "--guidance other than 1", guided),
         ("--guidance-rescale", "guidance_rescale", "--guidance other than 1", guided),
         ("--classifier-scale", "classifier_scale", "--classifier", classifier),
+        ("--classifier-form", "classifier_form", "--classifier", classifier),
         ("--autoguide-scale", "autoguidance_scale", "--autoguide", autoguide),
     ):
         if getattr(sampler, name) != getattr(default, name) and not in_use:

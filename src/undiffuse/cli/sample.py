@@ -46,7 +46,7 @@ from undiffuse.cli.sampler_options import (
     within_calls,
 )
 from undiffuse.errors import counted
-from undiffuse.sampling.sampler import THRESHOLDS, Sampler, guidance_changes
+from undiffuse.sampling.sampler import CLASSIFIER_FORMS, THRESHOLDS, Sampler, guidance_changes
 from undiffuse.sampling.solvers import SOLVERS
 from undiffuse.sampling.tables import SPACINGS
 
@@ -101,6 +101,13 @@ def sample(
         Path | None, typer.Option(help="A run of train-classifier, for classifier guidance to --label.")
     ] = None,
     classifier_scale: Annotated[float, typer.Option(help="Scale of the classifier's gradient.")] = 1.0,
+    classifier_form: Annotated[
+        str,
+        typer.Option(
+            help=f"{', '.join(CLASSIFIER_FORMS)}: what the classifier's gradient is added to; mean is Dhariwal and "
+            "Nichol's algorithm 1, for --solver ancestral."
+        ),
+    ] = "score",
     autoguide: Annotated[
         Path | None, typer.Option(help="A run of a weaker model of the same data, for autoguidance.")
     ] = None,
@@ -149,6 +156,7 @@ def sample(
         "guidance_interval": guidance_interval,
         "guidance_rescale": guidance_rescale,
         "classifier_scale": classifier_scale,
+        "classifier_form": classifier_form,
         "autoguidance_scale": autoguide_scale,
         "threshold": threshold,
     }

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -30,9 +30,10 @@ from undiffuse.process.tables import SCHEDULES
 
 if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
-    from undiffuse.model.config import Config, TrainConfig
+    from undiffuse.model.config import TrainConfig
     from undiffuse.training.run_folder import Run
 
+T = TypeVar("T")
 Minutes = Annotated[
     float | None,
     typer.Option(help="Train for about this many minutes; the learning-rate decay is planned to fit. Default 10."),
@@ -121,7 +122,7 @@ def train(
         recipe = configs.replace_train(recipe, **{"seed": 0, **given})
         if epochs is not None:
             steps = steps_of_epochs(epochs, dataset, recipe.train)
-        recipe = _with_length(recipe, minutes, steps)
+        recipe = with_length(recipe, minutes, steps)
     if conditional:
         recipe = configs.replace_train(recipe, conditional=True)
     if on_nonfinite is not None:
@@ -231,11 +232,12 @@ def changes_as_table() -> Iterator[None]:
         raise
 
 
-def _with_length(recipe: Config, minutes: float | None, steps: int | None) -> Config:
-    """The recipe with the length given by flags, else its own, else ten minutes."""
+def with_length(recipe: T, minutes: float | None, steps: int | None, default: float = 10.0) -> T:
+    """The recipe with the length given by flags, else its own, else ``default`` minutes."""
     from undiffuse.model.config import replace_train
 
     if minutes is not None or steps is not None:
         return replace_train(recipe, minutes=minutes, max_steps=steps)
-    has_length = recipe.train.minutes is not None or recipe.train.max_steps is not None
-    return recipe if has_length else replace_train(recipe, minutes=10.0)
+    settings: TrainConfig = recipe.train  # pyright: ignore[reportAttributeAccessIssue]
+    has_length = settings.minutes is not None or settings.max_steps is not None
+    return recipe if has_length else replace_train(recipe, minutes=default)

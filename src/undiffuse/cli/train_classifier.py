@@ -26,8 +26,10 @@ from undiffuse.cli.train import (
     open_run,
     report_finished,
     steps_of_epochs,
+    with_length,
 )
 from undiffuse.errors import ConfigError, counted
+from undiffuse.model.presets import PRESETS
 
 if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
@@ -47,6 +49,15 @@ def train_classifier(
     lr: LearningRate = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; 0 if not given.")] = None,
     device: Device = "auto",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The recipe of the network: {', '.join(PRESETS)}; by default chosen from the data and the device."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file with tables [model] and [train], which override the preset.")
+    ] = None,
     on_nonfinite: OnNonfinite = None,
     force: Force = False,
     extend: Extend = False,
@@ -68,21 +79,22 @@ def train_classifier(
     dataset = read(data)
     print_notes(dataset)
     if extend:
-        if (epochs, batch, lr, seed) != (None,) * 4:
+        if (epochs, batch, lr, seed, preset, config) != (None,) * 6:
             cause = "an extended run keeps the recipe that it began with"
             raise ConfigError("USAGE", "--extend", cause, "Give it with --minutes or --steps alone")
         extend_run(run, dataset, device, ClassifierConfig, steps, minutes, force=force)
         minutes = steps = None
     record, finished = run.record, run.finished
-    if record is not None and (minutes, steps, epochs, batch, lr, seed) == (None,) * 6:
+    if record is not None and (minutes, steps, epochs, batch, lr, seed, preset, config) == (None,) * 8:
         recipe = configs.from_dict(ClassifierConfig, record["config"], "run.json")
     else:
-        minutes = 5.0 if (minutes, steps, epochs) == (None,) * 3 else minutes
+        recipe = recipe_for(dataset, device, preset)
+        recipe = recipe if config is None else configs.read(config, recipe)
         given = {name: value for name, value in (("batch", batch), ("lr", lr), ("seed", seed)) if value is not None}
-        recipe = recipe_for(dataset, device, minutes=minutes, max_steps=steps, **given)
+        recipe = configs.replace_train(recipe, **{"seed": 0, **given})
         if epochs is not None:
             steps = steps_of_epochs(epochs, dataset, recipe.train)
-            recipe = replace(recipe, train=replace(recipe.train, max_steps=steps))
+        recipe = with_length(recipe, minutes, steps, default=5.0)
     if on_nonfinite is not None:
         recipe = replace(recipe, train=replace(recipe.train, on_nonfinite=on_nonfinite))
     length = format_length(recipe.train)
@@ -98,20 +110,22 @@ def train_classifier(
     console.print(f"done: {run.folder}; use it by `undiffuse sample` with --classifier {run.folder} and --label")
 
 
-def recipe_for(data: Dataset, device: str, **settings: Any) -> ClassifierConfig:
-    """The network, batch and learning rate of the preset for these data, with ``settings`` of `TrainConfig`.
+def recipe_for(data: Dataset, device: str, name: str | None = None, **settings: Any) -> ClassifierConfig:
+    """The network, batch and learning rate of the preset called ``name``, with ``settings`` of `TrainConfig`.
 
-    Weight decay is that of Dhariwal21's code. There are no snapshots, because `undiffuse ema` is for diffusion models.
+    The preset is by default that for these data. Weight decay is that of Dhariwal21's code. There are no snapshots,
+    because `undiffuse ema` is for diffusion models.
     """
     from undiffuse.model import presets
     from undiffuse.model.noisy_classifier import NoisyClassifierConfig
     from undiffuse.training.classifier_task import ClassifierConfig
 
-    preset = presets.get(presets.choose(data.item_shape, device))
-    base = presets.adapt_to_data(preset, data.num_values)
+    name = name or presets.choose(data.item_shape, device)
+    base = presets.adapt_to_data(presets.get(name), data.num_values)
     log_snr = {name: base.model.schedule[name] for name in ("low", "high") if name in base.model.schedule}
     train = replace(base.train, weight_decay=0.05, snapshots=0, **settings)
-    return ClassifierConfig(NoisyClassifierConfig(base.model.network, **log_snr), train)
+    pooling = presets.CLASSIFIER_POOLING.get(name, "mean")
+    return ClassifierConfig(NoisyClassifierConfig(base.model.network, **log_snr, pooling=pooling), train)
 
 
 def _row(row: dict[str, float]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class ClassifierFree(DenoiserWrapper):
     negative: Condition | None = None
 
     def __post_init__(self) -> None:
-        _check_finite(self.scale)
+        check_finite_scale(self.scale)
         if not 0 <= self.rescale <= 1:
             fix = "Give a number from 0 to 1, such as 0.7"
             raise _guidance_error(f"rescale = {self.rescale}", "it is out of range", fix)
@@ -112,7 +112,7 @@ class Autoguided(DenoiserWrapper):
     scale: float
 
     def __post_init__(self) -> None:
-        _check_finite(self.scale)
+        check_finite_scale(self.scale)
         if not same_process(self.denoise.schedule, self.weak.schedule):
             cause = "the two models have different noise processes"
             raise _guidance_error("the weak model", cause, "Use an earlier or a smaller model with the same schedule")
@@ -129,16 +129,15 @@ class ClassifierGuided(DenoiserWrapper):
     """ε̂ − scale sigma ∇log p(cond|x_t), and x̂ + scale (sigma²/alpha) ∇log p(cond|x_t) [Dhariwal21 alg. 2].
 
     The score is then ∇log q(x_t) + scale ∇log p(cond|x_t). ``denoise`` gets the condition too: a conditional model is
-    guided as such, unless it is a `ConditionedDenoiser` without a condition. The gradient is by autograd, under
-    ``no_grad`` too, and itself differentiable where gradients are on. Where alpha is 0, x_t does not depend on the
-    condition and nothing is added. Raises `ConfigError`.
+    guided as such, unless it is a `ConditionedDenoiser` without a condition. Where alpha is 0, x_t does not depend on
+    the condition and nothing is added. Raises `ConfigError`.
     """
 
     log_prob: LogProb
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_finite(self.scale)
+        check_finite_scale(self.scale)
 
     def __call__(
         self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, next_level: NoiseLevel | None = None
@@ -147,15 +146,20 @@ class ClassifierGuided(DenoiserWrapper):
         if cond is None or self.scale == 0:
             return Prediction(x, eps, var_interp)
         at = level.broadcast_like(x_t)
-        signal = at.alpha > 0
-        shift = torch.where(signal, self.scale * at.sigma * self._gradient(x_t, level, cond), 0.0)
-        return Prediction(x + at.sigma / torch.where(signal, at.alpha, 1.0) * shift, eps - shift, var_interp)
+        shift = self.scale * at.sigma * classifier_gradient(self.log_prob, x_t, level, cond)
+        return Prediction(x + at.sigma / torch.where(at.alpha > 0, at.alpha, 1.0) * shift, eps - shift, var_interp)
 
-    def _gradient(self, x_t: Tensor, level: NoiseLevel, cond: Condition) -> Tensor:
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            x = x_t if x_t.requires_grad else x_t.detach().requires_grad_()
-            return torch.autograd.grad(self.log_prob(x, level, cond).sum(), x, create_graph=create_graph)[0]
+
+def classifier_gradient(log_prob: LogProb, x_t: Tensor, level: NoiseLevel, cond: Condition) -> Tensor:
+    """∇log p(cond|x_t) of ``x_t``'s shape, by autograd, under ``no_grad`` too; 0 where alpha is 0.
+
+    It is differentiable where gradients are on.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = x_t if x_t.requires_grad else x_t.detach().requires_grad_()
+        gradient = torch.autograd.grad(log_prob(x, level, cond).sum(), x, create_graph=create_graph)[0]
+    return torch.where(level.broadcast_like(x_t).alpha > 0, gradient, 0.0)
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,8 @@ def _item_std(x: Tensor) -> Tensor:
     return x.std(tuple(range(1, x.ndim)), correction=0, keepdim=True)
 
 
-def _check_finite(scale: float) -> None:
+def check_finite_scale(scale: float) -> None:
+    """Raises `ConfigError` unless ``scale`` is finite."""
     if not math.isfinite(scale):
         raise _guidance_error(f"scale = {scale}", "it is not finite", "Give a number, such as 2")
 

@@ -240,6 +240,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Settings:
     return table
 
 
-def replace_train(config: Config, **settings: Any) -> Config:
-    """The recipe with some settings of its training changed."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **settings))
+def replace_train(config: T, **settings: Any) -> T:
+    """The recipe, of a model or of a classifier, with some settings of its training changed."""
+    train = dataclasses.replace(config.train, **settings)  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.replace(config, train=train)  # pyright: ignore[reportArgumentType, reportCallIssue]

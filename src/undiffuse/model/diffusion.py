@@ -225,7 +225,8 @@ class Diffusion(nn.Module):
         if guide is not None and guide.log_prob is not None:
             arguments.check_trainable(self, "a classifier's guidance")
         if cond is not None:
-            denoise = ConditionedDenoiser(denoise, self._sampling_condition(cond, len(items), guide))
+            cond = self._sampling_condition(cond, len(items), guide)
+            denoise, solver = ConditionedDenoiser(denoise, cond), sampler.guide_solver(solver, guide, cond)
         start = prior_sample(levels[0], noise(1)[0].to(self.dtype))
         return solver_trajectory(denoise, solver, levels, start, noise)
 

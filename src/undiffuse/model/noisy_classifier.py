@@ -34,12 +34,16 @@ from undiffuse.runtime.tensor_file import FORMAT, check_tensors, read_tensors, w
 
 @dataclass(frozen=True)
 class NoisyClassifierConfig:
-    """``network`` as in `ModelConfig`; ``low`` and ``high`` bound the log-SNR that it is trained on and used at."""
+    """``network`` as in `ModelConfig`; ``low`` and ``high`` bound the log-SNR that it is trained on and used at.
+
+    ``pooling`` of the network's features is ``mean`` or ``attention``, see `undiffuse.networks.classifier_head`.
+    """
 
     network: Settings = field(default_factory=lambda: {"kind": "unet"})
     low: float = -5.0
     high: float = 13.3
     kind: str = "classifier"
+    pooling: str = "mean"
 
 
 class NoisyClassifier(nn.Module):
@@ -62,7 +66,8 @@ class NoisyClassifier(nn.Module):
         self.autocast: torch.dtype | None = None
         self.schedule = LinearLogSNR(config.high, config.low)
         self.preconditioning = Preconditioning("unit", "log_snr")
-        self.network = make_classifier(build_network(config.network, self.item_shape, len(classes)), len(classes))
+        network, labels = build_network(config.network, self.item_shape, len(classes)), len(classes)
+        self.network = make_classifier(network, labels, config.pooling, self.item_shape[1:])
         self.initial_tensors = {name: tensor.to("meta") for name, tensor in self.state_dict().items()}
 
     def forward(self, x_t: Tensor, level: NoiseLevel, network: nn.Module | None = None) -> Tensor:

@@ -44,16 +44,26 @@ def unfold(y: Tensor, patch: int) -> Tensor:
 
 
 class Residual(nn.Module):
-    """skip(h) + conv₂(dropout(SiLU(norm₂(conv₁(SiLU(norm₁(h))) + W cond)))) [Ho20].
+    """skip(R h) + conv₂(dropout(SiLU(norm₂(conv₁(R SiLU(norm₁(h))) + W cond)))) [Ho20].
 
-    With ``scale_shift`` W cond scales and shifts the output of norm₂ instead.
+    R is ``resampling``, `Down` or `Up` without weights [Brock18, Dhariwal21 §3], and by default the identity. With
+    ``scale_shift`` W cond scales and shifts the output of norm₂ instead.
     """
 
     def __init__(
-        self, dims: int, in_width: int, out_width: int, cond_width: int, dropout: float, scale_shift: bool, norm: str
+        self,
+        dims: int,
+        in_width: int,
+        out_width: int,
+        cond_width: int,
+        dropout: float,
+        scale_shift: bool,
+        norm: str,
+        resampling: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
+        self.resampling = nn.Identity() if resampling is None else resampling
         self.norm1 = NORMS[norm](in_width)
         self.conv1 = conv(dims, in_width, out_width)
         self.cond = nn.Linear(cond_width, out_width * (2 if scale_shift else 1))
@@ -63,7 +73,7 @@ class Residual(nn.Module):
         self.skip = conv(dims, in_width, out_width, 1) if in_width != out_width else nn.Identity()
 
     def forward(self, h: Tensor, cond: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(h)))
+        y = self.conv1(self.resampling(F.silu(self.norm1(h))))
         cond = self.cond(cond).to(y.dtype)
         cond = cond.view(*cond.shape, *[1] * (h.ndim - 2))
         if self.scale_shift:
@@ -71,7 +81,7 @@ class Residual(nn.Module):
             y = torch.addcmul(shift, self.norm2(y), 1 + scale)
         else:
             y = self.norm2(y + cond)
-        return self.skip(h) + self.conv2(self.dropout(F.silu(y)))
+        return self.skip(self.resampling(h)) + self.conv2(self.dropout(F.silu(y)))
 
 
 class Down(nn.Module):
@@ -112,16 +122,18 @@ class UNet(nn.Module):
 
     ``widths``: channels of each level, each half the size of the one before; ``blocks``: residual blocks a level
     (one more on the way up); ``attention``: levels with self-attention, 0 the finest (the middle always has it),
-    of ``heads`` heads; ``patch``: cells of space to depth before level 0 and back at the end; ``time_width``: of
-    the embedding, default four times the first width; ``scale_shift``: the embedding scales and shifts the inner norm
-    rather than being added; ``learned_resampling``: convolutions between levels (Ho) rather than means and repeats;
-    ``fourier``: powers n for which sin and cos of 2^n π x are further inputs [Kingma21]; ``norm``: ``group`` (Ho) or
-    ``layer`` (faster on a CPU). Sizes of the conditions, 0 for one that it does not accept: ``classes`` (labels
-    0 … classes − 1, −1 is null); ``vector``; ``tokens``, to which it attends wherever it attends to itself, without
-    regard to their order; ``text``, prompts of up to so many bytes, by `TextEncoder`, pooled and as tokens; ``image``,
-    the channels of an image that is brought to x's size by repeating its cells and joins the input channels (zeros
-    without one). With ``two_times`` it accepts a condition's end time, as a flow map does. Zero at initialisation.
-    Raises `ConfigError` for settings that cannot work.
+    of ``heads`` heads, or of heads of ``head_width`` channels if that is not 0; ``patch``: cells of space to depth
+    before level 0 and back at the end; ``time_width``: of the embedding, default four times the first width;
+    ``scale_shift``: the embedding scales and shifts the inner norm rather than being added; ``learned_resampling``:
+    convolutions between levels (Ho) rather than means and repeats; ``residual_resampling``: residual blocks between
+    levels, with means and repeats inside [Dhariwal21], instead of both; ``fourier``: powers n for which sin and cos
+    of 2^n π x are further inputs [Kingma21]; ``norm``: ``group`` (Ho) or ``layer`` (faster on a CPU). Sizes of the
+    conditions, 0 for one that it does not accept: ``classes`` (labels 0 … classes − 1, −1 is null); ``vector``;
+    ``tokens``, to which it attends wherever it attends to itself, without regard to their order; ``text``, prompts of
+    up to so many bytes, by `TextEncoder`, pooled and as tokens; ``image``, the channels of an image that is brought to
+    x's size by repeating its cells and joins the input channels (zeros without one). With ``two_times`` it accepts a
+    condition's end time, as a flow map does. Zero at initialisation. Raises `ConfigError` for settings that cannot
+    work.
     """
 
     item_dims = (1, 2, 3)
@@ -136,12 +148,14 @@ class UNet(nn.Module):
         blocks: int = 2,
         attention: Sequence[int] = (1,),
         heads: int = 1,
+        head_width: int = 0,
         patch: int = 1,
         dropout: float = 0.0,
         time_width: int | None = None,
         classes: int = 0,
         scale_shift: bool = False,
         learned_resampling: bool = True,
+        residual_resampling: bool = False,
         fourier: Sequence[int] = (),
         norm: str = "group",
         vector: int = 0,
@@ -158,20 +172,23 @@ class UNet(nn.Module):
         top = len(widths) - 1
         last = max(attention, default=0)
         require(last <= top, "attention", f"level {last} is not one of 0 to {top}", "Name levels of widths")
+        heads, head_width = check_int("heads", heads), check_int("head_width", head_width, 0)
+        both = heads > 1 and head_width > 0
+        require(not both, "head_width", f"{head_width} beside {heads} heads", "Give one of heads and head_width")
+        setting, divisor = ("head_width", head_width) if head_width else ("heads", heads)
         for level in {*attention, top}:
-            odd = widths[level] % check_int("heads", heads)
-            require(
-                not odd,
-                "heads",
-                f"{heads} does not divide the width {widths[level]} of level {level}",
-                "Give a divisor",
-            )
+            cause = f"{divisor} does not divide the width {widths[level]} of level {level}"
+            require(widths[level] % divisor == 0, setting, cause, "Give a divisor")
         require(norm in NORMS, "norm", f"there is no norm {norm!r}", f"Choose {' or '.join(NORMS)}")
         for name, value in {"channels": channels, "blocks": blocks, "patch": patch}.items():
             check_int(name, value)
         layers = blocks * len(widths)
         require(layers <= MAX_LAYERS, "blocks", f"{layers:,} layers are more than {MAX_LAYERS:,}", "Give fewer")
         out_channels = channels if out_channels is None else check_int("out_channels", out_channels)
+
+        def num_heads(width: int) -> int:
+            return width // head_width if head_width else heads
+
         time_width = 4 * widths[0] if time_width is None else check_int("time_width", time_width)
         dropout, classes = check_fraction("dropout", dropout), check_int("classes", classes, 0)
         vector, tokens = check_int("vector", vector, 0), check_int("tokens", tokens, 0)
@@ -181,17 +198,26 @@ class UNet(nn.Module):
         sizes = {"classes": classes, "vector": vector, "tokens": tokens, "image": self.image, "text": text}
         self.condition_sizes = sizes
         self.patch, self.feature_channels, self.feature_norm = patch, widths[-1], norm
+        self.feature_heads = num_heads(widths[-1])
         self.fourier = check_ints("fourier", fourier, 0)
         self.multiple = patch * 2**top  # x is padded to a multiple of this
         cells = patch**dims
 
+        def residual(in_width: int, width: int, resampling: nn.Module | None = None) -> Residual:
+            return Residual(dims, in_width, width, time_width, dropout, scale_shift, norm, resampling)
+
         def attention_layers(width: int) -> list[nn.Module]:
+            heads = num_heads(width)
             return [Attention(width, heads), *([CrossAttention(width, token_width, heads)] if token_width else [])]
 
+        def resample(layer: type[Down | Up], width: int) -> nn.Module:
+            if residual_resampling:
+                return residual(width, width, layer(dims, width, learned=False))
+            return layer(dims, width, learned_resampling)
+
         def stage(in_width: int, level: int, *resampling: nn.Module) -> Stage:
-            residual = Residual(dims, in_width, widths[level], time_width, dropout, scale_shift, norm)
             attend = attention_layers(widths[level]) if level in attention else []
-            return Stage([residual, *attend, *resampling])
+            return Stage([residual(in_width, widths[level]), *attend, *resampling])
 
         features = max(widths[0] + widths[0] % 2, 4)
         self.embed = ConditionEmbedding(features, time_width, classes, vector, image, two_times)
@@ -205,14 +231,14 @@ class UNet(nn.Module):
                 self.down.append(stage(skips[-1], level))
                 skips.append(width)
             if level < top:
-                self.down.append(Stage([Down(dims, width, learned_resampling)]))
+                self.down.append(Stage([resample(Down, width)]))
                 skips.append(width)
-        middle = [Residual(dims, widths[-1], widths[-1], time_width, dropout, scale_shift, norm) for _ in range(2)]
+        middle = [residual(widths[-1], widths[-1]) for _ in range(2)]
         self.middle = Stage([middle[0], *attention_layers(widths[-1]), middle[1]])
         width = widths[-1]
         for level in range(top, -1, -1):
             for block in range(blocks + 1):
-                up = [Up(dims, widths[level], learned_resampling)] if level and block == blocks else []
+                up = [resample(Up, widths[level])] if level and block == blocks else []
                 self.up.append(stage(width + skips.pop(), level, *up))
                 width = widths[level]
         self.norm = NORMS[norm](width)
@@ -255,8 +281,12 @@ class UNetEncoder(nn.Module):
         super().__init__()
         self.patch, self.fourier, self.multiple, self.image = unet.patch, unet.fourier, unet.multiple, unet.image
         self.feature_channels, self.feature_norm = unet.feature_channels, unet.feature_norm
+        self.feature_heads = unet.feature_heads
         self.embed, self.tokens, self.text, self.conv_in = unet.embed, unet.tokens, unet.text, unet.conv_in
         self.down, self.middle = unet.down, unet.middle
+
+    def feature_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        return tuple(math.ceil(n / self.multiple) for n in size)
 
     def forward(self, x: Tensor, time: Tensor, cond: Condition | None = None) -> Tensor:
         return encode(self, x, time, cond)[1]

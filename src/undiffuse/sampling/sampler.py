@@ -11,6 +11,7 @@ from undiffuse.errors import ConfigError
 if TYPE_CHECKING:
     from undiffuse.denoising.denoiser import Denoiser
     from undiffuse.denoising.guidance import Guide
+    from undiffuse.networks.condition import Condition
     from undiffuse.process.noise_level import NoiseLevel
     from undiffuse.process.schedule import Schedule
     from undiffuse.sampling.solvers.solver import Solver
@@ -18,10 +19,15 @@ if TYPE_CHECKING:
 THRESHOLDS = ("static", "dynamic")
 """``static``: x̂ is clamped if ``clip`` says so; ``dynamic``: dynamic thresholding, then that clamp."""
 
+CLASSIFIER_FORMS = ("score", "mean")
+"""``score``: the gradient is added to the score, for every solver; ``mean``: to the mean of an ancestral step."""
+
 
 @dataclass(frozen=True)
 class Sampler:
-    """A solver with its settings, its noise levels, and guidance. Raises `ConfigError` for an unknown threshold.
+    """A solver with its settings, its noise levels, and guidance.
+
+    Raises `ConfigError` for an unknown threshold or form, and for the form "mean" with another solver than "ancestral".
 
     Solver: ``solver`` is a name of `solvers.SOLVERS` with ``settings``, or a `Solver` object (which `to_dict` refuses).
 
@@ -30,8 +36,9 @@ class Sampler:
 
     Guidance: ``guidance`` is the scale of classifier-free guidance (1: none), within ``guidance_interval`` (low, high)
     of log-SNR and with ``guidance_rescale``, see `ClassifierFree`. ``classifier_scale`` and ``autoguidance_scale``
-    apply to the classifier and the weak model of a `Guide`. ``threshold`` is one of `THRESHOLDS`. ``clip`` clamps x̂ to
-    [−1, 1]; None does so if the data are bounded.
+    apply to the classifier and the weak model of a `Guide`, the classifier in the ``classifier_form`` of
+    `CLASSIFIER_FORMS`. ``threshold`` is one of `THRESHOLDS`. ``clip`` clamps x̂ to [−1, 1]; None does so if the data are
+    bounded.
     """
 
     solver: str | Solver = "ddim"
@@ -43,6 +50,7 @@ class Sampler:
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float = 0.0
     classifier_scale: float = 1.0
+    classifier_form: str = "score"
     autoguidance_scale: float = 2.0
     threshold: str = "static"
     clip: bool | None = None
@@ -51,6 +59,12 @@ class Sampler:
         if self.threshold not in THRESHOLDS:
             fix = f"Use one of {', '.join(THRESHOLDS)}"
             raise ConfigError("GUIDANCE", f"threshold {self.threshold!r}", "unknown", fix)
+        if self.classifier_form not in CLASSIFIER_FORMS:
+            fix = f"Use {' or '.join(map(repr, CLASSIFIER_FORMS))}"
+            raise ConfigError("GUIDANCE", f"classifier_form {self.classifier_form!r}", "unknown", fix)
+        if self.classifier_form == "mean" and self.solver != "ancestral":
+            cause = f"it shifts the mean of a step of the solver 'ancestral', and this one is {str(self.solver)!r}"
+            raise ConfigError("GUIDANCE", "classifier_form 'mean'", cause, "Use that solver, or the form 'score'")
 
     def __str__(self) -> str:
         """The solver with its settings, such as "ddim eta=0.5"."""
@@ -87,9 +101,23 @@ class Sampler:
             denoise = classifier_free
         if guide is not None and guide.weak is not None:
             denoise = Autoguided(denoise, guide.weak, self.autoguidance_scale)
-        if guide is not None and guide.log_prob is not None:
+        if guide is not None and guide.log_prob is not None and self.classifier_form == "score":
             denoise = ClassifierGuided(denoise, guide.log_prob, self.classifier_scale)
         return DynamicThreshold(denoise) if self.threshold == "dynamic" else denoise
+
+    def guide_solver(self, solver: Solver, guide: Guide | None, cond: Condition) -> Solver:
+        """``solver`` with the classifier of ``guide`` in its steps, where it has the form "mean".
+
+        Raises `ConfigError` for a scale that is not finite.
+        """
+        if guide is None or guide.log_prob is None or self.classifier_form != "mean":
+            return solver
+        from undiffuse.sampling.solvers.ancestral import Ancestral, ClassifierGuidedAncestral
+
+        assert isinstance(solver, Ancestral)
+        return ClassifierGuidedAncestral(
+            solver.variance, log_prob=guide.log_prob, cond=cond, scale=self.classifier_scale
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data for JSON. Raises `ConfigError` if the solver is an object."""
@@ -114,6 +142,7 @@ GUIDANCE_FIELDS = (
     "guidance_interval",
     "guidance_rescale",
     "classifier_scale",
+    "classifier_form",
     "autoguidance_scale",
     "threshold",
 )

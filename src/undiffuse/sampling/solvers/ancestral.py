@@ -1,4 +1,4 @@
-"""Ancestral sampling: the reverse chain itself [Ho20 algorithm 2]."""
+"""Ancestral sampling: the reverse chain itself [Ho20 algorithm 2], and with a classifier [Dhariwal21 algorithm 1]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from undiffuse.denoising.denoiser import Denoiser
-from undiffuse.process.gaussian import Variance, reverse
+from undiffuse.denoising.guidance import LogProb, check_finite_scale, classifier_gradient
+from undiffuse.networks.condition import Condition
+from undiffuse.process.gaussian import Gaussian, Variance, reverse
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.sampling.solvers.solver import Solver, State
 
@@ -28,6 +30,32 @@ class Ancestral(Solver):
     def step(
         self, denoise: Denoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, state: State, noise: Tensor
     ) -> tuple[Tensor, State]:
-        mean, log_var = reverse(denoise(x_t, t, next_level=s), x_t, t, s, self.variance)
+        mean, log_var = self.transition(denoise, x_t, t, s)
         std = torch.exp(0.5 * log_var) * broadcast_like(s.sigma > 0, x_t)
         return mean + std * noise[0], state
+
+    def transition(self, denoise: Denoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Gaussian:
+        """p(x_s given x_t)."""
+        return reverse(denoise(x_t, t, next_level=s), x_t, t, s, self.variance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierGuidedAncestral(Ancestral):
+    """x_s ~ N(μ + scale Σ ∇log p(cond|x_t), Σ), with μ and Σ of `Ancestral` [Dhariwal21 algorithm 1].
+
+    ``log_prob`` as in `ClassifierGuided`, the score form, from which a step differs by
+    scale (Σ − (alpha_s/alpha_t) sigma_t² frac) ∇log p: the shifts agree to first order in the step, maths.md (109). No
+    clamp of x̂ limits this shift, unlike that of the score form. Raises `ConfigError`.
+    """
+
+    log_prob: LogProb
+    cond: Condition
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite_scale(self.scale)
+
+    def transition(self, denoise: Denoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Gaussian:
+        mean, log_var = super().transition(denoise, x_t, t, s)
+        gradient = classifier_gradient(self.log_prob, x_t, t, self.cond)
+        return Gaussian(mean + self.scale * torch.exp(log_var) * gradient, log_var)
