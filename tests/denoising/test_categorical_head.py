@@ -44,6 +44,13 @@ def test_what_the_head_declares():
     torch.testing.assert_close(torch.softmax(head.bias[:, 0], -1), expected)
 
 
+def test_the_waves_of_the_head_are_orthogonal():
+    """Those of the discrete cosine transform of type II."""
+    waves = CategoricalHead(nn.Linear(1, 1), 2, 16).weight.detach()[:, : LOGIT_FEATURES - 2][:, :16].double()
+    expected = torch.diag(torch.tensor([16.0, *[8.0] * (waves.shape[1] - 1)], dtype=torch.float64))
+    torch.testing.assert_close(waves @ waves.mT, expected.expand(2, -1, -1), atol=1e-5, rtol=0)
+
+
 def headed(shape, levels, seed=0, more=0):
     """(a head over items of ``shape`` with random weights, the log-probabilities of its values)."""
     g = torch.Generator().manual_seed(seed)

@@ -17,6 +17,7 @@ from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.restoration import (
     SOLVER_METHODS,
     Degradation,
+    check_image_model,
     data_residual,
     default_method,
     degrade,
@@ -197,6 +198,17 @@ def test_restore_errors():
     for degradation in (Degradation((1, 4, 4), blur=1.0), Degradation((1, 4, 4), shrink=2)):
         with pytest.raises(ConfigError, match=r"'product': it multiplies by a factor for each element, and blur and"):
             restore(model, degradation, image, 1, "product")
+
+
+@pytest.mark.parametrize(
+    ("item_shape", "transform"),
+    [((1, 4), IntegerLevels(256)), ((2, 4, 4), IntegerLevels(256)), ((1, 4, 4), Identity())],
+)
+def test_only_grey_and_rgb_images_are_restored_from_files(item_shape, transform):
+    assert check_image_model(small(IntegerLevels(256)), "here") == IntegerLevels(256)
+    network = {"kind": "unet", "dims": len(item_shape) - 1, "widths": [8], "blocks": 1, "attention": []}
+    with pytest.raises(ConfigError, match=r"error\[NOT_IMAGES\] here: its items are"):
+        check_image_model(Diffusion(ModelConfig(network=network), item_shape, transform), "here")
 
 
 def test_the_factor_of_product_is_the_noise_of_each_known_element():

@@ -147,6 +147,10 @@ def test_steps_into_data_and_out_of_pure_noise_are_ddim_and_cost_one_call(solver
     assert len(at_last) == 1
     torch.testing.assert_close(states[-1], DATA.predict(at_last[0], levels[3]).x, rtol=1e-14, atol=1e-14)
     assert {float(to.t) for _, _, _, to in spy.seen} == {0.7, 0.4, 0.2, 0.0}
+    calls = len(spy.seen)
+    alone = [step.x for step in trajectory(spy, solver, levels[1::3], x, lambda n: x[None][:n])][-1]
+    assert len(spy.seen) == calls + 1
+    torch.testing.assert_close(alone, DATA.predict(x, levels[1]).x, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("solver", FAMILY, ids=str)
