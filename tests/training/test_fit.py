@@ -375,8 +375,8 @@ def straight(tmp_path_factory):
 def test_a_nan_or_infinity_stops_the_run(tmp_path, monkeypatch, straight, bad, at):
     config, real = replace_train(CONFIG, previews=4), batches_of.global_batch
 
-    def poisoned(data, items, settings, step):
-        batch = real(data, items, settings, step)
+    def poisoned(data, items, settings, step, read):
+        batch = real(data, items, settings, step, read)
         if step + 1 == at:
             batch[2][3, 0, 1, 2] = bad
         return batch

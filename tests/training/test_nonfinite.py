@@ -29,8 +29,8 @@ def poison(patch, place, bad, at):
             if progress.step + 1 == at and place == "batch":
                 batch.eps[3, 0, 1, 2] = bad
             elif progress.step + 1 == at and place == "loss":
-                loss = state.model.loss
-                only.setattr(state.model, "loss", lambda *a, **k: loss(*a, **k) * torch.tensor([1.0] * 11 + [bad]))
+                loss = state.model.loss_of_x
+                only.setattr(state.model, "loss_of_x", lambda *a, **k: loss(*a, **k) * torch.tensor([1.0] * 11 + [bad]))
             elif progress.step + 1 == at and place == "gradient":
                 hook = weight.register_hook(lambda g: torch.full_like(g, bad))
             elif progress.step + 1 == at and place == "weight":

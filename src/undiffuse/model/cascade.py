@@ -1,7 +1,7 @@
 """A cascade: a base model of small images and super-resolution models, each given the images of the one before.
 
 −log p(x) ≤ bound(D x) + E[bound(rest of x given z)], where z is D x with noise, for the maps of
-`undiffuse.data.resolution`: docs/maths.md, (139) to (144).
+`undiffuse.data.resolution`: docs/maths.md, (134) to (139).
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ class Cascade:
         cond: Condition | None = None,
         augmentation: float = 0.0,
     ) -> NLL:
-        """bound(D x) + bound(rest of x given D x) ≥ −log p(x) of each item in nats, over all stages, (139) to (144).
+        """bound(D x) + bound(rest of x given D x) ≥ −log p(x) of each item in nats, over all stages, (134) to (139).
 
         ``values`` (n, *item_shape) are integers. Each part of the result is the sum over the stages, and ``per_step``
         (n, stages) the total of each. With ``augmentation`` > 0 stages are given an image with noise of this standard

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from undiffuse.denoising.denoiser import Denoiser
@@ -11,6 +13,7 @@ from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.sampling.solvers.solver import Solver, State
 
 
+@dataclass(frozen=True)
 class FlowMapSampling(Solver):
     """x_s = X_{t→s}(x_t) = alpha_s x̂ + sigma_s ε̂, where the network gets the level s too [Boffi25; Geng25].
 
