@@ -95,6 +95,10 @@ def test_the_pair_is_the_mean_of_the_predictions_along_the_flow(schedule):
     """x̂ over alpha/sigma and ε̂ over sigma/alpha, on one trajectory of a mixture; u over sigma/(alpha + sigma)."""
     t, s = (schedule(level.t[0]) for level in (level_at(schedule, 3.0), level_at(schedule, 0.2)))
     x_t = torch.tensor([[0.7]], dtype=f64) * t.alpha + t.sigma * 0.3
+    spy = Spy(MIXTURE.denoiser(schedule))
+    predict_to(spy, x_t, t, s)
+    _, at, cond, next_level = spy.seen[0]
+    assert (at, next_level, cond.end_time.tolist()) == (t, s, [float(s.t)])
 
     def along(part, at):
         ratio = {"x": 1 / at, "eps": at, "u": at / (1 - at)}[part]
