@@ -296,6 +296,8 @@ def test_levels_of_training(schedule):
         torch.testing.assert_close(straight_time(high) - straight_time(low), 2 * half, rtol=1e-4, atol=1e-9)
     top = straight_time(noisiest_level(schedule))
     assert float(straight_time(t).max()) > 0.97 * float(top)
+    (noisiest,) = straight_time(map_levels(schedule, torch.ones(1), torch.zeros(1))[0])
+    assert float(noisiest) == pytest.approx(float(top - WIDTH * top * (1 - top)), rel=1e-6)
     inner = (s.t > cleanest) & (s.t < t.t)
     tau = [torch.logit(straight_time(level)[inner]) for level in (t, s)]
     bottom = torch.logit(straight_time(s).min())
@@ -336,6 +338,9 @@ def test_few_calls_give_the_exact_likelihood_of_gaussian_data(schedule, calls):
     exact = Gaussian(GAUSSIAN.m.expand(2, 2), torch.log(GAUSSIAN.cov + (bottom.sigma / bottom.alpha) ** 2).expand(2, 2))
     torch.testing.assert_close(found.total, -exact.log_prob(x).sum(1), rtol=1e-9, atol=1e-9)
     assert found.calls == calls
+    spy, cond = Spy(ExactMap(GAUSSIAN, schedule)), Condition(label=torch.tensor([0, 1]))
+    few_call_nll(spy, x, levels, prior=at_top, cond=cond)
+    assert all(seen.label.tolist() in ([0, 1], [0], [1]) for _, _, seen, _ in spy.seen)
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
