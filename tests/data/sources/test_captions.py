@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from dataclasses import replace
 
@@ -144,6 +145,7 @@ TABLES = {
     "no UTF-8": ({"metadata__csv": b"file_name,text\na.png,caf\xe9\n"}, "not text in UTF-8"),
     "no JSON": ({"metadata__jsonl": "{}\n{"}, "line 1 has no file_name and text"),
     "half JSON": ({"metadata__jsonl": jsonl({"file_name": "a.png", "text": "x"}) + "{"}, "line 2 is not JSON"),
+    "empty": ({"metadata__csv": ""}, "does not name the columns file_name and text"),
     "null bytes": ({"metadata__csv": "file_name,text\na.png,\0\n"}, "CAPTIONS"),
 }
 
@@ -154,6 +156,16 @@ def test_a_table_that_cannot_be_read_is_an_error_of_the_table(case, tmp_path):
     with pytest.raises(DataError, match=message) as error:
         load_data(folder(tmp_path, **files), captions=True)
     assert error.value.code == "CAPTIONS"
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "b.txt"])
+def test_a_pipe_is_not_waited_for(name, tmp_path):
+    root = folder(tmp_path, **(FORMS["texts"] if name == "b.txt" else {}))
+    (root / name).unlink(missing_ok=True)
+    os.mkfifo(root / name)
+    with pytest.raises(DataError, match="is a folder, a pipe, a socket or a device") as error:
+        load_data(root, captions=True)
+    assert error.value.where == str(root / ("b.png" if name == "b.txt" else name))
 
 
 def test_texts_of_other_types_are_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import stat
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def captions_of_folder(root: Path, images: Iterable[Path]) -> tuple[dict[Path, C
     readable.
     """
     images = list(images)
-    tables = [folder / name for folder in _folders(root, images) for name in TABLES if (folder / name).is_file()]
+    tables = [folder / name for folder in _folders(root, images) for name in TABLES if (folder / name).exists()]
     captions: dict[Path, list[str]] = {}
     problems: list[FileProblem] = []
     bad: set[Path] = set()
@@ -126,7 +127,10 @@ def _folders(root: Path, images: Iterable[Path]) -> list[Path]:
 
 def _read_file(file: Path) -> Captions:
     try:
-        if file.stat().st_size > MAX_TEXT_FILE_BYTES:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise FileError("CAPTIONS", f"{file.name} is a folder, a pipe, a socket or a device", FIX)
+        if status.st_size > MAX_TEXT_FILE_BYTES:
             raise FileError("CAPTIONS", f"{file.name} is larger than {MAX_TEXT_FILE_BYTES:,} bytes", FIX)
         return parse_text(file.read_bytes())
     except FileNotFoundError:
