@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.data.transform import transform_for
-from undiffuse.errors import DataError, counted
+from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.evaluation.plan import bit_reversed_order
 from undiffuse.evaluation.time_limit import TimeLimit
 from undiffuse.model import noisy_classifier
@@ -67,6 +67,9 @@ class ClassifierTask(Task):
             cause = "a classifier needs items of two classes or more"
             fix = "Give a folder with a sub-folder for each class, or an array with labels"
             raise DataError("LABELS", data.name, cause, fix)
+        if "image" in data.condition_sizes:
+            cause = "a classifier gets no image beside the noisy item, and --from gives the rest of one"
+            raise ConfigError("CLASSIFIER", data.name, cause, "Leave out --from; --reduce gives the small images")
         return ClassifierTask(replace(self.config, train=replace(settings, conditional=True, condition_dropout=0.0)))
 
     def build_model(self, data: Dataset, split: Split) -> NoisyClassifier:

@@ -204,6 +204,33 @@ def test_captions_of_arrow_tables(lists, tmp_path):
     assert data.captions == ((("one", "uno") if lists else ("one",)), ("two",))
 
 
+def test_labels_are_left_out_with_a_note_or_kept(tmp_path):
+    """Those of sub-folders, of labels.csv, of shards and of a ClassLabel column."""
+    texts = {"x___a__txt": "one", "x___b__txt": "two", "y___c__txt": "three"}
+    folders = folder(tmp_path / "d", ("x/a", "x/b", "y/c"), **texts)
+    tables = folder(tmp_path / "t", labels__csv="file,label\na.png,x\nb.png,x\nc.png,y\n", **FORMS["texts"])
+    (tmp_path / "s").mkdir()
+    with tarfile.open(tmp_path / "s" / "s.tar", "w") as archive:
+        for i in range(3):
+            for name, content in {f"{i}.png": png(i), f"{i}.txt": b"one", f"{i}.cls": b"xxy"[i : i + 1]}.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    for source, what in ((folders, "labels of 2 sub-folders"), (tables, "labels.csv"), (tmp_path / "s", "labels")):
+        data = load_data(source, captions=True)
+        assert (data.labels, list(data.condition_sizes)) == (None, ["text"])
+        assert f"{what} left out: captions take their place, and with_labels=True keeps both" in data.notes
+        both = load_data(source, captions=True, with_labels=True)
+        assert (both.labels.tolist(), both.classes, both.captions) == ([0, 0, 1], ("x", "y"), data.captions)
+        assert not any("left out" in note for note in both.notes)
+        assert both.report.options["with_labels"] is True
+    assert not any(
+        "left out" in note for note in load_data(folder(tmp_path / "n", **FORMS["texts"]), captions=True).notes
+    )
+    with pytest.raises(ConfigError, match="it keeps labels beside captions"):
+        load_data(folders, with_labels=True)
+
+
 def test_captions_are_part_of_fingerprint_pack_and_check(tmp_path):
     root = folder(tmp_path / "d", **FORMS["csv"])
     data, plain = load_data(root, captions=True), load_data(root)

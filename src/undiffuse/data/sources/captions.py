@@ -23,6 +23,8 @@ TEXT_COLUMNS = ("text", "caption", "captions", "texts")
 MAX_CAPTION_BYTES, MAX_CAPTIONS, MAX_TEXT_FILE_BYTES = 1024, 1000, 1 << 20
 """The longest caption in UTF-8, the most captions of an item, and the largest text file beside an image."""
 FIX = FIXES["CAPTIONS"]
+LABELS_LEFT_OUT = "left out: captions take their place, and with_labels=True keeps both"
+"""The end of a note about labels of data that are read with captions."""
 
 Captions = tuple[str, ...]
 
