@@ -93,8 +93,8 @@ def load(
         len(set(map(part_called, words))) > 1
     )
     others = [f"{counted(ignored, 'file')} ignored (not shards)"] * (ignored > 0)
-    left_out = [f"labels {LABELS_LEFT_OUT}"] * unused
-    return data.with_notes(counted(len(files), "shard"), *left_out, *mixed, *others)
+    unused_note = [f"labels {LABELS_LEFT_OUT}"] * unused
+    return data.with_notes(counted(len(files), "shard"), *unused_note, *mixed, *others)
 
 
 def _index(shard: Path, with_captions: bool) -> list[ShardImage]:
