@@ -141,6 +141,11 @@ class Server:
         return self.hashes(folder)
 
 
+def finish_only(monitor: Monitor) -> None:
+    monitor.task.save(monitor.ema_model, monitor.run.model)
+    monitor.run.finish()
+
+
 def die_at(target: str, call: int) -> None:
     """Kill this process when the function ``target``, a dotted name, has been called for the n-th time."""
     owner, _, name = target.rpartition(".")
@@ -210,7 +215,10 @@ def kills(server: Server, wanted: int) -> str:
 
 
 def killed_systems(place: Path, more: int, seed: int) -> str:
-    """Kill each command of `systems.SYSTEMS` at its moments and ``more`` times at random; each resumes to the same."""
+    """Kill each command of `systems.SYSTEMS` at its moments and ``more`` times at random; each resumes to the same.
+
+    The end of training writes the model, and measures and draws nothing.
+    """
     systems.prepare(place)
     died = 0
     for name, system in systems.SYSTEMS.items():
@@ -398,6 +406,7 @@ def run(arguments: list[str]) -> None:
             print(limits(server), flush=True)
         if options.systems is not None:
             (Path(place) / "systems").mkdir()
+            patch.setattr(Monitor, "finish", finish_only)
             print(killed_systems(Path(place) / "systems", options.systems, options.seed), flush=True)
 
 
