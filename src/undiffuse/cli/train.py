@@ -77,7 +77,10 @@ def train(
         ),
     ] = None,
     network: NetworkFile = None,
-    init: Annotated[Path | None, typer.Option(help="Start from the weights of this run or model file.")] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Start from the weights of this run or model file, with its settings (docs/recipes.md)."),
+    ] = None,
     autoencoder: Annotated[
         Path | None,
         typer.Option(help="Train on the latents of this autoencoder: a run, or a file or folder of docs/latent.md."),
@@ -95,6 +98,7 @@ def train(
     from undiffuse.interop.autoencoders import load_autoencoder
     from undiffuse.model import config as configs
     from undiffuse.model import presets
+    from undiffuse.training import initial_weights
     from undiffuse.training.diffusion_task import fit_diffusion
 
     device = resolve_device(device)
@@ -117,6 +121,12 @@ def train(
     else:
         name = preset or presets.choose(dataset.item_shape if encoder is None else encoder.latent_shape, device)
         base = presets.get(name) if encoder is None else presets.of_latents(presets.get(name))
+        if init is not None and preset is None and config is None:
+            name = str(init)
+            if record is None:
+                base = initial_weights.recipe_of(init, dataset, base.train, conditional, network_class)
+            else:
+                base = configs.from_dict(configs.Config, record["config"], "run.json")
         recipe = base if config is None else configs.read(config, base)
         given = {name: value for name, value in (("batch", batch), ("lr", lr), ("seed", seed)) if value is not None}
         recipe = configs.replace_train(recipe, **{"seed": 0, **given})

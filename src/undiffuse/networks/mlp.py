@@ -66,7 +66,7 @@ class MLP(nn.Module):
         time_width = width if time_width is None else check_int("time_width", time_width)
         self.condition_sizes = {"classes": classes, "vector": vector, "tokens": tokens, "text": text}
         self.embed = ConditionEmbedding(
-            64, time_width, check_int("classes", classes, 0), check_int("vector", vector, 0), two_times
+            64, time_width, check_int("classes", classes, 0), check_int("vector", vector, 0), two_times=two_times
         )
         self.tokens = TokenEmbedding(tokens) if check_int("tokens", tokens, 0) else None
         token_width = tokens or (TEXT_WIDTH if check_int("text", text, 0) else 0)
