@@ -12,6 +12,7 @@ from undiffuse.model.checkpoint import load, save
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.restoration import Degradation, degrade, restore, rounding_std
+from undiffuse.model.sdedit import sdedit
 from undiffuse.report.sample_folder import SampleFolder
 
 CONFIG = ModelConfig(
@@ -224,3 +225,27 @@ def test_interpolate(place, call):
     assert call("interpolate", place / "run", place / "whole.png", place / "black.png", "--n", 1)[0] == 2
     code, _, err = call("interpolate", place / "run", place / "whole.png", place / "black.png", "--label", "cat")
     assert (code, "the model was trained without labels" in err) == (2, True)
+
+
+def test_variants_by_noise_and_back(place, call):
+    out = place / "variants"
+    flags = ["--method", "sdedit", "--strength", 0.5, "--n", 2, "--seed", 3, "--steps", 4, "--out", out]
+    said = call("restore", place / "run", place / "whole.png", *flags)
+    assert (said.code, said.err) == (0, "")
+    assert "2 variants by sdedit from t = 0.5 in 4 steps" in said.out
+    assert "residual" not in said.out
+    variants = np.stack([read(out / f"{i:06d}.png") for i in range(2)])
+    x = IntegerLevels(256).to_model(torch.tensor(WHOLE)[None])
+    np.testing.assert_array_equal(variants, sdedit(load(place / "run"), x, 2, 0.5, seed=3, num_steps=4)[:, 0])
+    np.testing.assert_array_equal(tiles(out / "strip.png"), [WHOLE, *variants])
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["method"], manifest["strength"], manifest["steps"]) == ("sdedit", 0.5, 4)
+    assert "residual" not in manifest
+    by_default = call("restore", place / "run", place / "whole.png", "--method", "sdedit", "--n", 1)
+    assert "from t = 0.6" in by_default.out
+    for other in (["--blur", 1], ["--noise", 0.1], ["--upsample", 2], ["--degrade"], ["--mask", place / "mask.png"]):
+        said = call("restore", place / "run", place / "whole.png", "--method", "sdedit", *other)
+        assert (said.code, said.err.count("\n"), "it makes variants of an intact image" in said.err) == (2, 1, True)
+    for wrong, words in ((["--strength", 2, "--method", "sdedit"], "out of range"), (["--strength", 0.5], "'sdedit'")):
+        said = call("restore", place / "run", place / "whole.png", *wrong)
+        assert (said.code, said.err.count("\n"), words in said.err) == (2, 1, True), said.err

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from undiffuse.cli.data_options import recorded_options, refuse_inside
 from undiffuse.cli.guidance_options import class_names
-from undiffuse.cli.label_options import make_condition
+from undiffuse.cli.label_options import ConditionFn, make_condition
 from undiffuse.cli.options import (
     Device,
     NetworkFile,
@@ -38,6 +40,12 @@ if TYPE_CHECKING:
 MAX_IN_STRIP = 6
 """The most restorations in the strip."""
 
+SDEDIT_HELP = "sdedit makes variants of an intact IMAGE: noise, and back."
+STRENGTH_HELP = (
+    "With --method sdedit: the time, above 0 and at most 1 (all noise), of the noise that IMAGE gets; default 0.6."
+)
+DEFAULT_STRENGTH = 0.6
+
 
 def restore(
     run: RunArgument,
@@ -58,8 +66,9 @@ def restore(
     ] = False,
     method: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(RESTORATION_METHODS)}; default is pigdm with --blur, else mmps."),
+        typer.Option(help=f"{', '.join(RESTORATION_METHODS)}; default is pigdm with --blur, else mmps. {SDEDIT_HELP}"),
     ] = None,
+    strength: Annotated[float | None, typer.Option(help=STRENGTH_HELP)] = None,
     label: Annotated[list[str] | None, typer.Option(help="The class of IMAGE; repeatable, used in turn.")] = None,
     prompt: Prompt = None,
     text_encoder: EncoderFolder = None,
@@ -91,6 +100,24 @@ def restore(
     model = checkpoint.load(run, resolve_device(device))
     restoration.check_image_model(model, run)
     restoration.check_pixels(model, run)
+    steps = limit_steps(steps, model.chain_length)
+    text = prompt_condition(model, run, prompt or (), text_encoder)
+    condition = make_condition(class_names(model), label or (), text=text)
+    common = {"model": str(run), "image": str(image), "label": label, "seed": seed, "steps": steps}
+    common |= {"prompt": prompt} if prompt else {}
+    if method == "sdedit":
+        if mask is not None or upsample != 1 or blur or noise or degrade:
+            cause, fix = (
+                "it makes variants of an intact image",
+                "Omit --mask, --upsample, --blur, --noise and --degrade",
+            )
+            raise ConfigError("METHOD", "--method sdedit", cause, fix)
+        edit = _Edit(DEFAULT_STRENGTH if strength is None else strength, steps, seed, n, batch)
+        make_variants(model, run, image, edit, common, condition, out)
+        return
+    if strength is not None:
+        fix = "Add --method sdedit, or omit it"
+        raise ConfigError("USAGE", "--strength", "only the method 'sdedit' has a strength", fix)
     channels, *sides = model.item_shape
     if mask is None and upsample == 1 and not blur and not noise:
         fix = "Give --mask, --upsample, --blur or --noise"
@@ -116,24 +143,15 @@ def restore(
             raise ConfigError("MASK", mask, "it hides nothing", "Make white the part that is to be filled in")
     method = method or restoration.default_method(degradation)
     observed = restoration.degrade(degradation, x, seed, loaded.num_values) if degrade else x
-    text = prompt_condition(model, run, prompt or (), text_encoder)
-    condition = make_condition(class_names(model), label or (), text=text)
-    steps = limit_steps(steps, model.chain_length)
     rounding = restoration.rounding_std(loaded.num_values)
-    plan = {
-        "model": str(run),
-        "image": str(image),
+    plan = common | {
         "mask": mask and str(mask),
         "upsample": upsample,
         "blur": blur,
         "noise": noise,
         "degrade": degrade,
-        "label": label,
         "method": method,
-        "seed": seed,
-        "steps": steps,
     }
-    plan |= {"prompt": prompt} if prompt else {}
     plan |= {"weights": checkpoint.fingerprint(model), "observed": hashlib.sha256(observed.numpy().data).hexdigest()}
     folder = out or _unused_folder(run_folder(run) / "restored" / f"{image.stem}-{method}")
     samples = SampleFolder(folder, plan, model.item_shape, model.info.get("num_values"), more=["strip.png"])
@@ -170,6 +188,63 @@ def restore(
         error = float((model.transform.to_model(values).mean(0) - x).square().mean().sqrt())
         console.print(f"root mean square error of their mean: {_percent(error)} of black to white")
     console.print(f"strip: {folder}/strip.png, single restorations: {folder}/000000.png ...")
+
+
+@dataclass(frozen=True)
+class _Edit:
+    strength: float
+    steps: int
+    seed: int
+    n: int
+    batch: int
+
+
+def make_variants(
+    model: Diffusion,
+    run: Path,
+    image: Path,
+    edit: _Edit,
+    common: dict[str, Any],
+    condition: ConditionFn | None,
+    out: Path | None,
+) -> None:
+    """Write variants of IMAGE by noise and back, and a strip of IMAGE and the variants."""
+    import torch
+
+    from undiffuse.data.single import load_image
+    from undiffuse.data.transform import IntegerLevels
+    from undiffuse.model import checkpoint
+    from undiffuse.model.sdedit import sdedit, variant_levels
+    from undiffuse.report.progress_bar import ProgressBar
+    from undiffuse.report.sample_folder import SampleFolder
+
+    strength, n = edit.strength, edit.n
+    steps = len(variant_levels(model, strength, edit.steps)) - 1
+    channels, *sides = model.item_shape
+    loaded = load_image(image, channels, sides, recorded_options(run))
+    if loaded.changes:
+        console.print(f"note: {image}: {', '.join(loaded.changes)}")
+    x = IntegerLevels(loaded.num_values).to_model(torch.tensor(loaded.pixels)[None])[0]
+    plan = common | {"steps": steps, "method": "sdedit", "strength": strength}
+    plan |= {"weights": checkpoint.fingerprint(model), "observed": hashlib.sha256(x.numpy().data).hexdigest()}
+    folder = out or _unused_folder(run_folder(run) / "restored" / f"{image.stem}-sdedit")
+    samples = SampleFolder(folder, plan, model.item_shape, model.info.get("num_values"), more=["strip.png"])
+    require_memory_for(f"--n {n}", 4 * n * model.dims)
+    began = time.perf_counter()
+    with samples.open(range(n), console.print) as missing:
+        with ProgressBar(console, "making variants", n * steps) as bar:
+            cond = condition and condition(range(n))
+            values = sdedit(model, x, n, strength, edit.seed, edit.steps, edit.batch, bar.advance, cond)
+        seconds = time.perf_counter() - began
+        for gap in missing:
+            samples.add(gap.start, values.numpy()[gap.start : gap.stop])
+        shown = model.transform.to_model(values)[:MAX_IN_STRIP]
+        columns = [("input", x), *((f"variant {i}", item) for i, item in enumerate(shown))]
+        samples.finish(range(n), {}, {"strip.png": _image_strip(model, columns)})
+    console.print(
+        f"{counted(n, 'variant')} by sdedit from t = {strength:g} in {counted(steps, 'step')}, {seconds:.1f} s"
+    )
+    console.print(f"strip: {folder}/strip.png, single variants: {folder}/000000.png ...")
 
 
 def _sides(image: Path) -> tuple[int, ...]:
@@ -209,10 +284,6 @@ def strip(model: Diffusion, degradation: Degradation, intact: Tensor | None, obs
     """Images side by side: the intact one if given, the observed one, restorations, their mean and spread."""
     import torch
 
-    from undiffuse.data.transform import IntegerLevels
-    from undiffuse.report import figures
-
-    assert isinstance(model.transform, IntegerLevels)
     x = model.transform.to_model(values)
     shown = observed if degradation.known is None else torch.where(degradation.known, observed, 0.0)
     shown = shown.repeat_interleave(degradation.shrink, -1).repeat_interleave(degradation.shrink, -2)
@@ -220,5 +291,16 @@ def strip(model: Diffusion, degradation: Degradation, intact: Tensor | None, obs
     columns += [("observed", shown), *((f"restored {i}", x[i]) for i in range(min(len(x), MAX_IN_STRIP)))]
     if len(x) > 1:
         columns += [("mean", x.mean(0)), ("2 x spread", 2 * x.std(0, correction=0) - 1)]
+    return _image_strip(model, columns)
+
+
+def _image_strip(model: Diffusion, columns: Sequence[tuple[str, Tensor]]) -> Image:
+    """The images of ``columns``, in the units of x, side by side under their names."""
+    import torch
+
+    from undiffuse.data.transform import IntegerLevels
+    from undiffuse.report import figures
+
+    assert isinstance(model.transform, IntegerLevels)
     frames = model.transform.to_data(torch.stack([column for _, column in columns])[:, None])
     return figures.image_strip(frames.numpy(), [name for name, _ in columns], model.transform.num_values)
