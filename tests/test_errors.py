@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from undiffuse import errors
-from undiffuse.cli.train import format_length
+from undiffuse.cli.recipe_options import format_length
 from undiffuse.model.config import TrainConfig
 
 CODES = {

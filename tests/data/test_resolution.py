@@ -53,10 +53,17 @@ def test_maps_of_any_shape(data):
         assert np.array_equal(split.join(low, rest), x)
         lazy = LazyArray(x.shape, x.dtype, lambda i, x=x: x[i])
         assert np.array_equal(np.asarray(split.low(lazy)), low)  # type: ignore[arg-type]
+        assert np.array_equal(np.asarray(split.rest(lazy)), rest)  # type: ignore[arg-type]
         assert split_from_dict(split.to_dict()) == split
     cell = x[0, 0][tuple(slice(0, factor) for _ in range(dims))]
     mean = Fraction(int(cell.astype(int).sum()), cell.size)
     assert ResolutionSplit("mean", factor, shape, levels).low(x)[0, 0].ravel()[0] == floor(mean + Fraction(1, 2))
+
+
+def test_the_most_values_of_haar():
+    assert ResolutionSplit("haar", 2, (1, 2, 2), 1 << 15).rest_num_values == (1 << 16) - 1
+    with pytest.raises(ConfigError, match="its differences have 65,537 values, more than 65,536"):
+        ResolutionSplit("haar", 2, (1, 2, 2), (1 << 15) + 1)
 
 
 def test_mean_of_haar_is_within_one_of_the_rounded_mean():

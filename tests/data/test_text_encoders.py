@@ -157,7 +157,7 @@ def test_infinite_embeddings_are_refused(folder, monkeypatch):
 
 
 def tokenizer(transformers, special, template):
-    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra `text`")
     words = [*special.values(), *WORDS]
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, special["unk_token"]))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -95,6 +95,10 @@ def test_the_pair_is_the_mean_of_the_predictions_along_the_flow(schedule):
     """x̂ over alpha/sigma and ε̂ over sigma/alpha, on one trajectory of a mixture; u over sigma/(alpha + sigma)."""
     t, s = (schedule(level.t[0]) for level in (level_at(schedule, 3.0), level_at(schedule, 0.2)))
     x_t = torch.tensor([[0.7]], dtype=f64) * t.alpha + t.sigma * 0.3
+    spy = Spy(MIXTURE.denoiser(schedule))
+    predict_to(spy, x_t, t, s)
+    _, at, cond, next_level = spy.seen[0]
+    assert (at, next_level, cond.end_time.tolist()) == (t, s, [float(s.t)])
 
     def along(part, at):
         ratio = {"x": 1 / at, "eps": at, "u": at / (1 - at)}[part]
@@ -292,6 +296,8 @@ def test_levels_of_training(schedule):
         torch.testing.assert_close(straight_time(high) - straight_time(low), 2 * half, rtol=1e-4, atol=1e-9)
     top = straight_time(noisiest_level(schedule))
     assert float(straight_time(t).max()) > 0.97 * float(top)
+    (noisiest,) = straight_time(map_levels(schedule, torch.ones(1), torch.zeros(1))[0])
+    assert float(noisiest) == pytest.approx(float(top - WIDTH * top * (1 - top)), rel=1e-6)
     inner = (s.t > cleanest) & (s.t < t.t)
     tau = [torch.logit(straight_time(level)[inner]) for level in (t, s)]
     bottom = torch.logit(straight_time(s).min())
@@ -332,6 +338,9 @@ def test_few_calls_give_the_exact_likelihood_of_gaussian_data(schedule, calls):
     exact = Gaussian(GAUSSIAN.m.expand(2, 2), torch.log(GAUSSIAN.cov + (bottom.sigma / bottom.alpha) ** 2).expand(2, 2))
     torch.testing.assert_close(found.total, -exact.log_prob(x).sum(1), rtol=1e-9, atol=1e-9)
     assert found.calls == calls
+    spy, cond = Spy(ExactMap(GAUSSIAN, schedule)), Condition(label=torch.tensor([0, 1]))
+    few_call_nll(spy, x, levels, prior=at_top, cond=cond)
+    assert all(seen.label.tolist() in ([0, 1], [0], [1]) for _, _, seen, _ in spy.seen)
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------

@@ -27,14 +27,13 @@ from undiffuse.cli.options import (
     resolve_device,
     run_folder,
 )
+from undiffuse.cli.recipe_options import check_length, format_length
 from undiffuse.cli.train import (
     Force,
     Minutes,
     OnNonfinite,
     Steps,
     changes_as_table,
-    check_length,
-    format_length,
     report_finished,
 )
 

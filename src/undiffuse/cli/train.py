@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,14 +22,12 @@ from undiffuse.cli.options import (
     resolve_device,
 )
 from undiffuse.cli.prompt_options import example_prompt
-from undiffuse.errors import ConfigError, counted
+from undiffuse.cli.recipe_options import RecipeOptions, format_length
 from undiffuse.model.presets import PRESETS
 from undiffuse.networks.tables import INSTALLED_NETWORKS
 from undiffuse.process.tables import SCHEDULES
 
 if TYPE_CHECKING:
-    from undiffuse.data.dataset import Dataset
-    from undiffuse.model.config import TrainConfig
     from undiffuse.training.run_folder import Run
 
 T = TypeVar("T")
@@ -96,47 +93,37 @@ def train(
 ) -> None:
     """Train a model on DATA; an unfinished run is resumed."""
     from undiffuse.interop.autoencoders import load_autoencoder
-    from undiffuse.model import config as configs
     from undiffuse.model import presets
+    from undiffuse.model.config import Config, replace_train
     from undiffuse.training import initial_weights
     from undiffuse.training.diffusion_task import fit_diffusion
 
     device = resolve_device(device)
     conditional = conditional or bool(read.keywords.get("captions"))
-    check_length(minutes, steps, epochs)
+    options = RecipeOptions(minutes, steps, epochs, batch, lr, seed, config, own=(preset,))
     network_class = register_network(network)
     run = open_run(out, data, stage_suffix(read.keywords) + ("" if autoencoder is None else "-latent"))
     dataset = read(data)
     print_notes(dataset)
     if extend:
-        if (epochs, batch, lr, seed, preset, config, init, autoencoder) != (None,) * 8:
-            cause = "an extended run keeps the recipe that it began with"
-            raise ConfigError("USAGE", "--extend", cause, "Give it with --minutes or --steps alone")
-        extend_run(run, dataset, device, configs.Config, steps, minutes, conditional=conditional, force=force)
-        minutes = steps = None
-    record, finished = run.record, run.finished
+        options = options.extended(
+            run, dataset, device, Config, init, autoencoder, conditional=conditional, force=force
+        )
+    finished = run.finished
     encoder = None if autoencoder is None else load_autoencoder(autoencoder, dataset)
-    if record is not None and (minutes, steps, epochs, batch, lr, seed, preset, config) == (None,) * 8:
-        name, recipe = "as begun", configs.from_dict(configs.Config, record["config"], "run.json")
-    else:
-        name = preset or presets.choose(dataset.item_shape if encoder is None else encoder.latent_shape, device)
-        base = presets.get(name) if encoder is None else presets.of_latents(presets.get(name))
-        if init is not None and preset is None and config is None:
-            name = str(init)
-            if record is None:
-                base = initial_weights.recipe_of(init, dataset, base.train, conditional, network_class)
-            else:
-                base = configs.from_dict(configs.Config, record["config"], "run.json")
-        recipe = base if config is None else configs.read(config, base)
-        given = {name: value for name, value in (("batch", batch), ("lr", lr), ("seed", seed)) if value is not None}
-        recipe = configs.replace_train(recipe, **{"seed": 0, **given})
-        if epochs is not None:
-            steps = steps_of_epochs(epochs, dataset, recipe.train)
-        recipe = with_length(recipe, minutes, steps)
+    name = preset or presets.choose(dataset.item_shape if encoder is None else encoder.latent_shape, device)
+
+    def base() -> Config:
+        chosen = presets.get(name) if encoder is None else presets.of_latents(presets.get(name))
+        if init is None or preset is not None:
+            return chosen
+        return initial_weights.recipe_of(init, dataset, chosen.train, conditional, network_class, run)
+
+    recipe, as_begun = options.recipe(run, dataset, Config, base, on_nonfinite=on_nonfinite)
+    if as_begun or (init is not None and preset is None):
+        name = "as begun" if as_begun else str(init)
     if conditional:
-        recipe = configs.replace_train(recipe, conditional=True)
-    if on_nonfinite is not None:
-        recipe = configs.replace_train(recipe, on_nonfinite=on_nonfinite)
+        recipe = replace_train(recipe, conditional=True)
     if not finished:
         console.print(f"recipe {name!r}, {format_length(recipe.train)}, into {run.folder}")
     if dataset.report.skipped:
@@ -158,21 +145,6 @@ def train(
     else:
         console.print(f"next: undiffuse sample {folder}{example_prompt(dataset) if conditional else ''}{own}")
     console.print(f"next: undiffuse evaluate {folder}{part}{own}")
-
-
-def check_length(minutes: float | None, steps: int | None, epochs: float | None = None) -> None:
-    """Raise `ConfigError` if more than one is given, or a number of epochs that is not above 0 and finite."""
-    given = [flag for flag, x in (("--minutes", minutes), ("--steps", steps), ("--epochs", epochs)) if x is not None]
-    if len(given) > 1:
-        raise ConfigError("USAGE", ", ".join(given), "each determines the length of the run", "Give one of them")
-    if epochs is not None and not 0 < epochs < math.inf:
-        raise ConfigError("USAGE", f"--epochs {epochs:g}", "not a length", "Give a number above 0")
-
-
-def steps_of_epochs(epochs: float, data: Dataset, settings: TrainConfig) -> int:
-    """The steps in which each training item occurs ``epochs`` times, rounded up: ⌈epochs · items / batch⌉."""
-    held_out, _ = data.held_out_fraction(settings.held_out)
-    return math.ceil(epochs * len(data.split(held_out).train) / settings.batch)
 
 
 def open_run(out: Path | None, data: str, suffix: str = "") -> Run:
@@ -204,31 +176,6 @@ def report_finished(run: Run) -> None:
     console.print(f"{run.folder} is a finished run already; give --out another folder to train again")
 
 
-def extend_run(
-    run: Run,
-    dataset: Dataset,
-    device: str,
-    config_type: type,
-    steps: int | None,
-    minutes: float | None,
-    **options: Any,
-) -> None:
-    """Extend the run in one process of those that the launcher started; the others wait."""
-    from undiffuse.runtime.distributed_group import init_process_group
-    from undiffuse.training.extend import extend
-
-    group = init_process_group(device)
-    if group.rank == 0:
-        _, step = extend(run.folder, dataset, steps, minutes, config_type=config_type, **options)
-        console.print(f"{run.folder} is extended and resumes from step {step:,}")
-    group.gather(None)
-
-
-def format_length(settings: TrainConfig) -> str:
-    """The length of a run in words."""
-    return counted(settings.minutes, "minute") if settings.minutes else counted(settings.max_steps or 0, "step")
-
-
 @contextmanager
 def changes_as_table() -> Iterator[None]:
     """Print a table of what has changed since the run began, if that is the error."""
@@ -240,14 +187,3 @@ def changes_as_table() -> Iterator[None]:
     except ChangedError as error:
         table.render([{"": what, "as begun": old, "now": new} for what, old, new in error.rows], error.where)
         raise
-
-
-def with_length(recipe: T, minutes: float | None, steps: int | None, default: float = 10.0) -> T:
-    """The recipe with the length given by flags, else its own, else ``default`` minutes."""
-    from undiffuse.model.config import replace_train
-
-    if minutes is not None or steps is not None:
-        return replace_train(recipe, minutes=minutes, max_steps=steps)
-    settings: TrainConfig = recipe.train  # pyright: ignore[reportAttributeAccessIssue]
-    has_length = settings.minutes is not None or settings.max_steps is not None
-    return recipe if has_length else replace_train(recipe, minutes=default)

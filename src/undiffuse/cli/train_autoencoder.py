@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from undiffuse.cli.data_options import ReadData, given_options, print_notes, with_data_options
 from undiffuse.cli.options import DataArgument, Device, as_argument, console, resolve_device
+from undiffuse.cli.recipe_options import RecipeOptions, format_length
 from undiffuse.cli.train import (
     Batch,
     Epochs,
@@ -20,12 +20,8 @@ from undiffuse.cli.train import (
     OnNonfinite,
     Steps,
     changes_as_table,
-    check_length,
-    extend_run,
-    format_length,
     open_run,
     report_finished,
-    steps_of_epochs,
 )
 from undiffuse.errors import ConfigError
 
@@ -73,34 +69,20 @@ def train_autoencoder(
 
     An unfinished run is resumed.
     """
-    from undiffuse.model import config as configs
     from undiffuse.training.autoencoder_task import AutoencoderRecipe, fit_autoencoder
 
     device = resolve_device(device)
-    check_length(minutes, steps, epochs)
+    own = (factor, latent_channels, kl_weight, reconstruction)
+    options = RecipeOptions(minutes, steps, epochs, batch, lr, seed, config, own)
     run = open_run(out, data, "-autoencoder")
     dataset = read(data)
     print_notes(dataset)
-    chosen = (factor, latent_channels, kl_weight, reconstruction)
     if extend:
-        if (epochs, batch, lr, seed, config, *chosen) != (None,) * 9:
-            cause = "an extended run keeps the recipe that it began with"
-            raise ConfigError("USAGE", "--extend", cause, "Give it with --minutes or --steps alone")
-        extend_run(run, dataset, device, AutoencoderRecipe, steps, minutes, force=force)
-        minutes = steps = None
-    record, finished = run.record, run.finished
-    if record is not None and (minutes, steps, epochs, batch, lr, seed, config, *chosen) == (None,) * 11:
-        recipe = configs.from_dict(AutoencoderRecipe, record["config"], "run.json")
-    else:
-        minutes = 10.0 if (minutes, steps, epochs) == (None,) * 3 else minutes
-        given = {name: value for name, value in (("batch", batch), ("lr", lr), ("seed", seed)) if value is not None}
-        recipe = recipe_for(device, *chosen, minutes=minutes, max_steps=steps, **given)
-        recipe = recipe if config is None else configs.read(config, recipe)
-        if epochs is not None:
-            steps = steps_of_epochs(epochs, dataset, recipe.train)
-            recipe = replace(recipe, train=replace(recipe.train, max_steps=steps))
-    if on_nonfinite is not None:
-        recipe = replace(recipe, train=replace(recipe.train, on_nonfinite=on_nonfinite))
+        options = options.extended(run, dataset, device, AutoencoderRecipe, force=force)
+    finished = run.finished
+    recipe, _ = options.recipe(
+        run, dataset, AutoencoderRecipe, lambda: recipe_for(device, *own), on_nonfinite=on_nonfinite
+    )
     if not finished:
         console.print(f"an autoencoder, {format_length(recipe.train)}, into {run.folder}")
     with changes_as_table():
@@ -121,9 +103,8 @@ def recipe_for(
     latent_channels: int | None = None,
     kl_weight: float | None = None,
     reconstruction: str | None = None,
-    **settings: Any,
 ) -> AutoencoderRecipe:
-    """The recipe of these options, with ``settings`` of `TrainConfig`. Raises `ConfigError`.
+    """The recipe of these options. Raises `ConfigError`.
 
     There are no snapshots, because `undiffuse ema` is for diffusion models.
     """
@@ -144,5 +125,4 @@ def recipe_for(
     if kl_weight is None:
         kl_weight = 1.0 if reconstruction == "nll" else 1e-6
     model = AutoencoderConfig(network, reconstruction=reconstruction or "l1", kl_weight=kl_weight)
-    defaults = {"batch": 64, "lr": 1e-3, "snapshots": 0}
-    return AutoencoderRecipe(model, TrainConfig(**(defaults | settings)))
+    return AutoencoderRecipe(model, TrainConfig(batch=64, lr=1e-3, snapshots=0))

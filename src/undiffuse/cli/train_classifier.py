@@ -10,6 +10,7 @@ import typer
 
 from undiffuse.cli.data_options import ReadData, print_notes, with_data_options
 from undiffuse.cli.options import DataArgument, Device, console, resolve_device
+from undiffuse.cli.recipe_options import RecipeOptions, format_length
 from undiffuse.cli.train import (
     Batch,
     Epochs,
@@ -20,15 +21,10 @@ from undiffuse.cli.train import (
     OnNonfinite,
     Steps,
     changes_as_table,
-    check_length,
-    extend_run,
-    format_length,
     open_run,
     report_finished,
-    steps_of_epochs,
-    with_length,
 )
-from undiffuse.errors import ConfigError, counted
+from undiffuse.errors import counted
 from undiffuse.model.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -68,35 +64,21 @@ def train_classifier(
 
     An unfinished run is resumed.
     """
-    from undiffuse.model import config as configs
     from undiffuse.model.noisy_classifier import load
     from undiffuse.report import table
     from undiffuse.training.classifier_task import ClassifierConfig, fit_classifier
 
     device = resolve_device(device)
-    check_length(minutes, steps, epochs)
+    options = RecipeOptions(minutes, steps, epochs, batch, lr, seed, config, own=(preset,))
     run = open_run(out, data, "-classifier")
     dataset = read(data)
     print_notes(dataset)
     if extend:
-        if (epochs, batch, lr, seed, preset, config) != (None,) * 6:
-            cause = "an extended run keeps the recipe that it began with"
-            raise ConfigError("USAGE", "--extend", cause, "Give it with --minutes or --steps alone")
-        extend_run(run, dataset, device, ClassifierConfig, steps, minutes, force=force)
-        minutes = steps = None
-    record, finished = run.record, run.finished
-    if record is not None and (minutes, steps, epochs, batch, lr, seed, preset, config) == (None,) * 8:
-        recipe = configs.from_dict(ClassifierConfig, record["config"], "run.json")
-    else:
-        recipe = recipe_for(dataset, device, preset)
-        recipe = recipe if config is None else configs.read(config, recipe)
-        given = {name: value for name, value in (("batch", batch), ("lr", lr), ("seed", seed)) if value is not None}
-        recipe = configs.replace_train(recipe, **{"seed": 0, **given})
-        if epochs is not None:
-            steps = steps_of_epochs(epochs, dataset, recipe.train)
-        recipe = with_length(recipe, minutes, steps, default=5.0)
-    if on_nonfinite is not None:
-        recipe = replace(recipe, train=replace(recipe.train, on_nonfinite=on_nonfinite))
+        options = options.extended(run, dataset, device, ClassifierConfig, force=force)
+    finished = run.finished
+    recipe, _ = options.recipe(
+        run, dataset, ClassifierConfig, lambda: recipe_for(dataset, device, preset), 5.0, on_nonfinite
+    )
     length = format_length(recipe.train)
     if not finished:
         console.print(f"a classifier of {len(dataset.classes)} classes, {length}, into {run.folder}")

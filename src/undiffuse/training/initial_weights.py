@@ -33,7 +33,7 @@ SAME_PROCESS = ("schedule", "target", "preconditioning", "output", "autoencoder"
 """Settings of a model that say what its network gets and what its output is."""
 FREE_SETTINGS = (*CONDITION_SETTINGS, "dropout")
 """Settings of a network that may differ from those of the weights."""
-TAKE_SETTINGS = "Leave out --preset and --config to take its settings, or train without --init"
+TAKE_SETTINGS = "Leave out --preset, and this setting of --config, to take that of the model, or train without --init"
 MAX_DIFFERENCE = 1e-4
 """The largest difference of two predictions, in units of x, that is rounding."""
 
@@ -69,15 +69,23 @@ def recipe_of(
     train: TrainConfig,
     conditional: bool = False,
     network: nn.Module | type[nn.Module] | None = None,
+    run: Run | None = None,
 ) -> Config:
     """The recipe of fine-tuning the model of ``init``, a run or a file, on ``data``: its settings and its training's.
 
     ``train`` is taken where there is no record of its training. Neither length nor seed are taken. What was conditional
-    stays so if the data have such conditions; all of theirs are used if ``conditional``. Raises `CheckpointError`.
+    stays so if the data have such conditions; all of theirs are used if ``conditional``. If the model is no longer
+    there, the settings are those that ``run`` began with. Raises `CheckpointError`.
     """
-    model, record = load(init, network=network), Run(init).record if init.is_dir() else None
     try:
-        settings: Any = (record or {})["config"]["train"]
+        model = load(init, network=network)
+    except CheckpointError:
+        if run is None or (record := run.record) is None:
+            raise
+        begun = from_dict(Config, record["config"], "run.json")
+        return replace(begun, train=replace(begun.train, max_steps=None, minutes=None, seed=0))
+    try:
+        settings: Any = ((Run(init).record if init.is_dir() else None) or {})["config"]["train"]
         old = from_dict(TrainConfig, settings, "run.json")
     except (KeyError, ConfigError):  # a file, or a run of another kind
         old = replace(train, conditional=bool(model.condition_sizes.keys() - {"image"}))
