@@ -156,6 +156,21 @@ def test_conditions_that_the_data_lack_stay_and_are_null():
     assert torch.equal(losses(model, DATA), losses(start, DATA))
 
 
+def test_a_run_without_conditions_keeps_the_network_and_gives_it_none():
+    start = build(LABELLED, conditional=True)
+    model, (note,) = started(start, LABELLED, conditional=False)
+    assert "new: nothing; left out: nothing" in note
+    assert torch.equal(losses(model, LABELLED), losses(start, LABELLED))
+
+
+def test_a_learned_chain_goes_on_from_its_beta():
+    chain = replace(MODEL, schedule={"name": "learned_chain", "T": 5}, loss="full_bound")
+    start = build(model=chain)
+    model, _ = started(start, DATA, conditional=False)
+    assert torch.equal(model.schedule.beta, start.schedule.beta)
+    assert torch.equal(losses(model, DATA), losses(start, DATA))
+
+
 def test_continuous_data_keep_the_scale_of_the_model():
     old, new = (from_array(RNG.normal(m, s, (40, 3)).astype(np.float32)) for m, s in ((0, 1), (5, 3)))
     mlp = ModelConfig(network={"kind": "mlp", "width": 8, "depth": 1}, chain_length=5)
@@ -287,6 +302,54 @@ def test_a_run_keeps_a_copy_and_resumes_to_the_bit(tmp_path):
             train("run")
         train("run", init=tmp_path / "gone")
     assert (tmp_path / "run" / "init.safetensors").read_bytes() == (tmp_path / "gone").read_bytes()
+
+
+def test_a_run_that_began_without_weights_goes_on_without_them(tmp_path):
+    """Resumed with --init by force; the weights are named in no record, and a missing file is reported."""
+    checkpoint.save(build(), tmp_path / "start.safetensors")
+
+    def train(name, **settings):
+        return fit_diffusion(Config(MODEL, TRAIN), DATA, tmp_path / name, "cpu", quiet=True, **settings)
+
+    with quick_looks():
+        whole = train("whole")
+        with stopping_at(2):
+            train("run")
+        with pytest.raises(ConfigError, match=r"init was None, now"):
+            train("run", init=tmp_path / "start.safetensors")
+        with pytest.raises(CheckpointError, match=r"gone: no such file"):
+            train("run", init=tmp_path / "gone", force=True)
+        train("run", init=tmp_path / "start.safetensors", force=True)
+    assert checkpoint.fingerprint(checkpoint.load(tmp_path / "run")) == checkpoint.fingerprint(checkpoint.load(whole))
+    assert "init" not in checkpoint.load(tmp_path / "run").info
+    assert not (tmp_path / "run" / "init.safetensors").exists()
+
+
+def test_a_file_of_the_name_of_the_copy_is_not_replaced(tmp_path):
+    checkpoint.save(build(), tmp_path / "start.safetensors")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "init.safetensors").write_bytes(b"of the user")
+    with pytest.raises(ConfigError, match=r"init.safetensors: this file is in the folder already"):
+        fit_diffusion(
+            Config(MODEL, TRAIN), DATA, tmp_path / "run", "cpu", quiet=True, init=tmp_path / "start.safetensors"
+        )
+    assert (tmp_path / "run" / "init.safetensors").read_bytes() == b"of the user"
+
+
+def test_a_damaged_copy_is_written_anew_from_the_weights_that_are_named(tmp_path):
+    """Its end is damaged, so that the fingerprint in its header is right."""
+    checkpoint.save(build(), tmp_path / "start.safetensors")
+    whole = (tmp_path / "start.safetensors").read_bytes()
+    copy = tmp_path / "run" / "init.safetensors"
+    settings = {"quiet": True, "init": tmp_path / "start.safetensors"}
+    with quick_looks():
+        with stopping_at(1):
+            fit_diffusion(Config(MODEL, TRAIN), DATA, tmp_path / "run", "cpu", **settings)
+        copy.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match=r"DAMAGED\] .*init.safetensors: its contents do not match"):
+            fit_diffusion(Config(MODEL, TRAIN), DATA, tmp_path / "run", "cpu", quiet=True)
+        fit_diffusion(Config(MODEL, TRAIN), DATA, tmp_path / "run", "cpu", **settings)
+    assert copy.read_bytes() == whole
 
 
 def test_the_first_step_of_a_run_has_the_loss_of_the_model(tmp_path, monkeypatch):

@@ -18,7 +18,6 @@ from undiffuse.model.config import ModelConfig
 from undiffuse.model.likelihood_estimators import clean_decoder
 from undiffuse.networks.condition import Condition
 from undiffuse.process import time_sampling as times
-from undiffuse.process.discrete_schedule import LearnedChain
 from undiffuse.process.gaussian import diffuse
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.schedule import Schedule
@@ -56,9 +55,8 @@ def training_loss(
     denoise, name = model.denoiser(network), model.config.loss
     decode = clean_decoder(model, denoise, model.schedule(0.0), cond)
     if name == "full_bound":  # one eps for all steps: the mean of each term depends on one eps only
-        chain = model.reverse_chain(denoise, cond)
-        if isinstance(model.schedule, LearnedChain):  # levels that are differentiable in the schedule
-            chain = replace(chain, noise_levels=time_grid(model.schedule, model.chain_length))
+        levels = time_grid(model.schedule, model.chain_length)  # differentiable in a learned schedule
+        chain = replace(model.reverse_chain(denoise, cond), noise_levels=levels)
         return losses.full_bound(chain, x, lambda _: eps[None], model.transform.edges(x), decode)
     at = model.times.sample(u)
     if name == "continuous":

@@ -89,6 +89,7 @@ class DiffusionTask(Task):
     start: tuple[Diffusion, Path] | None = None
 
     def start_from(self, start: Diffusion, path: Path) -> DiffusionTask:
+        initial_weights.check_not_distilled(start, path)
         autoencoder = self.autoencoder
         if autoencoder is None and isinstance(start.transform, LatentTransform):
             autoencoder = start.transform.autoencoder
@@ -118,7 +119,7 @@ class DiffusionTask(Task):
             config = replace(config, model=replace(config.model, network=described))
         num_values = data.num_values if self.autoencoder is None else None
         if self.start is not None:
-            config = replace(config, model=initial_weights.without_sizes_of(config.model, self.start[0], data))
+            config = initial_weights.without_sizes_of(config, self.start[0], data)
         config = adapt_to_data(config, num_values, data.condition_sizes)
         if self.start is not None:
             initial_weights.check_start(config, data, *self.start)

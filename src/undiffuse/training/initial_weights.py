@@ -18,7 +18,7 @@ from undiffuse.errors import CheckpointError, ConfigError, DataError, counted
 from undiffuse.model import autoencoder as autoencoders
 from undiffuse.model.autoencoder import Autoencoder
 from undiffuse.model.checkpoint import load
-from undiffuse.model.config import Config, ModelConfig, TrainConfig, from_dict
+from undiffuse.model.config import Config, TrainConfig, from_dict
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.latent import LatentTransform
 from undiffuse.model.text_conditions import text_encoder_of
@@ -41,14 +41,16 @@ MAX_DIFFERENCE = 1e-4
 def find_initial_weights(run: Run, init: str | Path | None) -> tuple[InitialWeights | None, str | None]:
     """(what the run starts from, the fingerprint of the weights that ``init`` names); None where there is none.
 
-    A run that has begun starts from its copy of them, whether ``init`` is still there or not. Raises `CheckpointError`
-    if the copy is missing or damaged, unless ``init`` names the same weights.
+    A run that has begun with weights starts from ``init`` if it names these, else from its copy, whether ``init`` is
+    still there or not. Raises `CheckpointError` if the copy is missing or damaged too.
     """
-    given = None if init is None else _read(Path(init))
-    recorded, fingerprint = (run.record or {}).get("init"), given and given.fingerprint
+    given, record = None if init is None else _read(Path(init)), run.record
+    fingerprint = given and given.fingerprint
+    recorded = None if record is None else record.get("init")
     if recorded is None:
-        return given, fingerprint
-    for candidate in (_read(run.initial), given):
+        begun_without = record is not None and fingerprint is not None  # a file that is no model is reported
+        return None if begun_without else given, fingerprint
+    for candidate in (given, _read(run.initial)):
         if candidate is not None and candidate.fingerprint == recorded:
             return candidate, fingerprint
     cause = f"the weights {recorded[:12]} that this run started from are missing or damaged"
@@ -93,21 +95,25 @@ def recipe_of(
     return Config(model.config, replace(old, max_steps=None, minutes=None, seed=0, conditional=conditional))
 
 
+def check_not_distilled(start: Diffusion, path: Path) -> None:
+    """Raise `ConfigError` for a distilled model."""
+    if start.config.calls:
+        cause = "it is a distilled model, whose predictions are samples of the data and not their mean"
+        raise ConfigError("DISTILLED", path, cause, "Give the model that it was distilled from")
+
+
 def check_start(config: Config, data: Dataset, start: Diffusion, path: Path) -> None:
     """Raise an error unless a model of ``config`` and of ``data`` means by its network what ``start`` does.
 
     `ConfigError` for settings, `DataError` for data without the images that ``start`` enlarges, or with another text
     encoder.
     """
-    if start.config.calls:
-        cause = "it is a distilled model, whose predictions are samples of the data and not their mean"
-        raise ConfigError("DISTILLED", path, cause, "Give the model that it was distilled from")
     names = [*SAME_PROCESS, *(["chain_length"] if start.config.preconditioning.get("time") == "step" else [])]
     if "learned" in {config.model.variance, start.config.variance}:
         names.append("variance")
     pairs = [(f"model.{name}", getattr(config.model, name), getattr(start.config, name)) for name in names]
     ours, theirs = (with_defaults(model.network["kind"], model.network) for model in (config.model, start.config))
-    for name in dict.fromkeys([*ours, *theirs]):
+    for name in dict.fromkeys(["kind", *ours, *theirs]):
         if name not in FREE_SETTINGS:
             pairs.append((f"model.network.{name}", ours.get(name), theirs.get(name)))
     for name, own, other in pairs:
@@ -127,15 +133,15 @@ def check_start(config: Config, data: Dataset, start: Diffusion, path: Path) -> 
         raise DataError("TEXT_ENCODER", data.name, cause, "Give --text-encoder as for that model")
 
 
-def without_sizes_of(config: ModelConfig, start: Diffusion, data: Dataset) -> ModelConfig:
-    """``config`` without the sizes of conditions that it has from ``start`` and that ``data`` have in another size."""
-    sizes, old = data.condition_sizes, start.config.network
-    network = {
-        name: value
-        for name, value in config.network.items()
-        if name not in sizes or value != old.get(name) or (name == "text" and value >= sizes[name])
-    }
-    return replace(config, network=network)
+def without_sizes_of(config: Config, start: Diffusion, data: Dataset) -> Config:
+    """``config`` without the sizes of conditions from ``start`` that a conditional recipe takes from ``data``."""
+    sizes, old, network = data.condition_sizes, start.config.network, dict(config.model.network)
+    for name, size in sizes.items():
+        is_taken = config.train.conditional or name == "image"
+        is_of_start = name in network and network[name] == old.get(name)
+        if is_taken and is_of_start and not (name == "text" and network[name] >= size):
+            del network[name]
+    return replace(config, model=replace(config.model, network=network))
 
 
 def autoencoder_fingerprint(autoencoder: Autoencoder, start: Diffusion | None) -> str:

@@ -157,10 +157,18 @@ class Run:
             data.report.write(self.folder / "skipped.json")
         return changed
 
-    def _keep(self, weights: InitialWeights) -> None:
-        """Copy the weights that training starts from, unless they are the copy; a resumed run needs the copy alone."""
-        if weights.path != self.initial:
-            write_atomic(self.initial, weights.path.read_bytes())
+    def _keep(self, weights: InitialWeights, is_new: bool) -> None:
+        """Copy the weights that training starts from, unless they are there; a resumed run needs the copy alone.
+
+        Raises `ConfigError` if a new run would replace another file of that name.
+        """
+        content = weights.path.read_bytes()
+        kept = self.initial.read_bytes() if self.initial.is_file() else None
+        if is_new and kept not in (None, content):
+            cause = "this file is in the folder already, and is none of this run"
+            raise ConfigError("RUN", self.initial, cause, "Give --out a new folder")
+        if kept != content:
+            write_atomic(self.initial, content)
 
     def _update_record(
         self, fresh: dict[str, Any], config: Any, data: Dataset, force: bool, weights: InitialWeights | None
@@ -168,7 +176,7 @@ class Run:
         """Write ``fresh`` if there is no record, else compare the two: see `open`."""
         record = self.record
         if weights is not None and (record is None or record.get("init") == weights.fingerprint):
-            self._keep(weights)
+            self._keep(weights, is_new=record is None)
         if record is None:
             self._write({**fresh, "id": json_digest(_compared_fields(fresh))})
             return False
