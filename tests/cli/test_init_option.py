@@ -130,7 +130,7 @@ def test_captions_that_are_added_start_at_the_loss_of_the_model(place, train):
     expected, config = first_loss(load("start"), place / "captions", source="photos", captions=True)
     assert train.losses == [pytest.approx(expected, rel=1e-5)]
     assert config.train.conditional
-    assert load("captions").condition_sizes.keys() == {"tokens"}
+    assert load("captions").condition_sizes.keys() == {"text"}
 
 
 def test_another_setting_is_laid_over_those_of_the_model(place, train):

@@ -76,7 +76,7 @@ def train(
     network: NetworkFile = None,
     init: Annotated[
         Path | None,
-        typer.Option(help="Start from the weights of this run or model file, with its settings (docs/recipes.md)."),
+        typer.Option(help="Start from the weights of this run or model file, with its settings (docs/fine-tuning.md)."),
     ] = None,
     autoencoder: Annotated[
         Path | None,
