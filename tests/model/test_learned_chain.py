@@ -238,6 +238,7 @@ def test_a_run_trains_saves_and_loads_it(tmp_path):
         ({"T": 1}, "T = 1: out of range for a learned chain"),
         ({"T": 1001}, "T = 1001: out of range"),
         ({"T": True}, "T = True: out of range"),
+        ({"first": 0.0}, r"first = 0: beta must lie in \(0, 1\)"),
         ({"first": 1.0}, r"first = 1: beta must lie in \(0, 1\)"),
         ({"first": math.nan}, "first = nan"),
         ({"first": 0.5, "low": 0.0}, "low = 0, log-SNR after the first step = 0"),

@@ -193,6 +193,8 @@ def test_integers_of_another_number_of_values():
     categorical = build(model=replace(MODEL, output="categorical"))
     with pytest.raises(DataError, match=r"INIT.*start predicts each of 5 values, and these data have 9 values"):
         started(categorical, wider, conditional=False)
+    model, _ = started(categorical, DATA, conditional=False)
+    assert torch.equal(losses(model, DATA), losses(categorical, DATA))
 
 
 def test_latents_keep_their_autoencoder_and_its_moments(tmp_path, monkeypatch):
