@@ -63,10 +63,13 @@ def cheap_evaluations(patch: pytest.MonkeyPatch) -> None:
 
 
 class Server:
-    """Starts trainings in ``place`` as forks of this process."""
+    """Starts trainings in ``place`` as forks of this process, with ``init`` from the weights of that run.
 
-    def __init__(self, place: Path, seed: int) -> None:
-        self.place, self.random = place, random.Random(seed)
+    These are named until the run has its record; then it is resumed as it was begun, from what it has kept.
+    """
+
+    def __init__(self, place: Path, seed: int, init: Path | None = None) -> None:
+        self.place, self.random, self.init = place, random.Random(seed), init
         self.items, self.runs = data(), 0
         np.save(place / "tiny.npy", self.items.values)
         (place / "recipe.toml").write_text(RECIPE)
@@ -94,7 +97,10 @@ class Server:
         return pid
 
     def train(self, folder: Path) -> int:
-        options = ["--num-values", "5", "--config", str(self.place / "recipe.toml"), "--device", "cpu"]
+        options = ["--num-values", "5", "--device", "cpu"]
+        if self.init is None or not Run(folder).record:
+            options += ["--config", str(self.place / "recipe.toml")]
+            options += [] if self.init is None else ["--init", str(self.init)]
         with contextlib.redirect_stdout(sys.stderr):
             return main(["train", str(self.place / "tiny.npy"), "--out", str(folder), *options])
 
@@ -132,6 +138,13 @@ def intact(folder: Path) -> bool:
             print(error)
             return False
     return True
+
+
+def initial_kills(server: Server, wanted: int) -> str:
+    """`kills` of runs that start from the weights of another."""
+    place = server.place / "started"
+    place.mkdir()
+    return f"--init, {kills(Server(place, 0, init=server.place / 'straight'), wanted)}"
 
 
 def kills(server: Server, wanted: int) -> str:
@@ -304,10 +317,13 @@ def points(server: Server) -> str:
     return f"A2 named points: died at {died} moments of 3 kinds of write ({len(names)} names), 0 invalid, 0 lost"
 
 
+PARTS = (kills, stops, races, initial_kills)
+
+
 def run(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for part in ("kills", "stops", "races"):
-        parser.add_argument(f"--{part}", type=int, default=0)
+    for part in PARTS:
+        parser.add_argument(f"--{part.__name__.replace('_', '-')}", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--points", action="store_true", help="named points of a write, and limits on files")
     options = parser.parse_args(arguments)
@@ -315,7 +331,7 @@ def run(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         cheap_evaluations(patch)
         server = Server(Path(place), options.seed)
-        for part in (kills, stops, races):
+        for part in PARTS:
             if wanted := getattr(options, part.__name__):
                 print(part(server, wanted), flush=True)
         if options.points:

@@ -24,6 +24,7 @@ WAYS = {  # kind, settings of two processes, bits of their numbers
     "sharded": ("diffusion", {"shard": True, "accumulate": 2, "checkpointing": True}, 64),
     "classifier": ("classifier", {"accumulate": 2}, 64),
     "classifier-sharded": ("classifier", {"shard": True}, 64),
+    "started-sharded": ("started", {"shard": True}, 64),
 }
 CHANGES = {"sharded-one": {"shard": True}}  # started by two processes and resumed by one
 MORE_WAYS = {
@@ -85,7 +86,7 @@ def run_all(ways, changes, place: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:  # `gathering.train` replaces these
         for name in ("record_step", "evaluate_now", "finish"):
             patch.setattr(Monitor, name, getattr(Monitor, name))
-        for kind, bits in {("diffusion", 64), *((kind, bits) for kind, _, bits in ways.values())}:
+        for kind, bits in sorted({("diffusion", 64), *((kind, bits) for kind, _, bits in ways.values())}):
             one = f"one-{kind}-{bits}"
             steps = gathering.train(place / one, kind, {}, None, bits == 64)
             (place / f"{one}.json").write_text(json.dumps(steps))
@@ -117,7 +118,7 @@ def check_steps(place: Path, name: str, kind: str, bits: int) -> float:
 def check_files(place: Path, name: str, kind: str, bits: int) -> None:
     one, two = tensors(place / f"one-{kind}-{bits}"), tensors(place / name)
     assert one.keys() == two.keys()
-    assert len(one) > (300 if kind == "diffusion" else 200)
+    assert len(one) > (200 if kind == "classifier" else 300)
     for key, tensor in one.items():
         assert two[key].dtype == tensor.dtype
         tolerance = {"rtol": 1e-5, "atol": 1e-9} if bits == 64 else {"rtol": 1e-3, "atol": 1e-4}
