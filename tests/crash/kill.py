@@ -165,14 +165,21 @@ def die_at(target: str, call: int) -> None:
     setattr(where, name, dying)
 
 
-def tiny_training(place: Path, seed: int) -> Server:
-    """Training a network of two convolutions."""
+def tiny_training(place: Path, seed: int, init: Path | None = None) -> Server:
+    """Training a network of two convolutions, with ``init`` from the weights of that run.
+
+    Recipe and ``init`` are named until the run has its record; then it is resumed as it was begun, from what it has
+    kept.
+    """
     items = data()
     np.save(place / "tiny.npy", items.values)
     (place / "recipe.toml").write_text(RECIPE)
-    options = ["--num-values", "5", "--config", str(place / "recipe.toml"), "--device", "cpu"]
 
     def arguments(folder: Path) -> list[str]:
+        options = ["--num-values", "5", "--device", "cpu"]
+        if init is None or not Run(folder).record:
+            options += ["--config", str(place / "recipe.toml")]
+            options += [] if init is None else ["--init", str(init)]
         return ["train", str(place / "tiny.npy"), "--out", str(folder), *options]
 
     with contextlib.redirect_stdout(sys.stderr):
@@ -189,6 +196,13 @@ def intact(folder: Path) -> bool:
             print(error)
             return False
     return True
+
+
+def initial_kills(server: Server, wanted: int) -> str:
+    """`kills` of runs that start from the weights of another."""
+    place = server.place / "started"
+    place.mkdir()
+    return f"--init, {kills(tiny_training(place, 0, server.place / 'straight'), wanted)}"
 
 
 def kills(server: Server, wanted: int) -> str:
@@ -386,10 +400,13 @@ def points(server: Server) -> str:
     return f"A2 named points: died at {died} moments of 3 kinds of write ({len(names)} names), 0 invalid, 0 lost"
 
 
+PARTS = (kills, stops, races, initial_kills)
+
+
 def run(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for part in ("kills", "stops", "races"):
-        parser.add_argument(f"--{part}", type=int, default=0)
+    for part in PARTS:
+        parser.add_argument(f"--{part.__name__.replace('_', '-')}", type=int, default=0)
     parser.add_argument("--systems", type=int, help="random kills of each command of systems.py")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--points", action="store_true", help="named points of a write, and limits on files")
@@ -398,7 +415,7 @@ def run(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         cheap_evaluations(patch)
         server = tiny_training(Path(place), options.seed)
-        for part in (kills, stops, races):
+        for part in PARTS:
             if wanted := getattr(options, part.__name__):
                 print(part(server, wanted), flush=True)
         if options.points:

@@ -16,11 +16,12 @@ def kill(*arguments):
 
 
 def test_kills_stops_and_races_change_nothing():
-    output = kill("--kills", 10, "--stops", 3, "--races", 1, "--points", "--systems", 0)
+    output = kill("--kills", 10, "--stops", 3, "--races", 1, "--initial-kills", 4, "--points", "--systems", 0)
     assert [line.split(":")[0] for line in output.splitlines()] == [
         "A2 kills",
         "A5 stops",
         "A6 races",
+        "--init, A2 kills",
         "A2 named points",
         "A4 limits on files of 0, 300, 1000, 3000, 9000, 90000 bytes",
         "A2 systems",
@@ -29,4 +30,5 @@ def test_kills_stops_and_races_change_nothing():
 
 @pytest.mark.release
 def test_many_kills_stops_and_races_change_nothing():
-    kill("--kills", 200, "--stops", 40, "--races", 50, "--points", "--systems", 20, "--seed", 1)
+    more = ("--initial-kills", 60, "--points", "--systems", 20, "--seed", 1)
+    kill("--kills", 200, "--stops", 40, "--races", 50, *more)

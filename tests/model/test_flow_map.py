@@ -322,6 +322,8 @@ def test_the_log_determinant_on_gaussian_data(schedule):
     torch.testing.assert_close(log_det, expected, rtol=1e-9, atol=1e-9)
     _, back = flow_map_log_det(ExactMap(GAUSSIAN, schedule), x_s, s, t)
     torch.testing.assert_close(back, -expected, rtol=1e-9, atol=1e-9)
+    _, alone = flow_map_log_det(ExactMap(GAUSSIAN, schedule), x_t[:1], t, s)
+    torch.testing.assert_close(alone, expected[:1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("calls", [1, 3])

@@ -125,9 +125,11 @@ def test_a_model_is_copied_and_pickled(copied, target):
 
 @pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"tabulated"}))
 def test_a_model_of_every_schedule_is_pickled(name):
-    settings = {"name": name, **({"T": 10} if name in ("linear", "linear_rescaled", "quadratic", "cosine") else {})}
+    tables = ("linear", "linear_rescaled", "quadratic", "cosine", "learned_chain")
+    settings = {"name": name, **({"T": 10} if name in tables else {})}
     settings |= {"first": 0.01, "last": 0.3} if name in ("linear", "quadratic") else {}
     others = {k: v for k, v in LEARNED.items() if k != "schedule"} if name == "learned" else {}
+    others |= {"loss": "full_bound"} if name == "learned_chain" else {}
     diffusion = Diffusion(ModelConfig(MLP, settings, chain_length=10, **others), (2,), Identity())
     again, chain = pickle.loads(pickle.dumps(diffusion)), diffusion.chain
     for one, other in zip(again.chain, chain, strict=True):

@@ -8,6 +8,7 @@ import torch
 from network_cases import CASES, condition, inputs, noise, randomised
 from torch import nn
 
+from undiffuse.networks import registry
 from undiffuse.networks.attention import CrossAttention
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.embedding import sinusoids
@@ -171,3 +172,11 @@ def test_sinusoids_are_those_of_ho_also_under_autocast():
         computed = sinusoids(torch.tensor([0.0, 999.0]), 8)
     angle = torch.tensor([0.0, 999.0]).double()[:, None] * 10_000.0 ** (-torch.arange(4).double() / 3)
     torch.testing.assert_close(computed.double(), torch.cat([angle.sin(), angle.cos()], 1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["unet", "mlp"])
+def test_a_second_time_has_an_embedding_of_its_own_in_every_kind(kind):
+    """It was taken for the setting ``image`` of the embedding of the MLP, so that the end time had no effect."""
+    embed = registry.build(kind, channels=2, two_times=True).embed
+    assert embed.end is not None
+    assert embed.image_level is None

@@ -205,6 +205,7 @@ def test_defaults_are_the_papers():
         "sigmoid": [-3.0, 3.0, 1.0, 1e-9],
         "linear_log_snr": [13.3, -5.0],
         "learned": [13.3, -5.0, "learned", 32],
+        "learned_chain": [40, 1e-4, -5.0],
         "variance_exploding": [0.01, 50.0],
         "flow": [],
         "tabulated": [inspect.Parameter.empty],
@@ -216,7 +217,9 @@ def test_defaults_are_the_papers():
         "flow": 1e-5,
     }
     assert {make[0].chain_length for make in FUNCTIONS.values()} == {None}
-    assert {name.split(",")[0] for name in FUNCTIONS} | {*TABLES, "learned", "tabulated"} == {*S.SCHEDULES}
+    assert {name.split(",")[0] for name in FUNCTIONS} | {*TABLES, "learned", "learned_chain", "tabulated"} == {
+        *S.SCHEDULES
+    }
 
 
 def test_settings_reach_the_tables():

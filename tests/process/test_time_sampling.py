@@ -251,9 +251,8 @@ def test_steps_of_a_stratum_are_equally_likely():
     assert single.history[0, -2:].tolist() == [1.0, 4.0]
     assert loss_aware(10, uniform_fraction=1.0, strata=1).history.shape == (1, 10)
     for settings in ({"uniform_fraction": 0.0}, {"uniform_fraction": 1.1}, {"strata": 0}, {"strata": 2.5}):
-        with pytest.raises(
-            ConfigError, match=r"uniform_fraction must be above 0 and at most 1, strata a whole number from 1"
-        ):
+        rule = "uniform_fraction must be above 0 and at most 1, strata a whole number from 1"
+        with pytest.raises(ConfigError, match=f"times 'loss_aware', uniform_fraction = .*: {rule}"):
             loss_aware(10, **settings)
 
 

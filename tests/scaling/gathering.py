@@ -1,8 +1,9 @@
 """One process of several, or the only one: trains tiny networks by a plan and writes the numbers of every step.
 
 ``python gathering.py PLAN.json FOLDER``: the plan is a list of [name, folder of the run, kind, settings of training,
-step to stop after or null, whether numbers are float64]; the first process writes its numbers to FOLDER/NAME.json.
-The kind "cascade" draws samples with `sample --then` instead, the settings being its options.
+step to stop after or null, whether numbers are float64]; a run of the kind "started" starts from the run
+one-diffusion-64 beside it; the first process writes its numbers to FOLDER/NAME.json. The kind "cascade" draws samples
+with `sample --then` instead, the settings being its options.
 """
 
 import json
@@ -55,6 +56,7 @@ def fit_latents(config, data, folder, **options):
 
 KINDS = {
     "diffusion": (fit_diffusion, CONFIG, DATA),
+    "started": (fit_diffusion, CONFIG, DATA),
     "classifier": (fit_classifier, ClassifierConfig(NoisyClassifierConfig(NETWORK, high=6.0), TRAIN), DATA),
     "latents": (fit_latents, PLAIN, DATA),
     "captions": (fit_diffusion, CONFIG, CAPTIONED),
@@ -101,11 +103,12 @@ def train(folder, kind, settings, stop=None, wide=False):
             signal.raise_signal(signal.SIGTERM)
 
     fit, config, data = KINDS[kind]
+    options = {"init": Path(folder).with_name("one-diffusion-64")} if kind == "started" else {}
     torch.set_default_dtype(torch.float64 if wide else torch.float32)
     Monitor.record_step, Monitor.evaluate_now, Monitor.finish = step, lambda *_: None, finish_only
     loop.average_other_gradients = checked
     try:
-        fit(replace(config, train=replace(config.train, **settings)), data, folder, device="cpu", quiet=True)
+        fit(replace(config, train=replace(config.train, **settings)), data, folder, device="cpu", quiet=True, **options)
     except Interrupted:
         assert stop is not None
     finally:

@@ -469,7 +469,7 @@ def test_training_from_other_weights(tmp_path, monkeypatch):
         for name, tensor in load(first).network.state_dict().items():
             torch.testing.assert_close(load(second).network.state_dict()[name], tensor, rtol=0, atol=1e-9)
     wider = replace(CONFIG, model=replace(CONFIG.model, network=NET | {"widths": (16,)}))
-    with pytest.raises(CheckpointError, match="has the shape"):
+    with pytest.raises(ConfigError, match=r"model\.network\.widths = \[16\]: the weights of .* with \[8\]"):
         train(wider, tmp_path / "wider", init=first)
     with pytest.raises(CheckpointError, match="no such file"):
         train(CONFIG, tmp_path / "none", init=tmp_path / "nowhere")

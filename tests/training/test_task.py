@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,7 +82,8 @@ class AutoencoderTask(Task):
 
     def load(self, path):
         model = Autoencoder(self.config.latents)
-        model.load_state_dict(read_tensors(Path(path) / "model.safetensors")[0])
+        file = path if path.is_file() else path / "model.safetensors"
+        model.load_state_dict(read_tensors(file)[0])
         return model
 
 

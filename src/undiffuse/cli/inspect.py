@@ -44,6 +44,7 @@ def inspect(
         **_distilled(model),
         **_stage(model),
         **_latent(model),
+        **_initial(model),
         "trained": ", ".join(f"{key} {model.info[key]}" for key in trained if key in model.info),
         "notes": "; ".join(model.info.get("notes", [])) or "none",
     }
@@ -72,6 +73,16 @@ def _distilled(model: Diffusion) -> dict[str, str]:
     teacher = f" from the weights {str(made.get('teacher', 'unknown'))[:12]}"
     method = f", {made['method']}" if "method" in made else ""
     return {"distilled": f"for {counted(model.config.calls, 'network call')}{teacher}{method}{guidance}"}
+
+
+def _initial(model: Diffusion) -> dict[str, str]:
+    """The weights that training started from; empty if those were random."""
+    facts = model.info.get("init")
+    if facts is None:
+        return {}
+    known = [str(facts["name"])] * ("name" in facts) + [counted(facts["steps"], "step")] * ("steps" in facts)
+    described = f" ({', '.join(known)})" if known else ""
+    return {"starts from": f"the weights {facts['weights'][:12]}{described}"}
 
 
 def _stage(model: Diffusion) -> dict[str, str]:

@@ -74,7 +74,10 @@ def train(
         ),
     ] = None,
     network: NetworkFile = None,
-    init: Annotated[Path | None, typer.Option(help="Start from the weights of this run or model file.")] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Start from the weights of this run or model file, with its settings (docs/fine-tuning.md)."),
+    ] = None,
     autoencoder: Annotated[
         Path | None,
         typer.Option(help="Train on the latents of this autoencoder: a run, or a file or folder of docs/latent.md."),
@@ -92,6 +95,7 @@ def train(
     from undiffuse.interop.autoencoders import load_autoencoder
     from undiffuse.model import presets
     from undiffuse.model.config import Config, replace_train
+    from undiffuse.training import initial_weights
     from undiffuse.training.diffusion_task import fit_diffusion
 
     device = resolve_device(device)
@@ -110,10 +114,14 @@ def train(
     name = preset or presets.choose(dataset.item_shape if encoder is None else encoder.latent_shape, device)
 
     def base() -> Config:
-        return presets.get(name) if encoder is None else presets.of_latents(presets.get(name))
+        chosen = presets.get(name) if encoder is None else presets.of_latents(presets.get(name))
+        if init is None or preset is not None:
+            return chosen
+        return initial_weights.recipe_of(init, dataset, chosen.train, conditional, network_class, run)
 
     recipe, as_begun = options.recipe(run, dataset, Config, base, on_nonfinite=on_nonfinite)
-    name = "as begun" if as_begun else name
+    if as_begun or (init is not None and preset is None):
+        name = "as begun" if as_begun else str(init)
     if conditional:
         recipe = replace_train(recipe, conditional=True)
     if not finished:

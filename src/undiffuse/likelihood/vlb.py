@@ -60,7 +60,7 @@ def vlb(
 
     top, clean = chain.noise_levels[0], chain.noise_levels[-1]
     calls = len(visits)
-    if float(clean.sigma) > 0:
+    if float(clean.sigma.detach()) > 0:
         decode = clean_end_decoder(decode, edges)
         decoder, calls = decoder + item_sum(clean_nll(x, clean, noise(1)[0], decode)), calls + decode.calls
     return make_nll(item_sum(prior_kl(data, top, prior)), diffusion_nats, decoder, calls, per_step)

@@ -18,6 +18,7 @@ from undiffuse.model.config import ModelConfig, Settings
 from undiffuse.networks import registry
 from undiffuse.networks.protocol import check_output, condition_sizes
 from undiffuse.process import time_sampling as times
+from undiffuse.process.discrete_schedule import LearnedChain
 from undiffuse.process.learned_schedule import LearnedSchedule
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.schedule import Schedule
@@ -121,6 +122,9 @@ def check_choices(
     if config.loss == "continuous" and isinstance(time_sampling, times.UniformSteps | times.LossAwareSteps):
         cause = f"the times {config.times['name']!r} are steps of a chain, and this loss is of continuous time"
         raise ConfigError("CONFIG", "model.times", cause, "Use the times 'uniform'")
+    if isinstance(schedule, LearnedChain) and config.loss != "full_bound":
+        cause = "only the loss 'full_bound' trains it, with a variance of any kind"
+        raise ConfigError("CONFIG", "model.schedule 'learned_chain'", cause, "Use it, or 'tabulated'")
     trains_schedule = config.loss == "continuous" and time_sampling == times.UniformTime()
     if isinstance(schedule, LearnedSchedule) and not trains_schedule:
         cause = "only the continuous loss at uniform times, {'name': 'uniform', 'low': 0.0}, trains it"

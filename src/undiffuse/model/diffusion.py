@@ -32,7 +32,6 @@ from undiffuse.process import schedule as schedules
 from undiffuse.process import target as targets
 from undiffuse.process import time_sampling as times
 from undiffuse.process import weighting
-from undiffuse.process.learned_schedule import LearnedSchedule
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.prior import prior_sample
 from undiffuse.process.seeded_noise import ItemNoise
@@ -79,8 +78,8 @@ class Diffusion(nn.Module):
         self.weight = build_part("weight", weighting.build, config.weight)
         check_chain_length(self.chain_length, self.schedule)
         self.times = build_part("times", times.build, config.times, schedule=self.schedule, T=self.chain_length)
-        is_fixed = not isinstance(self.schedule, LearnedSchedule)
-        self._chain = time_grid(self.schedule, self.chain_length) if is_fixed else None
+        is_learned = isinstance(self.schedule, nn.Module)
+        self._chain = None if is_learned else time_grid(self.schedule, self.chain_length)
         self.learned_variance = config.variance == "learned"
         self.autocast: torch.dtype | None = None
         check_choices(config, transform, self.schedule, self.times)
@@ -196,9 +195,9 @@ class Diffusion(nn.Module):
 
     def next_level(self, t: NoiseLevel) -> NoiseLevel:
         """The level at t − 1/T, one step of the chain cleaner than ``t``: on a table its next level."""
-        final = None if self._chain is None else self._chain[-1].final_log_var
-        final = None if final is None else final.expand(t.t.shape)
-        return self.schedule((t.t - 1 / self.chain_length).clamp(min=0))._replace(final_log_var=final)
+        level = self.schedule((t.t - 1 / self.chain_length).clamp(min=0))
+        final = level.final_log_var if self._chain is None else self._chain[-1].final_log_var
+        return level._replace(final_log_var=None if final is None else final.expand(t.t.shape))
 
     @torch.inference_mode(False)
     @torch.no_grad()

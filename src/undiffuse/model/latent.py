@@ -24,7 +24,8 @@ class LatentTransform:
     """Values of the data ↔ standardized latents, by an ``autoencoder`` whose weights do not learn.
 
     ``x_shape`` is the shape of z, and ``values`` the transform of the data themselves. ``mean`` and ``std`` are those
-    of z ~ q(z given x) over the training part, one number a channel; 0 and 1 until `standardize` sets them. Copies of a
+    of z ~ q(z given x) over the training part, one number a channel; given
+    (``has_moments``), or 0 and 1 until `standardize` sets them. Copies of a
     model share it, and it moves to the device of what it is given.
     """
 
@@ -32,6 +33,7 @@ class LatentTransform:
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.x_shape, self.values = autoencoder.latent_shape, autoencoder.transform
         channels = self.x_shape[0]
+        self.has_moments = bool(mean)
         self.standardize(mean or (0.0,) * channels, std or (1.0,) * channels)
 
     def standardize(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.schedule import Schedule
 from undiffuse.process.target import Target
 from undiffuse.process.weighting import Weight
+from undiffuse.sampling.time_grids import time_grid
 
 
 class Model(Protocol):
@@ -53,7 +55,8 @@ def training_loss(
     denoise, name = model.denoiser(network), model.config.loss
     decode = clean_decoder(model, denoise, model.schedule(0.0), cond)
     if name == "full_bound":  # one eps for all steps: the mean of each term depends on one eps only
-        chain = model.reverse_chain(denoise, cond)
+        levels = time_grid(model.schedule, model.chain_length)  # differentiable in a learned schedule
+        chain = replace(model.reverse_chain(denoise, cond), noise_levels=levels)
         return losses.full_bound(chain, x, lambda _: eps[None], model.transform.edges(x), decode)
     at = model.times.sample(u)
     if name == "continuous":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class VectorEmbedding(nn.Module):
     ``mean`` and ``std`` are 0 and 1 until `init_moments`.
     """
 
+    zero_ends = ("fc2.weight", "fc2.bias", "null")
     mean: Tensor
     std: Tensor
 
@@ -87,6 +89,8 @@ class ConditionEmbedding(nn.Module):
     `EndTimeEmbedding` of a condition's end time is added.
     """
 
+    zero_ends = ("label.weight", "image_level.weight", "image_level.bias")
+
     def __init__(
         self, features: int, width: int, classes: int, vector: int = 0, image: int = 0, two_times: bool = False
     ) -> None:
@@ -118,3 +122,9 @@ class ConditionEmbedding(nn.Module):
             label = cond.label if cond is not None else None
             h = h + self.label(h.new_zeros(1, dtype=torch.int64) if label is None else label + 1)
         return F.silu(h)
+
+    def adapt_weights(self, weights: Mapping[str, Tensor], label_rows: Sequence[int] | None) -> dict[str, Tensor]:
+        """The rows of the labels in the order of the classes here; a new class starts as the null class."""
+        if self.label is None or label_rows is None or "label.weight" not in weights:
+            return dict(weights)
+        return {**weights, "label.weight": weights["label.weight"][[0, *(row + 1 for row in label_rows)]]}

@@ -19,6 +19,11 @@ weights; the time is float32 at least, as steps and log-SNRs are not distinct in
   default: a classifier is the network itself, its output averaged over positions. For attention pooling it also has
   a method ``feature_size(size)``, the size of the features of items of ``size``, and may have ``feature_heads``, the
   number of heads (default 1).
+- ``zero_ends``, an attribute of any sub-module: names of its parameters that are set to zero where they are new in a
+  network that starts from the weights of one without them, so that its output is that network's at first.
+- ``adapt_weights(weights, label_rows)``, of any sub-module: its tensors by name, from its ``weights`` in a network with
+  other conditions, where shapes, order or names are others; ``label_rows`` has for each class its number there, −1 for
+  a class that is new, and is None where the classes are the same.
 - ``settings`` and ``condition_sizes``, attributes of an instance that was built by hand: the arguments of its
   constructor, for loading by class, and the conditions that it accepts, such as ``{"classes": 10}``; default none.
 """
@@ -26,7 +31,7 @@ weights; the time is float32 at least, as steps and log-SNRs are not distinct in
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -106,6 +111,32 @@ def init_statistics(network: nn.Module, statistics: DataStatistics) -> None:
     for module in network.modules():
         if (start := declared_method(module, "init_statistics")) is not None:
             start(statistics)
+
+
+def adapt_weights(
+    network: nn.Module, weights: Mapping[str, Tensor], label_rows: Sequence[int] | None
+) -> dict[str, Tensor]:
+    """The ``weights`` of a network with other conditions, adapted by the sub-modules of ``network`` that declare how.
+
+    By name, and others than the network's where no sub-module adapts them. ``label_rows`` as in the declaration.
+    """
+    adapted = dict(weights)
+    for name, module in network.named_modules():
+        if (adapt := declared_method(module, "adapt_weights")) is not None:
+            prefix = f"{name}." if name else ""
+            own = {key.removeprefix(prefix): adapted.pop(key) for key in list(adapted) if key.startswith(prefix)}
+            adapted |= {prefix + key: tensor for key, tensor in adapt(own, label_rows).items()}
+    return adapted
+
+
+@torch.no_grad()
+def zero_new_ends(network: nn.Module, new: Collection[str]) -> None:
+    """Sets the ``zero_ends`` of every sub-module to zero that are among the names ``new``."""
+    for name, module in network.named_modules():
+        own = dict(module.named_parameters())
+        for end in getattr(module, "zero_ends", ()):
+            if (f"{name}.{end}" if name else end) in new:
+                own[end].zero_()
 
 
 def check_output(

@@ -136,6 +136,13 @@ def accepted(cls: type[nn.Module], names: Iterable[str]) -> list[str]:
     return [name for name in names if name in _parameters(cls)]
 
 
+def with_defaults(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` of a network of that ``kind`` and the defaults of all others, where the kind is known."""
+    cls = NETWORKS.get(kind) or INSTALLED_NETWORKS.get(kind)
+    parameters = _parameters(cls).items() if isinstance(cls, type) else ()
+    return {name: p.default for name, p in parameters if p.default is not p.empty} | dict(settings)
+
+
 def check_dims(network: nn.Module | type[nn.Module], kind: str, item_shape: tuple[int, ...]) -> None:
     """Raises `ConfigError` where the network, or class, does not take items of ``item_shape``."""
     dims = len(item_shape) - 1

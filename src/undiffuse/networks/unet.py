@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,17 @@ class Stage(nn.ModuleList):
             inputs = (cond,) if isinstance(layer, Residual) else tokens if isinstance(layer, CrossAttention) else ()
             h = layer(h, *inputs)
         return h
+
+    def adapt_weights(self, weights: Mapping[str, Tensor], label_rows: Sequence[int] | None) -> dict[str, Tensor]:
+        """Those of the other layers under their numbers here, where one of the two has cross-attention."""
+        old = sorted({int(name.partition(".")[0]) for name in weights})
+        crosses = [i for i in old if f"{i}.q.weight" in weights]
+        own = [[i for i, layer in enumerate(self) if isinstance(layer, CrossAttention) == cross] for cross in (0, 1)]
+        numbers = {i: f"crossed{i}" for i in old}  # what has no place here keeps a name that is none of a layer
+        numbers |= dict(zip([i for i in old if i not in crosses], map(str, own[0]), strict=False))
+        numbers |= dict(zip(crosses, map(str, own[1]), strict=False))
+        split = [(*name.partition(".")[::2], tensor) for name, tensor in weights.items()]
+        return {f"{numbers[int(i)]}.{rest}": tensor for i, rest, tensor in split}
 
 
 class UNet(nn.Module):
@@ -262,6 +273,19 @@ class UNet(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         return [*self.down, *self.up, self.middle]
+
+    def adapt_weights(self, weights: Mapping[str, Tensor], label_rows: Sequence[int] | None) -> dict[str, Tensor]:
+        """``conv_in`` of a network without a conditioning image, with weights 0 for the channels of the image."""
+        own, given, copies = self.conv_in.weight, weights.get("conv_in.weight"), 1 + 2 * len(self.fourier)
+        assert isinstance(own, Tensor)
+        cells = self.patch ** (own.ndim - 2)
+        channels = own.shape[1] // (copies * cells)
+        expected = (own.shape[0], copies * (channels - self.image) * cells, *own.shape[2:])
+        if not self.image or given is None or given.shape != expected:
+            return dict(weights)
+        weight = torch.zeros_like(own, device=given.device).unflatten(1, (copies, channels, cells))
+        weight[:, :, : channels - self.image] = given.unflatten(1, (copies, -1, cells))
+        return {**weights, "conv_in.weight": weight.flatten(1, 3)}
 
     def encoder(self) -> UNetEncoder:
         return UNetEncoder(self)

@@ -6,21 +6,75 @@ Only this module uses ``beta`` and ``alpha_bar``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from undiffuse.errors import ConfigError
-from undiffuse.process.noise_level import NoiseLevel, as_float64, check_time
+from undiffuse.process.noise_level import NoiseLevel, as_float64, check_ascending, check_time
+
+MAX_LEARNED_LENGTH = 1000
+"""The most steps of a learned chain: every step of it is computed in every step of training."""
 
 
-class Tabulated:
+class Table:
+    """The levels of a chain by its log alpha_bar at t = k/T, between which it is linear: a constant rate of beta.
+
+    log_snr is +inf at t = 0. ``beta`` (T,) and three more tensors are those of a sub-class: ``_log_alpha_bar`` (T + 1,)
+    and its rounding errors ``_lost``, and the log-variance ``_final_log_var`` of the last step.
+    """
+
+    chain_length: int
+    beta: Tensor
+    _log_alpha_bar: Tensor
+    _lost: Tensor
+    _final_log_var: Tensor
+
+    def _position(self, t: Tensor) -> Tensor:
+        position = t * self.chain_length
+        nearest = position.round()
+        return torch.where((position - nearest).abs() < 1e-9 * self.chain_length, nearest, position)
+
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log alpha_bar at ``t``, and its rounding error."""
+        position = self._position(t)
+        below = position.floor().long()
+        above, on = (below + 1).clamp(max=self.chain_length), position == below
+        low, high = self._log_alpha_bar[below], self._log_alpha_bar[above]
+        return torch.where(on, low, low + (position - below) * (high - low)), self._lost[below] * on
+
+    def __call__(self, t: Tensor | float) -> NoiseLevel:
+        t = check_time(t)
+        log_alpha_bar, _ = self._at(t)
+        variance = -torch.expm1(log_alpha_bar)
+        log_snr, final = log_alpha_bar - torch.log(variance), self._final_log_var.expand(t.shape)
+        return NoiseLevel(t, torch.exp(0.5 * log_alpha_bar), torch.sqrt(variance), log_snr, final, self.frac_between)
+
+    def frac_between(self, t: Tensor, s: Tensor) -> Tensor:
+        """frac = −expm1(log alpha_bar_t − log alpha_bar_s)/(1 − alpha_bar_t)."""
+        (at_t, lost_t), (at_s, lost_s) = self._at(t), self._at(s)
+        return torch.expm1(at_t - at_s + (lost_t - lost_s)) / torch.expm1(at_t)
+
+    @torch.no_grad()
+    def inverse(self, log_snr: Tensor | float) -> Tensor:
+        depth = -logsigmoid(as_float64(log_snr))
+        grid = -self._log_alpha_bar
+        k = (torch.searchsorted(grid, depth.contiguous()) - 1).clamp(0, self.chain_length - 1)
+        fraction = torch.where(depth == grid[k + 1], 1, (depth - grid[k]) / (grid[k + 1] - grid[k]))
+        return ((k + fraction) / self.chain_length).clamp(0, 1)
+
+    def log_snr_rate(self, t: Tensor | float) -> Tensor:
+        level = self(t)
+        k = self._position(level.t).ceil().long().clamp(min=1)
+        return torch.log1p(-self.beta[k - 1]) * self.chain_length / level.sigma**2
+
+
+class Tabulated(Table):
     """The chain of a table ``beta`` (T,): each in (0, 1), the last may be 1 [Ho20 eq. 2, 4].
 
     log alpha_bar_t = Σ log(1 − beta_i) is a compensated sum, whose rounding errors are kept for `frac_between`.
-    Between the grid's times t = k/T log alpha_bar is linear (a constant rate of beta). log_snr is +inf at t = 0.
     Raises `ConfigError`.
     """
 
@@ -60,42 +114,56 @@ class Tabulated:
             return (f"the table of beta does not rise: every step has {float(self.beta[0]):g}",)
         return ()
 
-    def _position(self, t: Tensor) -> Tensor:
-        position = t * self.chain_length
-        nearest = position.round()
-        return torch.where((position - nearest).abs() < 1e-9 * self.chain_length, nearest, position)
 
-    def _at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """log alpha_bar at ``t``, and its rounding error."""
-        position = self._position(t)
-        below = position.floor().long()
-        above, on = (below + 1).clamp(max=self.chain_length), position == below
-        low, high = self._log_alpha_bar[below], self._log_alpha_bar[above]
-        return torch.where(on, low, low + (position - below) * (high - low)), self._lost[below] * on
+class LearnedChain(nn.Module, Table):
+    """beta_k = sigmoid(b_k) for k = 2 ... ``T``, and beta_1 = ``first``, which does not learn [SohlDickstein15 §2.4].
 
-    def __call__(self, t: Tensor | float) -> NoiseLevel:
-        t = check_time(t)
-        log_alpha_bar, _ = self._at(t)
-        variance = -torch.expm1(log_alpha_bar)
-        log_snr, final = log_alpha_bar - torch.log(variance), self._final_log_var.expand(t.shape)
-        return NoiseLevel(t, torch.exp(0.5 * log_alpha_bar), torch.sqrt(variance), log_snr, final, self.frac_between)
+    Any b_k make a chain whose log-SNR falls. At first it falls linearly, from that of beta_1 to ``low``. Levels are
+    differentiable in the b_k, which stay float64 on the CPU when the model is cast or moved. Raises `ConfigError`.
+    """
 
-    def frac_between(self, t: Tensor, s: Tensor) -> Tensor:
-        """frac = −expm1(log alpha_bar_t − log alpha_bar_s)/(1 − alpha_bar_t)."""
-        (at_t, lost_t), (at_s, lost_s) = self._at(t), self._at(s)
-        return torch.expm1(at_t - at_s + (lost_t - lost_s)) / torch.expm1(at_t)
+    def __init__(self, T: int = 40, first: float = 1e-4, low: float = -5.0) -> None:
+        super().__init__()
+        if isinstance(T, bool) or not isinstance(T, int) or not 2 <= T <= MAX_LEARNED_LENGTH:
+            fix = f"Give a whole number from 2 to {MAX_LEARNED_LENGTH:,}"
+            raise ConfigError("SCHEDULE", f"T = {T!r}", "out of range for a learned chain", fix)
+        if not 0 < first < 1:
+            raise ConfigError("SCHEDULE", f"first = {first:g}", "beta must lie in (0, 1)", "Give a small number")
+        high = math.log1p(-first) - math.log(first)
+        check_ascending(low, high, "low", "log-SNR after the first step")
+        self.chain_length, self.t_min = T, 1.0 / T
+        kept = logsigmoid(torch.linspace(high, low, T, dtype=torch.float64)).diff()  # log(1 - beta)
+        self.first = as_float64(math.log(first) - math.log1p(-first))
+        self.logits = nn.Parameter(torch.log(-torch.expm1(kept)) - kept)
 
-    def inverse(self, log_snr: Tensor | float) -> Tensor:
-        depth = -logsigmoid(as_float64(log_snr))
-        grid = -self._log_alpha_bar
-        k = (torch.searchsorted(grid, depth.contiguous()) - 1).clamp(0, self.chain_length - 1)
-        fraction = torch.where(depth == grid[k + 1], 1, (depth - grid[k]) / (grid[k + 1] - grid[k]))
-        return ((k + fraction) / self.chain_length).clamp(0, 1)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedChain:
+        """Itself, unchanged by ``.to``, ``.cuda`` and ``.bfloat16`` of the model."""
+        return self
 
-    def log_snr_rate(self, t: Tensor | float) -> Tensor:
-        level = self(t)
-        k = self._position(level.t).ceil().long().clamp(min=1)
-        return torch.log1p(-self.beta[k - 1]) * self.chain_length / level.sigma**2
+    @property
+    def beta(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return torch.sigmoid(self._all_logits)
+
+    @property
+    def _all_logits(self) -> Tensor:
+        return torch.cat([self.first[None], self.logits])
+
+    @property
+    def _log_alpha_bar(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        zero = torch.zeros(1, dtype=torch.float64)
+        return torch.cat([zero, logsigmoid(-self._all_logits).cumsum(0)])
+
+    @property
+    def _lost(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return torch.zeros(self.chain_length + 1, dtype=torch.float64)
+
+    @property
+    def _final_log_var(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        variance = -torch.expm1(self._log_alpha_bar)
+        return torch.log(self.beta[1] * variance[1] / variance[2])
+
+    def forward(self, t: Tensor | float) -> NoiseLevel:
+        return Table.__call__(self, t)
 
 
 def compensated_cumsum(terms: Tensor) -> tuple[Tensor, Tensor]:

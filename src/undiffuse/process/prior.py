@@ -18,8 +18,9 @@ Prior = Gaussian | Callable[[Tensor], Tensor]
 
 def prior_scale(level: NoiseLevel) -> float:
     """The standard deviation of the prior at ``level``: 1 where alpha² + sigma² = 1, otherwise sigma_T."""
-    preserving = abs(float(level.alpha**2 + level.sigma**2) - 1) < 1e-6
-    return 1.0 if preserving else float(level.sigma)
+    alpha, sigma = level.alpha.detach(), level.sigma.detach()
+    preserving = abs(float(alpha**2 + sigma**2) - 1) < 1e-6
+    return 1.0 if preserving else float(sigma)
 
 
 def prior_sample(level: NoiseLevel, noise: Tensor) -> Tensor:

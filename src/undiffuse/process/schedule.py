@@ -203,7 +203,9 @@ def chain(schedule: Schedule, times: Sequence[float] | Tensor) -> list[NoiseLeve
     times = check_time(torch.as_tensor(times, dtype=torch.float64))
     if times.ndim != 1 or len(times) < 2 or not bool((times[1:] < times[:-1]).all()):
         raise ValueError("a chain is a falling list of at least two times, from noise to data")
-    levels = [schedule(t) for t in times]
+    batch = schedule(times)
+    columns = (value.unbind() for value in batch[:4])
+    levels = [NoiseLevel(*values, frac_fn=batch.frac_fn) for values in zip(*columns, strict=True)]
     if levels[-1].sigma == 0:
         final = None
         if len(levels) > 2:

@@ -1,12 +1,15 @@
-"""Random numbers as functions of a key: no generator is ever stored.
+"""Random numbers as functions of a key (seed, purpose, index).
 
-Sampling and evaluation use one generator per item, from (seed, purpose, item), so an item's noise is the same in any
-batch and on any number of processes. Training uses one per step, from (seed, purpose, step).
+Sampling and evaluation use `ItemNoise`: the noise of an item depends on (seed, purpose, item) alone, so it is the same
+in any batch, on any number of processes and, before the normal transform, on any device. Training draws from one
+`generator` per step, by (seed, purpose, step).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -15,17 +18,47 @@ from torch import Tensor
 Noise = Callable[[int], Tensor]
 """noise(n) returns the next n standard normal tensors of a batch, (n, B, ...)."""
 
+WORD = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
 
 def generator(seed: int, purpose: str, index: int) -> torch.Generator:
     """A CPU generator for this key; different keys give unrelated numbers."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(_digest(f"{seed}/{purpose}/{index}") >> 1)
+
+
+def philox(key: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Philox 4×32 with ten rounds [Salmon11]: 128 random bits for each 64-bit ``key`` and 128-bit counter.
+
+    ``low`` and ``high``, int64 of shapes that broadcast to (...), are the counter's halves. Returns the words 0 and 2
+    and the words 1 and 3, (2, ...) each, int64 from 0 to 2³² − 1: the same bits on every device.
+    """
+    low, high = torch.broadcast_tensors(low, high)
+    even, odd = torch.stack([low & WORD, high & WORD]), torch.stack([low >> 32, high >> 32])
+    multipliers, keys = _constants(key, low.ndim, low.device)
+    for round_key in keys:
+        product = even * multipliers  # modulo 2⁶⁴, as unsigned numbers
+        even, odd = (product >> 32).flip(0).bitwise_xor_(odd).bitwise_xor_(round_key), product.flip(0)
+        even &= WORD
+    return even, odd & WORD
+
+
+@functools.lru_cache(maxsize=8)
+def _constants(key: int, ndim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The multipliers (2, 1, ...) and the key of each round (10, 2, 1, ...), for words of ``ndim`` dimensions."""
+    keys = [
+        [(part + r * step) & WORD for part, step in zip((key, key >> 32), KEY_STEPS, strict=True)] for r in range(10)
+    ]
+    ones = (1,) * ndim
+    return torch.tensor(MULTIPLIERS, device=device).view(2, *ones), torch.tensor(keys, device=device).view(10, 2, *ones)
 
 
 class ItemNoise:
-    """Noise with one generator per item: ``noise(n)`` is (n, B, *shape), on ``device``.
+    """Standard normal noise of the items ``items``: ``noise(n)`` is (n, B, *shape), on ``device``.
 
-    An item gets bit-identical numbers in any batch.
+    An item gets bit-identical numbers in any batch. They are Box and Muller's transform of the words of `philox`, whose
+    counter is the item and the position in the item's sequence; those of float32 and float64 agree up to rounding.
     """
 
     def __init__(
@@ -37,11 +70,24 @@ class ItemNoise:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.generators = [generator(seed, purpose, int(item)) for item in items]
-        self.shape, self.device, self.dtype = tuple(shape), device, dtype
+        self.key = _digest(f"{seed}/{purpose}")
+        self.items = torch.tensor([int(item) for item in items], dtype=torch.int64, device=device)
+        self.shape, self.dtype, self.position = tuple(shape), dtype, 0
 
     def __call__(self, n: int) -> Tensor:
-        if n == 0:
-            return torch.empty(0, len(self.generators), *self.shape, device=self.device, dtype=self.dtype)
-        items = [torch.randn(n, *self.shape, generator=g, dtype=self.dtype) for g in self.generators]
-        return torch.stack(items, dim=1).to(self.device)
+        shape, size = (len(self.items), n, *self.shape), n * math.prod(self.shape)
+        if size == 0:  # a deterministic step
+            return torch.empty(shape, device=self.items.device, dtype=self.dtype).transpose(0, 1)
+        end = self.position + -(-size // 4)
+        even, odd = philox(self.key, torch.arange(self.position, end, device=self.items.device), self.items[:, None])
+        self.position = end
+        real = torch.float64 if self.dtype == torch.float64 else torch.float32
+        radius = even.to(real).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+        angle = odd.to(real).mul_(2 * math.pi * 2.0**-32)
+        normal = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
+        by_item = normal.transpose(0, 1).flatten(1)[:, :size].to(self.dtype)
+        return by_item.reshape(shape).transpose(0, 1).contiguous()
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

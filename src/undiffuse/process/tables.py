@@ -13,6 +13,7 @@ SCHEDULES = LazyTable(
         "sigmoid": row("process.schedule", "Sigmoid"),
         "linear_log_snr": row("process.schedule", "LinearLogSNR"),
         "learned": row("process.learned_schedule", "LearnedSchedule"),
+        "learned_chain": row("process.discrete_schedule", "LearnedChain"),
         "variance_exploding": row("process.schedule", "VarianceExploding"),
         "flow": row("process.schedule", "Flow"),
         "tabulated": row("process.discrete_schedule", "Tabulated"),

@@ -29,7 +29,8 @@ RECORD_KEYS = {
     "manifest.json": {"key", "sha256", "first", "n", "files"},
 }
 """Keys of the records of a run folder and of a sample folder, by the name of the file."""
-UNRECORDED_RUN = {"checkpoints", "pictures", "run.json.partial", *LOCK_FILES}
+UNRECORDED_RUN = {"checkpoints", "pictures", "run.json.partial", "init.safetensors", "init.safetensors.partial"}
+UNRECORDED_RUN.update(LOCK_FILES)
 """Names in the folder of a run that was stopped before it wrote its record."""
 
 

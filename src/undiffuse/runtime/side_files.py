@@ -110,6 +110,7 @@ FACTS: dict[str, Callable[[Any], bool]] = {
     "ema": _is_fraction,
     "ema_error": _is_number,
     "accuracy": _is_table,
+    "init": lambda value: isinstance(value, dict) and check_info(value) == value and _is_text(value.get("weights")),
     "text_encoder": lambda value: isinstance(value, dict) and all(map(_is_text, (value.get("name"), *value.values()))),
 }
 """What the facts in a model's file have to be; others are the user's and may be anything."""

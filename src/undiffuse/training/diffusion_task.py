@@ -19,7 +19,6 @@ from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.evaluation.baselines import shared_values
 from undiffuse.evaluation.memorization_test import generalization_gap, matched_items
 from undiffuse.evaluation.time_limit import TimeLimit
-from undiffuse.model import autoencoder as autoencoders
 from undiffuse.model import checkpoint
 from undiffuse.model.autoencoder import Autoencoder
 from undiffuse.model.build import build_part
@@ -33,7 +32,7 @@ from undiffuse.process import schedule as schedules
 from undiffuse.process.statistics import mean_with_stderr
 from undiffuse.report.figures import image_grid
 from undiffuse.sampling.sampler import Sampler
-from undiffuse.training import latents
+from undiffuse.training import initial_weights, latents
 from undiffuse.training.batches import Batch, Reader, TrainingStatistics
 from undiffuse.training.fit import fit
 from undiffuse.training.latents import stored_autoencoder
@@ -87,12 +86,24 @@ def fit_diffusion(
 class DiffusionTask(Task):
     """Train the recipe ``config``, with ``network`` in place of the one that it describes if given.
 
-    With an ``autoencoder`` the model is one of its latents.
+    With an ``autoencoder`` the model is one of its latents. ``start`` is the model whose weights a run starts from
+    (`undiffuse.training.initial_weights`), with its path.
     """
 
     config: Config
     network: nn.Module | type[nn.Module] | None = None
     autoencoder: Autoencoder | None = None
+    start: tuple[Diffusion, Path] | None = None
+
+    def start_from(self, start: Diffusion, path: Path) -> DiffusionTask:
+        initial_weights.check_not_distilled(start, path)
+        autoencoder = self.autoencoder
+        if autoencoder is None and isinstance(start.transform, LatentTransform):
+            autoencoder = start.transform.autoencoder
+        return replace(self, start=(start, path), autoencoder=autoencoder)
+
+    def load_initial_weights(self, model: Diffusion, start: Diffusion, path: Path) -> Sequence[str]:
+        return initial_weights.load_initial_weights(model, start, path)
 
     def adapt(self, data: Dataset, settings: TrainConfig) -> DiffusionTask:
         if self.config.model.calls:
@@ -105,9 +116,8 @@ class DiffusionTask(Task):
         config = replace(self.config, train=settings)
         if self.autoencoder is not None:
             latents.check_data(self.autoencoder, data, settings)
-            config = replace(
-                config, model=replace(config.model, autoencoder=autoencoders.fingerprint(self.autoencoder))
-            )
+            fingerprint = initial_weights.autoencoder_fingerprint(self.autoencoder, self.start and self.start[0])
+            config = replace(config, model=replace(config.model, autoencoder=fingerprint))
         elif config.model.autoencoder:
             cause = f"the recipe is one of latents, of the autoencoder {config.model.autoencoder[:12]}"
             raise ConfigError("AUTOENCODER", "model.autoencoder", cause, "Give the autoencoder")
@@ -115,7 +125,12 @@ class DiffusionTask(Task):
             described = network_settings(self.network, config.model.network)
             config = replace(config, model=replace(config.model, network=described))
         num_values = data.num_values if self.autoencoder is None else None
-        return replace(self, config=adapt_to_data(config, num_values, data.condition_sizes))
+        if self.start is not None:
+            config = initial_weights.without_sizes_of(config, self.start[0], data)
+        config = adapt_to_data(config, num_values, data.condition_sizes)
+        if self.start is not None:
+            initial_weights.check_start(config, data, *self.start)
+        return replace(self, config=config)
 
     def notes(self) -> Sequence[str]:
         schedule = build_part("schedule", schedules.build, self.config.model.schedule)
@@ -123,8 +138,10 @@ class DiffusionTask(Task):
 
     def build_model(self, data: Dataset, split: Split) -> Diffusion:
         settings = self.config.train
-        if self.autoencoder is not None:
-            transform: DataTransform = LatentTransform(latents.with_scale(self.autoencoder, data, split.train))
+        if self.start is not None:
+            transform: DataTransform = initial_weights.initial_transform(data, *self.start)
+        elif self.autoencoder is not None:
+            transform = LatentTransform(latents.with_scale(self.autoencoder, data, split.train))
         else:
             transform = fitted_transform(data, split)
         model = Diffusion(self.config.model, data.item_shape, transform, data_facts(data, settings), self.network)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -17,9 +17,7 @@ from undiffuse.data.dataset import Dataset, Split
 from undiffuse.errors import ConfigError
 from undiffuse.networks.norm import to_fast_layout
 from undiffuse.process.seeded_noise import generator
-from undiffuse.runtime.atomic_file import file_digest
 from undiffuse.runtime.signals import Interrupted, StopRequests, collect_stop_signals
-from undiffuse.runtime.tensor_file import check_tensors
 from undiffuse.training.augmentation import check_augmentation
 from undiffuse.training.batches import Batch, Batches, Reader, batch_items, global_batch, micro_batches
 from undiffuse.training.distributed import (
@@ -32,12 +30,13 @@ from undiffuse.training.distributed import (
     set_checkpointing,
     start_accelerator,
 )
+from undiffuse.training.initial_weights import find_initial_weights
 from undiffuse.training.lr_schedule import decay_begins, lr_factor, plan_lr_decay
 from undiffuse.training.memory_estimate import check_memory
 from undiffuse.training.monitor import Monitor
 from undiffuse.training.nonfinite import find_nonfinite, skip_step
 from undiffuse.training.progress import Progress
-from undiffuse.training.run_folder import Run
+from undiffuse.training.run_folder import InitialWeights, Run
 from undiffuse.training.task import Task
 from undiffuse.training.train_state import TrainState, finish_interrupted_writes
 
@@ -54,32 +53,32 @@ def fit(
 ) -> Path:
     """Train ``task`` on ``data`` into the folder of ``run``, which is returned; an unfinished run is resumed.
 
-    ``init``: file or run whose weights a new run starts from. ``quiet``: print nothing. ``force``: resume although
-    recipe, data or torch have changed since the run began, with a new plan for its end; not for a finished run.
-    ``clock``: seconds, as of `time.perf_counter`, for ``minutes`` and for rates.
+    ``init``: file or run whose weights a new run starts from, and keeps. ``quiet``: print nothing. ``force``: resume
+    although recipe, data or torch have changed, with a new plan for the end; not for a finished run. ``clock``:
+    seconds, as of `time.perf_counter`, for ``minutes`` and for rates.
 
     Every random number is a function of (seed, purpose, step). With ``max_steps``, evaluating and saving do not change
     what is trained, and a resumed run is bit-identical to an uninterrupted one; with ``minutes`` their time counts, and
     they get as little of it as `progress.measuring_allowance` says.
-    Raises `ConfigError` (also for a finished run of another recipe, other data or another ``init``), `DataError`,
-    `CheckpointError`, `NonFiniteError`, `ResourceError` (disk full, or another process trains into the folder), and
-    `Interrupted` after a signal, when everything is saved.
+    Raises `ConfigError` (also for a finished run of another recipe, data or ``init``), `DataError`, `CheckpointError`,
+    `NonFiniteError`, `ResourceError` (disk full, or another process trains into the folder), and `Interrupted` after a
+    signal, when everything is saved.
     """
     # Set up: processes, settings that fit data and device, model
     began = clock()
     accelerator = start_accelerator(device)
     main = accelerator.is_main_process
+    task, start = load_start(task, run, init)
     task, data, notes = adapt_task(task, data, accelerator.device)
-    init_digest = None if init is None else digest_of_weights(Path(init))
-    if run.check_finished(task.config, data, init_digest):
+    if run.check_finished(task.config, data, start.named):
         return run.folder
-    settings = task.config.train
-    split = data.split(settings.held_out)
-    model = build_model(task, data, split, accelerator, None if run.has_checkpoint() else init)
+    settings, split = task.config.train, data.split(task.config.train.held_out)
+    model = build_model(task, data, split, accelerator)
+    notes += start_model(task, model, start, is_new=not run.has_checkpoint())
     state = TrainState(task, model, run.snapshots, accelerator)
 
     with run.exclusive() if main else nullcontext(), collect_stop_signals(run.has_checkpoint) as stop_requests:
-        resumed = resume(task, data, run, state, accelerator, force, init_digest)
+        resumed = resume(task, data, run, state, accelerator, force, start)
         if resumed is None:  # finished by another process, since the check above
             return run.folder
         progress, warnings = resumed
@@ -144,20 +143,20 @@ def fit(
     return run.folder
 
 
-def digest_of_weights(init: Path) -> str | None:
-    """sha256 of the model file of a run or of a path; None if there is none, which a new run reports."""
-    path = init / "model.safetensors" if init.is_dir() else init
-    return file_digest(path) if path.is_file() else None
-
-
 def resume(
-    task: Task, data: Dataset, run: Run, state: TrainState, accelerator: Accelerator, force: bool, init: str | None
+    task: Task,
+    data: Dataset,
+    run: Run,
+    state: TrainState,
+    accelerator: Accelerator,
+    force: bool,
+    start: Start,
 ) -> tuple[Progress, list[str]] | None:
     """The progress of the last checkpoint, with a plan for the end, and lines about damaged ones; None if finished.
 
     The plan is a new one if ``force`` accepted a changed recipe, data or torch.
     """
-    changed = accelerator.is_main_process and run.open(task.config, data, force, init)
+    changed = accelerator.is_main_process and run.open(task.config, data, force, start.named, start.weights)
     if accelerator.is_main_process:
         finish_interrupted_writes(run.checkpoints)
     accelerator.wait_for_everyone()
@@ -227,11 +226,8 @@ def resolve_precision(precision: str, device: torch.device, dims: int = 2) -> st
     return "bfloat16" if any(query() for query in queries if query) else "float32"
 
 
-def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator, init: str | Path | None) -> Any:
-    """The model on its device with its first weights, checked to fit into memory.
-
-    Raises `ConfigError`, and `CheckpointError` for weights of ``init`` that do not fit.
-    """
+def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator) -> Any:
+    """The model on its device with random weights, checked to fit into memory. Raises `ConfigError`."""
     settings, device = task.config.train, accelerator.device
     torch.manual_seed(settings.seed)
     model = task.build_model(data, split).to(device)
@@ -244,11 +240,38 @@ def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator,
         return task.loss(model, batch.take(slice(items), device), model.network)
 
     check_memory(model, loss, settings, accelerator.num_processes)
-    if init is not None:
-        weights = task.load(Path(init)).state_dict()
-        check_tensors(Path(init), model.state_dict(), weights)
-        model.load_state_dict(weights)
     return model
+
+
+class Start(NamedTuple):
+    """What a run starts from: a file and its model, None for random weights.
+
+    ``named`` is the fingerprint of the weights that ``init`` names, None without.
+    """
+
+    weights: InitialWeights | None
+    model: Any
+    named: str | None
+
+
+def load_start(task: Task, run: Run, init: str | Path | None) -> tuple[Task, Start]:
+    """The task of a run that starts from what `find_initial_weights` finds, and that."""
+    weights, named = find_initial_weights(run, init)
+    if weights is None:
+        return task, Start(None, None, named)
+    model = task.load(weights.path)
+    return task.start_from(model, weights.path), Start(weights, model, named)
+
+
+def start_model(task: Task, model: Any, start: Start, is_new: bool) -> list[str]:
+    """Load the weights that a new run starts from, and note them in the model's facts; lines for the log."""
+    if start.weights is None:
+        return []
+    facts = {name: start.model.info[name] for name in ("name", "steps") if name in start.model.info}
+    model.info["init"] = {"weights": start.weights.fingerprint, **facts}
+    if not is_new:
+        return []
+    return [f"note: {line}" for line in task.load_initial_weights(model, start.model, start.weights.path)]
 
 
 def compute_gradient(

@@ -164,8 +164,8 @@ def packed_reader(
 ) -> Reader:
     """The reader of `posteriors` of the training ``items``, packed in ``folder`` unless they are there already.
 
-    Sets the moments of ``transform``: the mean and the standard deviation of each channel of z ~ q(z given x) over the
-    items and their mirror images. ``autoencoder`` is stored too, as it was given.
+    Sets the moments of ``transform`` if it has none: the mean and the standard deviation of each channel of
+    z ~ q(z given x) over the items and their mirror images. ``autoencoder`` is stored too, as it was given.
     """
     place = folder / FOLDER
     place.mkdir(exist_ok=True)
@@ -185,7 +185,8 @@ def packed_reader(
         mean, std = _moments(_open(path))
         record = {"key": key, "digest": file_digest(path), "mean": mean, "std": std}
         write_record(place / RECORD, record)
-    transform.standardize(tuple(record["mean"]), tuple(record["std"]))
+    if not transform.has_moments:
+        transform.standardize(tuple(record["mean"]), tuple(record["std"]))
     table = _open(path)
     return latent_reader(transform, lambda chosen: table[np.searchsorted(items, chosen)])
 

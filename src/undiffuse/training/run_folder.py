@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,13 +24,20 @@ from undiffuse.runtime.own_output import UNRECORDED_RUN
 from undiffuse.runtime.part_store import Report
 from undiffuse.runtime.side_files import parse_metrics, read_record, write_record
 
-ATOMIC_FILES = ("run.json", "skipped.json", "metrics.jsonl", "metrics.csv", "model.safetensors")
+ATOMIC_FILES = ("run.json", "skipped.json", "metrics.jsonl", "metrics.csv", "model.safetensors", "init.safetensors")
 """What is written under the name with .partial and renamed."""
 CHANGEABLE_SETTINGS = {"on_nonfinite", "save_minutes"}
 """Settings that may change when a run is resumed, because they do not change what is trained."""
 
 Change = tuple[str, str, str]
 """What has changed, its value as begun, and now."""
+
+
+class InitialWeights(NamedTuple):
+    """The file of a model and its ``fingerprint``, the sha256 in it; None in a file that is not one of a model."""
+
+    path: Path
+    fingerprint: str | None
 
 
 class ChangedError(ConfigError):
@@ -62,6 +69,7 @@ class Run:
         self.pictures = self.folder / "pictures"
         self.snapshots = self.folder / "snapshots"
         self.model = self.folder / "model.safetensors"
+        self.initial = self.folder / "init.safetensors"
         self.metrics = self.folder / "metrics.jsonl"
 
     @property
@@ -127,23 +135,48 @@ class Run:
             raise ChangedError(self.folder, changed, finished=True)
         return True
 
-    def open(self, config: Any, data: Dataset, force: bool = False, init: str | None = None) -> bool:
+    def open(
+        self,
+        config: Any,
+        data: Dataset,
+        force: bool = False,
+        init: str | None = None,
+        weights: InitialWeights | None = None,
+    ) -> bool:
         """Write the record of a new run, or compare that of an existing one with recipe, data and torch's version.
 
-        ``init`` is the sha256 of the file whose weights training starts from; without it that of the record is kept.
+        ``init`` is the fingerprint of the weights that ``--init`` names; without it, and with ``force``,
+        that of the record is kept. ``weights``: what training starts from, of which the run keeps a copy.
         Raises `ChangedError` if they differ; with ``force`` replace the record and return True.
         """
         self._claim()
         for name in ATOMIC_FILES:
             (self.folder / f"{name}.partial").unlink(missing_ok=True)
-        changed = self._update_record(_fresh(config, data, init), config, data, force)
+        changed = self._update_record(_fresh(config, data, init), config, data, force, weights)
         if data.report.skipped:  # after the record, without which the folder would not be taken for a run
             data.report.write(self.folder / "skipped.json")
         return changed
 
-    def _update_record(self, fresh: dict[str, Any], config: Any, data: Dataset, force: bool) -> bool:
+    def _keep(self, weights: InitialWeights, is_new: bool) -> None:
+        """Copy the weights that training starts from, unless they are there; a resumed run needs the copy alone.
+
+        Raises `ConfigError` if a new run would replace another file of that name.
+        """
+        content = weights.path.read_bytes()
+        kept = self.initial.read_bytes() if self.initial.is_file() else None
+        if is_new and kept not in (None, content):
+            cause = "this file is in the folder already, and is none of this run"
+            raise ConfigError("RUN", self.initial, cause, "Give --out a new folder")
+        if kept != content:
+            write_atomic(self.initial, content)
+
+    def _update_record(
+        self, fresh: dict[str, Any], config: Any, data: Dataset, force: bool, weights: InitialWeights | None
+    ) -> bool:
         """Write ``fresh`` if there is no record, else compare the two: see `open`."""
         record = self.record
+        if weights is not None and (record is None or record.get("init") == weights.fingerprint):
+            self._keep(weights, is_new=record is None)
         if record is None:
             self._write({**fresh, "id": json_digest(_compared_fields(fresh))})
             return False
@@ -154,6 +187,7 @@ class Run:
             return False
         if not force:
             raise ChangedError(self.folder, changed)
+        fresh.pop("init", None)
         self._write({**record, **fresh, "changed": [*record.get("changed", []), [list(row) for row in changed]]})
         return True
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.evaluation.time_limit import TimeLimit
 from undiffuse.model.config import TrainConfig
+from undiffuse.runtime.tensor_file import check_tensors
 from undiffuse.training.batches import Batch, Reader, values_of
 
 TRAIN_LONGER = "Give it more --minutes (with --extend this run goes on), a smaller network or smaller items"
@@ -49,6 +50,17 @@ class Task(Protocol):
     def adapt(self, data: Dataset, settings: TrainConfig) -> Self:
         """The task with ``settings``, adapted to ``data``. Raises `ConfigError` or `DataError` if they do not fit."""
         ...
+
+    def start_from(self, start: Any, path: Path) -> Self:
+        """The task of a run that starts from the weights of the model ``start`` in ``path``; by default the same."""
+        return self
+
+    def load_initial_weights(self, model: Any, start: Any, path: Path) -> Sequence[str]:
+        """Write the weights of ``start`` into ``model``, by default all; return notes. Raises `CheckpointError`."""
+        weights = start.state_dict()
+        check_tensors(path, model.state_dict(), weights)
+        model.load_state_dict(weights)
+        return ()
 
     def notes(self) -> Sequence[str]:
         """Sentences about unusual settings, for the log and the model's notes; none by default."""
