@@ -90,6 +90,15 @@ def test_all_stages_are_drawn_with_a_line_for_each_and_one_manifest(place, call,
     assert "differ in augmentation" in other
 
 
+def test_advice_for_a_stage_alone_is_not_used_and_the_command_says_so(place, call):
+    arguments = ("sample", BASE, "--then", MIDDLE, "--n", 1, "--device", "cpu", "--out")
+    assert "is not used" not in call(*arguments, "without", "--calls", 2).out
+    (place / BASE / "advice.json").write_text("{}")
+    line = f"{BASE}/advice.json is not used: it is for its model alone. With --then each stage takes 2 calls"
+    assert line in call(*arguments, "with", "--calls", 2).out
+    (place / BASE / "advice.json").unlink()
+
+
 def test_the_sum_of_the_bounds_is_evaluated(place, call):
     options = ("--estimate", "discrete", "--items", 3, "--mc-samples", 3, "--device", "cpu")
     given = call("evaluate", BASE, "--then", MIDDLE, "--then", TOP, "photos", *options, "--out", "measured")

@@ -1,6 +1,7 @@
 """Text to image from the command line: training with captions, prompts, and their errors."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +11,15 @@ from PIL import Image
 from tiny_run import checkpoint_hashes, quick_looks, recipe, stopping_at, train
 
 from undiffuse.cli.prompt_options import read_prompts, slug
+from undiffuse.data.dataset import Dataset
 from undiffuse.data.from_array import from_array
 from undiffuse.errors import ConfigError
+from undiffuse.evaluation import plan as planning
 from undiffuse.model import checkpoint
 from undiffuse.report.figures import image_strip, prompt_grid
+from undiffuse.sampling import sampler_search
 from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.solvers import SOLVERS
 from undiffuse.training import diffusion_task
 from undiffuse.training.run_folder import ChangedError
 
@@ -86,11 +91,16 @@ def test_a_run_with_captions_draws_prompts(trained, call, tmp_path):
     assert call("sample", run, "--prompt", "a white square", *flags).out.startswith("these 5 samples exist already")
 
 
-def test_evaluate_restore_and_interpolate_take_captions(trained, call, tmp_path):
+def test_evaluate_restore_and_interpolate_take_captions(trained, call, tmp_path, monkeypatch):
+    """Captions are read batch by batch: the embeddings of all items may not fit into memory."""
     run, one, two = trained / "run", trained / "data" / "0.png", trained / "data" / "1.png"
+    read, real = [], Dataset.given_condition
+    monkeypatch.setattr(Dataset, "given_condition", lambda *given: (read.append(len(given[1])), real(*given))[1])
+    monkeypatch.setattr(planning, "batch_size", lambda *_: 1)
     done = call("evaluate", run, "--estimate", "discrete", "--items", 2, "--mc-samples", 2)
     assert (done.code, done.err) == (0, "")
     assert json.loads((run / "evaluation.json").read_text())["condition"] == "captions"
+    assert read == [1, 1]
     strips = {}
     for prompt in ("a black square", "a white square"):
         out = tmp_path / prompt
@@ -101,6 +111,25 @@ def test_evaluate_restore_and_interpolate_take_captions(trained, call, tmp_path)
         assert call("interpolate", run, one, two, "--n", 2, "--steps", 2, "--prompt", prompt, "--out", strip).code == 0
         strips[prompt] = strip.read_bytes()
     assert call("check", trained / "data", "--captions").out.count("'a black square', 'a white square'") == 1
+
+
+def test_advice_is_measured_with_prompts(trained, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampler_search, "SOLVERS", {name: SOLVERS[name] for name in ("unipc", "ancestral")})
+    shutil.copytree(trained / "run", tmp_path / "run")
+    flags = ["--calls", 2, "--items", 8, "--fine", 4]
+    done = call("advise", tmp_path / "run", *flags, "--prompt", "a black square", "--prompt", "a box")
+    assert (done.code, done.err) == (0, "")
+    assert "not compared: they are compared without labels and prompts only" in done.out
+    assert "--calls 2 --prompt 'a black square' --prompt 'a box'" in " ".join(done.out.split())
+    stored = json.loads((tmp_path / "run" / "advice.json").read_text())["advice"]["2"]
+    assert stored["prompt"] == ["a black square", "a box"]
+    for prompts, words in (
+        (["--prompt", "a black square", "--prompt", "a box"], None),
+        ([], "was measured for prompt a black square, a box and without guidance; with other --prompt the best"),
+    ):
+        done = call("sample", tmp_path / "run", "--n", 1, "--calls", 2, *prompts)
+        assert (done.code, "was measured for" in done.out) == (0, words is not None)
+        assert words is None or words in " ".join(done.out.split())
 
 
 ERRORS = [

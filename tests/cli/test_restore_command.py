@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 from undiffuse.data.transform import Identity, IntegerLevels
+from undiffuse.model.autoencoder import Autoencoder, AutoencoderConfig
 from undiffuse.model.checkpoint import load, save
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.latent import LatentTransform
 from undiffuse.model.restoration import Degradation, degrade, restore, rounding_std
 from undiffuse.model.sdedit import sdedit
 from undiffuse.report.sample_folder import SampleFolder
@@ -51,6 +53,26 @@ def tiles(path) -> list[np.ndarray]:
     """The images of a strip: 8 x 8 pixels, shown eight times as large and eight pixels apart."""
     shown = read(path)[..., 0]
     return [shown[8:72:8, left : left + 64 : 8] for left in range(8, shown.shape[1] - 64, 72)]
+
+
+def test_a_model_of_latents(place, call):
+    """Methods of posterior guidance and variants work through the decoder; those of pixels are one line."""
+    torch.manual_seed(0)
+    kl = {"kind": "kl", "widths": [8, 8], "latent_channels": 2, "blocks": 1}
+    transform = LatentTransform(Autoencoder(AutoencoderConfig(kl), (1, 8, 8), IntegerLevels(256)))
+    save(Diffusion(CONFIG, (1, 8, 8), transform, {"num_values": 256}), place / "latent.safetensors")
+    command = ("restore", place / "latent.safetensors", place / "whole.png", "--n", 1, "--steps", 2)
+    flags = ("--mask", place / "mask.png")
+    for name, more in (("mask", flags), ("blur", ("--blur", 1)), ("edit", ("--method", "sdedit"))):
+        done = call(*command, *more, "--out", place / f"latent-{name}")
+        assert (done.code, done.err) == (0, "")
+        assert (place / f"latent-{name}" / "strip.png").is_file()
+    assert np.array_equal(read(place / "latent-mask" / "000000.png")[1:, :4], WHOLE[1:, :4])
+    refused = call(*command, *flags, "--method", "repaint", "--out", place / "no")
+    assert refused.err == (
+        "error[METHOD] --method repaint: it changes pixels at each step, and this is a model of latents. "
+        "Use 'mmps', 'pigdm' or 'dps'.\n"
+    )
 
 
 def test_a_mask(place, call):

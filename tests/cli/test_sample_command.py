@@ -373,7 +373,7 @@ def test_advice_names_its_label(call, tmp_path, few_solvers):
     flags = ["--calls", 3, "--items", 9, "--fine", 8]
     said = call("advise", tmp_path, *flags, "--label", "star", "--label", 0)
     assert (said.code, said.err) == (0, "")
-    assert "stochastic solvers were not compared: they are compared without labels only" in said.out
+    assert "stochastic solvers were not compared: they are compared without labels and prompts only" in said.out
     assert "--calls 3 --label star --label 0" in " ".join(said.out.split())
     stored = json.loads((tmp_path / "advice.json").read_text())["advice"]["3"]
     assert (stored["label"], stored["items"]) == (["star", "0"], 9)

@@ -92,6 +92,13 @@ def test_errors_are_one_line(call, tmp_path):
     assert refused.code == 3
     assert refused.err.startswith("error[LABELS] tiny")
     assert not (tmp_path / "run").exists()
+    flags = ["--num-values", 5, "--from", 2, "--steps", 1, "--out", tmp_path / "run"]
+    refused = call("train-classifier", arrays(tmp_path), *flags)
+    assert refused.code == 2
+    assert refused.err.startswith(
+        "error[CLASSIFIER] tiny: a classifier gets no image beside the noisy item, and --from"
+    )
+    assert not (tmp_path / "run").exists()
     refused = call("train-classifier", "digits", "--minutes", 1, "--steps", 3)
     assert refused.code == 2
     assert refused.err == "error[USAGE] --minutes, --steps: each determines the length of the run. Give one of them.\n"

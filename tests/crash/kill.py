@@ -1,18 +1,20 @@
 """Kills, stops and races training, and compares the results with an undisturbed run.
 
-    python tests/crash/kill.py --kills 200 --stops 40 --races 50
+    python tests/crash/kill.py --kills 200 --stops 40 --races 50 --systems 20
 
 Prints one line of figures for each part; exit 1 if a promise is broken. This process has imported everything, and each
-training is the command line in a fork of it, so that a kill costs a second and not ten.
+training is the command line in a fork of it, so that a kill costs a second and not ten. ``--systems 0`` kills each
+command of `systems.SYSTEMS` at its first moment, ``--systems N`` at all of them and N times at random.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import importlib
 import itertools
 import os
-import random
 import resource
 import shutil
 import signal
@@ -21,9 +23,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
+import systems
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -63,21 +68,25 @@ def cheap_evaluations(patch: pytest.MonkeyPatch) -> None:
 
 
 class Server:
-    """Starts trainings in ``place`` as forks of this process, with ``init`` from the weights of that run.
+    """Starts a command as forks of this process, ``arguments(folder)`` with the output ``folder``, in ``place``.
 
-    These are named until the run has its record; then it is resumed as it was begun, from what it has kept.
+    ``hashes(folder)``: those of all that it writes, which of an undisturbed command in place/``name`` are `expected`.
     """
 
-    def __init__(self, place: Path, seed: int, init: Path | None = None) -> None:
-        self.place, self.random, self.init = place, random.Random(seed), init
-        self.items, self.runs = data(), 0
-        np.save(place / "tiny.npy", self.items.values)
-        (place / "recipe.toml").write_text(RECIPE)
-        assert self.train(place / "warm") == 0  # forks inherit what a first run imports and caches
+    def __init__(
+        self,
+        place: Path,
+        seed: int,
+        arguments: Callable[[Path], list[str]],
+        hashes: Callable[[Path], dict[str, str]],
+        name: str = "straight",
+    ) -> None:
+        self.place, self.random, self.arguments, self.hashes, self.name = place, Random(seed), arguments, hashes, name
+        self.runs = 0
         began = time.monotonic()
-        assert self.wait(self.start(place / "straight")) == 0
+        assert self.wait(self.start(place / name)) == 0, (place / f"{name}.log").read_text()
         self.seconds = time.monotonic() - began
-        self.expected = self.outcome(place / "straight")
+        self.expected = self.outcome(place / name)
 
     def fork(self, work: Callable[[], int], log: Path | int | None = None) -> int:
         """The process id of a fork that does ``work`` and ends with the code that it returns."""
@@ -96,16 +105,19 @@ class Server:
                 os._exit(code)
         return pid
 
-    def train(self, folder: Path) -> int:
-        options = ["--num-values", "5", "--device", "cpu"]
-        if self.init is None or not Run(folder).record:
-            options += ["--config", str(self.place / "recipe.toml")]
-            options += [] if self.init is None else ["--init", str(self.init)]
+    def run(self, folder: Path) -> int:
         with contextlib.redirect_stdout(sys.stderr):
-            return main(["train", str(self.place / "tiny.npy"), "--out", str(folder), *options])
+            return main(self.arguments(folder))
 
-    def start(self, folder: Path) -> int:
-        return self.fork(lambda: self.train(folder), folder.with_suffix(".log"))
+    def start(self, folder: Path, moment: tuple[str, int] | None = None) -> int:
+        """The process id of the command into ``folder``, which kills itself at ``moment`` if given."""
+
+        def work() -> int:
+            if moment is not None:
+                die_at(*moment)
+            return self.run(folder)
+
+        return self.fork(work, folder.with_suffix(".log"))
 
     def wait(self, pid: int, seconds: float | None = None) -> int | None:
         """The exit code, minus the signal that killed it, or None where it still runs after ``seconds``."""
@@ -120,13 +132,59 @@ class Server:
 
     def fresh(self) -> Path:
         self.runs += 1
-        return self.place / f"run-{self.runs}"
+        return self.place / f"{self.name}-{self.runs}"
 
     def outcome(self, folder: Path) -> dict[str, str]:
-        assert Run(folder).finished, folder
+        assert Run(folder).finished or not (folder / "checkpoints").exists(), folder
         leftovers = [f for name in ("partial-*", "trash-*", "*.partial") for f in folder.rglob(name)]
         assert not leftovers, leftovers
-        return checkpoint_hashes(folder) | model_hashes(folder, self.items)
+        return self.hashes(folder)
+
+
+def finish_only(monitor: Monitor) -> None:
+    monitor.task.save(monitor.ema_model, monitor.run.model)
+    monitor.run.finish()
+
+
+def die_at(target: str, call: int) -> None:
+    """Kill this process when the function ``target``, a dotted name, has been called for the n-th time."""
+    owner, _, name = target.rpartition(".")
+    try:
+        where: Any = importlib.import_module(owner)
+    except ModuleNotFoundError:  # a method
+        module, _, cls = owner.rpartition(".")
+        where = getattr(importlib.import_module(module), cls)
+    real, calls = getattr(where, name), itertools.count(1)
+
+    def dying(*arguments: Any, **options: Any) -> Any:
+        result = real(*arguments, **options)
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(where, name, dying)
+
+
+def tiny_training(place: Path, seed: int, init: Path | None = None) -> Server:
+    """Training a network of two convolutions, with ``init`` from the weights of that run.
+
+    Recipe and ``init`` are named until the run has its record; then it is resumed as it was begun, from what it has
+    kept.
+    """
+    items = data()
+    np.save(place / "tiny.npy", items.values)
+    (place / "recipe.toml").write_text(RECIPE)
+
+    def arguments(folder: Path) -> list[str]:
+        options = ["--num-values", "5", "--device", "cpu"]
+        if init is None or not Run(folder).record:
+            options += ["--config", str(place / "recipe.toml")]
+            options += [] if init is None else ["--init", str(init)]
+        return ["train", str(place / "tiny.npy"), "--out", str(folder), *options]
+
+    with contextlib.redirect_stdout(sys.stderr):
+        assert main(arguments(place / "warm")) == 0  # forks inherit what a first run imports and caches
+    return Server(place, seed, arguments, lambda folder: checkpoint_hashes(folder) | model_hashes(folder, items))
 
 
 def intact(folder: Path) -> bool:
@@ -144,7 +202,7 @@ def initial_kills(server: Server, wanted: int) -> str:
     """`kills` of runs that start from the weights of another."""
     place = server.place / "started"
     place.mkdir()
-    return f"--init, {kills(Server(place, 0, init=server.place / 'straight'), wanted)}"
+    return f"--init, {kills(tiny_training(place, 0, server.place / 'straight'), wanted)}"
 
 
 def kills(server: Server, wanted: int) -> str:
@@ -168,6 +226,31 @@ def kills(server: Server, wanted: int) -> str:
     return (
         f"A2 kills: {killed}, {writing} of them while it wrote; {runs} runs, all to the same sha256; 0 invalid folders"
     )
+
+
+def killed_systems(place: Path, more: int, seed: int) -> str:
+    """Kill each command of `systems.SYSTEMS` at its moments and ``more`` times at random; each resumes to the same.
+
+    The end of training writes the model, and measures and draws nothing.
+    """
+    systems.prepare(place)
+    died = 0
+    for name, system in systems.SYSTEMS.items():
+        server = Server(place, seed, functools.partial(system.arguments, place), systems.outcome, name)
+        assert any("safetensors" in name or "npz" in name for name in server.expected), server.expected
+        moments = system.moments if more else system.moments[:1]
+        for moment in moments:
+            folder = server.fresh()
+            assert server.wait(server.start(folder, moment)) == -signal.SIGKILL, (name, moment)
+            assert intact(folder)
+            assert server.wait(server.start(folder)) == 0, folder.with_suffix(".log").read_text()
+            assert server.outcome(folder) == server.expected, (name, moment)
+            shutil.rmtree(folder)
+        died += len(moments)
+        if more:
+            kills(server, more)
+    more *= len(systems.SYSTEMS)
+    return f"A2 systems: {len(systems.SYSTEMS)} commands, died at {died} moments and {more} random ones, 0 differ"
 
 
 def stops(server: Server, wanted: int) -> str:
@@ -224,7 +307,7 @@ def limits(server: Server) -> str:
 
         def work(folder: Path = folder, size: int = size) -> int:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-            return server.train(folder)
+            return server.run(folder)
 
         reading, writing = os.pipe()
         codes.append(server.wait(server.fork(work, writing)))
@@ -324,19 +407,24 @@ def run(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for part in PARTS:
         parser.add_argument(f"--{part.__name__.replace('_', '-')}", type=int, default=0)
+    parser.add_argument("--systems", type=int, help="random kills of each command of systems.py")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--points", action="store_true", help="named points of a write, and limits on files")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         cheap_evaluations(patch)
-        server = Server(Path(place), options.seed)
+        server = tiny_training(Path(place), options.seed)
         for part in PARTS:
             if wanted := getattr(options, part.__name__):
                 print(part(server, wanted), flush=True)
         if options.points:
             print(points(server), flush=True)
             print(limits(server), flush=True)
+        if options.systems is not None:
+            (Path(place) / "systems").mkdir()
+            patch.setattr(Monitor, "finish", finish_only)
+            print(killed_systems(Path(place) / "systems", options.systems, options.seed), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def kill(*arguments):
 
 
 def test_kills_stops_and_races_change_nothing():
-    output = kill("--kills", 10, "--stops", 3, "--races", 1, "--initial-kills", 4, "--points")
+    output = kill("--kills", 10, "--stops", 3, "--races", 1, "--initial-kills", 4, "--points", "--systems", 0)
     assert [line.split(":")[0] for line in output.splitlines()] == [
         "A2 kills",
         "A5 stops",
@@ -24,9 +24,11 @@ def test_kills_stops_and_races_change_nothing():
         "--init, A2 kills",
         "A2 named points",
         "A4 limits on files of 0, 300, 1000, 3000, 9000, 90000 bytes",
+        "A2 systems",
     ]
 
 
 @pytest.mark.release
 def test_many_kills_stops_and_races_change_nothing():
-    kill("--kills", 200, "--stops", 40, "--races", 50, "--initial-kills", 60, "--points", "--seed", 1)
+    more = ("--initial-kills", 60, "--points", "--systems", 20, "--seed", 1)
+    kill("--kills", 200, "--stops", 40, "--races", 50, *more)

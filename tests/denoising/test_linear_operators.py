@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from undiffuse.denoising.linear_operators import LinearOperator, blur, identity, mask, mean_pool, separable
+from undiffuse.denoising.linear_operators import (
+    DecodedOperator,
+    LinearOperator,
+    blur,
+    identity,
+    mask,
+    mean_pool,
+    separable,
+)
 from undiffuse.errors import ConfigError
 
 F64 = torch.float64
@@ -102,3 +110,22 @@ def test_blur_by_hand():
     for std in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ConfigError, match=f"blur of std {std:g}: it must be above 0"):
             blur(std, (1, 4))
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_the_derivative_of_what_is_observed_of_latents(linear):
+    """J u and J' v of A decode(z) against the dense derivative, item by item; of a linear decoder to rounding."""
+    weights, operator = random(6, 4, seed=3), mask(torch.tensor([True, False, True, True, False, True]), (6,))
+    decoded = DecodedOperator(operator, lambda z: z @ weights.T if linear else torch.tanh(z @ weights.T), (4,))
+    z, u, v = random(3, 4), random(3, 4, seed=1), random(3, 4, seed=2)
+    y, derivative = decoded.linearize(z)
+    torch.testing.assert_close(y, decoded(z))
+    assert not y.requires_grad
+    for i in range(3):
+        J = torch.autograd.functional.jacobian(lambda at: decoded(at[None])[0], z[i])
+        tolerance = {"rtol": 0, "atol": 1e-10 if linear else 1e-3}
+        torch.testing.assert_close(derivative(u)[i], J @ u[i], **tolerance)
+        torch.testing.assert_close(derivative.adjoint(v)[i], J.T @ v[i], rtol=0, atol=1e-10)
+    leaf = z.clone().requires_grad_()
+    value, derivative = decoded.linearize(leaf)
+    assert torch.autograd.grad((value * v).sum() + derivative.adjoint(v).sum(), leaf)[0].shape == z.shape

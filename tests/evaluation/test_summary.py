@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from evaluation_models import SCHEDULE, model_of
+from latent_models import tiny_latent_model
 
 from undiffuse.data.transform import Identity, IntegerLevels
 from undiffuse.evaluation import summary
 
 WIDE, NARROW = model_of((20,), IntegerLevels(256)), model_of((16,), IntegerLevels(256))
-VECTORS = model_of((2,), Identity())
+VECTORS, LATENTS = model_of((2,), Identity()), tiny_latent_model()
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,8 @@ VECTORS = model_of((2,), Identity())
         (WIDE, "ode", 1, True),
         (WIDE, "ode", 2, False),  # noise of the divergence biases the weights
         (NARROW, "ode", 2, True),
+        (LATENTS, "ode", 1, True),
+        (LATENTS, "ode", 2, False),
         (VECTORS, "ode", 1, False),
         (VECTORS, "discrete", 2, True),
         (WIDE, "openai", None, False),

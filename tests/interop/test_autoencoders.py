@@ -15,7 +15,8 @@ from undiffuse.data.from_array import from_array
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.interop.autoencoders import load_autoencoder
 from undiffuse.model.autoencoder import Autoencoder
-from undiffuse.networks.autoencoder import KLAutoencoder
+from undiffuse.networks.autoencoder import KLAutoencoder, TinyAutoencoder, TinyBlock
+from undiffuse.networks.settings import MAX_LAYERS
 
 DATA = from_array(np.random.default_rng(0).integers(256, size=(6, 3, 16, 16)), num_values=256, name="pictures")
 X = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -169,3 +170,29 @@ def test_a_pair_like_that_of_taesd(pooled, tmp_path):
     (tmp_path / "tiny_decoder.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"NOT_FOUND.*tiny_decoder"):
         load_autoencoder(tmp_path / "tiny_encoder.safetensors", DATA)
+
+
+def test_the_default_is_the_size_of_taesd_and_blocks_have_a_limit():
+    """1,222,532 and 1,222,531 parameters, those of TAESD's two files; the most blocks are allowed, and no more."""
+    with torch.device("meta"):
+        taesd = TinyAutoencoder()
+        assert [sum(p.numel() for p in part.parameters()) for part in (taesd.encoder, taesd.decoder)] == [
+            1_222_532,
+            1_222_531,
+        ]
+        assert (taesd.factor, taesd.latent_shape((3, 16, 16))) == (8, (4, 2, 2))
+        blocks = KLAutoencoder(1, widths=[4], blocks=MAX_LAYERS).encoder.down_blocks[0].resnets
+        assert len(blocks) == MAX_LAYERS
+        with pytest.raises(ConfigError, match="Give fewer"):
+            KLAutoencoder(1, widths=[4], blocks=MAX_LAYERS + 1)
+
+
+def test_the_pooled_branch_by_hand():
+    """ReLU(conv(h') + h'), h' = h + wide(ReLU(norm(narrow(h)))), the norm of four groups."""
+    torch.manual_seed(0)
+    block, h = TinyBlock(6, 20), torch.randn(2, 6, 4, 4)
+    narrow, norm, _, wide = block.pool
+    grouped = narrow(h).unflatten(1, (4, 5)).flatten(2)
+    normed = (grouped - grouped.mean(2, True)) / (grouped.var(2, correction=0, keepdim=True) + norm.eps).sqrt()
+    pooled = h + wide(torch.relu(normed.reshape(2, 20, 4, 4)))
+    torch.testing.assert_close(block(h), torch.relu(block.conv(pooled) + pooled))

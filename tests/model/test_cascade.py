@@ -321,8 +321,14 @@ def test_stages_that_do_not_fit_are_refused(stages):
     with pytest.raises(ConfigError, match="1×4×4 with continuous values"):
         Cascade([continuous, top], **named)
     classes = [tiny(reduce_data(DATA, 4), classes=2), tiny(split_data(DATA, 4), classes=3)]
-    with pytest.raises(ConfigError, match="labels, vectors or tokens are not those of large"):
+    with pytest.raises(ConfigError, match="text encoder are not those of large"):
         Cascade(classes, **named)
+    embedded = [tiny(reduce_data(DATA, 4), tokens=2, vector=2), tiny(split_data(DATA, 4), tokens=2, vector=2)]
+    embedded[0].info["text_encoder"] = embedded[1].info["text_encoder"] = {"name": "enc", "digest": "1"}
+    Cascade(embedded, **named)
+    embedded[1].info["text_encoder"] = {"name": "enc", "digest": "2"}
+    with pytest.raises(ConfigError, match="text encoder are not those of large"):
+        Cascade(embedded, **named)
     damaged = tiny(split_data(DATA, 4))
     damaged.info["stage"] = {**damaged.info["stage"], "map": "haar"}
     with pytest.raises(ConfigError, match="large: its facts about the data"):

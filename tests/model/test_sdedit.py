@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from latent_models import exact_model, linear_transform
 from oracles import GaussianData
 
 from undiffuse.data.transform import Identity, IntegerLevels
@@ -62,16 +63,30 @@ def test_variants_depend_on_seed_and_number_alone():
     cond = Condition(label=torch.tensor([0, 1, 2, 0, 1]))
     done = []
     whole = sdedit(model, x, 5, 0.5, seed=1, num_steps=4, cond=cond)
-    parts = sdedit(model, x, 5, 0.5, seed=1, num_steps=4, batch=2, cond=cond, progress=done.append)
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
-    assert sum(done) == 20
+    for batch in (1, 2):
+        parts = sdedit(model, x, 5, 0.5, seed=1, num_steps=4, batch=batch, cond=cond, progress=done.append)
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
+    assert sum(done) == 40
     assert not torch.allclose(sdedit(model, x, 5, 0.5, seed=2, num_steps=4, cond=cond), whole)
     assert not torch.allclose(sdedit(model, x, 5, 0.5, seed=1, num_steps=4), whole)
 
 
+def test_a_model_of_latents_starts_from_the_mean_of_q():
+    """A strength of almost 0 returns what the decoder makes of it."""
+    model, x = exact_model(linear_transform()), torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
+    expected = model.transform.to_data(model.transform.to_model(x[None], torch.float64))
+    assert float((expected - x).abs().max()) > 0.1
+    torch.testing.assert_close(sdedit(model, x, 2, 0.01, num_steps=2), expected.expand(2, -1), rtol=0, atol=0.01)
+
+
 def test_times_of_tables_and_of_distilled_models():
     table = small(schedule={"name": "linear", "T": 20}, chain_length=20)
-    for strength, steps, expected in ((0.5, 4, [10, 8, 5, 3, 0]), (0.2, 100, [4, 3, 2, 1, 0]), (0.01, None, [1, 0])):
+    for strength, steps, expected in (
+        (0.5, 4, [10, 8, 5, 3, 0]),
+        (0.2, 100, [4, 3, 2, 1, 0]),
+        (0.01, None, [1, 0]),
+        (0.5, 1, [10, 0]),
+    ):
         times = [float(level.t) * 20 for level in variant_levels(table, strength, steps)]
         assert times == pytest.approx(expected)
     config = ModelConfig(network=NETWORK, schedule={"name": "linear_log_snr", "high": 8.0}, calls=2)

@@ -24,8 +24,11 @@ WAYS = {  # kind, settings of two processes, bits of their numbers
     "sharded": ("diffusion", {"shard": True, "accumulate": 2, "checkpointing": True}, 64),
     "classifier": ("classifier", {"accumulate": 2}, 64),
     "classifier-sharded": ("classifier", {"shard": True}, 64),
+    "latents": ("latents", {}, 64),
+    "captions": ("captions", {}, 64),
     "started-sharded": ("started", {"shard": True}, 64),
 }
+SAMPLES = {"--n": "5", "--batch": "2", "--steps": "3"}
 CHANGES = {"sharded-one": {"shard": True}}  # started by two processes and resumed by one
 MORE_WAYS = {
     f"{name}-{bits}": ("diffusion", settings, bits)
@@ -95,6 +98,10 @@ def run_all(ways, changes, place: Path) -> Path:
                 gathering.train(place / name, "diffusion", settings, STOP, True)
             stop = None if name.startswith("one") else STOP
             plan.append([name, str(place / name), "diffusion", settings, stop, True])
+        if "latents" in ways:
+            gathering.save_stages(place)
+            gathering.draw_cascade(place / "one-cascade", SAMPLES)
+            plan.append(["cascade", str(place / "cascade"), "cascade", SAMPLES, None, False])
         run(plan, place)
         for name, settings in changes.items():
             if not name.startswith("one"):
@@ -146,6 +153,16 @@ def test_two_processes_equal_one(few, name):
 
 def test_one_process_resumes_the_sharded_run_of_two(few):
     check_files(few, "sharded-one", "diffusion", 64)
+
+
+def test_two_processes_draw_the_samples_of_a_cascade(few):
+    """Each draws other samples; all stages of a sample are of one process."""
+    one, two = (np.load(few / name / "samples.npz")["x"] for name in ("one-cascade", "cascade"))
+    assert one.shape == (5, 1, 4, 4)
+    np.testing.assert_array_equal(one, two)
+    assert [p.name for p in sorted((few / "cascade").iterdir())] == [
+        p.name for p in sorted((few / "one-cascade").iterdir())
+    ]
 
 
 @pytest.mark.release

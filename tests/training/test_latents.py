@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from latent_models import tiny_autoencoder
-from tiny_run import checkpoint_hashes, stopping_at
+from tiny_run import checkpoint_hashes, quick_looks, stopping_at
 
 from undiffuse.data.from_array import from_array
-from undiffuse.errors import ConfigError, DataError
+from undiffuse.errors import CheckpointError, ConfigError, DataError
 from undiffuse.model import autoencoder as autoencoders
 from undiffuse.model import checkpoint
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
@@ -72,6 +72,28 @@ def test_another_autoencoder_is_another_run(tmp_path):
     task = DiffusionTask(RECIPE, autoencoder=tiny_autoencoder()).adapt(IMAGES, TRAIN)
     with pytest.raises(ConfigError, match=r"AUTOENCODER.*Give the autoencoder"):
         fit(tmp_path / "other", task.config)
+
+
+def test_a_damaged_or_missing_autoencoder_is_one_line_and_the_run_goes_on_with_it_restored(tmp_path):
+    """The run's own copy, without which a command that names none cannot resume."""
+    config = DiffusionTask(RECIPE, autoencoder=tiny_autoencoder()).adapt(IMAGES, TRAIN).config
+    with stopping_at(1):
+        fit(tmp_path / "run", autoencoder=tiny_autoencoder())
+    path = tmp_path / "run" / "latents" / "autoencoder.safetensors"
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[-2] ^= 1
+    for damaged in (content[: len(content) // 2], bytes(flipped), b""):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError) as error:
+            fit(tmp_path / "run", config)
+        assert (error.value.where, len(str(error.value).splitlines())) == (str(path), 1)
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"AUTOENCODER.*Give the autoencoder"):
+        fit(tmp_path / "run", config)
+    with quick_looks():
+        fit(tmp_path / "run", config, autoencoder=tiny_autoencoder())
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_each_use_has_a_fresh_z_of_the_seed_and_the_step(tmp_path):

@@ -25,6 +25,7 @@ from undiffuse.cli.options import (
     resolve_device,
     run_folder,
 )
+from undiffuse.cli.prompt_options import Prompt, Prompts, prompt_condition, read_prompts
 from undiffuse.cli.sampler_options import write_advice
 from undiffuse.errors import ConfigError, DataError, counted
 
@@ -62,6 +63,8 @@ def advise_command(
     ] = 500,
     fine: Annotated[int, typer.Option(help="Steps of the reference solution of the flow.", min=4, max=MAX_COUNT)] = 200,
     label: Annotated[list[str] | None, typer.Option(help="Classes to sample, used in turn; see sample.")] = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
     seed: Annotated[int, typer.Option(help="Seed of the starting points and samples.")] = 1,
     network: NetworkFile = None,
     device: Device = "auto",
@@ -87,13 +90,15 @@ def advise_command(
     register_network(network)
     model = checkpoint.load(run, resolve_device(device))
     require_then(model, run)
-    real, reason = None, "they are compared without labels only"
-    if not label:
+    texts, real, reason = read_prompts(prompt, prompts), None, "they are compared without labels and prompts only"
+    if not label and not texts:
         real, reason = _real_items(model, run, data, read)
     require_memory_for(f"--items {items}", 4 * items * model.dims)
     require_memory_for(f"--samples {samples}", 4 * samples * model.dims)
     noise = ItemNoise(seed, range(items), model.x_shape, "advise", model.device)
-    start, condition = prior_sample(model.chain[0], noise(1)[0]), make_condition(class_names(model), label or ())
+    encoder = read.keywords.get("text_encoder") if texts else None
+    start, text = prior_sample(model.chain[0], noise(1)[0]), prompt_condition(model, run, texts, encoder)
+    condition = make_condition(class_names(model), label or (), text=text)
     cond = condition and model.prepare_condition(condition(range(items)), items)
     began = time.perf_counter()
     rows = (len(SOLVERS) + len(SEARCH_VARIANTS)) // 2 * len(SEARCH_SPACINGS)
@@ -110,7 +115,8 @@ def advise_command(
             scores, floor = rank_samplers(model, samplers, *real, samples, seed, bar.advance)
             best = (scores[0].sampler if scores else None) or best
 
-    measured = {"items": items, "seed": seed, "fine": fine, "label": label, **_show_flow(model, result, calls, fine)}
+    given = {"label": label, "prompt": texts or None}
+    measured = {"items": items, "seed": seed, "fine": fine, **given, **_show_flow(model, result, calls, fine)}
     if scores and floor is not None:
         measured |= _show_scores([*scores, floor], calls, samples)
     else:
@@ -127,9 +133,10 @@ def _store(run: RunArgument, model: Diffusion, calls: int, best: Sampler, measur
 
     measured |= {"calls": count_calls(best, model.schedule)}
     path = write_advice(run_folder(run), checkpoint.fingerprint(model), calls, best, measured)
-    labels = "".join(f" --label {shlex.quote(one)}" for one in measured["label"] or ())
+    given = [(name, one) for name in ("label", "prompt") for one in measured[name] or ()]
+    options = "".join(f" --{name} {shlex.quote(one)}" for name, one in given)
     console.print(f"best: {best}, {best.spacing} levels, stored in {path}")
-    console.print(f"next: undiffuse sample {shlex.quote(str(run))} --calls {calls}{labels}{own}")
+    console.print(f"next: undiffuse sample {shlex.quote(str(run))} --calls {calls}{options}{own}")
 
 
 def _real_items(

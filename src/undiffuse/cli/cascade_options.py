@@ -74,6 +74,18 @@ def stage_words(then: list[Path] | None, augmentation: float | None) -> list[str
     return runs if augmentation is None else [*runs, f"augmentation-{augmentation:g}"]
 
 
+def report_unused_advice(runs: list[Path], calls: int, log: Callable[[str], None]) -> None:
+    """Print a line if one of the ``runs`` of a cascade has advice, which is for a model alone."""
+    from undiffuse.cli.options import run_folder
+    from undiffuse.cli.sampler_options import ADVICE_FILE
+
+    files = [path for run in runs if (path := run_folder(run) / ADVICE_FILE).exists()]
+    if files:
+        log(
+            f"{files[0]} is not used: it is for its model alone. With --then each stage takes {calls} calls of a solver"
+        )
+
+
 def require_then(model: AnyModel, run: Path) -> None:
     """Raise `ConfigError` if ``model`` is one stage of super-resolution, which needs images to enlarge."""
     from undiffuse.model.cascade import Cascade

@@ -60,7 +60,10 @@ def evaluate(
         ),
     ] = False,
     iw_samples: Annotated[
-        int, typer.Option(help="Importance samples of the flow for each item, for integer data.", min=1, max=MAX_COUNT)
+        int,
+        typer.Option(
+            help="Importance samples of the flow for each item, for integer data and latents.", min=1, max=MAX_COUNT
+        ),
     ] = 1,
     compat: Annotated[
         str | None, typer.Option(help="openai: also the bound as improved-diffusion's script computes it.")

@@ -86,7 +86,7 @@ def restore(
     import torch
 
     from undiffuse.data.single import load_image
-    from undiffuse.data.transform import IntegerLevels
+    from undiffuse.data.transform import IntegerLevels, is_latent
     from undiffuse.model import checkpoint, restoration
     from undiffuse.report.progress_bar import ProgressBar
     from undiffuse.report.sample_folder import SampleFolder
@@ -98,8 +98,7 @@ def restore(
     refuse_inside(out, None, run)
     register_network(network)
     model = checkpoint.load(run, resolve_device(device))
-    restoration.check_image_model(model, run)
-    restoration.check_pixels(model, run)
+    pixels = restoration.check_image_model(model, run)
     steps = limit_steps(steps, model.chain_length)
     text = prompt_condition(model, run, prompt or (), text_encoder)
     condition = make_condition(class_names(model), label or (), text=text)
@@ -141,7 +140,7 @@ def restore(
         degradation = restoration.Degradation(model.item_shape, blur, upsample, 2 * noise, known)
         if degradation.is_inpainting and bool(known.all()):
             raise ConfigError("MASK", mask, "it hides nothing", "Make white the part that is to be filled in")
-    method = method or restoration.default_method(degradation)
+    method = method or restoration.default_method(degradation, is_latent(model.transform))
     observed = restoration.degrade(degradation, x, seed, loaded.num_values) if degrade else x
     rounding = restoration.rounding_std(loaded.num_values)
     plan = common | {
@@ -185,7 +184,7 @@ def restore(
         f"expected from noise and rounding: {_percent(expected)}",
     )
     if degrade:
-        error = float((model.transform.to_model(values).mean(0) - x).square().mean().sqrt())
+        error = float((pixels.to_model(values).mean(0) - x).square().mean().sqrt())
         console.print(f"root mean square error of their mean: {_percent(error)} of black to white")
     console.print(f"strip: {folder}/strip.png, single restorations: {folder}/000000.png ...")
 
@@ -212,7 +211,7 @@ def make_variants(
     import torch
 
     from undiffuse.data.single import load_image
-    from undiffuse.data.transform import IntegerLevels
+    from undiffuse.data.transform import IntegerLevels, values_transform
     from undiffuse.model import checkpoint
     from undiffuse.model.sdedit import sdedit, variant_levels
     from undiffuse.report.progress_bar import ProgressBar
@@ -238,7 +237,7 @@ def make_variants(
         seconds = time.perf_counter() - began
         for gap in missing:
             samples.add(gap.start, values.numpy()[gap.start : gap.stop])
-        shown = model.transform.to_model(values)[:MAX_IN_STRIP]
+        shown = values_transform(model.transform).to_model(values)[:MAX_IN_STRIP]
         columns = [("input", x), *((f"variant {i}", item) for i, item in enumerate(shown))]
         samples.finish(range(n), {}, {"strip.png": _image_strip(model, columns)})
     console.print(
@@ -284,7 +283,9 @@ def strip(model: Diffusion, degradation: Degradation, intact: Tensor | None, obs
     """Images side by side: the intact one if given, the observed one, restorations, their mean and spread."""
     import torch
 
-    x = model.transform.to_model(values)
+    from undiffuse.data.transform import values_transform
+
+    x = values_transform(model.transform).to_model(values)
     shown = observed if degradation.known is None else torch.where(degradation.known, observed, 0.0)
     shown = shown.repeat_interleave(degradation.shrink, -1).repeat_interleave(degradation.shrink, -2)
     columns = [] if intact is None else [("intact", intact)]
@@ -298,9 +299,10 @@ def _image_strip(model: Diffusion, columns: Sequence[tuple[str, Tensor]]) -> Ima
     """The images of ``columns``, in the units of x, side by side under their names."""
     import torch
 
-    from undiffuse.data.transform import IntegerLevels
+    from undiffuse.data.transform import IntegerLevels, values_transform
     from undiffuse.report import figures
 
-    assert isinstance(model.transform, IntegerLevels)
-    frames = model.transform.to_data(torch.stack([column for _, column in columns])[:, None])
-    return figures.image_strip(frames.numpy(), [name for name, _ in columns], model.transform.num_values)
+    transform = values_transform(model.transform)
+    assert isinstance(transform, IntegerLevels)
+    frames = transform.to_data(torch.stack([column for _, column in columns])[:, None])
+    return figures.image_strip(frames.numpy(), [name for name, _ in columns], transform.num_values)

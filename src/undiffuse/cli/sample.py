@@ -18,6 +18,7 @@ from undiffuse.cli.cascade_options import (
     image_noise,
     load_model,
     refuse_with_then,
+    report_unused_advice,
     require_then,
     stage_words,
 )
@@ -172,8 +173,10 @@ def sample(
     files = {"cond": cond, "classifier": classifier, "autoguide": autoguide}
     if calls is not None:
         advised = None
-        if solver is None and spacing is None and not setting and not isinstance(weights, list):
-            conditions = {"label": label, **files, **({"prompt": texts} if texts else {})}
+        if isinstance(weights, list):
+            report_unused_advice([run, *(then or ())], calls, log)
+        elif solver is None and spacing is None and not setting:
+            conditions = {"label": label, **files, "prompt": texts or None}
             advised = read_advice(run_folder(run), weights, calls, log, sampler, conditions)
         sampler = advised or within_calls(model, sampler, calls)
     has_condition = cond is not None or has_label(names, labels) or any(texts)

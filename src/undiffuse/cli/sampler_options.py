@@ -113,7 +113,8 @@ def read_advice(
         different = [f"--{name}" for name, value in (conditions or {}).items() if value != advice.get(name)]
         different += ["--guidance"] if guidance_changes(sampler) else []
         if different:
-            measured = f"for label {', '.join(advice['label'])}" if advice.get("label") else "without labels"
+            given = [f"{name} {', '.join(advice[name])}" for name in ("label", "prompt") if advice.get(name)]
+            measured = f"for {' and '.join(given)}" if given else "without labels"
             flags = ", ".join(different)
             log(f"{path} was measured {measured} and without guidance; with other {flags} the best sampler may differ")
         return replace(advised, **guidance_changes(sampler))

@@ -1,4 +1,4 @@
-"""Linear maps with their adjoints: how an observation y = A x + noise_std n comes from an item x."""
+"""Linear maps with their adjoints: how an observation y = A x + noise_std n comes from an item x, or from latents."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from undiffuse.errors import ConfigError
 
 TensorMap = Callable[[Tensor], Tensor]
+DECODER_STEP = 0.01
+"""Root mean square of the change of z in the derivative of a decoder; standardized z have standard deviation 1."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class LinearOperator:
             x = y.new_zeros(len(y), *self.shape, requires_grad=True)
             return torch.autograd.grad(self.forward(x), x, y, create_graph=graph)[0]
 
+    def linearize(self, x: Tensor) -> tuple[Tensor, LinearOperator]:
+        """(A x, the derivative of A at x, which is A)."""
+        return self(x), self
+
     def __matmul__(self, first: LinearOperator) -> LinearOperator:
         """x ↦ A (first x), whose adjoint is y ↦ first' (A' y)."""
         return LinearOperator(lambda x: self(first(x)), first.shape, lambda y: first.adjoint(self.adjoint(y)))
@@ -47,6 +53,36 @@ class LinearOperator:
     def out_shape(self) -> tuple[int, ...]:
         """The shape of y."""
         return tuple(self(torch.zeros(1, *self.shape)).shape[1:])
+
+
+@dataclass(frozen=True)
+class DecodedOperator:
+    """z ↦ A decode(z) of latents z (B, *shape), not linear: ``operator`` A observes what ``decode`` makes of z."""
+
+    operator: LinearOperator
+    decode: TensorMap
+    shape: tuple[int, ...]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """A decode(z)."""
+        return self.operator(self.decode(z))
+
+    def linearize(self, z: Tensor) -> tuple[Tensor, LinearOperator]:
+        """(A decode(z), its derivative J at z): J u by a central difference of `DECODER_STEP`, J' v by autograd."""
+        graph = torch.is_grad_enabled() and z.requires_grad
+        with torch.enable_grad():
+            leaf = z if graph else z.detach().requires_grad_()
+            y = self(leaf)
+
+        def forward(u: Tensor) -> Tensor:
+            rms = u.detach().flatten(1).square().mean(1).sqrt().clamp(min=1e-20)
+            h = DECODER_STEP / rms.reshape(-1, *[1] * (u.ndim - 1))
+            return (self(z + h * u) - self(z - h * u)) / (2 * h.reshape(-1, *[1] * (y.ndim - 1)))
+
+        def transpose(v: Tensor) -> Tensor:
+            return torch.autograd.grad(y, leaf, v, retain_graph=True, create_graph=graph)[0]
+
+        return y if graph else y.detach(), LinearOperator(forward, self.shape, transpose)
 
 
 def identity(shape: Sequence[int]) -> LinearOperator:

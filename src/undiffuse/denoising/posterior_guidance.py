@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.denoising.denoiser import DenoiserWrapper, Prediction
-from undiffuse.denoising.linear_operators import LinearOperator
+from undiffuse.denoising.linear_operators import DecodedOperator, LinearOperator
 from undiffuse.errors import ConfigError
 from undiffuse.networks.condition import Condition
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like, transition_frac
@@ -20,9 +20,9 @@ VJP = Callable[[Tensor], Tensor]
 
 
 class Observation(NamedTuple):
-    """y = A x + noise_std n: ``y`` (B, ...), or (1, ...) for all items, in the units of x."""
+    """y = A x + noise_std n: ``y`` (B, ...), or (1, ...) for all items; A decode(x) in place of A x for latents x."""
 
-    operator: LinearOperator
+    operator: LinearOperator | DecodedOperator
     y: Tensor
     noise_std: float = 0.0
 
@@ -37,7 +37,7 @@ class PosteriorGuidance(DenoiserWrapper):
     sensitive. So J u is used, as (x̂(x_t + h u) − x̂(x_t))/h with ``fd_step`` = h rms(u)/sigma: one call of any denoiser
     for each u. ``fd_step=None`` uses J' u by autograd, as the papers do. Where alpha is 0, x_t does not depend on x
     and the prediction stays as it is. Gradients flow through the result if x_t requires them, as in the flow's
-    likelihood.
+    likelihood. Of latents, A is the derivative of the observation of what the decoder makes of x̂, at x̂.
     """
 
     observation: Observation
@@ -54,7 +54,7 @@ class PosteriorGuidance(DenoiserWrapper):
             x, eps, var_interp = self.denoise(leaf, level, cond, next_level)
 
         def vjp(v: Tensor) -> Tensor:
-            u = operator.adjoint(v)
+            u = linear.adjoint(v)
             if self.fd_step is None:
                 return scale * torch.autograd.grad(x, leaf, u, retain_graph=True, create_graph=graph)[0]
             length = broadcast_like(u.detach().flatten(1).square().mean(1).sqrt().clamp(min=1e-20), u)
@@ -62,12 +62,15 @@ class PosteriorGuidance(DenoiserWrapper):
             return scale * (self.denoise(x_t + h * u, level, cond, next_level).x - x) / h
 
         with torch.set_grad_enabled(graph):
-            shift = vjp(self.residual_weights(y.to(x) - operator(x), vjp, level, next_level))
+            observed, linear = operator.linearize(x)
+            shift = vjp(self.residual_weights(y.to(x) - observed, linear, vjp, level, next_level))
             eps = eps - at.alpha / at.sigma * shift
             return Prediction(x + shift, eps, var_interp if graph or var_interp is None else var_interp.detach())
 
-    def residual_weights(self, residual: Tensor, vjp: VJP, level: NoiseLevel, s: NoiseLevel | None) -> Tensor:
-        """v (B, *y.shape) of the ``residual`` y − A x̂ at ``level``, in a step to ``s``."""
+    def residual_weights(
+        self, residual: Tensor, operator: LinearOperator, vjp: VJP, level: NoiseLevel, s: NoiseLevel | None
+    ) -> Tensor:
+        """v (B, *y.shape) of the ``residual`` y − A x̂ at ``level``, in a step to ``s``; ``operator`` is A at x̂."""
         raise NotImplementedError
 
 
@@ -82,8 +85,10 @@ class MMPS(PosteriorGuidance):
 
     iterations: int = 5
 
-    def residual_weights(self, residual: Tensor, vjp: VJP, level: NoiseLevel, s: NoiseLevel | None) -> Tensor:
-        operator, _, std = self.observation
+    def residual_weights(
+        self, residual: Tensor, operator: LinearOperator, vjp: VJP, level: NoiseLevel, s: NoiseLevel | None
+    ) -> Tensor:
+        std = self.observation.noise_std
         return conjugate_gradients(lambda v: std**2 * v + operator(vjp(v)), residual, self.iterations)
 
 
@@ -98,8 +103,10 @@ class PiGDM(PosteriorGuidance):
     data_std: float = 1.0
     iterations: int = 50
 
-    def residual_weights(self, residual: Tensor, vjp: VJP, level: NoiseLevel, s: NoiseLevel | None) -> Tensor:
-        (operator, _, std), d = self.observation, self.data_std
+    def residual_weights(
+        self, residual: Tensor, operator: LinearOperator, vjp: VJP, level: NoiseLevel, s: NoiseLevel | None
+    ) -> Tensor:
+        std, d = self.observation.noise_std, self.data_std
         spread = broadcast_like((d * level.sigma) ** 2 / ((d * level.alpha) ** 2 + level.sigma**2), residual)
         apply = lambda v: std**2 * v + spread * operator(operator.adjoint(v))  # noqa: E731
         return conjugate_gradients(apply, residual, self.iterations)
@@ -116,7 +123,9 @@ class DPS(PosteriorGuidance):
 
     step: float | None = None
 
-    def residual_weights(self, residual: Tensor, vjp: VJP, level: NoiseLevel, s: NoiseLevel | None) -> Tensor:
+    def residual_weights(
+        self, residual: Tensor, operator: LinearOperator, vjp: VJP, level: NoiseLevel, s: NoiseLevel | None
+    ) -> Tensor:
         std = self.observation.noise_std
         if self.step is None:
             if std == 0:

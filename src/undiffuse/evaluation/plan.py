@@ -174,9 +174,8 @@ def check_request(
         raise ConfigError("COMPAT", f"--compat {compat}", "no such script", "Use openai, or leave it out")
     if compat and data.num_values != 256:
         raise ConfigError("COMPAT", f"--compat {compat}", "the script handles 256 grey levels only", "Leave it out")
-    if iw_samples > 1 and (data.num_values is None or is_latent(model.transform)):
-        kind = "latents" if is_latent(model.transform) else "continuous data"
-        cause = f"the likelihood of {kind} by the flow has no importance samples"
+    if iw_samples > 1 and data.num_values is None and not is_latent(model.transform):
+        cause = "the likelihood of continuous data by the flow has no importance samples"
         raise ConfigError("IW_SAMPLES", f"--iw-samples {iw_samples}", cause, "Leave it out")
     if not 0 < minutes < math.inf:
         raise ConfigError("MINUTES", f"--minutes {minutes:g}", "not a duration", "Give a number above 0")

@@ -135,7 +135,10 @@ def evaluate(
     chosen = chosen[planning.bit_reversed_order(len(chosen))][:items]
     values = torch.from_numpy(np.ascontiguousarray(data.values[chosen]))
     condition, reason = ("none", None) if unconditional else planning.shared_condition(model, data)
-    cond = data.given_condition(chosen, condition != "none")
+
+    def condition_of(here: slice) -> Condition | None:  # of a batch: token embeddings of all items are large
+        return data.given_condition(chosen[here], condition != "none")
+
     facts = {
         "data": data.name,
         "fingerprint": data.fingerprint,
@@ -165,7 +168,16 @@ def evaluate(
         plan, key = group.gather([opened[0], opened[1] and opened[1].key])[0]
         store = resumable.batch_store(folder, key)
     computed = _compute(
-        model, values, plan, seed, store, group, bool(estimates), cond, report, on_progress or (lambda progress: None)
+        model,
+        values,
+        plan,
+        seed,
+        store,
+        group,
+        bool(estimates),
+        condition_of,
+        report,
+        on_progress or (lambda progress: None),
     )
     if store is not None and group.rank == 0:
         resumable.check_plan(store.folder, store.key)
@@ -204,7 +216,7 @@ def _compute(
     store: PartStore | None,
     group: ProcessGroup,
     strict: bool,
-    cond: Condition | None,
+    condition_of: Callable[[slice], Condition | None],
     report: Report,
     on_progress: Callable[[Progress], None],
 ) -> dict[str, Batch]:
@@ -229,7 +241,7 @@ def _compute(
 
         def compute(start: int, name: str = name, job: dict[str, Any] = job) -> Batch:
             here, began = slice(start, min(start + job["batch"], job["items"])), time.perf_counter()
-            chosen = {"first": start, "estimate": name, "cond": cond and cond.take(here)}
+            chosen = {"first": start, "estimate": name, "cond": condition_of(here)}
             result = model.nll(values[here], seed, job["mc_samples"], job["batch"], **chosen)
             seconds = time.perf_counter() - began
             if store is not None:

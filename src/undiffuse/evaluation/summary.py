@@ -73,11 +73,8 @@ def is_bound(model: AnyModel, name: str, mc_samples: int | None) -> bool:
     """
     if name != "ode":
         return name not in ("openai", "flow_map")
-    if is_latent(model.transform):
-        return True
-    return isinstance(values_transform(model.transform), IntegerLevels) and (
-        mc_samples == 1 or math.prod(model.x_shape) <= MAX_EXACT_TRACE_DIMS
-    )
+    is_dequantized = is_latent(model.transform) or isinstance(model.transform, IntegerLevels)
+    return is_dequantized and (mc_samples == 1 or math.prod(model.x_shape) <= MAX_EXACT_TRACE_DIMS)
 
 
 def explanations(model: AnyModel, names: Iterable[str], iw_samples: int) -> list[str]:
@@ -98,11 +95,11 @@ def explanations(model: AnyModel, names: Iterable[str], iw_samples: int) -> list
         lines.append("a density: it depends on the units of the data, and may be negative")
     if "ode" in names:
         trace = "its divergence is exact" if exact else "its divergence is estimated by random signs, without bias"
-        if latent:
+        if latent and is_bound(model, "ode", iw_samples):
             meaning = f"a bound, because q(z given x) is not the exact posterior; {trace}"
         elif integers and is_bound(model, "ode", iw_samples):
             meaning = f"a bound, because integer data are dequantized; {trace}"
-        elif integers:
+        elif latent or integers:
             meaning = f"no bound: noise in the estimated divergence biases the mean of {iw_samples} importance weights"
         elif exact:
             meaning = f"exact, to the integrator's tolerance {TIGHT_TOLERANCE.rtol:g}"

@@ -29,16 +29,20 @@ def iwae_bound(samples: Sequence[NLL]) -> NLL:
 
     Valid samples are results of `chain_nll`, or of `ode_nll` with a dequantizer and the exact trace. Not valid are
     results of `vlb`, whose terms are expectations, and of `ode_nll` with an estimated trace, whose noise would make
-    the result too low. ``prior``, ``diffusion_nats`` and ``per_step`` are means over the samples; the gain from
-    averaging the weights is in ``decoder``; ``calls`` is the sum.
+    the result too low. ``prior``, ``diffusion_nats``, ``extra`` and ``per_step`` are means over the samples; the gain
+    from averaging the weights is in ``decoder``; ``calls`` is the sum.
     """
+    extra = {name: torch.stack([sample.extra[name] for sample in samples]).mean(0) for name in samples[0].extra}
     prior, diffusion_nats, per_step = (
         torch.stack([getattr(sample, field) for sample in samples]).mean(0)
         for field in ("prior", "diffusion_nats", "per_step")
     )
     total = log_mean_exp_nll(-torch.stack([sample.total for sample in samples]))
     calls = sum(sample.calls for sample in samples)
-    return make_nll(prior, diffusion_nats, total - prior - diffusion_nats, calls, per_step)
+    decoder = total - prior - diffusion_nats
+    for part in extra.values():
+        decoder = decoder - part
+    return make_nll(prior, diffusion_nats, decoder, calls, per_step, extra)
 
 
 def importance_weighted(

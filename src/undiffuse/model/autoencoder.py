@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from undiffuse.data import transform as transforms
 from undiffuse.data.transform import DataTransform
-from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.errors import ConfigError
 from undiffuse.model.build import check_item_shape
 from undiffuse.model.config import Settings, from_dict
+from undiffuse.model.module_file import load_module, save_module
 from undiffuse.networks.autoencoder import AUTOENCODERS
 from undiffuse.networks.registry import accepted, construct
 from undiffuse.process.gaussian import Gaussian
 from undiffuse.process.laplace import Laplace
 from undiffuse.process.statistics import item_sum
-from undiffuse.runtime.device import kept_random_state, resolve_device
 from undiffuse.runtime.side_files import check_info
-from undiffuse.runtime.tensor_file import FORMAT, check_tensors, digest, read_tensors, write_tensors
+from undiffuse.runtime.tensor_file import FORMAT, digest
 
 DISTRIBUTIONS = ("laplace", "gaussian", "none")
 RECONSTRUCTIONS = ("l1", "nll")
@@ -197,32 +197,11 @@ def fingerprint(autoencoder: Autoencoder) -> str:
 
 
 def save(autoencoder: Autoencoder, path: str | Path) -> None:
-    """Write weights and description to ``path``, atomically.
-
-    Raises `CheckpointError`, and writes nothing, for weights that `load` would refuse; `ResourceError`.
-    """
-    path, text = Path(path), json.dumps(describe(autoencoder), sort_keys=True)
-    check_tensors(path, autoencoder.initial_tensors, autoencoder.state_dict(), "Save an autoencoder as it was built")
-    write_tensors(path, autoencoder.state_dict(), {"undiffuse": str(FORMAT), "autoencoder": text})
+    """`save_module` of an autoencoder."""
+    save_module(autoencoder, path, "autoencoder", describe(autoencoder))
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Autoencoder:
-    """The autoencoder of a file or run folder, in evaluation mode on ``device``, a name of `resolve_device`.
-
-    The global generator stays as it is. Raises `CheckpointError`, and `ConfigError` for a device that is not here.
-    """
-    path, device = Path(path), resolve_device(device)
-    path = path / "model.safetensors" if path.is_dir() else path
-    tensors, metadata = read_tensors(path)
-    if "autoencoder" not in metadata:
-        fix = "Give a run of `undiffuse train-autoencoder`, or another autoencoder that docs/latent.md lists"
-        raise CheckpointError("KIND", path, "this is not an autoencoder", fix)
-    try:
-        with kept_random_state():
-            autoencoder = from_description(json.loads(metadata["autoencoder"]))
-    except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        cause = f"this version cannot read its description ({error})"
-        raise CheckpointError("DESCRIPTION", path, cause[:300], "Use the version that wrote it") from None
-    check_tensors(path, autoencoder.state_dict(), tensors)
-    autoencoder.load_state_dict(tensors)
-    return autoencoder.to(device).eval()
+    """`load_module` of an autoencoder."""
+    source = "Give a run of `undiffuse train-autoencoder`, or another autoencoder that docs/latent.md lists"
+    return load_module(path, "autoencoder", from_description, device, source)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class Cascade:
         elif model.info.get("name") != other.info.get("name"):
             cause = f"it was trained on {model.info.get('name')!r}, and {above} on {other.info.get('name')!r}"
         elif _sizes(model) and _sizes(other) and _conditions(model) != _conditions(other):
-            cause = f"its labels, vectors or tokens are not those of {above}"
+            cause = f"its labels, vectors, tokens or text encoder are not those of {above}"
         if cause:
             raise ConfigError("CASCADE", self.names[below], cause, "Name models that fit together")
 
@@ -284,7 +284,8 @@ class Cascade:
     def _accepted(self, stage: int, cond: Condition | None) -> Condition | None:
         """The fields of ``cond`` that a stage accepts, None if there are none."""
         sizes = _sizes(self.models[stage])
-        kept = {name: value for name, value in _given(cond).items() if FIELD_TO_SETTING.get(name) in sizes}
+        given = {} if cond is None else cond.given()
+        kept = {name: value for name, value in given.items() if FIELD_TO_SETTING.get(name) in sizes}
         return Condition(**kept) if kept else None
 
     def _with_image(
@@ -325,17 +326,10 @@ def stage_lines(cascade: Cascade, nll: NLL) -> str:
 
 def _sizes(model: Diffusion) -> dict[str, int]:
     return {name: size for name, size in model.condition_sizes.items() if name != "image"}
-    return _sizes(model), model.info.get("classes"), model.info.get("text_encoder")
 
 
 def _conditions(model: Diffusion) -> tuple[Any, ...]:
-    return _sizes(model), model.info.get("classes")
-
-
-def _given(cond: Condition | None) -> dict[str, Tensor]:
-    if cond is None:
-        return {}
-    return {f.name: value for f in fields(cond) if (value := getattr(cond, f.name)) is not None}
+    return _sizes(model), model.info.get("classes"), model.info.get("text_encoder")
 
 
 def _by(shape: Sequence[int]) -> str:

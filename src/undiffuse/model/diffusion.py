@@ -17,7 +17,6 @@ from undiffuse.denoising.categorical_head import LOGIT_FEATURES, CategoricalHead
 from undiffuse.denoising.denoiser import Clipped, ConditionedDenoiser, Denoiser, NetworkDenoiser, Preconditioning
 from undiffuse.denoising.guidance import Guide
 from undiffuse.errors import ConfigError
-from undiffuse.likelihood.nll import NLL
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.model import arguments, inversion
 from undiffuse.model.build import build_network, build_part, check_chain_length, check_choices, check_process
@@ -301,29 +300,4 @@ class Diffusion(nn.Module):
         """The values of ``latent``: the inverse of `to_latent`, to the solver's error and the values' rounding."""
         return inversion.from_latent(self, latent, num_steps, cond)
 
-    @torch.inference_mode(False)  # `ode` needs gradients
-    @torch.no_grad()
-    def nll(
-        self,
-        values: Tensor,
-        seed: int = 0,
-        mc_samples: int | None = None,
-        batch: int = 256,
-        progress: Callable[[int], None] | None = None,
-        first: int = 0,
-        estimate: str = "discrete",
-        cond: Condition | None = None,
-    ) -> NLL:
-        """−log p of each item, or a bound on it, in nats, with its parts.
-
-        ``values`` (n, *item_shape) are in the units of the data. ``estimate`` is a row of `ESTIMATES`: ``"discrete"``
-        is the bound of the chain, from every step or from one step in each of ``mc_samples`` equal strata;
-        ``"continuous"`` the bound of infinitely many steps, from ``mc_samples`` points; ``"ode"`` the likelihood of
-        the probability flow; ``"openai"`` the chain's bound as improved-diffusion computes it. Item i's noise is a
-        function of (seed, first + i). Discrete data get a probability, continuous data a density.
-        With ``cond``, a condition for each item, the result is −log p(item given its condition). Of a latent model
-        every estimate is a bound, with the parts of its autoencoder in `NLL.extra`.
-
-        Raises `ConfigError`, and `DataError` for values that are not among the model's levels, NaN or infinite.
-        """
-        return measure(self, values, seed, mc_samples, batch, progress, first, estimate, cond)
+    nll = measure

@@ -7,7 +7,6 @@ of any schedule. It is trained with log-SNR uniform over a range [Dhariwal21 §4
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,17 @@ from torch import Tensor, nn
 from undiffuse.data import transform as transforms
 from undiffuse.data.transform import DataTransform
 from undiffuse.denoising.denoiser import Preconditioning
-from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.errors import ConfigError
 from undiffuse.model.build import build_network
 from undiffuse.model.config import Settings, from_dict
+from undiffuse.model.module_file import load_module, save_module
 from undiffuse.networks.classifier_head import make_classifier
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.norm import to_fast_layout
 from undiffuse.networks.protocol import weight_dtype
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.schedule import LinearLogSNR
-from undiffuse.runtime.device import kept_random_state, resolve_device
 from undiffuse.runtime.side_files import check_info
-from undiffuse.runtime.tensor_file import FORMAT, check_tensors, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -96,10 +94,7 @@ class NoisyClassifier(nn.Module):
 
 
 def save(classifier: NoisyClassifier, path: str | Path) -> None:
-    """Write weights and description to ``path``, atomically.
-
-    Raises `CheckpointError`, and writes nothing, for weights that `load` would refuse; `ResourceError`.
-    """
+    """`save_module` of a classifier."""
     description = {
         "config": asdict(classifier.config),
         "item_shape": list(classifier.item_shape),
@@ -107,32 +102,18 @@ def save(classifier: NoisyClassifier, path: str | Path) -> None:
         "classes": list(classifier.classes),
         "info": classifier.info,
     }
-    path, text = Path(path), json.dumps(description, sort_keys=True)
-    check_tensors(path, classifier.initial_tensors, classifier.state_dict(), "Save a classifier as it was built")
-    write_tensors(path, classifier.state_dict(), {"undiffuse": str(FORMAT), "classifier": text})
+    save_module(classifier, path, "classifier", description)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> NoisyClassifier:
-    """The classifier of a file or run folder, in evaluation mode on ``device``, a name of `resolve_device`.
+    """`load_module` of a classifier."""
+    source = "Give a run of `undiffuse train-classifier`"
+    classifier = load_module(path, "classifier", _from_description, device, source)
+    to_fast_layout(classifier.network)
+    return classifier
 
-    The global generator stays as it is. Raises `CheckpointError`, and `ConfigError` for a device that is not here.
-    """
-    path, device = Path(path), resolve_device(device)
-    path = path / "model.safetensors" if path.is_dir() else path
-    tensors, metadata = read_tensors(path)
-    if "classifier" not in metadata:
-        fix = "Give a run of `undiffuse train-classifier`"
-        raise CheckpointError("KIND", path, "this is not a classifier", fix)
-    try:
-        d = json.loads(metadata["classifier"])
-        config, transform = from_dict(NoisyClassifierConfig, d["config"], "model"), transforms.from_dict(d["transform"])
-        info = check_info(d.get("info"))
-        with kept_random_state():
-            classifier = NoisyClassifier(config, tuple(d["item_shape"]), transform, tuple(d["classes"]), info)
-    except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        cause = f"this version cannot read its description ({error})"
-        raise CheckpointError("DESCRIPTION", path, cause[:300], "Use the version that wrote it") from None
-    check_tensors(path, classifier.state_dict(), tensors)
-    classifier.load_state_dict(tensors)
-    to_fast_layout(classifier.to(device).network)
-    return classifier.eval()
+
+def _from_description(plain: Any) -> NoisyClassifier:
+    config = from_dict(NoisyClassifierConfig, plain["config"], "model")
+    transform, shape = transforms.from_dict(plain["transform"]), tuple(plain["item_shape"])
+    return NoisyClassifier(config, shape, transform, tuple(plain["classes"]), check_info(plain.get("info")))

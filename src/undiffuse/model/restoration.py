@@ -13,11 +13,12 @@ from torch import Tensor
 
 from undiffuse.data.transform import IntegerLevels, is_latent, values_transform
 from undiffuse.denoising.denoiser import ConditionedDenoiser, Denoiser
-from undiffuse.denoising.linear_operators import LinearOperator, blur, identity, mask, mean_pool
+from undiffuse.denoising.linear_operators import DecodedOperator, LinearOperator, blur, identity, mask, mean_pool
 from undiffuse.denoising.posterior_guidance import Observation
 from undiffuse.errors import ConfigError
 from undiffuse.model.arguments import check_counts, check_items
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.latent import LatentTransform
 from undiffuse.networks.condition import Condition
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.prior import prior_sample
@@ -122,9 +123,11 @@ def restore(
     are those of the image. ``progress`` is called with the number of item-steps done. ``cond`` holds the condition of
     each of the n items. Raises `ConfigError` and `NonFiniteError`.
     """
-    check_pixels(model, "this model")
     if method not in RESTORATION_METHODS:
         raise ConfigError("METHOD", repr(method), "no such method", f"Use one of {', '.join(RESTORATION_METHODS)}")
+    if method in SOLVER_METHODS and is_latent(model.transform):
+        cause = "it changes pixels at each step, and this is a model of latents"
+        raise ConfigError("METHOD", repr(method), cause, "Use 'mmps', 'pigdm' or 'dps'")
     if method == "repaint" and not degradation.is_inpainting:
         cause = "it fills in masked parts only, without blur, shrinking or noise"
         raise ConfigError("METHOD", "'repaint'", cause, "Use 'mmps'")
@@ -141,16 +144,17 @@ def restore(
         items = range(start, min(start + batch, n))
         denoise = _conditioned(model, cond and cond.take(slice(items.start, items.stop)))
         if method not in SOLVER_METHODS:
-            denoise = RESTORATION_METHODS[method](denoise, _observation(degradation, image, floor))
-        noise = ItemNoise(seed, items, model.item_shape, device=model.device)
+            denoise = RESTORATION_METHODS[method](denoise, _observation(model, degradation, image, floor))
+        noise = ItemNoise(seed, items, model.x_shape, device=model.device)
         start = prior_sample(levels[0], noise(1)[0].to(model.dtype))
         steps = trajectory(model.clip(denoise), solver, levels, start, noise)
         last = last_step(steps, partial(progress, len(items)) if progress else None)
-        parts.append(rescale(last.x, last.level))
+        x = check_finite(rescale(last.x, last.level))
+        parts.append(model.transform.decode(x) if isinstance(model.transform, LatentTransform) else x)
     x = torch.cat(parts)
     if degradation.is_inpainting and degradation.known is not None:
         x = torch.where(degradation.known.to(x.device), image, x)
-    return model.transform.to_data(check_finite(x)).cpu()
+    return values_transform(model.transform).to_data(x).cpu()
 
 
 def _solver_and_levels(
@@ -186,19 +190,22 @@ def _conditioned(model: Diffusion, cond: Condition | None) -> Denoiser:
     return model.denoiser() if cond is None else ConditionedDenoiser(model.denoiser(), cond)
 
 
-def _observation(degradation: Degradation, image: Tensor, floor: float) -> Observation:
-    return Observation(degradation.operator, degradation.observe(image), math.hypot(degradation.noise_std, floor))
+def _observation(model: Diffusion, degradation: Degradation, image: Tensor, floor: float) -> Observation:
+    operator = degradation.operator
+    if isinstance(model.transform, LatentTransform):
+        operator = DecodedOperator(operator, model.transform.decode, model.x_shape)
+    return Observation(operator, degradation.observe(image), math.hypot(degradation.noise_std, floor))
 
 
 def data_residual(model: Diffusion, degradation: Degradation, image: Tensor, values: Tensor) -> Tensor:
     """√mean (y − M S B x)² of each of ``values`` (n, *item_shape), (n,): that of noise and rounding if they fit."""
-    x = model.transform.to_model(values)
+    x = values_transform(model.transform).to_model(values)
     return (degradation.operator(x) - degradation.observe(image[None])).flatten(1).square().mean(1).sqrt()
 
 
-def default_method(degradation: Degradation) -> str:
-    """The method that was most accurate in the measurements of docs/inverse.md."""
-    return "pigdm" if degradation.blur else "mmps"
+def default_method(degradation: Degradation, latent: bool = False) -> str:
+    """The method that was most accurate in the measurements of docs/inverse.md; of latents one with few decodings."""
+    return "pigdm" if degradation.blur and not latent else "mmps"
 
 
 def _default_steps(model: Diffusion) -> int:
@@ -209,13 +216,6 @@ def num_steps_of(model: Diffusion, method: str, num_steps: int | None = None) ->
     """The number of steps of `restore` for one item, jumps back included."""
     levels = model.noise_levels(Sampler(num_steps=_default_steps(model) if num_steps is None else num_steps))
     return len(resampling_levels(levels, JUMP_LENGTH, JUMP_REPEATS) if method == "repaint" else levels) - 1
-
-
-def check_pixels(model: Diffusion, where: str | Path) -> None:
-    """Raises `ConfigError` for a latent model: blur, shrinking and masks are linear in pixels, not in z."""
-    if is_latent(model.transform):
-        cause = "it is a model of latents, and what was observed is no linear function of them"
-        raise ConfigError("LATENT", where, cause, "Restore with a model of the pixels themselves")
 
 
 def check_image_model(model: Diffusion, where: str | Path) -> IntegerLevels:

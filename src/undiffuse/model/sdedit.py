@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from undiffuse.data.transform import is_latent, values_transform
 from undiffuse.denoising.denoiser import ConditionedDenoiser
 from undiffuse.errors import ConfigError
 from undiffuse.model.arguments import check_counts, check_items
@@ -35,8 +36,9 @@ def sdedit(
 ) -> Tensor:
     """n variants of ``x``, as data values (n, *item_shape); the noise of item i depends on (seed, i) alone.
 
-    ``x`` (*item_shape) in the units of the transform. The trajectory starts at the time ``strength``, with
-    alpha x + sigma eps there [Meng22 alg. 1], and takes the steps of `variant_levels` with the model's default solver.
+    ``x`` (*item_shape) in the units of the transform of the values; a latent model takes the latents of it. The
+    trajectory starts at the time ``strength``, with alpha x + sigma eps there [Meng22 alg. 1], and takes the steps of
+    `variant_levels` with the model's default solver.
     eps is the noise that `Diffusion.sample` starts from for the same seed: at strength 1, where alpha is 0, the
     variants are those samples. ``progress`` is called with the number of item-steps done. ``cond`` holds the condition
     of each of the n items. Raises `ConfigError` and `NonFiniteError`.
@@ -45,6 +47,8 @@ def sdedit(
     check_counts(n=(n, 1), batch=(batch, 1), seed=(seed, 0))
     levels = variant_levels(model, strength, num_steps)
     x = check_items("x", x[None], model.item_shape).to(model.device, model.dtype)
+    if is_latent(model.transform):
+        x = model.transform.to_model(values_transform(model.transform).to_data(x), model.dtype)
     cond = None if cond is None else model.prepare_condition(cond, n)
     sampler, parts = model.default_sampler, []
     for first in range(0, n, batch):
@@ -52,7 +56,7 @@ def sdedit(
         denoise = model.sampling_denoiser(sampler)
         if cond is not None:
             denoise = ConditionedDenoiser(denoise, cond.take(slice(items.start, items.stop)))
-        noise = ItemNoise(seed, items, model.item_shape, device=model.device)
+        noise = ItemNoise(seed, items, model.x_shape, device=model.device)
         start = diffuse(x, levels[0], noise(1)[0].to(model.dtype))
         steps = trajectory(denoise, model.build_solver(sampler), levels, start, noise)
         last = last_step(steps, partial(progress, len(items)) if progress else None)

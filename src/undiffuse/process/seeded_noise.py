@@ -47,7 +47,9 @@ def philox(key: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 @functools.lru_cache(maxsize=8)
 def _constants(key: int, ndim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The multipliers (2, 1, ...) and the key of each round (10, 2, 1, ...), for words of ``ndim`` dimensions."""
-    keys = [[(part + r * step) & WORD for part, step in zip((key, key >> 32), KEY_STEPS, strict=True)] for r in range(10)]
+    keys = [
+        [(part + r * step) & WORD for part, step in zip((key, key >> 32), KEY_STEPS, strict=True)] for r in range(10)
+    ]
     ones = (1,) * ndim
     return torch.tensor(MULTIPLIERS, device=device).view(2, *ones), torch.tensor(keys, device=device).view(10, 2, *ones)
 

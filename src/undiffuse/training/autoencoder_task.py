@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from undiffuse.data.dataset import Dataset, Split
-from undiffuse.data.transform import transform_for
 from undiffuse.errors import counted
 from undiffuse.evaluation.plan import bit_reversed_order
 from undiffuse.evaluation.time_limit import TimeLimit
@@ -24,8 +23,9 @@ from undiffuse.process.statistics import item_mean, item_sum
 from undiffuse.report.figures import image_grid, image_strip
 from undiffuse.training.batches import Batch, Reader, values_of
 from undiffuse.training.fit import fit
-from undiffuse.training.run_folder import Run, describe
+from undiffuse.training.run_folder import Run
 from undiffuse.training.task import Evaluation, Task
+from undiffuse.training.task_parts import autocast_dtype, data_facts, fitted_transform, optimizer_groups, picture_path
 
 MEASURED_ITEMS, DRAWN_ITEMS = 256, 8
 """Held-out items that are measured at every evaluation, at most, and those in a picture."""
@@ -68,19 +68,14 @@ class AutoencoderTask(Task):
 
     def build_model(self, data: Dataset, split: Split) -> Autoencoder:
         settings = self.config.train
-        transform = transform_for(data, None if data.num_values is not None else data.moments(split.train))
-        info = describe(data) | {"held_out": settings.held_out}
+        transform, info = fitted_transform(data, split), data_facts(data, settings)
         model = Autoencoder(self.config.model, data.item_shape, transform, info)
-        model.autocast = torch.bfloat16 if settings.precision == "bfloat16" else None
+        model.autocast = autocast_dtype(settings)
         return model
 
     def parameter_groups(self, model: Autoencoder) -> list[dict[str, Any]]:
-        """The network, then the scale of p(x given z), which is no part of it, without weight decay."""
-        decay = self.config.train.weight_decay
-        return [
-            {"params": list(model.network.parameters()), "weight_decay": decay, "lr_factor": 1.0},
-            {"params": [model.log_scale], "weight_decay": 0.0, "lr_factor": SCALE_LR_FACTOR},
-        ]
+        """The network, then the scale of p(x given z)."""
+        return optimizer_groups(self.config.train, model.network, [model.log_scale], SCALE_LR_FACTOR)
 
     def reader(self, model: Autoencoder, data: Dataset, split: Split, folder: Path | None) -> Reader:
         """The values of the data, with noise of the shape of z."""
@@ -124,7 +119,7 @@ class AutoencoderTask(Task):
         if not (parts := limit.in_parts(reconstruct, len(items), 1)):
             return
         frames = torch.stack([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
-        path = folder / ("reconstructions.png" if step is None else f"reconstructions-{step:08d}.png")
+        path = picture_path(folder, "reconstructions", step)
         if frames.ndim >= 5:
             image_strip(frames.numpy(), ["item", "decoded"], data.num_values).save(path)
         else:

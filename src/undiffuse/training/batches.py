@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -125,12 +126,24 @@ def global_batch(
     if settings.conditional and cond is not None:
         g = generator(settings.seed, "condition", step)
         cond = cond.drop(torch.rand(settings.batch, generator=g) < settings.condition_dropout)
+        if source.captions and cond.label is not None:
+            g = generator(settings.seed, "label or caption", step)
+            cond = drop_label_or_caption(cond, torch.rand(settings.batch, generator=g), settings.condition_dropout)
     g = generator(settings.seed, "train", step)
     u = low_discrepancy(torch.rand((), generator=g, dtype=torch.float64), settings.batch)
     u = u[torch.randperm(settings.batch, generator=g)]
     shape = values.shape if read.noise_shape is None else (len(values), *read.noise_shape)
     eps, z = torch.randn(2, *shape, generator=g)
     return Batch(torch.from_numpy(np.ascontiguousarray(values)), u, eps, z, cond)
+
+
+def drop_label_or_caption(cond: Condition, u: Tensor, fraction: float) -> Condition:
+    """``cond`` without the label where ``u`` (B,) is small, without the caption where it is large.
+
+    So that the model knows what each says alone: u < fraction, and u >= 1 − fraction.
+    """
+    no_label = replace(cond, label=cond.drop(u < fraction).label)
+    return replace(no_label.drop(u >= 1 - fraction), label=no_label.label)
 
 
 def with_noisy_image(

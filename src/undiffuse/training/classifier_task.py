@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from undiffuse.data.dataset import Dataset, Split
-from undiffuse.data.transform import transform_for
-from undiffuse.errors import DataError, counted
+from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.evaluation.plan import bit_reversed_order
 from undiffuse.evaluation.time_limit import TimeLimit
 from undiffuse.model import noisy_classifier
@@ -25,8 +24,9 @@ from undiffuse.process.seeded_noise import generator
 from undiffuse.report import figures
 from undiffuse.training.batches import Batch
 from undiffuse.training.fit import fit
-from undiffuse.training.run_folder import Run, describe
+from undiffuse.training.run_folder import Run
 from undiffuse.training.task import Evaluation, Task
+from undiffuse.training.task_parts import autocast_dtype, data_facts, fitted_transform
 
 MAX_ACCURACY_ITEMS = 2048
 """Held-out items of which the accuracy is measured, at most."""
@@ -67,14 +67,16 @@ class ClassifierTask(Task):
             cause = "a classifier needs items of two classes or more"
             fix = "Give a folder with a sub-folder for each class, or an array with labels"
             raise DataError("LABELS", data.name, cause, fix)
+        if "image" in data.condition_sizes:
+            cause = "a classifier gets no image beside the noisy item, and --from gives the rest of one"
+            raise ConfigError("CLASSIFIER", data.name, cause, "Leave out --from; --reduce gives the small images")
         return ClassifierTask(replace(self.config, train=replace(settings, conditional=True, condition_dropout=0.0)))
 
     def build_model(self, data: Dataset, split: Split) -> NoisyClassifier:
         settings = self.config.train
-        transform = transform_for(data, None if data.num_values is not None else data.moments(split.train))
-        info = describe(data) | {"held_out": settings.held_out}
+        transform, info = fitted_transform(data, split), data_facts(data, settings)
         model = NoisyClassifier(self.config.model, data.item_shape, transform, data.classes, info)
-        model.autocast = torch.bfloat16 if settings.precision == "bfloat16" else None
+        model.autocast = autocast_dtype(settings)
         return model
 
     def parameter_groups(self, model: NoisyClassifier) -> list[dict[str, Any]]:

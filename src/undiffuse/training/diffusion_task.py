@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.data.stage_data import StageData
-from undiffuse.data.transform import DataTransform, transform_for
+from undiffuse.data.transform import DataTransform
 from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.evaluation.baselines import shared_values
 from undiffuse.evaluation.memorization_test import generalization_gap, matched_items
@@ -26,7 +26,6 @@ from undiffuse.model.config import Config, TrainConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.latent import LatentTransform
 from undiffuse.model.presets import adapt_to_data
-from undiffuse.networks.condition import Condition
 from undiffuse.networks.protocol import init_statistics
 from undiffuse.networks.registry import network_settings
 from undiffuse.process import schedule as schedules
@@ -37,8 +36,16 @@ from undiffuse.training import initial_weights, latents
 from undiffuse.training.batches import Batch, Reader, TrainingStatistics
 from undiffuse.training.fit import fit
 from undiffuse.training.latents import stored_autoencoder
-from undiffuse.training.run_folder import Run, describe
+from undiffuse.training.run_folder import Run
 from undiffuse.training.task import TRAIN_LONGER, Evaluation, Task
+from undiffuse.training.task_parts import (
+    autocast_dtype,
+    data_facts,
+    fitted_transform,
+    optimizer_groups,
+    picture_condition,
+    picture_path,
+)
 
 HELD_OUT_ITEMS = 64
 """Held-out items, and as many training items, of which the bound is measured during a run."""
@@ -136,21 +143,16 @@ class DiffusionTask(Task):
         elif self.autoencoder is not None:
             transform = LatentTransform(latents.with_scale(self.autoencoder, data, split.train))
         else:
-            transform = transform_for(data, None if data.num_values is not None else data.moments(split.train))
-        info = describe(data) | {"held_out": settings.held_out}
-        model = Diffusion(self.config.model, data.item_shape, transform, info, self.network)
+            transform = fitted_transform(data, split)
+        model = Diffusion(self.config.model, data.item_shape, transform, data_facts(data, settings), self.network)
         init_statistics(model.network, TrainingStatistics(data, split.train, settings.conditional))
-        model.autocast = torch.bfloat16 if settings.precision == "bfloat16" else None
+        model.autocast = autocast_dtype(settings)
         return model
 
     def parameter_groups(self, model: Diffusion) -> list[dict[str, Any]]:
-        """The network, then a learned schedule, which is no part of it, without weight decay."""
-        decay, network = self.config.train.weight_decay, list(model.network.parameters())
-        groups = [{"params": network, "weight_decay": decay, "lr_factor": 1.0}]
-        if isinstance(model.schedule, nn.Module):
-            schedule = list(model.schedule.parameters())
-            groups.append({"params": schedule, "weight_decay": 0.0, "lr_factor": SCHEDULE_LR_FACTOR})
-        return groups
+        """The network, then a learned schedule."""
+        schedule = model.schedule.parameters() if isinstance(model.schedule, nn.Module) else ()
+        return optimizer_groups(self.config.train, model.network, schedule, SCHEDULE_LR_FACTOR)
 
     def loss(self, model: Diffusion, batch: Batch, network: nn.Module) -> Tensor:
         return model.loss_of_x(latents.batch_x(model, batch), batch.u, batch.eps, batch.z, batch.cond, network)
@@ -214,7 +216,7 @@ class DiffusionTask(Task):
         n, num_steps = (FINAL_ITEMS, FINAL_STEPS) if final else (PREVIEW_ITEMS, PREVIEW_STEPS)
         num_steps = max(min(num_steps, PREVIEW_STEPS), int(min(num_steps, limit.calls_left / n)))
         num_steps = min(num_steps, model.chain_length)
-        cond = self._preview_condition(data, split, n)
+        cond = picture_condition(data, preview_items(split, n), self.config.train.conditional)
 
         def sample(here: slice) -> Tensor:
             items, sampler = here.stop - here.start, Sampler(num_steps=num_steps)
@@ -225,7 +227,7 @@ class DiffusionTask(Task):
             if isinstance(data, StageData):
                 values, num_values = data.full_values(values, preview_items(split, n)[: len(values)])
             picture = image_grid(values, num_values, names=data.columns)
-            picture.save(folder / ("samples.png" if final else f"samples-{step:08d}.png"))
+            picture.save(picture_path(folder, "samples", step))
 
     def save(self, model: Diffusion, path: Path) -> None:
         checkpoint.save(model, path)
@@ -246,7 +248,8 @@ class DiffusionTask(Task):
         def measure(here: slice) -> list[Tensor]:
             bits = []
             for part in parts:
-                values, cond = torch.from_numpy(data.values[part[here]]), self._condition(data, part[here])
+                values = torch.from_numpy(data.values[part[here]])
+                cond = data.given_condition(part[here], self.config.train.conditional)
                 nll = model.nll(values, seed=0, mc_samples=draws, batch=HELD_OUT_ITEMS, cond=cond, first=here.start)
                 bits.append(nll.bits_per_dim(model.dims))
             return bits
@@ -263,15 +266,6 @@ class DiffusionTask(Task):
         if bits < baseline:
             return []
         return [f"hardly trained: values drawn independently cost only {baseline:.3f} bits/dim. {TRAIN_LONGER}"]
-
-    def _condition(self, data: Dataset, items: np.ndarray) -> Condition | None:
-        return data.given_condition(items, self.config.train.conditional)
-
-    def _preview_condition(self, data: Dataset, split: Split, n: int) -> Condition | None:
-        """Each label in turn if there are only labels, else the conditions of held-out (or training) items, or None."""
-        if self.config.train.conditional and data.condition_sizes.keys() == {"classes"}:
-            return Condition(label=torch.arange(n) % len(data.classes))
-        return self._condition(data, preview_items(split, n))
 
 
 def preview_items(split: Split, n: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ from undiffuse.training.fit import fit
 from undiffuse.training.latents import batch_x, reader_of
 from undiffuse.training.run_folder import Run
 from undiffuse.training.task import Evaluation, Task
+from undiffuse.training.task_parts import optimizer_groups, picture_condition, picture_path
 
 METHODS = ("consistency", *OBJECTIVES)
 """Consistency training, and the objectives of a flow map."""
@@ -173,13 +175,7 @@ class DistillationTask(Task):
 
     def parameter_groups(self, model: Diffusion) -> list[dict[str, Any]]:
         """The network alone: a learned schedule stays as the teacher has it."""
-        return [
-            {
-                "params": list(model.network.parameters()),
-                "weight_decay": self.config.train.weight_decay,
-                "lr_factor": 1.0,
-            }
-        ]
+        return optimizer_groups(self.config.train, model.network)
 
     def loss(self, model: Diffusion, batch: Batch, network: nn.Module) -> Tensor:
         """That of the method: `flow_map_loss` of its row of `OBJECTIVES`, or `consistency_loss`.
@@ -261,7 +257,7 @@ class DistillationTask(Task):
 
         if samples := limit.in_parts(sample, EVALUATED_ITEMS, self.config.model.calls):
             picture = image_grid(torch.cat(samples).numpy(), data.num_values, names=data.columns)
-            picture.save(folder / ("samples.png" if step is None else f"samples-{step:08d}.png"))
+            picture.save(picture_path(folder, "samples", step))
 
     def save(self, model: Diffusion, path: Path) -> None:
         checkpoint.save(model, path)
@@ -276,9 +272,5 @@ class DistillationTask(Task):
         return Sampler("heun", TEACHER_STEPS, times=tuple(times), guidance=self.config.guidance)
 
     def _condition(self, data: Dataset, split: Split) -> Condition | None:
-        """Each label in turn if there are only labels, else the conditions of the first training items, or None."""
-        if not self.config.train.conditional:
-            return None
-        if list(data.condition_sizes) == ["classes"]:
-            return Condition(label=torch.arange(EVALUATED_ITEMS) % len(data.classes))
-        return data.condition(split.train[torch.arange(EVALUATED_ITEMS).numpy() % len(split.train)])
+        """The `picture_condition` of the first training items."""
+        return picture_condition(data, np.resize(split.train, EVALUATED_ITEMS), self.config.train.conditional)

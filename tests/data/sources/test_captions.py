@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from dataclasses import replace
 
@@ -144,6 +145,7 @@ TABLES = {
     "no UTF-8": ({"metadata__csv": b"file_name,text\na.png,caf\xe9\n"}, "not text in UTF-8"),
     "no JSON": ({"metadata__jsonl": "{}\n{"}, "line 1 has no file_name and text"),
     "half JSON": ({"metadata__jsonl": jsonl({"file_name": "a.png", "text": "x"}) + "{"}, "line 2 is not JSON"),
+    "empty": ({"metadata__csv": ""}, "does not name the columns file_name and text"),
     "null bytes": ({"metadata__csv": "file_name,text\na.png,\0\n"}, "CAPTIONS"),
 }
 
@@ -154,6 +156,16 @@ def test_a_table_that_cannot_be_read_is_an_error_of_the_table(case, tmp_path):
     with pytest.raises(DataError, match=message) as error:
         load_data(folder(tmp_path, **files), captions=True)
     assert error.value.code == "CAPTIONS"
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "b.txt"])
+def test_a_pipe_is_not_waited_for(name, tmp_path):
+    root = folder(tmp_path, **(FORMS["texts"] if name == "b.txt" else {}))
+    (root / name).unlink(missing_ok=True)
+    os.mkfifo(root / name)
+    with pytest.raises(DataError, match="is a folder, a pipe, a socket or a device") as error:
+        load_data(root, captions=True)
+    assert error.value.where == str(root / ("b.png" if name == "b.txt" else name))
 
 
 def test_texts_of_other_types_are_refused():
@@ -190,6 +202,33 @@ def test_captions_of_arrow_tables(lists, tmp_path):
         load_data(tmp_path / "t", captions=True)
     data = load_data(tmp_path / "t", captions=True, on_bad="skip")
     assert data.captions == ((("one", "uno") if lists else ("one",)), ("two",))
+
+
+def test_labels_are_left_out_with_a_note_or_kept(tmp_path):
+    """Those of sub-folders, of labels.csv, of shards and of a ClassLabel column."""
+    texts = {"x___a__txt": "one", "x___b__txt": "two", "y___c__txt": "three"}
+    folders = folder(tmp_path / "d", ("x/a", "x/b", "y/c"), **texts)
+    tables = folder(tmp_path / "t", labels__csv="file,label\na.png,x\nb.png,x\nc.png,y\n", **FORMS["texts"])
+    (tmp_path / "s").mkdir()
+    with tarfile.open(tmp_path / "s" / "s.tar", "w") as archive:
+        for i in range(3):
+            for name, content in {f"{i}.png": png(i), f"{i}.txt": b"one", f"{i}.cls": b"xxy"[i : i + 1]}.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    for source, what in ((folders, "labels of 2 sub-folders"), (tables, "labels.csv"), (tmp_path / "s", "labels")):
+        data = load_data(source, captions=True)
+        assert (data.labels, list(data.condition_sizes)) == (None, ["text"])
+        assert f"{what} left out: captions take their place, and with_labels=True keeps both" in data.notes
+        both = load_data(source, captions=True, with_labels=True)
+        assert (both.labels.tolist(), both.classes, both.captions) == ([0, 0, 1], ("x", "y"), data.captions)
+        assert not any("left out" in note for note in both.notes)
+        assert both.report.options["with_labels"] is True
+    assert not any(
+        "left out" in note for note in load_data(folder(tmp_path / "n", **FORMS["texts"]), captions=True).notes
+    )
+    with pytest.raises(ConfigError, match="it keeps labels beside captions"):
+        load_data(folders, with_labels=True)
 
 
 def test_captions_are_part_of_fingerprint_pack_and_check(tmp_path):

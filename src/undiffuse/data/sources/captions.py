@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import stat
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ TEXT_COLUMNS = ("text", "caption", "captions", "texts")
 MAX_CAPTION_BYTES, MAX_CAPTIONS, MAX_TEXT_FILE_BYTES = 1024, 1000, 1 << 20
 """The longest caption in UTF-8, the most captions of an item, and the largest text file beside an image."""
 FIX = FIXES["CAPTIONS"]
+LABELS_LEFT_OUT = "left out: captions take their place, and with_labels=True keeps both"
+"""The end of a note about labels of data that are read with captions."""
 
 Captions = tuple[str, ...]
 
@@ -65,7 +68,7 @@ def captions_of_folder(root: Path, images: Iterable[Path]) -> tuple[dict[Path, C
     readable.
     """
     images = list(images)
-    tables = [folder / name for folder in _folders(root, images) for name in TABLES if (folder / name).is_file()]
+    tables = [folder / name for folder in _folders(root, images) for name in TABLES if (folder / name).exists()]
     captions: dict[Path, list[str]] = {}
     problems: list[FileProblem] = []
     bad: set[Path] = set()
@@ -126,7 +129,10 @@ def _folders(root: Path, images: Iterable[Path]) -> list[Path]:
 
 def _read_file(file: Path) -> Captions:
     try:
-        if file.stat().st_size > MAX_TEXT_FILE_BYTES:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise FileError("CAPTIONS", f"{file.name} is a folder, a pipe, a socket or a device", FIX)
+        if status.st_size > MAX_TEXT_FILE_BYTES:
             raise FileError("CAPTIONS", f"{file.name} is larger than {MAX_TEXT_FILE_BYTES:,} bytes", FIX)
         return parse_text(file.read_bytes())
     except FileNotFoundError:

@@ -9,7 +9,7 @@ from undiffuse.data.dataset import Dataset
 from undiffuse.data.encoded_images import encoded_dataset
 from undiffuse.data.image_decoding import ImageOptions
 from undiffuse.data.source_report import FileStamp
-from undiffuse.data.sources.captions import Captions, check_captions, column_of
+from undiffuse.data.sources.captions import LABELS_LEFT_OUT, Captions, check_captions, column_of
 from undiffuse.errors import DataError
 from undiffuse.runtime.file_errors import FileError
 
@@ -26,10 +26,13 @@ def sniff(source: str | Path) -> bool:
     )
 
 
-def load(source: str | Path, *, on_bad: str = "stop", captions: bool = False, **image_options: Any) -> Dataset:
+def load(
+    source: str | Path, *, on_bad: str = "stop", captions: bool = False, with_labels: bool = False, **image_options: Any
+) -> Dataset:
     """The images of a folder that ``Dataset.save_to_disk`` has written, in its order, with its ClassLabel column.
 
-    With ``captions`` a column called text or caption, of texts or lists of texts, takes the place of labels.
+    With ``captions`` a column called text or caption, of texts or lists of texts, takes the place of labels, unless
+    ``with_labels`` keeps both.
 
     Reads only files in the folder: none that a row refers to, and nothing from the network. Options and errors as
     `image_folder.load`; also `DataError` (MISSING_PACKAGE) without the library, (BAD_HEADER) for an unreadable folder.
@@ -71,13 +74,14 @@ def load(source: str | Path, *, on_bad: str = "stop", captions: bool = False, **
             cause = f"no column is called text or caption: it has {', '.join(table.features)}"
             raise FileError("CAPTIONS", cause, "Rename the column of captions to text").at(source)
         texts = [_captions_of(cell) for cell in table[text]]
-    for label in labels if not captions else ():
+    for label in labels if with_labels or not captions else ():
         names = table.features[label].names
         label_texts = [names[k] if k is not None and k >= 0 else None for k in table[label]]
     paths = [Path(file["filename"]) for file in table.cache_files]
     files = {path: FileStamp.of(path.stat()) for path in paths}
     image_names = [f"row {index}" for index in range(len(rows))]
-    return encoded_dataset(source.name, source, image_names, read_bytes, label_texts, options, on_bad, files, texts)
+    data = encoded_dataset(source.name, source, image_names, read_bytes, label_texts, options, on_bad, files, texts)
+    return data.with_notes(*[f"labels {LABELS_LEFT_OUT}"] * bool(labels and captions and not with_labels))
 
 
 def _captions_of(cell: Any) -> Captions | FileError:

@@ -15,7 +15,7 @@ import numpy as np
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.image_decoding import DecodedImage, ImageOptions, decode_frames
 from undiffuse.data.source_report import FileStamp, SourceReport, changed_error
-from undiffuse.data.sources.captions import TABLES, Captions, captions_note, captions_of_folder
+from undiffuse.data.sources.captions import LABELS_LEFT_OUT, TABLES, Captions, captions_note, captions_of_folder
 from undiffuse.data.sources.folder_labels import (
     LABELS_FILE,
     PARTS,
@@ -59,6 +59,7 @@ def load(
     on_bad: str = "stop",
     split_folders: bool = False,
     captions: bool = False,
+    with_labels: bool = False,
     allocate: Allocator = allocate_in_memory,
     **image_options: Any,
 ) -> Dataset:
@@ -69,7 +70,7 @@ def load(
     ``on_bad="skip"`` files that cannot be used, or differ from most, are listed in ``Dataset.report.skipped``. With
     ``split_folders`` the folders called train, val and test are the parts of the data, in this order, and the
     sub-folders in them the classes. With ``captions`` those beside the images (`captions_of_folder`) take the place of
-    labels.
+    labels, unless ``with_labels`` keeps both.
 
     Raises `ConfigError` (OPTION); `BadFilesError` with every file that cannot be used; `DataError` for
     problems of the whole (NO_IMAGES, MIXED_SIZES, MIXED_CHANNELS, MIXED_DEPTH, LABELS); `ResourceError` (MEMORY).
@@ -85,14 +86,16 @@ def load(
         order = list(PARTS)
         scan.images = dict(sorted(scan.images.items(), key=lambda image: order.index(part_of(root, image[0]) or "")))
     texts = _read_captions(root, scan) if captions else {}
-    if not scan.has_labels_file and not captions:
+    labelled = with_labels or not captions
+    if not scan.has_labels_file and labelled:
         scan.problems += empty_classes(root, scan.images, scan.folders, [p.path for p in scan.problems])
     images = _read_all(root, scan, options, on_bad == "skip", allocate)
-    classes, labels, label_notes = ((), None, []) if captions else _labels(root, scan, images, split_folders)
+    classes, labels, label_notes = _labels(root, scan, images, split_folders) if labelled else ((), None, [])
     of_images = tuple(texts[path] for path in images.paths if captions)
     if captions:
         label_notes.append(captions_note(of_images, "files beside the images"))
-        label_notes += [f"{LABELS_FILE} ignored: captions take the place of labels"] * scan.has_labels_file
+        if not labelled and (unused := _unused_labels(root, scan, images, split_folders)):
+            label_notes.append(f"{unused} {LABELS_LEFT_OUT}")
     elif found := sorted({name for name in scan.ignored if name in TABLES}):
         label_notes.append(f"{' and '.join(found)} ignored; captions=True reads captions from it")
     notes = [*scan.notes, *label_notes, *([] if split_folders else parts_note(root, images.paths))]
@@ -155,6 +158,12 @@ def _labels(root: Path, scan: FolderScan, images: _Images, in_parts: bool) -> La
         return labels_from_folders(root, images.paths, in_parts)
     with file_errors_at(root / LABELS_FILE):
         return labels_from_table(root, images.paths, [problem.path for problem in images.problems])
+
+
+def _unused_labels(root: Path, scan: FolderScan, images: _Images, in_parts: bool) -> str:
+    """What the labels would come from; empty if there are none."""
+    classes = () if scan.has_labels_file else labels_from_folders(root, images.paths, in_parts)[0]
+    return LABELS_FILE if scan.has_labels_file else f"labels of {counted(len(classes), 'sub-folder')}" * bool(classes)
 
 
 @dataclass

@@ -129,9 +129,11 @@ CAPTION_OPTIONS = (
     Option("captions", bool, "Read a caption of each image, in place of labels.", "--captions"),
     Option("text_encoder", str | None, "What embeds captions: bytes (default, trained along), minilm or a folder."),
 )
+LABELS_OPTION = Option("with_labels", bool, "With --captions: keep labels beside captions.", "--with-labels")
 FOLDER_OPTIONS = (
     *IMAGE_OPTIONS,
     *CAPTION_OPTIONS,
+    LABELS_OPTION,
     Option(
         "split_folders", bool, "Take folders called train, val and test as parts, not as classes.", "--split-folders"
     ),
@@ -164,8 +166,8 @@ _BUILT_IN = (
         _csv_table,
         (Option("label_column", str | None, "Column of a table that holds the classes (default label, labels or y)."),),
     ),
-    Source("a folder of the library datasets", _hf_datasets, (*IMAGE_OPTIONS, *CAPTION_OPTIONS)),
-    Source("a WebDataset", _webdataset, (*IMAGE_OPTIONS, *CAPTION_OPTIONS)),
+    Source("a folder of the library datasets", _hf_datasets, (*IMAGE_OPTIONS, *CAPTION_OPTIONS, LABELS_OPTION)),
+    Source("a WebDataset", _webdataset, (*IMAGE_OPTIONS, *CAPTION_OPTIONS, LABELS_OPTION)),
     Source("a folder of images", _image_folder, FOLDER_OPTIONS, allocates=True),
 )
 SOURCES: tuple[Source, ...] = (*_BUILT_IN[:-1], *map(load_plugin, plugins("undiffuse.sources").values()), _BUILT_IN[-1])
@@ -200,6 +202,9 @@ def load(source: str | Path, *, allocate: Allocator | None = None, **options: An
     if not row.by_name and os.path.isdir(name):
         _check_unambiguous(row, Path(name))
     _check_options(row, given)
+    if given.get("with_labels") and not given.get("captions"):
+        cause = "it keeps labels beside captions, and captions are not read"
+        raise ConfigError("OPTION", "with_labels", cause, "Give captions=True too, or leave it out")
     if row.allocates and allocate is not None:
         given["allocate"] = allocate
     encoder = _text_encoder(given)

@@ -15,7 +15,7 @@ from undiffuse.data.encoded_images import encoded_dataset
 from undiffuse.data.image_decoding import ImageOptions
 from undiffuse.data.image_formats import SUFFIXES
 from undiffuse.data.source_report import FileStamp
-from undiffuse.data.sources.captions import MAX_TEXT_FILE_BYTES, Captions, parse_text
+from undiffuse.data.sources.captions import LABELS_LEFT_OUT, MAX_TEXT_FILE_BYTES, Captions, parse_text
 from undiffuse.data.sources.folder_labels import part_called
 from undiffuse.data.sources.image_folder import MAX_FILE_BYTES
 from undiffuse.errors import counted
@@ -47,12 +47,15 @@ def find_shards(source: Path) -> list[Path]:
     return [source] if source.suffix.lower() == ".tar" and source.is_file() else []
 
 
-def load(source: str | Path, *, on_bad: str = "stop", captions: bool = False, **image_options: Any) -> Dataset:
+def load(
+    source: str | Path, *, on_bad: str = "stop", captions: bool = False, with_labels: bool = False, **image_options: Any
+) -> Dataset:
     """The images of tar files, in their order: ``key.png`` (or another format), with labels.
 
     ``key.cls`` is a label as text, ``key.json`` may contain a ``label``; other members are ignored. With
-    ``captions`` the lines of ``key.txt`` are captions, and there are no labels. Shards are indexed
-    once and never unpacked: images are read at their offsets. Options and errors as `image_folder.load`.
+    ``captions`` the lines of ``key.txt`` are captions, which take the place of labels unless ``with_labels`` keeps
+    both. Shards are indexed once and never unpacked: images are read at their offsets. Options and errors as
+    `image_folder.load`.
     """
     source, options = Path(source), ImageOptions(**image_options)
     images: list[ShardImage] = []
@@ -79,7 +82,8 @@ def load(source: str | Path, *, on_bad: str = "stop", captions: bool = False, **
             return file.read(image.size)
 
     image_names = [f"{image.shard.name}/{image.member}" if source.is_dir() else image.member for image in images]
-    labels = [None if captions else image.label for image in images]
+    labels = [image.label if with_labels or not captions else None for image in images]
+    unused = captions and not with_labels and any(image.label is not None for image in images)
     texts = [image.captions for image in images] if captions else ()
     data = encoded_dataset(source.stem, source, image_names, read_bytes, labels, options, on_bad, files, texts)
     ignored = sum(path not in files for path in source.iterdir()) if source.is_dir() else 0
@@ -89,7 +93,8 @@ def load(source: str | Path, *, on_bad: str = "stop", captions: bool = False, **
         len(set(map(part_called, words))) > 1
     )
     others = [f"{counted(ignored, 'file')} ignored (not shards)"] * (ignored > 0)
-    return data.with_notes(counted(len(files), "shard"), *mixed, *others)
+    unused_note = [f"labels {LABELS_LEFT_OUT}"] * unused
+    return data.with_notes(counted(len(files), "shard"), *unused_note, *mixed, *others)
 
 
 def _index(shard: Path, with_captions: bool) -> list[ShardImage]:

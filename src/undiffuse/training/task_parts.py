@@ -1,0 +1,53 @@
+"""What several tasks do alike: transform and facts of the data, the optimizer's groups, conditions of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from undiffuse.data.dataset import Dataset, Split
+from undiffuse.data.transform import DataTransform, transform_for
+from undiffuse.model.config import TrainConfig
+from undiffuse.networks.condition import Condition
+from undiffuse.training.run_folder import describe
+
+
+def fitted_transform(data: Dataset, split: Split) -> DataTransform:
+    """The transform of ``data``; that of continuous data has the moments of the training part."""
+    return transform_for(data, None if data.num_values is not None else data.moments(split.train))
+
+
+def data_facts(data: Dataset, settings: TrainConfig) -> dict[str, Any]:
+    """What a model's file records of the ``data``."""
+    return describe(data) | {"held_out": settings.held_out}
+
+
+def autocast_dtype(settings: TrainConfig) -> torch.dtype | None:
+    """The dtype of matrix products in the network, None if it is that of the weights."""
+    return torch.bfloat16 if settings.precision == "bfloat16" else None
+
+
+def optimizer_groups(
+    settings: TrainConfig, network: nn.Module, others: Iterable[nn.Parameter] = (), lr_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """The ``network``, then ``others``, which are no part of it, without weight decay and with their ``lr_factor``."""
+    groups = [{"params": list(network.parameters()), "weight_decay": settings.weight_decay, "lr_factor": 1.0}]
+    others = list(others)
+    return groups + [{"params": others, "weight_decay": 0.0, "lr_factor": lr_factor}] * bool(others)
+
+
+def picture_path(folder: Path, name: str, step: int | None) -> Path:
+    """The path of a picture at ``step``, NAME-STEP.png, or at the end, NAME.png."""
+    return folder / (f"{name}.png" if step is None else f"{name}-{step:08d}.png")
+
+
+def picture_condition(data: Dataset, items: np.ndarray, conditional: bool) -> Condition | None:
+    """Each label in turn if there are only labels, else the conditions of ``items`` (n,), None without any."""
+    if conditional and data.condition_sizes.keys() == {"classes"}:
+        return Condition(label=torch.arange(len(items)) % len(data.classes))
+    return data.given_condition(items, conditional)
