@@ -23,7 +23,7 @@ def studio(
     network: NetworkFile = None,
     device: Device = "auto",
 ) -> None:
-    """Show models on a page that only this machine can open: sample, add noise, measure, inpaint, interpolate, watch."""
+    """Show models on a page that only this machine can open: sample, measure, inpaint, interpolate, watch."""
     import webbrowser
     from importlib.util import find_spec
 

@@ -25,7 +25,15 @@ MAX_JSON_BYTES, MAX_IMAGE_BYTES = 64 << 10, 32 << 20
 BODY_SECONDS = 10.0
 """The time in which a body must have arrived."""
 IMAGES = "/api/images"
-IMAGE_TYPES = ("application/octet-stream", "image/png", "image/jpeg", "image/webp", "image/bmp", "image/tiff", "image/gif")
+IMAGE_TYPES = (
+    "application/octet-stream",
+    "image/png",
+    "image/jpeg",
+    "image/webp",
+    "image/bmp",
+    "image/tiff",
+    "image/gif",
+)
 PROXY_HEADERS = {b"forwarded", b"x-forwarded-host", b"x-forwarded-for", b"x-forwarded-proto", b"x-original-url"}
 METHODS = ("GET", "HEAD", "POST")
 
@@ -33,7 +41,9 @@ METHODS = ("GET", "HEAD", "POST")
 class RefusedError(Exception):
     """A request that gets ``status`` and one line."""
 
-    def __init__(self, status: int, code: str, cause: str, fix: str = "Open the address that undiffuse studio printed") -> None:
+    def __init__(
+        self, status: int, code: str, cause: str, fix: str = "Open the address that undiffuse studio printed"
+    ) -> None:
         self.status, self.error = status, ConfigError(code, "request", cause, fix)
         super().__init__(str(self.error))
 

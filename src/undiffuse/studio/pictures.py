@@ -45,7 +45,7 @@ def from_values(values: np.ndarray | Tensor, num_values: int) -> np.ndarray:
 def encode(pixels: np.ndarray) -> dict[str, Any]:
     """(N, C, H, W) uint8 for the page: the shape, and the bytes (N, H, W, C) in base 64."""
     n, channels, height, width = pixels.shape
-    data = base64.b64encode(np.ascontiguousarray(np.moveaxis(pixels, 1, -1))).decode()
+    data = base64.b64encode(np.moveaxis(pixels, 1, -1).tobytes()).decode()
     return {"n": n, "channels": channels, "height": height, "width": width, "data": data}
 
 

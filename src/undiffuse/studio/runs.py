@@ -59,7 +59,10 @@ class StudioRun:
 
     def describe(self) -> dict[str, Any]:
         """What the page shows of the run: of the model, or the ``error`` why there is none."""
-        plain: dict[str, Any] = {"path": str(self.path), "name": self.path.stem if self.path.is_file() else self.path.name}
+        plain: dict[str, Any] = {
+            "path": str(self.path),
+            "name": self.path.stem if self.path.is_file() else self.path.name,
+        }
         try:
             model = self.model
         except UndiffuseError as error:
@@ -109,7 +112,9 @@ class StudioRun:
         if index >= len(data):
             raise ConfigError("ITEM", f"item {index}", f"the data have {len(data):,} items", "Give a smaller number")
         if data.num_values is None or data.item_shape != model.item_shape:
-            raise ConfigError("ITEM", f"item {index}", "the items of the data are not those of the model", "Give an image")
+            raise ConfigError(
+                "ITEM", f"item {index}", "the items of the data are not those of the model", "Give an image"
+            )
         return Picture(from_values(np.asarray(data.values[index : index + 1])[0], data.num_values))
 
 
@@ -149,7 +154,7 @@ class Images:
 
 
 def open_runs(paths: Sequence[Path], device: str = "cpu") -> list[StudioRun]:
-    """The runs of ``paths``. Raises `ConfigError` for one that is not there; one whose model is not there yet may be."""
+    """The runs of ``paths``. Raises `ConfigError` for one that is not there; its model may come later."""
     for path in paths:
         if not path.exists():
             raise ConfigError("NOT_FOUND", path, "no such run", "Name a run folder or a model file")

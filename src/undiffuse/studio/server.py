@@ -233,7 +233,9 @@ def listen(port: int) -> socket.socket:
         bound.bind(("127.0.0.1", port))
     except OSError as error:
         bound.close()
-        raise ResourceError("PORT", f"port {port}", f"{error.strerror}", "Give another one, or 0 for a free one") from None
+        raise ResourceError(
+            "PORT", f"port {port}", f"{error.strerror}", "Give another one, or 0 for a free one"
+        ) from None
     return bound
 
 

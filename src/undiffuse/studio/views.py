@@ -60,8 +60,13 @@ def sample(run: StudioRun, images: Images, fields: Fields) -> Work:
     if kind == "other":
         shape = "×".join(map(str, model.item_shape))
         fix = f"Use the command: {commands.command('sample', run.path)}"
-        raise ConfigError("KIND", run.path, f"the page shows images and points of two numbers, not items of {shape}", fix)
-    seed, n = fields.integer("seed", 0, MAX_SEED, 0), fields.integer("n", 1, MAX_POINTS if kind == "points" else MAX_ITEMS, 1)
+        raise ConfigError(
+            "KIND", run.path, f"the page shows images and points of two numbers, not items of {shape}", fix
+        )
+    seed, n = (
+        fields.integer("seed", 0, MAX_SEED, 0),
+        fields.integer("n", 1, MAX_POINTS if kind == "points" else MAX_ITEMS, 1),
+    )
     panels = [_panel(run, each, seed, n) for each in fields.objects("panels", MAX_PANELS)]
     fields.done()
     frame_bytes = 2 * n * model.dims * len(panels)
@@ -134,6 +139,19 @@ def _shown(model: Diffusion, x: Tensor) -> dict[str, Any]:
     return encode(from_values(values, check_image_model(model, "this run").num_values))
 
 
+def picture(run: StudioRun, images: Images, fields: Fields) -> Work:
+    """The image itself, as the other views would use it."""
+    _image_model(run)
+    source = fields.object("source")
+    fields.done()
+
+    def work(job: Job) -> Mapping[str, Any]:
+        _emit_picture(job, run, source, images)
+        return {}
+
+    return work
+
+
 def forward(run: StudioRun, images: Images, fields: Fields) -> Work:
     """The forward process of an image, and what the model predicts of the image at each level."""
     model, seed = _image_model(run), fields.integer("seed", 0, MAX_SEED, 0)
@@ -143,8 +161,8 @@ def forward(run: StudioRun, images: Images, fields: Fields) -> Work:
     sampler = Sampler(num_steps=steps)
 
     def work(job: Job) -> Mapping[str, Any]:
-        picture = _emit_picture(job, run, source, images)
-        x = model.transform.to_model(_values(model, picture), model.dtype).to(model.device)
+        shown = _emit_picture(job, run, source, images)
+        x = model.transform.to_model(_values(model, shown), model.dtype).to(model.device)
         noise = ItemNoise(seed, [0], model.x_shape, "forward", model.device)
         panel = Panel(sampler, cond, "")
         with torch.no_grad(), checked_calls(model, job):
@@ -167,10 +185,15 @@ def variants(run: StudioRun, images: Images, fields: Fields) -> Work:
     line = {"--method": "sdedit", "--strength": f"{strength:g}", "--n": n, "--seed": seed, "--steps": steps, **options}
 
     def work(job: Job) -> Mapping[str, Any]:
-        picture, done = _emit_picture(job, run, source, images), count(1)
+        shown, done = _emit_picture(job, run, source, images), count(1)
         with checked_calls(model, job):
-            values = sdedit(model, picture.x, n, strength, seed, steps, n, lambda _: job.progress(next(done), total), cond)
-        return {"images": _shown_values(model, values), "command": commands.command("restore", run.path, ("image.png",), line)}
+            values = sdedit(
+                model, shown.x, n, strength, seed, steps, n, lambda _: job.progress(next(done), total), cond
+            )
+        return {
+            "images": _shown_values(model, values),
+            "command": commands.command("restore", run.path, ("image.png",), line),
+        }
 
     return work
 
@@ -186,8 +209,8 @@ def likelihood(run: StudioRun, images: Images, fields: Fields) -> Work:
         label, prompt = None if cond.label is None else int(cond.label[0]), options.get("--prompt", "")
 
     def work(job: Job) -> Mapping[str, Any]:
-        picture = _emit_picture(job, run, source, images)
-        values, found = _values(model, picture), []
+        shown = _emit_picture(job, run, source, images)
+        values, found = _values(model, shown), []
         with checked_calls(model, job):
             for start in range(0, draws, DRAWS_AT_ONCE):
                 size = min(DRAWS_AT_ONCE, draws - start)
@@ -222,16 +245,14 @@ def inpaint(run: StudioRun, images: Images, fields: Fields) -> Work:
     line = {"--mask": "mask.png", "--method": method, "--n": n, "--seed": seed, "--steps": steps, **options}
 
     def work(job: Job) -> Mapping[str, Any]:
-        picture, done = _emit_picture(job, run, source, images), 0
+        shown, done = _emit_picture(job, run, source, images), 0
 
         def advance(items: int) -> None:
             nonlocal done
             job.progress(done := done + items, total)
 
         with checked_calls(model, job):
-            values = restore(
-                model, degradation, picture.x, n, method, seed, steps, n, rounding_std(256), advance, cond
-            )
+            values = restore(model, degradation, shown.x, n, method, seed, steps, n, rounding_std(256), advance, cond)
         command = commands.command("restore", run.path, ("image.png",), line)
         return {"images": _shown_values(model, values), "command": command}
 
@@ -275,6 +296,7 @@ def interpolate(run: StudioRun, images: Images, fields: Fields) -> Work:
 
 VIEWS: dict[str, Callable[[StudioRun, Images, Fields], Work]] = {
     "sample": sample,
+    "picture": picture,
     "forward": forward,
     "variants": variants,
     "likelihood": likelihood,
