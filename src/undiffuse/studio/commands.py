@@ -26,7 +26,7 @@ LOAD = """import torch
 import undiffuse
 from undiffuse.data.single import load_image
 from undiffuse.data.transform import IntegerLevels
-
+{more}
 model = undiffuse.load({run!r})
 pixels = torch.tensor(load_image("image.png", {channels}).pixels)[None]
 values = model.transform.to_data(IntegerLevels(256).to_model(pixels))
@@ -42,9 +42,7 @@ bits = nll.bits_per_dim(model.dims)
 print(f"at most {{bits.mean():.3f}} bits per dimension")
 """
 
-FORWARD = """from undiffuse.process.seeded_noise import ItemNoise
-
-levels = model.noise_levels(undiffuse.Sampler(num_steps={steps}))
+FORWARD = """levels = model.noise_levels(undiffuse.Sampler(num_steps={steps}))
 noise = ItemNoise({seed}, [0], model.x_shape, "forward")
 for state in undiffuse.forward_trajectory(model.transform.to_model(values), levels, noise):
     print(f"log-SNR {{float(state.level.log_snr):.2f}}: x_t from {{state.x.min():.2f}} to {{state.x.max():.2f}}")
@@ -53,7 +51,7 @@ for state in undiffuse.forward_trajectory(model.transform.to_model(values), leve
 
 def likelihood(run: Path, channels: int, n: int, seed: int, points: int, label: int | None, prompt: str) -> str:
     """Python for the bound of the saved image."""
-    head = LOAD.format(run=str(run), channels=channels)
+    head = LOAD.format(run=str(run), channels=channels, more="")
     given = "prompt" if prompt else "label" if label is not None else None
     cond = CONDITION[given].format(n=n, label=label, prompt=prompt) if given else ""
     body = LIKELIHOOD.format(n=n, seed=seed, points=points, cond=", cond=cond" if given else "")
@@ -62,4 +60,5 @@ def likelihood(run: Path, channels: int, n: int, seed: int, points: int, label: 
 
 def forward(run: Path, channels: int, seed: int, steps: int) -> str:
     """Python for the forward process of the saved image."""
-    return LOAD.format(run=str(run), channels=channels) + FORWARD.format(seed=seed, steps=steps)
+    more = "from undiffuse.process.seeded_noise import ItemNoise\n"
+    return LOAD.format(run=str(run), channels=channels, more=more) + FORWARD.format(seed=seed, steps=steps)

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from undiffuse.errors import ConfigError, ResourceError, UndiffuseError
+from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers import SOLVERS
 from undiffuse.sampling.tables import RESTORATION_METHODS, SPACINGS
 from undiffuse.studio.fields import Fields
@@ -239,9 +240,16 @@ def listen(port: int) -> socket.socket:
     return bound
 
 
+def warm_up(run: StudioRun) -> dict[str, Any]:
+    """Load the model of the first picture and call it once, so that the page need not wait for that."""
+    run.model.sample(1, sampler=Sampler(num_steps=1))
+    return {}
+
+
 def serve(runs: Sequence[StudioRun], port: int, announce: Callable[[str], None]) -> None:
     """Serve the page until a signal; ``announce`` gets its address when it can be opened."""
     studio = Studio(runs, read_files())
+    studio.queue.submit("warm up", lambda job: warm_up(runs[0]))
     bound, token = listen(port), secrets.token_urlsafe(24)
     port = bound.getsockname()[1]
     app = build_app(studio, port, token)

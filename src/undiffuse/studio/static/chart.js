@@ -18,6 +18,7 @@ export function Chart({ data, series, xLabel, yLabel, summary, stepped = false }
     const colour = (name) => style.getPropertyValue(name).trim();
     const axis = (label) => ({
       label, stroke: colour("--ink-soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line") },
+      values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : String(Number(tick.toPrecision(4))))),
       font: "12px system-ui", labelFont: "12px system-ui", size: 54, labelSize: 20,
     });
     const paths = stepped ? uPlot.paths.stepped({ align: 1 }) : undefined;

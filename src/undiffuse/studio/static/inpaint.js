@@ -3,7 +3,7 @@
 import { html } from "htm/preact";
 import { useEffect, useRef, useState } from "preact/hooks";
 import { decode } from "./pixels.js";
-import { Command, ConditionFields, Field, Frame, ImageSource, NumberField, SelectField, Status, conditionOf, useJob } from "./widgets.js";
+import { Command, ConditionFields, Field, Frame, ImageSource, NumberField, SelectField, Status, conditionOf, counted, useJob } from "./widgets.js";
 
 const KEYS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
@@ -37,12 +37,12 @@ export function Inpaint({ run, index, names, active }) {
     <${ImageSource} index=${index} active=${active} onPicture=${choose} />
     <div>
       <div class="card">
-        <div class="pair">
+        <div class="pair paint">
           <${Painter} picture=${picture} mask=${mask} brush=${brush} width=${width} height=${height} onMask=${setMask} />
           <${Frame} frame=${result.images} label="filled in" />
         </div>
         <div class="bar">
-          <${Field} label=${`Brush, ${brush} pixels`}>
+          <${Field} label=${`Brush, ${counted(brush, "pixel")}`}>
             <input type="range" min="1" max=${Math.max(2, Math.round(width / 2))} value=${brush} onInput=${(e) => setBrush(Number(e.target.value))} />
           <//>
           <button type="button" onClick=${() => setMask(half())} disabled=${!picture}>Hide the right half</button>

@@ -23,16 +23,26 @@ export function toImageData({ n, channels, height, width, bytes }) {
 
 export const columnsOf = (n) => Math.ceil(Math.sqrt(n));
 
-// Draws the images of a frame as a mosaic with a gap of one pixel, or points as a scatter plot.
+const SIDE = 360;
+const GAP = 4;
+
+// Draws the images of a frame as a mosaic, enlarged by a whole factor, or points as a scatter plot.
 export function draw(canvas, frame, range) {
   if (frame.points) return drawPoints(canvas, frame.points, range);
   const columns = frame.columns ?? columnsOf(frame.n);
   const rows = Math.ceil(frame.n / columns);
-  canvas.width = columns * (frame.width + 1) - 1;
-  canvas.height = rows * (frame.height + 1) - 1;
+  const scale = Math.max(1, Math.round(SIDE / (Math.min(columns, rows) * frame.width)));
+  const [across, down] = [frame.width * scale, frame.height * scale];
+  const gap = frame.n === 1 ? 0 : GAP;
+  canvas.width = columns * (across + gap) - gap;
+  canvas.height = rows * (down + gap) - gap;
+  const small = document.createElement("canvas");
+  [small.width, small.height] = [frame.width, frame.height];
   const context = canvas.getContext("2d");
+  context.imageSmoothingEnabled = false;
   toImageData(frame).forEach((data, i) => {
-    context.putImageData(data, (i % columns) * (frame.width + 1), Math.floor(i / columns) * (frame.height + 1));
+    small.getContext("2d").putImageData(data, 0, 0);
+    context.drawImage(small, (i % columns) * (across + gap), Math.floor(i / columns) * (down + gap), across, down);
   });
 }
 

@@ -4,7 +4,7 @@ import { html } from "htm/preact";
 import { useEffect, useMemo, useState } from "preact/hooks";
 import { get, request } from "./api.js";
 import { Chart } from "./chart.js";
-import { Command, format } from "./widgets.js";
+import { Command, counted, format } from "./widgets.js";
 
 const LIVE_MS = 2000;
 const CURVES = [
@@ -44,11 +44,12 @@ export function Training({ index, active }) {
   if (error) return html`<p role="alert" class="error">${error}</p>`;
   if (!state) return html`<p>Loading …</p>`;
   const last = state.records.at(-1);
-  const length = state.max_steps ? ` of ${state.max_steps.toLocaleString()}` : state.minutes ? `, ${state.minutes} minutes in all` : "";
+  const steps = state.max_steps ? ` of ${state.max_steps.toLocaleString("en")}` : "";
+  const minutes = state.minutes ? ` of ${counted(state.minutes, "minute")}` : "";
   const final = state.records.findLast((record) => "final_bits_per_dim" in record);
   return html`<div>
     <p class="result" role="status" aria-live="polite"><strong>${state.state}</strong> on ${state.data}</p>
-    <p>${last ? `step ${last.step.toLocaleString()}${length} after ${Math.round(last.seconds ?? 0)} s` : "no record yet"}${
+    <p>${last ? `step ${last.step.toLocaleString("en")}${steps} after ${Math.round(last.seconds ?? 0)} s${minutes}` : "no record yet"}${
       final ? ` · final bound ${format(final.final_bits_per_dim)} ± ${format(final.final_stderr)} bits per dimension` : ""}</p>
     <div class="charts">
       ${CURVES.map(([key, name]) => html`<${Curve} key=${key} records=${state.records} name=${name} field=${key} />`)}

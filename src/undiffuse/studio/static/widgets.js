@@ -48,8 +48,7 @@ const STATES = { idle: "", running: "running", done: "done", cancelled: "cancell
 
 export function Status({ job, what = "progress" }) {
   const { kind, before, fraction, error } = job.state;
-  const jobs = before === 1 ? "1 job is" : `${before} jobs are`;
-  const shown = kind === "waiting" ? (before ? `waiting, ${jobs} before this one` : "waiting") : STATES[kind];
+  const shown = kind === "waiting" ? (before ? `waiting, ${counted(before, "job")} before this one` : "waiting") : STATES[kind];
   return html`<div class="status">
     <span role="status" aria-live="polite" class="shown">${shown}</span>
     ${job.busy && html`<progress max="1" value=${kind === "running" ? fraction : 0} aria-label=${what}></progress>`}
@@ -132,6 +131,9 @@ export function Scrubber({ value, onChange, disabled, from = "noise", to = "data
   </div>`;
 }
 
+// Lines break between words, not after the hyphens of a flag.
+const words = (text) => text.split(" ").map((word, i) => [i ? " " : "", html`<span>${word}</span>`]);
+
 export function Command({ text, name = "command", files = [] }) {
   const [copied, setCopied] = useState("");
   if (!text) return null;
@@ -148,7 +150,7 @@ export function Command({ text, name = "command", files = [] }) {
   const file = python ? `${name}.py` : `${name}.sh`;
   return html`<section class="command" aria-label="The command for what is shown">
     <h3>${python ? "The same in Python" : "The command for what is shown"}</h3>
-    <pre tabindex="0" aria-label="Command">${text}</pre>
+    <pre tabindex="0" role="region" aria-label="Command text">${python ? text : words(text)}</pre>
     <div class="row">
       <button type="button" onClick=${copy}>Copy</button>
       <button type="button" onClick=${() => save(new Blob([text + "\n"], { type: "text/plain" }), file)}>Save ${file}</button>
@@ -217,3 +219,5 @@ export function ImageSource({ index, label = "Image", start = 0, onPicture, acti
 }
 
 export const format = (value, digits = 3) => (value == null ? "–" : Number(value).toFixed(digits));
+
+export const counted = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
