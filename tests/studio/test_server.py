@@ -42,7 +42,14 @@ ESCAPES += [
 ESCAPES += ["．．/secret.txt", "%ef%bc%8e%ef%bc%8e/secret.txt", "‥/secret.txt", "..%c0%afsecret.txt", "~/secret.txt"]
 ESCAPES += ["link.png", "..\x00", "a" * 5000, "-1", "1e9", "0x0", "１", "0;ls", "0'", "$(ls)", "`ls`", "{{7*7}}", "con"]
 ESCAPES += ["..%2f" * 20 + "etc/passwd", "../" * 20 + "etc/passwd", "%2e%2e/" * 20 + "etc/passwd", ".%2e/secret.txt"]
-PLACES = ["/static/{}", "/static/vendor/{}", "/api/jobs/{}/events", "/api/runs/{}/training", "/api/runs/0/pictures/{}"]
+PLACES = [
+    "/static/{}",
+    "/static/vendor/{}",
+    "/api/jobs/{}/events",
+    "/api/runs/{}",
+    "/api/runs/{}/training",
+    "/api/runs/0/pictures/{}",
+]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -63,7 +70,7 @@ def test_no_path_leads_outside(place, studio, run_folder):
 def test_pictures_are_those_of_the_training_and_no_links(page, run_folder):
     state = page.get("/api/runs/0/training").json()
     assert state["pictures"] == ["samples.png", "training.png"]
-    assert page.get("/api/runs/0/pictures/1").content == b"\x89PNG training.png"
+    assert page.get("/api/runs/0/pictures/1").content == (run_folder / "pictures" / "training.png").read_bytes()
     assert page.get("/api/runs/0/pictures/1").headers["content-type"] == "image/png"
     assert page.get("/api/runs/0/pictures/2").status_code == 404
     assert state["state"] == "finished"
@@ -98,8 +105,8 @@ def test_names_in_the_page_are_files_of_the_page():
 
 
 def test_the_state_describes_the_runs(page, run_folder):
-    state = page.get("/api/state").json()
-    (run,) = state["runs"]
+    state, run = page.get("/api/state").json(), page.get("/api/runs/0").json()
+    assert state["runs"] == [str(run_folder)]
     assert (run["path"], run["kind"], run["shape"]) == (str(run_folder), "images", [1, 8, 8])
     assert run["classes"] == [str(i) for i in range(10)]
     assert (run["pixels"], run["likelihood"], run["prompts"], run["longest"]) == (True, True, False, 12)
@@ -264,13 +271,12 @@ def test_a_run_without_a_model_is_shown_with_its_error(tmp_path):
     studio = Studio(open_runs([folder]), page_files())
     headers = {"X-Studio-Token": TOKEN}
     with TestClient(build_app(studio, PORT, TOKEN), base_url=f"http://localhost:{PORT}", headers=headers) as client:
-        (run,) = client.get("/api/state").json()["runs"]
-        assert run["error"].startswith("error[NO_MODEL] ")
+        assert client.get("/api/runs/0").json()["error"].startswith("error[NO_MODEL] ")
         answer = client.post("/api/jobs", json={"view": "sample", "run": 0, "panels": panels()})
         assert (answer.status_code, answer.json()["error"][:15]) == (400, "error[NO_MODEL]")
         assert client.get("/api/runs/0/training").json()["state"] == "finished"
         make_run(tmp_path / "other").joinpath("model.safetensors").rename(folder / "model.safetensors")
-        assert "error" not in client.get("/api/state").json()["runs"][0]
+        assert "error" not in client.get("/api/runs/0").json()
     studio.queue.close()
 
 

@@ -59,10 +59,7 @@ class StudioRun:
 
     def describe(self) -> dict[str, Any]:
         """What the page shows of the run: of the model, or the ``error`` why there is none."""
-        plain: dict[str, Any] = {
-            "path": str(self.path),
-            "name": self.path.stem if self.path.is_file() else self.path.name,
-        }
+        plain: dict[str, Any] = {"path": str(self.path)}
         try:
             model = self.model
         except UndiffuseError as error:

@@ -68,10 +68,14 @@ class Studio:
         return Response(self.files[name], media_type=media)
 
     async def state(self, request: Request) -> Response:
-        """The runs and the names that the page offers."""
-        runs = [await run_in_threadpool(run.describe) for run in self.runs]
+        """The paths of the runs and the names that the page offers."""
+        runs = [str(run.path) for run in self.runs]
         names = {"solvers": list(SOLVERS), "spacings": list(SPACINGS), "methods": list(RESTORATION_METHODS)}
         return JSONResponse({"runs": runs, **names})
+
+    async def describe(self, request: Request) -> Response:
+        """What the page shows of a run; loads its model."""
+        return JSONResponse(await run_in_threadpool(self.run(request.path_params["index"]).describe))
 
     async def training(self, request: Request) -> Response:
         run = self.run(request.path_params["index"])
@@ -177,6 +181,7 @@ def build_app(studio: Studio, port: int, token: str) -> Guard:
         ("/", studio.page, "GET"),
         ("/static/{name:path}", studio.static, "GET"),
         ("/api/state", studio.state, "GET"),
+        ("/api/runs/{index:int}", studio.describe, "GET"),
         ("/api/runs/{index:int}/training", studio.training, "GET"),
         ("/api/runs/{index:int}/pictures/{picture:int}", studio.picture, "GET"),
         ("/api/images", studio.upload, "POST"),

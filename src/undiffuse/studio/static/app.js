@@ -18,23 +18,28 @@ const VIEWS = [
 ];
 
 function App() {
-  const [state, setState] = useState(null);
+  const [names, setNames] = useState(null);
+  const [runs, setRuns] = useState({});
   const [error, setError] = useState("");
   const [index, setIndex] = useState(0);
   const [view, setView] = useState("sample");
   const [opened, setOpened] = useState({});
   const tabs = useRef({});
 
+  const failed = (problem) => setError(problem.message);
   useEffect(() => {
     if (!token) setError("This address has no token. Open the whole address that undiffuse studio printed.");
-    else get("/api/state").then(setState, (problem) => setError(problem.message));
+    else get("/api/state").then(setNames, failed);
   }, []);
+  useEffect(() => {
+    if (token && !runs[index]) get(`/api/runs/${index}`).then((run) => setRuns((old) => ({ ...old, [index]: run })), failed);
+  }, [index]);
   if (error) return html`<main><h1>undiffuse studio</h1><p role="alert" class="error">${error}</p></main>`;
-  if (!state) return html`<p class="loading">Loading …</p>`;
+  if (!names) return html`<p class="loading">Loading …</p>`;
 
-  const run = state.runs[index];
-  const fitting = VIEWS.filter((one) => one.fits(run));
-  const current = fitting.some((one) => one.key === view) ? view : fitting[0].key;
+  const run = runs[index];
+  const fitting = run ? VIEWS.filter((one) => one.fits(run)) : [];
+  const current = fitting.some((one) => one.key === view) ? view : fitting[0]?.key;
   const visited = new Set([...(opened[index] ?? []), current]);
   function open(key, focus = false) {
     setOpened({ ...opened, [index]: [...visited, key] });
@@ -48,27 +53,28 @@ function App() {
     e.preventDefault();
     open(fitting[(to + fitting.length) % fitting.length].key, true);
   };
-  const shape = run.shape ? `${run.data}, ${run.shape.join(" × ")}` : "";
+  const shape = run?.shape ? `${run.data}, ${run.shape.join(" × ")}` : "";
   return html`
     <header>
       <h1>undiffuse studio</h1>
       <label class="field"><span>Run</span>
         <select value=${index} onChange=${(e) => setIndex(Number(e.target.value))}>
-          ${state.runs.map((one, i) => html`<option value=${i} selected=${i === index}>${one.path}</option>`)}
+          ${names.runs.map((path, i) => html`<option value=${i} selected=${i === index}>${path}</option>`)}
         </select>
       </label>
       <span class="note">${shape}</span>
     </header>
-    <nav role="tablist" aria-label="Views" onKeyDown=${onKey}>
+    ${run ? null : html`<p class="loading" role="status">Loading the model …</p>`}
+    ${run && html`<nav aria-label="Views"><div role="tablist" aria-label="Views" onKeyDown=${onKey}>
       ${fitting.map((one) => html`<button type="button" role="tab" id=${`tab-${one.key}`} key=${one.key}
         ref=${(node) => (tabs.current[one.key] = node)} aria-selected=${one.key === current}
         aria-controls=${`view-${one.key}`} tabindex=${one.key === current ? 0 : -1} onClick=${() => open(one.key)}>${one.name}</button>`)}
-    </nav>
+    </div></nav>`}
     <main>
-      ${run.error && html`<p role="alert" class="error">${run.error}</p>`}
+      ${run?.error && html`<p role="alert" class="error">${run.error}</p>`}
       ${fitting.map((one) => html`<div key=${`${index}-${one.key}`} role="tabpanel" id=${`view-${one.key}`}
         aria-labelledby=${`tab-${one.key}`} hidden=${one.key !== current}>
-        ${visited.has(one.key) && html`<${one.view} run=${run} index=${index} names=${state} active=${one.key === current} />`}
+        ${visited.has(one.key) && html`<${one.view} run=${run} index=${index} names=${names} active=${one.key === current} />`}
       </div>`)}
     </main>`;
 }

@@ -59,7 +59,7 @@ export function Forward({ run, index, active }) {
         <${Command} text=${result.forward} name="forward" files=${[["image.png", picture?.data]]} />
       </div>
       <div class="card">
-        <h3>And back</h3>
+        <h2>And back</h2>
         <p>Noise up to the time t, then the reverse process: variants of the image.</p>
         <div class="bar">
           <${NumberField} label="Strength t" value=${strength} min="0.05" max="1" step="0.05" onChange=${setStrength} />

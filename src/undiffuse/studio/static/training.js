@@ -66,7 +66,7 @@ function Curve({ records, name, field }) {
   }, [records, field]);
   if (!data[0].length) return null;
   return html`<section class="card" aria-label=${name}>
-    <h3>${name}</h3>
+    <h2>${name}</h2>
     <${Chart} data=${data} series=${[{ label: name, colour: "--accent" }]} xLabel="step" yLabel=""
       summary=${`${name}: ${data[1].at(-1).toPrecision(4)} at step ${data[0].at(-1)}`} />
   </section>`;
@@ -89,7 +89,7 @@ function Pictures({ index, names, step }) {
       URL.revokeObjectURL(made);
     };
   }, [index, name, step]);
-  return html`<section class="card" aria-label="Pictures of the training">
+  return html`<section class="card" aria-label="What the training drew">
     <label class="field"><span>Picture</span>
       <select value=${name} onChange=${(e) => setChosen(e.target.value)}>
         ${names.map((one) => html`<option value=${one} selected=${one === name}>${one}</option>`)}

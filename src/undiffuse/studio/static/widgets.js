@@ -148,16 +148,16 @@ export function Command({ text, name = "command", files = [] }) {
     setTimeout(() => setCopied(""), 2000);
   }
   const file = python ? `${name}.py` : `${name}.sh`;
-  return html`<section class="command" aria-label="The command for what is shown">
-    <h3>${python ? "The same in Python" : "The command for what is shown"}</h3>
-    <pre tabindex="0" role="region" aria-label="Command text">${python ? text : words(text)}</pre>
+  return html`<div class="command">
+    <h2>${python ? "The same in Python" : "The command for what is shown"}</h2>
+    <pre tabindex="0" role="group" aria-label="Command text">${python ? text : words(text)}</pre>
     <div class="row">
       <button type="button" onClick=${copy}>Copy</button>
       <button type="button" onClick=${() => save(new Blob([text + "\n"], { type: "text/plain" }), file)}>Save ${file}</button>
       ${files.map(([label, data]) => data && html`<button type="button" onClick=${() => savePNG(data, label)}>Save ${label}</button>`)}
       <span role="status" aria-live="polite">${copied}</span>
     </div>
-  </section>`;
+  </div>`;
 }
 
 // Which image: an item of the run's data, or a file that is dropped, pasted or chosen. onPicture gets its pixels.
