@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from undiffuse.evaluation import plan
 from undiffuse.model import presets
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.sampling import sampler_search
+from undiffuse.studio.server import STATIC, VENDOR
 from undiffuse.training import diffusion_task
 from undiffuse.training import fit as loop
 
@@ -140,10 +143,33 @@ def output_of(command: str, capsys) -> str:
         for picture in sorted(Path("photos").iterdir())[KEPT:]:
             picture.unlink()
         return ended.stdout
+    if arguments[0] == "studio":
+        return served(arguments)
     code = main(arguments)
     out, err = capsys.readouterr()
     assert (code, err) == (0, ""), f"{command}\n{out[-2000:]}{err}"
     return out
+
+
+def served(arguments: list[str]) -> str:
+    """The output of ``studio``, which does not end by itself: its page is loaded once, then Ctrl-C stops it.
+
+    Without the libraries of the page, which `make studio` copies from npm, it says so instead.
+    """
+    command = [sys.executable, "-m", "undiffuse", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        first = process.stdout.readline()
+        if not all((STATIC / "vendor" / name).is_file() for name in VENDOR):
+            _, err = process.communicate(timeout=60)
+            assert (process.returncode, first, "Run 'make studio'" in err) == (2, "", True), err
+            return ""
+        address = first.split()[1].partition("#")[0]
+        with urllib.request.urlopen(address, timeout=60) as page:
+            assert b"undiffuse studio" in page.read()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    return first + out
 
 
 def run_with_next(command: str, capsys) -> None:

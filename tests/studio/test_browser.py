@@ -123,7 +123,7 @@ def read(path):
 
 
 def test_the_first_picture_is_there_within_a_second(browser, address):
-    """On a machine that is busy with other work the processor time of the server and of the page is compared instead."""
+    """On a machine that is busy with other work the processor time of server and page is compared instead."""
     server = next(p for p in psutil.Process().children() if "studio" in p.cmdline())
     wall, processor = [], []
     for _ in range(5):

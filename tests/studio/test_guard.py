@@ -152,6 +152,44 @@ def test_a_body_that_does_not_arrive_is_given_up(monkeypatch):
     assert ask(post(), [{"type": "http.disconnect"}])[0] == 400
 
 
+def test_bodies_that_arrive_at_one_time_are_bounded_together(monkeypatch):
+    monkeypatch.setattr(guard, "MAX_BUFFERED_BYTES", 100)
+    kept, sent = Guard(None, PORT, TOKEN, ""), []
+
+    async def send(message):
+        sent.append(message)
+
+    async def both():
+        more = asyncio.Event()
+
+        async def first():
+            await more.wait()
+            return part(b"", False)
+
+        parts = [part(b"x" * 60)]
+
+        async def receive_first():
+            return parts.pop() if parts else await first()
+
+        async def receive_second():
+            return part(b"x" * 50, False)
+
+        async def app(scope, receive, send):
+            await receive()
+
+        kept.app = app
+        waiting = asyncio.create_task(kept(post(), receive_first, send))
+        await asyncio.sleep(0.01)
+        assert kept.buffered == 60
+        await kept(post(), receive_second, send)
+        assert sent[0]["status"] == 503
+        more.set()
+        await waiting
+
+    asyncio.run(both())
+    assert kept.buffered == 0
+
+
 def test_every_answer_has_the_headers_that_keep_a_browser_safe():
     for scope in (request(), request(hosts=[b"evil.com"])):
         headers = ask(scope, [part(b"", False)])[1]

@@ -22,6 +22,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 TOKEN_HEADER = b"x-studio-token"
 MAX_JSON_BYTES, MAX_IMAGE_BYTES = 64 << 10, 32 << 20
+MAX_BUFFERED_BYTES = 96 << 20
+"""Bytes of the bodies that arrive at one time."""
 BODY_SECONDS = 10.0
 """The time in which a body must have arrived."""
 IMAGES = "/api/images"
@@ -53,6 +55,7 @@ class Guard:
 
     def __init__(self, app: App, port: int, token: str, policy: str) -> None:
         self.app, self.token, self.policy = app, token.encode(), policy
+        self.buffered = 0
         self.hosts = {f"127.0.0.1:{port}".encode(), f"localhost:{port}".encode()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,7 +114,7 @@ class Guard:
         if scope["method"] != "POST" and not declared:
             return receive
         try:
-            body = await asyncio.wait_for(_read(receive, limit), BODY_SECONDS)
+            body = await asyncio.wait_for(self._read(receive, limit), BODY_SECONDS)
         except TimeoutError:
             raise RefusedError(408, "SLOW", "its content did not arrive in time", "Send it again") from None
         waiting = [{"type": "http.request", "body": body, "more_body": False}]
@@ -120,6 +123,27 @@ class Guard:
             return waiting.pop() if waiting else await receive()
 
         return replay
+
+    async def _read(self, receive: Receive, limit: int) -> bytes:
+        """The whole body. Raises `RefusedError` as soon as it is longer than ``limit``, or too much arrives at once."""
+        parts, size = [], 0
+        try:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise RefusedError(400, "DISCONNECTED", "it ended before its content", "Send it again")
+                part = message.get("body", b"")
+                parts.append(part)
+                size += len(part)
+                self.buffered += len(part)
+                if size > limit:
+                    raise _too_large(limit)
+                if self.buffered > MAX_BUFFERED_BYTES:
+                    raise RefusedError(503, "BUSY", "too much arrives at one time", "Send it again later")
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+        finally:
+            self.buffered -= size
 
     def _with_headers(self, send: Send) -> Send:
         extra = [
@@ -140,20 +164,6 @@ class Guard:
         return sending
 
 
-async def _read(receive: Receive, limit: int) -> bytes:
-    """The whole body. Raises `RefusedError` as soon as it is longer than ``limit``."""
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise RefusedError(400, "DISCONNECTED", "it ended before its content", "Send it again")
-        parts.append(message.get("body", b""))
-        if (size := size + len(parts[-1])) > limit:
-            raise _too_large(limit)
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
 def _too_large(limit: int) -> RefusedError:
     return RefusedError(413, "TOO_LARGE", f"its content has more than {limit:,} bytes", "Send less")
 
@@ -166,6 +176,6 @@ async def send_error(send: Send, status: int, error: UndiffuseError) -> None:
 async def send_json(send: Send, status: int, content: Mapping[str, Any]) -> None:
     body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(b"connection", b"close")] if status in (408, 413) else []
+    headers += [(b"connection", b"close")] if status in (408, 413, 503) else []
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

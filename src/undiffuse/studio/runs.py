@@ -23,7 +23,7 @@ from undiffuse.studio.fields import Fields
 from undiffuse.studio.pictures import Picture, decode_upload, from_values
 from undiffuse.training.run_folder import Run
 
-MAX_IMAGES, MAX_IMAGES_BYTES = 64, 256 << 20
+MAX_IMAGES, MAX_IMAGES_BYTES = 64, 96 << 20
 """Uploaded images that are kept; older ones are dropped."""
 MAX_PROMPT = 1000
 

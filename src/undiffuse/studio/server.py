@@ -251,15 +251,11 @@ def warm_up(run: StudioRun) -> dict[str, Any]:
     return {}
 
 
-def serve(runs: Sequence[StudioRun], port: int, announce: Callable[[str], None]) -> None:
-    """Serve the page until a signal; ``announce`` gets its address when it can be opened."""
-    studio = Studio(runs, read_files())
-    studio.queue.submit("warm up", lambda job: warm_up(runs[0]))
-    bound, token = listen(port), secrets.token_urlsafe(24)
-    port = bound.getsockname()[1]
-    app = build_app(studio, port, token)
+def build_server(studio: Studio, bound: socket.socket) -> tuple[Server, str]:
+    """The server of ``studio`` on a socket of `listen`, and the address with its token."""
+    token, port = secrets.token_urlsafe(24), bound.getsockname()[1]
     config = uvicorn.Config(
-        app,
+        build_app(studio, port, token),
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -271,10 +267,19 @@ def serve(runs: Sequence[StudioRun], port: int, announce: Callable[[str], None])
         limit_concurrency=64,
         timeout_graceful_shutdown=2,
     )
-    bound.listen(64)
-    announce(f"http://127.0.0.1:{port}/#token={token}")
-    try:
-        Server(config, studio).run([bound])
-    finally:
-        studio.queue.close()
-        bound.close()
+    return Server(config, studio), f"http://127.0.0.1:{port}/#token={token}"
+
+
+def serve(runs: Sequence[StudioRun], port: int, announce: Callable[[str], None]) -> None:
+    """Serve the page until a signal; ``announce`` gets its address when it can be opened."""
+    files = read_files()
+    with listen(port) as bound:
+        bound.listen(64)
+        studio = Studio(runs, files)
+        try:
+            server, address = build_server(studio, bound)
+            studio.queue.submit("warm up", lambda job: warm_up(runs[0]))
+            announce(address)
+            server.run([bound])
+        finally:
+            studio.queue.close()
