@@ -7,13 +7,17 @@ are those of the page.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +31,7 @@ from undiffuse.evaluation import plan
 from undiffuse.model import presets
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.sampling import sampler_search
-from undiffuse.studio.server import STATIC, VENDOR
+from undiffuse.studio.server import STATIC, VENDOR, listen
 from undiffuse.training import diffusion_task
 from undiffuse.training import fit as loop
 
@@ -144,32 +148,43 @@ def output_of(command: str, capsys) -> str:
             picture.unlink()
         return ended.stdout
     if arguments[0] == "studio":
-        return served(arguments)
+        return served(arguments, capsys)
     code = main(arguments)
     out, err = capsys.readouterr()
     assert (code, err) == (0, ""), f"{command}\n{out[-2000:]}{err}"
     return out
 
 
-def served(arguments: list[str]) -> str:
-    """The output of ``studio``, which does not end by itself: its page is loaded once, then Ctrl-C stops it.
+def served(arguments: list[str], capsys) -> str:
+    """The output of ``studio``, which does not end by itself: once its page is loaded, Ctrl-C stops it.
 
-    Without the libraries of the page, which `make studio` copies from npm, it says so instead.
+    On a free port. Without the libraries of the page, which `make studio` copies from npm, it says so instead.
     """
-    command = [sys.executable, "-m", "undiffuse", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        first = process.stdout.readline()
-        if not all((STATIC / "vendor" / name).is_file() for name in VENDOR):
-            _, err = process.communicate(timeout=60)
-            assert (process.returncode, first, "Run 'make studio'" in err) == (2, "", True), err
-            return ""
-        address = first.split()[1].partition("#")[0]
-        with urllib.request.urlopen(address, timeout=60) as page:
-            assert b"undiffuse studio" in page.read()
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "")
-    return first + out
+    if not all((STATIC / "vendor" / name).is_file() for name in VENDOR):
+        code = main(arguments)
+        out, err = capsys.readouterr()
+        assert (code, out, "Run 'make studio'" in err) == (2, "", True), err
+        return out
+    with listen(0) as free:
+        port = free.getsockname()[1]
+    pages: list[bytes] = []
+
+    def visit() -> None:
+        for _ in range(600):
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60) as page:
+                pages.append(page.read())
+                break
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    code = main([*arguments, "--port", str(port)])
+    visitor.join()
+    out, err = capsys.readouterr()
+    assert (code, err, len(pages)) == (0, "", 1)
+    assert b"undiffuse studio" in pages[0]
+    return out
 
 
 def run_with_next(command: str, capsys) -> None:

@@ -240,7 +240,7 @@ def listen(port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise ResourceError(
-            "PORT", f"port {port}", f"{error.strerror}", "Give another one, or 0 for a free one"
+            "PORT", f"port = {port}", f"{error.strerror}", "Give another one, or 0 for a free one"
         ) from None
     return bound
 
