@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from urllib.parse import unquote
 
 import torch
@@ -26,17 +27,17 @@ CONFIG = Config(
 )
 
 
-def make_run(folder, **info):
+def make_run(folder, chain_length=CONFIG.model.chain_length, **info):
     """A run folder as training leaves it, without the training: random weights, two records, two pictures.
 
     ``info`` replaces facts about the data in the model's file.
     """
-    data = load("digits")
-    run = Run(folder)
-    run.open(CONFIG, data)
+    data, run = load("digits"), Run(folder)
+    config = replace(CONFIG, model=replace(CONFIG.model, chain_length=chain_length))
+    run.open(config, data)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Diffusion(CONFIG.model, data.item_shape, IntegerLevels(17), describe(data) | info)
+        model = Diffusion(config.model, data.item_shape, IntegerLevels(17), describe(data) | info)
         for parameter in model.network.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
     checkpoint.save(model, run.model)

@@ -43,7 +43,7 @@ SECONDS = 60_000
 def runs(tmp_path_factory):
     """Two runs: one as it is, and one whose path, classes and pictures are called like hostile HTML."""
     folder = tmp_path_factory.mktemp("studio")
-    plain = make_run(folder / "digits")
+    plain = make_run(folder / "digits", chain_length=100)
     hostile = make_run(folder / HOSTILE.replace("/", "_"), classes=[HOSTILE, *map(str, range(1, 10))])
     return [plain, hostile]
 
@@ -343,14 +343,10 @@ def test_two_tabs_share_one_queue(browser, address):
         first, second = one.open("Sample"), two.open("Sample")
         one.done(first)
         two.done(second)
-        for panel in (first, second):
-            panel.get_by_label("Images").select_option("16")
-            for steps in panel.get_by_label("Steps").all():
-                steps.fill("12")
-            for solver in panel.get_by_label("Solver").all():
-                solver.select_option("rk4")
-            for _ in range(2):
-                panel.get_by_role("button", name="Add a column").click()
+        first.get_by_label("Images").select_option("16")
+        for column in (0, 1):
+            first.get_by_label("Steps").nth(column).fill("100")
+            first.get_by_label("Solver").nth(column).select_option("rk4")
         first.get_by_role("button", name="Draw").click()
         first.get_by_text("running").wait_for()
         second.get_by_role("button", name="Draw").click()

@@ -21,7 +21,14 @@ from undiffuse.evaluation.summary import bits_by_log_snr, mean_bits, parts
 from undiffuse.likelihood.nll import concatenate
 from undiffuse.model.consistency import few_call_sampler
 from undiffuse.model.diffusion import Diffusion
-from undiffuse.model.restoration import Degradation, check_image_model, num_steps_of, restore, rounding_std
+from undiffuse.model.restoration import (
+    Degradation,
+    check_image_model,
+    check_pixels,
+    num_steps_of,
+    restore,
+    rounding_std,
+)
 from undiffuse.model.sdedit import sdedit, variant_levels
 from undiffuse.networks.condition import Condition
 from undiffuse.process.seeded_noise import ItemNoise
@@ -58,6 +65,8 @@ def sample(run: StudioRun, images: Images, fields: Fields) -> Work:
     """Samples of one seed by several samplers; frames of x_t and x̂ while they are drawn."""
     model, kind = run.model, kind_of(run.model)
     if kind == "other":
+        if "image" in model.condition_sizes:
+            check_image_model(model, run.path)  # raises: a stage of a cascade needs smaller images
         shape = "×".join(map(str, model.item_shape))
         fix = f"Use the command: {commands.command('sample', run.path)}"
         raise ConfigError(
@@ -177,6 +186,7 @@ def forward(run: StudioRun, images: Images, fields: Fields) -> Work:
 def variants(run: StudioRun, images: Images, fields: Fields) -> Work:
     """Variants of an image: noise, and back."""
     model, seed = _image_model(run), fields.integer("seed", 0, MAX_SEED, 0)
+    check_pixels(model, run.path)
     n, strength = fields.integer("n", 1, MAX_ITEMS, 4), fields.number("strength", 0.01, 1.0, 0.6)
     steps = fields.integer("steps", 1, model.chain_length, min(100, model.chain_length))
     source, (cond, options) = fields.object("source"), run.condition(fields, n)
@@ -233,6 +243,7 @@ def likelihood(run: StudioRun, images: Images, fields: Fields) -> Work:
 def inpaint(run: StudioRun, images: Images, fields: Fields) -> Work:
     """Restorations of the part of an image that a mask hides."""
     model, seed = _image_model(run), fields.integer("seed", 0, MAX_SEED, 0)
+    check_pixels(model, run.path)
     n, method = fields.integer("n", 1, MAX_ITEMS, 4), fields.choice("method", RESTORATION_METHODS, "mmps")
     steps = fields.integer("steps", 1, model.chain_length, min(100, model.chain_length))
     source, (cond, options) = fields.object("source"), run.condition(fields, n)

@@ -7,13 +7,14 @@ import { Forward, Interpolate, Likelihood } from "./images.js";
 import { Inpaint } from "./inpaint.js";
 import { Sample } from "./sample.js";
 import { Training } from "./training.js";
+import { counted } from "./widgets.js";
 
 const VIEWS = [
   { key: "sample", name: "Sample", view: Sample, fits: (run) => !run.error && run.kind !== "other" },
-  { key: "forward", name: "Noise", view: Forward, fits: (run) => run.kind === "images" && run.pixels },
+  { key: "forward", name: "Noise", view: Forward, fits: (run) => run.kind === "images" },
   { key: "likelihood", name: "Likelihood", view: Likelihood, fits: (run) => run.kind === "images" && run.likelihood },
   { key: "inpaint", name: "Inpaint", view: Inpaint, fits: (run) => run.kind === "images" && run.pixels },
-  { key: "interpolate", name: "Interpolate", view: Interpolate, fits: (run) => run.kind === "images" && run.pixels },
+  { key: "interpolate", name: "Interpolate", view: Interpolate, fits: (run) => run.kind === "images" },
   { key: "training", name: "Training", view: Training, fits: () => true },
 ];
 
@@ -53,7 +54,7 @@ function App() {
     e.preventDefault();
     open(fitting[(to + fitting.length) % fitting.length].key, true);
   };
-  const shape = run?.shape ? `${run.data}, ${run.shape.join(" × ")}` : "";
+  const shape = run?.shape ? `${run.data}, ${run.shape.length > 1 ? run.shape.join(" × ") : counted(run.shape[0], "number")}` : "";
   return html`
     <header>
       <h1>undiffuse studio</h1>

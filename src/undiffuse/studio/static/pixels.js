@@ -47,15 +47,13 @@ export function draw(canvas, frame, range) {
 }
 
 function drawPoints(canvas, points, [low, high]) {
-  const side = 320;
+  const side = 480;
   canvas.width = canvas.height = side;
   const context = canvas.getContext("2d");
   const style = getComputedStyle(canvas);
-  context.fillStyle = style.getPropertyValue("--paper");
-  context.fillRect(0, 0, side, side);
   context.fillStyle = style.getPropertyValue("--accent");
   const at = (v) => ((v - low) / (high - low)) * side;
-  for (const [x, y] of points) context.fillRect(at(x) - 1, side - at(y) - 1, 2, 2);
+  for (const [x, y] of points) context.fillRect(at(x) - 1.5, side - at(y) - 1.5, 3, 3);
 }
 
 export function rangeOf(points) {

@@ -95,10 +95,11 @@ export const conditionOf = (run, value) => ({
 export function Frame({ frame, label, range }) {
   const canvas = useRef(null);
   useEffect(() => {
-    if (frame && canvas.current) draw(canvas.current, frame, range);
+    if (frame) draw(canvas.current, frame, range);
+    else canvas.current.width = canvas.current.height = 1;  // clears it
   }, [frame, range]);
   return html`<figure class="frame">
-    <canvas ref=${canvas} class=${frame ? "" : "empty"} role="img" aria-label=${label} width="1" height="1"></canvas>
+    <canvas ref=${canvas} class=${frame ? (frame.points ? "points" : "") : "empty"} role="img" aria-label=${label} width="1" height="1"></canvas>
     <figcaption>${label}</figcaption>
   </figure>`;
 }
