@@ -61,10 +61,16 @@ export function Field({ label, hint, children }) {
   return html`<label class="field"><span>${label}</span>${children}${hint && html`<small>${hint}</small>`}</label>`;
 }
 
+// What is typed stays as it is until the field is left, also while the page is drawn anew by the events of a job.
 export function NumberField({ label, value, onChange, min, max, step = 1, hint }) {
+  const [typed, setTyped] = useState(null);
+  const input = (e) => {
+    setTyped(e.target.value);
+    if (e.target.value !== "") onChange(Number(e.target.value));
+  };
   return html`<${Field} label=${label} hint=${hint}>
-    <input type="number" inputmode="decimal" required value=${value} min=${min} max=${max} step=${step}
-      onInput=${(e) => e.target.value !== "" && onChange(Number(e.target.value))} />
+    <input type="number" inputmode="decimal" required value=${typed ?? value} min=${min} max=${max} step=${step}
+      onInput=${input} onBlur=${() => setTyped(null)} />
   <//>`;
 }
 
@@ -164,6 +170,7 @@ export function Command({ text, name = "command", files = [] }) {
 // Which image: an item of the run's data, or a file that is dropped, pasted or chosen. onPicture gets its pixels.
 export function ImageSource({ index, label = "Image", start = 0, onPicture, active }) {
   const [item, setItem] = useState(start);
+  const [typed, setTyped] = useState(null);
   const [file, setFile] = useState(null);
   const [picture, setPicture] = useState(null);
   const [over, setOver] = useState(false);
@@ -196,6 +203,15 @@ export function ImageSource({ index, label = "Image", start = 0, onPicture, acti
     if (active && !picture) showItem(item);
   }, [active, index]);
 
+  const commit = () => {
+    if (typed !== null && typed !== "") showItem(Math.max(0, Math.round(Number(typed))));
+    setTyped(null);
+  };
+  const enter = (e) => {
+    if (e.key !== "Enter") return;
+    e.preventDefault();  // Enter chooses the item and does not start the job of the view
+    commit();
+  };
   const drop = (e) => {
     e.preventDefault();
     setOver(false);
@@ -207,7 +223,7 @@ export function ImageSource({ index, label = "Image", start = 0, onPicture, acti
     <${Frame} frame=${picture} label=${file ?? `item ${item} of the data`} />
     <div class="choices">
       <${Field} label="Item of the data">
-        <input type="number" min="0" step="1" value=${item} onChange=${(e) => showItem(Math.max(0, Math.round(Number(e.target.value))))} />
+        <input type="number" min="0" step="1" value=${typed ?? item} onInput=${(e) => setTyped(e.target.value)} onBlur=${commit} onKeyDown=${enter} />
       <//>
       <button type="button" onClick=${() => showItem(item + 1)}>Next item</button>
       <label class="field" for=${id}><span>Or your own: drop it here, paste it, or</span>
