@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import binascii
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,3 +67,15 @@ def decode_upload(content: bytes, channels: int, sides: Sequence[int], crop: boo
         cause = f"it has {width} x {height} pixels, and the model's images {sides[1]} x {sides[0]}"
         raise ConfigError("SIZE", "your image", cause, "Crop or resize it")
     return Picture(from_values(image.pixels, image.num_values), image.changes)
+
+
+def decode_mask(text: str, sides: Sequence[int]) -> np.ndarray:
+    """(H, W) bool, True where hidden, from base 64 of bits. Raises `ConfigError`."""
+    size = math.prod(sides)
+    try:
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), np.uint8))
+    except (binascii.Error, ValueError):
+        bits = np.zeros(0, np.uint8)
+    if len(bits) != 8 * math.ceil(size / 8):
+        raise ConfigError("MASK", "mask", "it is not the bits of an image of the model's size", "Paint it again")
+    return bits[:size].reshape(sides).astype(bool)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +9,6 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +37,7 @@ from undiffuse.sampling.trajectory import Step, check_finite, forward_trajectory
 from undiffuse.studio import commands
 from undiffuse.studio.fields import MAX_SEED, Fields
 from undiffuse.studio.jobs import Job, Work
-from undiffuse.studio.pictures import Picture, encode, from_values
+from undiffuse.studio.pictures import Picture, decode_mask, encode, from_values
 from undiffuse.studio.runs import Images, StudioRun, kind_of
 
 MAX_PANELS, MAX_ITEMS, MAX_POINTS = 4, 16, 1000
@@ -247,7 +244,7 @@ def inpaint(run: StudioRun, images: Images, fields: Fields) -> Work:
     n, method = fields.integer("n", 1, MAX_ITEMS, 4), fields.choice("method", RESTORATION_METHODS, "mmps")
     steps = fields.integer("steps", 1, model.chain_length, min(100, model.chain_length))
     source, (cond, options) = fields.object("source"), run.condition(fields, n)
-    hidden = _mask(fields.text("mask", 1 << 20), model.item_shape[1:])
+    hidden = decode_mask(fields.text("mask", 1 << 20), model.item_shape[1:])
     fields.done()
     if not hidden.any():
         raise ConfigError("MASK", "mask", "it hides nothing", "Paint the part that is to be filled in")
@@ -268,18 +265,6 @@ def inpaint(run: StudioRun, images: Images, fields: Fields) -> Work:
         return {"images": _shown_values(model, values), "command": command}
 
     return work
-
-
-def _mask(text: str, sides: tuple[int, ...]) -> np.ndarray:
-    """(H, W) bool, True where hidden, from base 64 of bits."""
-    size = math.prod(sides)
-    try:
-        bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), np.uint8))
-    except (binascii.Error, ValueError):
-        bits = np.zeros(0, np.uint8)
-    if len(bits) != 8 * math.ceil(size / 8):
-        raise ConfigError("MASK", "mask", "it is not the bits of an image of the model's size", "Paint it again")
-    return bits[:size].reshape(sides).astype(bool)
 
 
 def interpolate(run: StudioRun, images: Images, fields: Fields) -> Work:
