@@ -21,10 +21,13 @@ from undiffuse.model import checkpoint
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.sampling.sampler import Sampler
+from undiffuse.studio import views
 from undiffuse.studio.commands import command
+from undiffuse.studio.jobs import Cancelled, Job
 from undiffuse.studio.pictures import decode_upload, encode, from_values
 from undiffuse.studio.runs import open_runs
 from undiffuse.studio.server import Studio, build_app
+from undiffuse.studio.views import checked_calls
 
 HALF = np.tile(np.arange(8) >= 4, (8, 1))
 
@@ -188,6 +191,24 @@ def test_a_cancelled_job_stops_at_the_next_call(studio, page):
     studio.queue.cancel(studio.queue.find(id))
     assert page.events(id)[-1]["kind"] == "cancelled"
     assert not studio.runs[0].model.network._forward_pre_hooks
+
+
+def test_a_cancelled_job_raises_at_the_next_network_call(run_folder):
+    model, job = checkpoint.load(run_folder), Job("", lambda job: {})
+    with checked_calls(model, job):
+        model.sample(1, sampler=Sampler(num_steps=1))
+        job.request_cancel()
+        with pytest.raises(Cancelled):
+            model.sample(1, sampler=Sampler(num_steps=1))
+    model.sample(1, sampler=Sampler(num_steps=1))
+
+
+def test_inpainting_adds_the_rounding_of_the_file_to_the_noise(page, monkeypatch):
+    given = {}
+    real = views.restore
+    monkeypatch.setattr(views, "restore", lambda *values: given.update(floor=values[8]) or real(*values))
+    page.job("inpaint", source={"item": 2}, mask=bits(HALF), n=1, steps=1)
+    assert given == {"floor": 2 / 255 / 12**0.5}
 
 
 def make_model(folder, data, **settings):
