@@ -1,6 +1,6 @@
 # One word for each chore. The work is in scripts/, so that a person, this file and CI run the same commands.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-release check dist docs
+.PHONY: help venv demo test test-release check dist docs studio
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\): *## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -22,6 +22,9 @@ dist:            ## the wheel and the source archive in dist/, installed and tri
 
 docs:            ## serve the documentation on this machine
 	@scripts/docs $(ARGS)
+
+studio:          ## copy the JavaScript libraries of `undiffuse studio` from npm; needs Node.js
+	@scripts/studio
 
 venv:            ## create .venv with everything that a developer needs
 	@scripts/venv check

@@ -7,11 +7,17 @@ are those of the page.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +31,7 @@ from undiffuse.evaluation import plan
 from undiffuse.model import presets
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.sampling import sampler_search
+from undiffuse.studio.server import STATIC, VENDOR, listen
 from undiffuse.training import diffusion_task
 from undiffuse.training import fit as loop
 
@@ -140,9 +147,43 @@ def output_of(command: str, capsys) -> str:
         for picture in sorted(Path("photos").iterdir())[KEPT:]:
             picture.unlink()
         return ended.stdout
+    if arguments[0] == "studio":
+        return served(arguments, capsys)
     code = main(arguments)
     out, err = capsys.readouterr()
     assert (code, err) == (0, ""), f"{command}\n{out[-2000:]}{err}"
+    return out
+
+
+def served(arguments: list[str], capsys) -> str:
+    """The output of ``studio``, which does not end by itself: once its page is loaded, Ctrl-C stops it.
+
+    On a free port. Without the libraries of the page, which `make studio` copies from npm, it says so instead.
+    """
+    if not all((STATIC / "vendor" / name).is_file() for name in VENDOR):
+        code = main(arguments)
+        out, err = capsys.readouterr()
+        assert (code, out, "Run 'make studio'" in err) == (2, "", True), err
+        return out
+    with listen(0) as free:
+        port = free.getsockname()[1]
+    pages: list[bytes] = []
+
+    def visit() -> None:
+        for _ in range(600):
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60) as page:
+                pages.append(page.read())
+                break
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    code = main([*arguments, "--port", str(port)])
+    visitor.join()
+    out, err = capsys.readouterr()
+    assert (code, err, len(pages)) == (0, "", 1)
+    assert b"undiffuse studio" in pages[0]
     return out
 
 

@@ -32,7 +32,8 @@ ORDER = [
     ["interop", "evaluation"],
     ["report"],
     ["training"],
-    ["studio", "cli"],
+    ["studio"],
+    ["cli"],
 ]
 """Folders from the bottom up. A folder imports itself and those of earlier rows; folders of one row do not meet."""
 LEVEL = {folder: level for level, row in enumerate(ORDER) for folder in row}

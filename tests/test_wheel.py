@@ -42,7 +42,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
         names = set(wheel.namelist())
         metadata = email.message_from_bytes(wheel.read(next(name for name in names if name.endswith("/METADATA"))))
     modules = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*.py")}
-    assert {name for name in names if ".dist-info/" not in name} == {*modules, "undiffuse/py.typed"}
+    page = (ROOT / "src/undiffuse/studio/static").rglob("[!.]*.*")  # with the libraries that `make studio` copies
+    files = {str(path.relative_to(ROOT / "src")) for path in page if path.is_file()}
+    assert "undiffuse/studio/static/index.html" in files
+    assert {name for name in names if ".dist-info/" not in name} == {*modules, *files, "undiffuse/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert (metadata["Name"], metadata["Version"]) == ("undiffuse", PROJECT["version"])
     assert metadata["License-Expression"] == "Apache-2.0"

@@ -19,6 +19,7 @@ from undiffuse.cli.interpolate import interpolate
 from undiffuse.cli.pack import pack
 from undiffuse.cli.restore import restore
 from undiffuse.cli.sample import sample
+from undiffuse.cli.studio import studio
 from undiffuse.cli.train import train
 from undiffuse.cli.train_autoencoder import train_autoencoder
 from undiffuse.cli.train_classifier import train_classifier
@@ -61,6 +62,7 @@ for command, name in (
     (distill, "distill"),
     (ema, "ema"),
     (watch, "watch"),
+    (studio, "studio"),
     (inspect, "inspect"),
     (pack, "pack"),
     (doctor, "doctor"),

@@ -1,0 +1,415 @@
+"""The page in Chromium: every control once, no console error, axe, speed, keyboard, two tabs, downloads, rebinding.
+
+Needs playwright (extra ``browser``), Debian's chromium, and what `make studio` copies from npm.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from studio_page import make_run
+
+from undiffuse.cli import main
+from undiffuse.studio.pictures import from_values
+from undiffuse.studio.server import STATIC, VENDOR
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+
+AXE = Path(__file__).parents[2] / "studio-web/node_modules/axe-core/axe.min.js"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.release,
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt install chromium"),
+    pytest.mark.skipif(not (STATIC / "vendor" / VENDOR[0]).is_file(), reason="the libraries are missing: make studio"),
+    pytest.mark.skipif(not AXE.is_file(), reason="axe-core is missing: make studio"),
+]
+VIEWS = ["Sample", "Noise", "Likelihood", "Inpaint", "Interpolate", "Training"]
+HOSTILE = '<img src=x onerror="window.xss=1">'
+SECONDS = 60_000
+"""Milliseconds that a job may take on a busy machine."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs: one as it is, and one whose path, classes and pictures are called like hostile HTML."""
+    folder = tmp_path_factory.mktemp("studio")
+    plain = make_run(folder / "digits", chain_length=100)
+    hostile = make_run(folder / HOSTILE.replace("/", "_"), classes=[HOSTILE, *map(str, range(1, 10))])
+    return [plain, hostile]
+
+
+@pytest.fixture(scope="module")
+def address(runs):
+    """The address that a studio prints; at the end Ctrl-C stops it without an error, with a stream open or not."""
+    arguments = [sys.executable, "-m", "undiffuse", "studio", *map(str, runs), "--port", "0"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        printed = process.stdout.readline()
+        yield re.search(r"http://\S+", printed)[0]
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert (process.returncode, errors) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        arguments = ["--no-sandbox", "--host-resolver-rules=MAP evil.test 127.0.0.1"]
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield opened
+        opened.close()
+
+
+class Tab:
+    """A tab on the studio; `problems` are what the console and the page reported."""
+
+    def __init__(self, browser, address, width=1280, scheme="light"):
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        self.page, self.problems = self.context.new_page(), []
+        self.page.set_default_timeout(SECONDS)
+        self.page.on("console", lambda m: self.problems.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.goto(address)
+
+    def __enter__(self):
+        self.page.wait_for_selector("canvas:not(.empty)")
+        return self
+
+    def __exit__(self, *error):
+        problems = list(self.problems)
+        self.context.close()
+        assert error[0] or not problems, problems
+
+    def open(self, view):
+        self.page.get_by_role("tab", name=view).click()
+        return self.page.get_by_role("tabpanel", name=view)
+
+    def done(self, panel, count=1):
+        """Wait until ``count`` jobs of the panel are done."""
+        panel.get_by_role("status").filter(has_text=re.compile("^done$")).nth(count - 1).wait_for()
+
+    def axe(self):
+        """The serious faults that axe finds."""
+        if not self.page.evaluate("'axe' in window"):
+            self.page.evaluate(AXE.read_text())
+        found = self.page.evaluate("axe.run(document)")["violations"]
+        serious = [one for one in found if one["impact"] in ("serious", "critical", "moderate")]
+        return [f"{one['id']}: {[node['html'][:150] for node in one['nodes']][:3]}" for one in serious]
+
+
+def saved(panel, name, folder):
+    """The file that a button saves."""
+    with panel.page.expect_download() as download:
+        panel.get_by_role("button", name=f"Save {name}").first.click()
+    path = folder / name
+    download.value.save_as(path)
+    return path
+
+
+def read(path):
+    """A PNG file as grey levels."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("L"))
+
+
+def test_the_first_picture_is_there_within_a_second(browser, address):
+    """On a machine that is busy with other work the processor time of server and page is compared instead."""
+    server = next(p for p in psutil.Process().children() if "studio" in p.cmdline())
+    wall, processor = [], []
+    for _ in range(5):
+        used, began = sum(server.cpu_times()[:2]), time.perf_counter()
+        with Tab(browser, address) as tab:
+            wall.append(time.perf_counter() - began)
+            metrics = tab.context.new_cdp_session(tab.page)
+            metrics.send("Performance.enable")
+            in_page = {m["name"]: m["value"] for m in metrics.send("Performance.getMetrics")["metrics"]}
+            processor.append(in_page["TaskDuration"] + sum(server.cpu_times()[:2]) - used)
+    busy = psutil.getloadavg()[0] > psutil.cpu_count()
+    print("seconds to the first picture:", ", ".join(f"{t:.2f}" for t in wall))
+    print("of processor time:", ", ".join(f"{t:.2f}" for t in processor), "on a busy machine" if busy else "")
+    assert min(processor if busy else wall) < 1
+
+
+def test_every_control_of_the_samples(browser, address, tmp_path):
+    with Tab(browser, address) as tab:
+        panel = tab.open("Sample")
+        tab.done(panel)
+        panel.get_by_label("Seed").fill("7")
+        panel.get_by_label("Images").select_option("9")
+        panel.get_by_role("button", name="Add a column").click()
+        columns = panel.get_by_role("region", name=re.compile("^Column"))
+        assert columns.count() == 3
+        third = columns.nth(2)
+        third.get_by_label("Solver").select_option("heun")
+        third.get_by_label("Steps").fill("3")
+        third.get_by_label("Spacing").select_option("log_snr")
+        third.get_by_label("Label").select_option("4")
+        third.get_by_label("Guidance").fill("1.5")
+        panel.get_by_role("button", name="Draw").click()
+        command = third.get_by_role("group", name="Command text")
+        playwright.expect(command).to_contain_text("--solver heun", timeout=SECONDS)
+        tab.done(panel)
+        options = "--n 9 --seed 7 --solver heun --steps 3 --spacing log_snr --label 4 --guidance 1.5"
+        assert " ".join(command.inner_text().split()).endswith(options)
+        third.get_by_role("button", name="Copy").click()
+        third.get_by_text("copied").wait_for()
+        assert tab.page.evaluate("navigator.clipboard.readText()") == command.inner_text()
+        assert saved(third, "sample-3.sh", tmp_path).read_text().strip() == command.inner_text()
+        slider = panel.get_by_role("slider")
+        numbers = third.locator(".numbers")
+        slider.fill("0")
+        assert numbers.inner_text().startswith("step 0 of 3")
+        slider.press("End")
+        assert numbers.inner_text().startswith("step 3 of 3")
+        panel.get_by_role("button", name="Play").click()
+        panel.get_by_role("button", name="Pause").click()
+        panel.get_by_role("button", name="Remove column 1").click()
+        assert columns.count() == 2
+
+
+def test_a_mistake_is_shown_as_one_line(browser, address):
+    with Tab(browser, address) as tab:
+        panel = tab.open("Sample")
+        tab.done(panel)
+        panel.get_by_label("Guidance").first.fill("2")
+        panel.get_by_role("button", name="Draw").click()
+        alert = panel.get_by_role("alert")
+        playwright.expect(alert).to_contain_text("error[GUIDANCE]", timeout=SECONDS)
+        tab.problems = [text for text in tab.problems if "400 (Bad Request)" not in text]
+
+
+def test_every_control_of_noise_and_likelihood(browser, address, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 40, 3)).astype(np.uint8)).save(photo)
+    with Tab(browser, address) as tab:
+        panel = tab.open("Noise")
+        tab.done(panel)
+        panel.get_by_role("button", name="Next item").click()
+        panel.get_by_text("item 1 of the data").wait_for()
+        panel.get_by_label("Item of the data").fill("5")
+        panel.get_by_label("Item of the data").press("Enter")
+        panel.get_by_text("item 5 of the data").wait_for()
+        panel.locator("input[type=file]").set_input_files(photo)
+        panel.get_by_text("photo.png", exact=True).wait_for()
+        panel.get_by_text(re.compile("resized|scaled|8 x 8")).wait_for()
+        panel.get_by_label("Seed").fill("3")
+        panel.get_by_label("Label").select_option("2")
+        panel.get_by_role("button", name="Add noise").click()
+        tab.done(panel)
+        panel.get_by_role("slider").fill("0.5")
+        panel.get_by_label("Strength t").fill("0.4")
+        panel.get_by_role("button", name="Make variants").click()
+        panel.get_by_text("four variants").wait_for()
+        assert "--strength 0.4" in panel.get_by_role("group", name="Command text").last.inner_text()
+        assert read(saved(panel, "image.png", tmp_path)).shape == (8, 8)
+        drop(panel, photo, "dropped.png")
+        panel.get_by_text("dropped.png", exact=True).wait_for()
+
+        panel = tab.open("Likelihood")
+        panel.get_by_text("item 0 of the data").wait_for()
+        panel.get_by_label("Draws of noise").fill("4")
+        panel.get_by_label("Seed").fill("2")
+        panel.get_by_label("Label").select_option("0")
+        playwright.expect(panel.get_by_role("button", name="Measure")).to_be_enabled(timeout=SECONDS)
+        panel.get_by_role("button", name="Measure").click()
+        tab.done(panel)
+        assert re.search(r"at most \d+\.\d{3} ± \d", panel.inner_text())
+        assert panel.locator(".chart canvas").count() == 1
+        assert "model.nll" in panel.get_by_role("group", name="Command text").inner_text()
+
+
+def drop(panel, path, name):
+    """Drop a file on the image of a panel."""
+    content = list(path.read_bytes())
+    data = panel.page.evaluate_handle(
+        "([bytes, name]) => { const data = new DataTransfer();"
+        " data.items.add(new File([new Uint8Array(bytes)], name, {type: 'image/png'})); return data; }",
+        [content, name],
+    )
+    panel.locator("fieldset").dispatch_event("drop", {"dataTransfer": data})
+
+
+def test_painting_with_pointer_and_keys_and_the_command_of_inpainting(browser, address, tmp_path, monkeypatch):
+    with Tab(browser, address) as tab:
+        panel = tab.open("Inpaint")
+        panel.get_by_text("item 0 of the data").wait_for()
+        fill = panel.get_by_role("button", name="Fill in")
+        canvas = panel.get_by_role("application")
+        panel.locator("figure canvas:not(.empty)").nth(1).wait_for()
+        playwright.expect(panel.get_by_role("button", name="Invert")).to_be_enabled(timeout=SECONDS)
+        assert fill.is_disabled()
+        canvas.focus()
+        for key in (" ", "ArrowRight", " ", "ArrowDown", " ", "ArrowUp", "Backspace"):
+            canvas.press(key)
+        assert fill.is_enabled()
+        panel.get_by_role("button", name="Clear").click()
+        assert fill.is_disabled()
+        panel.get_by_role("button", name="Hide the right half").click()
+        panel.get_by_role("button", name="Invert").click()
+        panel.get_by_label("Brush").fill("2")
+        box = canvas.bounding_box()
+        tab.page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] * 0.3)
+        tab.page.mouse.down()
+        tab.page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] * 0.6, steps=4)
+        tab.page.mouse.up()
+        for label, value in (("Answers", "2"), ("Seed", "1"), ("Steps", "3")):
+            panel.get_by_label(label, exact=True).fill(value)
+        panel.get_by_label("Method").select_option("repaint")
+        panel.get_by_label("Label").select_option("1")
+        fill.click()
+        tab.done(panel)
+        saved(panel, "image.png", tmp_path)
+        mask = read(saved(panel, "mask.png", tmp_path))
+        assert (mask[:, :4] == 255).all()
+        assert 4 <= (mask[:, 4:] == 255).sum() <= 16
+        command = panel.get_by_role("group", name="Command text").inner_text()
+        shown = (
+            panel.locator("canvas")
+            .nth(2)
+            .evaluate("(c) => Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)")
+        )
+        width, height = panel.locator("canvas").nth(2).evaluate("(c) => [c.width, c.height]")
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split()[1:], "--out", "out"]) == 0
+    values = np.load("out/samples.npz")
+    first = from_values(values[values.files[0]], 17)[0, 0]
+    scale = height // 8
+    assert np.array_equal(
+        np.reshape(shown, (height, width, 4))[scale // 2 :: scale, scale // 2 :: scale, 0][:8, :8], first
+    )
+
+
+def test_interpolation_and_training(browser, address):
+    with Tab(browser, address) as tab:
+        panel = tab.open("Interpolate")
+        playwright.expect(panel.get_by_role("button", name="Interpolate")).to_be_enabled(timeout=SECONDS)
+        panel.get_by_label("Images").fill("5")
+        panel.get_by_label("Steps each way").fill("2")
+        panel.get_by_label("Label").select_option("none")
+        panel.get_by_role("button", name="Interpolate").click()
+        panel.get_by_text("5 images, from the first to the second").wait_for()
+        panel = tab.open("Training")
+        panel.get_by_text("finished").wait_for()
+        assert "step 4 of 4" in panel.inner_text()
+        panel.get_by_label("Picture").select_option("training.png")
+        panel.get_by_role("img", name=re.compile("training.png")).wait_for()
+        assert panel.locator(".chart canvas").count() == 2
+
+
+def test_the_views_are_reached_by_keys(browser, address):
+    with Tab(browser, address) as tab:
+        tab.page.get_by_role("tab", name="Sample").focus()
+        for view in (*VIEWS[1:], VIEWS[0]):
+            tab.page.keyboard.press("ArrowRight")
+            assert tab.page.evaluate("document.activeElement.textContent") == view
+        tab.page.keyboard.press("End")
+        assert tab.page.get_by_role("tab", selected=True).inner_text() == "Training"
+        tab.page.keyboard.press("Home")
+        tab.page.keyboard.press("Tab")
+        assert tab.page.evaluate("document.activeElement.tagName") == "INPUT"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (375, "light")])
+def test_axe_finds_no_fault_and_nothing_is_wider_than_the_screen(browser, address, width, scheme):
+    faults = []
+    with Tab(browser, address, width, scheme) as tab:
+        for view in VIEWS:
+            panel = tab.open(view)
+            if view in ("Sample", "Noise"):
+                tab.done(panel)
+            if view in ("Likelihood",):
+                panel.get_by_label("Draws of noise").fill("4")
+                playwright.expect(panel.get_by_role("button", name="Measure")).to_be_enabled(timeout=SECONDS)
+                panel.get_by_role("button", name="Measure").click()
+                tab.done(panel)
+            tab.page.wait_for_timeout(200)
+            faults += [f"{view}: {fault}" for fault in tab.axe()]
+            assert tab.page.evaluate("document.documentElement.scrollWidth") <= width, view
+    assert not faults, "\n".join(faults)
+
+
+def test_two_tabs_share_one_queue(browser, address):
+    with Tab(browser, address) as one, Tab(browser, address) as two:
+        first, second = one.open("Sample"), two.open("Sample")
+        one.done(first)
+        two.done(second)
+        first.get_by_label("Images").select_option("16")
+        for column in (0, 1):
+            first.get_by_label("Steps").nth(column).fill("100")
+            first.get_by_label("Solver").nth(column).select_option("rk4")
+        first.get_by_role("button", name="Draw").click()
+        first.get_by_text("running").wait_for()
+        second.get_by_role("button", name="Draw").click()
+        second.get_by_text("waiting, 1 job before this one").wait_for()
+        assert first.get_by_role("progressbar").count() == 1
+        first.get_by_role("button", name="Cancel").click()
+        first.get_by_text("cancelled").wait_for()
+        two.done(second)
+
+
+def test_hostile_names_are_text(browser, address, runs):
+    with Tab(browser, address) as tab:
+        assert HOSTILE.replace("/", "_") in tab.page.get_by_label("Run").inner_text()
+        tab.page.get_by_label("Run").select_option("1")
+        panel = tab.page.get_by_role("tabpanel", name="Sample")
+        tab.done(panel)
+        panel.get_by_label("Label").first.select_option("0")
+        panel.get_by_role("button", name="Draw").click()
+        playwright.expect(panel.get_by_role("group", name="Command text").first).to_contain_text(
+            "onerror", timeout=SECONDS
+        )
+        assert tab.page.evaluate("window.xss") is None
+        assert tab.page.locator("img[src=x]").count() == 0
+
+
+def test_a_page_without_the_token_or_of_another_name_gets_nothing(browser, address):
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(address.partition("#")[0])
+    page.get_by_text("This address has no token").wait_for()
+    page.goto(address.partition("#")[0] + "#token=wrong")
+    page.reload()
+    page.get_by_text("error[TOKEN]").wait_for()
+    port = re.search(r":(\d+)/", address)[1]
+    for host in ("evil.test", "localhost.evil.test"):
+        try:
+            answer = page.goto(f"http://{host}:{port}/")
+        except playwright.Error:  # a name that the browser does not resolve
+            assert host != "evil.test"
+            continue
+        assert answer.status == 403
+        assert "error[HOST]" in answer.text()
+    context.close()
+
+
+def test_a_page_of_another_site_cannot_use_the_studio(browser, address):
+    """Even one that knows the token: its requests have its Origin."""
+    context = browser.new_context()
+    page = context.new_page()
+    page.route("http://other.test/", lambda route: route.fulfill(body="<h1>other</h1>", content_type="text/html"))
+    page.goto("http://other.test/")
+    base, token = address.split("/#token=")
+    script = """async ([url, token, mode]) => {
+        const headers = token ? {"X-Studio-Token": token} : {};
+        try { const answer = await fetch(url, {mode, headers}); return [answer.type, answer.status]; }
+        catch (error) { return "refused"; }
+    }"""
+    assert page.evaluate(script, [f"{base}/api/state", token, "cors"]) == "refused"
+    assert page.evaluate(script, [f"{base}/api/state", "", "cors"]) == "refused"
+    assert page.evaluate(script, [f"{base}/", "", "no-cors"]) in ("refused", ["opaque", 0])
+    context.close()
+
+
+def test_the_address_is_in_no_other_place(address):
+    """The token is in the fragment, which is never sent."""
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/#token=[\w-]{32}", address)

@@ -1,0 +1,104 @@
+"""For tests of the studio: a run of digits with an untrained model, the files of the page, a client with the token."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from urllib.parse import unquote
+
+import torch
+from PIL import Image
+from starlette.testclient import TestClient
+
+from undiffuse.data.sources.registry import load
+from undiffuse.data.transform import IntegerLevels
+from undiffuse.model import checkpoint
+from undiffuse.model.config import Config, ModelConfig, TrainConfig
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.studio.server import STATIC, VENDOR
+from undiffuse.training.run_folder import Run, describe
+
+PORT, TOKEN = 8421, "the-token"
+NETWORK = {"kind": "unet", "widths": (4,), "blocks": 1, "attention": (), "classes": 10}
+CONFIG = Config(
+    ModelConfig(network=NETWORK, schedule={"name": "linear_log_snr", "high": 6.0}, chain_length=12),
+    TrainConfig(batch=8, warmup=1, max_steps=4, precision="float32", conditional=True),
+)
+
+
+def make_run(folder, chain_length=CONFIG.model.chain_length, **info):
+    """A run folder as training leaves it, without the training: random weights, two records, two pictures.
+
+    ``info`` replaces facts about the data in the model's file.
+    """
+    data, run = load("digits"), Run(folder)
+    config = replace(CONFIG, model=replace(CONFIG.model, chain_length=chain_length))
+    run.open(config, data)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Diffusion(config.model, data.item_shape, IntegerLevels(17), describe(data) | info)
+        for parameter in model.network.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    checkpoint.save(model, run.model)
+    run.append_metrics({"step": 2, "seconds": 1.0, "loss": 0.5})
+    run.append_metrics({"step": 4, "seconds": 2.0, "bits_per_dim": 3.0})
+    for name in ("samples.png", "training.png"):
+        Image.new("L", (8, 8)).save(run.pictures / name)
+    run.finish()
+    return folder
+
+
+def page_files():
+    """The files of the page; in place of the libraries of others, which `make studio` copies, empty ones."""
+    files = {path.name: path.read_bytes() for path in STATIC.glob("*.*")}
+    return files | {f"vendor/{name}": b"" for name in VENDOR}
+
+
+class Page(TestClient):
+    """What the page does: requests with the token, jobs with their events."""
+
+    def submit(self, view, **content):
+        answer = self.post("/api/jobs", json={"view": view, "run": 0, **content})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["job"]
+
+    def events(self, id, **headers):
+        text = self.get(f"/api/jobs/{id}/events", headers=headers).text
+        lines = [line for line in text.split("\n") if line.startswith("data: ")]
+        return [json.loads(line[6:]) for line in lines]
+
+    def job(self, view, **content):
+        """The events of a job that is expected to be done, without progress."""
+        events = [event for event in self.events(self.submit(view, **content)) if event["kind"] != "progress"]
+        assert events[-1]["kind"] == "done", events[-1]
+        return events
+
+
+def raw_get(app, path):
+    """(status, body) of a GET for ``path`` exactly as written, which an HTTP client would tidy up."""
+    sent, host = [], f"127.0.0.1:{PORT}".encode()
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "query_string": b"",
+        "root_path": "",
+    }
+    scope |= {
+        "path": unquote(path),
+        "raw_path": path.encode("utf-8", "surrogateescape"),
+        "client": None,
+        "server": None,
+    }
+    scope |= {"headers": [(b"host", host), (b"x-studio-token", TOKEN.encode())]}
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
