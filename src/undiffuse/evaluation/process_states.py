@@ -41,7 +41,9 @@ def forward_states(model: Diffusion, values: torch.Tensor, columns: int, seed: i
     return _frames(model, states)
 
 
-def reverse_states(model: Diffusion, items: range, columns: int, cond: Condition | None = None, seed: int = 0) -> States:
+def reverse_states(
+    model: Diffusion, items: range, columns: int, cond: Condition | None = None, seed: int = 0
+) -> States:
     """The samples numbered ``items`` on their way from noise, by the model's default sampler, at ``columns`` states."""
     states = [(state.level, state.x) for state in model.trajectory(items, seed, cond=cond)]
     return _frames(model, _evenly(states, columns))

@@ -138,7 +138,9 @@ def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 def section(name: str, title: str, *children: object) -> Markup:
     """A section that the page's contents link to as ``name``."""
-    return element("section", element("h2", title, id=f"{name}-title"), *children, id=name, aria_labelledby=f"{name}-title")
+    return element(
+        "section", element("h2", title, id=f"{name}-title"), *children, id=name, aria_labelledby=f"{name}-title"
+    )
 
 
 def page(title: str, head: object, sections: Sequence[tuple[str, str, Sequence[object]]], foot: object) -> str:

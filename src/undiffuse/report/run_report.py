@@ -111,7 +111,8 @@ def _head(content: RunContent) -> Markup:
     lines += [paragraph(note, class_="note") for note in content.notes]
     numbers = run_sections.key_numbers(content)
     cells = [
-        element("div", element("dt", name), element("dd", value, element("small", more))) for name, value, more in numbers
+        element("div", element("dt", name), element("dd", value, element("small", more)))
+        for name, value, more in numbers
     ]
     return join(*lines, element("dl", *cells, class_="numbers"))
 
@@ -129,13 +130,16 @@ def _drawn(drawing: Drawing | None, max_bytes: int) -> Markup:
         return missing(str(drawing.caption), drawing.command, drawing.reason)
     budget = max_bytes // len(drawing.images)
     shown = [
-        html.picture(image, alt, budget, drawing.plot)
-        for image, alt in zip(drawing.images, drawing.alts, strict=True)
+        html.picture(image, alt, budget, drawing.plot) for image, alt in zip(drawing.images, drawing.alts, strict=True)
     ]
     if not drawing.titles:
-        return join(*(figure(image, drawing.caption) for image in shown[:1])) if len(shown) == 1 else join(
-            element("div", *(element("figure", image) for image in shown), class_="pictures small"),
-            paragraph(drawing.caption),
+        return (
+            join(*(figure(image, drawing.caption) for image in shown[:1]))
+            if len(shown) == 1
+            else join(
+                element("div", *(element("figure", image) for image in shown), class_="pictures small"),
+                paragraph(drawing.caption),
+            )
         )
     named = [figure(image, title) for image, title in zip(shown, drawing.titles, strict=True)]
     return join(element("div", *named, class_="pictures"), paragraph(drawing.caption))

@@ -56,7 +56,9 @@ def key_numbers(content: RunContent) -> list[tuple[str, str, str]]:
     if estimates:
         name = next((name for name in ("discrete", "continuous") if name in estimates), next(iter(estimates)))
         bits = estimates[name]["bits_per_dim"]["total"]
-        numbers.append(("Likelihood", f"{_bound(estimates[name])}{with_error(*bits)}", f"{BITS}, {_items(estimates[name])}"))
+        numbers.append(
+            ("Likelihood", f"{_bound(estimates[name])}{with_error(*bits)}", f"{BITS}, {_items(estimates[name])}")
+        )
     else:
         numbers += [_from_training(content.records)] * bool(_from_training(content.records))
     metrics = (content.comparison or {}).get("metrics") or {}
@@ -191,7 +193,9 @@ def likelihood(evaluation: Record) -> list[object]:
 
 def _cost(numbers: Record) -> dict[str, Any]:
     samples = numbers.get("mc_samples", numbers.get("iw_samples"))
-    more = {"Monte Carlo samples": "all steps" if samples is None else f"{samples:,}"} if "mc_samples" in numbers else {}
+    more = (
+        {"Monte Carlo samples": "all steps" if samples is None else f"{samples:,}"} if "mc_samples" in numbers else {}
+    )
     return more | {"calls per item": numbers["calls"]}
 
 
@@ -270,7 +274,7 @@ def recipe_json(config: Mapping[str, Any]) -> str:
     for name, settings in config.items():
         if isinstance(settings, Mapping):
             lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in settings.items())
-            tables.append(f' {json.dumps(name)}: {{\n{lines}\n }}')
+            tables.append(f" {json.dumps(name)}: {{\n{lines}\n }}")
         else:
             tables.append(f" {json.dumps(name)}: {json.dumps(settings)}")
     return "{\n" + ",\n".join(tables) + "\n}"
