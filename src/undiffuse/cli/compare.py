@@ -65,6 +65,7 @@ def compare(
     from undiffuse.errors import DataError
     from undiffuse.evaluation import comparison
     from undiffuse.report import comparison_report, table
+    from undiffuse.report.sample_folder import sampler_in_words
     from undiffuse.runtime.output_folder import check_output_folder, listed_files
     from undiffuse.runtime.own_output import save_picture
     from undiffuse.runtime.side_files import read_record, write_record
@@ -89,8 +90,13 @@ def compare(
         values, dataset, metrics=metric or (), extractor=features, items=items, held_out=held_out, seed=seed
     )
     manifest = _manifest(samples)
-    drawn = {"weights": manifest.get("weights"), "sampler": _sampler_in_words(manifest)}
-    summary = {"samples": samples, **drawn, **result.summary(), "nearest": comparison_report.nearest_rows(result, dataset)}
+    drawn = {"weights": manifest.get("weights"), "sampler": sampler_in_words(manifest)}
+    summary = {
+        "samples": samples,
+        **drawn,
+        **result.summary(),
+        "nearest": comparison_report.nearest_rows(result, dataset),
+    }
     summary["explanations"] = result.explanations()
     if as_json:
         print(json.dumps(summary, indent=1))
@@ -121,20 +127,6 @@ def _run_of(samples: str) -> Path | None:
     manifest = _manifest(samples)
     model = [manifest.get("model"), *manifest.get("then", ())][-1]
     return Path(model) if model and Path(model).exists() else None
-
-
-def _sampler_in_words(manifest: dict[str, Any]) -> str | None:
-    """How the samples of a sample folder were drawn; None if that is not known."""
-    from undiffuse.errors import counted
-    from undiffuse.sampling.sampler import Sampler
-
-    with suppress(ConfigError, LookupError, TypeError):
-        sampler = Sampler.from_dict(manifest["sampler"])
-        steps = sampler.num_steps if sampler.times is None else len(sampler.times) - 1
-        labels = manifest.get("label")
-        given = f", label {', '.join(map(str, labels))}" if labels else ""
-        return f"{sampler} in {counted(steps or 0, 'step')}{given}, seed {manifest['seed']}"
-    return None
 
 
 def _manifest(samples: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def join(*children: object) -> Markup:
     return Markup("".join(text(child) for child in children if child is not None))
 
 
-def element(name: str, *children: object, **attributes: object) -> Markup:
+def element(name: str, /, *children: object, **attributes: object) -> Markup:
     """An element with escaped ``children`` and ``attributes``: class_ is class, viewBox viewBox, aria_label aria-label.
 
     An attribute that is None is left out.
@@ -102,7 +102,7 @@ def figure(content: object, caption: object) -> Markup:
 
 
 def picture(image: Image.Image, alt: str, max_bytes: int, plot: bool = False) -> Markup:
-    """``image`` as an element that holds it, in at most ``max_bytes``; a ``plot`` on white is inverted on dark pages."""
+    """``image`` as an element that holds it, in at most ``max_bytes``; a ``plot`` is inverted on dark pages."""
     kind, content, shown = encode(image, max_bytes)
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     width, height = shown.size

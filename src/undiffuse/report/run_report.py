@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,6 @@ MAX_BYTES = 3_000_000
 BUDGET = {"samples": 500_000, "forward": 250_000, "reverse": 250_000, "solvers": 480_000, "neighbours": 200_000}
 BUDGET |= {"data": 220_000, "reconstructions": 400_000}
 """The bytes of the pictures of a kind, at most; in the page they take a third more."""
-TOO_LARGE = "Pictures are reduced to keep the page small."
 
 
 @dataclass
@@ -119,7 +117,7 @@ def _head(content: RunContent) -> Markup:
 
 def _foot() -> Markup:
     return paragraph(
-        f"Written by undiffuse {__version__}. This file is complete: it loads nothing from anywhere and runs no program."
+        f"Written by undiffuse {__version__}. This file is complete: it loads nothing and runs no program."
     )
 
 
@@ -201,7 +199,3 @@ def _repeat(content: RunContent) -> list[object]:
     if content.recipe:
         parts += [element("h3", "recipe.json"), html.verbatim(content.recipe)]
     return parts
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""The parts of a run's page that are made of numbers: from metrics, and from the records of `evaluate` and `compare`."""
+"""The parts of a run's page that are made of numbers: metrics, and the records of `evaluate` and `compare`."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def training(records: Sequence[Record]) -> list[object]:
         alt = f"{title}, {unit}, at {counted(len(steps), 'step')}: last {values[-1]:.4g}, best {best[key]:.4g}"
         bars = ", with its standard error" if errors else ""
         caption = f"{title.capitalize()} of the averaged weights{bars}. Best: {best[key]:.4g} at step {best['step']:,}."
-        limits = {"low": 0.0, "high": 1.0} if key == "accuracy" else {}
-        figures.append(figure(chart(alt, [curve], "step", unit, **limits), caption))
+        low, high = (0.0, 1.0) if key == "accuracy" else (None, None)
+        figures.append(figure(chart(alt, [curve], "step", unit, low=low, high=high), caption))
         rows += [_evaluation(key, title, unit, r) for r in measured[-MAX_EVALUATIONS:]]
     if not figures:
         return [paragraph("No steps are recorded yet.", class_="missing")]
@@ -147,9 +147,10 @@ def accuracy(rows: Sequence[Record]) -> list[object]:
     """The curve of a classifier's accuracy over log-SNR, and its table."""
     if not rows:
         return [paragraph("No accuracy on test items is recorded.", class_="missing")]
-    columns = [[float(row[name]) for row in rows] for name in ("log_snr", "accuracy", "stderr")]
+    log_snr, correct, stderr = ([float(row[name]) for row in rows] for name in ("log_snr", "accuracy", "stderr"))
+    line = Line("", log_snr, correct, stderr, dots=True)
     title = f"test accuracy at {len(rows)} levels of log-SNR"
-    drawn = chart(title, [Line("", *columns, dots=True)], "noise  ←  log-SNR  →  data", "accuracy", low=0.0, high=1.0)
+    drawn = chart(title, [line], "noise  ←  log-SNR  →  data", "accuracy", low=0.0, high=1.0)
     shown = [
         {"log-SNR": f"{r['log_snr']:.2f}", "accuracy": with_error(r["accuracy"], r["stderr"]), "items": r["items"]}
         for r in rows
@@ -230,8 +231,8 @@ def copies(comparison: Record) -> list[object]:
     found = "Training items are copied" if test["significant"] else "No evidence that training items are copied"
     why = (
         f"{found}: of {test['training']:,} training and {test['held_out']:,} held-out items, the nearest one is a "
-        f"training item for {test['share']:.1%} of the samples, and {test['expected']:.1%} are expected without copying "
-        f"(p ≤ {test['p_value']:.1g}; tested at a false-alarm rate of {test['false_alarm_rate']:g})."
+        f"training item for {test['share']:.1%} of the samples, and {test['expected']:.1%} are expected without "
+        f"copying (p ≤ {test['p_value']:.1g}; tested at a false-alarm rate of {test['false_alarm_rate']:g})."
     )
     parts: list[object] = [paragraph(why, class_="bad" if test["significant"] else "good")]
     rows = [

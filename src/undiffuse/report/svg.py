@@ -44,7 +44,7 @@ def chart(
     low: float | None = None,
     high: float | None = None,
 ) -> Markup:
-    """An image of ``lines`` on common axes, of which that of y is logarithmic if ``log``; points not finite are omitted.
+    """An image of ``lines`` on common axes, of which that of y is logarithmic if ``log``.
 
     ``low`` and ``high`` are values that the axis of y includes. ``title`` is what a reader of the screen says.
     """
@@ -55,7 +55,8 @@ def chart(
     xs = np.concatenate([line.x for line in lines])
     ys = np.concatenate([*(_reach(line, log) for line in lines), [v for v in (low, high) if v is not None]])
     x_low, x_high = _range(xs.min(), xs.max(), 0)
-    y_low, y_high = _range(*(map(math.log10, (ys.min(), ys.max())) if log else (ys.min(), ys.max())), 0.05)
+    y_low, y_high = float(ys.min()), float(ys.max())
+    y_low, y_high = _range(math.log10(y_low), math.log10(y_high), 0.05) if log else _range(y_low, y_high, 0.05)
 
     def at_x(x: float) -> float:
         return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
