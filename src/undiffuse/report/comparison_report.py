@@ -50,6 +50,7 @@ def nearest_rows(result: Comparison, data: Dataset) -> list[dict[str, Any]]:
     return [
         {
             "sample": int(result.samples[i]),
+            "items": [int(item) for item in result.neighbours[i]],
             "training": [str(name) for name in data.item_names(result.neighbours[i])],
             "distances": [float(distance) for distance in result.neighbour_distances[i]],
         }

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import html
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ MARK = "<!-- undiffuse:report -->"
 """The second line of each page, by which it is recognised."""
 VOID = {"meta", "img", "br"}
 JPEG_QUALITY = 88
+SHORT_NAME = 18
+"""Characters of a row's name that are not broken into lines."""
 MIN_SIDE = 16
 """Pixels to which a picture that is too large is not reduced further."""
 
@@ -83,17 +86,37 @@ def table(rows: Iterable[Mapping[str, Any]], caption: str, numeric: bool = True)
     head = element("tr", *(element("th", name, scope="col") for name in names))
     body = []
     for row in rows:
-        cells = [element("td", cell(row.get(name)).strip()) for name in names[1:]]
-        body.append(element("tr", element("th", cell(row.get(names[0])).strip(), scope="row"), *cells))
-    content = element("table", element("caption", caption), element("thead", head), element("tbody", *body))
+        cells = [element("td", minus(cell(row.get(name)).strip())) for name in names[1:]]
+        body.append(element("tr", _row_name(cell(row.get(names[0])).strip()), *cells))
+    content = element("table", _caption(caption), element("thead", head), element("tbody", *body))
     kind = "table numbers" if numeric else "table"
     return element("div", content, class_=kind, tabindex=0, role="region", aria_label=caption)
+
+
+def _caption(words: str) -> Markup:
+    """A caption that stays in view where its table is wider than the screen."""
+    return element("caption", element("span", words))
+
+
+def _row_name(words: str) -> Markup:
+    return element("th", words, scope="row", class_="long" if len(words) > SHORT_NAME else None)
+
+
+def minus(words: str) -> str:
+    """``words`` with the sign of a minus before negative numbers."""
+    return re.sub(r"(?<![\w.])-(?=[\d.]*\d)", "−", words)
+
+
+def settings(pairs: Iterable[tuple[str, object]]) -> Markup:
+    """Many names with short values, in columns."""
+    rows = [element("div", element("dt", name), element("dd", value)) for name, value in pairs]
+    return element("dl", *rows, class_="settings")
 
 
 def facts(pairs: Iterable[tuple[str, object]], caption: str) -> Markup:
     """A table of two columns without a head: names and values."""
     rows = [element("tr", element("th", name, scope="row"), element("td", value)) for name, value in pairs]
-    content = element("table", element("caption", caption), element("tbody", *rows))
+    content = element("table", _caption(caption), element("tbody", *rows))
     return element("div", content, class_="table facts", tabindex=0, role="region", aria_label=caption)
 
 

@@ -20,13 +20,13 @@ header p{color:var(--soft);margin:.2rem 0}
 nav{margin:1.2rem 0 0;padding:.7rem 0;border-block:1px solid var(--line)}
 nav ol{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;list-style:none;margin:0;padding:0;font-size:.92rem}
 section{margin-top:2.4rem}
-dl.numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(11.5rem,1fr));gap:.8rem;margin:1.2rem 0 0}
+dl.numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(10rem,1fr));gap:.8rem;margin:1.2rem 0 0}
 dl.numbers>div{background:var(--card);border:1px solid var(--line);border-radius:.4rem;padding:.7rem .9rem}
 dl.numbers dt{font-size:.82rem;color:var(--soft)}
 dl.numbers dd{margin:.1rem 0 0;font-size:1.25rem;font-weight:600;line-height:1.3;font-variant-numeric:tabular-nums}
 dl.numbers dd small{display:block;font-size:.8rem;font-weight:400;color:var(--soft);line-height:1.4}
 figure{margin:1.1rem 0;min-width:0}
-figcaption{font-size:.88rem;color:var(--soft);margin-top:.45rem;max-width:48rem}
+figcaption,.caption{font-size:.88rem;color:var(--soft);margin-top:.45rem;max-width:48rem}
 img{display:block;max-width:100%;height:auto;border-radius:.2rem}
 .charts,.pictures{display:grid;gap:0 1.6rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr))}
 .pictures.small{grid-template-columns:repeat(auto-fit,minmax(min(100%,15rem),1fr));gap:0 1rem}
@@ -50,13 +50,21 @@ th,td{padding:.32rem .9rem .32rem 0;text-align:left;vertical-align:top;border-bo
 thead th{color:var(--soft);font-weight:500;white-space:nowrap}
 tbody th{font-weight:500}
 .numbers td{white-space:nowrap}
-.numbers tbody th{min-width:9rem;overflow-wrap:normal}
-.facts th{color:var(--soft);white-space:nowrap}
+caption span{display:inline-block;position:sticky;left:0;max-width:min(48rem,calc(100vw - 2.5rem))}
+.numbers tbody th{position:sticky;left:0;background:var(--paper);overflow-wrap:normal;white-space:nowrap}
+.numbers tbody th.long{min-width:11rem;white-space:normal}
+.facts th{color:var(--soft);white-space:nowrap;overflow-wrap:normal}
+.beside{display:flex;flex-wrap:wrap;gap:0 2.2rem;align-items:flex-start}.beside>*{max-width:100%}
 code,pre{font:.86em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 code{background:var(--card);border-radius:.2rem;padding:.1em .3em}
 pre{background:var(--card);border:1px solid var(--line);border-radius:.3rem;padding:.7rem .9rem;margin:.7rem 0;
 white-space:pre-wrap;font-size:.86rem}
 pre code{background:none;padding:0;font-size:1em}
+dl.settings{display:grid;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));gap:0 1.6rem;font-size:.9rem;
+margin:.4rem 0}
+dl.settings>div{display:flex;justify-content:space-between;gap:1rem;border-bottom:1px solid var(--line);
+padding:.28rem 0}
+dl.settings dt{color:var(--soft)}dl.settings dd{margin:0;text-align:right}
 .command code::before{content:"$ ";color:var(--soft)}
 .note{border-left:3px solid var(--line);padding-left:.8rem}
 .missing{border-left:3px solid var(--line);padding-left:.8rem;color:var(--soft)}
@@ -68,7 +76,7 @@ footer{margin-top:3rem;padding-top:.8rem;border-top:1px solid var(--line);font-s
 @media screen and (prefers-color-scheme:dark){img.plot{filter:invert(.9) hue-rotate(180deg)}}
 @media (max-width:30rem){body{padding:1.2rem 1rem 2rem}h1{font-size:1.5rem}section{margin-top:2rem}
 dl.numbers{grid-template-columns:1fr 1fr;gap:.5rem}dl.numbers>div{padding:.55rem .65rem}dl.numbers dd{font-size:1.05rem}
-.facts th{white-space:normal;min-width:5.5rem}}
+.numbers tbody th.long{min-width:8rem}}
 @media print{@page{margin:16mm}body{max-width:none;padding:0;font-size:10.5pt}nav{display:none}
 a{color:inherit;text-decoration:none}section{margin-top:1.6rem}figure,tr,pre,dl.numbers>div{break-inside:avoid}
 h2,h3,caption{break-after:avoid}.table{overflow:visible}.numbers td,thead th{white-space:normal}

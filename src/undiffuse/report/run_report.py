@@ -95,7 +95,7 @@ def _page(content: RunContent, scale: float) -> str:
     if diffusion:
         sections.append(("likelihood", "Likelihood", _likelihood(content)))
         sections.append(("distances", "Distances", _distances(content)))
-        sections.append(("copies", "Nearest training items", [*_copies(content), drawn("neighbours")]))
+        sections.append(("copies", "Nearest training items", _copies(content, drawn("neighbours"))))
     sections.append(("data", "Data", [facts(content.data, "The data of the run"), drawn("data"), *_notes(content)]))
     sections.append(("settings", "Settings", [facts(content.model, "The model"), *_training_settings(content)]))
     sections.append(("repeat", "Repeat it", _repeat(content)))
@@ -136,21 +136,20 @@ def _drawn(drawing: Drawing | None, max_bytes: int) -> Markup:
             if len(shown) == 1
             else join(
                 element("div", *(element("figure", image) for image in shown), class_="pictures small"),
-                paragraph(drawing.caption),
+                paragraph(drawing.caption, class_="caption"),
             )
         )
     named = [figure(image, title) for image, title in zip(shown, drawing.titles, strict=True)]
-    return join(element("div", *named, class_="pictures"), paragraph(drawing.caption))
+    return join(element("div", *named, class_="pictures"), paragraph(drawing.caption, class_="caption"))
 
 
 def _likelihood(content: RunContent) -> list[object]:
-    parts: list[object] = []
-    if bound := run_sections.training_bound(content.records):
-        parts.append(paragraph("At the end of training: ", bound))
     if content.evaluation is None:
         reason, command = content.why.get("evaluation", ""), content.commands.get("evaluation")
+        bound = run_sections.training_bound(content.records)
+        parts = [paragraph("At the end of training: ", bound)] if bound else []
         return [*parts, missing("No likelihood is measured", command, reason)]
-    return [*parts, *run_sections.likelihood(content.evaluation), *_measured_by(content.commands.get("evaluation"))]
+    return [*run_sections.likelihood(content.evaluation), *_measured_by(content.commands.get("evaluation"))]
 
 
 def _distances(content: RunContent) -> list[object]:
@@ -161,11 +160,12 @@ def _distances(content: RunContent) -> list[object]:
     return [*run_sections.distances(content.comparison), *_measured_by(*measured)]
 
 
-def _copies(content: RunContent) -> list[object]:
+def _copies(content: RunContent, picture: Markup) -> list[object]:
     if content.comparison is None:
         reason, command = content.why.get("comparison", ""), content.commands.get("comparison")
         return [missing("Whether training items are copied is not tested", command, reason)]
-    return run_sections.copies(content.comparison)
+    verdict, *table = run_sections.copies(content.comparison)
+    return [verdict, element("div", picture or None, *table, class_="beside")]
 
 
 def _measured_by(*lines: str | None) -> list[object]:
@@ -188,7 +188,7 @@ def _training_settings(content: RunContent) -> list[object]:
     if not settings:
         return []
     shown = [(name.replace("_", " "), run_sections.setting(value)) for name, value in settings.items()]
-    return [facts([(name, value) for name, value in shown if value], "The training")]
+    return [element("h3", "The training"), html.settings((name, value) for name, value in shown if value)]
 
 
 def _repeat(content: RunContent) -> list[object]:

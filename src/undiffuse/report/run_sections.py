@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from undiffuse.errors import counted
-from undiffuse.report.html import Markup, element, figure, paragraph, table
-from undiffuse.report.progress_bar import format_clock
+from undiffuse.report.html import Markup, element, figure, minus, paragraph, table
 from undiffuse.report.svg import Line, chart
 from undiffuse.report.table import cell
 
@@ -21,6 +20,7 @@ MAX_LISTED = 20
 """Classes, columns and notes that are named, at most."""
 MAX_EVALUATIONS = 16
 """Evaluations during training in a table: the last ones."""
+PLACES = ("nearest training item", "second", "third")
 WINDOW_PARTS = 50
 """The averaged loss is that of a window of this part of the curve."""
 BITS = "bits/dim"
@@ -35,7 +35,7 @@ MEASURES = {
 
 def with_error(value: float, stderr: float | None) -> str:
     """The value ± its standard error, where there is one."""
-    return cell((float(value), math.nan if stderr is None else float(stderr)))
+    return minus(cell((float(value), math.nan if stderr is None else float(stderr))))
 
 
 def training_bound(records: Sequence[Record]) -> str:
@@ -70,7 +70,7 @@ def key_numbers(content: RunContent) -> list[tuple[str, str, str]]:
         numbers.append(("Copies of training items", found, f"p ≤ {copying['p_value']:.1g}"))
     step, seconds = (max((r[key] for r in content.records if key in r), default=None) for key in ("step", "seconds"))
     if step is not None:
-        numbers.append(("Training", counted(step, "step"), f"in {format_clock(seconds or 0).strip()} h:min:s"))
+        numbers.append(("Training", counted(step, "step"), f"in {counted(round((seconds or 0) / 60, 1), 'minute')}"))
     if count := dict(content.model).get("parameters"):
         numbers.append(("Parameters", count, dict(content.model).get("kind", "")))
     return numbers
@@ -166,7 +166,10 @@ def likelihood(evaluation: Record) -> list[object]:
         parts = {part: tuple(map(float, bits)) for part, bits in numbers["bits_per_dim"].items()}
         total = f"{_bound(numbers)}{cell(parts.pop('total'))}"
         title = numbers.get("title", name)
-        rows.append({"estimate": title, **parts, "total": total, "items": numbers["items"]} | _cost(numbers))
+        rows.append(
+            {"estimate": title, **parts, "total": total, "items": numbers["items"]}
+            | {"calls per item": numbers["calls"]}
+        )
     given = "" if evaluation.get("condition", "none") == "none" else f", given {evaluation['condition']}"
     caption = f"{evaluation['data']}, {evaluation['part']}: bits per dimension{given} ± standard error"
     shown: list[object] = [table(rows, caption)]
@@ -190,14 +193,6 @@ def likelihood(evaluation: Record) -> list[object]:
     if lines := evaluation.get("explanations"):
         shown.append(element("ul", *(element("li", _sentence(line)) for line in lines), class_="notes"))
     return shown
-
-
-def _cost(numbers: Record) -> dict[str, Any]:
-    samples = numbers.get("mc_samples", numbers.get("iw_samples"))
-    more = (
-        {"Monte Carlo samples": "all steps" if samples is None else f"{samples:,}"} if "mc_samples" in numbers else {}
-    )
-    return more | {"calls per item": numbers["calls"]}
 
 
 def _bound(numbers: Record) -> str:
@@ -238,8 +233,8 @@ def copies(comparison: Record) -> list[object]:
     rows = [
         {"sample": f"{row['sample']:,}"}
         | {
-            f"training {k}": f"{name}, at {distance:.3g}"
-            for k, (name, distance) in enumerate(zip(row["training"], row["distances"], strict=True), 1)
+            place: f"{name}, at {distance:.3g}"
+            for place, name, distance in zip(PLACES, row["training"], row["distances"], strict=False)
         }
         for row in comparison.get("nearest") or ()
     ]
@@ -250,7 +245,7 @@ def copies(comparison: Record) -> list[object]:
 
 
 def _sentence(line: str) -> str:
-    return f"{line[:1].upper()}{line[1:]}."
+    return minus(f"{line[:1].upper()}{line[1:]}.")
 
 
 def setting(value: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,8 +206,7 @@ def stored_picture(paths: Sequence[Path], caption: str, plot: bool = False) -> D
 def sample_folder_picture(array: Path, model: Diffusion, words: str) -> Drawing | None:
     """The first samples of a finished folder of `sample`; None where they cannot be read."""
     try:
-        with np.load(array, allow_pickle=False) as file:
-            values = file["x"]
+        values = _stored_samples(array)
     except (OSError, ValueError, LookupError):
         return None
     if values.shape[1:] != model.item_shape:
@@ -221,6 +220,28 @@ def sample_folder_picture(array: Path, model: Diffusion, words: str) -> Drawing 
         return None
     caption = f"{counted(len(shown), 'sample')} of {len(values):,}, {words}."
     return Drawing([image], [caption], caption, plot=dims <= 2)
+
+
+def nearest_picture(rows: Sequence[Mapping[str, Any]], array: Path, data: Dataset | None) -> Drawing:
+    """The samples of a comparison's ``rows``, read from ``array``, each beside its nearest training items."""
+    caption = "The nearest training items are not drawn"
+    if data is None:
+        return Drawing(caption=caption, reason="it needs the data of the run")
+    if len(data.item_shape) < 2:
+        return Drawing(caption=caption, reason="they are no pictures, and the table has their numbers")
+    try:
+        values = _stored_samples(array)
+        frames = [np.concatenate([values[row["sample"]][None], data.values[np.array(row["items"])]]) for row in rows]
+        image = image_grid(np.concatenate(frames), data.num_values, len(frames[0]), names=data.columns)
+    except (OSError, ValueError, LookupError, UndiffuseError):
+        return Drawing(caption=caption, reason="the samples that were compared are not there any more")
+    words = "The samples that are nearest to training items, a row each: the sample, then its nearest training items."
+    return Drawing([image], [words], words, plot=len(data.item_shape) == 2)
+
+
+def _stored_samples(array: Path) -> np.ndarray:
+    with np.load(array, allow_pickle=False) as file:
+        return file["x"]
 
 
 def data_picture(data: Dataset, split: Split) -> Drawing:

@@ -23,13 +23,13 @@ from undiffuse.report.model_facts import model_facts
 from undiffuse.report.run_report import Drawing, RunContent
 from undiffuse.report.sample_folder import sampler_in_words
 from undiffuse.runtime.atomic_file import write_atomic
-from undiffuse.runtime.own_output import described_picture
 from undiffuse.runtime.side_files import read_record
 from undiffuse.runtime.terminal import as_argument
 from undiffuse.training.repeat_command import repeat
 from undiffuse.training.run_drawings import (
     ModelPictures,
     data_picture,
+    nearest_picture,
     sample_folder_picture,
     stored_picture,
 )
@@ -39,7 +39,7 @@ NAME = "report.html"
 """The file in the folder of a run."""
 SAMPLES, COMPARISON = "samples/report", "comparison"
 """Folders in that of a run: the samples that are compared with the data, and the comparison."""
-COMPARE_RECORD, NEAREST = "compare.json", "nearest.png"
+COMPARE_RECORD = "compare.json"
 KINDS = {Diffusion: "diffusion model", NoisyClassifier: "classifier", Autoencoder: "autoencoder"}
 
 
@@ -122,11 +122,8 @@ def collect(
         content.comparison = _current(_read(folder / COMPARE_RECORD), "weights", weights, "comparison", why)
         if content.comparison is not None:
             commands |= _commands_of(run, content.comparison, own)
-            if NEAREST in (content.comparison.get("files") or ()) and (found := described_picture(folder / NEAREST)):
-                words = (
-                    "The samples that are nearest to training items, a row each: the sample, then its three nearest."
-                )
-                drawings["neighbours"] = Drawing([found[0]], [words], words)
+            samples = Path(str(content.comparison.get("samples", ""))) / "samples.npz"
+            drawings["neighbours"] = nearest_picture(content.comparison.get("nearest") or (), samples, data)
         pictures = ModelPictures(model, data, split, max_calls, f"undiffuse report {place}{own}")
         drawings["samples"] = _samples(run, model, weights)
         drawings |= {"forward": pictures.forward(), "reverse": pictures.reverse(), "solvers": pictures.solvers()}
