@@ -23,7 +23,7 @@ section{margin-top:2.4rem}
 dl.numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(10rem,1fr));gap:.8rem;margin:1.2rem 0 0}
 dl.numbers>div{background:var(--card);border:1px solid var(--line);border-radius:.4rem;padding:.7rem .9rem}
 dl.numbers dt{font-size:.82rem;color:var(--soft)}
-dl.numbers dd{margin:.1rem 0 0;font-size:1.25rem;font-weight:600;line-height:1.3;font-variant-numeric:tabular-nums}
+dl.numbers dd{margin:.1rem 0 0;font-size:1.08rem;font-weight:600;line-height:1.3;font-variant-numeric:tabular-nums}
 dl.numbers dd small{display:block;font-size:.8rem;font-weight:400;color:var(--soft);line-height:1.4}
 figure{margin:1.1rem 0;min-width:0}
 figcaption,.caption{font-size:.88rem;color:var(--soft);margin-top:.45rem;max-width:48rem}
@@ -55,6 +55,7 @@ caption span{display:inline-block;position:sticky;left:0;max-width:min(48rem,cal
 .numbers tbody th.long{min-width:11rem;white-space:normal}
 .facts th{color:var(--soft);white-space:nowrap;overflow-wrap:normal}
 .beside{display:flex;flex-wrap:wrap;gap:0 2.2rem;align-items:flex-start}.beside>*{max-width:100%}
+.beside figcaption{contain:inline-size}
 code,pre{font:.86em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 code{background:var(--card);border-radius:.2rem;padding:.1em .3em}
 pre{background:var(--card);border:1px solid var(--line);border-radius:.3rem;padding:.7rem .9rem;margin:.7rem 0;
@@ -75,11 +76,13 @@ ul.notes li{margin:.25rem 0}
 footer{margin-top:3rem;padding-top:.8rem;border-top:1px solid var(--line);font-size:.88rem;color:var(--soft)}
 @media screen and (prefers-color-scheme:dark){img.plot{filter:invert(.9) hue-rotate(180deg)}}
 @media (max-width:30rem){body{padding:1.2rem 1rem 2rem}h1{font-size:1.5rem}section{margin-top:2rem}
-dl.numbers{grid-template-columns:1fr 1fr;gap:.5rem}dl.numbers>div{padding:.55rem .65rem}dl.numbers dd{font-size:1.05rem}
+dl.numbers{grid-template-columns:1fr 1fr;gap:.5rem}dl.numbers>div{padding:.55rem .65rem}dl.numbers dd{font-size:.95rem}
 .numbers tbody th.long{min-width:8rem}}
 @media print{@page{margin:16mm}body{max-width:none;padding:0;font-size:10.5pt}nav{display:none}
-a{color:inherit;text-decoration:none}section{margin-top:1.6rem}figure,tr,pre,dl.numbers>div{break-inside:avoid}
-h2,h3,caption{break-after:avoid}.table{overflow:visible}.numbers td,thead th{white-space:normal}
+a{color:inherit;text-decoration:none}section{margin-top:1.6rem}figure,tr,.command,dl.numbers>div{break-inside:avoid}
+p:has(+pre){break-after:avoid}pre{font-size:7.5pt}
+h2,h3,caption{break-after:avoid}.table{overflow:visible}.numbers table{font-size:7.6pt}
+.numbers th,.numbers td{padding-right:.7em}.numbers tbody th.long{min-width:7rem}
 .charts,.pictures{grid-template-columns:1fr 1fr}.pictures.small{grid-template-columns:1fr 1fr 1fr}
 img{max-height:200mm;width:auto}}
 """

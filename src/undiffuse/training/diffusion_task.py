@@ -33,6 +33,7 @@ from undiffuse.networks.registry import network_settings
 from undiffuse.process import schedule as schedules
 from undiffuse.process.statistics import mean_with_stderr
 from undiffuse.report.figures import image_grid
+from undiffuse.runtime.own_output import save_described
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.training import latents
 from undiffuse.training.batches import Batch, Reader, TrainingStatistics
@@ -208,7 +209,8 @@ class DiffusionTask(Task):
             if isinstance(data, StageData):
                 values, num_values = data.full_values(values, preview_items(split, n)[: len(values)])
             picture = image_grid(values, num_values, names=data.columns)
-            picture.save(folder / ("samples.png" if final else f"samples-{step:08d}.png"))
+            words = f"{counted(len(values), 'sample')} by {Sampler()} in {counted(num_steps, 'step')}, seed 0"
+            save_described(picture, folder / ("samples.png" if final else f"samples-{step:08d}.png"), words)
 
     def save(self, model: Diffusion, path: Path) -> None:
         checkpoint.save(model, path)

@@ -100,7 +100,7 @@ class ModelPictures:
         images, titles, alts = [], [], []
         for name, sampler, calls in samplers:
             try:
-                values = self.model.sample(n, 0, sampler, shown.cond, batch=n).numpy()
+                values = self.model.sample(n, seed=0, sampler=sampler, cond=shown.cond, batch=n).numpy()
                 image = self._image(values, min(n, 4 if self.dims == 4 else 8), shown.items)
             except (ConfigError, NonFiniteError):
                 continue
@@ -188,7 +188,7 @@ def calls_per_second(model: Diffusion, data: Dataset | None, split: Split | None
     sampler = Sampler(num_steps=min(TIMED_STEPS, model.chain_length))
     for _ in range(2):  # the first one may be slow
         began = time.perf_counter()
-        model.sample(TIMED_ITEMS, 0, sampler, cond)
+        model.sample(TIMED_ITEMS, seed=0, sampler=sampler, cond=cond)
         seconds = time.perf_counter() - began
     return TIMED_ITEMS * min(TIMED_STEPS, model.chain_length) / max(seconds, 1e-9)
 

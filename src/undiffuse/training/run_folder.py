@@ -24,7 +24,7 @@ from undiffuse.runtime.own_output import UNRECORDED_RUN
 from undiffuse.runtime.part_store import Report
 from undiffuse.runtime.side_files import parse_metrics, read_record, write_record
 
-ATOMIC_FILES = ("run.json", "skipped.json", "metrics.jsonl", "metrics.csv", "model.safetensors")
+ATOMIC_FILES = ("run.json", "skipped.json", "metrics.jsonl", "metrics.csv", "model.safetensors", "report.html")
 """What is written under the name with .partial and renamed."""
 CHANGEABLE_SETTINGS = {"on_nonfinite", "save_minutes"}
 """Settings that may change when a run is resumed, because they do not change what is trained."""

@@ -18,7 +18,7 @@ from undiffuse.model.autoencoder import Autoencoder
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.noisy_classifier import NoisyClassifier
 from undiffuse.report import evaluation_report, run_report, run_sections
-from undiffuse.report.html import MARK
+from undiffuse.report.html import MARK, minus
 from undiffuse.report.model_facts import model_facts
 from undiffuse.report.run_report import Drawing, RunContent
 from undiffuse.report.sample_folder import sampler_in_words
@@ -275,7 +275,8 @@ def _model_facts(model: Any, record: Mapping[str, Any]) -> list[tuple[str, str]]
     if isinstance(model, Diffusion):
         facts = model_facts(model)
         facts = {name: facts[name] for name in facts if name not in ("data", "notes", "items")}
-        return list({"kind": str(model.config.network.get("kind", "")), **facts}.items())
+        facts = {"kind": str(model.config.network.get("kind", "")), **facts}
+        return [(name, minus(value)) for name, value in facts.items()]
     settings = (record.get("config") or {}).get("model") or {}
     shown = [(key.replace("_", " "), run_sections.setting(value)) for key, value in settings.items()]
     if model is not None:
