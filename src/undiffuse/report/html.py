@@ -136,7 +136,7 @@ def encode(image: Image.Image, max_bytes: int) -> tuple[str, bytes, Image.Image]
     """("png" or "jpeg", the bytes of the file, the image in it): PNG, else JPEG, else a smaller JPEG."""
     image = image.convert("RGB")
     palette = image.convert("L") if _is_grey(image) else image
-    content = _saved(palette, "PNG", compress_level=9)
+    content = _saved(palette, "PNG", compress_level=6)
     if len(content) <= max_bytes:
         return "png", content, image
     while True:

@@ -88,7 +88,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     """About ``count`` multiples of 1, 2 or 5 times a power of ten in [low, high]."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * rough)
+    step = next(factor * power for factor, most in ((1, 1.5), (2, 3.5), (5, 7.5), (10, 10.1)) if rough <= most * power)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
