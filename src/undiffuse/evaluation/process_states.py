@@ -15,7 +15,7 @@ from undiffuse.networks.condition import Condition
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.seeded_noise import ItemNoise
 from undiffuse.sampling.sampler import Sampler
-from undiffuse.sampling.trajectory import forward_trajectory
+from undiffuse.sampling.trajectory import forward_trajectory, rescale
 
 States = tuple[list[NoiseLevel], np.ndarray]
 """T levels, and T frames of n items as values of the data, (T, n, *item_shape)."""
@@ -46,6 +46,8 @@ def reverse_states(
 ) -> States:
     """The samples numbered ``items`` on their way from noise, by the model's default sampler, at ``columns`` states."""
     states = [(state.level, state.x) for state in model.trajectory(items, seed, cond=cond)]
+    level, x = states[-1]
+    states[-1] = level, rescale(x, level)
     return _frames(model, _evenly(states, columns))
 
 

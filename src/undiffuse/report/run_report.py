@@ -107,7 +107,7 @@ def _head(content: RunContent) -> Markup:
     state = "" if content.finished else " Its training has not finished."
     lines = [paragraph("Report of the run ", code(content.run), ".", state)]
     lines += [paragraph(note, class_="note") for note in content.notes]
-    numbers = run_sections.key_numbers(content)
+    numbers = run_sections.key_numbers(content.records, dict(content.model), content.evaluation, content.comparison)
     cells = [
         element("div", element("dt", name), element("dd", value, element("small", more)))
         for name, value, more in numbers

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from undiffuse.errors import counted
 from undiffuse.report.html import Markup, element, figure, minus, paragraph, table
 from undiffuse.report.svg import Line, chart
 from undiffuse.report.table import cell
-
-if TYPE_CHECKING:
-    from undiffuse.report.run_report import RunContent
 
 Record = Mapping[str, Any]
 MAX_LISTED = 20
@@ -49,10 +46,12 @@ def training_bound(records: Sequence[Record]) -> str:
     return ""
 
 
-def key_numbers(content: RunContent) -> list[tuple[str, str, str]]:
-    """The most important numbers: what, the number, and what it is of."""
+def key_numbers(
+    records: Sequence[Record], model: Mapping[str, str], evaluation: Record | None, comparison: Record | None
+) -> list[tuple[str, str, str]]:
+    """The most important numbers: what, the number, and what it is of. ``model`` is the model in words."""
     numbers = []
-    estimates = (content.evaluation or {}).get("estimates") or {}
+    estimates = (evaluation or {}).get("estimates") or {}
     if estimates:
         name = next((name for name in ("discrete", "continuous") if name in estimates), next(iter(estimates)))
         bits = estimates[name]["bits_per_dim"]["total"]
@@ -60,19 +59,19 @@ def key_numbers(content: RunContent) -> list[tuple[str, str, str]]:
             ("Likelihood", f"{_bound(estimates[name])}{with_error(*bits)}", f"{BITS}, {_items(estimates[name])}")
         )
     else:
-        numbers += [_from_training(content.records)] * bool(_from_training(content.records))
-    metrics = (content.comparison or {}).get("metrics") or {}
+        numbers += [_from_training(records)] * bool(_from_training(records))
+    metrics = (comparison or {}).get("metrics") or {}
     for metric in [metrics[name] for name in ("frechet",) if name in metrics]:
         floor = f"floor {with_error(*metric['floor'][:2])}, {metric['features']}, n = {metric['n']:,}"
         numbers.append(("Fréchet distance", with_error(*metric["value"][:2]), floor))
-    if copying := (content.comparison or {}).get("copying"):
+    if copying := (comparison or {}).get("copying"):
         found = "found" if copying["significant"] else "no evidence"
         numbers.append(("Copies of training items", found, f"p ≤ {copying['p_value']:.1g}"))
-    step, seconds = (max((r[key] for r in content.records if key in r), default=None) for key in ("step", "seconds"))
+    step, seconds = (max((r[key] for r in records if key in r), default=None) for key in ("step", "seconds"))
     if step is not None:
         numbers.append(("Training", counted(step, "step"), f"in {counted(round((seconds or 0) / 60, 1), 'minute')}"))
-    if count := dict(content.model).get("parameters"):
-        numbers.append(("Parameters", count, dict(content.model).get("kind", "")))
+    if count := model.get("parameters"):
+        numbers.append(("Parameters", count, model.get("kind", "")))
     return numbers
 
 
