@@ -23,7 +23,7 @@ section{margin-top:2.4rem}
 dl.numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(10rem,1fr));gap:.8rem;margin:1.2rem 0 0}
 dl.numbers>div{background:var(--card);border:1px solid var(--line);border-radius:.4rem;padding:.7rem .9rem}
 dl.numbers dt{font-size:.82rem;color:var(--soft)}
-dl.numbers dd{margin:.1rem 0 0;font-size:1.08rem;font-weight:600;line-height:1.3;font-variant-numeric:tabular-nums}
+dl.numbers dd{margin:.1rem 0 0;font-size:1rem;font-weight:600;line-height:1.3;font-variant-numeric:tabular-nums}
 dl.numbers dd small{display:block;font-size:.8rem;font-weight:400;color:var(--soft);line-height:1.4}
 figure{margin:1.1rem 0;min-width:0}
 figcaption,.caption{font-size:.88rem;color:var(--soft);margin-top:.45rem;max-width:48rem}
