@@ -29,7 +29,7 @@ figure{margin:1.1rem 0;min-width:0}
 figcaption,.caption{font-size:.88rem;color:var(--soft);margin-top:.45rem;max-width:48rem}
 img{display:block;max-width:100%;height:auto;border-radius:.2rem}
 .charts,.pictures{display:grid;gap:0 1.6rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr))}
-.pictures.small{grid-template-columns:repeat(auto-fit,minmax(min(100%,15rem),1fr));gap:0 1rem}
+.pictures.small{grid-template-columns:repeat(auto-fit,minmax(min(100%,9.5rem),1fr));gap:0 1rem}
 .charts>figure{max-width:36rem}
 svg{display:block;width:100%;height:auto;font:13px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif}
 svg text{fill:var(--soft)}

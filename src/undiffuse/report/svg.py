@@ -11,7 +11,7 @@ import numpy as np
 from undiffuse.report.html import Markup, element, join
 
 WIDTH, HEIGHT = 480, 270
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 14, 44
 """Margins of the axes, in units of the drawing."""
 MAX_POINTS = 400
 """Points of a line, at most; longer ones are drawn by the means of equal parts."""
