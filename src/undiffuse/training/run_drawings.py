@@ -116,7 +116,7 @@ class ModelPictures:
         words += "image as their error falls; one that draws noise in its steps ends at others."
         if self.model.config.few_call_solver:
             words = "The same noise (seed 0) in the same place of each picture, with more and more network calls."
-        words += _given(shown.words)
+        words += self._columns_shown + _given(shown.words)
         return Drawing(images, alts, words, titles, plot=self.dims <= 2)
 
     def _cannot(self, calls: int) -> str | None:
@@ -132,17 +132,21 @@ class ModelPictures:
         """``frames`` (T, n, *item_shape) as a mosaic of a row for each item, or as T plots of vectors."""
         alt = caption.partition(":")[0]
         if self.dims == 1:
-            images = [scatter(frame[:, :2]) if frame.shape[1] > 1 else image_grid(frame) for frame in frames]
-            note = " The first two columns." if frames.shape[2] > 2 else ""
-            return Drawing(images, [alt] * len(images), caption + note, plot=True)
+            images = [self._image(frame, 1, None) for frame in frames]
+            return Drawing(images, [alt] * len(images), caption + self._columns_shown, plot=True)
         rows = frames.swapaxes(0, 1)
         repeated = None if items is None else np.repeat(items, frames.shape[0])
         flat = rows.reshape(-1, *frames.shape[2:])
         return Drawing([self._image(flat, len(frames), repeated)], [alt], caption, plot=self.dims == 2)
 
     def _image(self, values: np.ndarray, columns: int, items: np.ndarray | None) -> Image.Image:
-        """``values`` (n, *item_shape) in rows of ``columns``; those of a stage of a cascade as whole images."""
+        """``values`` (n, *item_shape) in rows of ``columns``; those of a stage of a cascade as whole images.
+
+        Of vectors the first two columns are plotted.
+        """
         num_values, names = self.num_values, self.model.info.get("columns", ())
+        if values.ndim == 2 and values.shape[1] > 1:
+            return scatter(values[:, :2])
         if isinstance(self.data, StageData) and items is not None:
             values, num_values = self.data.full_values(values, items[: len(values)])
         return image_grid(values, num_values, columns=columns if values.ndim > 2 else None, names=names)
@@ -166,6 +170,10 @@ class ModelPictures:
         assert self.split is not None
         items = self.split.validation if len(self.split.validation) else self.split.train
         return np.resize(items, n)
+
+    @property
+    def _columns_shown(self) -> str:
+        return " The first two columns." if self.dims == 1 and self.model.item_shape[0] > 2 else ""
 
     @property
     def _strip_items(self) -> int:
