@@ -17,6 +17,7 @@ from undiffuse.cli.evaluate import evaluate
 from undiffuse.cli.inspect import inspect
 from undiffuse.cli.interpolate import interpolate
 from undiffuse.cli.pack import pack
+from undiffuse.cli.report import report
 from undiffuse.cli.restore import restore
 from undiffuse.cli.sample import sample
 from undiffuse.cli.studio import studio
@@ -54,6 +55,7 @@ for command, name in (
     (sample, "sample"),
     (evaluate, "evaluate"),
     (compare, "compare"),
+    (report, "report"),
     (advise_command, "advise"),
     (restore, "restore"),
     (interpolate, "interpolate"),

@@ -65,6 +65,7 @@ def compare(
     from undiffuse.errors import DataError
     from undiffuse.evaluation import comparison
     from undiffuse.report import comparison_report, table
+    from undiffuse.report.sample_folder import sampler_in_words
     from undiffuse.runtime.output_folder import check_output_folder, listed_files
     from undiffuse.runtime.own_output import save_picture
     from undiffuse.runtime.side_files import read_record, write_record
@@ -88,7 +89,15 @@ def compare(
     result = comparison.compare(
         values, dataset, metrics=metric or (), extractor=features, items=items, held_out=held_out, seed=seed
     )
-    summary = {"samples": samples, **result.summary()}
+    manifest = _manifest(samples)
+    drawn = {"weights": manifest.get("weights"), "sampler": sampler_in_words(manifest)}
+    summary = {
+        "samples": samples,
+        **drawn,
+        **result.summary(),
+        "nearest": comparison_report.nearest_rows(result, dataset),
+    }
+    summary["explanations"] = result.explanations()
     if as_json:
         print(json.dumps(summary, indent=1))
     else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from undiffuse.cli.options import console, in_flags, run_folder
-from undiffuse.data.sources.registry import OPTIONS, Option, load
+from undiffuse.data.sources.registry import OPTIONS, Option, load, option_words
 from undiffuse.errors import CheckpointError, ConfigError, counted
 
 if TYPE_CHECKING:
@@ -52,16 +52,12 @@ def _parameter(option: Option) -> inspect.Parameter:
 
 def flag_of(option: Option) -> str:
     """The option as on the command line, such as --on-bad."""
-    return option.flag or f"--{option.name.replace('_', '-')}"
+    return option.spelling
 
 
 def given_options(read: ReadData) -> str:
     """The options of data that were given, as on the command line, each after a space."""
-    words = []
-    for name, value in read.keywords.items():
-        if value != OPTIONS[name].default:
-            words += [flag_of(OPTIONS[name])] if value is True else [flag_of(OPTIONS[name]), str(value)]
-    return "".join(f" {shlex.quote(word)}" for word in words)
+    return "".join(f" {shlex.quote(word)}" for word in option_words(read.keywords))
 
 
 def read_data(read: ReadData, data: str | None, run: Path) -> Dataset:

@@ -12,6 +12,7 @@ import typer
 
 from undiffuse.data.sources.registry import SOURCES
 from undiffuse.errors import ConfigError, ResourceError, counted
+from undiffuse.runtime.terminal import as_argument as as_argument
 from undiffuse.runtime.terminal import make_console
 
 if TYPE_CHECKING:
@@ -71,11 +72,6 @@ def resolve_device(name: str) -> str:
         return str(device.resolve_device(name))
     except ConfigError as error:
         raise ConfigError(error.code, f"--device {name}", error.cause, error.fix) from None
-
-
-def as_argument(path: Path) -> str:
-    """``path`` as a word of a command: quoted, and with ./ where it begins as a flag does."""
-    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def limit_steps(steps: int, chain_length: int, log: Callable[[str], None] | None = None) -> int:

@@ -55,6 +55,7 @@ class Comparison:
         for name, value in self.values.items():
             metric, floor = METRICS[name], self.floors[name]
             metrics[name] = {
+                "title": metric.title,
                 "value": [*value, *metric.interval(value)],
                 "floor": [*floor, *metric.interval(floor)],
                 "n": self.n,

@@ -24,6 +24,7 @@ from undiffuse.evaluation import plan as planning
 from undiffuse.evaluation import resumable, summary
 from undiffuse.likelihood.nll import NLL, concatenate
 from undiffuse.model.cascade import AnyModel, Cascade, stage_lines, weights_of
+from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
 from undiffuse.runtime.distributed_group import ProcessGroup, single_process
 from undiffuse.runtime.part_store import PartStore, Report
@@ -68,12 +69,21 @@ class EvaluationResult:
         return summary.mean_bits(self.model, self.nll[estimate].total)
 
     def summary(self) -> dict[str, Any]:
-        """All numbers as plain data: the facts, each estimate with its parts, and paired differences."""
+        """All numbers as plain data: the facts, each estimate with its parts, paired differences, and bits by log-SNR.
+
+        The bits of a bound are those between the rising edges of log-SNR, without its prior and decoder.
+        """
         estimates = {
             name: summary.summarize(self.model, name, nll, self.seconds[name], self.mc_samples[name])
             for name, nll in self.nll.items()
         }
-        return self.facts | {"estimates": estimates, "minus_discrete": summary.differences(self.model, self.nll)}
+        curves = summary.bits_by_log_snr(self.model, self.nll) if isinstance(self.model, Diffusion) else {}
+        plain = {name: {"edges": edges.tolist(), "bits": bits.tolist()} for name, (edges, bits) in curves.items()}
+        return self.facts | {
+            "estimates": estimates,
+            "minus_discrete": summary.differences(self.model, self.nll),
+            "bits_by_log_snr": plain,
+        }
 
     def explanations(self) -> list[str]:
         """What the numbers mean, as sentences."""

@@ -37,6 +37,8 @@ def parts(nll: NLL) -> dict[str, Tensor]:
 def summarize(model: AnyModel, name: str, nll: NLL, seconds: float, mc_samples: int | None) -> dict[str, Any]:
     """An estimate as plain data: each part as [mean, standard error], and what it cost; calls are for each item."""
     return {
+        "title": title(model, name, mc_samples),
+        "is_bound": is_bound(model, name, mc_samples),
         "bits_per_dim": {part: list(mean_bits(model, nats)) for part, nats in parts(nll).items()},
         "items": len(nll.total),
         "calls": nll.calls,

@@ -44,6 +44,20 @@ def neighbours_image(result: Comparison, samples: np.ndarray, data: Dataset) -> 
     return image_strip(np.stack(columns), labels, data.num_values)
 
 
+def nearest_rows(result: Comparison, data: Dataset) -> list[dict[str, Any]]:
+    """The samples that are nearest to training items, as plain data: number, names or indices of items, distances."""
+    closest = np.argsort(result.neighbour_distances[:, 0], kind="stable")[:MAX_ROWS]
+    return [
+        {
+            "sample": int(result.samples[i]),
+            "items": [int(item) for item in result.neighbours[i]],
+            "training": [str(name) for name in data.item_names(result.neighbours[i])],
+            "distances": [float(distance) for distance in result.neighbour_distances[i]],
+        }
+        for i in closest
+    ]
+
+
 def _interval(name: str, value: Value) -> str:
     """The interval with as many digits as the value has in the table."""
     digits = len(cell(tuple(value)).split(" ")[0].partition(".")[2])

@@ -123,7 +123,8 @@ def write_evaluation(
         files.append("evaluation-skipped.json")
     for name in earlier.difference(files):
         (folder / name).unlink(missing_ok=True)
-    write_record(folder / RECORD, {**result.summary(), "files": files})
+    meanings = [*result.explanations(), *describe_differences(result.summary()["minus_discrete"])]
+    write_record(folder / RECORD, {**result.summary(), "explanations": meanings, "files": files})
     lines.append(f"all numbers: {folder / RECORD}, of each item: {folder / files[0]}")
     return lines
 

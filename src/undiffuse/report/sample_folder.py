@@ -28,6 +28,7 @@ from undiffuse.runtime.output_folder import check_output_folder, listed_files
 from undiffuse.runtime.own_output import mark_options
 from undiffuse.runtime.part_store import OTHER_JOB, PartStore, plan_key
 from undiffuse.runtime.side_files import read_record, write_record
+from undiffuse.sampling.sampler import Sampler
 
 GRID_ITEMS = 144
 """Samples in the grid, at most."""
@@ -253,6 +254,19 @@ def write_samples(
         if not samples.finished:
             return samples.finish(items)
     return samples.grid if samples.grid.is_file() else None
+
+
+def sampler_in_words(manifest: Mapping[str, Any]) -> str | None:
+    """How the samples of a folder were drawn, by its ``manifest``; None if that is not known."""
+    try:
+        sampler = Sampler.from_dict(manifest["sampler"])
+        steps = sampler.num_steps if sampler.times is None else len(sampler.times) - 1
+        given = [
+            f"{name} {', '.join(map(str, manifest[name]))}, " for name in ("label", "prompt") if manifest.get(name)
+        ]
+        return f"{sampler} in {counted(steps or 0, 'step')}, {''.join(given)}seed {manifest['seed']}"
+    except (ConfigError, LookupError, TypeError):
+        return None
 
 
 def _write_array(file: IO[bytes], parts: Iterator[np.ndarray], n: int) -> None:

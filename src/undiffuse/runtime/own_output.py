@@ -17,6 +17,8 @@ from undiffuse.runtime.folder_lock import LOCK_FILES
 
 PICTURE_MARK = "undiffuse:picture"
 """Stands in the metadata of each picture that is no item: sheets, strips, plots, animations."""
+DESCRIPTION = "Description"
+"""The keyword of a PNG file for what it shows."""
 SOFTWARE_TAG = 0x0131
 """The Exif tag for the name of the program."""
 MARKABLE_SUFFIXES = frozenset([".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".gif"])
@@ -41,6 +43,26 @@ def save_picture(image: Any, path: Path, **options: Any) -> None:
     content, suffix = io.BytesIO(), path.suffix.lower()
     image.save(content, Image.registered_extensions()[suffix], **mark_options(suffix), **options)
     write_atomic(path, content.getvalue())
+
+
+def save_described(image: Any, path: Path, words: str) -> None:
+    """Save a PIL image as PNG with ``words`` about what it shows, for `described_picture`."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt(DESCRIPTION, words)
+    image.save(path, "PNG", pnginfo=info)
+
+
+def described_picture(path: Path) -> tuple[Any, str] | None:
+    """The picture in a PNG file of ours, and the words that `save_described` put beside it; None if there is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.convert("RGB"), str(image.info.get(DESCRIPTION, ""))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
 
 
 def mark_options(suffix: str) -> dict[str, Any]:

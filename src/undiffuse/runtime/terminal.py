@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import os
+import shlex
 import sys
 import unicodedata
+from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
@@ -16,6 +18,11 @@ REPLACEMENTS = {
     **{"α": "alpha", "β": "beta", "ε": "eps", "λ": "lambda", "σ": "sigma", "φ": "phi", "√": "sqrt"},
 }
 """What is printed for a character that the encoding of the output lacks."""
+
+
+def as_argument(path: Path | str) -> str:
+    """``path`` as a word of a command: quoted, and with ./ where it begins as a flag does."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def make_console(file: IO[str] | None = None, **settings: Any) -> Console:

@@ -31,6 +31,7 @@ from undiffuse.networks.registry import network_settings
 from undiffuse.process import schedule as schedules
 from undiffuse.process.statistics import mean_with_stderr
 from undiffuse.report.figures import image_grid
+from undiffuse.runtime.own_output import save_described
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.training import initial_weights, latents
 from undiffuse.training.batches import Batch, Reader, TrainingStatistics
@@ -227,7 +228,8 @@ class DiffusionTask(Task):
             if isinstance(data, StageData):
                 values, num_values = data.full_values(values, preview_items(split, n)[: len(values)])
             picture = image_grid(values, num_values, names=data.columns)
-            picture.save(picture_path(folder, "samples", step))
+            words = f"{counted(len(values), 'sample')} by {Sampler()} in {counted(num_steps, 'step')}, seed 0"
+            save_described(picture, picture_path(folder, "samples", step), words)
 
     def save(self, model: Diffusion, path: Path) -> None:
         checkpoint.save(model, path)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.denoising.denoiser import Denoiser
-from undiffuse.errors import ConfigError, DataError
+from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.evaluation.time_limit import TimeLimit
 from undiffuse.model import checkpoint
 from undiffuse.model.config import ModelConfig, TrainConfig
@@ -33,6 +33,7 @@ from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.statistics import item_mean
 from undiffuse.process.time_sampling import LogNormalSigma
 from undiffuse.report.figures import image_grid
+from undiffuse.runtime.own_output import save_described
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.training.batches import Batch, Reader
 from undiffuse.training.fit import fit
@@ -257,7 +258,9 @@ class DistillationTask(Task):
 
         if samples := limit.in_parts(sample, EVALUATED_ITEMS, self.config.model.calls):
             picture = image_grid(torch.cat(samples).numpy(), data.num_values, names=data.columns)
-            picture.save(picture_path(folder, "samples", step))
+            n, calls = counted(sum(map(len, samples)), "sample"), counted(self.config.model.calls, "network call")
+            words = f"{n} by {calls} each, seed 0"
+            save_described(picture, picture_path(folder, "samples", step), words)
 
     def save(self, model: Diffusion, path: Path) -> None:
         checkpoint.save(model, path)

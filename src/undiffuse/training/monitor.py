@@ -21,6 +21,8 @@ from undiffuse.report.progress_bar import ProgressBar, format_clock
 from undiffuse.runtime.terminal import make_console
 from undiffuse.training.progress import Progress, measuring_allowance
 from undiffuse.training.run_folder import Run
+from undiffuse.training.run_report import NAME as REPORT
+from undiffuse.training.run_report import collect, write_page
 from undiffuse.training.task import TRAIN_LONGER, Task
 
 STEPS_PER_RECORD = 50
@@ -28,8 +30,11 @@ FORWARD_PASSES = 3
 """Network calls that take as long as a training step: backward passes cost twice as much as forward ones."""
 LEAST_CALLS = 24
 """Network calls of the smallest evaluation that is made: two noise levels of six held-out and six training items."""
-BOUND_SHARE, FIGURES_SHARE = 0.6, 0.2
-"""Fractions of a limited evaluation for its numbers, and of the last one for what is not measured: files, the curve."""
+BOUND_SHARE, FIGURES_SHARE = 0.6, 0.3
+"""Fractions of a limited evaluation for its numbers, and of the last one for what is not measured: files, the curve,
+and half of it for the pictures of the report."""
+REPORT_FRACTION = 0.02
+"""The report's pictures take at most this fraction of the network calls of training."""
 
 
 class Monitor:
@@ -165,6 +170,19 @@ class Monitor:
         except DataError as error:  # the records of the steps were damaged
             self.log(f"no training curve: {error.cause}")
         self.run.finish()
+        self._write_report(TimeLimit(FIGURES_SHARE / 2 * left, self.pace, self.clock).calls_left)
+
+    def _write_report(self, max_calls: float) -> None:
+        """Write the page of the finished run, whose pictures take at most ``max_calls`` network calls."""
+        calls = REPORT_FRACTION * FORWARD_PASSES * self.progress.step * self.settings.batch
+        began = self.clock()
+        try:
+            with self._tolerate_write_errors(), torch.no_grad():
+                content = collect(self.run, self.ema_model, self.data, self.split, min(calls, max_calls))
+                write_page(self.run.folder / REPORT, content)
+        except (ConfigError, DataError, NonFiniteError) as error:
+            self.log(f"no report: {error.cause}")
+        self.progress.seconds += self.clock() - began
 
     @torch.no_grad()
     def _evaluate(self, limit: TimeLimit, final: bool) -> None:

@@ -24,7 +24,8 @@ from undiffuse.runtime.own_output import UNRECORDED_RUN
 from undiffuse.runtime.part_store import Report
 from undiffuse.runtime.side_files import parse_metrics, read_record, write_record
 
-ATOMIC_FILES = ("run.json", "skipped.json", "metrics.jsonl", "metrics.csv", "model.safetensors", "init.safetensors")
+ATOMIC_FILES = ("run.json", "skipped.json", "metrics.jsonl", "metrics.csv", "report.html")
+ATOMIC_FILES += ("model.safetensors", "init.safetensors")
 """What is written under the name with .partial and renamed."""
 CHANGEABLE_SETTINGS = {"on_nonfinite", "save_minutes"}
 """Settings that may change when a run is resumed, because they do not change what is trained."""

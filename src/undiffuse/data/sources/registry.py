@@ -42,6 +42,11 @@ class Option:
     def default(self) -> bool | None:
         return False if self.type is bool else None
 
+    @property
+    def spelling(self) -> str:
+        """The option as on the command line, such as --on-bad."""
+        return self.flag or f"--{self.name.replace('_', '-')}"
+
 
 class SourceModule(Protocol):
     """``sniff(source)``: whether this module reads it. ``load(source, **options)``: the data set."""
@@ -248,6 +253,15 @@ def _text_encoder(given: dict[str, Any]) -> str | None:
             "OPTION", "text_encoder", "it embeds captions, and these are not read", "Give captions=True too"
         )
     return os.path.abspath(encoder) if os.path.isdir(encoder) and encoder not in ("bytes", "minilm") else str(encoder)
+
+
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """The words that give ``options`` on a command line; those with their defaults are left out."""
+    words = []
+    for name, value in options.items():
+        if value != OPTIONS[name].default:
+            words += [OPTIONS[name].spelling] if value is True else [OPTIONS[name].spelling, str(value)]
+    return words
 
 
 def path_of(source: str | Path) -> Path | None:

@@ -1,0 +1,188 @@
+"""``undiffuse report``: one page of HTML about a run, with what is measured and what is not."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from undiffuse.cli.data_options import (
+    OwnDataArgument,
+    ReadData,
+    read_data,
+    refuse_inside,
+    with_data_options,
+)
+from undiffuse.cli.options import (
+    Device,
+    NetworkFile,
+    RunArgument,
+    console,
+    network_option,
+    register_network,
+    resolve_device,
+    run_folder,
+)
+from undiffuse.errors import ConfigError, DataError, UndiffuseError
+
+if TYPE_CHECKING:
+    from undiffuse.data.dataset import Dataset
+    from undiffuse.model.diffusion import Diffusion
+    from undiffuse.training.run_folder import Run
+
+MINUTES = 5.0
+SHARES = {"pictures": 0.15, "evaluation": 0.5, "samples": 0.25}
+"""Fractions of the time for what is drawn and measured; comparing takes what it takes."""
+SAMPLE_COUNTS = (1000, 500, 200, 100, 50, 20)
+"""Numbers of samples that are compared with the data: the largest that fits."""
+
+
+@with_data_options
+def report(
+    run: RunArgument,
+    data: OwnDataArgument = None,
+    minutes: Annotated[
+        float,
+        typer.Option(help="About how long measuring may take what is not measured yet; 0 measures and draws nothing."),
+    ] = MINUTES,
+    out: Annotated[
+        Path | None, typer.Option(help="The file, new or a report; by default report.html in the run folder.")
+    ] = None,
+    network: NetworkFile = None,
+    device: Device = "auto",
+    *,
+    read: ReadData,
+) -> None:
+    """Write a page about RUN: samples, curves, likelihood, distances, copies, settings. It runs the commands for them.
+
+    What 'evaluate' and 'compare' have measured already is not measured again.
+    """
+    from undiffuse.model.diffusion import Diffusion
+    from undiffuse.training import run_report
+    from undiffuse.training.run_drawings import calls_per_second
+    from undiffuse.training.run_folder import Run
+
+    folder = run_folder(run)
+    page = out or folder / run_report.NAME
+    refuse_inside(out, data, run)
+    if not 0 <= minutes < math.inf:
+        raise ConfigError("MINUTES", f"--minutes {minutes:g}", "not a duration", "Give 0 or a number above it")
+    run_report.check_page(page)
+    register_network(network)
+    own, of = network_option(network), Run(folder)
+    model = _model(run, of, resolve_device(device))
+    dataset, notes = _data(read, data, run, of, model)
+    split = None if dataset is None else dataset.split(dataset.held_out_fraction(_held_out(of, model))[0])
+    measuring = _Measuring(of, run, data, read, {"network": network, "device": device})
+    calls = 0.0
+    if minutes and isinstance(model, Diffusion):
+        rate = calls_per_second(model, dataset, split)
+        calls = 60 * SHARES["pictures"] * minutes * rate
+        measuring.measure(model, dataset, minutes, rate)
+    content = run_report.collect(of, model, dataset, split, calls, own, measuring.why, notes)
+    run_report.write_page(page, content)
+    console.print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
+
+
+def _model(path: Path, run: Run, device: str) -> Any:
+    """The model; None for a run that has none yet. Raises `CheckpointError`."""
+    from undiffuse.training.run_report import load_model
+
+    if path.is_dir() and not run.model.is_file() and run.record is not None:
+        return None
+    return load_model(path, device)
+
+
+def _data(read: ReadData, data: str | None, path: Path, run: Run, model: Any) -> tuple[Dataset | None, list[str]]:
+    """The data of the run, and a note if they are not there. Raises `DataError` if DATA names others."""
+    try:
+        dataset = read_data(read, data, path)
+    except UndiffuseError as error:
+        if data is not None or error.code == "USAGE":
+            raise
+        line = f"Without the data of the run: {error.cause}. Parts that need them are left out."
+        console.print(line)
+        return None, [line]
+    facts = (run.record or {}).get("data") or getattr(model, "info", {})
+    if facts.get("fingerprint") not in (None, dataset.fingerprint):
+        cause = "these are not the data that the run was trained on"
+        raise DataError("CHANGED", data or dataset.name, cause, "Name those, or leave DATA out")
+    return dataset, []
+
+
+def _held_out(run: Run, model: Any) -> float:
+    """The fraction of the data that the run held out."""
+    config = (run.record or {}).get("config")
+    return float(config["train"]["held_out"] if config else getattr(model, "info", {}).get("held_out", 0.1))
+
+
+class _Measuring:
+    """Runs the commands whose results the page lacks. ``why`` gets the reason where one fails."""
+
+    def __init__(self, run: Run, path: Path, data: str | None, read: ReadData, shared: dict[str, Any]) -> None:
+        self.run, self.path, self.shared, self.why = run, path, shared, dict[str, str]()
+        self.of_data = {"data": data, **read.keywords}
+
+    def measure(self, model: Diffusion, dataset: Dataset | None, minutes: float, rate: float) -> None:
+        """Measure within about ``minutes``; ``rate`` is in network calls a second."""
+        from undiffuse.training import run_report
+
+        if dataset is None:
+            self.why |= dict.fromkeys(("evaluation", "comparison"), "it needs the data of the run")
+            return
+        missing, reasons = run_report.missing_parts(self.run, model)
+        self.why |= reasons
+        if "evaluation" in missing:
+            self._evaluate(model, dataset, SHARES["evaluation"] * minutes)
+        if "comparison" in missing:
+            self._compare(model, 60 * SHARES["samples"] * minutes * rate)
+
+    def _evaluate(self, model: Diffusion, dataset: Dataset, minutes: float) -> None:
+        from undiffuse.cli.evaluate import evaluate
+        from undiffuse.training.run_report import measuring_commands
+
+        command = measuring_commands(self.run, model, dataset)["evaluation"]
+        part = "train" if "--part train" in command else None
+        self._call("evaluation", command, evaluate, run=self.path, part=part, minutes=minutes, **self.of_data)
+
+    def _compare(self, model: Diffusion, calls: float) -> None:
+        from undiffuse.cli.compare import compare
+        from undiffuse.cli.sample import sample
+        from undiffuse.training import run_report
+
+        labels = ["all"] if model.condition_sizes.keys() == {"classes"} else None
+        folder = self.run.folder / run_report.SAMPLES
+        n = run_report.number_of_samples(folder, model, [n for n in SAMPLE_COUNTS if n * _steps(model) <= calls])
+        if n is None:
+            self.why["comparison"] = f"{SAMPLE_COUNTS[-1]} samples do not fit into the time"
+            return
+        command = run_report.sample_command(self.run, n, labels)
+        if self._call("comparison", command, sample, run=self.path, n=n, label=labels, out=folder):
+            out = self.run.folder / run_report.COMPARISON
+            command = f"undiffuse compare {folder} --out {out}"
+            samples = {"samples": str(folder), "run": self.run.folder, "out": out}
+            self._call("comparison", command, compare, **samples, **self.of_data)
+
+    def _call(self, part: str, printed: str, command: Callable[..., None], /, **arguments: Any) -> bool:
+        """Whether ``command`` with these ``arguments`` of its signature succeeded; prints it as ``printed``."""
+        console.print(f"$ {printed}")
+        parameters = inspect.signature(command).parameters
+        given = {name: value for name, value in (self.shared | arguments).items() if name in parameters}
+        try:
+            command(**{name: p.default for name, p in parameters.items()} | given)
+        except UndiffuseError as error:
+            self.why[part] = error.cause
+            console.print(f"not measured: {error}")
+            return False
+        return True
+
+
+def _steps(model: Diffusion) -> int:
+    """The network calls of a sample of 'sample' without options."""
+    from undiffuse.cli.sampler_options import DEFAULT_QUALITY, QUALITIES
+
+    return model.config.calls or min(QUALITIES[DEFAULT_QUALITY].num_steps or model.chain_length, model.chain_length)

@@ -1,0 +1,102 @@
+"""The report command on a run of the command line: what it measures, stores, prints and refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from page_checks import check_page
+from tiny_run import NET
+
+from undiffuse.evaluation import plan
+from undiffuse.model import presets
+from undiffuse.model.config import Config, ModelConfig, TrainConfig
+from undiffuse.report.table import cell
+from undiffuse.training import diffusion_task
+
+RECIPE = Config(
+    ModelConfig(network=NET, schedule={"name": "linear_log_snr", "high": 6.0}, chain_length=5),
+    TrainConfig(batch=8, warmup=1, precision="float32", previews=1, snapshots=0, held_out=0.3),
+)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, call):
+    """A folder with data and a run of three steps on them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(presets, "get", lambda name: RECIPE)
+    monkeypatch.setattr(plan, "PLANNED_FRACTION", 0.01)
+    monkeypatch.setattr(diffusion_task, "FINAL_ITEMS", 4)
+    values = np.random.default_rng(0).integers(5, size=(100, 4, 4, 1)).astype(np.uint8)
+    np.savez(tmp_path / "items.npz", x=values, y=np.arange(100) % 2)
+    code, _, err = call("train", "items.npz", "--num-values", 5, "--steps", 3, "--out", "run", "--conditional")
+    assert (code, err) == (0, "")
+    return tmp_path
+
+
+def test_it_measures_what_the_run_lacks_and_shows_it(place, call):
+    code, out, err = call("report", "run", "--minutes", 0.1)
+    assert (code, err) == (0, "")
+    commands = [line for line in out.splitlines() if line.startswith("$ ")]
+    assert commands[0] == "$ undiffuse evaluate run"
+    n = int(commands[1].split("--n ")[1].split()[0])
+    assert commands[1:] == [
+        f"$ undiffuse sample run --n {n} --label all --out run/samples/report",
+        "$ undiffuse compare run/samples/report --out run/comparison",
+    ]
+    written = (place / "run" / "report.html").read_bytes()
+    page = check_page(written.decode())
+    shown = {text for _, text in page.texts}
+    evaluation = json.loads((place / "run" / "evaluation.json").read_text())
+    for numbers in evaluation["estimates"].values():
+        assert f"{'≤ ' * numbers['is_bound']}{cell(tuple(numbers['bits_per_dim']['total']))}".replace("-", "−") in shown
+    comparison = json.loads((place / "run" / "comparison" / "compare.json").read_text())
+    for metric in comparison["metrics"].values():
+        assert cell(tuple(metric["value"][:2])).replace("-", "−") in shown
+    assert f"p ≤ {comparison['copying']['p_value']:.1g}" in page.text
+    assert comparison["weights"] == evaluation["digest"]
+    assert {line.removeprefix("$ ") for line in commands} <= shown
+    assert "Samples, drawn by dpm++2m_sde in 5 steps, label all, seed 0 and items" in page.text
+    assert len(page.all("img")) == 1 + 2 + 5 + 1 + 1  # samples, strips, solvers, nearest items, data
+
+    code, out, _ = call("report", "run", "--minutes", 0.1)  # nothing is measured again
+    assert (code, "$ " in out) == (0, False)
+    assert (place / "run" / "report.html").read_bytes() == written
+
+
+def test_files_of_the_user_and_data_that_are_not_those_of_the_run(place, call):
+    (place / "mine.html").write_text("mine")
+    code, _, err = call("report", "run", "--minutes", 0, "--out", "mine.html")
+    assert (code, err.count("\n"), "this file is not a report" in err) == (2, 1, True)
+    assert (place / "mine.html").read_text() == "mine"
+    (place / "items.npz").rename(place / "moved.npz")
+    code, out, err = call("report", "run", "--minutes", 0, "--out", "new.html")
+    assert (code, err) == (0, "")
+    assert "Without the data of the run: the data that the run was trained on are not there." in out
+    assert "Without the data of the run" in check_page((place / "new.html").read_text()).text
+    code, _, err = call("report", "run", "moved.npz", "--num-values", 5, "--minutes", 0, "--out", "new.html")
+    assert (code, err) == (0, "")
+    assert "Without the data" not in (place / "new.html").read_text()
+    code, _, err = call("report", "run", "moved.npz", "--num-values", 6, "--minutes", 0)
+    assert (code, err.count("\n"), "not the data that the run was trained on" in err) == (3, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(("nothing",), 4), (("run", "--minutes", -1), 2), (("run", "--minutes", "nan"), 2)]
+)
+def test_errors_are_one_line(place, call, arguments, code):
+    said = call("report", *arguments)
+    assert (said.code, said.err.count("\n"), said.err[:6]) == (code, 1, "error[")
+
+
+def test_damaged_results_are_measured_again_where_nothing_else_is_in_the_way(place, call):
+    (place / "run" / "evaluation.json").write_text('{"estimates": {}}')
+    damaged = place / "run" / "comparison" / "compare.json"
+    damaged.parent.mkdir()
+    damaged.write_text('{"metrics": {}}')
+    code, out, err = call("report", "run", "--minutes", 0.1)
+    assert (code, err) == (0, "")
+    assert "not measured: error[OUT] run/comparison: its compare.json is damaged, edited or not ours" in out
+    page = check_page((place / "run" / "report.html").read_text())
+    assert "No distances are measured: its compare.json is damaged, edited or not ours" in page.text
+    assert "No likelihood is measured" not in page.text
+    assert damaged.read_text() == '{"metrics": {}}'

@@ -1,0 +1,68 @@
+"""Pictures for a page of every kind of item: images, volumes, series, tables, points, latents, stages of a cascade."""
+
+import numpy as np
+import pytest
+from evaluation_models import model_of
+
+from undiffuse.data.from_array import from_array
+from undiffuse.data.stage_data import split_data
+from undiffuse.data.transform import transform_for
+from undiffuse.report.run_report import Drawing
+from undiffuse.training.run_drawings import ModelPictures, calls_per_second, data_picture, nearest_picture
+
+RNG = np.random.default_rng(0)
+
+
+def dataset(shape, num_values=None, **more):
+    values = RNG.integers(num_values, size=(30, *shape)) if num_values else RNG.normal(size=(30, *shape))
+    return from_array(values if num_values else values.astype(np.float32), num_values=num_values, name="d", **more)
+
+
+CASES = {
+    "image": (dataset((1, 4, 4), 5), 1),
+    "colours": (dataset((3, 4, 4), 256), 1),
+    "volume": (dataset((1, 4, 4, 4), 5), 1),
+    "series": (dataset((2, 8), layout="NCL"), 1),
+    "table": (dataset((3,)), 4),
+}
+
+
+def pictures_of(data, max_calls=1e9, **network):
+    moments = data.moments(np.arange(len(data))) if data.num_values is None else None
+    info = {"num_values": data.num_values, "fingerprint": data.fingerprint, "held_out": 0.2}
+    model = model_of(data.item_shape, transform_for(data, moments), network=network, **info)
+    return ModelPictures(model, data, data.split(0.2), max_calls, "undiffuse report run")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_of_item_is_drawn(name):
+    data, images = CASES[name]
+    pictures = pictures_of(data)
+    plot = len(data.item_shape) <= 2
+    for drawing in (pictures.forward(), pictures.reverse()):
+        assert (len(drawing.images), drawing.plot) == (images, plot), drawing
+        assert "log-SNR" in drawing.caption
+    solvers = pictures.solvers()
+    assert len(solvers.images) == len(solvers.titles) == len(solvers.alts) == 5
+    assert len(data_picture(data, data.split(0.2)).images) == 1
+    assert len(nearest_picture([], "missing.npz", data).images) == 0
+
+
+def test_super_resolution_needs_the_images_that_it_enlarges():
+    data = split_data(dataset((1, 8, 8), 16), 4)
+    pictures = pictures_of(data, image=1)
+    reverse = pictures.reverse()
+    assert reverse.images[0].size == pictures.forward().images[0].size  # whole images, not what is learned
+    assert calls_per_second(pictures.model, data, data.split(0.2)) > 0
+    without = ModelPictures(pictures.model, None, None, 1e9, "undiffuse report run")
+    assert "in the data of the run" in without.solvers().reason
+    assert calls_per_second(pictures.model, None, None) == 0
+
+
+def test_calls_are_counted():
+    pictures = pictures_of(CASES["image"][0], max_calls=20)
+    assert pictures.reverse().images  # four items by five steps
+    assert pictures.left == 0
+    missing = pictures.solvers()
+    assert isinstance(missing, Drawing)
+    assert (missing.images, missing.command) == ((), "undiffuse report run")

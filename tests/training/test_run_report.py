@@ -1,0 +1,185 @@
+"""The report of a run: written at the end of training, from what is stored, for runs of every state."""
+
+import json
+import re
+import shlex
+
+import numpy as np
+import pytest
+from page_checks import check_page
+from tiny_run import data, recipe, stopping_at, train
+
+from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.model import checkpoint
+from undiffuse.model.config import Config, from_dict, read
+from undiffuse.model.presets import PRESETS, get
+from undiffuse.report.table import cell
+from undiffuse.runtime.side_files import write_record
+from undiffuse.training import monitor, run_report
+from undiffuse.training.repeat_command import repeat
+from undiffuse.training.run_folder import Run
+
+DATA = data()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return train(recipe(), tmp_path_factory.mktemp("run") / "a run", DATA)
+
+
+def collected(folder, dataset=DATA, **settings):
+    split = None if dataset is None else dataset.split(0.2)
+    return run_report.collect(Run(folder), checkpoint.load(folder), dataset, split, **settings)
+
+
+def page_of(content):
+    return check_page(run_report.run_report.page(content))
+
+
+def test_every_training_writes_a_page(folder):
+    page = check_page((folder / "report.html").read_text())
+    headings = [text for tag, text in page.texts if tag == "h2"]
+    assert headings[:4] == ["Samples", "Between data and noise", "Solvers from the same noise", "Training"]
+    assert "64 samples by ddim in 5 steps, seed 0." in page.text
+    assert "its 200 network calls do not fit into the time" not in page.text
+    final = [r for r in Run(folder).read_metrics() if "final_bits_per_dim" in r][-1]
+    assert f"≤ {cell((final['final_bits_per_dim'], final['final_stderr']))}" in page.text
+    assert "No likelihood is measured" in page.text
+    command = f"undiffuse evaluate {shlex.quote(str(folder))}"
+    assert ("code", command) in page.texts
+
+
+def test_a_page_is_a_function_of_the_run_and_has_all_its_pictures(folder):
+    content = collected(folder)
+    assert {name: len(d.images) for name, d in content.drawings.items()} == {
+        "data": 1,
+        "samples": 1,
+        "forward": 1,
+        "reverse": 1,
+        "solvers": 5,
+    }
+    assert "Conditions, in turn: 0, 1, 2." in content.drawings["solvers"].caption
+    page_of(content)
+    assert run_report.run_report.page(content) == run_report.run_report.page(collected(folder))
+
+
+def test_pictures_that_cost_too_much_are_left_out_with_the_command_that_adds_them(folder):
+    content = collected(folder, max_calls=20)  # four items by five steps
+    assert content.drawings["reverse"].images
+    assert not content.drawings["solvers"].images
+    page = page_of(content)
+    assert "Solvers are not shown side by side" in page.text
+    assert ("code", f"undiffuse report {shlex.quote(str(folder))}") in page.texts
+
+
+def test_stored_results_are_shown_only_if_they_are_whole_and_of_these_weights(folder, tmp_path):
+    weights = checkpoint.fingerprint(checkpoint.load(folder))
+    record = {"digest": weights, "data": "d", "part": "all", "files": []}
+    record["estimates"] = {"discrete": {"bits_per_dim": {"total": [1.25, 0.125]}, "items": 3, "calls": 4}}
+    path = folder / "evaluation.json"
+    try:
+        write_record(path, record)
+        assert collected(folder).evaluation["estimates"] == record["estimates"]
+        write_record(path, record | {"digest": "0" * 64})
+        assert (collected(folder).evaluation, collected(folder).why["evaluation"]) == (
+            None,
+            "the stored one is of other weights",
+        )
+        assert "evaluation" in run_report.missing_parts(Run(folder), checkpoint.load(folder))[0]
+        path.write_text(path.read_text().replace("1.25", "0.25"))
+        assert "damaged or was edited" in collected(folder).why["evaluation"]
+    finally:
+        path.unlink()
+
+
+def test_a_file_of_the_user_is_not_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("<!doctype html>\n<p>mine</p>")
+    with pytest.raises(ConfigError, match="this file is not a report"):
+        run_report.check_page(path)
+    printed = []
+    monkeypatch.setattr(monitor.Monitor, "log", lambda self, line: printed.append(line))
+    place = tmp_path / "run"
+    real = run_report.collect
+
+    def with_a_file(run, *arguments, **options):
+        (run.folder / "report.html").write_text("mine")
+        return real(run, *arguments, **options)
+
+    monkeypatch.setattr(monitor, "collect", with_a_file)
+    train(recipe(max_steps=3, snapshots=0), place, DATA)
+    assert (place / "report.html").read_text() == "mine"
+    assert "no report: this file is not a report" in printed
+    assert Run(place).finished
+
+
+def test_runs_without_data_without_a_model_and_unfinished(folder, tmp_path):
+    content = collected(folder, None)
+    page = page_of(content)
+    assert "The forward process is not drawn: it needs the data of the run." in page.text
+    with stopping_at(2):
+        train(recipe(max_steps=40, snapshots=0), tmp_path, DATA)
+    page = page_of(run_report.collect(Run(tmp_path), None, DATA, DATA.split(0.2)))
+    assert "Its training has not finished." in page.text
+    assert "No samples are drawn yet" in page.text
+    assert "tiny: diffusion model" in page.text
+
+
+def test_a_damaged_run_is_one_error(folder, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(CheckpointError):
+        run_report.load_model(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError):
+        run_report.collect(Run(tmp_path), None)
+
+
+@pytest.mark.parametrize("base", sorted(PRESETS)[:3])
+def test_the_recipe_on_a_page_is_that_of_the_run(folder, tmp_path, base):
+    record = Run(folder).record
+    lines, text = repeat(record, "diffusion model")
+    assert lines[1].split() == [
+        "undiffuse",
+        "train",
+        "DATA",
+        "--config",
+        "recipe.json",
+        "--seed",
+        "4",
+        "--out",
+        "NEW",
+    ] or ("--network FILE.py:NAME" in lines[1])
+    (tmp_path / "recipe.json").write_text(text)
+    assert read(tmp_path / "recipe.json", get(base)) == from_dict(Config, record["config"])
+    shown = "".join(
+        text for tag, text in check_page((folder / "report.html").read_text()).texts if text.startswith("{")
+    )
+    assert json.loads(shown) == record["config"]
+
+
+def test_the_command_names_data_and_options_without_their_folders():
+    record = {"config": {"model": {"network": {"kind": "unet"}, "schedule": {}}, "train": {"max_steps": 5, "seed": 7}}}
+    record["data"] = {"source": "/home/me/secret/photos x", "options": {"size": 32, "captions": True}}
+    record |= {"init": "f" * 64, "extended": [{}]}
+    lines, _ = repeat(record, "diffusion model")
+    assert lines[1] == (
+        "undiffuse train 'photos x' --size 32 --captions --config recipe.json --seed 7 --init INIT --out NEW"
+    )
+    assert "secret" not in "".join(lines)
+    assert any("extended 1 time" in line for line in lines)
+    config = record["config"] | {"teacher": "e" * 64, "method": "lagrangian", "pairs": "data", "guidance": 1.0}
+    config |= {"both_ways": True, "model": {"calls": 2, "network": {"kind": "unet"}, "schedule": {}}}
+    lines, text = repeat(record | {"config": config | {"train": {"max_steps": None, "minutes": 2.5, "seed": 0}}}, "")
+    assert lines[1] == (
+        "undiffuse distill TEACHER --calls 2 --method lagrangian --pairs data --guidance 1 --both-ways --seed 0 "
+        "--minutes 2.5 --out NEW"
+    )
+    assert text == ""
+
+
+def test_data_in_words(folder):
+    facts = dict(run_report.data_facts(Run(folder).record["data"], DATA, DATA.split(0.2), {}))
+    assert facts["item"] == "1×4×4, 5 values"
+    counts = np.bincount(DATA.labels)
+    assert facts["classes"] == f"3: 0 ({counts[0]}), 1 ({counts[1]}), 2 ({counts[2]})"
+    assert re.fullmatch(r"\d+ training, \d+ validation, \d+ test", facts["parts"])
