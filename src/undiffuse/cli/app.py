@@ -14,6 +14,7 @@ from undiffuse.cli.distill import distill
 from undiffuse.cli.doctor import doctor
 from undiffuse.cli.ema import ema
 from undiffuse.cli.evaluate import evaluate
+from undiffuse.cli.import_model import import_model
 from undiffuse.cli.inspect import inspect
 from undiffuse.cli.interpolate import interpolate
 from undiffuse.cli.pack import pack
@@ -62,6 +63,7 @@ for command, name in (
     (ema, "ema"),
     (watch, "watch"),
     (inspect, "inspect"),
+    (import_model, "import"),
     (pack, "pack"),
     (doctor, "doctor"),
 ):

@@ -12,6 +12,9 @@ from undiffuse.errors import counted
 if TYPE_CHECKING:
     from undiffuse.model.diffusion import Diffusion
 
+MAX_LISTED = 16
+"""The longest list of a setting that is printed whole."""
+
 
 def inspect(
     run: RunArgument,
@@ -45,6 +48,7 @@ def inspect(
         **_stage(model),
         **_latent(model),
         "trained": ", ".join(f"{key} {model.info[key]}" for key in trained if key in model.info),
+        **_imported(model),
         "notes": "; ".join(model.info.get("notes", [])) or "none",
     }
     table.render([{"": key, "model": value} for key, value in facts.items()], str(run))
@@ -98,6 +102,14 @@ def _latent(model: Diffusion) -> dict[str, str]:
     return {"latents": shape, "autoencoder": f"{kind}, {model.config.autoencoder[:12]}"}
 
 
+def _imported(model: Diffusion) -> dict[str, str]:
+    """Where the model comes from; empty for one that was trained here."""
+    made = model.info.get("imported")
+    if not isinstance(made, dict):
+        return {}
+    return {"imported": f"from {made.get('from')}, weights {str(made.get('weights', 'unknown'))[:12]}"}
+
+
 def _values(num_values: int | None) -> str:
     return f"{num_values} values" if num_values else "continuous values"
 
@@ -106,4 +118,10 @@ def _settings(settings: dict[str, Any]) -> str:
     """``name key=value, ...`` of one part of the configuration."""
     rest = dict(settings)
     name = rest.pop("name", None) or rest.pop("kind", "")
-    return f"{name} {', '.join(f'{key}={value}' for key, value in rest.items())}".strip()
+    return f"{name} {', '.join(f'{key}={_shortened(value)}' for key, value in rest.items())}".strip()
+
+
+def _shortened(value: Any) -> str:
+    """``value``, of a long list its ends and its length."""
+    is_long = isinstance(value, list | tuple) and len(value) > MAX_LISTED
+    return f"[{value[0]}, ..., {value[-1]}] ({len(value)} numbers)" if is_long else str(value)

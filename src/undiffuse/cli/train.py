@@ -74,7 +74,9 @@ def train(
         ),
     ] = None,
     network: NetworkFile = None,
-    init: Annotated[Path | None, typer.Option(help="Start from the weights of this run or model file.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Start from this run or model file: its weights, and its [model] by default.")
+    ] = None,
     autoencoder: Annotated[
         Path | None,
         typer.Option(help="Train on the latents of this autoencoder: a run, or a file or folder of docs/latent.md."),
@@ -90,7 +92,7 @@ def train(
 ) -> None:
     """Train a model on DATA; an unfinished run is resumed."""
     from undiffuse.interop.autoencoders import load_autoencoder
-    from undiffuse.model import presets
+    from undiffuse.model import checkpoint, presets
     from undiffuse.model.config import Config, replace_train
     from undiffuse.training.diffusion_task import fit_diffusion
 
@@ -110,10 +112,12 @@ def train(
     name = preset or presets.choose(dataset.item_shape if encoder is None else encoder.latent_shape, device)
 
     def base() -> Config:
+        if init is not None and preset is None and encoder is None:
+            return Config(checkpoint.load(init, network=network_class).config, presets.get(name).train)
         return presets.get(name) if encoder is None else presets.of_latents(presets.get(name))
 
     recipe, as_begun = options.recipe(run, dataset, Config, base, on_nonfinite=on_nonfinite)
-    name = "as begun" if as_begun else name
+    name = "as begun" if as_begun else f"of {init}" if init is not None and preset is None else name
     if conditional:
         recipe = replace_train(recipe, conditional=True)
     if not finished:
