@@ -136,7 +136,8 @@ def import_diffusers(
         raise CheckpointError("NO_MODEL", unet_file.parent, cause, "Copy it there in one piece, not in shards")
     tensors = renamed_attention(read_weights(weights_file, unpickle).tensors)
     digest = file_digest(weights_file)
-    imported = {"from": f"diffusers {noise.pop('_class_name')}", "weights": digest, "scheduler": noise}
+    kind = noise.pop("_class_name")
+    imported = {"from": f"diffusers {kind}", "weights": digest, "scheduler": noise}
     info = {"name": source.resolve().name, "num_values": values, "imported": imported}
     item_shape = (unet["in_channels"], *_size(unet_file, unet["sample_size"], size))
     try:
@@ -153,10 +154,10 @@ def import_diffusers(
     check_tensors(weights_file, network.state_dict(), named, fix)
     network.load_state_dict(named)
     model.eval()
-    checks, notes = compare_with_diffusers(model, unet, noise, tensors), sampling_notes(noise)
+    checks, notes = compare_with_diffusers(model, unet, noise, tensors), sampling_notes(kind, noise)
     if checks[0].difference is None:
         notes.insert(0, f"the weights are those of {weights_file.name}, sha256 {digest}")
-    return Imported(model, checks, notes, sampling_options(imported["from"], noise))
+    return Imported(model, checks, notes, sampling_options(kind, noise))
 
 
 def unet_fields(path: Path) -> dict[str, Any]:
@@ -252,9 +253,11 @@ def sampling_options(kind: str, noise: Mapping[str, Any]) -> str:
     return f"--solver ddim --steps {min(steps, 50)}" if "DDIM" in kind else f"--solver ancestral --steps {steps}"
 
 
-def sampling_notes(noise: Mapping[str, Any]) -> list[str]:
-    """What the pipeline does in sampling and ``undiffuse sample`` does not."""
+def sampling_notes(kind: str, noise: Mapping[str, Any]) -> list[str]:
+    """What the pipeline of the class ``kind`` of noise schedules does in sampling and ``undiffuse sample`` does not."""
     notes = []
+    if kind == "DDIMScheduler" and noise["clip_sample"]:
+        notes.append("the pipeline clips as undiffuse sample does where it is given use_clipped_model_output=True")
     if noise["thresholding"]:
         notes.append("the pipeline thresholds dynamically: give sample --threshold dynamic")
     elif not noise["clip_sample"] or noise["clip_sample_range"] != 1:
