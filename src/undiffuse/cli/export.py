@@ -9,7 +9,7 @@ import typer
 
 from undiffuse.cli.options import NetworkFile, RunArgument, console, register_network
 
-FORMATS = ("diffusers",)
+FORMATS = ("diffusers", "onnx", "torch")
 
 
 def export(

