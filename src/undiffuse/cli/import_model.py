@@ -9,9 +9,10 @@ import typer
 
 from undiffuse.cli.data_options import lies_inside
 from undiffuse.cli.options import as_argument, console
+from undiffuse.cli.sampler_options import parse_setting
 from undiffuse.errors import ConfigError
 
-FORMATS = ("diffusers",)
+FORMATS = ("diffusers", "openai")
 
 
 def import_model(
@@ -34,6 +35,10 @@ def import_model(
         bool,
         typer.Option("--unpickle", help="Read weights in a pickle (.bin, .pt): weights only, in a child process."),
     ] = False,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A flag that an openai model was trained with, such as num_heads=4; repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Import a model of another library and print how far its outputs are from the original's.
@@ -48,7 +53,13 @@ def import_model(
     if lies_inside(out, Path(source)):
         raise ConfigError("OUT", out, f"it lies inside of {source}", "Give a folder outside of it")
     imported = importing.import_model(
-        source, kind, size=size, values=values, chain=chain, unpickle=True if unpickle else None
+        source,
+        kind,
+        size=size,
+        values=values,
+        chain=chain,
+        unpickle=unpickle or None,
+        setting=dict(map(parse_setting, setting)) if setting else None,
     )
     importing.write(imported, source, out)
     if as_json:

@@ -71,7 +71,7 @@ def check_expressible(model: Diffusion) -> None:
     ]
     inputs = {name: config.preconditioning.get(name) for name in ("scale", "time")}
     needed.append(("preconditioning", inputs, inputs == {"scale": "none", "time": "step"}, "scale none, time step"))
-    unused = {"patch": 1, "norm": "group", "fourier": (), "two_times": False}
+    unused: dict[str, Any] = {"num_heads": 0, "patch": 1, "norm": "group", "fourier": (), "two_times": False}
     unused |= {"vector": 0, "tokens": 0, "image": 0, "text": 0}
     for name, value in unused.items():
         own = network.get(name, value)

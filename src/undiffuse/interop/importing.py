@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from undiffuse.errors import CheckpointError, ConfigError
-from undiffuse.interop import diffusers
+from undiffuse.interop import diffusers, openai
 from undiffuse.interop.parity import Imported, check_all
 from undiffuse.model import checkpoint
 from undiffuse.runtime.output_folder import check_output_folder, listed_files
@@ -32,6 +32,12 @@ FORMATS: Mapping[str, Format] = {
         lambda path: any((path / name).is_file() for name in ("model_index.json", *diffusers.UNET_CONFIGS)),
         diffusers.import_diffusers,
         ("size", "values", "chain", "unpickle"),
+    ),
+    "openai": Format(
+        "a file of weights of improved- or guided-diffusion",
+        lambda path: path.is_file() and path.suffix in (".pt", ".pth", ".safetensors"),
+        openai.import_openai,
+        ("size", "values", "unpickle", "setting"),
     ),
 }
 

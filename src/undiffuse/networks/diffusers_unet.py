@@ -48,7 +48,8 @@ class DiffusersUNet(UNet):
     """y (B, out_channels, H, W) from x (B, channels, H, W), as UNet2DModel of diffusers 0.42 computes it.
 
     A setting has the name and the meaning of the field of ``unet/config.json``; ``classes`` are its num_class_embeds,
-    beside which the label −1 has a row of its own. The names of the weights are those of `UNet`, and
+    beside which the label −1 has a row of its own, and ``num_heads``, if not 0, the heads of every layer with attention
+    in place of ``attention_head_dim``, as in guided-diffusion. The names of the weights are those of `UNet`, and
     `undiffuse.interop.diffusers_names` has those of diffusers. Zero at initialisation. Raises `ConfigError`.
     """
 
@@ -80,6 +81,7 @@ class DiffusersUNet(UNet):
         flip_sin_to_cos: bool = True,
         classes: int = 0,
         two_times: bool = False,
+        num_heads: int = 0,
     ) -> None:
         nn.Module.__init__(self)
         widths = check_ints("block_out_channels", block_out_channels)
@@ -121,7 +123,14 @@ class DiffusersUNet(UNet):
         classes, scale_shift = check_int("classes", classes, 0), resnet_time_scale_shift == "scale_shift"
         norm = partial(GroupNorm, groups=groups, eps=norm_eps)
 
-        def num_heads(width: int) -> int:
+        fixed_heads = check_int("num_heads", num_heads, 0)
+
+        def heads_of(width: int) -> int:
+            if fixed_heads:
+                require(
+                    width % fixed_heads == 0, "num_heads", f"{fixed_heads} does not divide {width}", "Give a divisor"
+                )
+                return fixed_heads
             cause = f"{head} does not divide the {width} channels of a block with attention"
             require(head is None or width % head == 0, "attention_head_dim", cause, "Give a divisor")
             return 1 if head is None else width // head
@@ -130,7 +139,7 @@ class DiffusersUNet(UNet):
             return Residual(2, in_width, width, time_width, dropout, scale_shift, norm, resampling)
 
         def stage(in_width: int, width: int, block: str, *resampling: nn.Module) -> Stage:
-            attend = [Attention(width, num_heads(width), norm(width))] if block.startswith("Attn") else []
+            attend = [Attention(width, heads_of(width), norm(width))] if block.startswith("Attn") else []
             return Stage([residual(in_width, width), *attend, *resampling])
 
         def resample(block: str, width: int) -> nn.Module:
@@ -165,7 +174,7 @@ class DiffusersUNet(UNet):
                 attn_groups == 0 or width % attn_groups == 0, "attn_norm_num_groups", "no divisor", "Give a divisor"
             )
             attn_norm = GroupNorm(width, attn_groups, norm_eps) if attn_groups else nn.Identity()
-            attend = [Attention(width, num_heads(width), attn_norm)] if add_attention else []
+            attend = [Attention(width, heads_of(width), attn_norm)] if add_attention else []
             for layer in [residual(width, width), *attend, residual(width, width)]:
                 divide = [Divided(float(mid_block_scale_factor))] if mid_block_scale_factor != 1 else []
                 self.middle.extend([layer, *divide])
