@@ -6,6 +6,7 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers_cases import CASES, GOLDEN, LABELS, SMALL, TIMES, inputs, noise, write_folder
@@ -319,3 +320,22 @@ def test_writing_keeps_what_the_model_is(tmp_path):
     write(imported, tmp_path / "in", tmp_path / "out")
     x, time = noise("x", 2, 1, 8, 8), torch.tensor([3.0, 4.0])
     assert torch.equal(load(tmp_path / "out").network(x, time), imported.model.network(x, time))
+
+
+def test_training_from_an_imported_model_takes_its_recipe_and_starts_at_its_loss(tmp_path, capsys):
+    values = np.random.default_rng(0).integers(17, size=(24, 1, 8, 8)).astype(np.uint8)
+    np.save(tmp_path / "data.npy", values)
+    write_folder(tmp_path / "in", chain={"num_train_timesteps": 8, "beta_end": 0.9})
+    imported, run = tmp_path / "imported", tmp_path / "run"
+    data = [str(tmp_path / "data.npy"), "--num-values", "17"]
+    assert main(["import", str(tmp_path / "in"), str(imported), "--values", "17"]) == 0
+    recipe = ["--steps", "1", "--batch", "4", "--lr", "1e-9", "--out", str(run)]
+    assert main(["train", *data, "--init", str(imported), *recipe]) == 0
+    assert f"recipe 'of {imported}'" in capsys.readouterr().out
+    before, after = load(imported), load(run)
+    assert before.config == after.config
+    u, eps = torch.rand(24, generator=torch.Generator().manual_seed(0)), noise("eps", 24, 1, 8, 8)
+    losses = [model.loss(torch.from_numpy(values), u, eps).mean().item() for model in (before, after)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert main(["train", *data, "--init", str(imported), "--preset", "digits", "--steps", "1", "--out", "other"]) != 0
+    assert "error[TENSOR]" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -113,7 +114,8 @@ def train(
 
     def base() -> Config:
         if init is not None and preset is None and encoder is None:
-            return Config(checkpoint.load(init, network=network_class).config, presets.get(name).train)
+            model = replace(checkpoint.load(init, network=network_class).config, calls=0, autoencoder="")
+            return Config(model, presets.get(name).train)
         return presets.get(name) if encoder is None else presets.of_latents(presets.get(name))
 
     recipe, as_begun = options.recipe(run, dataset, Config, base, on_nonfinite=on_nonfinite)
