@@ -20,7 +20,7 @@ HO = ModelConfig(
     preconditioning={"scale": "none", "time": "step"},
     chain_length=20,
 )
-ADM = {"widths": (128, 256), "attention": (0,), "head_width": 64, "scale_shift": True, "residual_resampling": True}
+ADM = {"widths": (128, 128), "attention": (0,), "head_width": 64, "scale_shift": True, "residual_resampling": True}
 MODELS: dict[str, dict[str, Any]] = {
     "ho": {},
     "heads": {"network": {**HO.network, "heads": 4}, "schedule": {"name": "cosine", "T": 20}},
