@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers_cases import write_folder
 from PIL import Image
 from test_docs import PAGES, ROOT, blocks
 
@@ -118,6 +119,7 @@ def place(tmp_path_factory):
         for name, size in {"MASK": 8, "hole.png": 28}.items():
             Image.fromarray(255 * np.eye(size, dtype=np.uint8)).save(folder / name, "PNG")
         (folder / "my_net.py").write_text(NETWORK)
+        write_folder(folder / "PIPELINE")
         (folder / "my.toml").write_text("[train]\nlr = 0.002\n")
         for arguments in PREPARATION:
             assert main(arguments.split()) == 0

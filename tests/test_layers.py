@@ -76,6 +76,8 @@ UNSAFE_NAMES |= {f"accelerate.utils.{name}" for name in ("gather_object", "broad
 UNSAFE_NAMES |= {f"dist.{name}" for name in ("all_gather_object", "gather_object", "broadcast_object_list")}
 UNSAFE_CALLS = {"eval", "exec", "__import__", "import_module"}
 UNSAFE_FLAGS = {"allow_pickle", "shell"}
+UNPICKLER = "undiffuse.interop.unpickle"
+"""The one module that may call torch.load, with weights_only=True: the program of a child process."""
 LAZY_TABLES = {"undiffuse.__init__", "undiffuse.runtime.lazy_table"}
 """Modules that import by name, from tables written in the source: the public API, solvers and the like."""
 
@@ -86,7 +88,11 @@ def data_as_code(tree: ast.Module, module: str) -> Iterator[tuple[int, str]]:
             yield line, f"imports {name}"
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and (name := ast.unparse(node)) in UNSAFE_NAMES:
-            yield from () if name == "importlib.import_module" and module in LAZY_TABLES else [(node.lineno, name)]
+            allowed = {"importlib.import_module": module in LAZY_TABLES, "torch.load": module == UNPICKLER}
+            yield from () if allowed.get(name) else [(node.lineno, name)]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            flags = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            yield from () if flags.get("weights_only") == "True" else [(node.lineno, "torch.load of any object")]
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in UNSAFE_CALLS:
             yield node.lineno, f"{node.func.id}()"
         if isinstance(node, ast.keyword) and node.arg in UNSAFE_FLAGS and ast.unparse(node.value) != "False":
@@ -234,6 +240,9 @@ def test_help_version_and_completion_import_nothing_heavy(arguments, environment
         *((data_as_code, "data.array", f"import {name}") for name in sorted(UNSAFE_MODULES)),
         *((data_as_code, "data.array", f"x = {name}(y)") for name in sorted(UNSAFE_NAMES | UNSAFE_CALLS)),
         (data_as_code, "data.array", "from torch import load"),
+        (data_as_code, "interop.unpickle", "x = torch.load(y)"),
+        (data_as_code, "interop.unpickle", "x = torch.load(y, weights_only=False)"),
+        (data_as_code, "interop.diffusers", "x = torch.load(y, weights_only=True)"),
         (data_as_code, "data.array", "from yaml import load"),
         (data_as_code, "data.array", "x = numpy.load(y, allow_pickle=True)"),
         (data_as_code, "runtime.distributed_group", "from accelerate.utils import gather_object"),

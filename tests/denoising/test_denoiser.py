@@ -127,6 +127,8 @@ def test_preconditioning_by_formula():
         told = Preconditioning(time="step", chain_length=T).time_input(S.cosine(T)(k / T))
         torch.testing.assert_close(told, k - 1, rtol=0, atol=1e-12)
         assert torch.equal(told.float(), (k - 1).float())
+        rescaled = Preconditioning(time="rescaled_step", chain_length=T).time_input(S.cosine(T)(k / T))
+        torch.testing.assert_close(rescaled, (k - 1) * 1000 / T, rtol=0, atol=1e-11)
     assert Preconditioning() == Preconditioning("none", "log_snr", 1.0, 1000)
 
 
@@ -136,7 +138,7 @@ def test_preconditioning_by_formula():
 def test_time_is_finite_at_both_ends(time, clean, noise):
     ends = S.Flow()(torch.tensor([0.0, 1.0], dtype=f64))
     assert Preconditioning(time=time).time_input(ends).tolist() == [clean, noise]
-    assert set(TIME_INPUTS) == {"t", "thousand", "step", "log_snr", "log_sigma"}
+    assert set(TIME_INPUTS) == {"t", "thousand", "step", "rescaled_step", "log_snr", "log_sigma"}
     assert set(INPUT_SCALES) == {"none", "unit"}
 
 

@@ -123,11 +123,13 @@ def test_a_model_is_copied_and_pickled(copied, target):
     assert not {p.data_ptr() for p in again.parameters()} & {p.data_ptr() for p in diffusion.parameters()}
 
 
+TABLES = ("linear", "linear_rescaled", "quadratic", "cosine", "diffusers", "learned_chain")
+
+
 @pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"tabulated"}))
 def test_a_model_of_every_schedule_is_pickled(name):
-    tables = ("linear", "linear_rescaled", "quadratic", "cosine", "learned_chain")
-    settings = {"name": name, **({"T": 10} if name in tables else {})}
-    settings |= {"first": 0.01, "last": 0.3} if name in ("linear", "quadratic") else {}
+    settings = {"name": name, **({"T": 10} if name in TABLES else {})}
+    settings |= {"first": 0.01, "last": 0.3} if name in ("linear", "quadratic", "diffusers") else {}
     others = {k: v for k, v in LEARNED.items() if k != "schedule"} if name == "learned" else {}
     others |= {"loss": "full_bound"} if name == "learned_chain" else {}
     diffusion = Diffusion(ModelConfig(MLP, settings, chain_length=10, **others), (2,), Identity())

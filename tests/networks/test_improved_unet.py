@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from undiffuse.errors import ConfigError
 from undiffuse.networks.classifier_head import AttentionPool, make_classifier
+from undiffuse.networks.norm import GroupNorm
 from undiffuse.networks.unet import Down, Residual, UNet, Up
 
 ADM = {"head_width": 64, "scale_shift": True, "residual_resampling": True}
@@ -17,7 +18,7 @@ SMALL = {"widths": (8, 16), "blocks": 1, "attention": (0,), "head_width": 4, "re
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_both_branches_of_a_residual_block_are_resampled(dims, layer):
     """R h + conv₂(SiLU(norm₂(conv₁(R SiLU(norm₁ h)) + W c))), R the means or repeats of cells."""
-    block = randomised(Residual(dims, 8, 8, 5, 0.0, False, "group", layer(dims, 8, learned=False)))
+    block = randomised(Residual(dims, 8, 8, 5, 0.0, False, GroupNorm, layer(dims, 8, learned=False)))
     h, cond = noise(2, 8, *[4] * dims), noise(2, 5)
     pool = getattr(F, f"avg_pool{dims}d")
 

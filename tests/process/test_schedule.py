@@ -202,6 +202,7 @@ def test_defaults_are_the_papers():
         "linear_rescaled": [1000, 1e-4, 0.02, 0.999],
         "quadratic": [1000, 1e-4, 0.02],
         "cosine": [1000, 0.008, 0.999],
+        "diffusers": [1000, 1e-4, 0.02, "linear", None, False],
         "sigmoid": [-3.0, 3.0, 1.0, 1e-9],
         "linear_log_snr": [13.3, -5.0],
         "learned": [13.3, -5.0, "learned", 32],
@@ -217,9 +218,13 @@ def test_defaults_are_the_papers():
         "flow": 1e-5,
     }
     assert {make[0].chain_length for make in FUNCTIONS.values()} == {None}
-    assert {name.split(",")[0] for name in FUNCTIONS} | {*TABLES, "learned", "learned_chain", "tabulated"} == {
-        *S.SCHEDULES
-    }
+    assert {name.split(",")[0] for name in FUNCTIONS} | {
+        *TABLES,
+        "learned",
+        "learned_chain",
+        "tabulated",
+        "diffusers",
+    } == {*S.SCHEDULES}
 
 
 def test_settings_reach_the_tables():
@@ -230,6 +235,39 @@ def test_settings_reach_the_tables():
     bar = torch.cos(math.pi / 2 * (grid(4)[:2] + 0.1) / 1.1) ** 2
     assert float(S.cosine(4, 0.1).beta[0]) == pytest.approx(float(1 - bar[1] / bar[0]), rel=1e-13)
     assert S.cosine(4, limit=0.25).beta.tolist()[1:] == [0.25] * 3
+
+
+THEIRS = {  # alphas_cumprod of DDPMScheduler of diffusers 0.42.1 at its steps 0, 499, 998 and 999
+    ("linear", False): (0.9998999834060669, 0.07858723402023315, 4.118194192415103e-05, 4.035830352222547e-05),
+    ("linear", True): (0.9998999834060669, 0.0760287269949913, 4.213273285813557e-09, 0.0),
+    ("scaled_linear", False): (0.9998999834060669, 0.3331878185272217, 0.000748379563447088, 0.0007334119873121381),
+    ("scaled_linear", True): (0.9999001026153564, 0.31974175572395325, 7.98631205611855e-08, 0.0),
+    ("squaredcos_cap_v2", False): (
+        0.9999586939811707,
+        0.4938434660434723,
+        2.428766265438753e-06,
+        2.4287349909002387e-09,
+    ),
+    ("squaredcos_cap_v2", True): (0.999958872795105, 0.49382346868515015, 2.277813791806693e-06, 0.0),
+    ("sigmoid", False): (0.9998508095741272, 0.3019309937953949, 4.048962364322506e-05, 3.9681821363046765e-05),
+    ("sigmoid", True): (0.999850869178772, 0.2988007664680481, 4.121581298477395e-09, 0.0),
+}
+
+
+@pytest.mark.parametrize(("kind", "zero_end"), THEIRS)
+def test_tables_of_diffusers_are_its_float32_tables(kind, zero_end):
+    schedule = S.diffusers(kind=kind, zero_end=zero_end)
+    alpha = schedule(torch.tensor([0.001, 0.5, 0.999, 1.0], dtype=torch.float64)).alpha
+    assert (alpha**2).tolist() == pytest.approx(THEIRS[kind, zero_end], rel=1e-7 if zero_end else 1e-13, abs=0)
+
+
+def test_settings_of_the_tables_of_diffusers():
+    first, last = S.diffusers(50, 0.01, 0.2).beta[[0, -1]].tolist()
+    assert [first, last] == pytest.approx([0.01, 0.2], rel=1e-5)
+    assert S.diffusers(3, trained=[0.1, 0.2, 0.3]).beta.tolist() == pytest.approx([0.1, 0.2, 0.3], rel=1e-6)
+    for settings, cause in (({"kind": "laplace"}, "no such table"), ({"T": 3, "trained": [0.1]}, "it has 1 numbers")):
+        with pytest.raises(ConfigError, match=cause):
+            S.diffusers(**settings)
 
 
 def test_ends_of_linear_tables():

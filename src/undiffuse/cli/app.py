@@ -14,6 +14,8 @@ from undiffuse.cli.distill import distill
 from undiffuse.cli.doctor import doctor
 from undiffuse.cli.ema import ema
 from undiffuse.cli.evaluate import evaluate
+from undiffuse.cli.export import export
+from undiffuse.cli.import_model import import_model
 from undiffuse.cli.inspect import inspect
 from undiffuse.cli.interpolate import interpolate
 from undiffuse.cli.pack import pack
@@ -66,6 +68,8 @@ for command, name in (
     (watch, "watch"),
     (studio, "studio"),
     (inspect, "inspect"),
+    (import_model, "import"),
+    (export, "export"),
     (pack, "pack"),
     (doctor, "doctor"),
 ):

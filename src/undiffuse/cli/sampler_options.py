@@ -44,14 +44,14 @@ def parse_sampler(
         sampler = Sampler(solver, DEFAULT_NUM_STEPS if quality is None else sampler.num_steps)
     return replace(
         sampler,
-        settings={**sampler.settings, **dict(map(_parse_setting, settings))},
+        settings={**sampler.settings, **dict(map(parse_setting, settings))},
         num_steps=steps or sampler.num_steps,
         spacing=spacing or sampler.spacing,
         **guidance,
     )
 
 
-def _parse_setting(text: str) -> tuple[str, Any]:
+def parse_setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
         raise ConfigError("USAGE", f"--set {text}", "not a setting", "Write name=value, such as eta=0.5")

@@ -66,16 +66,19 @@ class CategoricalHead(nn.Module):
         """
         y = self.network(scaled, time, cond).to(torch.promote_types(scaled.dtype, torch.float32))
         features, rest = y[:, : self.channels * LOGIT_FEATURES], y[:, self.channels * LOGIT_FEATURES :]
-        features = features.reshape(len(x_t), self.channels, LOGIT_FEATURES, -1).transpose(2, 3)
+        features = features.reshape(x_t.shape[0], self.channels, LOGIT_FEATURES, -1).transpose(2, 3)
         dtype = torch.promote_types(x_t.dtype, features.dtype)
-        x_t_columns = x_t.to(dtype).reshape(len(x_t), self.channels, -1, 1)
-        alpha, sigma = (scale.reshape(-1, 1, 1, 1).expand(len(x_t), 1, 1, 1) for scale in (alpha, sigma))
+        x_t_columns = x_t.to(dtype).reshape(x_t.shape[0], self.channels, -1, 1)
+        alpha, sigma = (scale.reshape(-1, 1, 1, 1).expand(x_t.shape[0], 1, 1, 1) for scale in (alpha, sigma))
         inputs, function = [features, x_t_columns, alpha, sigma], self._mean
         if values is not None:
             inputs, function = [*inputs, values.reshape(x_t_columns.shape)], self._log_prob
         size = max(1, CHUNK_ELEMENTS[x_t.device.type == "cpu"] // (x_t_columns[0].numel() * self.num_values))
         with torch.autocast(x_t.device.type, enabled=False):
-            result = torch.cat([function(*p) for p in zip(*(part.split(size) for part in inputs), strict=True)])
+            if torch.compiler.is_exporting():  # a graph for any batch cannot depend on the number of parts
+                result = function(*inputs)
+            else:
+                result = torch.cat([function(*p) for p in zip(*(part.split(size) for part in inputs), strict=True)])
         result = result.reshape(x_t.shape)
         return torch.cat([result, rest], 1) if values is None else result
 

@@ -57,6 +57,7 @@ TIME_INPUTS: dict[str, Callable[[NoiseLevel, int], Tensor]] = {
     "t": lambda level, steps: level.t,
     "thousand": lambda level, steps: 1000 * level.t,
     "step": lambda level, steps: steps * level.t - 1,  # Ho20, whose code counts t from 0
+    "rescaled_step": lambda level, steps: 1000 * (steps * level.t - 1) / steps,  # Nichol21's code
     "log_snr": lambda level, steps: level.log_snr.clamp(-30, 30),  # VDM21
     "log_sigma": lambda level, steps: (-0.125 * level.log_snr).clamp(-8, 8),  # Karras22 c_noise = ln(sigma)/4
 }

@@ -7,19 +7,18 @@ training a diffusion model with it fits one (`Autoencoder.with_fitted_scale`).
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.transform import transform_for
 from undiffuse.errors import CheckpointError
+from undiffuse.interop.diffusers_names import renamed_attention
+from undiffuse.interop.foreign_files import read_weights
 from undiffuse.model import autoencoder as autoencoders
 from undiffuse.model.autoencoder import Autoencoder, AutoencoderConfig
 from undiffuse.runtime.device import kept_random_state
@@ -27,8 +26,6 @@ from undiffuse.runtime.tensor_file import check_tensors
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 """The files of a folder that diffusers writes."""
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Names of attention layers in older files of diffusers."""
 EXPECTED: dict[str, Any] = {
     "act_fn": "silu",
     "down_block_types": "DownEncoderBlock2D",
@@ -66,17 +63,6 @@ def load_autoencoder(path: str | Path, data: Dataset) -> Autoencoder:
 def _decoder_of(encoder: Path) -> Path:
     start, _, end = encoder.name.rpartition("encoder")
     return encoder.with_name(f"{start}decoder{end}")
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file of another library, float32."""
-    try:
-        return {name: tensor.float() for name, tensor in load_file(path).items()}
-    except FileNotFoundError:
-        raise CheckpointError("NOT_FOUND", path, "no such file", SUPPORTED) from None
-    except (SafetensorError, OSError, ValueError) as error:
-        cause = f"not a whole safetensors file ({error})"[:300]
-        raise CheckpointError("DAMAGED", path, cause, "Copy the file again") from None
 
 
 def _build(
@@ -121,22 +107,15 @@ def _from_diffusers(folder: Path, data: Dataset) -> Autoencoder:
     except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         cause = f"not the configuration of an AutoencoderKL that is supported ({error})"[:300]
         raise CheckpointError("DESCRIPTION", path, cause, SUPPORTED) from None
-    tensors = {_new_name(name): tensor for name, tensor in _read(folder / WEIGHTS).items()}
-    for name, tensor in tensors.items():  # attention of old files: 1×1 convolutions
-        if re.search(r"attentions\.\d+\.to_.*weight$", name) and tensor.ndim == 4:
-            tensors[name] = tensor[:, :, 0, 0]
+    tensors = renamed_attention(read_weights(folder / WEIGHTS).tensors)
     factors = {name: config[name] for name in ("scaling_factor", "shift_factor") if config.get(name) is not None}
     return _build(folder / WEIGHTS, settings, tensors, data, {"imported": "diffusers AutoencoderKL", **factors})
-
-
-def _new_name(name: str) -> str:
-    return re.sub(r"(attentions\.\d+\.)(query|key|value|proj_attn)\b", lambda m: m[1] + OLD_ATTENTION[m[2]], name)
 
 
 def _from_pair(encoder: Path, data: Dataset) -> Autoencoder:
     """Encoder and decoder like TAESD's, whose shapes say what they are: plain stacks without a configuration."""
     decoder = _decoder_of(encoder)
-    parts = {"encoder": (encoder, _read(encoder)), "decoder": (decoder, _read(decoder))}
+    parts = {"encoder": (encoder, read_weights(encoder).tensors), "decoder": (decoder, read_weights(decoder).tensors)}
     try:
         settings = {"kind": "taesd", **_stack_settings({name: tensors for name, (_, tensors) in parts.items()})}
     except (LookupError, ValueError) as error:

@@ -23,12 +23,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 class Attention(nn.Module):
-    """h + proj(attend(q, k, v)), q, k, v linear in the normed positions of h (B, width, ...)."""
+    """h + proj(attend(q, k, v)), q, k, v linear in the normed positions of h (B, width, ...).
 
-    def __init__(self, width: int, heads: int = 1) -> None:
+    ``norm`` is by default a `GroupNorm`.
+    """
+
+    def __init__(self, width: int, heads: int = 1, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = GroupNorm(width)
+        self.norm = GroupNorm(width) if norm is None else norm
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 

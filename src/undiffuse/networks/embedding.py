@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,16 +86,23 @@ class ConditionEmbedding(nn.Module):
     ``pooled`` (B, width), that of a text, is one more term. Row 0 is the null class (label −1), which is also used
     without a label. A condition of size 0 (``classes`` or ``vector``) is ignored. With ``image`` the log-SNR of the
     conditioning image enters the MLP beside the time; without an image it is the lowest one. With ``two_times`` the
-    `EndTimeEmbedding` of a condition's end time is added.
+    `EndTimeEmbedding` of a condition's end time is added. ``waves`` maps the time and ``features`` to (n, features).
     """
 
     zero_ends = ("label.weight", "image_level.weight", "image_level.bias")
 
     def __init__(
-        self, features: int, width: int, classes: int, vector: int = 0, image: int = 0, two_times: bool = False
+        self,
+        features: int,
+        width: int,
+        classes: int,
+        vector: int = 0,
+        image: int = 0,
+        two_times: bool = False,
+        waves: Callable[[Tensor, int], Tensor] = sinusoids,
     ) -> None:
         super().__init__()
-        self.features = features
+        self.features, self.waves = features, waves
         self.fc1 = nn.Linear(features, width)
         self.fc2 = nn.Linear(width, width)
         self.label = nn.Embedding(classes + 1, width) if classes else None
@@ -105,7 +112,7 @@ class ConditionEmbedding(nn.Module):
 
     def forward(self, time: Tensor, cond: Condition | None, pooled: Tensor | None = None) -> Tensor:
         with torch.autocast(time.device.type, enabled=False):  # a few rows: full precision costs nothing here
-            h = self.fc1(sinusoids(time, self.features).to(self.fc1.weight.dtype))
+            h = self.fc1(self.waves(time, self.features).to(self.fc1.weight.dtype))
             if self.image_level is not None:
                 level = cond.image_level if cond is not None else None
                 level = time.new_full((1,), -math.inf) if level is None else level

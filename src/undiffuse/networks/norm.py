@@ -15,14 +15,14 @@ def num_groups_for(width: int) -> int:
 
 
 class GroupNorm(nn.GroupNorm):
-    """(h − mean)/√(var + 1e-6) · weight + bias, moments over each group's channels and positions.
+    """(h − mean)/√(var + eps) · weight + bias, moments over each group's channels and positions.
 
     The kernel sums in float32 for every dtype; the result has h's dtype, also under autocast. ``groups`` is by default
     chosen by the width.
     """
 
-    def __init__(self, width: int, groups: int = 0) -> None:
-        super().__init__(groups or num_groups_for(width), width, eps=1e-6)
+    def __init__(self, width: int, groups: int = 0, eps: float = 1e-6) -> None:
+        super().__init__(groups or num_groups_for(width), width, eps=eps)
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)

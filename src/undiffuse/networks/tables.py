@@ -9,6 +9,7 @@ BUILT_IN_NETWORKS = LazyTable(
     {
         "unet": row("networks.unet", "UNet"),
         "mlp": row("networks.mlp", "MLP"),
+        "diffusers-unet": row("networks.diffusers_unet", "DiffusersUNet"),
     }
 )
 """The class of each kind."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,16 +58,16 @@ class Residual(nn.Module):
         cond_width: int,
         dropout: float,
         scale_shift: bool,
-        norm: str,
+        norm: Callable[[int], nn.Module],
         resampling: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
         self.resampling = nn.Identity() if resampling is None else resampling
-        self.norm1 = NORMS[norm](in_width)
+        self.norm1 = norm(in_width)
         self.conv1 = conv(dims, in_width, out_width)
         self.cond = nn.Linear(cond_width, out_width * (2 if scale_shift else 1))
-        self.norm2 = NORMS[norm](out_width)
+        self.norm2 = norm(out_width)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv(dims, out_width, out_width)
         self.skip = conv(dims, in_width, out_width, 1) if in_width != out_width else nn.Identity()
@@ -85,11 +85,14 @@ class Residual(nn.Module):
 
 
 class Down(nn.Module):
-    """(B, width, ...) at half the size: a convolution of stride 2 from the first cell on [Ho20], or a mean of cells."""
+    """(B, width, ...) at half the size: a convolution of stride 2 from the first cell on [Ho20], or a mean of cells.
 
-    def __init__(self, dims: int, width: int, learned: bool) -> None:
+    The convolution begins ``before`` cells before the first one.
+    """
+
+    def __init__(self, dims: int, width: int, learned: bool, before: int = 0) -> None:
         super().__init__()
-        self.pad = [0, 1] * dims if learned else []
+        self.pad = [before, 1] * dims if learned else []
         self.layer = conv(dims, width, width, stride=2, padding=0) if learned else getattr(nn, f"AvgPool{dims}d")(2)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -215,7 +218,7 @@ class UNet(nn.Module):
         cells = patch**dims
 
         def residual(in_width: int, width: int, resampling: nn.Module | None = None) -> Residual:
-            return Residual(dims, in_width, width, time_width, dropout, scale_shift, norm, resampling)
+            return Residual(dims, in_width, width, time_width, dropout, scale_shift, NORMS[norm], resampling)
 
         def attention_layers(width: int) -> list[nn.Module]:
             heads = num_heads(width)

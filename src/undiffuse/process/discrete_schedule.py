@@ -216,3 +216,44 @@ def cosine(T: int = 1000, s: float = 0.008, limit: float = 0.999) -> Tabulated:
     c = scale * torch.arange(T, -1, -1, dtype=torch.float64)
     beta = math.sin(scale) * torch.sin(c[:-1] + c[1:]) / torch.sin(c[:-1]) ** 2
     return Tabulated(beta.clamp(max=limit))
+
+
+def diffusers(
+    T: int = 1000,
+    first: float = 1e-4,
+    last: float = 0.02,
+    kind: str = "linear",
+    trained: Sequence[float] | None = None,
+    zero_end: bool = False,
+) -> Tabulated:
+    """The table of ``alpha_bar`` that diffusers' DDPMScheduler computes in float32: beta_t = 1 − ᾱ_t/ᾱ_{t−1} of it.
+
+    ``kind`` is its beta_schedule: ``linear``, ``scaled_linear`` (√beta linear), ``squaredcos_cap_v2`` (`cosine`) or
+    ``sigmoid`` (beta = first + (last − first)/(1 + e^−z), z linear from −6 to 6), in place of which ``trained`` gives
+    every beta. ``zero_end`` (rescale_betas_zero_snr): √ᾱ is shifted and scaled so that the first value stays and the
+    last becomes 0 [Lin23 alg. 1].
+    """
+    T, single = _length(T), torch.float32
+    if trained is not None:
+        if len(trained) != T:
+            raise ConfigError("SCHEDULE", "trained", f"it has {len(trained)} numbers for T = {T}", "Give one per step")
+        beta = torch.tensor(trained, dtype=single)
+    elif kind == "linear":
+        beta = torch.linspace(first, last, T, dtype=single)
+    elif kind == "scaled_linear":
+        beta = torch.linspace(first**0.5, last**0.5, T, dtype=single) ** 2
+    elif kind == "squaredcos_cap_v2":
+        bar = [math.cos((k / T + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(T + 1)]
+        beta = torch.tensor([min(1 - bar[k + 1] / bar[k], 0.999) for k in range(T)], dtype=single)
+    elif kind == "sigmoid":
+        beta = torch.sigmoid(torch.linspace(-6, 6, T)) * (last - first) + first
+    else:
+        known = "linear, scaled_linear, squaredcos_cap_v2 or sigmoid"
+        raise ConfigError("SCHEDULE", f"kind {kind!r}", "no such table of diffusers", f"Use {known}")
+    if zero_end:
+        root = torch.cumprod(1 - beta, 0).sqrt()
+        start, end = root[0].clone(), root[-1].clone()
+        alpha_bar = ((root - end) * (start / (start - end))) ** 2
+        beta = 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    alpha_bar = torch.cumprod(1 - beta, 0).double()
+    return Tabulated(1 - alpha_bar / torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]]))

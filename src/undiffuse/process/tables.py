@@ -10,6 +10,7 @@ SCHEDULES = LazyTable(
         "linear_rescaled": row("process.discrete_schedule", "linear_rescaled"),
         "quadratic": row("process.discrete_schedule", "quadratic"),
         "cosine": row("process.discrete_schedule", "cosine"),
+        "diffusers": row("process.discrete_schedule", "diffusers"),
         "sigmoid": row("process.schedule", "Sigmoid"),
         "linear_log_snr": row("process.schedule", "LinearLogSNR"),
         "learned": row("process.learned_schedule", "LearnedSchedule"),

@@ -12,6 +12,8 @@ from undiffuse.model.latent import LatentTransform
 from undiffuse.model.text_conditions import text_encoder_of
 
 PARTS = ("network", "schedule", "target", "weight", "times", "preconditioning")
+MAX_LISTED = 16
+"""The longest list of a setting that is printed whole."""
 TRAINED = ("steps", "seconds", "seed", "batch", "precision", "torch")
 
 
@@ -32,6 +34,7 @@ def model_facts(model: Diffusion) -> dict[str, str]:
         **_latent(model),
         **_initial(model),
         "trained": ", ".join(f"{key} {model.info[key]}" for key in TRAINED if key in model.info),
+        **_imported(model),
         "notes": "; ".join(model.info.get("notes", [])) or "none",
     }
 
@@ -40,7 +43,7 @@ def settings_in_words(settings: Mapping[str, Any]) -> str:
     """``name key=value, ...`` of one part of the configuration."""
     rest = dict(settings)
     name = rest.pop("name", None) or rest.pop("kind", "")
-    return f"{name} {', '.join(f'{key}={value}' for key, value in rest.items())}".strip()
+    return f"{name} {', '.join(f'{key}={_shortened(value)}' for key, value in rest.items())}".strip()
 
 
 def _text(model: Diffusion) -> dict[str, str]:
@@ -95,5 +98,19 @@ def _latent(model: Diffusion) -> dict[str, str]:
     return {"latents": shape, "autoencoder": f"{kind}, {model.config.autoencoder[:12]}"}
 
 
+def _imported(model: Diffusion) -> dict[str, str]:
+    """Where the model comes from; empty for one that was trained here."""
+    made = model.info.get("imported")
+    if not isinstance(made, dict):
+        return {}
+    return {"imported": f"from {made.get('from')}, weights {str(made.get('weights', 'unknown'))[:12]}"}
+
+
 def _values(num_values: int | None) -> str:
     return f"{num_values} values" if num_values else "continuous values"
+
+
+def _shortened(value: Any) -> str:
+    """``value``, of a long list its ends and its length."""
+    is_long = isinstance(value, list | tuple) and len(value) > MAX_LISTED
+    return f"[{value[0]}, ..., {value[-1]}] ({len(value)} numbers)" if is_long else str(value)

