@@ -331,11 +331,11 @@ def test_training_from_an_imported_model_takes_its_recipe_and_starts_at_its_loss
     assert main(["import", str(tmp_path / "in"), str(imported), "--values", "17"]) == 0
     recipe = ["--steps", "1", "--batch", "4", "--lr", "1e-9", "--out", str(run)]
     assert main(["train", *data, "--init", str(imported), *recipe]) == 0
-    assert f"recipe 'of {imported}'" in capsys.readouterr().out
+    assert f"recipe '{imported}'" in capsys.readouterr().out
     before, after = load(imported), load(run)
     assert before.config == after.config
     u, eps = torch.rand(24, generator=torch.Generator().manual_seed(0)), noise("eps", 24, 1, 8, 8)
     losses = [model.loss(torch.from_numpy(values), u, eps).mean().item() for model in (before, after)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert main(["train", *data, "--init", str(imported), "--preset", "digits", "--steps", "1", "--out", "other"]) != 0
-    assert "error[TENSOR]" in capsys.readouterr().err
+    assert "error[INIT]" in capsys.readouterr().err

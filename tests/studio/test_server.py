@@ -109,7 +109,7 @@ def test_the_state_describes_the_runs(page, run_folder):
     assert state["runs"] == [str(run_folder)]
     assert (run["path"], run["kind"], run["shape"]) == (str(run_folder), "images", [1, 8, 8])
     assert run["classes"] == [str(i) for i in range(10)]
-    assert (run["pixels"], run["likelihood"], run["prompts"], run["longest"]) == (True, True, False, 12)
+    assert (run["kind"], run["likelihood"], run["prompts"], run["longest"]) == ("images", True, False, 12)
     assert "ddim" in state["solvers"]
     assert "mmps" in state["methods"]
 

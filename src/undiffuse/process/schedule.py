@@ -213,6 +213,8 @@ def chain(schedule: Schedule, times: Sequence[float] | Tensor) -> list[NoiseLeve
     batch = schedule(times)
     columns = (value.unbind() for value in batch[:4])
     levels = [NoiseLevel(*values, frac_fn=batch.frac_fn) for values in zip(*columns, strict=True)]
+    if batch.final_log_var is not None:
+        levels = [level._replace(final_log_var=v) for level, v in zip(levels, batch.final_log_var, strict=True)]
     if levels[-1].sigma == 0:
         final = None
         if len(levels) > 2:

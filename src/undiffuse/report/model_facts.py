@@ -73,7 +73,8 @@ def _initial(model: Diffusion) -> dict[str, str]:
     facts = model.info.get("init")
     if facts is None:
         return {}
-    known = [str(facts["name"])] * ("name" in facts) + [counted(facts["steps"], "step")] * ("steps" in facts)
+    known = [str(facts["name"])] if "name" in facts else []
+    known += [counted(facts["steps"], "step")] if "steps" in facts else []
     described = f" ({', '.join(known)})" if known else ""
     return {"starts from": f"the weights {facts['weights'][:12]}{described}"}
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from undiffuse.data.dataset import Dataset
-from undiffuse.data.transform import IntegerLevels, is_latent, values_transform
+from undiffuse.data.transform import IntegerLevels, values_transform
 from undiffuse.errors import ConfigError, ResourceError, UndiffuseError
 from undiffuse.model import checkpoint
 from undiffuse.model.diffusion import Diffusion
@@ -68,7 +68,6 @@ class StudioRun:
         return plain | {
             "data": str(model.info.get("name", "unknown data")),
             "kind": kind_of(model),
-            "pixels": kind_of(model) == "images" and not is_latent(model.transform),
             "shape": list(model.item_shape),
             "classes": class_names(model),
             "prompts": text_encoder_of(model) is not None,

@@ -21,7 +21,6 @@ from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.restoration import (
     Degradation,
     check_image_model,
-    check_pixels,
     num_steps_of,
     restore,
     rounding_std,
@@ -183,7 +182,6 @@ def forward(run: StudioRun, images: Images, fields: Fields) -> Work:
 def variants(run: StudioRun, images: Images, fields: Fields) -> Work:
     """Variants of an image: noise, and back."""
     model, seed = _image_model(run), fields.integer("seed", 0, MAX_SEED, 0)
-    check_pixels(model, run.path)
     n, strength = fields.integer("n", 1, MAX_ITEMS, 4), fields.number("strength", 0.01, 1.0, 0.6)
     steps = fields.integer("steps", 1, model.chain_length, min(100, model.chain_length))
     source, (cond, options) = fields.object("source"), run.condition(fields, n)
@@ -240,7 +238,6 @@ def likelihood(run: StudioRun, images: Images, fields: Fields) -> Work:
 def inpaint(run: StudioRun, images: Images, fields: Fields) -> Work:
     """Restorations of the part of an image that a mask hides."""
     model, seed = _image_model(run), fields.integer("seed", 0, MAX_SEED, 0)
-    check_pixels(model, run.path)
     n, method = fields.integer("n", 1, MAX_ITEMS, 4), fields.choice("method", RESTORATION_METHODS, "mmps")
     steps = fields.integer("steps", 1, model.chain_length, min(100, model.chain_length))
     source, (cond, options) = fields.object("source"), run.condition(fields, n)

@@ -13,7 +13,7 @@ const VIEWS = [
   { key: "sample", name: "Sample", view: Sample, fits: (run) => !run.error && run.kind !== "other" },
   { key: "forward", name: "Noise", view: Forward, fits: (run) => run.kind === "images" },
   { key: "likelihood", name: "Likelihood", view: Likelihood, fits: (run) => run.kind === "images" && run.likelihood },
-  { key: "inpaint", name: "Inpaint", view: Inpaint, fits: (run) => run.kind === "images" && run.pixels },
+  { key: "inpaint", name: "Inpaint", view: Inpaint, fits: (run) => run.kind === "images" },
   { key: "interpolate", name: "Interpolate", view: Interpolate, fits: (run) => run.kind === "images" },
   { key: "training", name: "Training", view: Training, fits: () => true },
 ];

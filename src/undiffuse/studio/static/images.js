@@ -58,7 +58,7 @@ export function Forward({ run, index, active }) {
         <p class="numbers">${frame ? `t = ${format(frame.t)} · log-SNR ${frame.log_snr == null ? (frame.t < 0.5 ? "∞" : "−∞") : format(frame.log_snr, 2)}` : " "}</p>
         <${Command} text=${result.forward} name="forward" files=${[["image.png", picture?.data]]} />
       </div>
-      ${run.pixels && html`<div class="card">
+      <div class="card">
         <h2>And back</h2>
         <p>Noise up to the time t, then the reverse process: variants of the image.</p>
         <div class="bar">
@@ -68,7 +68,7 @@ export function Forward({ run, index, active }) {
         </div>
         ${result.images && html`<${Frame} frame=${result.images} label="four variants" />`}
         <${Command} text=${result.back} name="variants" files=${[["image.png", picture?.data]]} />
-      </div>`}
+      </div>
     </div>
   </form>`;
 }
