@@ -110,7 +110,7 @@ def distill(
     if finished:
         report_finished(student)
         return
-    console.print(f"done: {student.folder}/model.safetensors, pictures in {student.pictures}")
+    console.print(f"done: {student.folder}/model.safetensors; report: {student.folder}/report.html")
     own = network_option(network)
     console.print(f"next: undiffuse sample {as_argument(student.folder)}{own}")
 

@@ -135,7 +135,7 @@ def train(
     if finished:
         report_finished(run)
         return
-    console.print(f"done: {run.folder}/model.safetensors, pictures in {run.pictures}")
+    console.print(f"done: {run.folder}/model.safetensors; report: {run.folder}/report.html")
     has_test_part = dataset.held_out_fraction(recipe.train.held_out)[0] > 0 or dataset.test_from is not None
     own = network_option(network)
     part = "" if has_test_part else " --part train"

@@ -90,7 +90,7 @@ def train_autoencoder(
     if finished:
         report_finished(run)
         return
-    console.print(f"done: {run.folder}/model.safetensors, pictures in {run.pictures}")
+    console.print(f"done: {run.folder}/model.safetensors; report: {run.folder}/report.html")
     options, folder = given_options(read), as_argument(run.folder)
     if out is not None:  # so that the latents of another autoencoder of the same data go elsewhere
         options += f" --out {as_argument(run.folder.with_name(f'{run.folder.name}-latent'))}"
