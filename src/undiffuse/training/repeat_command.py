@@ -22,7 +22,7 @@ COMMANDS = {"classifier": "train-classifier", "autoencoder": "train-autoencoder"
 def repeat(record: Mapping[str, Any], kind: str) -> tuple[list[str], str]:
     """What to do to train the same again: sentences with a command as the second of them, and the recipe's text."""
     config, facts = record.get("config"), record.get("data") or {}
-    if not config:
+    if not config or "model" not in config:  # a task of the user's own has no command
         return [], ""
     settings, model, source = config["train"], config["model"], facts.get("source")
     if "teacher" in config:
