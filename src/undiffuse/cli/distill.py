@@ -81,7 +81,8 @@ def distill(
 ) -> None:
     """Distill the model of RUN into one that draws a sample with few network calls. An unfinished run is resumed.
 
-    It trains on the data of RUN, from the weights of RUN, for 10 minutes if no length is given. A consistency model has no likelihood, a flow map has.
+    It trains on the data of RUN, from the weights of RUN, for 10 minutes if no length is given. A flow map has a
+    likelihood, a consistency model has none.
     """
     from undiffuse.model import checkpoint
     from undiffuse.training.distillation_task import distillation_task
