@@ -255,7 +255,7 @@ def test_data_of_another_kind_are_refused():
         started(build(), from_array(RNG.normal(size=(40, 1, 4, 4)).astype(np.float32)), conditional=False)
     ranged = from_array(RNG.random((40, 1, 4, 4)).astype(np.float32), value_range=(0, 1))
     wider = from_array(RNG.random((40, 1, 4, 4)).astype(np.float32), value_range=(0, 2))
-    with pytest.raises(DataError, match=r"start models values from 0 to 1, and the range of these data is another"):
+    with pytest.raises(DataError, match=r"start models values from 0 to 1, and these data have another range"):
         started(build(ranged), wider, conditional=False)
     vectors = from_array(IMAGES, num_values=5, cond=RNG.normal(size=(40, 4)).astype(np.float32))
     with pytest.raises(CheckpointError, match=r"'embed.vector.mean' is \(6,\) in start.* needs \(4,\)"):
@@ -264,7 +264,9 @@ def test_data_of_another_kind_are_refused():
         started(build(ADDED["an image"]), DATA, conditional=False)
     embedded = build(ADDED["vectors"], conditional=True, tokens=5)
     embedded.info["text_encoder"] = {"name": "minilm", "digest": "0" * 64}
-    with pytest.raises(DataError, match=r"TEXT_ENCODER.*the text encoder is none, that of start minilm"):
+    with pytest.raises(
+        DataError, match=r"TEXT_ENCODER.*the text encoder of these data is none, and that of start is minilm"
+    ):
         started(embedded, ADDED["vectors"])
 
 

@@ -69,7 +69,7 @@ def distill(
     ] = False,
     pairs: Annotated[
         str,
-        typer.Option(help="What the pairs of points on a trajectory, or velocities, come from: teacher (RUN) or data."),
+        typer.Option(help="Source of the pairs of points on a trajectory, or of velocities: teacher (RUN) or data."),
     ] = "teacher",
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
     device: Device = "auto",
@@ -81,7 +81,8 @@ def distill(
 ) -> None:
     """Distill the model of RUN into one that draws a sample with few network calls. An unfinished run is resumed.
 
-    It trains on the data of RUN, from the weights of RUN. A consistency model has no likelihood, a flow map has.
+    It trains on the data of RUN, from the weights of RUN, for 10 minutes if no length is given. A flow map has a
+    likelihood, a consistency model has none.
     """
     from undiffuse.model import checkpoint
     from undiffuse.training.distillation_task import distillation_task

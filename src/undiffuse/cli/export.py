@@ -21,7 +21,7 @@ def export(
 ) -> None:
     """Export the model of RUN to another format and print how far its outputs are from the model's.
 
-    A model that the format cannot express is refused, with the part that it lacks.
+    If the format cannot express the model, the error names the first part that is not supported.
     """
     import json
 

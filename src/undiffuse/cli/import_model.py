@@ -17,19 +17,19 @@ FORMATS = ("diffusers", "openai")
 
 def import_model(
     source: Annotated[str, typer.Argument(help="A folder or file that another library wrote.", metavar="SOURCE")],
-    out: Annotated[Path, typer.Argument(help="The new folder, which other commands take as RUN.", metavar="OUT")],
+    out: Annotated[Path, typer.Argument(help="The new folder, a RUN for other commands.", metavar="OUT")],
     kind: Annotated[
         str | None, typer.Option("--format", help=f"{', '.join(FORMATS)}; by default recognized from SOURCE.")
     ] = None,
     size: Annotated[
-        int | None, typer.Option(help="Height and width of the images, where SOURCE does not have them.", min=1)
+        int | None, typer.Option(help="Height and width of the images, if SOURCE does not contain them.", min=1)
     ] = None,
     values: Annotated[
-        int | None, typer.Option(help="The images have the integers 0 to this minus 1; by default 256.", min=2)
+        int | None, typer.Option(help="Number of integer values of the images, from 0 on; by default 256.", min=2)
     ] = None,
     chain: Annotated[
         Path | None,
-        typer.Option("--scheduler", help="scheduler_config.json or its folder, where it is not in SOURCE."),
+        typer.Option("--scheduler", help="scheduler_config.json or its folder, if SOURCE does not contain it."),
     ] = None,
     unpickle: Annotated[
         bool,
@@ -43,7 +43,7 @@ def import_model(
 ) -> None:
     """Import a model of another library and print how far its outputs are from the original's.
 
-    Nothing is downloaded, and no code of SOURCE is run. Nothing is written where the outputs differ.
+    Nothing is downloaded, and no code of SOURCE is run. Nothing is written if the outputs differ.
     """
     import json
 

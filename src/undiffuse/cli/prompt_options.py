@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 MAX_PROMPTS_BYTES, MAX_SLUG = 1 << 22, 40
 """The largest file of prompts, and the most characters of a folder's name that come from prompts."""
 
-Prompt = Annotated[list[str] | None, typer.Option(help="What to draw; repeatable, used in turn.")]
+Prompt = Annotated[list[str] | None, typer.Option(help="A prompt; repeatable, used in turn.")]
 Prompts = Annotated[Path | None, typer.Option(help="A text file of prompts, one a line, used in turn.")]
-PromptOfImage = Annotated[str | None, typer.Option(help="What the image shows, for a model trained with captions.")]
+PromptOfImage = Annotated[str | None, typer.Option(help="A prompt for A and B, for a model trained with captions.")]
 EncoderFolder = Annotated[
     str | None,
-    typer.Option("--text-encoder", help="The text encoder of training, where it is a folder that has moved."),
+    typer.Option("--text-encoder", help="The text encoder of training, if it is a folder that has moved."),
 ]
 
 

@@ -47,7 +47,7 @@ def report(
     data: OwnDataArgument = None,
     minutes: Annotated[
         float,
-        typer.Option(help="About how long measuring may take what is not measured yet; 0 measures and draws nothing."),
+        typer.Option(help="Approximate minutes for the missing measurements; 0 measures and draws nothing."),
     ] = MINUTES,
     out: Annotated[
         Path | None, typer.Option(help="The file, new or a report; by default report.html in the run folder.")
@@ -57,9 +57,9 @@ def report(
     *,
     read: ReadData,
 ) -> None:
-    """Write a page about RUN: samples, curves, likelihood, distances, copies, settings. It runs the commands for them.
+    """Write a page about RUN: samples, curves, likelihood, distances, copies, settings.
 
-    What 'evaluate' and 'compare' have measured already is not measured again.
+    It runs 'evaluate', 'sample' and 'compare' if their results are missing in the run.
     """
     from undiffuse.model.diffusion import Diffusion
     from undiffuse.training import run_report

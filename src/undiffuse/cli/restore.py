@@ -75,7 +75,7 @@ def restore(
     n: Annotated[
         int, typer.Option(help="Number of restorations: different images that are all consistent with IMAGE.", min=1)
     ] = 4,
-    seed: Annotated[int, typer.Option(help="Answer i depends on (seed, i) alone.")] = 0,
+    seed: Annotated[int, typer.Option(help="Restoration i depends on (seed, i) alone.")] = 0,
     steps: Annotated[int, typer.Option(help="Steps of the solver, at most those of the chain.", min=1)] = 100,
     batch: Annotated[int, typer.Option(help="Restorations per batch; does not change the results.", min=1)] = 16,
     out: Annotated[Path | None, typer.Option(help="A new output folder; default is one in the run.")] = None,

@@ -89,9 +89,7 @@ def sample(
     ] = None,
     prompt: Prompt = None,
     prompts: Prompts = None,
-    negative: Annotated[
-        str | None, typer.Option(help="A prompt to lead away from, in place of none, with --guidance.")
-    ] = None,
+    negative: Annotated[str | None, typer.Option(help="A prompt that --guidance moves the samples away from.")] = None,
     text_encoder: EncoderFolder = None,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 disables it.")] = 1.0,
     guidance_interval: Annotated[

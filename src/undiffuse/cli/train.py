@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Minutes = Annotated[
     float | None,
-    typer.Option(help="Train for about this many minutes; the learning-rate decay is planned to fit. Default 10."),
+    typer.Option(help="Train for about this many minutes; the learning-rate decay is planned to fit."),
 ]
 Steps = Annotated[int | None, typer.Option(help="Train for this many optimizer steps.")]
 Epochs = Annotated[float | None, typer.Option(help="Train for this many passes over the training items.")]
@@ -80,7 +80,7 @@ def train(
     ] = None,
     autoencoder: Annotated[
         Path | None,
-        typer.Option(help="Train on the latents of this autoencoder: a run, or a file or folder of docs/latent.md."),
+        typer.Option(help="Train on the latents of this autoencoder: a run, file or folder of docs/latent.md."),
     ] = None,
     conditional: Annotated[
         bool, typer.Option("--conditional", help="Condition the network on the labels, vectors or tokens of the data.")
@@ -91,7 +91,10 @@ def train(
     *,
     read: ReadData,
 ) -> None:
-    """Train a model on DATA; an unfinished run is resumed."""
+    """Train a model on DATA; an unfinished run is resumed.
+
+    Training takes 10 minutes if no length is given.
+    """
     from undiffuse.interop.autoencoders import load_autoencoder
     from undiffuse.model import presets
     from undiffuse.model.config import Config, replace_train

@@ -44,7 +44,9 @@ def train_autoencoder(
     latent_channels: Annotated[int | None, typer.Option(help="Channels of the latents; 4 if not given.", min=1)] = None,
     kl_weight: Annotated[
         float | None,
-        typer.Option(help="Weight of the KL; 1e-6 if not given, for pictures; 1 with --reconstruction nll: a bound."),
+        typer.Option(
+            help="Weight of the KL; 1e-6 if not given, for pictures. For likelihood: 1 with --reconstruction nll."
+        ),
     ] = None,
     reconstruction: Annotated[
         str | None, typer.Option(help="The other term of the loss: l1 (default) or nll, -log p(x given z) in nats.")
@@ -65,9 +67,9 @@ def train_autoencoder(
     *,
     read: ReadData,
 ) -> None:
-    """Train an autoencoder on DATA, for `train DATA --autoencoder RUN`; 10 minutes if not given.
+    """Train an autoencoder on DATA, for `train DATA --autoencoder RUN`.
 
-    An unfinished run is resumed.
+    An unfinished run is resumed. Training takes 10 minutes if no length is given.
     """
     from undiffuse.training.autoencoder_task import AutoencoderRecipe, fit_autoencoder
 

@@ -60,9 +60,9 @@ def train_classifier(
     *,
     read: ReadData,
 ) -> None:
-    """Train a classifier of noisy items on the labels of DATA, for `sample --classifier`; 5 minutes if not given.
+    """Train a classifier of noisy items on the labels of DATA, for `sample --classifier`.
 
-    An unfinished run is resumed.
+    An unfinished run is resumed. Training takes 5 minutes if no length is given.
     """
     from undiffuse.model.noisy_classifier import load
     from undiffuse.report import table

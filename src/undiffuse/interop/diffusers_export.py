@@ -65,7 +65,7 @@ def check_expressible(model: Diffusion) -> None:
         ("items", model.item_shape, len(model.item_shape) == 3, "images"),
         ("transform", type(model.transform).__name__, isinstance(model.transform, BOUNDED), "values with a range"),
         ("output", config.output, config.output == "values", "values"),
-        ("calls", config.calls, not config.calls, "no distilled model"),
+        ("calls", config.calls, not config.calls, "a model that is not distilled"),
         ("target", config.target["name"], config.target["name"] in TARGETS.values(), ", ".join(TARGETS.values())),
         ("schedule", config.schedule["name"], isinstance(model.schedule, Tabulated), "a table, such as linear"),
     ]
@@ -79,13 +79,12 @@ def check_expressible(model: Diffusion) -> None:
         needed.append((f"network.{name}", own, own == value, repr(value)))
     for name, own, holds, fix in needed:
         if not holds:
-            raise _not_expressible(name, own, f"It can be {fix}")
+            raise _not_expressible(name, own, fix)
 
 
-def _not_expressible(name: str, value: object, fix: str) -> ConfigError:
-    return ConfigError(
-        "EXPORT", f"model.{name} = {value!r}", "diffusers' UNet2DModel and DDPMPipeline have no such", fix
-    )
+def _not_expressible(name: str, value: object, supported: str) -> ConfigError:
+    cause = "diffusers' UNet2DModel and DDPMPipeline do not support it"
+    return ConfigError("EXPORT", f"model.{name} = {value!r}", cause, f"Supported: {supported}")
 
 
 def unet_fields(model: Diffusion, network: UNet) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def unet_fields(model: Diffusion, network: UNet) -> dict[str, Any]:
         fields = _fields_of_unet(own, network)
     height, width = model.item_shape[1:]
     if height % network.multiple or width % network.multiple:
-        raise _not_expressible("item_shape", model.item_shape, f"Sides can be multiples of {network.multiple}")
+        raise _not_expressible("item_shape", model.item_shape, f"sides that are multiples of {network.multiple}")
     fields["sample_size"] = height if height == width else [height, width]
     fields["in_channels"] = model.item_shape[0]
     fields["out_channels"] = model.item_shape[0] * (2 if model.learned_variance else 1)
@@ -112,17 +111,17 @@ def _fields_of_unet(own: dict[str, Any], network: UNet) -> dict[str, Any]:
     widths, attention = list(settings["widths"]), set(settings["attention"])
     residual = settings["residual_resampling"]
     if not residual and not settings["learned_resampling"]:
-        raise _not_expressible("network.learned_resampling", False, "It can be True")
+        raise _not_expressible("network.learned_resampling", False, "True")
     if network.embed.features != widths[0]:
-        raise _not_expressible("network.widths", widths, "The first can be an even number from 4")
+        raise _not_expressible("network.widths", widths, "an even number from 4 as the first")
     heads, head = settings["heads"], settings["head_width"] or None
     if heads > 1:
         head, *others = {widths[level] // heads for level in {*attention, len(widths) - 1}}
         if others:
-            raise _not_expressible("network.heads", heads, "Heads can be of one width, head_width, or one")
+            raise _not_expressible("network.heads", heads, "one head, or heads of one width, head_width")
     groups = {layer.num_groups for layer in network.modules() if isinstance(layer, nn.GroupNorm)}
     if len(groups) > 1:
-        fix = "Widths from 128 in multiples of 32 have 32 groups each; the kind diffusers-unet has norm_num_groups"
+        fix = "multiples of 32 from 128 on, with 32 groups each; the kind diffusers-unet also has norm_num_groups"
         raise _not_expressible("network.widths", f"{widths} with {sorted(groups)} groups", fix)
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if residual else ("DownBlock2D", "UpBlock2D")
     attending = ("AttnDownBlock2D", "AttnUpBlock2D")

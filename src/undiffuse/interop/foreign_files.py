@@ -94,7 +94,7 @@ def _unpickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         except subprocess.TimeoutExpired:
             child, cause = None, f"it was not read within {PICKLE_SECONDS} s"
         if child is None or child.returncode or not out.is_file():
-            fix = "Only tensors and plain data are read: export a state dict, best as safetensors"
+            fix = "Only tensors and plain data are read: export a state dict, preferably as safetensors"
             raise CheckpointError("PICKLE_REFUSED", path, f"not a pickle of weights alone ({cause})"[:400], fix)
         tensors = {name: tensor.clone() for name, tensor in load_file(out).items()}
         with safe_open(out, "pt") as file:

@@ -112,9 +112,8 @@ def _program(model: Diffusion) -> torch.export.ExportedProgram:
     }
     for name, (holds, cause) in needed.items():
         if not holds:
-            raise ConfigError(
-                "EXPORT", f"model.{name}", f"it is {cause}", "Only models with classes or none are exported"
-            )
+            fix = "docs/formats.md lists the models that can be exported"
+            raise ConfigError("EXPORT", f"model.{name}", f"it is {cause}", fix)
     inputs, batch = _inputs(model, EXPORTED_BATCH), torch.export.Dim("batch", min=1, max=1 << 20)
     graph = DenoiserGraph(model.eval())
     with warnings.catch_warnings():

@@ -52,7 +52,7 @@ def import_model(source: str | Path, kind: str | None = None, **options: Any) ->
     if kind is not None and kind not in FORMATS:
         raise ConfigError("FORMAT", repr(kind), "no such format", f"Use one of {', '.join(FORMATS)}")
     if not path.exists():
-        raise CheckpointError("NOT_FOUND", path, "no such file or folder", "Name what another library saved")
+        raise CheckpointError("NOT_FOUND", path, "no such file or folder", "Name a file or folder of another library")
     kind = kind or next((name for name, row in FORMATS.items() if row.sniff(path)), None)
     if kind is None:
         known = ", ".join(f"{row.title} ({name})" for name, row in FORMATS.items())

@@ -91,7 +91,7 @@ class Guard:
         if any(site not in (b"same-origin", b"none") for site in headers.get(b"sec-fetch-site", [])):
             raise RefusedError(403, "ORIGIN", "it comes from another site")
         if scope["method"] not in METHODS:
-            raise RefusedError(405, "METHOD", f"the method {scope['method']!r} is not known here")
+            raise RefusedError(405, "METHOD", f"the method {scope['method']!r} is not supported")
         path: str = scope["path"]
         if not path.startswith("/"):
             raise RefusedError(400, "PATH", "its path does not begin with /")
@@ -103,7 +103,7 @@ class Guard:
             kinds = IMAGE_TYPES if path == IMAGES else ("application/json",)
             given = [v.split(b";")[0].strip().lower().decode("latin-1") for v in headers.get(b"content-type", [])]
             if len(given) != 1 or given[0] not in kinds:
-                raise RefusedError(415, "TYPE", f"its content is not {kinds[0]}", "Send it so")
+                raise RefusedError(415, "TYPE", f"its content is not {kinds[0]}", "Send that type")
 
     async def _body(self, scope: Scope, receive: Receive) -> Receive:
         """``receive`` that replays the body, which has arrived whole, in time and within the limit."""
@@ -139,7 +139,7 @@ class Guard:
                 if size > limit:
                     raise _too_large(limit)
                 if self.buffered > MAX_BUFFERED_BYTES:
-                    raise RefusedError(503, "BUSY", "too much arrives at one time", "Send it again later")
+                    raise RefusedError(503, "BUSY", "too many bytes arrive at one time", "Send it again later")
                 if not message.get("more_body", False):
                     return b"".join(parts)
         finally:

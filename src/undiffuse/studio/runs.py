@@ -145,7 +145,7 @@ class Images:
     def get(self, name: str) -> bytes:
         """Raises `ResourceError` for a name that is not there, or not any more."""
         if name not in self._files:
-            raise ResourceError("NO_IMAGE", "image", "it is not here any more", "Give it again")
+            raise ResourceError("NO_IMAGE", "image", "it is no longer stored", "Upload it again")
         return self._files[name]
 
 

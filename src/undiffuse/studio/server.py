@@ -152,7 +152,7 @@ class Studio:
 
     def _job(self, request: Request) -> Job:
         if (job := self.queue.find(request.path_params["id"])) is None:
-            raise ResourceError("NO_JOB", "job", "it is not known here any more", "Start it again")
+            raise ResourceError("NO_JOB", "job", "it is no longer known", "Start it again")
         return job
 
 

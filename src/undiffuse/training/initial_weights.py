@@ -33,7 +33,9 @@ SAME_PROCESS = ("schedule", "target", "preconditioning", "output", "autoencoder"
 """Settings of a model that say what its network gets and what its output is."""
 FREE_SETTINGS = (*CONDITION_SETTINGS, "dropout")
 """Settings of a network that may differ from those of the weights."""
-TAKE_SETTINGS = "Leave out --preset, and this setting of --config, to take that of the model, or train without --init"
+TAKE_SETTINGS = (
+    "Leave out --preset and this setting of --config, to use the value of the model, or train without --init"
+)
 MAX_DIFFERENCE = 1e-4
 """The largest difference of two predictions, in units of x, that is rounding."""
 
@@ -129,7 +131,7 @@ def check_start(config: Config, data: Dataset, start: Diffusion, path: Path) -> 
     shared = {"vector", "tokens"} & start.condition_sizes.keys() & data.condition_sizes.keys()
     if config.train.conditional and embedded and shared and encoders[0] != encoders[1]:
         ours, theirs = (encoder["name"] if encoder else "none" for encoder in reversed(encoders))
-        cause = f"the text encoder is {ours}, that of {path} {theirs}, or another version of it"
+        cause = f"the text encoder of these data is {ours}, and that of {path} is {theirs} or another version"
         raise DataError("TEXT_ENCODER", data.name, cause, "Give --text-encoder as for that model")
 
 
@@ -159,7 +161,7 @@ def autoencoder_fingerprint(autoencoder: Autoencoder, start: Diffusion | None) -
 def initial_transform(data: Dataset, start: Diffusion, path: Path) -> DataTransform:
     """The data transform of a run that starts from ``start``: that of ``start``, so that it starts at its loss.
 
-    Integers of another number of values are mapped to [−1, 1] as ever, where the network's output does not depend on
+    Integers of another number of values are mapped to [−1, 1] as before, if the network's output does not depend on
     them. Raises `DataError` for data that the transform does not map.
     """
     old, fix = start.transform, "Train without --init"
@@ -176,7 +178,7 @@ def initial_transform(data: Dataset, start: Diffusion, path: Path) -> DataTransf
             raise DataError("INIT", data.name, cause, fix)
         return new
     if isinstance(old, MinMax) and new != old:
-        cause = f"{path} models values from {old.low:g} to {old.high:g}, and the range of these data is another or none"
+        cause = f"{path} models values from {old.low:g} to {old.high:g}, and these data have another range or none"
         raise DataError("INIT", data.name, cause, fix)
     return old
 

@@ -132,7 +132,11 @@ IMAGE_OPTIONS = (
 )
 CAPTION_OPTIONS = (
     Option("captions", bool, "Read a caption of each image, in place of labels.", "--captions"),
-    Option("text_encoder", str | None, "What embeds captions: bytes (default, trained along), minilm or a folder."),
+    Option(
+        "text_encoder",
+        str | None,
+        "Encoder of captions: bytes (default, trained with the network), minilm or a folder.",
+    ),
 )
 LABELS_OPTION = Option("with_labels", bool, "With --captions: keep labels beside captions.", "--with-labels")
 FOLDER_OPTIONS = (

@@ -107,7 +107,7 @@ export function Likelihood({ run, index, active }) {
         <${Status} job=${job} what="Measuring" />
       </div>
       <div class="card">
-        ${!bound && html`<p>An upper bound on −log₂ p of this image, and at which noise the model pays it.</p>`}
+        ${!bound && html`<p>An upper bound on −log₂ p of this image, and its distribution over log-SNR.</p>`}
         ${bound && html`<p class="result">at most <strong>${total}</strong></p>
           <table><caption class="hidden">Parts of the bound</caption><tbody>
             ${Object.entries(bound.parts).map(([name, bits]) => html`<tr><th scope="row">${name}</th><td>${format(bits, 4)}</td></tr>`)}
@@ -149,7 +149,7 @@ export function Interpolate({ run, index, active }) {
       <${Status} job=${job} what="Interpolating" />
     </div>
     <div class="card">
-      ${!result.images && html`<p>Both images go to noise by the model's flow; what lies between their noises comes back.</p>`}
+      ${!result.images && html`<p>The model's flow maps both images to noise, and points between the two noises back to images.</p>`}
       ${result.images && html`<div class="strip"><${Frame} frame=${result.images} label=${`${result.images.n} images, from the first to the second`} /></div>`}
       <${Command} text=${result.command} name="interpolate"
         files=${[["image.png", pictures[0]?.data], ["other.png", pictures[1]?.data]]} />

@@ -114,7 +114,7 @@ function Painter({ picture, mask, brush, width, height, onMask }) {
   };
   return html`<figure class="frame">
     <canvas ref=${canvas} class="painter" width=${width} height=${height} tabindex="0" role="application"
-      aria-label="Mask: drag to paint what is to be filled in; or arrow keys move, space paints, backspace erases"
+      aria-label="Mask: drag to paint the part to fill in; arrow keys move the brush, space paints, backspace erases"
       onPointerDown=${down} onPointerMove=${move} onPointerUp=${() => (stroke.current = null)} onPointerCancel=${() => (stroke.current = null)}
       onContextMenu=${(e) => e.preventDefault()} onKeyDown=${key} onFocus=${() => setFocused(true)} onBlur=${() => setFocused(false)}></canvas>
     <figcaption>paint the part to fill in; shift erases</figcaption>

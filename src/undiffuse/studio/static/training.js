@@ -89,7 +89,7 @@ function Pictures({ index, names, step }) {
       URL.revokeObjectURL(made);
     };
   }, [index, name, step]);
-  return html`<section class="card" aria-label="What the training drew">
+  return html`<section class="card" aria-label="Pictures of the training">
     <label class="field"><span>Picture</span>
       <select value=${name} onChange=${(e) => setChosen(e.target.value)}>
         ${names.map((one) => html`<option value=${one} selected=${one === name}>${one}</option>`)}

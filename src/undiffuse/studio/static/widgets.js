@@ -156,7 +156,7 @@ export function Command({ text, name = "command", files = [] }) {
   }
   const file = python ? `${name}.py` : `${name}.sh`;
   return html`<div class="command">
-    <h2>${python ? "The same in Python" : "The command for what is shown"}</h2>
+    <h2>${python ? "The same in Python" : "The command for this result"}</h2>
     <pre tabindex="0" role="group" aria-label="Command text">${python ? text : words(text)}</pre>
     <div class="row">
       <button type="button" onClick=${copy}>Copy</button>
