@@ -32,7 +32,6 @@ def training_state(run: Run) -> dict[str, Any]:
         "records": records[::-1][::stride][::-1],
         "pictures": [path.name for path in pictures_of(run)],
         "command": command("watch", run.folder),
-        "sampling": command("evaluate", run.folder),
     }
 
 
