@@ -171,6 +171,12 @@ def test_modules_outside_of_a_folder() -> None:
     assert {path.stem for path in SOURCE.glob("*.py")} == LOOSE
 
 
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """pytest imports them by name alone, and collects none where two are equal."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 def test_there_is_no_import_cycle() -> None:
     """Of any import: at the top, in a function, or for types only."""
     names = {name_of(path).removesuffix(".__init__"): path for path in MODULES}

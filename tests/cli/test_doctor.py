@@ -1,6 +1,7 @@
 """What `doctor` prints, and the facts it is made of."""
 
 import json
+import re
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -67,3 +68,10 @@ def test_the_time_of_a_step_is_the_median_after_the_first_and_touches_no_random_
     torch.manual_seed(5)
     assert seconds == 2
     assert torch.equal(drawn, torch.rand(3))
+
+
+def test_every_extra_that_a_message_names_is_a_feature():
+    source = "".join(path.read_text() for path in Path(environment.__file__).parent.parent.rglob("*.py"))
+    named = set(re.findall(r"pip install '[^'\[]*\[([a-z]+)\]'", source))
+    assert named - {feature.extra for feature in environment.FEATURES} == set()
+    assert "parity" in named

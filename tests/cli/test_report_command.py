@@ -100,3 +100,12 @@ def test_damaged_results_are_measured_again_where_nothing_else_is_in_the_way(pla
     assert "No distances are measured: its compare.json is damaged, edited or not ours" in page.text
     assert "No likelihood is measured" not in page.text
     assert damaged.read_text() == '{"metrics": {}}'
+
+
+def test_training_names_a_report_only_where_it_wrote_one(place, call):
+    again = ("train", "items.npz", "--num-values", 5, "--conditional", "--out", "run", "--extend", "--steps", 1)
+    code, out, _ = call(*again)
+    assert (code, "done: run/model.safetensors; report: run/report.html" in out) == (0, True)
+    (place / "run" / "report.html").write_text("mine")
+    code, out, _ = call(*again)
+    assert (code, "done: run/model.safetensors\n" in out, "; report:" in out) == (0, True, False)

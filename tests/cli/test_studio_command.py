@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import socket
 
+import pytest
 from studio_page import make_run
 
 from undiffuse.cli import main
+from undiffuse.errors import ConfigError
 from undiffuse.studio import server
 
 
@@ -32,10 +34,13 @@ def test_the_runs_in_the_folder_runs_are_opened(tmp_path, monkeypatch, capsys):
     opened = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(server, "serve", lambda runs, port, announce: opened.extend(runs) or announce("http://here"))
-    for name in ("b", "a"):
+    for name in ("b", "a", "imported"):
         make_run(tmp_path / "runs" / name)
+    (tmp_path / "runs" / "imported" / "run.json").unlink(missing_ok=True)  # undiffuse import writes a model alone
     assert main(["studio"]) == 0
-    assert [str(run.path) for run in opened] == ["runs/a", "runs/b"]
+    assert [str(run.path) for run in opened] == ["runs/a", "runs/b", "runs/imported"]
+    with pytest.raises(ConfigError, match=r"no run.json in this folder records the data. Give an image.$"):
+        _ = opened[2].data
     assert capsys.readouterr().out.startswith("studio: http://here\n")
 
 

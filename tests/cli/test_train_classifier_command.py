@@ -48,6 +48,7 @@ def test_a_run_its_end_and_its_extension(call, small, tmp_path):
     assert f"a classifier of 3 classes, 3 steps, into {run}" in done.out
     for words in ("log SNR", "held-out accuracy", "log p(label), nats", "-5.0", " held-out items"):
         assert words in done.out
+    assert f"done: {run}/model.safetensors; report: {run}/report.html\n" in done.out
     assert f"with --classifier {run} and --label\n" in done.out
     train = Run(run).record["config"]["train"]
     assert (train["max_steps"], train["seed"], train["weight_decay"], train["snapshots"]) == (3, 5, 0.05, 0)

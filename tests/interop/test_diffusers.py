@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers_cases import CASES, GOLDEN, LABELS, SMALL, TIMES, inputs, noise, write_folder
+from page_checks import check_page
 from safetensors.torch import load_file, save_file
 
 from undiffuse import load
@@ -284,6 +285,26 @@ def test_the_command_writes_a_model_that_others_take(tmp_path, capsys):
     (out / "import.json").unlink()
     assert main(["import", str(tmp_path / "in"), str(out)]) == 2
     assert "error[OUT]" in capsys.readouterr().err
+
+
+def test_the_report_of_an_imported_model_names_the_data_and_calls_none_held_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.save("data.npy", np.random.default_rng(0).integers(256, size=(24, 1, 8, 8)).astype(np.uint8))
+    write_folder(tmp_path / "in", chain={"num_train_timesteps": 8, "beta_end": 0.9})
+    assert main(["import", "in", "out"]) == 0
+    assert main(["report", "out", "--minutes", "0"]) == 0
+    text = check_page((tmp_path / "out" / "report.html").read_text()).text
+    assert "1×8×8, 256 values" in text
+    assert "undiffuse evaluate out DATA" in text
+    given = ["data.npy", "--num-values", "256"]
+    assert main(["evaluate", "out", *given, "--estimate", "discrete", "--items", "2", "--mc-samples", "2"]) == 0
+    assert main(["report", "out", *given, "--minutes", "0"]) == 0
+    text = check_page((tmp_path / "out" / "report.html").read_text()).text
+    assert "undiffuse evaluate out data.npy --num-values 256" in text
+    assert "bits/dim, 2 items" in text
+    assert "The model does not record its training data: no item of data is known to be held out." in text
+    assert "fingerprint unknown" not in text
+    assert capsys.readouterr().err == ""
 
 
 def test_formats_are_recognized_or_refused(tmp_path):

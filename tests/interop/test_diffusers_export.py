@@ -94,7 +94,7 @@ UNET = {"kind": "unet", "widths": (128, 128), "blocks": 1}
         ({"target": {"name": "flow"}}, "model.target = 'flow'"),
         ({"schedule": {"name": "linear_log_snr"}, "times": {"name": "uniform"}}, "model.schedule = 'linear_log_snr'"),
         ({"preconditioning": {"scale": "none", "time": "log_snr"}}, "model.preconditioning = {'scale': 'none', 'time'"),
-        ({"output": "categorical"}, "model.network.kind = 'unet'"),
+        ({"output": "categorical"}, "model.output = 'categorical'"),
     ],
 )
 def test_what_diffusers_cannot_express_is_refused_by_name(changes, cause, tmp_path):

@@ -80,6 +80,10 @@ def test_a_registered_class_is_a_kind(kinds):
     assert built.layer.weight.shape == (5, 2)
     with pytest.raises(ConfigError, match=r"network\.depth: a network of kind 'plain' has no such setting"):
         build("plain", channels=2, depth=1)
+    with pytest.raises(
+        ConfigError, match=r"network\.text: a network of kind 'plain' cannot be conditioned on captions"
+    ):
+        build("plain", channels=2, text=64)
     with pytest.raises(ConfigError, match=r"network\.channels: a network of kind 'plain' needs this setting"):
         build("plain")
     register("plain", Declaring)  # as a notebook does that runs a cell again

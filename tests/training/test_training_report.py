@@ -45,7 +45,7 @@ def test_every_training_writes_a_page(folder):
     final = [r for r in Run(folder).read_metrics() if "final_bits_per_dim" in r][-1]
     assert f"≤ {cell((final['final_bits_per_dim'], final['final_stderr']))}" in page.text
     assert "No likelihood is measured" in page.text
-    command = f"undiffuse evaluate {shlex.quote(str(folder))}"
+    command = f"undiffuse evaluate {shlex.quote(str(folder))} DATA"  # an array of Python has no name
     assert ("code", command) in page.texts
 
 
@@ -69,7 +69,7 @@ def test_pictures_that_cost_too_much_are_left_out_with_the_command_that_adds_the
     assert not content.drawings["solvers"].images
     page = page_of(content)
     assert "Solvers are not shown side by side" in page.text
-    assert ("code", f"undiffuse report {shlex.quote(str(folder))}") in page.texts
+    assert ("code", f"undiffuse report {shlex.quote(str(folder))} DATA") in page.texts
 
 
 def test_stored_results_are_shown_only_if_they_are_whole_and_of_these_weights(folder, tmp_path):

@@ -18,6 +18,7 @@ from undiffuse.cli.options import (
     Device,
     NetworkFile,
     RunArgument,
+    as_argument,
     console,
     network_option,
     register_network,
@@ -136,7 +137,7 @@ def _store(run: RunArgument, model: Diffusion, calls: int, best: Sampler, measur
     given = [(name, one) for name in ("label", "prompt") for one in measured[name] or ()]
     options = "".join(f" --{name} {shlex.quote(one)}" for name, one in given)
     console.print(f"best: {best}, {best.spacing} levels, stored in {path}")
-    console.print(f"next: undiffuse sample {shlex.quote(str(run))} --calls {calls}{options}{own}")
+    console.print(f"next: undiffuse sample {as_argument(run)} --calls {calls}{options}{own}")
 
 
 def _real_items(

@@ -34,6 +34,7 @@ from undiffuse.cli.train import (
     OnNonfinite,
     Steps,
     changes_as_table,
+    report_done,
     report_finished,
 )
 
@@ -111,7 +112,7 @@ def distill(
     if finished:
         report_finished(student)
         return
-    console.print(f"done: {student.folder}/model.safetensors; report: {student.folder}/report.html")
+    report_done(student)
     own = network_option(network)
     console.print(f"next: undiffuse sample {as_argument(student.folder)}{own}")
 

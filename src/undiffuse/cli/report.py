@@ -13,6 +13,7 @@ import typer
 from undiffuse.cli.data_options import (
     OwnDataArgument,
     ReadData,
+    given_options,
     read_data,
     refuse_inside,
     with_data_options,
@@ -21,6 +22,7 @@ from undiffuse.cli.options import (
     Device,
     NetworkFile,
     RunArgument,
+    as_argument,
     console,
     network_option,
     register_network,
@@ -83,7 +85,7 @@ def report(
         rate = calls_per_second(model, dataset, split)
         calls = 60 * SHARES["pictures"] * minutes * rate
         measuring.measure(model, dataset, minutes, rate)
-    content = run_report.collect(of, model, dataset, split, calls, own, measuring.why, notes)
+    content = run_report.collect(of, model, dataset, split, calls, own, measuring.why, notes, measuring.words)
     run_report.write_page(page, content)
     console.print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
 
@@ -111,7 +113,10 @@ def _data(read: ReadData, data: str | None, path: Path, run: Run, model: Any) ->
     if facts.get("fingerprint") not in (None, dataset.fingerprint):
         cause = "these are not the data that the run was trained on"
         raise DataError("CHANGED", data or dataset.name, cause, "Name those, or leave DATA out")
-    return dataset, []
+    notes = []
+    if not facts.get("fingerprint"):
+        notes.append(f"The model does not record its training data: no item of {dataset.name} is known to be held out.")
+    return dataset, notes
 
 
 def _held_out(run: Run, model: Any) -> float:
@@ -124,8 +129,11 @@ class _Measuring:
     """Runs the commands whose results the page lacks. ``why`` gets the reason where one fails."""
 
     def __init__(self, run: Run, path: Path, data: str | None, read: ReadData, shared: dict[str, Any]) -> None:
+        from undiffuse.training.run_report import shown_path
+
         self.run, self.path, self.shared, self.why = run, path, shared, dict[str, str]()
         self.of_data = {"data": data, **read.keywords}
+        self.words = "" if data is None else f" {as_argument(shown_path(Path(data)))}{given_options(read)}"
 
     def measure(self, model: Diffusion, dataset: Dataset | None, minutes: float, rate: float) -> None:
         """Measure within about ``minutes``; ``rate`` is in network calls a second."""
@@ -145,7 +153,7 @@ class _Measuring:
         from undiffuse.cli.evaluate import evaluate
         from undiffuse.training.run_report import measuring_commands
 
-        command = measuring_commands(self.run, model, dataset)["evaluation"]
+        command = measuring_commands(self.run, model, dataset, of_data=self.words)["evaluation"]
         part = "train" if "--part train" in command else None
         self._call("evaluation", command, evaluate, run=self.path, part=part, minutes=minutes, **self.of_data)
 
@@ -163,7 +171,7 @@ class _Measuring:
         command = run_report.sample_command(self.run, n, labels)
         if self._call("comparison", command, sample, run=self.path, n=n, label=labels, out=folder):
             out = self.run.folder / run_report.COMPARISON
-            command = f"undiffuse compare {folder} --out {out}"
+            command = f"undiffuse compare {folder}{self.words} --out {out}"
             samples = {"samples": str(folder), "run": self.run.folder, "out": out}
             self._call("comparison", command, compare, **samples, **self.of_data)
 

@@ -49,8 +49,9 @@ def studio(
 
 
 def _all_runs() -> list[Path]:
-    """The runs in the folder `RUNS`. Raises `ConfigError` if there are none."""
-    found = sorted(path.parent for path in RUNS.glob("*/run.json")) if RUNS.is_dir() else []
+    """The runs and imported models in the folder `RUNS`. Raises `ConfigError` if there are none."""
+    names = ("run.json", "model.safetensors")
+    found = sorted({path.parent for name in names for path in RUNS.glob(f"*/{name}")}) if RUNS.is_dir() else []
     if not found:
         fix = "Name one, or make one: undiffuse train digits --minutes 2"
         raise ConfigError("NO_RUNS", "studio", f"no run is named, and the folder {RUNS} holds none", fix)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -23,6 +23,7 @@ from undiffuse.cli.options import (
 )
 from undiffuse.cli.prompt_options import example_prompt
 from undiffuse.cli.recipe_options import RecipeOptions, format_length
+from undiffuse.errors import ConfigError
 from undiffuse.model.presets import PRESETS
 from undiffuse.networks.tables import INSTALLED_NETWORKS
 from undiffuse.process.tables import SCHEDULES
@@ -138,7 +139,7 @@ def train(
     if finished:
         report_finished(run)
         return
-    console.print(f"done: {run.folder}/model.safetensors; report: {run.folder}/report.html")
+    report_done(run)
     has_test_part = dataset.held_out_fraction(recipe.train.held_out)[0] > 0 or dataset.test_from is not None
     own = network_option(network)
     part = "" if has_test_part else " --part train"
@@ -177,6 +178,18 @@ def stage_suffix(options: Mapping[str, Any]) -> str:
 def report_finished(run: Run) -> None:
     """Print that the run is finished, which `undiffuse.training.fit.fit` has compared with the command."""
     console.print(f"{run.folder} is a finished run already; give --out another folder to train again")
+
+
+def report_done(run: Run) -> None:
+    """Print where the model is, and the report, if one could be written."""
+    from undiffuse.training import run_report
+
+    page, shown = run.folder / run_report.NAME, ""
+    if page.is_file():
+        with suppress(ConfigError):
+            run_report.check_page(page)
+            shown = f"; report: {page}"
+    console.print(f"done: {run.model}{shown}")
 
 
 @contextmanager

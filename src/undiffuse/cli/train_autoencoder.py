@@ -21,6 +21,7 @@ from undiffuse.cli.train import (
     Steps,
     changes_as_table,
     open_run,
+    report_done,
     report_finished,
 )
 from undiffuse.errors import ConfigError
@@ -92,7 +93,7 @@ def train_autoencoder(
     if finished:
         report_finished(run)
         return
-    console.print(f"done: {run.folder}/model.safetensors; report: {run.folder}/report.html")
+    report_done(run)
     options, folder = given_options(read), as_argument(run.folder)
     if out is not None:  # so that the latents of another autoencoder of the same data go elsewhere
         options += f" --out {as_argument(run.folder.with_name(f'{run.folder.name}-latent'))}"

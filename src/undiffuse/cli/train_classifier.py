@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from undiffuse.cli.data_options import ReadData, print_notes, with_data_options
-from undiffuse.cli.options import DataArgument, Device, console, resolve_device
+from undiffuse.cli.options import DataArgument, Device, as_argument, console, resolve_device
 from undiffuse.cli.recipe_options import RecipeOptions, format_length
 from undiffuse.cli.train import (
     Batch,
@@ -22,6 +22,7 @@ from undiffuse.cli.train import (
     Steps,
     changes_as_table,
     open_run,
+    report_done,
     report_finished,
 )
 from undiffuse.errors import counted
@@ -89,7 +90,8 @@ def train_classifier(
         return
     if rows := load(run.folder).info.get("accuracy"):
         table.render([_row(row) for row in rows], counted(rows[0]["items"], "held-out item"))
-    console.print(f"done: {run.folder}; use it by `undiffuse sample` with --classifier {run.folder} and --label")
+    report_done(run)
+    console.print(f"use it by `undiffuse sample` with --classifier {as_argument(run.folder)} and --label")
 
 
 def recipe_for(data: Dataset, device: str, name: str | None = None, **settings: Any) -> ClassifierConfig:

@@ -15,6 +15,7 @@ from undiffuse.errors import ConfigError, DataError
 from undiffuse.evaluation.resumable import Plan
 from undiffuse.evaluation.summary import flow_map_calls
 from undiffuse.model.cascade import AnyModel
+from undiffuse.networks.condition import CONDITION_NAMES
 
 TIME_SHARES = {"discrete": 5, "openai": 5, "continuous": 4, "ode": 4, "flow_map": 4}
 """The order of the estimates, and the shares in which they divide the time."""
@@ -31,8 +32,6 @@ BACKWARD_CALLS = 2
 """Network calls that take as long as a backward pass, of which the map of few calls needs one for each dimension."""
 PARTS = {"test": "held out for testing", "validation": "held out for validation", "train": "trained on"}
 """Parts of a data set and their descriptions."""
-CONDITION_NAMES = {"classes": "labels", "vector": "vectors", "tokens": "tokens", "text": "captions"}
-"""Settings of a network that accept a condition, and what the condition is called."""
 
 
 def select_items(model: AnyModel, data: Dataset, part: str | None) -> tuple[np.ndarray, str]:

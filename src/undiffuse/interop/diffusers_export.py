@@ -61,10 +61,10 @@ def check_expressible(model: Diffusion) -> None:
     """Raises `ConfigError` for the first part of ``model`` that a DDPMPipeline does not have."""
     config, network = model.config, model.config.network
     needed = [
+        ("output", config.output, config.output == "values", "values"),
         ("network.kind", network.get("kind"), isinstance(model.network, UNet), "unet or diffusers-unet"),
         ("items", model.item_shape, len(model.item_shape) == 3, "images"),
         ("transform", type(model.transform).__name__, isinstance(model.transform, BOUNDED), "values with a range"),
-        ("output", config.output, config.output == "values", "values"),
         ("calls", config.calls, not config.calls, "a model that is not distilled"),
         ("target", config.target["name"], config.target["name"] in TARGETS.values(), ", ".join(TARGETS.values())),
         ("schedule", config.schedule["name"], isinstance(model.schedule, Tabulated), "a table, such as linear"),

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from undiffuse.errors import ConfigError
 
-CONDITION_SETTINGS = ("classes", "vector", "tokens", "image", "text")
-"""Settings of a network that make it accept a condition: the number of classes, the size of a vector or a token, the
-channels of an image, the longest prompt in bytes."""
+CONDITION_NAMES = {"classes": "labels", "vector": "vectors", "tokens": "tokens", "image": "images", "text": "captions"}
+"""Settings of a network that make it accept a condition, and what the condition is called: the number of classes, the
+size of a vector or a token, the channels of an image, the longest prompt in bytes."""
+CONDITION_SETTINGS = tuple(CONDITION_NAMES)
 FIELD_TO_SETTING = {"label": "classes", "vector": "vector", "tokens": "tokens", "mask": "tokens", "text": "text"}
 FIELD_TO_SETTING |= {"image": "image", "image_level": "image"}
 """The setting for each field of a condition; no network accepts the other fields."""

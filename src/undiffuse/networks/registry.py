@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from undiffuse.errors import ConfigError
-from undiffuse.networks.condition import CONDITION_SETTINGS
+from undiffuse.networks.condition import CONDITION_NAMES, CONDITION_SETTINGS
 from undiffuse.networks.protocol import accepts_dims
 from undiffuse.networks.settings import require
 from undiffuse.networks.tables import BUILT_IN_NETWORKS, INSTALLED_NETWORKS
@@ -107,7 +107,11 @@ def construct(cls: type[nn.Module], kind: str, settings: Mapping[str, Any]) -> n
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         unknown = next((name for name in settings if name not in parameters), None)
         cause = f"a network of kind {kind!r} has no such setting"
-        require(unknown is None, str(unknown), cause, f"Choose from {', '.join(parameters) or 'none'}")
+        fix = f"Choose from {', '.join(parameters) or 'none'}"
+        if unknown in CONDITION_NAMES:
+            cause = f"a network of kind {kind!r} cannot be conditioned on {CONDITION_NAMES[unknown]}"
+            fix = "Train without them, or with another kind of network, such as unet"
+        require(unknown is None, str(unknown), cause, fix)
     for name, parameter in parameters.items():
         needed = parameter.default is parameter.empty and parameter.kind not in (
             parameter.VAR_KEYWORD,

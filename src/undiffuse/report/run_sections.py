@@ -56,7 +56,11 @@ def key_numbers(
         name = next((name for name in ("discrete", "continuous") if name in estimates), next(iter(estimates)))
         bits = estimates[name]["bits_per_dim"]["total"]
         numbers.append(
-            ("Likelihood", f"{_bound(estimates[name])}{with_error(*bits)}", f"{BITS}, {_items(estimates[name])}")
+            (
+                "Likelihood",
+                f"{_bound(estimates[name])}{with_error(*bits)}",
+                f"{BITS}, {_items(estimates[name], evaluation)}",
+            )
         )
     else:
         numbers += [_from_training(records)] * bool(_from_training(records))
@@ -198,8 +202,9 @@ def _bound(numbers: Record) -> str:
     return "≤ " if numbers.get("is_bound") else ""
 
 
-def _items(numbers: Record) -> str:
-    return counted(numbers["items"], "held-out item" if numbers.get("held_out", True) else "item")
+def _items(numbers: Record, evaluation: Record | None) -> str:
+    is_held_out = str((evaluation or {}).get("part", "")).startswith("held out")
+    return counted(numbers["items"], "held-out item" if is_held_out else "item")
 
 
 def distances(comparison: Record) -> list[object]:

@@ -41,6 +41,7 @@ FEATURES = (
     Feature("watch --tensorboard", ("tensorboard",), "tensorboard"),
     Feature("studio", ("starlette", "uvicorn"), "studio"),
     Feature("export to ONNX", ("onnx", "onnxscript", "onnxruntime"), "onnx"),
+    Feature("import compared with diffusers", ("diffusers",), "parity"),
     Feature("the examples", ("matplotlib", "sklearn", "statsmodels"), "examples"),
 )
 """The optional features of a user; the extras of developers are in CONTRIBUTING.md."""

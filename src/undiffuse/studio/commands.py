@@ -7,18 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from undiffuse.runtime.terminal import as_argument
+
 
 def command(name: str, run: Path, arguments: tuple[str, ...] = (), options: Mapping[str, Any] | None = None) -> str:
     """``undiffuse name RUN ...`` as one line for a shell, options in their order."""
-    words = ["undiffuse", name, _path(run), *arguments]
+    words = list(arguments)
     for flag, value in (options or {}).items():
         words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
-    return shlex.join(words)
-
-
-def _path(path: Path) -> str:
-    """``path`` as an argument, with ./ where it begins as a flag does."""
-    return f"./{path}" if str(path).startswith("-") else str(path)
+    return " ".join(["undiffuse", name, as_argument(run), *map(shlex.quote, words)])
 
 
 LOAD = """import torch

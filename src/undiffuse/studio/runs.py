@@ -54,7 +54,10 @@ class StudioRun:
     def data(self) -> Dataset:
         """The data that the run was trained on. Raises `ConfigError` and `DataError`."""
         if self._data is None:
-            self._data = self.run.load_data()
+            try:
+                self._data = self.run.load_data()
+            except ConfigError as error:  # the page has no place for the name of DATA
+                raise ConfigError(error.code, error.where, error.cause, "Give an image") from None
         return self._data
 
     def describe(self) -> dict[str, Any]:

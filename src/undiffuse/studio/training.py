@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ def training_state(run: Run) -> dict[str, Any]:
         "records": records[::-1][::stride][::-1],
         "pictures": [path.name for path in pictures_of(run)],
         "command": command("watch", run.folder),
-        "sampling": shlex.join(["undiffuse", "evaluate", str(run.folder)]),
     }
 
 

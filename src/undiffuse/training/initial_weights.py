@@ -33,6 +33,7 @@ SAME_PROCESS = ("schedule", "target", "preconditioning", "output", "autoencoder"
 """Settings of a model that say what its network gets and what its output is."""
 FREE_SETTINGS = (*CONDITION_SETTINGS, "dropout")
 """Settings of a network that may differ from those of the weights."""
+TAKE_AUTOENCODER = "Leave out --autoencoder to use that of the model if it has one, or train without --init"
 TAKE_SETTINGS = (
     "Leave out --preset and this setting of --config, to use the value of the model, or train without --init"
 )
@@ -122,7 +123,8 @@ def check_start(config: Config, data: Dataset, start: Diffusion, path: Path) -> 
         own, other = (json.dumps(value, sort_keys=True) for value in (own, other))
         if own != other:
             cause = f"the weights of {path} belong to a model with {other}"
-            raise ConfigError("INIT", f"{name} = {own}"[:200], cause[:300], TAKE_SETTINGS)
+            fix = TAKE_AUTOENCODER if name == "model.autoencoder" else TAKE_SETTINGS
+            raise ConfigError("INIT", f"{name} = {own}"[:200], cause[:300], fix)
     if "image" in start.condition_sizes and "image" not in data.condition_sizes:
         cause = f"{path} enlarges images, and these data have no smaller ones"
         raise DataError("INIT", data.name, cause, "Give --from as for that model")

@@ -63,12 +63,12 @@ class ModelPictures:
         """Held-out items on their way to noise."""
         caption = "The forward process is not drawn"
         if self.data is None or self.split is None:
-            return Drawing(caption=caption, reason="it needs the data of the run", command=f"{self.command} DATA")
+            return Drawing(caption=caption, reason="it needs the data of the run", command=self.command)
         items = self._held_out(self._strip_items)
         values = torch.from_numpy(np.ascontiguousarray(self.data.values[items]))
         try:
             levels, frames = process_states.forward_states(self.model, values, self._columns)
-            words = f"Forward process, from data to noise: {self._rows(len(items), 'held-out item')}, at log-SNR "
+            words = f"Forward process, from data to noise: {self._rows(len(items), self._noun)}, at log-SNR "
             return self._strip(frames, f"{words}{_levels(levels)}, from left to right.", items)
         except UndiffuseError as error:
             return Drawing(caption=caption, reason=error.cause)
@@ -170,6 +170,14 @@ class ModelPictures:
         assert self.split is not None
         items = self.split.validation if len(self.split.validation) else self.split.train
         return np.resize(items, n)
+
+    @property
+    def _noun(self) -> str:
+        """What `_held_out` returns."""
+        assert self.split is not None
+        if not self.model.info.get("fingerprint"):
+            return "item"
+        return "held-out item" if len(self.split.validation) else "training item"
 
     @property
     def _columns_shown(self) -> str:

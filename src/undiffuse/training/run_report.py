@@ -33,7 +33,7 @@ from undiffuse.training.run_drawings import (
     sample_folder_picture,
     stored_picture,
 )
-from undiffuse.training.run_folder import Run
+from undiffuse.training.run_folder import Run, describe
 
 NAME = "report.html"
 """The file in the folder of a run."""
@@ -72,17 +72,24 @@ def collect(
     own: str = "",
     why: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
+    of_data: str = "",
 ) -> RunContent:
     """All that the page of ``run`` shows. Pictures of the ``model`` take at most ``max_calls`` network calls.
 
     ``model`` is None where there is none yet. ``data`` and ``split`` are those that it was trained on, if they are
-    there. ``own`` are words that each command about the run needs, after a space. ``why`` has reasons why a part was
-    not measured. Results of `evaluate` and `compare` are those in the folder, if they are of the weights of ``model``.
+    there. ``own`` are words that each command about the run needs, after a space, and ``of_data`` those that name
+    DATA, of commands that take it. ``why`` has reasons why a part was not measured.
+    Results of `evaluate` and `compare` are those in the folder, if they are of the weights of ``model``.
     """
     record, why = run.record or {}, dict(why or {})
     place = as_argument(shown_path(run.folder))
     info = dict(model.info) if model is not None else {}
     facts = record.get("data") or info
+    known = bool(facts.get("fingerprint"))  # an imported model does not know its data
+    if not known:
+        facts = {"item_shape": getattr(model, "item_shape", ()), **facts} if data is None else describe(data)
+    if data is None or not facts.get("source"):
+        of_data = of_data or " DATA"
     records = run.read_metrics()
     if model is None:
         kind = "classifier" if (record.get("config") or {}).get("model", {}).get("kind") == "classifier" else ""
@@ -93,17 +100,17 @@ def collect(
         kind = next((words for cls, words in KINDS.items() if isinstance(model, cls)), "diffusion model")
     content = RunContent(
         run=place,
-        name=str(facts.get("name") or run.folder.name),
+        name=str((record.get("data") or info).get("name") or run.folder.name),
         kind=kind,
         record=record,
         records=records,
         info=info,
         model=_model_facts(model, record),
-        data=data_facts(facts, data, split, info),
+        data=data_facts(facts, data, split if known else None, info),
         notes=notes,
         why=why,
     )
-    commands = measuring_commands(run, model, data, own)
+    commands = measuring_commands(run, model, data, own, of_data)
     drawings: dict[str, Drawing] = {}
     if data is not None and split is not None:
         drawings["data"] = data_picture(data, split)
@@ -121,10 +128,10 @@ def collect(
         folder = run.folder / COMPARISON
         content.comparison = _current(_read(folder / COMPARE_RECORD), "weights", weights, "comparison", why)
         if content.comparison is not None:
-            commands |= _commands_of(run, content.comparison, own)
+            commands |= _commands_of(run, content.comparison, own, of_data)
             samples = Path(str(content.comparison.get("samples", ""))) / "samples.npz"
             drawings["neighbours"] = nearest_picture(content.comparison.get("nearest") or (), samples, data)
-        pictures = ModelPictures(model, data, split, max_calls, f"undiffuse report {place}{own}")
+        pictures = ModelPictures(model, data, split, max_calls, f"undiffuse report {place}{of_data}{own}")
         drawings["samples"] = _samples(run, model, weights)
         drawings |= {"forward": pictures.forward(), "reverse": pictures.reverse(), "solvers": pictures.solvers()}
         _add_reasons(model, why)
@@ -153,7 +160,7 @@ def shown_path(path: Path) -> str:
     return os.path.relpath(here) if path.is_absolute() and here.is_relative_to(Path.cwd()) else str(path)
 
 
-def measuring_commands(run: Run, model: Any, data: Dataset | None, own: str = "") -> dict[str, str]:
+def measuring_commands(run: Run, model: Any, data: Dataset | None, own: str = "", of_data: str = "") -> dict[str, str]:
     """The commands that measure the model of ``run``, by the part of the page that they add."""
     place = as_argument(shown_path(run.folder))
     if not isinstance(model, Diffusion):
@@ -161,8 +168,8 @@ def measuring_commands(run: Run, model: Any, data: Dataset | None, own: str = ""
     nothing_held_out = model.info.get("held_out") == 0 and (data is None or data.test_from is None)
     part = " --part train" if nothing_held_out else ""
     return {
-        "evaluation": f"undiffuse evaluate {place}{part}{own}",
-        "comparison": f"undiffuse report {place}{own}",
+        "evaluation": f"undiffuse evaluate {place}{of_data}{part}{own}",
+        "comparison": f"undiffuse report {place}{of_data}{own}",
     }
 
 
@@ -233,10 +240,10 @@ def _current(
     return None
 
 
-def _commands_of(run: Run, comparison: Mapping[str, Any], own: str) -> dict[str, str]:
+def _commands_of(run: Run, comparison: Mapping[str, Any], own: str, of_data: str) -> dict[str, str]:
     """The commands that made the ``comparison``."""
     samples, out = Path(str(comparison.get("samples", ""))), as_argument(shown_path(run.folder / COMPARISON))
-    made = {"comparison": f"undiffuse compare {as_argument(shown_path(samples))} --out {out}"}
+    made = {"comparison": f"undiffuse compare {as_argument(shown_path(samples))}{of_data} --out {out}"}
     manifest = _read(samples / "manifest.json") or {}
     if samples == run.folder / SAMPLES and "n" in manifest:
         made["samples"] = sample_command(run, int(manifest["n"]), manifest.get("label"), own)

@@ -156,6 +156,12 @@ def test_the_pictures_of_a_page_have_room_in_it():
     assert run_report.MAX_BYTES == 3_000_000
 
 
+def test_only_held_out_items_are_called_so():
+    page = check_page(run_report.page(content(evaluation=EVALUATION | {"part": "trained on"})))
+    assert "bits/dim, 77 items" in page.text
+    assert "bits/dim, 77 held-out items" in check_page(run_report.page(content())).text
+
+
 def test_the_same_content_gives_the_same_bytes():
     assert run_report.page(content()) == run_report.page(content())
 
