@@ -256,7 +256,7 @@ def test_painting_with_pointer_and_keys_and_the_command_of_inpainting(browser, a
         assert fill.is_disabled()
         panel.get_by_role("button", name="Hide the right half").click()
         panel.get_by_role("button", name="Invert").click()
-        panel.get_by_label("Brush").fill("2")
+        panel.get_by_role("slider", name="Brush").fill("2")
         box = canvas.bounding_box()
         tab.page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] * 0.3)
         tab.page.mouse.down()
@@ -301,7 +301,7 @@ def test_interpolation_and_training(browser, address):
         panel = tab.open("Training")
         panel.get_by_text("finished").wait_for()
         assert "step 4 of 4" in panel.inner_text()
-        panel.get_by_label("Picture").select_option("training.png")
+        panel.get_by_role("combobox", name="Picture").select_option("training.png")
         panel.get_by_role("img", name=re.compile("training.png")).wait_for()
         assert panel.locator(".chart canvas").count() == 2
 
