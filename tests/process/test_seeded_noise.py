@@ -62,13 +62,13 @@ def test_the_seed_of_a_key_is_fixed():
 def test_noise_is_the_normal_transform_of_the_words_of_its_key():
     """By Python's integers and floats: items in the counter's upper half, the position in the lower."""
     digest = int.from_bytes(hashlib.blake2b(b"7/nll", digest_size=8).digest(), "big")
-    noise = ItemNoise(7, [3, 2**33 + 1], (3,), "nll", dtype=torch.float64)
-    first, second = noise(1), noise(3)  # one block of four numbers, then three
+    noise = ItemNoise(7, [3, 2**33 + 1], (5,), "nll", dtype=torch.float64)
+    first, second = noise(1), noise(3)  # two blocks of four numbers, then four
     for i, item in enumerate((3, 2**33 + 1)):
-        counters = [(position, 0, item & WORD, item >> 32) for position in range(4)]
+        counters = [(position, 0, item & WORD, item >> 32) for position in range(6)]
         blocks = [reference((digest & WORD, digest >> 32), counter) for counter in counters]
         expected = []
-        for part in (blocks[:1], blocks[1:]):
+        for part in (blocks[:2], blocks[2:]):
             pairs = [[(b[0], b[1]) for b in part], [(b[2], b[3]) for b in part]]
             polar = [
                 [(math.sqrt(-2 * math.log((u + 0.5) / 2**32)), 2 * math.pi * v / 2**32) for u, v in pair]
@@ -76,8 +76,8 @@ def test_noise_is_the_normal_transform_of_the_words_of_its_key():
             ]
             flat = [r * wave(a) for wave in (math.cos, math.sin) for pair in polar for r, a in pair]
             expected.append(torch.tensor(flat, dtype=torch.float64))
-        torch.testing.assert_close(first[0, i], expected[0][:3], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(second[:, i].flatten(), expected[1][:9], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(first[0, i], expected[0][:5], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(second[:, i].flatten(), expected[1][:15], rtol=1e-12, atol=1e-12)
 
 
 def test_the_noise_is_standard_normal_and_uncorrelated():

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 MINUTES = 5.0
 SHARES = {"pictures": 0.15, "evaluation": 0.5, "samples": 0.25}
-"""Fractions of the time for what is drawn and measured; comparing takes what it takes."""
+"""Fractions of the time for pictures, likelihood and samples; the time of the comparison is not limited."""
 SAMPLE_COUNTS = (1000, 500, 200, 100, 50, 20)
 """Numbers of samples that are compared with the data: the largest that fits."""
 

@@ -1,4 +1,4 @@
-"""What the processes of a model look like: data on their way to noise, noise to data, one noise by several solvers."""
+"""States of the processes of a model: from data to noise, from noise to data, and from one noise by several solvers."""
 
 from __future__ import annotations
 

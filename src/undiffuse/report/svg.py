@@ -46,7 +46,7 @@ def chart(
 ) -> Markup:
     """An image of ``lines`` on common axes, of which that of y is logarithmic if ``log``.
 
-    ``low`` and ``high`` are values that the axis of y includes. ``title`` is what a reader of the screen says.
+    ``low`` and ``high`` are values that the y axis includes. ``title`` is the text for screen readers.
     """
     lines = [_finite(_thinned(line), log) for line in lines]
     lines = [line for line in lines if len(line.y)]
@@ -138,7 +138,7 @@ def _finite(line: Line, log: bool) -> Line:
 
 
 def _reach(line: Line, log: bool) -> np.ndarray:
-    """All values that the axis of y has to include."""
+    """All values that the y axis has to include."""
     y = np.asarray(line.y)
     if line.stairs:
         return np.append(y, 0.0)

@@ -1,4 +1,4 @@
-"""What several tasks do alike: transform and facts of the data, the optimizer's groups, conditions of pictures."""
+"""Shared parts of several tasks: transform and facts of the data, the optimizer's groups, conditions of pictures."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ export function Forward({ run, index, active }) {
       <div class="card">
         <div class="pair">
           <${Frame} frame=${frame?.x} label="x_t" />
-          <${Frame} frame=${frame?.prediction} label="x̂, what the model sees in it" />
+          <${Frame} frame=${frame?.prediction} label="x̂, the prediction" />
         </div>
         <p class="numbers">${frame ? `t = ${format(frame.t)} · log-SNR ${frame.log_snr == null ? (frame.t < 0.5 ? "∞" : "−∞") : format(frame.log_snr, 2)}` : " "}</p>
         <${Command} text=${result.forward} name="forward" files=${[["image.png", picture?.data]]} />
