@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -127,6 +128,20 @@ def test_a_file_overrides_a_recipe(tmp_path):
     )  # settings that the file lacks stay; a part that it has is replaced as a whole
     (tmp_path / "empty.toml").write_text("")
     assert read(tmp_path / "empty.toml", base) == base
+
+
+@pytest.mark.parametrize(
+    ("text", "network"),
+    [
+        ("widths = [8, 16]", {"kind": "unet", "widths": [8, 16], "blocks": 2}),
+        ('kind = "unet"\nwidths = [8, 16]', {"kind": "unet", "widths": [8, 16]}),
+        ("", {"kind": "unet", "widths": [4], "blocks": 2}),
+    ],
+)
+def test_a_table_without_its_kind_changes_settings(tmp_path, text, network):
+    (tmp_path / "a.toml").write_text(f"[model.network]\n{text}\n")
+    base = Config(ModelConfig({"kind": "unet", "widths": [4], "blocks": 2}, {"name": "cosine"}))
+    assert read(tmp_path / "a.toml", base) == replace(base, model=replace(base.model, network=network))
 
 
 @pytest.mark.parametrize(

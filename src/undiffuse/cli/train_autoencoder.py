@@ -29,7 +29,7 @@ from undiffuse.errors import ConfigError
 if TYPE_CHECKING:
     from undiffuse.training.autoencoder_task import AutoencoderRecipe
 
-WIDTHS, GPU_WIDTHS = (32, 64, 64), (64, 128, 256)
+WIDTHS, GPU_WIDTHS = (16, 32, 64), (64, 128, 256)
 """Channels of the first stages of the default network on a CPU and on a GPU; later stages have the last one."""
 
 
@@ -128,4 +128,4 @@ def recipe_for(
     if kl_weight is None:
         kl_weight = 1.0 if reconstruction == "nll" else 1e-6
     model = AutoencoderConfig(network, reconstruction=reconstruction or "l1", kl_weight=kl_weight)
-    return AutoencoderRecipe(model, TrainConfig(batch=64, lr=1e-3, snapshots=0))
+    return AutoencoderRecipe(model, TrainConfig(batch=16, lr=1e-3, snapshots=0))

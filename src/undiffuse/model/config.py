@@ -212,7 +212,11 @@ def _is_plain(value: object, deep: int = 4) -> bool:
 
 
 def read(path: Path, base: T) -> T:
-    """``base`` with the settings of a TOML or JSON file, tables ``model`` and ``train``. Raises `ConfigError`."""
+    """``base`` with the settings of a TOML or JSON file, tables ``model`` and ``train``. Raises `ConfigError`.
+
+    A table such as ``model.network`` without its ``kind`` (or ``name``) changes settings of that of ``base``; one with
+    it takes the place of that of ``base``.
+    """
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
@@ -226,10 +230,15 @@ def read(path: Path, base: T) -> T:
         raise ConfigError("CONFIG", path, f"expected tables, got {type(data).__name__}", "Give [model] and [train]")
     merged = to_dict(base)
     for section, settings in data.items():
-        merged[section] = (
-            {**merged[section], **settings} if isinstance(settings, dict) and section in merged else settings
-        )
+        merged[section] = _changed(merged.get(section), settings)
     return from_dict(type(base), merged, path.name)
+
+
+def _changed(base: object, given: object) -> object:
+    """``given``, with the settings of ``base`` that it has not where both are tables of the same thing."""
+    if not isinstance(base, dict) or not isinstance(given, dict) or "kind" in given or "name" in given:
+        return given
+    return {**base, **{key: _changed(base.get(key), value) for key, value in given.items()}}
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Settings:
