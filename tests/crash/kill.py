@@ -59,7 +59,6 @@ snapshots = 2
 
 
 def cheap_evaluations(patch: pytest.MonkeyPatch) -> None:
-
     patch.setattr(Monitor, "evaluate_now", save_only)
     patch.setattr(Monitor, "_draw", lambda monitor, *_: None)
 
