@@ -72,7 +72,8 @@ PREPARATION = (
     "sample runs/digits --n 60",
 )
 HOLIDAY_SIZES = ((128, 128), (200, 133), (180, 240), (120, 160), (160, 120))
-GUIDE = [ROOT / "docs/start.md", *sorted((ROOT / "docs/questions").glob("*.md"))]
+START = ROOT / "docs/start.md"
+GUIDE = [START, *sorted((ROOT / "docs/questions").glob("*.md"))]
 """Pages for users whose errors and Python are tested too."""
 KEPT = 60
 """Pictures of the folder ``photos``, of which the example writes ten times as many."""
@@ -233,7 +234,12 @@ def run_with_next(command: str, capsys) -> None:
             run(following, capsys)
 
 
-@pytest.mark.parametrize("path", [page for page in PAGES if console_commands(page)], ids=lambda path: path.name)
+def heavy(pages: list[Path]) -> list:
+    """``pages`` as parameters; the run of the page `START` takes seconds, and is one of the release suite."""
+    return [pytest.param(page, marks=[pytest.mark.release] if page == START else [], id=page.name) for page in pages]
+
+
+@pytest.mark.parametrize("path", heavy([page for page in PAGES if console_commands(page)]))
 def test_the_commands_of_a_page_run_as_printed(path, place, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     if path.name == "README.md":
@@ -242,9 +248,11 @@ def test_the_commands_of_a_page_run_as_printed(path, place, capsys, monkeypatch)
         run_with_next(command, capsys)
 
 
-@pytest.mark.parametrize("path", [page for page in GUIDE if blocks(page, "python")], ids=lambda path: path.name)
-def test_the_python_of_a_page_runs(path, place) -> None:
+@pytest.mark.parametrize("path", heavy([page for page in GUIDE if blocks(page, "python")]))
+def test_the_python_of_a_page_runs(path, place, capsys) -> None:
     """After the commands of the page, whose files it reads; its blocks are one program."""
+    for command in console_commands(path):
+        run(command, capsys)
     names: dict[str, object] = {}
     for source in blocks(path, "python"):
         exec(compile(source, path.name, "exec"), names)
