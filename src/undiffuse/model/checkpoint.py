@@ -74,6 +74,7 @@ def load(
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
     to_fast_layout(diffusion.to(device).network)
+    diffusion.read_from = path
     return diffusion.eval()
 
 
