@@ -16,6 +16,7 @@ from undiffuse.cli.options import (
     Device,
     NetworkFile,
     as_argument,
+    at_hand,
     console,
     network_option,
     register_network,
@@ -77,11 +78,16 @@ def train(
     network: NetworkFile = None,
     init: Annotated[
         Path | None,
-        typer.Option(help="Start from the weights of this run or model file, with its settings (docs/fine-tuning.md)."),
+        typer.Option(
+            help="Start from the weights of this run or model file, with its settings (docs/fine-tuning.md).",
+            callback=at_hand,
+        ),
     ] = None,
     autoencoder: Annotated[
         Path | None,
-        typer.Option(help="Train on the latents of this autoencoder: a run, file or folder of docs/latent.md."),
+        typer.Option(
+            help="Train on the latents of this autoencoder: a run, file or folder of docs/latent.md.", callback=at_hand
+        ),
     ] = None,
     conditional: Annotated[
         bool, typer.Option("--conditional", help="Condition the network on the labels, vectors or tokens of the data.")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from undiffuse.errors import CheckpointError, ConfigError, ResourceError
 
@@ -68,6 +68,8 @@ def hub_errors(name: HubName) -> Iterator[None]:
     """Turn the errors of huggingface_hub in the block into a `CheckpointError` or a `ResourceError` of ``name``."""
     from huggingface_hub import constants, errors
 
+    # the errors of whichever HTTP library huggingface_hub uses are a base of its own
+    failures = cast("tuple[type[Exception], ...]", (*errors.HfHubHTTPError.__bases__, OSError))
     try:
         yield
     except errors.GatedRepoError:
@@ -80,7 +82,7 @@ def hub_errors(name: HubName) -> Iterator[None]:
         cause = f"its repository has no revision {name.revision or 'main'!r}"
         raise CheckpointError("HUB", str(name), cause, "Name a branch, a tag or a commit after @") from None
     except errors.LocalEntryNotFoundError:
-        if constants.is_offline_mode():
+        if constants.HF_HUB_OFFLINE:
             cause, fix = "it is not downloaded, and HF_HUB_OFFLINE is set", "Unset HF_HUB_OFFLINE, or name a folder"
         else:
             cause, fix = "the hub is not reached, and the file is not downloaded", CONNECTION
@@ -99,7 +101,7 @@ def hub_errors(name: HubName) -> Iterator[None]:
         raise ResourceError("HUB", str(name), cause, fix) from None
     except errors.LocalTokenNotFoundError:
         raise ResourceError("HUB", str(name), "it needs a token of the hub", "Run: hf auth login") from None
-    except (*errors.HfHubHTTPError.__bases__, OSError) as error:  # of whichever HTTP library huggingface_hub uses
+    except failures as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ResourceError("HUB", str(name), f"the transfer failed ({reason})", CONNECTION) from None
 
