@@ -28,6 +28,7 @@ from undiffuse.cli.options import (
     run_folder,
 )
 from undiffuse.cli.recipe_options import check_length, format_length
+from undiffuse.cli.results import with_json
 from undiffuse.cli.train import (
     Force,
     Minutes,
@@ -45,6 +46,7 @@ LR_FACTOR = 0.25
 """The learning rate relative to that of the teacher's training, since the weights are good already."""
 
 
+@with_json
 @with_data_options
 def distill(
     run: RunArgument,

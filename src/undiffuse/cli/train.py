@@ -24,6 +24,7 @@ from undiffuse.cli.options import (
 )
 from undiffuse.cli.prompt_options import example_prompt
 from undiffuse.cli.recipe_options import RecipeOptions, format_length
+from undiffuse.cli.results import add, show, with_json
 from undiffuse.errors import ConfigError
 from undiffuse.model.presets import PRESETS
 from undiffuse.networks.tables import INSTALLED_NETWORKS
@@ -53,6 +54,7 @@ Extend = Annotated[
 ]
 
 
+@with_json
 @with_data_options
 def train(
     data: DataArgument,
@@ -183,6 +185,7 @@ def stage_suffix(options: Mapping[str, Any]) -> str:
 
 def report_finished(run: Run) -> None:
     """Print that the run is finished, which `undiffuse.training.fit.fit` has compared with the command."""
+    _add_run(run)
     console.print(f"{run.folder} is a finished run already; give --out another folder to train again")
 
 
@@ -191,6 +194,7 @@ def report_done(run: Run) -> None:
     from undiffuse.training import run_report
 
     page, shown = run.folder / run_report.NAME, ""
+    _add_run(run)
     if page.is_file():
         with suppress(ConfigError):
             run_report.check_page(page)
@@ -198,14 +202,19 @@ def report_done(run: Run) -> None:
     console.print(f"done: {run.model}{shown}")
 
 
+def _add_run(run: Run) -> None:
+    add(run=run.folder, model=run.model, records=run.read_metrics())
+
+
 @contextmanager
 def changes_as_table() -> Iterator[None]:
     """Print a table of what has changed since the run began, if that is the error."""
-    from undiffuse.report import table
     from undiffuse.training.run_folder import ChangedError
 
     try:
         yield
     except ChangedError as error:
-        table.render([{"": what, "as begun": old, "now": new} for what, old, new in error.rows], error.where)
+        rows = [{"": what, "as begun": old, "now": new} for what, old, new in error.rows]
+        changed = [{"setting": what, "as_begun": old, "now": new} for what, old, new in error.rows]
+        show(rows, error.where, changed=changed)
         raise

@@ -10,6 +10,7 @@ import typer
 from undiffuse.cli.data_options import ReadData, given_options, print_notes, with_data_options
 from undiffuse.cli.options import DataArgument, Device, as_argument, console, resolve_device
 from undiffuse.cli.recipe_options import RecipeOptions, format_length
+from undiffuse.cli.results import with_json
 from undiffuse.cli.train import (
     Batch,
     Epochs,
@@ -33,6 +34,7 @@ WIDTHS, GPU_WIDTHS = (16, 32, 64), (64, 128, 256)
 """Channels of the first stages of the default network on a CPU and on a GPU; later stages have the last one."""
 
 
+@with_json
 @with_data_options
 def train_autoencoder(
     data: DataArgument,

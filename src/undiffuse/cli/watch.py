@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from undiffuse.cli.options import console
+from undiffuse.cli.results import add, with_json
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.report.progress_bar import format_clock
 
@@ -32,6 +33,7 @@ CURVES = {
 """Names of records, in the order shown, and what they are called."""
 
 
+@with_json
 def watch(
     run: Annotated[Path, typer.Argument(help="A run folder, finished or not.", metavar="RUN")],
     once: Annotated[bool, typer.Option("--once", help="Show the run once and exit.")] = False,
@@ -56,6 +58,7 @@ def watch(
                 time.sleep(every)
                 live.update(summary(watched))
             live.update(summary(watched))
+        add(**state(watched))
     except KeyboardInterrupt:
         pass
     if not console.is_terminal:
@@ -93,9 +96,7 @@ def summary(run: Run) -> Group:
     from undiffuse.report.table import spark
     from undiffuse.training.run_folder import checkpoint_folders, step_of
 
-    record, records = run.record, run.read_metrics()
-    if record is None:
-        raise CheckpointError("NOT_FOUND", run.folder, "there is no run in this folder", "Give the folder of a run")
+    record, records = _record(run), run.read_metrics()
     step, seconds = (max((r[key] for r in records if key in r), default=0) for key in ("step", "seconds"))
     now = seconds + _since_record(run)
     saved = [step_of(folder) for folder in checkpoint_folders(run.checkpoints)]
@@ -118,6 +119,19 @@ def summary(run: Run) -> Group:
     if any([r["overfit"] for r in records if "overfit" in r][-1:]):
         lines.append("overfitting: the gap between held-out and training items is significant")
     return Group(*(Text(line, no_wrap=True) for line in lines))
+
+
+def state(run: Run) -> dict[str, Any]:
+    """The run as plain data: whether it is finished, the process that trains it, and its records."""
+    pid = run.training_pid
+    facts = {"run": run.folder, "data": _record(run)["data"]["name"], "finished": run.finished}
+    return facts | {"process": pid, "records": run.read_metrics()}
+
+
+def _record(run: Run) -> Record:
+    if (record := run.record) is None:
+        raise CheckpointError("NOT_FOUND", run.folder, "there is no run in this folder", "Give the folder of a run")
+    return record
 
 
 def _state(run: Run, record: Record) -> str:

@@ -84,12 +84,18 @@ def gpus() -> list[str]:
     return [f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in properties]
 
 
-def memory(folder: Path) -> dict[str, str]:
+def memory_bytes(folder: Path) -> dict[str, int]:
     """Memory of the machine, what one process may use of it, and the free space of the disk that holds ``folder``."""
     total, free = psutil.virtual_memory().total, shutil.disk_usage(folder).free
+    return {"total": total, "usable": int(available_memory()), "disk_free": free}
+
+
+def memory(folder: Path) -> dict[str, str]:
+    """`memory_bytes` in words."""
+    total, usable, free = (size / 1e9 for size in memory_bytes(folder).values())
     return {
-        "memory": f"{total / 1e9:.1f} GB, of which one process may use {available_memory() / 1e9:.1f}",
-        "disk": f"{free / 1e9:.1f} GB free in {folder}",
+        "memory": f"{total:.1f} GB, of which one process may use {usable:.1f}",
+        "disk": f"{free:.1f} GB free in {folder}",
     }
 
 
