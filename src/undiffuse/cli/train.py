@@ -49,6 +49,21 @@ OnNonfinite = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Resume a run although settings, data or torch have changed.")]
+
+
+def _check_loggers(names: list[str] | None) -> list[str] | None:
+    """The callback of ``--log``: an error at once, not after the data are read."""
+    if names:
+        from undiffuse.training.loggers import check_loggers
+
+        check_loggers(names)
+    return names
+
+
+Log = Annotated[
+    list[str] | None,
+    typer.Option("--log", help="Log the records also to tensorboard or wandb; repeatable.", callback=_check_loggers),
+]
 Extend = Annotated[
     bool, typer.Option("--extend", help="Make the run in --out longer by --minutes or --steps, with its own recipe.")
 ]
@@ -95,6 +110,7 @@ def train(
         bool, typer.Option("--conditional", help="Condition the network on the labels, vectors or tokens of the data.")
     ] = False,
     on_nonfinite: OnNonfinite = None,
+    log: Log = None,
     force: Force = False,
     extend: Extend = False,
     *,
@@ -141,9 +157,8 @@ def train(
     if dataset.report.skipped:
         console.print(f"skipped files are listed in {run.folder}/skipped.json")
     with changes_as_table():
-        fit_diffusion(
-            recipe, dataset, run.folder, device, init=init, force=force, network=network_class, autoencoder=encoder
-        )
+        options = {"init": init, "force": force, "network": network_class, "autoencoder": encoder}
+        fit_diffusion(recipe, dataset, run.folder, device, **options, loggers=log or ())
     if finished:
         report_finished(run)
         return

@@ -17,6 +17,7 @@ from undiffuse.cli.train import (
     Extend,
     Force,
     LearningRate,
+    Log,
     Minutes,
     OnNonfinite,
     Steps,
@@ -65,6 +66,7 @@ def train_autoencoder(
         Path | None, typer.Option(help="A TOML file with tables [model] and [train], which override the recipe.")
     ] = None,
     on_nonfinite: OnNonfinite = None,
+    log: Log = None,
     force: Force = False,
     extend: Extend = False,
     *,
@@ -91,7 +93,7 @@ def train_autoencoder(
     if not finished:
         console.print(f"an autoencoder, {format_length(recipe.train)}, into {run.folder}")
     with changes_as_table():
-        fit_autoencoder(recipe, dataset, run.folder, device, force=force)
+        fit_autoencoder(recipe, dataset, run.folder, device, force=force, loggers=log or ())
     if finished:
         report_finished(run)
         return

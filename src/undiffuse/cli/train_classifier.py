@@ -18,6 +18,7 @@ from undiffuse.cli.train import (
     Extend,
     Force,
     LearningRate,
+    Log,
     Minutes,
     OnNonfinite,
     Steps,
@@ -58,6 +59,7 @@ def train_classifier(
         Path | None, typer.Option(help="A TOML file with tables [model] and [train], which override the preset.")
     ] = None,
     on_nonfinite: OnNonfinite = None,
+    log: Log = None,
     force: Force = False,
     extend: Extend = False,
     *,
@@ -85,7 +87,7 @@ def train_classifier(
     if not finished:
         console.print(f"a classifier of {len(dataset.classes)} classes, {length}, into {run.folder}")
     with changes_as_table():
-        fit_classifier(recipe, dataset, run.folder, device, force=force)
+        fit_classifier(recipe, dataset, run.folder, device, force=force, loggers=log or ())
     if finished:
         report_finished(run)
         return

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from undiffuse.cli.options import console
 from undiffuse.cli.results import add, with_json
-from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.errors import CheckpointError
 from undiffuse.report.progress_bar import format_clock
 
 if TYPE_CHECKING:
@@ -47,7 +47,11 @@ def watch(
 
     watched = Run(run)
     shown = summary(watched)
-    board = None if tensorboard is None else Board(tensorboard)
+    board = None
+    if tensorboard is not None:
+        from undiffuse.training import loggers
+
+        board = loggers.board(tensorboard)
     try:
         with Live(shown, console=console, refresh_per_second=4, transient=False) as live:
             while True:
@@ -65,27 +69,6 @@ def watch(
         console.print()  # Live ends its last line on terminals only
     if board is not None:
         console.print(f"for TensorBoard: {tensorboard}")
-
-
-class Board:
-    """Writes records as TensorBoard scalars, each once. Raises `ConfigError` if TensorBoard is not installed."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            fix = "Install it: pip install 'undiffuse[tensorboard]'"
-            raise ConfigError("MISSING_PACKAGE", "tensorboard", "is not installed", fix) from None
-        self.writer, self.written = SummaryWriter(str(folder)), set()
-
-    def add(self, records: Sequence[Record]) -> None:
-        """Write the numbers of ``records`` that are not yet written."""
-        for record in records:
-            for name, value in record.items():
-                if name != "step" and (record["step"], name) not in self.written:
-                    self.written.add((record["step"], name))
-                    self.writer.add_scalar(name, float(value), record["step"])
-        self.writer.flush()
 
 
 def summary(run: Run) -> Group:
