@@ -11,6 +11,7 @@ from tiny_run import ITEM_SHAPE
 
 from undiffuse.cli.app import app
 from undiffuse.data.transform import IntegerLevels
+from undiffuse.model import checkpoint
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.runtime import hub as hub_names
@@ -53,6 +54,33 @@ def test_commands_take_a_name_and_write_into_runs(hub, call, tmp_path):
     code, _, err = call("evaluate", "hf:me/tiny", *few)
     assert (code, err.count("\n")) == (2, 1)
     assert "Name DATA" in err
+
+
+def test_share(hub, call, tmp_path, model):
+    checkpoint.save(model, tmp_path / "m.safetensors")
+    code, out, err = call("share", tmp_path / "m.safetensors", "hf:me/new", "--license", "mit", "--private")
+    assert (code, err) == (0, "")
+    assert "/me/new/commit/" in out
+    assert b"license: mit" in hub.files("me/new")["README.md"]
+    hub.put("me/new", **{"README.md": b"mine"})
+    code, out, err = call("share", tmp_path / "m.safetensors", "hf:me/new")
+    line = "its README.md was edited. Give --card keep to leave it as it is, or --card replace."
+    assert (code, out, err) == (2, "", f"error[HUB_CARD] hf:me/new: {line}\n")
+    assert call("share", tmp_path / "m.safetensors", "hf:me/new", "--card", "keep").code == 0
+    assert hub.files("me/new")["README.md"] == b"mine"
+    hub.requests.clear()
+    code, out, err = call("share", tmp_path / "m.safetensors", tmp_path / "folder")
+    assert (code, err) == (0, "")
+    assert f"next: undiffuse inspect {tmp_path}/folder\n" in out
+    for arguments, words in (
+        (["me", "--private"], "error[USAGE] --private: it is for a repository of the hub"),
+        ([tmp_path / "here"], "error"),
+        (["hf:me"], "error[HUB_NAME] hf:me"),
+    ):
+        (tmp_path / "here" / "notes").touch()
+        code, _, err = call("share", tmp_path / "m.safetensors", *arguments)
+        assert (code, err[: len(words)]) == (2, words)
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize(

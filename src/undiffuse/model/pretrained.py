@@ -59,13 +59,13 @@ class Pretrained:
         private: bool | None = None,
         message: str | None = None,
         license: str | None = None,
-        keep_card: bool | None = None,
+        card: str | None = None,
     ) -> str:
         """Write the files of `save_pretrained` to the repository ``OWNER/NAME``; the address of the commit.
 
         The repository is created if there is none, ``private`` if so; ``OWNER/NAME@BRANCH`` names a branch. Log in
-        before: ``hf auth login``. ``message`` of the commit. ``keep_card``: whether a card there that was edited stays;
-        without it such a card is an error. Raises `ConfigError`, `CheckpointError`, and `ResourceError` where the hub
+        before: ``hf auth login``. ``message`` of the commit. ``card``: "keep" or "replace", for a card there that was
+        edited; without it such a card is an error. Raises `ConfigError`, `CheckpointError`, and `ResourceError` where the hub
         is not reached or does not permit it.
         """
-        return FUNCTIONS["push"](self, name, private, message, license, keep_card)
+        return FUNCTIONS["push"](self, name, private, message, license, card)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CARD = "README.md"
+CARD_CHOICES = ("keep", "replace")
 MESSAGE = "Upload a model of undiffuse"
 IMAGES, TEXT = "unconditional-image-generation", "text-to-image"
 """Tasks of the hub that fit a model of images without conditions, and one with prompts."""
@@ -52,11 +53,13 @@ def save(model: Diffusion, folder: str | Path, license: str | None = None) -> Pa
 
 
 def push(
-    model: Diffusion, name: str, private: bool | None, message: str | None, license: str | None, keep_card: bool | None
+    model: Diffusion, name: str, private: bool | None, message: str | None, license: str | None, card: str | None
 ) -> str:
     """See `Pretrained.push_to_hub`."""
     at = hub.parse_name(name)
-    kept = [CARD] if keep_card is not False and _is_card_edited(at, bool(keep_card)) else None
+    if card not in (None, *CARD_CHOICES):
+        raise ConfigError("CARD", f"card = {card}", "no such choice", f"Give {' or '.join(CARD_CHOICES)}")
+    kept = [CARD] if card != "replace" and _is_card_edited(at, allowed=card == "keep") else None
     repository = _repository(lambda folder: _write(model, folder, f"{hub.PREFIX}{at.repo}", license))
     options: dict[str, Any] = {"private": private, "branch": at.revision, "ignore_patterns": kept}
     with hub.hub_errors(at):
@@ -165,6 +168,6 @@ def _is_card_edited(at: HubName, allowed: bool) -> bool:
         return False
     if not allowed:
         cause = f"its {CARD} was edited"
-        fix = "Give keep_card=True to leave it as it is, or False to replace it"
+        fix = "Give card='keep' to leave it as it is, or card='replace'"
         raise ConfigError("HUB_CARD", str(at), cause, fix)
     return True
