@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers_cases import write_folder
+from fake_hub import served as hub_served
 from PIL import Image
 from test_docs import PAGES, ROOT, blocks
 
@@ -92,9 +93,9 @@ def photographs(folder: Path, count: int, shape: tuple[int, ...], classes: tuple
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with every file and run that the pages name, in which the commands run."""
+    """A folder with every file and run that the pages name, in which the commands run, and a hub on this machine."""
     folder = tmp_path_factory.mktemp("commands")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, hub_served(folder / "hub"):
         patch.chdir(folder)
         patch.setattr(presets, "get", lambda name: RECIPE)
         patch.setattr(loop, "plan_lr_decay", two_steps)
@@ -205,6 +206,15 @@ def test_the_commands_of_a_page_run_as_printed(path, place, capsys, monkeypatch)
         shutil.rmtree("photos")  # its example writes them
     for command in console_commands(path):
         run_with_next(command, capsys)
+
+
+def test_the_code_about_the_hub_runs(place, capsys) -> None:
+    (source,) = blocks(ROOT / "docs/hub.md", "python")
+    names: dict[str, object] = {}
+    exec(compile(source, "hub.md", "exec"), names)
+    assert len(names["samples"]) == 16
+    assert (place / "digits-saved" / "README.md").is_file()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("command", table_commands(ROOT / "README.md"))

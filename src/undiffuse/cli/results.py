@@ -65,7 +65,7 @@ def _results(as_json: bool) -> Iterator[None]:
 def show(rows: Sequence[Mapping[str, Any]], title: str = "", **data: Any) -> None:
     """Print ``rows`` as a table, or with ``--json`` add ``data`` to the document: the same numbers, not rounded.
 
-    A key names the unit of its numbers, or docs/ecosystem.md does.
+    A key names the unit of its numbers, or docs/hub.md does.
     """
     from undiffuse.report import table
 

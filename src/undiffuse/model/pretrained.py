@@ -65,7 +65,7 @@ class Pretrained:
 
         The repository is created if there is none, ``private`` if so; ``OWNER/NAME@BRANCH`` names a branch. Log in
         before: ``hf auth login``. ``message`` of the commit. ``card``: "keep" or "replace", for a card there that was
-        edited; without it such a card is an error. Raises `ConfigError`, `CheckpointError`, and `ResourceError` where the hub
-        is not reached or does not permit it.
+        edited; without it such a card is an error. Raises `ConfigError`, `CheckpointError`, and `ResourceError` where
+        the hub is not reached or does not permit it.
         """
         return FUNCTIONS["push"](self, name, private, message, license, card)
