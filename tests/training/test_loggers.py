@@ -9,7 +9,7 @@ import pytest
 from tiny_run import data, recipe, stopping_at, train
 
 from undiffuse.cli import main
-from undiffuse.errors import ConfigError, DataError
+from undiffuse.errors import ConfigError
 from undiffuse.training import monitor as monitors
 from undiffuse.training.loggers import LOGGERS, check_loggers
 from undiffuse.training.monitor import Monitor
@@ -65,11 +65,6 @@ def every_step(monkeypatch):
     monkeypatch.setattr(monitors, "STEPS_PER_RECORD", 1)
     monkeypatch.setattr(Monitor, "_draw", lambda *_: None)
     monkeypatch.setattr(Monitor, "_write_report", lambda *_: None)
-    monkeypatch.setattr(monitors.figures, "training_curve", no_curve)
-
-
-def no_curve(records):
-    raise DataError("NONE", "records", "it takes time to draw", "Draw nothing")
 
 
 def trained(folder, patch, loggers):

@@ -22,7 +22,6 @@ from undiffuse.model.config import TrainConfig
 from undiffuse.model.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
 from undiffuse.process.gaussian import diffuse
 from undiffuse.process.seeded_noise import generator
-from undiffuse.report import figures
 from undiffuse.training.batches import Batch
 from undiffuse.training.fit import fit
 from undiffuse.training.run_folder import Run
@@ -122,9 +121,7 @@ class ClassifierTask(Task):
     def draw(
         self, model: NoisyClassifier, data: Dataset, split: Split, folder: Path, step: int | None, limit: TimeLimit
     ) -> None:
-        """``accuracy.png`` at the end: the test accuracy at each log-SNR."""
-        if step is None and model.info.get("accuracy"):
-            figures.accuracy_curve(model.info["accuracy"]).savefig(folder / "accuracy.png", dpi=150)
+        """No pictures: the report draws the test accuracy at each log-SNR."""
 
     def save(self, model: NoisyClassifier, path: Path) -> None:
         noisy_classifier.save(model, path)
