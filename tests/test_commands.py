@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers_cases import write_folder
+from fake_hub import served as hub_served
 from PIL import Image
 from test_docs import PAGES, ROOT, blocks
 
@@ -105,9 +106,9 @@ def photographs(folder: Path, count: int, shape: tuple[int, ...], classes: tuple
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with every file and run that the pages name, in which the commands run."""
+    """A folder with every file and run that the pages name, in which the commands run, and a hub on this machine."""
     folder = tmp_path_factory.mktemp("commands")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, hub_served(folder / "hub"):
         patch.chdir(folder)
         patch.setattr(undiffuse, "preset", lambda name: RECIPE)
         patch.setattr(presets, "get", lambda name: RECIPE)
@@ -310,6 +311,15 @@ def too_few(name: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dataset, "split", lambda *_: Split(np.arange(186), np.arange(186, 212), np.arange(212, 240)))
         compare(values[:16], data)
+
+
+def test_the_code_about_the_hub_runs(place, capsys) -> None:
+    (source,) = blocks(ROOT / "docs/hub.md", "python")
+    names: dict[str, object] = {}
+    exec(compile(source, "hub.md", "exec"), names)
+    assert len(names["samples"]) == 16
+    assert (place / "digits-saved" / "README.md").is_file()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("command", table_commands(ROOT / "README.md"))
