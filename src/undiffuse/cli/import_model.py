@@ -12,7 +12,7 @@ from undiffuse.cli.options import as_argument, console
 from undiffuse.cli.sampler_options import parse_setting
 from undiffuse.errors import ConfigError
 
-FORMATS = ("diffusers", "openai")
+FORMATS = ("diffusers", "denoising-diffusion-pytorch", "openai")
 
 
 def import_model(
@@ -37,7 +37,9 @@ def import_model(
     ] = False,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A flag that an openai model was trained with, such as num_heads=4; repeatable."),
+        typer.Option(
+            "--set", help="A flag that the model was trained with, such as num_heads=4 or objective=pred_v; repeatable."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:

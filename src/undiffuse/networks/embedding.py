@@ -13,15 +13,15 @@ from undiffuse.networks.condition import Condition
 from undiffuse.networks.protocol import DataStatistics
 
 
-def sinusoids(time: Tensor, width: int) -> Tensor:
-    """(n, width) = [sin(f time), cos(f time)], f = 10000^(−j/(width/2 − 1)), j = 0 … width/2 − 1 [Ho20].
+def sinusoids(time: Tensor, width: int, longest: float = 10_000) -> Tensor:
+    """(n, width) = [sin(f time), cos(f time)], f = ``longest``^(−j/(width/2 − 1)), j = 0 … width/2 − 1 [Ho20].
 
     The low frequencies distinguish integer steps in the thousands, the high ones values such as log-SNR. Never below
     float32: in bfloat16 the steps 999 and 1000 are equal.
     """
     half = width // 2
     time = time if time.dtype == torch.float64 else time.float()
-    rate = -math.log(10_000) / max(half - 1, 1)
+    rate = -math.log(longest) / max(half - 1, 1)
     angle = time.reshape(-1, 1) * torch.exp(rate * torch.arange(half, device=time.device, dtype=time.dtype))
     return torch.cat([angle.sin(), angle.cos()], 1)
 
@@ -86,7 +86,8 @@ class ConditionEmbedding(nn.Module):
     ``pooled`` (B, width), that of a text, is one more term. Row 0 is the null class (label −1), which is also used
     without a label. A condition of size 0 (``classes`` or ``vector``) is ignored. With ``image`` the log-SNR of the
     conditioning image enters the MLP beside the time; without an image it is the lowest one. With ``two_times`` the
-    `EndTimeEmbedding` of a condition's end time is added. ``waves`` maps the time and ``features`` to (n, features).
+    `EndTimeEmbedding` of a condition's end time is added. ``waves`` maps the time and ``features`` to (n, features);
+    ``activation`` is that of the MLP.
     """
 
     zero_ends = ("label.weight", "image_level.weight", "image_level.bias")
@@ -100,9 +101,10 @@ class ConditionEmbedding(nn.Module):
         image: int = 0,
         two_times: bool = False,
         waves: Callable[[Tensor, int], Tensor] = sinusoids,
+        activation: Callable[[Tensor], Tensor] = F.silu,
     ) -> None:
         super().__init__()
-        self.features, self.waves = features, waves
+        self.features, self.waves, self.activation = features, waves, activation
         self.fc1 = nn.Linear(features, width)
         self.fc2 = nn.Linear(width, width)
         self.label = nn.Embedding(classes + 1, width) if classes else None
@@ -118,7 +120,7 @@ class ConditionEmbedding(nn.Module):
                 level = time.new_full((1,), -math.inf) if level is None else level
                 level = level.clamp(-MAX_IMAGE_LEVEL, MAX_IMAGE_LEVEL)
                 h = h + self.image_level(sinusoids(level, self.features).to(h.dtype))
-            h = self.fc2(F.silu(h))
+            h = self.fc2(self.activation(h))
             if self.vector is not None:
                 h = h + self.vector(cond.vector if cond is not None else None)
             if self.end is not None and cond is not None and cond.end_time is not None:

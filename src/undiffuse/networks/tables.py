@@ -10,6 +10,7 @@ BUILT_IN_NETWORKS = LazyTable(
         "unet": row("networks.unet", "UNet"),
         "mlp": row("networks.mlp", "MLP"),
         "diffusers-unet": row("networks.diffusers_unet", "DiffusersUNet"),
+        "denoising-diffusion-unet": row("networks.denoising_diffusion_unet", "DenoisingDiffusionUNet"),
     }
 )
 """The class of each kind."""
