@@ -38,8 +38,9 @@ FLAGS: dict[str, Any] = {
     "resnet_block_groups": 8,
     "dropout": 0.0,
 }
-"""Arguments of the classes that no tensor tells, with their defaults, and whether to take the averaged weights. An empty
-objective is inferred; attn_heads matter before version 1.9, resnet_block_groups before 2.0."""
+"""Arguments of the classes that no tensor tells, with their defaults, and whether to take the averaged weights.
+
+An empty objective is inferred; attn_heads matter before version 1.9, resnet_block_groups before 2.0."""
 TARGETS = {"pred_noise": "eps", "pred_x0": "x", "pred_v": "v"}
 PREFIXES = {True: ("ema/ema_model.", "ema_model."), False: ("model/", "")}
 """Where the averaged (True) and the last weights of a GaussianDiffusion are, in a Trainer's file or in one of them."""
@@ -52,7 +53,7 @@ NAMES = {
 """Parts of our names of weights, and theirs; the others are the same."""
 BUFFERS = ("betas", "alphas_cumprod", "loss_weight")
 OBJECTIVE_LIMIT, TABLE_LIMIT = 1e-3, 1e-6
-"""The largest relative difference of the loss's weights from those of an objective, and that of the signal's variance."""
+"""The largest relative difference of the loss's weights from those of an objective, and of the signal's variance."""
 
 
 def import_denoising_diffusion(
@@ -83,8 +84,6 @@ def import_denoising_diffusion(
     in_, out = tensors[MARK].shape[1], len(tensors["final_conv.weight"])
     learned, channels = out == 2 * in_, min(in_, out)
     table = beta_of(path, tables)
-    if not 1 <= len(table) or not bool(((table > 0) & (table < 1)).all()):
-        raise CheckpointError("DESCRIPTION", path, "its betas are not all in (0, 1)", "Copy the file again")
     T, (objective, limit) = len(table), infer_objective(path, tables, flags["objective"], learned)
     info: dict[str, Any] = {"name": path.stem, "num_values": values}
     info["imported"] = {"from": "denoising-diffusion-pytorch", "weights": file_digest(path), "flags": flags}
@@ -135,15 +134,20 @@ def select(path: Path, tensors: Mapping[str, Tensor], averaged: bool) -> tuple[d
 
     A file of one GaussianDiffusion alone has no averaged weights. Raises `CheckpointError`.
     """
-    choices = PREFIXES[averaged] if averaged and any("ema_model." in name for name in tensors) else PREFIXES[False]
-    prefix = next((prefix for prefix in choices if f"{prefix}model.{MARK}" in tensors), None)
+    averaged = averaged and any("ema_model." in name for name in tensors)
+    prefix = next((prefix for prefix in PREFIXES[averaged] if f"{prefix}model.{MARK}" in tensors), None)
     if prefix is None:
         cause = f"it has no {'averaged ' if averaged else ''}weights of a GaussianDiffusion (model.{MARK})"
         fix = "Give model-N.pt of its Trainer, or the state dict of a GaussianDiffusion"
         raise CheckpointError("DESCRIPTION", path, cause, fix)
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     weights = {name.removeprefix("model."): tensor for name, tensor in own.items() if name.startswith("model.")}
-    return weights, {name: own[name] for name in BUFFERS if name in own}
+    tables = {name: own[name] for name in BUFFERS if name in own}
+    for name, table in tables.items():
+        if not torch.isfinite(table).all():
+            cause = f"the table {name!r} holds values that are NaN or infinite"
+            raise CheckpointError("NON_FINITE", path, cause, "Copy the file again")
+    return weights, tables
 
 
 def infer_network(tensors: Mapping[str, Tensor], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,7 +201,10 @@ def beta_of(path: Path, tables: Mapping[str, Tensor]) -> Tensor:
         raise CheckpointError("DESCRIPTION", path, cause, "Give the state dict of a whole GaussianDiffusion")
     beta, bar = beta.double(), bar.double()
     ratio = 1 - bar / torch.cat([torch.ones_like(bar[:1]), bar[:-1]])
-    return torch.where(beta < 0.5, beta, ratio)
+    table = torch.where(beta < 0.5, beta, ratio)
+    if not bool(((table > 0) & (table < 1)).all()):
+        raise CheckpointError("DESCRIPTION", path, "its betas are not all in (0, 1)", "Copy the file again")
+    return table
 
 
 def infer_objective(path: Path, tables: Mapping[str, Tensor], given: str, learned: bool) -> tuple[str, float | None]:

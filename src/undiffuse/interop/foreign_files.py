@@ -25,6 +25,7 @@ MAX_CONFIG_BYTES = 1 << 20
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_NAMES_BYTES = 1 << 24
 """The most bytes in which names are searched."""
+ZIP_START = b"PK"
 PICKLE_SECONDS = 600
 """The longest time in which a pickle is read."""
 
@@ -108,6 +109,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _unpickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of a pickle, from the child process `undiffuse.interop.unpickle`."""
+    with path.open("rb") as file:
+        is_cut = file.read(2) == ZIP_START and not zipfile.is_zipfile(path)
+    if is_cut:
+        raise CheckpointError("DAMAGED", path, "not a whole file of torch.save: its end is missing", "Copy it again")
     with tempfile.TemporaryDirectory(prefix="undiffuse-") as folder:
         out = Path(folder) / "weights.safetensors"
         command = [sys.executable, "-P", "-m", "undiffuse.interop.unpickle", str(path), str(out)]
