@@ -12,7 +12,7 @@ from undiffuse.cli.options import as_argument, console
 from undiffuse.cli.sampler_options import parse_setting
 from undiffuse.errors import ConfigError
 
-FORMATS = ("diffusers", "denoising-diffusion-pytorch", "openai")
+FORMATS = ("diffusers", "denoising-diffusion-pytorch", "edm", "openai")
 
 
 def import_model(

@@ -87,7 +87,7 @@ class ConditionEmbedding(nn.Module):
     without a label. A condition of size 0 (``classes`` or ``vector``) is ignored. With ``image`` the log-SNR of the
     conditioning image enters the MLP beside the time; without an image it is the lowest one. With ``two_times`` the
     `EndTimeEmbedding` of a condition's end time is added. ``waves`` maps the time and ``features`` to (n, features);
-    ``activation`` is that of the MLP.
+    ``activation`` is that of the MLP. With ``label_first`` the rows of the labels (features) are added to the waves.
     """
 
     zero_ends = ("label.weight", "image_level.weight", "image_level.bias")
@@ -102,19 +102,23 @@ class ConditionEmbedding(nn.Module):
         two_times: bool = False,
         waves: Callable[[Tensor, int], Tensor] = sinusoids,
         activation: Callable[[Tensor], Tensor] = F.silu,
+        label_first: bool = False,
     ) -> None:
         super().__init__()
-        self.features, self.waves, self.activation = features, waves, activation
+        self.features, self.waves, self.activation, self.label_first = features, waves, activation, label_first
         self.fc1 = nn.Linear(features, width)
         self.fc2 = nn.Linear(width, width)
-        self.label = nn.Embedding(classes + 1, width) if classes else None
+        self.label = nn.Embedding(classes + 1, features if label_first else width) if classes else None
         self.vector = VectorEmbedding(vector, width) if vector else None
         self.image_level = nn.Linear(features, width) if image else None
         self.end = EndTimeEmbedding(features, width) if two_times else None
 
     def forward(self, time: Tensor, cond: Condition | None, pooled: Tensor | None = None) -> Tensor:
         with torch.autocast(time.device.type, enabled=False):  # a few rows: full precision costs nothing here
-            h = self.fc1(self.waves(time, self.features).to(self.fc1.weight.dtype))
+            h = self.waves(time, self.features).to(self.fc1.weight.dtype)
+            if self.label_first:
+                h = self._add_label(h, cond)
+            h = self.fc1(h)
             if self.image_level is not None:
                 level = cond.image_level if cond is not None else None
                 level = time.new_full((1,), -math.inf) if level is None else level
@@ -127,10 +131,13 @@ class ConditionEmbedding(nn.Module):
                 h = h + self.end(time, cond.end_time)
             if pooled is not None:
                 h = h + pooled.to(h.dtype)
-        if self.label is not None:
-            label = cond.label if cond is not None else None
-            h = h + self.label(h.new_zeros(1, dtype=torch.int64) if label is None else label + 1)
-        return F.silu(h)
+        return F.silu(h if self.label_first else self._add_label(h, cond))
+
+    def _add_label(self, h: Tensor, cond: Condition | None) -> Tensor:
+        if self.label is None:
+            return h
+        label = cond.label if cond is not None else None
+        return h + self.label(h.new_zeros(1, dtype=torch.int64) if label is None else label + 1)
 
     def adapt_weights(self, weights: Mapping[str, Tensor], label_rows: Sequence[int] | None) -> dict[str, Tensor]:
         """The rows of the labels in the order of the classes here; a new class starts as the null class."""

@@ -47,7 +47,8 @@ class Residual(nn.Module):
     """skip(R h) + conv₂(dropout(SiLU(norm₂(conv₁(R SiLU(norm₁(h))) + W cond)))) [Ho20].
 
     R is ``resampling``, `Down` or `Up` without weights [Brock18, Dhariwal21 §3], and by default the identity. With
-    ``scale_shift`` W cond scales and shifts the output of norm₂ instead.
+    ``scale_shift`` W cond scales and shifts the output of norm₂ instead. skip is a 1×1 convolution where the widths
+    differ or with ``project``, else the identity.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Residual(nn.Module):
         scale_shift: bool,
         norm: Callable[[int], nn.Module],
         resampling: nn.Module | None = None,
+        project: bool = False,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
@@ -70,7 +72,7 @@ class Residual(nn.Module):
         self.norm2 = norm(out_width)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv(dims, out_width, out_width)
-        self.skip = conv(dims, in_width, out_width, 1) if in_width != out_width else nn.Identity()
+        self.skip = conv(dims, in_width, out_width, 1) if project or in_width != out_width else nn.Identity()
 
     def forward(self, h: Tensor, cond: Tensor) -> Tensor:
         y = self.conv1(self.resampling(F.silu(self.norm1(h))))
