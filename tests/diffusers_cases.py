@@ -30,7 +30,7 @@ SMALL = {
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
 }
 HO = {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0, "norm_eps": 1e-6, "attention_head_dim": None}
-"""What google/ddpm-cifar10-32 and its like have; the case ``ddpm-cifar10`` also has its levels, at 1/16 of the width."""
+"""What google/ddpm-cifar10-32 and its like have; the case ``ddpm-cifar10`` has its levels, at 1/16 of the width."""
 CHANGES = {
     "default": {},
     "ho": HO,
