@@ -125,7 +125,8 @@ class Stage(nn.ModuleList):
         """Those of the other layers under their numbers here, where one of the two has cross-attention."""
         old = sorted({int(name.partition(".")[0]) for name in weights})
         crosses = [i for i in old if f"{i}.q.weight" in weights]
-        own = [[i for i, layer in enumerate(self) if isinstance(layer, CrossAttention) == cross] for cross in (0, 1)]
+        layers = [(i, isinstance(layer, CrossAttention)) for i, layer in enumerate(self) if layer.state_dict()]
+        own = [[i for i, is_cross in layers if is_cross == cross] for cross in (0, 1)]
         numbers = {i: f"crossed{i}" for i in old}  # what has no place here keeps a name that is none of a layer
         numbers |= dict(zip([i for i in old if i not in crosses], map(str, own[0]), strict=False))
         numbers |= dict(zip(crosses, map(str, own[1]), strict=False))
