@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -16,6 +17,8 @@ from undiffuse.interop.edm import import_edm, to_own_names, to_their_names
 from undiffuse.interop.importing import import_model
 from undiffuse.networks.condition import Condition
 from undiffuse.process.noise_level import NoiseLevel
+from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.trajectory import last_step, trajectory
 
 SIZE, SIGMAS = 8, (0.002, 0.3, 5.0, 80.0)
 LABELS = torch.tensor([2, 0, 1, -1])
@@ -172,7 +175,7 @@ def test_the_denoiser_is_that_of_the_reference(name, tmp_path):
     if label is not None:  # power: another label is another image
         assert (reference(x, c_noise, label.roll(1)) - reference(x, c_noise, label)).abs().max() > 1e-2
     assert model.item_shape == (1, SIZE, SIZE)
-    assert imported.sampling == "--solver heun --grid karras --steps 18"
+    assert imported.sampling == "--solver heun --set variable=ratio --spacing karras --steps 18"
 
 
 @torch.no_grad()
@@ -200,6 +203,32 @@ def test_a_network_of_zero_predicts_the_skip_and_the_loss_is_that_of_f(tmp_path)
     torch.testing.assert_close(model.denoiser()(x_t, level).x, skip, rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
+def test_it_draws_as_the_sampler_of_edm_does(tmp_path):
+    """Algorithm 1 of [Karras22] from 80 to 0.002 in 6 steps, without the last one to 0."""
+    write("ddpm++", path := tmp_path / "model.safetensors")
+    model, reference, steps = import_edm(path).model, CASES["ddpm++"], 6
+    sampler = Sampler("heun", steps, spacing="karras", settings={"variable": "ratio"}, clip=False)
+    start = 80 * x_of("start")
+    states = trajectory(
+        model.sampling_denoiser(sampler),
+        model.build_solver(sampler),
+        model.noise_levels(sampler),
+        start,
+        lambda n: start[None][:0],
+    )
+    drawn = last_step(states).x
+    ends = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    sigmas = [(ends[0] + i / steps * (ends[1] - ends[0])) ** 7 for i in range(steps + 1)]
+    x = start.double()
+    for now, then in itertools.pairwise(sigmas):
+        d = [(x - denoise(reference, x.float(), torch.full((4,), now))) / now]
+        moved = x + (then - now) * d[0]
+        d.append((moved - denoise(reference, moved.float(), torch.full((4,), then))) / then)
+        x = x + (then - now) * (d[0] + d[1]) / 2
+    torch.testing.assert_close(drawn.double(), x, rtol=0, atol=1e-4 * float(x.abs().max()))
+
+
 def test_names_go_both_ways(tmp_path):
     for name in CASES:
         tensors = write(name, tmp_path / "model.safetensors", prefix="")
@@ -220,7 +249,7 @@ def test_augmentation_labels_and_other_networks_in_the_file(tmp_path):
     save_file({**tensors, "net/model.map_layer0.weight": torch.zeros(3)}, path)
     imported = import_model(path)  # recognized
     assert imported.model.info["imported"]["from"] == "edm"
-    assert "augmentation labels are left out" in imported.notes[1]
+    assert "augmentation labels are left out" in imported.notes[2]
 
 
 @pytest.mark.parametrize(

@@ -99,10 +99,11 @@ def import_edm(
     model.network.load_state_dict(named)
     against = "nothing: EDM is not on the package index. tests/interop/test_edm.py has its forward pass"
     notes = ["flags: " + ", ".join(f"{name} {value}" for name, value in flags.items())]
+    notes.append("EDM's sampler does not clip predicted images; undiffuse sample clips them to the range of the values")
     if AUGMENT in tensors:
         notes.append("the weights of augmentation labels are left out: the network gets none, as in EDM's sampling")
     checks = [Check("outputs of the network", against, None, LIMIT)]
-    return Imported(model.eval(), checks, notes, "--solver heun --grid karras --steps 18")
+    return Imported(model.eval(), checks, notes, "--solver heun --set variable=ratio --spacing karras --steps 18")
 
 
 def select(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
