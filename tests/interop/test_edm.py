@@ -278,3 +278,10 @@ def test_files_and_flags_that_cannot_be_are_one_line(change, options, cause, tmp
         import_edm(path, **options)
     assert cause in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_edms_own_pickles_are_refused(tmp_path):
+    path = tmp_path / "network-snapshot.pkl"
+    path.write_bytes(b"\x80\x04")
+    with pytest.raises(UndiffuseError, match="it is a pickle, a format that can hold code"):
+        import_edm(path)

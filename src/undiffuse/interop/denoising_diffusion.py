@@ -83,7 +83,7 @@ def import_denoising_diffusion(
         raise CheckpointError("DESCRIPTION", path, cause, fix) from None
     in_, out = tensors[MARK].shape[1], len(tensors["final_conv.weight"])
     learned, channels = out == 2 * in_, min(in_, out)
-    table = beta_of(path, tables)
+    table = step_noise(path, tables)
     T, (objective, limit) = len(table), infer_objective(path, tables, flags["objective"], learned)
     info: dict[str, Any] = {"name": path.stem, "num_values": values}
     info["imported"] = {"from": "denoising-diffusion-pytorch", "weights": file_digest(path), "flags": flags}
@@ -190,18 +190,18 @@ def infer_network(tensors: Mapping[str, Tensor], flags: Mapping[str, Any]) -> di
     }
 
 
-def beta_of(path: Path, tables: Mapping[str, Tensor]) -> Tensor:
+def step_noise(path: Path, tables: Mapping[str, Tensor]) -> Tensor:
     """beta of each step in float64, to the rounding of float32 in beta and in 1 − beta. Raises `CheckpointError`.
 
     Their tables are the float32 of a float64 computation: beta itself where it is small, else that of alphas_cumprod.
     """
-    beta, bar = tables.get("betas"), tables.get("alphas_cumprod")
-    if beta is None or bar is None or beta.ndim != 1 or beta.shape != bar.shape or not len(beta):
+    single, bar = tables.get("betas"), tables.get("alphas_cumprod")
+    if single is None or bar is None or single.ndim != 1 or single.shape != bar.shape or not len(single):
         cause = "its tables betas and alphas_cumprod are missing or of different lengths"
         raise CheckpointError("DESCRIPTION", path, cause, "Give the state dict of a whole GaussianDiffusion")
-    beta, bar = beta.double(), bar.double()
+    single, bar = single.double(), bar.double()
     ratio = 1 - bar / torch.cat([torch.ones_like(bar[:1]), bar[:-1]])
-    table = torch.where(beta < 0.5, beta, ratio)
+    table = torch.where(single < 0.5, single, ratio)
     if not bool(((table > 0) & (table < 1)).all()):
         raise CheckpointError("DESCRIPTION", path, "its betas are not all in (0, 1)", "Copy the file again")
     return table
@@ -223,8 +223,7 @@ def infer_objective(path: Path, tables: Mapping[str, Tensor], given: str, learne
             cause = "its objective is not known without the table loss_weight"
             raise CheckpointError("DESCRIPTION", path, cause, "Give --set objective=pred_v, pred_noise or pred_x0")
         return given, None
-    beta = beta_of(path, tables)
-    log_bar = torch.log1p(-beta).cumsum(0)
+    log_bar = torch.log1p(-step_noise(path, tables)).cumsum(0)
     snr = log_bar.exp() / -torch.expm1(log_bar)
     best: tuple[float, str, float] | None = None
     if weight.shape == snr.shape:

@@ -22,7 +22,7 @@ from undiffuse.runtime.atomic_file import remedy
 from undiffuse.runtime.file_errors import FileError
 
 MAX_CONFIG_BYTES = 1 << 20
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_NAMES_BYTES = 1 << 24
 """The most bytes in which names are searched."""
 ZIP_START = b"PK"

@@ -46,9 +46,8 @@ def unfold(y: Tensor, patch: int) -> Tensor:
 class Residual(nn.Module):
     """skip(R h) + conv₂(dropout(SiLU(norm₂(conv₁(R SiLU(norm₁(h))) + W cond)))) [Ho20].
 
-    R is ``resampling``, `Down` or `Up` without weights [Brock18, Dhariwal21 §3], and by default the identity. With
-    ``scale_shift`` W cond scales and shifts the output of norm₂ instead. skip is a 1×1 convolution where the widths
-    differ or with ``project``, else the identity.
+    R is ``resampling``, `Down` or `Up` without weights [Brock18, Dhariwal21 §3], by default the identity. With
+    ``scale_shift`` W cond scales and shifts the output of norm₂; with ``project`` skip is always a 1×1 convolution.
     """
 
     def __init__(
@@ -76,8 +75,7 @@ class Residual(nn.Module):
 
     def forward(self, h: Tensor, cond: Tensor) -> Tensor:
         y = self.conv1(self.resampling(F.silu(self.norm1(h))))
-        cond = self.cond(cond).to(y.dtype)
-        cond = cond.view(*cond.shape, *[1] * (h.ndim - 2))
+        cond = self.cond(cond).to(y.dtype)[(..., *[None] * (h.ndim - 2))]
         if self.scale_shift:
             scale, shift = cond.chunk(2, 1)
             y = torch.addcmul(shift, self.norm2(y), 1 + scale)
@@ -125,8 +123,7 @@ class Stage(nn.ModuleList):
         """Those of the other layers under their numbers here, where one of the two has cross-attention."""
         old = sorted({int(name.partition(".")[0]) for name in weights})
         crosses = [i for i in old if f"{i}.q.weight" in weights]
-        layers = [(i, isinstance(layer, CrossAttention)) for i, layer in enumerate(self) if layer.state_dict()]
-        own = [[i for i, is_cross in layers if is_cross == cross] for cross in (0, 1)]
+        own = [[i for i, m in enumerate(self) if m.state_dict() and isinstance(m, CrossAttention) == x] for x in (0, 1)]
         numbers = {i: f"crossed{i}" for i in old}  # what has no place here keeps a name that is none of a layer
         numbers |= dict(zip([i for i in old if i not in crosses], map(str, own[0]), strict=False))
         numbers |= dict(zip(crosses, map(str, own[1]), strict=False))
