@@ -10,7 +10,6 @@ from tiny_run import SlowMachine, data, recipe
 
 from undiffuse.cli import demo
 from undiffuse.cli.demo import MAX_MINUTES, MINUTES, extend_to_floor, train
-from undiffuse.errors import ConfigError
 from undiffuse.training import diffusion_task
 from undiffuse.training.run_folder import Run
 from undiffuse.training.train_state import verify_checkpoint
@@ -20,11 +19,7 @@ from undiffuse.training.train_state import verify_checkpoint
 def test_a_slow_machine_trains_for_longer(tmp_path, monkeypatch, seconds, longer):
     """Steps of 2 s make the sixty; of 3 s make them in a longer run; of 15 s not in six minutes, the most."""
 
-    def missing(_):
-        raise ConfigError("MISSING", "matplotlib", "is not installed", "Install it")
-
     monkeypatch.setattr(demo, "MIN_STEPS", 60)
-    monkeypatch.setattr("undiffuse.report.figures.training_curve", missing)
     monkeypatch.setattr(diffusion_task, "FINAL_STEPS", 5)
     tiny = recipe(max_steps=None, previews=8, snapshots=0, batch=2, conditional=False, minutes=1.0)
     monkeypatch.setattr("undiffuse.model.presets.get", lambda name: tiny)

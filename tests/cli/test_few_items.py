@@ -77,7 +77,6 @@ def test_too_few_items_to_hold_any_out(train, call, name):
     metrics = (folder / "metrics.jsonl").read_text()
     assert "NaN" not in metrics
     assert not any("bits_per_dim" in json.loads(line) for line in metrics.splitlines())
-    assert (folder / "pictures" / "training.png").is_file()
     assert f"{words}: {NOTHING}" in call("inspect", folder)[1]
     assert call("watch", folder, "--once")[0] == 0
     assert call("sample", folder, "--n", 2, "--steps", 2, "--device", "cpu")[0] == 0

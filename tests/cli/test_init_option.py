@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from tiny_run import checkpoint_hashes, save_only
 
 from undiffuse.data.sources.registry import load as load_data
-from undiffuse.errors import ConfigError
 from undiffuse.model.checkpoint import load
 from undiffuse.model.config import Config, from_dict
 from undiffuse.model.diffusion import Diffusion
@@ -42,12 +41,8 @@ WORDS = ("red", "green", "blue")
 def cheap():
     """Evaluations measure and draw nothing."""
 
-    def missing(_):
-        raise ConfigError("MISSING_PACKAGE", "matplotlib", "is not installed", "Install it")
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Monitor, "evaluate_now", save_only)
-        patch.setattr("undiffuse.report.figures.training_curve", missing)
         yield
 
 

@@ -8,10 +8,8 @@ import pytest
 
 from undiffuse.cli.train_classifier import recipe_for
 from undiffuse.data.from_array import from_array
-from undiffuse.errors import ConfigError
 from undiffuse.model.config import TrainConfig
 from undiffuse.model.noisy_classifier import load
-from undiffuse.report import figures
 from undiffuse.training.run_folder import Run
 
 UNET = {"kind": "unet", "widths": (4,), "blocks": 1, "attention": ()}
@@ -26,12 +24,7 @@ def small(monkeypatch):
         train = replace(config.train, batch=8, precision="float32", held_out=0.2, previews=0)
         return replace(config, model=replace(config.model, network=UNET), train=train)
 
-    def missing(_):
-        raise ConfigError("MISSING_PACKAGE", "matplotlib", "is not installed", "Install it")
-
     monkeypatch.setattr("undiffuse.cli.train_classifier.recipe_for", recipe)
-    for name in ("accuracy_curve", "training_curve"):
-        monkeypatch.setattr(figures, name, missing)
 
 
 def arrays(folder, labelled=True):

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_run import STEPS, Trained, checkpoint_hashes, data, equal_states, model_hashes, save_only
 
 from undiffuse.cli import main
-from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.errors import CheckpointError
 from undiffuse.training import train_state as state
 from undiffuse.training.monitor import Monitor
 from undiffuse.training.run_folder import Run
@@ -59,12 +59,8 @@ snapshots = 2
 
 
 def cheap_evaluations(patch: pytest.MonkeyPatch) -> None:
-    def missing(_: object) -> None:
-        raise ConfigError("MISSING_PACKAGE", "matplotlib", "is not installed", "Install it")
-
     patch.setattr(Monitor, "evaluate_now", save_only)
     patch.setattr(Monitor, "_draw", lambda monitor, *_: None)
-    patch.setattr("undiffuse.report.figures.training_curve", missing)
 
 
 class Server:

@@ -15,7 +15,6 @@ from undiffuse.report.figures import (
     error_by_calls,
     image_grid,
     image_strip,
-    training_curve,
 )
 
 RNG = np.random.default_rng(0)
@@ -136,21 +135,19 @@ def test_a_curve_of_one_point_is_seen(monkeypatch):
     drawn = []
     monkeypatch.setattr("undiffuse.report.item_plots.render", drawn.append)
     image_grid(np.zeros((2, 1, 1)))
-    lines = [*training_curve([{"step": 7, "loss": 0.5}]).axes[0].lines[:1], *drawn[0].axes[0].lines]
-    assert len(lines) == 3
+    lines = drawn[0].axes[0].lines
+    assert len(lines) == 2
     assert all(line.get_marker() == "o" for line in lines)
-    assert training_curve([{"step": i, "loss": 0.5} for i in range(2)]).axes[0].lines[0].get_marker() == ""
 
 
 @pytest.mark.parametrize("steps", [[1], [1, 2], [0, 1, 2, 3], [50, 100], [1000, 400000]])
 def test_ticks_of_whole_numbers_are_whole(steps, monkeypatch):
-    curve = training_curve([{"step": i, "loss": 0.5, "bits_per_dim": 2.0 + i} for i in steps])
     drawn = []
     monkeypatch.setattr("undiffuse.report.item_plots.render", drawn.append)
     table = np.stack([steps, np.linspace(0, 1, len(steps))], 1)
     image_grid(table)
     image_grid(table, names=["whole", "real"])
-    for axes in (*curve.axes, drawn[0].axes[0], drawn[1].axes[0], drawn[1].axes[2]):
+    for axes in (drawn[0].axes[0], drawn[1].axes[0], drawn[1].axes[2]):
         ticks = axes.get_xticks()
         assert len(ticks) >= 1
         assert all(tick == round(tick) for tick in ticks), ticks
@@ -169,28 +166,6 @@ def test_areas_in_the_figure_of_bits_are_bits():
     assert axes.get_ylim()[0] == 0
 
 
-def test_the_training_curve_draws_what_is_recorded(tmp_path):
-    losses = [{"step": i, "loss": 1 / (1 + i)} for i in range(200)]
-    bounds = [{"step": 100, "bits_per_dim": 2.5, "stderr": 0.1}, {"step": 200, "bits_per_dim": 2.25}]
-    final_record = {"step": 200, "bits_per_dim": 2.25, "final_bits_per_dim": 2.3125}
-    assert training_curve([*losses, final_record]).axes[1].get_title(loc="left") == "final, from more samples: 2.312"
-    final_axes = training_curve(
-        [*losses, final_record | {"final_stderr": 0.0625}, {"step": 201, "bits_per_dim": 2.5}]
-    ).axes[1]
-    assert final_axes.get_title(loc="left") == "final, from more samples: 2.312 ± 0.062"
-    assert final_axes.get_title(loc="right") == "best 2.250 at step 200"
-    both = training_curve(losses + bounds)
-    assert both.axes[1].get_title(loc="left") == ""
-    assert [axes.get_ylabel() for axes in both.axes] == ["training loss", "held-out bits per dimension"]
-    assert both.axes[1].get_title(loc="right") == "best 2.250 at step 200"
-    raw, smooth = both.axes[0].lines
-    assert len(raw.get_xdata()) == 200
-    np.testing.assert_allclose(smooth.get_xydata()[10], (12, np.mean([1 / (1 + i) for i in range(10, 14)])))
-    assert len(training_curve(iter(losses[:1])).axes) == len(training_curve(bounds).axes) == 1
-    both.savefig(tmp_path / "curve.png")
-    assert both.canvas.manager is None  # pyplot does not manage it
-
-
 def test_values_that_cannot_be_drawn(monkeypatch):
     with pytest.raises(DataError, match="SHAPE"):
         image_grid(np.zeros(4))
@@ -200,8 +175,6 @@ def test_values_that_cannot_be_drawn(monkeypatch):
         image_grid(np.full((1, 1, 2, 2), np.nan), 256)
     with pytest.raises(DataError, match="2 captions"):
         image_strip(np.zeros((3, 1, 1, 2, 2)), ["a", "b"])
-    with pytest.raises(DataError, match="EMPTY"):
-        training_curve([{"step": 1}])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"undiffuse\[report\]"):
         image_grid(np.zeros((3, 2)))

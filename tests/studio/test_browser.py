@@ -301,8 +301,8 @@ def test_interpolation_and_training(browser, address):
         panel = tab.open("Training")
         panel.get_by_text("finished").wait_for()
         assert "step 4 of 4" in panel.inner_text()
-        panel.get_by_role("combobox", name="Picture").select_option("training.png")
-        panel.get_by_role("img", name=re.compile("training.png")).wait_for()
+        panel.get_by_role("combobox", name="Picture").select_option("samples-00000002.png")
+        panel.get_by_role("img", name=re.compile("samples-00000002.png")).wait_for()
         assert panel.locator(".chart canvas").count() == 2
 
 

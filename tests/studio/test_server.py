@@ -69,8 +69,8 @@ def test_no_path_leads_outside(place, studio, run_folder):
 
 def test_pictures_are_those_of_the_training_and_no_links(page, run_folder):
     state = page.get("/api/runs/0/training").json()
-    assert state["pictures"] == ["samples.png", "training.png"]
-    assert page.get("/api/runs/0/pictures/1").content == (run_folder / "pictures" / "training.png").read_bytes()
+    assert state["pictures"] == ["samples-00000002.png", "samples.png"]
+    assert page.get("/api/runs/0/pictures/1").content == (run_folder / "pictures" / "samples.png").read_bytes()
     assert page.get("/api/runs/0/pictures/1").headers["content-type"] == "image/png"
     assert page.get("/api/runs/0/pictures/2").status_code == 404
     assert state["state"] == "finished"

@@ -18,21 +18,12 @@ from undiffuse.model import autoencoder as autoencoders
 from undiffuse.model import checkpoint
 from undiffuse.model.autoencoder import Autoencoder, AutoencoderConfig
 from undiffuse.model.config import TrainConfig
-from undiffuse.report import figures
 from undiffuse.training.autoencoder_task import AutoencoderRecipe, AutoencoderTask, fit_autoencoder
 
 IMAGES = from_array(np.random.default_rng(0).integers(17, size=(40, 1, 8, 8)), num_values=17, name="tiny")
 VALUES = torch.from_numpy(IMAGES.values[:4])
 SETTINGS = {"precision": "float32", "held_out": 0.2, "previews": 1, "snapshots": 0, "seed": 4, "flip": True}
 RECIPE = AutoencoderRecipe(AutoencoderConfig(KL), TrainConfig(batch=12, max_steps=5, warmup=2, lr=0.01, **SETTINGS))
-
-
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch):
-    def missing(_):
-        raise ConfigError("MISSING_PACKAGE", "matplotlib", "is not installed", "Install it")
-
-    monkeypatch.setattr(figures, "training_curve", missing)
 
 
 def fit(folder, data=IMAGES, recipe=RECIPE):

@@ -35,12 +35,7 @@ def teacher():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A second less for each run: no training curve, and a short flow of the teacher in evaluations."""
-
-    def missing(_):
-        raise ConfigError("MISSING_PACKAGE", "matplotlib", "is not installed", "Install it")
-
-    monkeypatch.setattr("undiffuse.report.figures.training_curve", missing)
+    """A short flow of the teacher in evaluations."""
     monkeypatch.setattr(distillation_task, "TEACHER_STEPS", 2)
 
 

@@ -49,10 +49,7 @@ def teacher():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    def missing(_):
-        raise ConfigError("MISSING_PACKAGE", "matplotlib", "is not installed", "Install it")
 
-    monkeypatch.setattr("undiffuse.report.figures.training_curve", missing)
     monkeypatch.setattr(distillation_task, "TEACHER_STEPS", 2)
 
 

@@ -14,7 +14,6 @@ from undiffuse.model import autoencoder as autoencoders
 from undiffuse.model import checkpoint
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.model.latent import LatentTransform
-from undiffuse.report import figures
 from undiffuse.training import distillation_task, latents
 from undiffuse.training.augmentation import augment
 from undiffuse.training.diffusion_task import DiffusionTask, fit_diffusion
@@ -25,14 +24,6 @@ SETTINGS = {"precision": "float32", "held_out": 0.2, "previews": 1, "snapshots":
 NETWORK = {"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()}
 TRAIN = TrainConfig(batch=12, max_steps=5, warmup=2, lr=0.01, flip=True, **SETTINGS)
 RECIPE = Config(ModelConfig(network=NETWORK, chain_length=5), TRAIN)
-
-
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch):
-    def missing(_):
-        raise ConfigError("MISSING_PACKAGE", "matplotlib", "is not installed", "Install it")
-
-    monkeypatch.setattr(figures, "training_curve", missing)
 
 
 def fit(folder, recipe=RECIPE, data=IMAGES, autoencoder=None):

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from tiny_run import SlowMachine, checkpoint_hashes, data, quick_looks, recipe, stopping_at
 
-from undiffuse.errors import ConfigError
-from undiffuse.report import figures
 from undiffuse.training import fit as loop
 from undiffuse.training.diffusion_task import DiffusionTask
 from undiffuse.training.fit import fit
@@ -21,10 +19,7 @@ DATA = data(40)
 
 @pytest.fixture(autouse=True)
 def no_curve(monkeypatch):
-    def missing(_):
-        raise ConfigError("MISSING", "matplotlib", "is not installed", "Install it")
 
-    monkeypatch.setattr(figures, "training_curve", missing)
     monkeypatch.setattr("undiffuse.training.diffusion_task.FINAL_STEPS", 20)
 
 

@@ -76,15 +76,7 @@ def test_noise_on_an_image_by_hand():
         replace(SETTINGS, image_noise=1.5)
 
 
-@pytest.fixture
-def no_curve(monkeypatch):
-    def missing(_):
-        raise ConfigError("MISSING_PACKAGE", "matplotlib", "is not installed", "Install it")
-
-    monkeypatch.setattr("undiffuse.report.figures.training_curve", missing)
-
-
-def test_a_stopped_run_resumes_to_the_bit(no_curve, tmp_path):
+def test_a_stopped_run_resumes_to_the_bit(tmp_path):
     data = split_data(IMAGES, 2, "haar")
     with stopping_at(2):
         tiny_run.train(RECIPE, tmp_path / "stopped", data)
@@ -98,7 +90,7 @@ def test_a_stopped_run_resumes_to_the_bit(no_curve, tmp_path):
         fit_distillation(model, data, tmp_path / "distilled", SETTINGS)
 
 
-def test_training_learns_to_use_the_image(no_curve, tmp_path):
+def test_training_learns_to_use_the_image(tmp_path):
     """Images of one grey each: with its own image the bound is far below that with the image of another item."""
     greys = np.random.default_rng(0).integers(2, size=(60, 1, 1, 1)).repeat(4, 2).repeat(4, 3)
     data = split_data(from_array(greys, num_values=2, name="greys"), 2)

@@ -26,7 +26,7 @@ def doctor(
     from undiffuse.model import presets
     from undiffuse.report import table
     from undiffuse.runtime import environment
-    from undiffuse.training.fit import resolve_precision
+    from undiffuse.runtime.precision import resolve_precision
     from undiffuse.training.step_time import seconds_per_step
 
     place = torch.device(resolve_device(device))

@@ -6,18 +6,17 @@ Mosaics of images need Pillow and numpy alone; curves, tables and series are dra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from undiffuse.errors import DataError, NonFiniteError
-from undiffuse.report.axes import COLOURS, new_figure, point_mark, style_axes, whole_ticks
+from undiffuse.report.axes import COLOURS, new_figure, style_axes
 from undiffuse.report.item_plots import lines, pairs, scatter
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH = 1200  # of a mosaic at most, in pixels
@@ -146,52 +145,6 @@ def error_by_calls(
     return figure
 
 
-def training_curve(records: Iterable[Mapping[str, Any]]) -> Figure:
-    """A figure of the training loss and the held-out bound against the step, whichever are recorded.
-
-    Each record has ``step`` and some of ``loss``, ``bits_per_dim`` (held out) and its ``stderr``. The last
-    ``final_bits_per_dim`` ± ``final_stderr``, of more Monte Carlo samples than the curve, is its title.
-    Raises DataError if no record has a loss or a bound.
-    """
-    records = list(records)
-    losses = np.array([(r["step"], r["loss"]) for r in records if "loss" in r], float)
-    held_out = [r for r in records if "bits_per_dim" in r]
-    bounds = np.array([(r["step"], r["bits_per_dim"], r.get("stderr", 0)) for r in held_out], float)
-    panels = [(draw, points) for draw, points in ((_loss, losses), (_bound, bounds)) if len(points)]
-    if not panels:
-        raise DataError("EMPTY", "records", "no record has a loss or a bound", "Train for some steps first")
-    figure = new_figure(6.4, 0.6 + 2.4 * len(panels))
-    for row, (draw, points) in zip(figure.subplots(len(panels), sharex=True, squeeze=False), panels, strict=True):
-        draw(row[0], points)
-    figure.axes[-1].set_xlabel("step")
-    for r in [r for r in held_out if "final_bits_per_dim" in r][-1:]:
-        error = f" ± {r['final_stderr']:.3f}" if "final_stderr" in r else ""
-        title = f"final, from more samples: {r['final_bits_per_dim']:.3f}{error}"
-        figure.axes[-1].set_title(title, loc="left", fontsize=9, color="0.35")
-    return figure
-
-
-def _loss(axes: Axes, losses: np.ndarray) -> None:
-    steps, values = losses.T
-    window = max(1, len(values) // 50)
-    style_axes(axes, "", "training loss")
-    axes.plot(steps, values, color=COLOURS[0], alpha=0.3, linewidth=0.8, marker=point_mark(values))
-    averaged = np.convolve(values, np.ones(window) / window, "valid")
-    axes.plot(steps[window // 2 :][: len(averaged)], averaged, color=COLOURS[0], linewidth=1.6)
-    whole_ticks(axes.xaxis, steps)
-    if values.min() > 0 and values.max() > 10 * values.min():
-        axes.set_yscale("log")
-
-
-def _bound(axes: Axes, bounds: np.ndarray) -> None:
-    steps, bits, stderr = bounds.T
-    style_axes(axes, "", "held-out bits per dimension")
-    axes.errorbar(steps, bits, stderr, color=COLOURS[1], marker="o", markersize=4, linewidth=1.6, capsize=2)
-    whole_ticks(axes.xaxis, steps)
-    best = bits.argmin()
-    axes.set_title(f"best {bits[best]:.3f} at step {steps[best]:,.0f}", loc="right", fontsize=9, color="0.35")
-
-
 def _finite(values) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.size == 0:
@@ -249,13 +202,3 @@ def _mosaic(tiles: np.ndarray, columns: int, down: int, across: int) -> np.ndarr
         top, left = down + i // columns * (height + down), across + i % columns * (width + across)
         canvas[top : top + height, left : left + width] = tile
     return canvas
-
-
-def accuracy_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """A figure of a classifier's ``accuracy`` ± ``stderr`` against ``log_snr``, one row of numbers for each point."""
-    figure = new_figure(6.4, 3.2)
-    axes = style_axes(figure.subplots(), "noise  ←  log SNR  →  data", "held-out accuracy")
-    log_snr, accuracy, stderr = ([row[name] for row in rows] for name in ("log_snr", "accuracy", "stderr"))
-    axes.errorbar(log_snr, accuracy, stderr, color=COLOURS[0], marker="o", markersize=4, linewidth=1.6, capsize=2)
-    axes.set_ylim(0, 1.02)
-    return figure

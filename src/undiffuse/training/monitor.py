@@ -16,7 +16,6 @@ import torch
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.errors import ConfigError, DataError, NonFiniteError, ResourceError, counted
 from undiffuse.evaluation.time_limit import Pace, TimeLimit
-from undiffuse.report import figures
 from undiffuse.report.progress_bar import ProgressBar, format_clock
 from undiffuse.runtime.terminal import make_console
 from undiffuse.training.progress import Progress, measuring_allowance
@@ -152,7 +151,7 @@ class Monitor:
         self.progress.evaluation_missing = False
 
     def finish(self) -> None:
-        """Evaluate and draw the finished model, draw the training curve, and mark the run as finished.
+        """Evaluate and draw the finished model, mark the run as finished, and write its report.
 
         In a run by the clock this ends with its ``minutes``.
         """
@@ -162,13 +161,6 @@ class Monitor:
         self._evaluate(TimeLimit((1 - FIGURES_SHARE) * left, self.pace, self.clock), final=True)
         for line in self._hardly_trained():
             self.log(line)
-        try:
-            with self._tolerate_write_errors():
-                figures.training_curve(self.records).savefig(self.run.pictures / "training.png", dpi=150)
-        except ConfigError:
-            self.log("no training curve: matplotlib is not installed (pip install 'undiffuse[report]')")
-        except DataError as error:  # the records of the steps were damaged
-            self.log(f"no training curve: {error.cause}")
         self.run.finish()
         self._write_report(TimeLimit(FIGURES_SHARE / 2 * left, self.pace, self.clock).calls_left)
 
