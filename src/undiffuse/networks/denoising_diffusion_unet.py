@@ -87,7 +87,7 @@ class MemoryAttention(nn.Module):
         if self.full:
             q, k, v = (part.transpose(2, 3) for part in (q, k, v))
         if self.mem_kv is not None:
-            mk, mv = (part.to(q.dtype).expand(len(h), -1, -1, -1) for part in self.mem_kv)
+            mk, mv = (part.to(q.dtype).expand(h.shape[0], -1, -1, -1) for part in self.mem_kv)
             axis = 2 if self.full else 3
             k, v = torch.cat([mk, k], axis), torch.cat([mv, v], axis)
         if self.full:
