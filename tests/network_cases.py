@@ -27,6 +27,7 @@ CASES = {
     "diffusers": lambda **more: DiffusersUNet(2, classes=3, **{**DIFFUSERS, **more}),
     "denoising-diffusion": lambda **more: DenoisingDiffusionUNet(2, classes=3, **{**PACKAGE, **more}),
     "edm": lambda **more: EDMUNet(2, classes=3, **{**SONG, **more}),
+    "ncsn": lambda **more: EDMUNet(2, classes=3, architecture="ncsn++", **{**SONG, **more}),
     "mlp": lambda **more: MLP(2, width=16, depth=2, classes=3, **more),
     "all-conditions": lambda **more: UNet(2, **{**SMALL, **SIZES, **more}),
     "all-conditions-mlp": lambda **more: MLP(2, width=16, depth=2, **{**SIZES, **more}),

@@ -25,10 +25,11 @@ LABELS = torch.tensor([2, 0, 1, -1])
 
 
 class Reference:
-    """SongUNet (DDPM++) or DhariwalUNet of grey images; weights are made as their names come up."""
+    """SongUNet ("song": DDPM++, "ncsn": NCSN++) or DhariwalUNet of grey images; weights are made as names come up."""
 
     def __init__(self, kind="song", width=16, mults=(1, 2), blocks=1, attention=(4,), classes=0) -> None:
-        self.song, self.width, self.mults, self.blocks = kind == "song", width, mults, blocks
+        self.song, self.ncsn = kind != "adm", kind == "ncsn"
+        self.width, self.mults, self.blocks = width, mults, blocks
         self.attention, self.classes = attention, classes
         self.weights: dict[str, Tensor] = {}
 
@@ -52,10 +53,30 @@ class Reference:
         return F.group_norm(h, min(32, h.shape[1] // 4), weight, bias, 1e-6 if self.song else 1e-5)
 
     def resample(self, h: Tensor, name: str, way: str) -> Tensor:
+        if self.ncsn:
+            return self.filtered(h, name, way)
         self.weights[f"{name}.resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
         if way == "down":
             return sum(h[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
         return h.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def filtered(self, h: Tensor, name: str, way: str, pad: int = 1) -> Tensor:
+        """Axis by axis: Σ_k f_k h[2i + k − pad] down, and h[i] of weight 2 f_k at 2i + k − 1 up."""
+        f = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.weights[f"{name}.resample_filter"] = (f[:, None] * f)[None, None]
+        for axis in (2, 3):
+            h = h.movedim(axis, -1)
+            if way == "down":
+                wide = F.pad(h, (pad, pad))
+                n = (wide.shape[-1] - 4) // 2 + 1
+                h = sum(f[k] * wide[..., k : k + 2 * n - 1 : 2] for k in range(4))
+            else:
+                wide = h.new_zeros(*h.shape[:-1], 2 * h.shape[-1] + 2)
+                for k in range(4):
+                    wide[..., k : k + 2 * h.shape[-1] - 1 : 2] += 2 * f[k] * h
+                h = wide[..., 1:-1]
+            h = h.movedim(-1, axis)
+        return h
 
     def block(self, h: Tensor, name: str, out: int, emb: Tensor, way: str = "", attends: bool = False) -> Tensor:
         scale = math.sqrt(0.5) if self.song else 1.0
@@ -86,13 +107,15 @@ class Reference:
         half, width = self.width // 2, 4 * self.width
         steps = half - 1 if self.song else half
         angle = c_noise[:, None] * torch.tensor([10_000 ** (-j / steps) for j in range(half)])
+        if self.ncsn:
+            angle = 2 * math.pi * c_noise[:, None] * self.weight("map_noise.freqs", self.width)
         parts = (angle.sin(), angle.cos()) if self.song else (angle.cos(), angle.sin())
         emb = torch.cat(parts, 1)
         one_hot = torch.zeros(len(x), max(self.classes, 1))
         if label is not None:
             one_hot[label >= 0] = F.one_hot(label[label >= 0], self.classes).float()
         if self.classes and self.song:
-            emb = emb + self.linear(one_hot * math.sqrt(self.classes), "map_label", self.width)
+            emb = emb + self.linear(one_hot * math.sqrt(self.classes), "map_label", emb.shape[1])
         emb = F.silu(self.linear(emb, "map_layer0", width))
         emb = self.linear(emb, "map_layer1", width)
         if self.classes and not self.song:
@@ -100,11 +123,16 @@ class Reference:
         emb = F.silu(emb)
         start = self.width if self.song else self.width * self.mults[0]
         h = self.conv(x, f"enc.{SIZE}x{SIZE}_conv", start)
-        skips, top = [h], len(self.mults) - 1
+        skips, top, inner = [h], len(self.mults) - 1, x
         for level, mult in enumerate(self.mults):
             side = f"enc.{SIZE >> level}x{SIZE >> level}"
             if level:
                 h = self.block(h, f"{side}_down", h.shape[1], emb, "down")
+                if self.ncsn:
+                    name, shape = f"{side}_aux_residual", (h.shape[1], inner.shape[1], 3, 3)
+                    y = F.conv2d(inner, self.weight(f"{name}.weight", *shape), padding=2)
+                    y = self.filtered(y, name, "down", 0) + self.weight(f"{name}.bias", h.shape[1])[:, None, None]
+                    h = inner = (h + y) / math.sqrt(2)
                 skips.append(h)
             for number in range(self.blocks):
                 attends = SIZE >> level in self.attention
@@ -128,6 +156,7 @@ class Reference:
 CASES = {
     "ddpm++": Reference(),
     "ddpm++ with classes, three levels": Reference(mults=(2, 1, 2), blocks=2, attention=(8, 2), classes=3),
+    "ncsn++ with classes": Reference("ncsn", mults=(1, 2, 1), classes=3),
     "adm without attention": Reference("adm", width=32, mults=(1, 1)),
     "adm with heads and classes": Reference("adm", width=128, mults=(1,), attention=(8,), classes=3),
 }
@@ -255,9 +284,10 @@ def test_augmentation_labels_and_other_networks_in_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "options", "cause"),
     [
-        ({"model.map_noise.freqs": torch.ones(8)}, {}, "its time is encoded by random frequencies (NCSN++)"),
-        ({"model.enc.4x4_aux_residual.weight": torch.ones(1)}, {}, "its way down has residual skips"),
-        ({"model.enc.4x4_down.conv0.resample_filter": torch.ones(1, 1, 4, 4)}, {}, "is no mean of two"),
+        ({"model.map_noise.freqs": torch.ones(8)}, {}, "it is neither DDPM++ nor NCSN++"),
+        ({"model.enc.4x4_aux_residual.weight": torch.ones(1)}, {}, "it is neither DDPM++ nor NCSN++"),
+        ({"model.enc.4x4_aux_skip.weight": torch.ones(1)}, {}, "its way down has input skips"),
+        ({"model.enc.4x4_down.conv0.resample_filter": torch.ones(1, 1, 4, 4)}, {}, "is not that of DDPM++ and ADM"),
         ({"model.enc.9x9_conv.weight": torch.ones(1)}, {}, "it has no first convolution"),
         ({"model.enc.8x8_block1.conv0.weight": torch.ones(16)}, {}, "its levels have [1, 2] blocks"),
         ({"model.dec.8x8_aux_conv.weight": torch.ones(2, 16, 3, 3)}, {}, "1 channels of input and 2 of output"),

@@ -1,4 +1,4 @@
-"""State dicts of EDM's networks (SongUNet as DDPM++, DhariwalUNet), with its preconditioning.
+"""State dicts of EDM's networks (SongUNet as DDPM++ and NCSN++, DhariwalUNet), with its preconditioning.
 
 EDM's own files are pickles of code and are not read: ``torch.save(net.state_dict(), FILE)`` where EDM is installed
 writes one that is. Names and shapes tell the network and the size of the images; `FLAGS` are the rest.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from undiffuse.data.transform import IntegerLevels
 from undiffuse.errors import CheckpointError, ConfigError
@@ -22,7 +22,7 @@ from undiffuse.interop.parity import LIMIT, Check, Imported
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.attention import Attention
-from undiffuse.networks.edm_unet import EDMUNet
+from undiffuse.networks.edm_unet import FILTER, EDMUNet
 from undiffuse.networks.unet import Residual
 from undiffuse.runtime.atomic_file import file_digest
 from undiffuse.runtime.device import kept_random_state
@@ -44,13 +44,15 @@ ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj": "proj"}
 """Modules of a layer with weights, and what a block of EDM's code calls them."""
 LABEL, MAP_LABEL, AUGMENT = "embed.label.weight", "map_label.weight", "map_augment.weight"
 NOT_SUPPORTED = {
-    "map_noise.freqs": "its time is encoded by random frequencies (NCSN++)",
-    "aux_residual": "its way down has residual skips (NCSN++)",
     "aux_skip": "its way down has input skips",
     "aux_up": "its way up has output skips",
 }
 """Parts of names, and what they say of a network that `EDMUNet` is not."""
-SUPPORTED = "Give net.state_dict() of an EDMPrecond with a DDPM++ SongUNet or a DhariwalUNet"
+FREQS, INPUT = "map_noise.freqs", "aux_residual"
+"""What NCSN++ has, and the others do not."""
+FILTERS = {False: (0.5, 0.5), True: FILTER}
+"""The filter of resampling along an axis, of NCSN++ (True) and of the others."""
+SUPPORTED = "Give net.state_dict() of an EDMPrecond with a SongUNet (DDPM++ or NCSN++) or a DhariwalUNet"
 
 
 def import_edm(
@@ -134,16 +136,20 @@ def infer_network(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[s
         attention += [level] if f"{stage}0.qkv.weight" in tensors else []
     if len(blocks) != 1:
         raise ValueError(f"its levels have {sorted(blocks)} blocks")
+    is_ncsn = FREQS in tensors
+    if is_ncsn != any(INPUT in name for name in tensors) and len(widths) > 1:
+        raise ValueError("it is neither DDPM++ nor NCSN++: it has one of random frequencies and residual inputs")
+    kernel = torch.tensor(FILTERS[is_ncsn])
     for name, tensor in tensors.items():
-        if name.endswith("resample_filter") and not (tensor.shape == (1, 1, 2, 2) and bool((tensor == 0.25).all())):
-            raise ValueError(f"{name} is no mean of two")
+        if name.endswith("resample_filter") and not torch.equal(tensor, (kernel[:, None] * kernel)[None, None]):
+            raise ValueError(f"{name} is not that of {'NCSN++' if is_ncsn else 'DDPM++ and ADM'}")
     first = tensors[f"enc.{size}x{size}_conv.weight"]
     is_adm = "out_conv.weight" in tensors
     out = tensors["out_conv.weight" if is_adm else f"dec.{size}x{size}_aux_conv.weight"]
     if len(out) != first.shape[1]:
         raise ValueError(f"it has {first.shape[1]} channels of input and {len(out)} of output")
     settings = {
-        "architecture": "adm" if is_adm else "ddpm++",
+        "architecture": "adm" if is_adm else "ncsn++" if is_ncsn else "ddpm++",
         "widths": widths,
         "blocks": blocks.pop(),
         "attention": attention,
@@ -209,6 +215,10 @@ def tensor_names(network: EDMUNet, size: int) -> Iterator[tuple[str, str, int]]:
         ("norm", f"{end}norm", 0),
         ("conv_out", f"{end}conv", 0),
     ]
+    if network.inputs is not None:
+        yield "embed.waves.freqs", FREQS, 0
+        sides = [f"{size >> level}x{size >> level}" for level in range(1, len(network.inputs) + 1)]
+        modules += [(f"inputs.{i}.conv", f"enc.{side}_{INPUT}", 0) for i, side in enumerate(sides)]
     for own, theirs, layer in _blocks(network, size):
         is_attention = isinstance(layer, Attention)
         names, heads = (ATTENTION, layer.heads) if is_attention else (RESIDUAL, 0)
@@ -230,7 +240,7 @@ def _blocks(network: EDMUNet, size: int) -> Iterator[tuple[str, str, Residual | 
                 if not isinstance(layer, Residual | Attention):
                     continue
                 if isinstance(layer, Residual):
-                    if layer.resampling.__class__.__name__ in ("Down", "Up"):
+                    if not isinstance(layer.resampling, nn.Identity):
                         at = at // 2 if side == "enc" else at * 2
                         number, name = -1, resampled
                     else:
