@@ -161,8 +161,8 @@ class EDMUNet(UNet):
         self.multiple = 2**top
         encode_time = partial(waves, shift=int(kind.label_first), cosine_first=not kind.label_first)
         encode_time = RandomWaves(features) if kind.ncsn else encode_time
-        down = Filtered() if kind.ncsn else Down(2, 1, learned=False)
-        up = Filtered(up=True) if kind.ncsn else Up(2, 1, learned=False)
+        down = Filtered if kind.ncsn else partial(Down, 2, 1, learned=False)
+        up = partial(Filtered, up=True) if kind.ncsn else partial(Up, 2, 1, learned=False)
         self.embed = ConditionEmbedding(
             features, time_width, classes, two_times=two_times, waves=encode_time, label_first=kind.label_first
         )
@@ -174,7 +174,7 @@ class EDMUNet(UNet):
                 self.down.append(Stage([*residual(skips[-1], width), *(attend(width) if level in attention else [])]))
                 skips.append(width)
             if level < top:
-                self.down.append(Stage(residual(width, width, down)))
+                self.down.append(Stage(residual(width, width, down())))
                 skips.append(width)
         width = widths[-1]
         self.middle = Stage([*residual(width, width), *attend(width), *residual(width, width)])
@@ -182,7 +182,7 @@ class EDMUNet(UNet):
             for number in range(blocks + 1):
                 is_last = number == blocks
                 attends = level in attention and (is_last or kind.attends_always)
-                resample = residual(widths[level], widths[level], up) if level and is_last else []
+                resample = residual(widths[level], widths[level], up()) if level and is_last else []
                 layers = residual(width + skips.pop(), widths[level])
                 layers += attend(widths[level]) if attends else []
                 self.up.append(Stage([*layers, *resample]))
