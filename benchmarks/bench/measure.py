@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Spread(NamedTuple):
@@ -46,16 +48,16 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def alternate(
-    rows: Mapping[str, Callable[[], object]],
+    rows: Mapping[Key, Callable[[], object]],
     rounds: int,
     warm_up: int = 1,
     clock: Callable[[], float] = time.process_time,
-) -> dict[str, list[float]]:
+) -> dict[Key, list[float]]:
     """Seconds of every row, one number a round. The rows run in turn, in the opposite order every other round.
 
     ``clock`` is by default the processor time of this process, which depends least on other processes.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    seconds: dict[Key, list[float]] = {name: [] for name in rows}
     for number in range(-warm_up, rounds):
         for name in list(rows)[:: -1 if number % 2 else 1]:
             began = clock()

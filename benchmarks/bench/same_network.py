@@ -37,6 +37,8 @@ WIDTHS = (32, 64, 96)
 """Of the levels of both networks, 1.2 to 1.6 M parameters, as many as the preset ``cpu-small`` (1.7 M)."""
 BF16 = torch.bfloat16
 Step = Callable[[], object]
+DEFAULTS = "theirs in float32, ours in bfloat16 (the defaults)"
+WHO = ("theirs", "ours")
 
 
 class Pair(NamedTuple):
@@ -206,6 +208,9 @@ def pair(package: str, imported: Any, values: Tensor, training: dict[str, Step],
     if check.difference is None or not check.holds:
         raise RuntimeError(f"{package}: outputs differ by {check.difference}, limit {check.limit}")
     model = imported.model
+    walks = {name: (step, our_sampling_step(model, name, None)) for name, step in sampling.items()}
+    if cpu_multiplies_bfloat16():
+        walks[f"ancestral, {DEFAULTS}"] = sampling["ancestral"], our_sampling_step(model, "ancestral", BF16)
     return Pair(
         package,
         sum(p.numel() for p in model.network.parameters()),
@@ -214,8 +219,15 @@ def pair(package: str, imported: Any, values: Tensor, training: dict[str, Step],
             name: (step, our_training_step(model, values, BF16 if name == "bfloat16" else None))
             for name, step in training.items()
         },
-        {name: (step, our_sampling_step(model, name, None)) for name, step in sampling.items()},
+        walks,
     )
+
+
+def measure(steps: dict[str, tuple[Step, Step]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of theirs and ours by the name of the step; all of them alternate."""
+    rows = {(what, who): step for what, pair in steps.items() for who, step in zip(WHO, pair, strict=True)}
+    seconds = alternate(rows, rounds, warm_up=2)
+    return {what: {who: seconds[what, who] for who in WHO} for what in steps}
 
 
 def random_values() -> Tensor:
@@ -246,14 +258,13 @@ def run(options: argparse.Namespace) -> Result:
                 continue
             times: dict[str, dict[str, list[float]]] = {}
             for kind, steps in (("training", found.training), ("sampling", found.sampling)):
-                for what, (theirs, ours) in steps.items():
-                    times[f"{kind} step, {what}"] = alternate({"theirs": theirs, "ours": ours}, rounds, warm_up=2)
-                    print(f"  {name}: {kind} step, {what}", file=sys.stderr, flush=True)
-            if {"training step, float32", "training step, bfloat16"} <= times.keys():  # as both run by default
-                mixed = {"theirs": times["training step, float32"]["theirs"]}
-                times["training step, ours bfloat16, theirs float32 (defaults)"] = mixed | {
-                    "ours": times["training step, bfloat16"]["ours"]
-                }
+                measured = measure(steps, rounds)
+                for what in steps:
+                    times[f"{kind} step, {what}"] = measured[what]
+                if {"float32", "bfloat16"} <= measured.keys():
+                    defaults = {"theirs": measured["float32"]["theirs"], "ours": measured["bfloat16"]["ours"]}
+                    times[f"{kind} step, {DEFAULTS}"] = defaults
+                print(f"  {name}: {kind} steps measured", file=sys.stderr, flush=True)
             raw[name] = {"parameters": found.parameters, "difference": found.difference, "seconds": times}
             for what, seconds in times.items():
                 ratio = paired_ratio(seconds["ours"], seconds["theirs"])
