@@ -121,7 +121,7 @@ def measure(row: Row, rounds: int) -> dict[int, list[float]]:
 
 
 def run(options: argparse.Namespace) -> Result:
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or 1)
     rounds = options.rounds or ROUNDS
     lines, raw = [], {}
     with tempfile.TemporaryDirectory() as folder:

@@ -99,7 +99,7 @@ def repeated(work: Step) -> Step:
 
 
 def run(options: argparse.Namespace) -> Result:
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or 1)
     rounds = options.rounds or ROUNDS
     rows, raw = [], {}
     for name, dtype in DTYPES.items():
@@ -116,7 +116,9 @@ def run(options: argparse.Namespace) -> Result:
             }
             raw[f"{preset}, {name}"] = {"operations": counts, "seconds": times}
             step_rate, matrix, conv = (spread(reached[key]) for key in ("step", "matrix product", "convolution"))
-            share = {key: spread([a / b for a, b in zip(reached["step"], reached[key], strict=True)]) for key in machine}
+            share = {
+                key: spread([a / b for a, b in zip(reached["step"], reached[key], strict=True)]) for key in machine
+            }
             rows.append(
                 {
                     "preset": preset,
@@ -136,6 +138,7 @@ def run(options: argparse.Namespace) -> Result:
         f"A training step of each preset with its own batch, processor time, {rounds} rounds, medians with quartiles. "
         f"Matrix product {MATRIX}×{MATRIX}; convolution {sizes}, with its gradients"
     )
-    notes = ["Counted are matrix products, convolutions and attention; norms, activations and the optimizer take time too."]
+    notes = [
+        "Counted are matrix products, convolutions and attention; norms, activations and the optimizer take time too."
+    ]
     return Result("Operations of a training step, and the rate that it reaches", [Table(title, rows)], raw, notes=notes)
-

@@ -245,7 +245,7 @@ LEFT_OUT = (
 
 
 def run(options: argparse.Namespace) -> Result:
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or 1)
     rounds = options.rounds or ROUNDS
     rows, raw, notes = [], {}, [LEFT_OUT]
     with warnings.catch_warnings():
