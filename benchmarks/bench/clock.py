@@ -28,7 +28,7 @@ from undiffuse.runtime.atomic_file import write_atomic
 
 EXTRACTOR = "pca"
 METRICS = ("frechet", "kernel", "precision", "recall")
-LIKELIHOOD = {"items": 256, "mc-samples": 16}
+LIKELIHOOD = {"items": 128, "mc-samples": 16}
 """Test images and points in time of each, for the bound of the chain and the one in continuous time."""
 ESTIMATES = ("discrete", "continuous")
 Stage = Callable[[Job, int], Mapping[str, Any]]
@@ -73,12 +73,12 @@ def read_stage(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def stage_files(n: int) -> dict[str, str]:
+def stage_files(job: Job, n: int) -> dict[str, str]:
     """The file of each stage, in their order."""
     return {
         "train": "train.json",
-        "sample": f"sample-{n}.json",
-        "compare": f"compare-{n}.json",
+        "sample": f"sample-{job.drawn(n)}.json",
+        "compare": f"compare-{job.drawn(n)}.json",
         "likelihood": "likelihood.json",
     }
 
@@ -87,7 +87,7 @@ def run_job(job: Job, n: int, stages: Mapping[str, Stage], say: Callable[[str], 
     """The content of all stages of ``job``; those that are done are not repeated."""
     job.folder.mkdir(parents=True, exist_ok=True)
     results = {}
-    for name, file in stage_files(n).items():
+    for name, file in stage_files(job, n).items():
         path = job.folder / file
         found = read_stage(path)
         if found is None:
@@ -108,7 +108,7 @@ def in_own_process(stage: str, threads: int | None) -> Stage:
         command = [sys.executable, str(program), stage, str(place), *([str(n)] if stage == "sample" else [])]
         environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-        content = read_stage(job.folder / stage_files(n)[stage])
+        content = read_stage(job.folder / stage_files(job, n)[stage])
         if content is None:
             raise RuntimeError(f"{job.folder}: {stage} left no result")
         return content
@@ -122,7 +122,7 @@ def compare_stage(job: Job, n: int) -> Mapping[str, Any]:
     from undiffuse.evaluation.comparison import compare
 
     data = load_data("fashion-mnist", **({"folder": job.data} if job.data else {}))
-    samples = np.load(job.folder / f"samples-{n}.npy")
+    samples = np.load(job.folder / f"samples-{job.drawn(n)}.npy")
     return compare(samples, data, metrics=METRICS, extractor=EXTRACTOR, items=n, held_out=HELD_OUT).summary()
 
 
@@ -163,7 +163,7 @@ def rows(found: Sequence[tuple[Job, Mapping[str, Any]]], n: int) -> list[dict[st
                     "package": name,
                     "minutes": f"{minutes:g}",
                     "images/s": summarize(images, 0),
-                    "sampler": PACKAGES[name].sampler(some[0][0].settings),
+                    "sampler": "{sampler}, {calls} calls".format(**some[0][0].settings),
                     "seconds for samples": summarize([stages["sample"]["seconds"] for _, stages in some], 0),
                     "Fréchet": f"{summarize(metrics['frechet'], 1)}, ± {stderr:.1f} each",
                     "its floor": summarize(floor, 1),
@@ -257,7 +257,7 @@ def run(options: argparse.Namespace) -> Result:
     files = {"curves.png": curves(found)}
     for job, _ in found:
         if job.minutes == longest and job.seed == options.seeds[0]:
-            samples = np.load(job.folder / f"samples-{n}.npy")
+            samples = np.load(job.folder / f"samples-{job.drawn(n)}.npy")
             if len(samples) >= 8:
                 files[f"samples-{job.package}.png"] = grid(samples)
     title = (

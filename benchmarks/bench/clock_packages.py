@@ -1,7 +1,7 @@
 """Training and sampling of each package for the part `clock`, in a process of its own: ``clock_packages.py STAGE JOB``.
 
 JOB is the file of a `Job`; the stage writes ``train.json`` with its ``model``, or ``sample-N.json`` with
-``samples-N.npy``, into the job's folder. A stage without its JSON file is not done, and starts afresh (that of
+``samples-N.npy`` (N as `Job.drawn`), into the job's folder. A stage without its JSON file is not done, and starts afresh (that of
 undiffuse resumes its run).
 """
 
@@ -33,22 +33,24 @@ SIDE, HELD_OUT = 28, 0.1
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # The default recipe and sampler, DDIM in 50 calls. ``options`` are more options of `undiffuse train`.
-    "undiffuse": {"options": ""},
+    "undiffuse": {"options": "", "sampler": "ddim", "calls": 50},
     # Its Trainer with the defaults of the process (pred_v, sigmoid schedule), Adam, EMA. dim 64 with the multiples
-    # 1, 2, 4, 8 of the README has 36 M parameters and is too slow for minutes of a processor. 250 sampling steps (DDIM)
-    # are those of the README. bf16: Trainer's ``amp``, where the processor multiplies in it.
+    # 1, 2, 4, 8 of the README has 36 M parameters and is too slow for minutes of a processor. DDIM in 250 calls is that
+    # of the README; `make bench` takes 50, because 1,000 images in 250 calls are 50 minutes of a core. bf16: Trainer's
+    # ``amp``, where the processor multiplies in it.
     "denoising-diffusion-pytorch": {
         "dim": 32,
         "dim_mults": [1, 2, 4],
         "batch": 32,
         "lr": 3e-4,
         "ema_decay": 0.995,
-        "sampling_timesteps": 250,
+        "sampler": "ddim",
+        "calls": 250,
         "bf16": True,
     },
-    # The loop of examples/unconditional_image_generation: AdamW, EMAModel, cosine decay with 500 warm-up steps, eps. Its
-    # network of 114 M parameters is too large here. "ddim" in 100 steps: the example's own 1,000 steps (sampler "ddpm")
-    # take ten times as long. bf16: its --mixed_precision bf16.
+    # The loop of examples/unconditional_image_generation: AdamW, EMAModel, cosine decay, 500 warm-up steps, eps. Its
+    # network of 114 M parameters is too large here. "ddim" in 50 calls is the default of DDIMPipeline; the example's own
+    # 1,000 (sampler "ddpm") take twenty times as long. bf16: its --mixed_precision bf16.
     "diffusers": {
         "widths": [32, 64, 128],
         "layers": 1,
@@ -56,12 +58,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lr": 3e-4,
         "warmup": 500,
         "sampler": "ddim",
-        "sampling_steps": 100,
+        "calls": 50,
         "bf16": True,
     },
 }
-"""The settings of each package. `TRIED` lists what else was tried; ``run clock --set NAME.KEY=VALUE`` tries more."""
+"""The settings of each package; ``sampler`` and ``calls`` (of the network for an image) are those of sampling, the others
+those of training. `TRIED` lists what else was tried; ``run clock --set NAME.KEY=VALUE`` tries more."""
 
+SAMPLING = ("sampler", "calls")
 TRIED: list[str] = []
 """What was tried, a line each."""
 
@@ -79,22 +83,25 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Its own, also of its settings: a result of other settings is another job's."""
-        digest = hashlib.sha256(json.dumps([self.settings, self.data], sort_keys=True).encode()).hexdigest()[:6]
+        """Its own, also of its settings of training: the result of others is in another folder."""
+        training = {name: value for name, value in self.settings.items() if name not in SAMPLING}
+        digest = hashlib.sha256(json.dumps([training, self.data], sort_keys=True).encode()).hexdigest()[:6]
         return Path(self.out) / f"{self.package}-{self.minutes:g}min-seed{self.seed}-{digest}"
+
+    def drawn(self, n: int) -> str:
+        """A part of the names of files about ``n`` samples of the sampler of the settings."""
+        return f"{n}-{self.settings['sampler']}-{self.settings['calls']}"
 
 
 class Package(NamedTuple):
     """``train(job)`` writes a model into ``job.folder`` and returns facts, ``sample(job, n)`` returns (N, 1, 28, 28).
 
-    ``model`` is the name of what it writes there, with the options of `undiffuse import`; None for ours. ``sampler``
-    says how samples are drawn.
+    ``model`` is the name of what it writes there, with the options of `undiffuse import`; None for ours.
     """
 
     train: Callable[[Job], dict[str, Any]]
     sample: Callable[[Job, int], np.ndarray]
     model: tuple[str, list[str]] | None
-    sampler: Callable[[Mapping[str, Any]], str]
 
 
 def undiffuse(*arguments: object) -> str:
@@ -129,8 +136,9 @@ def train_undiffuse(job: Job) -> dict[str, Any]:
 
 
 def sample_undiffuse(job: Job, n: int) -> np.ndarray:
-    out = job.folder / f"drawn-{n}"
-    undiffuse("sample", job.folder / "run", "--n", n, "--seed", job.seed, "--out", out)
+    out, settings = job.folder / f"drawn-{job.drawn(n)}", job.settings
+    sampler = ["--solver", settings["sampler"], "--steps", settings["calls"]]
+    undiffuse("sample", job.folder / "run", "--n", n, "--seed", job.seed, *sampler, "--out", out)
     with np.load(out / "samples.npz") as content:
         return content[content.files[0]]
 
@@ -142,7 +150,7 @@ def build_denoising_diffusion(settings: Mapping[str, Any]) -> Any:
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
     network = Unet(dim=settings["dim"], dim_mults=tuple(settings["dim_mults"]), channels=1)
-    return GaussianDiffusion(network, image_size=SIDE, sampling_timesteps=settings["sampling_timesteps"])
+    return GaussianDiffusion(network, image_size=SIDE, sampling_timesteps=settings["calls"])
 
 
 def write_pictures(job: Job) -> Path:
@@ -274,7 +282,7 @@ def sample_diffusers(job: Job, n: int) -> np.ndarray:
         pipeline(
             batch_size=min(100, n - i),
             generator=generator,
-            num_inference_steps=job.settings["sampling_steps"],
+            num_inference_steps=job.settings["calls"],
             output_type="numpy",
         ).images
         for i in range(0, n, 100)
@@ -283,21 +291,13 @@ def sample_diffusers(job: Job, n: int) -> np.ndarray:
 
 
 PACKAGES: dict[str, Package] = {
-    "undiffuse": Package(
-        train_undiffuse, sample_undiffuse, None, lambda settings: "`undiffuse sample` (DDIM, 50 calls)"
-    ),
+    "undiffuse": Package(train_undiffuse, sample_undiffuse, None),
     "denoising-diffusion-pytorch": Package(
         train_denoising_diffusion,
         sample_denoising_diffusion,
         ("model-1.pt", ["--size", str(SIDE), "--unpickle"]),
-        lambda settings: f"its DDIM, {settings['sampling_timesteps']} calls",
     ),
-    "diffusers": Package(
-        train_diffusers,
-        sample_diffusers,
-        ("pipeline", []),
-        lambda settings: f"its {settings['sampler'].upper()}Pipeline, {settings['sampling_steps']} calls",
-    ),
+    "diffusers": Package(train_diffusers, sample_diffusers, ("pipeline", [])),
 }
 """k-diffusion and azula have no training loop in the package, so a comparison would be of a loop written here."""
 
@@ -313,8 +313,8 @@ def sample_stage(job: Job, package: Package, n: int) -> None:
     began = time.perf_counter()
     samples = package.sample(job, n)
     seconds = time.perf_counter() - began
-    np.save(job.folder / f"samples-{n}.npy", samples)
-    write_atomic(job.folder / f"sample-{n}.json", json.dumps({"seconds": seconds, "n": n}).encode())
+    np.save(job.folder / f"samples-{job.drawn(n)}.npy", samples)
+    write_atomic(job.folder / f"sample-{job.drawn(n)}.json", json.dumps({"seconds": seconds, "n": n}).encode())
 
 
 if __name__ == "__main__":

@@ -239,8 +239,8 @@ PACKAGES: dict[str, Callable[[], Pair]] = {
     "denoising-diffusion-pytorch": of_denoising_diffusion,
 }
 LEFT_OUT = (
-    "k-diffusion and azula are left out: no import of their networks exists here, so the network would not be the same, "
-    "and neither package has a training loop of its own."
+    "k-diffusion and azula are left out: no import of their networks exists here, so the network would not be the "
+    "same, and neither package has a training loop of its own."
 )
 
 
