@@ -1,8 +1,8 @@
 """Training and sampling of each package for the part `clock`, in a process of its own: ``clock_packages.py STAGE JOB``.
 
-JOB is the file of a `Job`; the stage writes ``train.json`` with its ``model``, or ``sample-N.json`` with
-``samples-N.npy`` (N as `Job.drawn`), into the job's folder. A stage without its JSON file is not done, and starts afresh (that of
-undiffuse resumes its run).
+JOB is the file of a `Job`; the stage writes ``train.json`` with its ``model``, or ``sample-D.json`` with
+``samples-D.npy`` (D is `Job.drawn`), into the job's folder. A stage without its JSON file is not done, and starts
+afresh (that of undiffuse resumes its run).
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "bf16": True,
     },
     # The loop of examples/unconditional_image_generation: AdamW, EMAModel, cosine decay, 500 warm-up steps, eps. Its
-    # network of 114 M parameters is too large here. "ddim" in 50 calls is the default of DDIMPipeline; the example's own
-    # 1,000 (sampler "ddpm") take twenty times as long. bf16: its --mixed_precision bf16.
+    # network of 114 M parameters is too large here. "ddim" in 50 calls is the default of DDIMPipeline; the example's
+    # own 1,000 (sampler "ddpm") take twenty times as long. bf16: its --mixed_precision bf16.
     "diffusers": {
         "widths": [32, 64, 128],
         "layers": 1,
@@ -62,8 +62,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "bf16": True,
     },
 }
-"""The settings of each package; ``sampler`` and ``calls`` (of the network for an image) are those of sampling, the others
-those of training. `TRIED` lists what else was tried; ``run clock --set NAME.KEY=VALUE`` tries more."""
+"""The settings of each package; ``sampler`` and ``calls`` (of the network for an image) are those of sampling, the
+others those of training. `TRIED` lists what else was tried; ``run clock --set NAME.KEY=VALUE`` tries more."""
 
 SAMPLING = ("sampler", "calls")
 TRIED: list[str] = []
