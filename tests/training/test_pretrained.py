@@ -190,6 +190,20 @@ def test_offline(model, hub, monkeypatch):
     assert hub.requests == []
 
 
+def test_a_hub_that_is_not_there_is_one_line(model, hub, monkeypatch, capfd):
+    from huggingface_hub import constants
+
+    nowhere = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(ResourceError, match="the hub is not reached"):
+        Diffusion.from_pretrained("hf:me/digits")
+    with pytest.raises(ResourceError, match="the transfer failed"):
+        model.push_to_hub("me/digits", card="replace")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_name_of_a_folder_in_the_cache(hub, model):
     model.push_to_hub("me/digits")
     folder = names.download(names.parse_name("hf:me/digits")).parent
