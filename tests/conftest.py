@@ -9,12 +9,15 @@ import offline
 import torch
 from hypothesis import settings
 
+from undiffuse.runtime import precision
+
 settings.register_profile("undiffuse", derandomize=True, deadline=None, database=None)
 settings.load_profile("undiffuse")
 torch.set_num_threads(1)
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     signal.signal(number, usual)  # not ignored, as under nohup or in a background job: commands leave that as it is
 offline.close()
+precision.cpu_multiplies_bfloat16 = lambda: False  # the same numbers on every machine
 if Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 4e9:  # fsync takes most of a short run on disks
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 

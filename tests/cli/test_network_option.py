@@ -58,7 +58,7 @@ READING = ["sample run", "evaluate run data.npy", "inspect run"]
 
 @pytest.mark.parametrize("command", READING)
 def test_the_class_is_registered_before_a_model_is_loaded(command, folder, capsys, monkeypatch):
-    def load(*_: object) -> None:
+    def load(*_: object, **__: object) -> None:
         raise ConfigError("LOADED", ",".join(registry.NETWORKS), "", "")
 
     monkeypatch.setattr(checkpoint, "load", load)

@@ -245,7 +245,7 @@ def test_processes_share_the_samples(run, call, monkeypatch, tmp_path):
 
 @pytest.mark.release
 def test_two_processes_over_gloo_draw_the_same_samples(run, call, tmp_path):
-    flags = ["--n", "9", "--solver", "ancestral", "--steps", "5", "--batch", "2", "--device", "cpu"]
+    flags = ["--n", "9", "--solver", "ancestral", "--steps", "5", "--batch", "2", "--precision", "float32"]
     assert call("sample", run, *flags, "--out", tmp_path / "one").code == 0
     own = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "undiffuse", "sample", str(run), *flags, "--out", str(tmp_path / "two")]

@@ -50,7 +50,7 @@ def test_a_run_its_end_and_its_extension(call, small, tmp_path):
     assert (train["max_steps"], train["seed"], train["weight_decay"], train["snapshots"]) == (3, 5, 0.05, 0)
     assert load(run).classes == ("0", "1", "2")
     again = call("train-classifier", data, *flags)
-    assert again == (0, f"{run} is a finished run already; give --out another folder to train again\n", "")
+    assert again == (0, f"{run} is a finished run already; --extend trains it longer, another --out trains again\n", "")
     changed = call("train-classifier", data, *flags, "--extend", "--steps", 2, "--on-nonfinite", "skip")
     assert f"{run} is extended and resumes from step 3" in changed.out
     assert "3 classes, 5 steps, into" in changed.out

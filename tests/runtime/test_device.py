@@ -10,7 +10,6 @@ from undiffuse.errors import ConfigError
 from undiffuse.model.checkpoint import load
 from undiffuse.runtime.device import resolve_device
 from undiffuse.training.distributed import start_accelerator
-from undiffuse.training.fit import resolve_precision
 
 NO_GPU = torch.accelerator.current_accelerator(check_available=True) is None
 ABSENT = ["cuda:99", "mps", "xpu", "hpu", "vulkan", *(["cuda", "cuda:0"] if NO_GPU else [])]
@@ -58,11 +57,6 @@ def test_auto_is_the_accelerator_that_torch_finds(monkeypatch):
     monkeypatch.setattr("undiffuse.runtime.device._problem", lambda place: None)
     assert resolve_device("auto") == torch.device("xpu")
     assert start_accelerator("cuda:1").device == torch.device("cuda:1"), "not accelerate's own choice, the first GPU"
-
-
-def test_bfloat16_is_chosen_where_it_is_known_to_be_native():
-    assert resolve_precision("auto", torch.device("xpu")) == "float32"
-    assert resolve_precision("bfloat16", torch.device("xpu")) == "bfloat16"
 
 
 def test_a_launcher_gives_each_process_its_device(monkeypatch):

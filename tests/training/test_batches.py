@@ -12,7 +12,6 @@ from undiffuse.errors import ConfigError
 from undiffuse.model.config import TrainConfig
 from undiffuse.process.seeded_noise import generator
 from undiffuse.training.batches import batch_order, global_batch, micro_batches
-from undiffuse.training.fit import resolve_precision
 
 
 def test_epochs_and_seeds_differ():
@@ -145,12 +144,3 @@ def test_micro_batches_tile_the_batch(batch, processes, accumulate):
 def test_a_batch_that_cannot_be_divided_is_refused():
     with pytest.raises(ConfigError, match=r"^error\[BATCH\] train.batch = 12: 5 processes times accumulate = 1"):
         micro_batches(TrainConfig(batch=12), 5, 0)
-
-
-def test_precision_auto_is_resolved():
-    cpu = torch.device("cpu")
-    assert resolve_precision("float32", cpu) == "float32"
-    assert resolve_precision("bfloat16", cpu) == "bfloat16"
-    assert resolve_precision("auto", cpu) in ("float32", "bfloat16")
-    assert resolve_precision("auto", cpu, dims=3) == "float32"
-    assert resolve_precision("bfloat16", cpu, dims=3) == "bfloat16"

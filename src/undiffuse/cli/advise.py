@@ -17,6 +17,7 @@ from undiffuse.cli.options import (
     MAX_COUNT,
     Device,
     NetworkFile,
+    Precision,
     RunArgument,
     as_argument,
     console,
@@ -71,6 +72,7 @@ def advise_command(
     seed: Annotated[int, typer.Option(help="Seed of the starting points and samples.")] = 1,
     network: NetworkFile = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     *,
     read: ReadData,
 ) -> None:
@@ -91,7 +93,7 @@ def advise_command(
     from undiffuse.sampling.solvers import SOLVERS
 
     register_network(network)
-    model = checkpoint.load(run, resolve_device(device))
+    model = checkpoint.load(run, resolve_device(device), precision=precision)
     require_then(model, run)
     texts, real, reason = read_prompts(prompt, prompts), None, "they are compared without labels and prompts only"
     if not label and not texts:

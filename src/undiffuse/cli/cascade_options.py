@@ -34,14 +34,16 @@ Augmentation = Annotated[
 ]
 
 
-def load_model(run: Path, then: list[Path] | None, device: str, log: Callable[[str], None]) -> AnyModel:
+def load_model(
+    run: Path, then: list[Path] | None, device: str, log: Callable[[str], None], precision: str = "float32"
+) -> AnyModel:
     """The model of ``run``, or the cascade with those of ``then``; ``log`` gets its notes. Raises `ConfigError`."""
     from undiffuse.model import checkpoint
     from undiffuse.model.cascade import Cascade
 
     if not then:
-        return checkpoint.load(run, device)
-    cascade = Cascade.load([run, *then], device)
+        return checkpoint.load(run, device, precision=precision)
+    cascade = Cascade.load([run, *then], device, precision)
     for note in cascade.notes:
         log(f"note: {note}")
     return cascade

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_LISTED = 12
 """Classes, sizes and formats that are listed by name."""
+MAX_SKIPPED = 20
+"""Skipped files that are printed one by one."""
 SHEET_ITEMS, MAX_EXAMPLE = 64, 60
 
 
@@ -45,8 +47,10 @@ def check(
     facts = data_facts(dataset)
     show([{"": name, "data": text} for name, text in describe_facts(facts).items()], data, **facts)
     print_notes(dataset)
-    for problem in facts["skipped"]:
+    for problem in facts["skipped"][:MAX_SKIPPED]:
         console.print(f"skipped: [{problem['code']}] {problem['path']}: {problem['reason']}")
+    if (more := len(facts["skipped"]) - MAX_SKIPPED) > 0:
+        console.print(f"skipped: {more:,} more; --json lists all")
     if out is not None:
         count = write_contact_sheet(dataset, out)
         console.print(f"contact sheet of {count} evenly spaced items: {out}")

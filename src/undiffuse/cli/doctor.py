@@ -20,7 +20,7 @@ def doctor(device: Device = "auto") -> None:
 
     from undiffuse.model import presets
     from undiffuse.runtime import environment
-    from undiffuse.training.fit import resolve_precision
+    from undiffuse.runtime.precision import resolve_precision
     from undiffuse.training.step_time import seconds_per_step
 
     place = torch.device(resolve_device(device))

@@ -22,6 +22,7 @@ from undiffuse.cli.options import (
     MAX_COUNT,
     Device,
     NetworkFile,
+    Precision,
     RunArgument,
     console,
     register_network,
@@ -78,6 +79,7 @@ def evaluate(
     then: Then = None,
     network: NetworkFile = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     *,
     read: ReadData,
 ) -> None:
@@ -93,7 +95,8 @@ def evaluate(
     refuse_with_then(then, compat=compat)
     register_network(network)
     group = init_process_group(resolve_device(device))
-    model = load_model(run, then, group.device, console.print if group.rank == 0 else lambda line: None)
+    log = console.print if group.rank == 0 else lambda line: None
+    model = load_model(run, then, group.device, log, precision)
     dataset = read_data(read, data, then[-1] if then else run)
     dataset = full_resolution(dataset) if then else dataset
     folder = out or run_folder(run).joinpath(*([f"cascade-{then[-1].stem}"] if then else []))

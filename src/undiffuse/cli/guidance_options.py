@@ -77,7 +77,7 @@ def _load_weak_model(model: AnyModel, path: Path) -> Diffusion:
     from undiffuse.model import checkpoint
     from undiffuse.model.cascade import weights_of
 
-    weak = checkpoint.load(path, model.device)
+    weak = checkpoint.load(path, model.device, precision=model.precision)
     _check_same_data(model, weak, "--autoguide", path)
     if checkpoint.fingerprint(weak) == weights_of(model):
         fix = "Use an earlier or a smaller model of the same data"

@@ -13,7 +13,7 @@ from undiffuse.cli.results import show, with_json
 from undiffuse.cli.sampler_options import parse_setting
 from undiffuse.errors import ConfigError
 
-FORMATS = ("diffusers", "openai")
+FORMATS = ("diffusers", "denoising-diffusion-pytorch", "edm", "openai")
 
 
 @with_json
@@ -39,7 +39,9 @@ def import_model(
     ] = False,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A flag that an openai model was trained with, such as num_heads=4; repeatable."),
+        typer.Option(
+            "--set", help="A flag that the model was trained with, such as num_heads=4 or objective=pred_v; repeatable."
+        ),
     ] = None,
 ) -> None:
     """Import a model of another library and print how far its outputs are from the original's.

@@ -52,6 +52,13 @@ RunArgument = Annotated[
 Device = Annotated[
     str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, or another device of torch with float64.")
 ]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="Of the network's matrix products: float32, bfloat16 (faster where the device multiplies in it), or auto: "
+        "bfloat16 there."
+    ),
+]
 
 MAX_COUNT = 1_000_000
 """The most calls, Monte Carlo samples or steps of a reference that a command takes; more would never end."""

@@ -18,6 +18,7 @@ from undiffuse.cli.label_options import ConditionFn, make_condition
 from undiffuse.cli.options import (
     Device,
     NetworkFile,
+    Precision,
     RunArgument,
     console,
     limit_steps,
@@ -81,6 +82,7 @@ def restore(
     out: Annotated[Path | None, typer.Option(help="A new output folder; default is one in the run.")] = None,
     network: NetworkFile = None,
     device: Device = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Fill in, enlarge, sharpen or denoise IMAGE with a model of such images: restorations, their mean and spread."""
     import torch
@@ -97,7 +99,7 @@ def restore(
         )
     refuse_inside(out, None, run)
     register_network(network)
-    model = checkpoint.load(run, resolve_device(device))
+    model = checkpoint.load(run, resolve_device(device), precision=precision)
     pixels = restoration.check_image_model(model, run)
     steps = limit_steps(steps, model.chain_length)
     text = prompt_condition(model, run, prompt or (), text_encoder)

@@ -28,6 +28,7 @@ from undiffuse.cli.label_options import ConditionFn, has_label, make_condition
 from undiffuse.cli.options import (
     Device,
     NetworkFile,
+    Precision,
     RunArgument,
     at_hand,
     bytes_per_value,
@@ -132,6 +133,7 @@ def sample(
     augmentation: Augmentation = None,
     network: NetworkFile = None,
     device: Device = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Draw samples from a trained model: single files, a grid, an array, and a manifest. Resumes a stopped command."""
     from undiffuse.model.cascade import Cascade, weights_of
@@ -147,7 +149,7 @@ def sample(
     rank, processes, place, gather = init_process_group(resolve_device(device))
     log = (lambda line: console.print(line)) if rank == 0 else (lambda line: None)
     refuse_with_then(then, classifier=classifier, autoguide=autoguide, animate=animate)
-    model = load_model(run, then, place, log)
+    model = load_model(run, then, place, log, precision)
     require_then(model, run)
     weights, labels, names = weights_of(model), label or [], class_names(model, classifier)
     texts = read_prompts(prompt, prompts)
@@ -185,6 +187,7 @@ def sample(
     noise = image_noise(then, augmentation)
 
     plan = {"weights": weights, "seed": seed, "sampler": sampler.to_dict(), "label": label}
+    plan |= {"precision": model.precision}
     plan |= {name: None if path is None else _sha256(path) for name, path in files.items()}
     plan |= {"prompt": texts, "negative": negative} if texts else {}
     plan |= {"augmentation": noise} if then else {}

@@ -201,7 +201,7 @@ def stage_suffix(options: Mapping[str, Any]) -> str:
 def report_finished(run: Run) -> None:
     """Print that the run is finished, which `undiffuse.training.fit.fit` has compared with the command."""
     _add_run(run)
-    console.print(f"{run.folder} is a finished run already; give --out another folder to train again")
+    console.print(f"{run.folder} is a finished run already; --extend trains it longer, another --out trains again")
 
 
 def report_done(run: Run) -> None:

@@ -155,6 +155,7 @@ def evaluate(
         "part": description,
         "condition": condition,
         "seed": seed,
+        "precision": model.precision,
         "digest": weights_of(model),
         "chain_length": model.chain_length,
         "version": __version__,

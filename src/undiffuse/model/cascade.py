@@ -66,9 +66,11 @@ class Cascade:
             self.info["text_encoder"] = conditioned.info["text_encoder"]
 
     @classmethod
-    def load(cls, paths: Sequence[str | Path], device: torch.device | str = "cpu") -> Cascade:
+    def load(
+        cls, paths: Sequence[str | Path], device: torch.device | str = "cpu", precision: str = "float32"
+    ) -> Cascade:
         """The cascade of the runs or model files ``paths``, the base first. Raises `CheckpointError`, `ConfigError`."""
-        return cls([checkpoint.load(path, device) for path in paths], [str(path) for path in paths])
+        return cls([checkpoint.load(path, device, precision=precision) for path in paths], list(map(str, paths)))
 
     def _facts(self, stage: int) -> dict[str, Any]:
         facts = self.models[stage].info.get("stage")
@@ -135,6 +137,11 @@ class Cascade:
     @property
     def device(self) -> torch.device:
         return self.models[-1].device
+
+    @property
+    def precision(self) -> str:
+        """The precision of the networks' matrix products."""
+        return self.models[0].precision
 
     @property
     def chain_length(self) -> int:

@@ -23,6 +23,7 @@ from undiffuse.networks.norm import to_fast_layout
 from undiffuse.networks.registry import NETWORKS, kind_of, names_of
 from undiffuse.networks.tables import INSTALLED_NETWORKS
 from undiffuse.runtime.device import kept_random_state, resolve_device
+from undiffuse.runtime.precision import autocast_dtype, resolve_precision
 from undiffuse.runtime.side_files import check_info
 from undiffuse.runtime.tensor_file import FORMAT, check_tensors, digest, read_tensors, write_tensors
 
@@ -50,8 +51,12 @@ def load(
     path: str | Path,
     device: torch.device | str = "cpu",
     network: nn.Module | type[nn.Module] | None = None,
+    precision: str = "float32",
 ) -> Diffusion:
     """The model of a checkpoint file or of a run folder, ready to use on ``device``, a name of `resolve_device`.
+
+    ``precision`` is that of the network's matrix products: float32, bfloat16, or auto, which is bfloat16 where the
+    device multiplies in it. The likelihood of the probability flow is computed in float32 all the same.
 
     The global generator stays as it is. Raises `CheckpointError`, and `ConfigError` for a device that is not here.
     A model with a network of your own needs its class, or an instance that the weights are written into, as
@@ -74,6 +79,7 @@ def load(
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
     to_fast_layout(diffusion.to(device).network)
+    diffusion.autocast = autocast_dtype(resolve_precision(precision, device, len(diffusion.x_shape) - 1))
     diffusion.read_from = path
     return diffusion.eval()
 

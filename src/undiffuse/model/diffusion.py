@@ -121,6 +121,11 @@ class Diffusion(Pretrained, nn.Module):
         return torch.promote_types(weight_dtype(self.network, torch.float32), torch.float32)
 
     @property
+    def precision(self) -> str:
+        """The precision of the network's matrix products."""
+        return str(self.autocast or self.dtype).removeprefix("torch.")
+
+    @property
     def condition_sizes(self) -> dict[str, int]:
         """The sizes of the conditions that the network accepts: classes, vector, tokens; empty if it accepts none."""
         return condition_sizes(self.config.network)

@@ -10,6 +10,8 @@ BUILT_IN_NETWORKS = LazyTable(
         "unet": row("networks.unet", "UNet"),
         "mlp": row("networks.mlp", "MLP"),
         "diffusers-unet": row("networks.diffusers_unet", "DiffusersUNet"),
+        "denoising-diffusion-unet": row("networks.denoising_diffusion_unet", "DenoisingDiffusionUNet"),
+        "edm-unet": row("networks.edm_unet", "EDMUNet"),
     }
 )
 """The class of each kind."""

@@ -7,12 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from undiffuse.runtime.precision import resolve_precision
 from undiffuse.runtime.terminal import as_argument
 
 
 def command(name: str, run: Path, arguments: tuple[str, ...] = (), options: Mapping[str, Any] | None = None) -> str:
-    """``undiffuse name RUN ...`` as one line for a shell, options in their order."""
+    """``undiffuse name RUN ...`` as one line for a shell, options in their order, in the float32 of the page."""
     words = list(arguments)
+    if name in ("sample", "restore") and resolve_precision("auto", torch.device("cpu")) != "float32":
+        options = {**(options or {}), "--precision": "float32"}
     for flag, value in (options or {}).items():
         words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
     return " ".join(["undiffuse", name, as_argument(run), *map(shlex.quote, words)])

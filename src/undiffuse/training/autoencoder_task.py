@@ -22,11 +22,12 @@ from undiffuse.process.gaussian import Gaussian
 from undiffuse.process.seeded_noise import ItemNoise
 from undiffuse.process.statistics import item_mean, item_sum
 from undiffuse.report.figures import image_grid, image_strip
+from undiffuse.runtime.precision import autocast_dtype
 from undiffuse.training.batches import Batch, Reader, values_of
 from undiffuse.training.fit import fit
 from undiffuse.training.run_folder import Run
 from undiffuse.training.task import Evaluation, Task
-from undiffuse.training.task_parts import autocast_dtype, data_facts, fitted_transform, optimizer_groups, picture_path
+from undiffuse.training.task_parts import data_facts, fitted_transform, optimizer_groups, picture_path
 
 MEASURED_ITEMS, DRAWN_ITEMS = 256, 8
 """Held-out items that are measured at every evaluation, at most, and those in a picture."""
@@ -73,7 +74,7 @@ class AutoencoderTask(Task):
         settings = self.config.train
         transform, info = fitted_transform(data, split), data_facts(data, settings)
         model = Autoencoder(self.config.model, data.item_shape, transform, info)
-        model.autocast = autocast_dtype(settings)
+        model.autocast = autocast_dtype(settings.precision)
         return model
 
     def parameter_groups(self, model: Autoencoder) -> list[dict[str, Any]]:

@@ -22,11 +22,12 @@ from undiffuse.model.config import TrainConfig
 from undiffuse.model.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
 from undiffuse.process.gaussian import diffuse
 from undiffuse.process.seeded_noise import generator
+from undiffuse.runtime.precision import autocast_dtype
 from undiffuse.training.batches import Batch
 from undiffuse.training.fit import fit
 from undiffuse.training.run_folder import Run
 from undiffuse.training.task import Evaluation, Task
-from undiffuse.training.task_parts import autocast_dtype, data_facts, fitted_transform
+from undiffuse.training.task_parts import data_facts, fitted_transform
 
 MAX_ACCURACY_ITEMS = 2048
 """Held-out items of which the accuracy is measured, at most."""
@@ -78,7 +79,7 @@ class ClassifierTask(Task):
         settings = self.config.train
         transform, info = fitted_transform(data, split), data_facts(data, settings)
         model = NoisyClassifier(self.config.model, data.item_shape, transform, data.classes, info)
-        model.autocast = autocast_dtype(settings)
+        model.autocast = autocast_dtype(settings.precision)
         return model
 
     def parameter_groups(self, model: NoisyClassifier) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from undiffuse.process import schedule as schedules
 from undiffuse.process.statistics import mean_with_stderr
 from undiffuse.report.figures import image_grid
 from undiffuse.runtime.own_output import save_described
+from undiffuse.runtime.precision import autocast_dtype
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.training import initial_weights, latents
 from undiffuse.training.batches import Batch, Reader, TrainingStatistics
@@ -40,7 +41,6 @@ from undiffuse.training.latents import stored_autoencoder
 from undiffuse.training.run_folder import Run
 from undiffuse.training.task import TRAIN_LONGER, Evaluation, Task
 from undiffuse.training.task_parts import (
-    autocast_dtype,
     data_facts,
     fitted_transform,
     optimizer_groups,
@@ -149,7 +149,7 @@ class DiffusionTask(Task):
             transform = fitted_transform(data, split)
         model = Diffusion(self.config.model, data.item_shape, transform, data_facts(data, settings), self.network)
         init_statistics(model.network, TrainingStatistics(data, split.train, settings.conditional))
-        model.autocast = autocast_dtype(settings)
+        model.autocast = autocast_dtype(settings.precision)
         return model
 
     def parameter_groups(self, model: Diffusion) -> list[dict[str, Any]]:

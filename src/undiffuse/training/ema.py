@@ -36,8 +36,9 @@ class PowerEMA:
     def update(self, model: nn.Module, step: int) -> None:
         """Move the average to the weights after optimizer step ``step``, counted from 1."""
         move = 1 - (1 - 1 / step) ** self.power
-        for name, tensor in model.state_dict().items():
-            local_shard(self.mean[name]).lerp_(_at_least_float32(local_shard(tensor)), move)
+        weights = model.state_dict()
+        means = [local_shard(self.mean[name]) for name in weights]
+        torch._foreach_lerp_(means, [_at_least_float32(local_shard(weight)) for weight in weights.values()], move)  # pyright: ignore[reportPrivateImportUsage]
 
     def copy_to(self, model: nn.Module) -> None:
         """Load the average into ``model``, in the model's dtypes. All processes must call it at the same time."""

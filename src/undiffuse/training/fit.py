@@ -17,6 +17,7 @@ from undiffuse.data.dataset import Dataset, Split
 from undiffuse.errors import ConfigError
 from undiffuse.networks.norm import to_fast_layout
 from undiffuse.process.seeded_noise import generator
+from undiffuse.runtime.precision import resolve_precision
 from undiffuse.runtime.signals import Interrupted, StopRequests, collect_stop_signals
 from undiffuse.training.augmentation import check_augmentation
 from undiffuse.training.batches import Batch, Batches, Reader, batch_items, global_batch, micro_batches
@@ -208,22 +209,6 @@ def adapt_task(task: Task, data: Dataset, device: torch.device) -> tuple[Task, D
     task = task.adapt(data, settings)
     notes += task.notes()
     return task, data.with_notes(*notes), [f"note: {note}" for note in notes]
-
-
-def resolve_precision(precision: str, device: torch.device, dims: int = 2) -> str:
-    """``precision``, where ``auto`` is bfloat16 if ``device`` multiplies matrices in it natively, else float32.
-
-    It is float32 for items of three dimensions on the CPU: there the gradient of a bfloat16 convolution can be NaN for
-    finite inputs (docs/log.md, 2026-11-28).
-    """
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if device.type != "cpu" or dims == 3:
-        return "float32"
-    queries = (getattr(torch.cpu, f"_is_{feature}_supported", None) for feature in ("avx512_bf16", "amx_tile"))
-    return "bfloat16" if any(query() for query in queries if query) else "float32"
 
 
 def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator) -> Any:

@@ -12,7 +12,7 @@ from undiffuse.data.transform import IntegerLevels
 from undiffuse.model.config import Config
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.runtime.device import kept_random_state
-from undiffuse.training.fit import resolve_precision
+from undiffuse.runtime.precision import resolve_precision
 
 
 def seconds_per_step(

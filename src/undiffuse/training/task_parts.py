@@ -27,11 +27,6 @@ def data_facts(data: Dataset, settings: TrainConfig) -> dict[str, Any]:
     return describe(data) | {"held_out": settings.held_out}
 
 
-def autocast_dtype(settings: TrainConfig) -> torch.dtype | None:
-    """The dtype of matrix products in the network, None if it is that of the weights."""
-    return torch.bfloat16 if settings.precision == "bfloat16" else None
-
-
 def optimizer_groups(
     settings: TrainConfig, network: nn.Module, others: Iterable[nn.Parameter] = (), lr_factor: float = 1.0
 ) -> list[dict[str, Any]]:
