@@ -38,8 +38,8 @@ class Pretrained:
         """The model of a folder, a file, or a repository ``"hf:OWNER/NAME"`` or ``"hf:OWNER/NAME@REVISION"``.
 
         Only a string that begins with ``hf:`` reaches the network: the file is downloaded once, into the cache of
-        huggingface_hub. ``device``, ``network`` and ``precision`` as in `undiffuse.load`. Raises `CheckpointError`, also
-        for a path or a repository that does not exist; `ConfigError`; `ResourceError` where the hub is not reached.
+        huggingface_hub. ``device``, ``network`` and ``precision`` as in `undiffuse.load`. Raises `CheckpointError`,
+        also for a path or a repository that does not exist; `ConfigError`; `ResourceError` where the hub is not reached.
         """
         return cast("Self", FUNCTIONS["load"](source, device, network, precision))
 
