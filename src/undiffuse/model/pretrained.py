@@ -39,7 +39,7 @@ class Pretrained:
 
         Only a string that begins with ``hf:`` reaches the network: the file is downloaded once, into the cache of
         huggingface_hub. ``device``, ``network`` and ``precision`` as in `undiffuse.load`. Raises `CheckpointError`,
-        also for a path or a repository that does not exist; `ConfigError`; `ResourceError` where the hub is not reached.
+        also for a path or a repository that does not exist; `ConfigError`; `ResourceError` if the hub is not reached.
         """
         return cast("Self", FUNCTIONS["load"](source, device, network, precision))
 
