@@ -1,6 +1,7 @@
 """Models in folders and on the hub: what is written, read and refused, with a hub on this machine."""
 
 import json
+import logging
 import socket
 import sys
 
@@ -188,6 +189,25 @@ def test_offline(model, hub, monkeypatch):
     with pytest.raises(ResourceError, match="HF_HUB_OFFLINE is set"):
         model.push_to_hub("me/digits")
     assert hub.requests == []
+
+
+def test_a_hub_that_is_not_there_is_one_line(model, hub, monkeypatch):
+    from huggingface_hub import constants
+
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lines.append
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [handler])
+
+    nowhere = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(ResourceError, match="the hub is not reached"):
+        Diffusion.from_pretrained("hf:me/digits")
+    with pytest.raises(ResourceError, match="the transfer failed"):
+        model.push_to_hub("me/digits", card="replace")
+    assert lines == []
 
 
 def test_the_name_of_a_folder_in_the_cache(hub, model):

@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -58,7 +59,7 @@ def _results(as_json: bool) -> Iterator[None]:
                 yield
     finally:
         _document.reset(token)
-        if document:
+        if document and os.environ.get("RANK", "0") == "0":  # of several processes the first one
             print(json.dumps(plain(document), indent=1, allow_nan=False), file=out)
 
 

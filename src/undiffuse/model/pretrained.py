@@ -33,14 +33,15 @@ class Pretrained:
         source: str | Path,
         device: torch.device | str = "cpu",
         network: nn.Module | type[nn.Module] | None = None,
+        precision: str = "float32",
     ) -> Self:
         """The model of a folder, a file, or a repository ``"hf:OWNER/NAME"`` or ``"hf:OWNER/NAME@REVISION"``.
 
         Only a string that begins with ``hf:`` reaches the network: the file is downloaded once, into the cache of
-        huggingface_hub. ``device`` and ``network`` as in `undiffuse.load`. Raises `CheckpointError`, also for a path
-        or a repository that does not exist; `ConfigError`; `ResourceError` where the hub is not reached.
+        huggingface_hub. ``device``, ``network`` and ``precision`` as in `undiffuse.load`. Raises `CheckpointError`,
+        also for a path or a repository that does not exist; `ConfigError`; `ResourceError` if the hub is not reached.
         """
-        return cast("Self", FUNCTIONS["load"](source, device, network))
+        return cast("Self", FUNCTIONS["load"](source, device, network, precision))
 
     def save_pretrained(self, folder: str | Path, license: str | None = None) -> Path:
         """Write model.safetensors and a model card, README.md, into ``folder``, which is returned.

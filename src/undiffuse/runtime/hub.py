@@ -5,6 +5,7 @@ Nothing else reaches the network: a path is never looked up there. ``huggingface
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,7 +71,10 @@ def hub_errors(name: HubName) -> Iterator[None]:
 
     # the errors of whichever HTTP library huggingface_hub uses are a base of its own
     failures = cast("tuple[type[Exception], ...]", (*errors.HfHubHTTPError.__bases__, OSError))
+    logger = logging.getLogger("huggingface_hub")  # which prints two lines for each of five attempts
+    level = logger.level
     try:
+        logger.setLevel(logging.ERROR)
         yield
     except errors.GatedRepoError:
         fix = "Accept its terms on the hub, then run: hf auth login"
@@ -104,6 +108,8 @@ def hub_errors(name: HubName) -> Iterator[None]:
     except failures as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ResourceError("HUB", str(name), f"the transfer failed ({reason})", CONNECTION) from None
+    finally:
+        logger.setLevel(level)
 
 
 def snapshot_name(folder: Path) -> str | None:

@@ -32,7 +32,10 @@ IMAGES, TEXT = "unconditional-image-generation", "text-to-image"
 
 
 def load(
-    source: str | Path, device: torch.device | str = "cpu", network: nn.Module | type[nn.Module] | None = None
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    network: nn.Module | type[nn.Module] | None = None,
+    precision: str = "float32",
 ) -> Diffusion:
     """See `Pretrained.from_pretrained`."""
     if hub.is_hub_name(source):
@@ -41,7 +44,7 @@ def load(
         hint = f", or {hub.PREFIX}{source} for one on the hub" if hub.NAME.fullmatch(str(source)) else ""
         fix = f"Name a run folder or a .safetensors file{hint}"
         raise CheckpointError("NOT_FOUND", path, "no such file or folder", fix)
-    return checkpoint.load(path, device, network)
+    return checkpoint.load(path, device, network, precision)
 
 
 def save(model: Diffusion, folder: str | Path, license: str | None = None) -> Path:
