@@ -15,8 +15,9 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,19 @@ ESTIMATES = ("discrete", "continuous")
 Stage = Callable[[Job, int], Mapping[str, Any]]
 
 
-def jobs(options: argparse.Namespace) -> list[Job]:
-    """All jobs in their order. Raises `SystemExit` for a package or a setting that does not exist."""
+def installed_packages() -> list[str]:
+    """Those of `PACKAGES` that this Python has."""
+    return [name for name, package in PACKAGES.items() if find_spec(package.module) is not None]
+
+
+def jobs(options: argparse.Namespace, installed: Collection[str] = tuple(PACKAGES)) -> list[Job]:
+    """All jobs in their order. Raises `SystemExit` for a package or a setting that does not exist, or is missing."""
     names = options.packages or list(PACKAGES)
     for name in names:
         if name not in PACKAGES:
             raise SystemExit(f"No such package: {name}. Use {', '.join(PACKAGES)}")
+        if name not in installed:
+            raise SystemExit(f"{name} is not installed. Run: scripts/venv report,peers; or leave it out by --packages")
     settings, data = overridden(options.set), str(options.data.resolve()) if options.data else ""
     found = []
     for number, seed in enumerate(options.seeds):
@@ -99,7 +107,7 @@ def run_job(job: Job, n: int, stages: Mapping[str, Stage], say: Callable[[str], 
 
 
 def in_own_process(stage: str, threads: int | None) -> Stage:
-    """A stage of `clock_packages` in a process of its own. Raises CalledProcessError where it fails."""
+    """A stage of `clock_packages` in a process of its own. Raises `SystemExit` where it fails."""
 
     def work(job: Job, n: int) -> Mapping[str, Any]:
         place = job.folder / "job.json"
@@ -107,10 +115,11 @@ def in_own_process(stage: str, threads: int | None) -> Stage:
         program = Path(__file__).with_name("clock_packages.py")
         command = [sys.executable, str(program), stage, str(place), *([str(n)] if stage == "sample" else [])]
         environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)
         content = read_stage(job.folder / stage_files(job, n)[stage])
-        if content is None:
-            raise RuntimeError(f"{job.folder}: {stage} left no result")
+        if done.returncode or content is None:
+            cause = f"{job.folder}: {stage} ended with {done.returncode}"
+            raise SystemExit(f"{cause}. What is done is kept: run the same command again.")
         return content
 
     return work
@@ -249,7 +258,7 @@ def run(options: argparse.Namespace) -> Result:
         "compare": compare_stage,
         "likelihood": likelihood_stage,
     }
-    todo, n = jobs(options), options.n
+    todo, n = jobs(options, installed_packages()), options.n
     found = [
         (job, run_job(job, n, stages, lambda line: print(f"  {line}", file=sys.stderr, flush=True))) for job in todo
     ]

@@ -30,6 +30,8 @@ from undiffuse.runtime.precision import cpu_multiplies_bfloat16  # noqa: E402
 
 SIDE, HELD_OUT = 28, 0.1
 """Fashion-MNIST; the fraction of its training part that is held out from all packages, as from ours by default."""
+MAX_WARMUP = 0.1
+"""Of the time of a training of diffusers: 500 steps can be all that there are."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # The default recipe and sampler, DDIM in 50 calls. ``options`` are more options of `undiffuse train`.
@@ -37,13 +39,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # Its Trainer with the defaults of the process (pred_v, sigmoid schedule), Adam, EMA. dim 64 with the multiples
     # 1, 2, 4, 8 of the README has 36 M parameters and is too slow for minutes of a processor. DDIM in 250 calls is that
     # of the README; `make bench` takes 50, because 1,000 images in 250 calls are 50 minutes of a core. bf16: Trainer's
-    # ``amp``, where the processor multiplies in it.
+    # ``amp``, where the processor multiplies in it. ema_decay: with its default, 0.995 for each tenth step, the average
+    # would be over most of a run of minutes; with 0.9 it is over some 100 steps.
     "denoising-diffusion-pytorch": {
         "dim": 32,
         "dim_mults": [1, 2, 4],
         "batch": 32,
         "lr": 3e-4,
-        "ema_decay": 0.995,
+        "ema_decay": 0.9,
         "sampler": "ddim",
         "calls": 250,
         "bf16": True,
@@ -66,8 +69,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 others those of training. `TRIED` lists what else was tried; ``run clock --set NAME.KEY=VALUE`` tries more."""
 
 SAMPLING = ("sampler", "calls")
-TRIED: list[str] = []
-"""What was tried, a line each."""
+TRIED: list[str] = ["Other settings of the other packages were not tried on this machine: see --set."]
+"""What was tried, a line each. To try learning rates, each with a training and a folder of its own:
+``for lr in 0.0001 0.0003 0.001; do benchmarks/bench/run clock --packages diffusers --set diffusers.lr=$lr; done``."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,11 @@ class Job:
 class Package(NamedTuple):
     """``train(job)`` writes a model into ``job.folder`` and returns facts, ``sample(job, n)`` returns (N, 1, 28, 28).
 
-    ``model`` is the name of what it writes there, with the options of `undiffuse import`; None for ours.
+    ``module`` is the import name, ``model`` the name of what it writes there, with the options of `undiffuse import`;
+    None for ours.
     """
 
+    module: str
     train: Callable[[Job], dict[str, Any]]
     sample: Callable[[Job, int], np.ndarray]
     model: tuple[str, list[str]] | None
@@ -252,8 +258,9 @@ def train_diffusers(job: Job) -> dict[str, Any]:
     steps, batch, mixed = 0, settings["batch"], settings["bf16"] and cpu_multiplies_bfloat16()
     while (fraction := (time.perf_counter() - began) / (60 * job.minutes)) < 1:
         decay = 0.5 * (1 + math.cos(math.pi * fraction))  # the example's cosine, over time
+        warm_up = min(1.0, max((steps + 1) / settings["warmup"], fraction / MAX_WARMUP))
         for group in optimizer.param_groups:
-            group["lr"] = settings["lr"] * min(1.0, (steps + 1) / settings["warmup"]) * decay
+            group["lr"] = settings["lr"] * warm_up * decay
         clean = images[torch.randint(len(images), (batch,))].float() / 127.5 - 1
         noise, at = torch.randn_like(clean), torch.randint(1000, (batch,))
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
@@ -291,13 +298,14 @@ def sample_diffusers(job: Job, n: int) -> np.ndarray:
 
 
 PACKAGES: dict[str, Package] = {
-    "undiffuse": Package(train_undiffuse, sample_undiffuse, None),
+    "undiffuse": Package("undiffuse", train_undiffuse, sample_undiffuse, None),
     "denoising-diffusion-pytorch": Package(
+        "denoising_diffusion_pytorch",
         train_denoising_diffusion,
         sample_denoising_diffusion,
         ("model-1.pt", ["--size", str(SIDE), "--unpickle"]),
     ),
-    "diffusers": Package(train_diffusers, sample_diffusers, ("pipeline", [])),
+    "diffusers": Package("diffusers", train_diffusers, sample_diffusers, ("pipeline", [])),
 }
 """k-diffusion and azula have no training loop in the package, so a comparison would be of a loop written here."""
 

@@ -73,7 +73,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str:
-    """The commit of this checkout at the first call, and whether files of the package or of the benchmark differ from it."""
+    """The commit of this checkout at the first call, and whether files of package or benchmark differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()

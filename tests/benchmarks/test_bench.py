@@ -10,6 +10,7 @@ import ast
 import itertools
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -130,6 +131,28 @@ def test_unknown_names_are_refused(tmp_path, wrong):
         clock.jobs(options(tmp_path, **wrong))
 
 
+def test_a_package_that_is_not_installed_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="diffusers is not installed"):
+        clock.jobs(options(tmp_path), installed=["undiffuse", "denoising-diffusion-pytorch"])
+    assert "undiffuse" in clock.installed_packages()
+
+
+def test_a_stage_that_fails_in_its_process_says_what_to_do(tmp_path, monkeypatch):
+    job, commands = clock.jobs(options(tmp_path))[0], []
+
+    def run(command, **settings):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(clock.subprocess, "run", run)
+    job.folder.mkdir()
+    with pytest.raises(SystemExit, match=r"train ended with 1\. What is done is kept"):
+        clock.in_own_process("train", 1)(job, 8)
+    program, stage, place = commands[0][1:]
+    assert (Path(program).name, stage) == ("clock_packages.py", "train")
+    assert Job(**json.loads(Path(place).read_bytes())) == job
+
+
 def metric(value):
     return {"value": [value, 0.1, 0.0, 0.0], "floor": [10.0, 0.1, 0.0, 0.0]}
 
@@ -198,10 +221,3 @@ def test_the_grid_has_three_rows():
     from PIL import Image
 
     assert Image.open(BytesIO(clock.grid(np.zeros((40, 1, 4, 4), np.uint8)))).size == (64, 24)
-
-
-def test_a_job_is_read_from_its_file(tmp_path):
-    job = clock.jobs(options(tmp_path))[0]
-    from dataclasses import asdict
-
-    assert Job(**json.loads(json.dumps(asdict(job)))) == job
