@@ -77,12 +77,12 @@ def our_sampling_step(model: Diffusion, solver: str, autocast: torch.dtype | Non
     """Steps of a walk of all levels, one at each call; from the middle of the chain on."""
     sampler = Sampler(solver, CHAIN)
     built, levels = model.build_solver(sampler), model.noise_levels(sampler)
+    model.autocast = autocast  # which the denoiser takes with it
     denoise, noise = model.sampling_denoiser(sampler), ItemNoise(0, range(BATCH), model.x_shape)
     state, place = [noise(1)[0], built.init(noise(1)[0], levels)], itertools.count(CHAIN // 2)
 
     @torch.no_grad()
     def step() -> None:
-        model.autocast = autocast
         model.eval()
         at = next(place)
         drawn = noise(built.noises_per_step)
