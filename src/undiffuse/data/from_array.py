@@ -43,7 +43,7 @@ def from_array(
 
     - ``values``: integers (bool included) or floats. Floats are continuous data and become float32
     - ``labels``: (N,) integers 0 .. K − 1, each of which occurs
-    - ``cond``, ``mask``: vectors (N, D), or tokens (N, L, D) with a bool mask (N, L) of those that count, by default all
+    - ``cond``, ``mask``: vectors (N, D), or tokens (N, L, D) with a bool mask (N, L) of those that count; all without
     - ``layout``: one of LAYOUTS. Without it two dimensions are ND, three are NHW for uint8, uint16 and bool, four are
       NCHW and five NCDHW where they have at most MAX_CHANNELS channels
     - ``num_values``: of integers; without it 2 for bool, 256 for uint8, 65536 for uint16, otherwise the maximum + 1
