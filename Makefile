@@ -1,6 +1,6 @@
 # One word for each chore. The work is in scripts/, so that a person, this file and CI run the same commands.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-release check dist docs studio
+.PHONY: help venv demo test test-release check dist docs studio bench bench-clock
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\): *## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -22,6 +22,12 @@ dist:            ## the wheel and the source archive in dist/, installed and tri
 
 docs:            ## serve the documentation on this machine
 	@scripts/docs $(ARGS)
+
+bench:           ## the package beside others in half an hour, appended to benchmarks/RECORDS.md; ARGS="PART..." for some
+	@scripts/bench $(ARGS)
+
+bench-clock:     ## the same minutes of training for each package, 5 and 10, three seeds; hours, and resumable
+	@scripts/bench clock $(ARGS)
 
 studio:          ## copy the JavaScript libraries of `undiffuse studio` from npm; needs Node.js
 	@scripts/studio

@@ -1,0 +1,1 @@
+"""The benchmark of the package beside others, in parts: ``benchmarks/bench/run PART...``."""
