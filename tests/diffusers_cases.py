@@ -30,10 +30,17 @@ SMALL = {
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
 }
 HO = {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0, "norm_eps": 1e-6, "attention_head_dim": None}
-"""What google/ddpm-cifar10-32 and its like have."""
+"""What google/ddpm-cifar10-32 and its like have; the case ``ddpm-cifar10`` has its levels, at 1/16 of the width."""
 CHANGES = {
     "default": {},
     "ho": HO,
+    "ddpm-cifar10": {
+        **HO,
+        "block_out_channels": [8, 16, 16, 16],
+        "layers_per_block": 2,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    },
     "levels": {
         "block_out_channels": [8, 16, 24],
         "layers_per_block": 2,

@@ -2,7 +2,8 @@
 
 To take seconds, trainings are two steps of a tiny network, evaluations measure a few items, `advise` tries one spacing
 of the steps, and a command that several pages print runs once; the commands themselves, their options and their files
-are those of the page.
+are those of the page. Errors of `docs/questions` and `docs/start.md` are compared to the letter: that of a command that
+the page prints above it, others with the line that the code makes of the same cause. Python of these pages runs too.
 """
 
 from __future__ import annotations
@@ -23,18 +24,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers_cases import write_folder
+from fake_hub import served as hub_served
 from PIL import Image
 from test_docs import PAGES, ROOT, blocks
 
-from undiffuse.cli import main
+import undiffuse
+from undiffuse.cli import error_lines, main
 from undiffuse.cli.app import app
+from undiffuse.cli.messages import error_line
+from undiffuse.data.dataset import Dataset, Split
+from undiffuse.data.from_array import from_array
+from undiffuse.errors import UndiffuseError
 from undiffuse.evaluation import plan
+from undiffuse.evaluation.comparison import compare
 from undiffuse.model import presets
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.sampling import sampler_search
 from undiffuse.studio.server import STATIC, VENDOR, listen
-from undiffuse.training import diffusion_task
+from undiffuse.training import diffusion_task, memory_estimate, nonfinite
 from undiffuse.training import fit as loop
+from undiffuse.training.progress import Progress
+from undiffuse.training.run_folder import ChangedError, Run
 
 UNET = {"kind": "unet", "widths": (4,), "blocks": 1, "attention": (), "patch": 2}
 RECIPE = Config(
@@ -62,6 +72,10 @@ PREPARATION = (
     "train digits --steps 2",
     "sample runs/digits --n 60",
 )
+HOLIDAY_SIZES = ((128, 128), (200, 133), (180, 240), (120, 160), (160, 120))
+START = ROOT / "docs/start.md"
+GUIDE = [START, *sorted((ROOT / "docs/questions").glob("*.md"))]
+"""Pages for users whose errors and Python are tested too."""
 KEPT = 60
 """Pictures of the folder ``photos``, of which the example writes ten times as many."""
 PRINTED = re.compile(r"^next: (.*)$", re.M)
@@ -92,10 +106,11 @@ def photographs(folder: Path, count: int, shape: tuple[int, ...], classes: tuple
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with every file and run that the pages name, in which the commands run."""
+    """A folder with every file and run that the pages name, in which the commands run, and a hub on this machine."""
     folder = tmp_path_factory.mktemp("commands")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, hub_served(folder / "hub"):
         patch.chdir(folder)
+        patch.setattr(undiffuse, "preset", lambda name: RECIPE)
         patch.setattr(presets, "get", lambda name: RECIPE)
         patch.setattr(loop, "plan_lr_decay", two_steps)
         patch.setattr(diffusion_task, "HELD_OUT_ITEMS", 8)
@@ -112,6 +127,8 @@ def place(tmp_path_factory):
         (folder / "DATA" / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
         photographs(folder / "shirts", 40, (28, 28))
         photographs(folder / "photos", KEPT, (32, 32, 3))
+        write_holiday(folder / "holiday")
+        write_arrays(folder)
         for name, size in {"IMAGE": 8, "A": 8, "B": 8, "photo.png": 28, "thumbnail.png": 7}.items():
             picture(folder / name, size)
         for name in ("boot.png", "trousers.png"):
@@ -124,6 +141,26 @@ def place(tmp_path_factory):
         for arguments in PREPARATION:
             assert main(arguments.split()) == 0
         yield folder
+
+
+def write_holiday(folder: Path) -> None:
+    """240 photographs of five sizes, each of one colour."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i, colour in enumerate(random.integers(256, size=(240, 3)).tolist()):
+        Image.new("RGB", HOLIDAY_SIZES[i % 5], tuple(colour)).save(folder / f"IMG_{i:04d}.jpg", quality=10)
+
+
+def write_arrays(folder: Path) -> None:
+    """Signals, volumes, a table with words, and vectors of which one is NaN."""
+    random = np.random.default_rng(0)
+    np.save(folder / "signals.npy", random.normal(size=(400, 1, 128)).astype(np.float32))
+    np.save(folder / "volumes.npy", random.integers(256, size=(60, 8, 16, 16)).astype(np.uint8))
+    rows = [f"{i % 7},{i % 5},{i % 3},{'ab'[i % 2]}" for i in range(150)]
+    (folder / "measurements.csv").write_text("\n".join(["length,width,weight,species", *rows]))
+    vectors = random.normal(size=(40, 8)).astype(np.float32)
+    vectors[3, 2] = np.nan
+    np.save(folder / "nan.npy", vectors)
 
 
 def two_steps(progress, settings) -> None:
@@ -198,13 +235,91 @@ def run_with_next(command: str, capsys) -> None:
             run(following, capsys)
 
 
-@pytest.mark.parametrize("path", [page for page in PAGES if console_commands(page)], ids=lambda path: path.name)
+def heavy(pages: list[Path]) -> list:
+    """``pages`` as parameters; the run of the page `START` takes seconds, and is one of the release suite."""
+    return [pytest.param(page, marks=[pytest.mark.release] if page == START else [], id=page.name) for page in pages]
+
+
+@pytest.mark.parametrize("path", heavy([page for page in PAGES if console_commands(page)]))
 def test_the_commands_of_a_page_run_as_printed(path, place, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     if path.name == "README.md":
         shutil.rmtree("photos")  # its example writes them
     for command in console_commands(path):
         run_with_next(command, capsys)
+
+
+@pytest.mark.parametrize("path", heavy([page for page in GUIDE if blocks(page, "python")]))
+def test_the_python_of_a_page_runs(path, place, capsys) -> None:
+    """After the commands of the page, whose files it reads; its blocks are one program."""
+    for command in console_commands(path):
+        run(command, capsys)
+    names: dict[str, object] = {}
+    for source in blocks(path, "python"):
+        exec(compile(source, path.name, "exec"), names)
+
+
+def failing_commands(path: Path) -> list[tuple[str, str]]:
+    """(command, error) of the text blocks that begin with a command."""
+    return re.findall(r"^\$ undiffuse (.*)\n(error\[.*)$", "\n".join(blocks(path, "text")), re.M)
+
+
+@pytest.mark.parametrize(
+    ("command", "error"), [case for page in GUIDE for case in failing_commands(page)], ids=lambda text: text[:30]
+)
+def test_a_command_of_a_question_fails_as_printed(command, error, place, capsys) -> None:
+    assert main(shlex.split(command)) > 0
+    assert capsys.readouterr().err.splitlines()[-1] == error
+
+
+def test_other_errors_of_the_questions_are_those_of_the_code(tmp_path, monkeypatch, capsys) -> None:
+    """Each is made by the function that finds its cause, with the numbers of the page."""
+    printed = {line for page in GUIDE for line in re.findall(r"^error\[.*$", "\n".join(blocks(page, "text")), re.M)}
+    printed -= {error for page in GUIDE for _, error in failing_commands(page)}
+    monkeypatch.chdir(tmp_path)
+    made: set[str] = set()
+
+    def make(arguments: list[str], call) -> None:
+        with pytest.raises(UndiffuseError) as found:
+            call()
+        made.add(error_line(found.value, arguments))
+
+    monkeypatch.setattr(memory_estimate, "available_memory", lambda: 20.2e9)
+    batch = TrainConfig(batch=20_000_000)
+    make(["train", "--batch"], lambda: memory_estimate._require(batch, 0, 20.5e9, "Give a smaller batch"))
+    Path("runs/e2/checkpoints/step-00000038").mkdir(parents=True)
+    names, all_items = np.array([26, 50, 55, 56, 59, *range(123)]), np.ones(128, bool)
+    problem, progress = nonfinite.NonFinite("gradient", all_items), Progress(step=42)
+    make(["train"], lambda: nonfinite.skip_step(problem, names, progress, TrainConfig(), Path("runs/e2")))
+    make(["train", "--lr"], lambda: raise_(ChangedError(Path("runs/e2"), [("train.lr", "10.0", "0.001")])))
+    monkeypatch.setattr(Run, "record", {"data": {"source": "/data/holiday"}})
+    make(["evaluate"], lambda: Run("runs/holiday").load_data())
+    make(["compare"], lambda: too_few("holiday"))
+    error_lines.run(lambda: raise_(MemoryError()), [], debug=False)
+    made.add(capsys.readouterr().err.strip())
+    assert made == printed
+
+
+def raise_(error: BaseException):
+    raise error
+
+
+def too_few(name: str) -> None:
+    """16 samples beside 186 training and 54 held-out items."""
+    values = np.random.default_rng(0).integers(256, size=(240, 1, 2, 2)).astype(np.uint8)
+    data = from_array(values, name=name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dataset, "split", lambda *_: Split(np.arange(186), np.arange(186, 212), np.arange(212, 240)))
+        compare(values[:16], data)
+
+
+def test_the_code_about_the_hub_runs(place, capsys) -> None:
+    (source,) = blocks(ROOT / "docs/hub.md", "python")
+    names: dict[str, object] = {}
+    exec(compile(source, "hub.md", "exec"), names)
+    assert len(names["samples"]) == 16
+    assert (place / "digits-saved" / "README.md").is_file()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("command", table_commands(ROOT / "README.md"))

@@ -193,7 +193,7 @@ def test_there_is_no_import_cycle() -> None:
         pytest.fail(" -> ".join(error.args[1]))
 
 
-HEAVY = ("torch", "numpy", "accelerate", "matplotlib", "PIL", "safetensors", "sklearn")
+HEAVY = ("torch", "numpy", "accelerate", "matplotlib", "PIL", "safetensors", "sklearn", "huggingface_hub")
 COMPLETION = {"_UNDIFFUSE_COMPLETE": "complete_bash", "COMP_WORDS": "undiffuse sample --so", "COMP_CWORD": "2"}
 
 

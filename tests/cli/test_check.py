@@ -102,3 +102,14 @@ def test_every_command_that_reads_data_has_all_options(command, call):
     assert code == 0
     for option in OPTIONS.values():
         assert (option.flag or f"--{option.name.replace('_', '-')}") in out
+
+
+def test_many_files_that_are_not_square_are_listed_in_part_with_the_option_that_keeps_them(folder, call):
+    for i in range(22):
+        Image.fromarray(np.full((6, 8, 3), i, np.uint8)).save(folder / "dogs" / f"wide{i:02}.png")
+    code, out, _ = call("check", folder, "--size", 6, "--on-bad", "skip")
+    assert code == 0
+    assert "22 ASPECT; --crop keeps those that are not square" in out
+    assert out.count("skipped: [ASPECT]") == 20
+    assert "skipped: 2 more; --json lists all" in out
+    assert "27 of 3×6×6" in call("check", folder, "--size", 6, "--crop")[1]

@@ -40,6 +40,8 @@ def test_it_names_versions_machine_and_what_is_missing(call, monkeypatch):
     assert "missing: no_such_module. Run: pip install 'undiffuse[sound]'" in said.out
     facts = json.loads(call("doctor", "--device", "cpu", "--json").out)
     assert facts["torch"] == version("torch")
+    assert facts["step_seconds"].keys() == doctor.TIMED.keys()
+    assert facts["memory_bytes"]["usable"] <= facts["memory_bytes"]["total"]
     assert set(doctor.TIMED) <= set(presets.PRESETS)
 
 

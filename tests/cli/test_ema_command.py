@@ -1,5 +1,6 @@
 """`undiffuse ema`: another length of a finished run, and the best length by the bound of held-out items."""
 
+import json
 import shutil
 
 import numpy as np
@@ -70,6 +71,8 @@ def test_the_best_length_by_the_bound_of_held_out_items(trained, capsys):
     options = ["--length", "0.05", "--length", "0.15", "--items", "8", "--mc-samples", "5"]
     assert main(["ema", str(run), str(data), "--best", *options, "--out", str(run / "best.safetensors")]) == 0
     output = capsys.readouterr().out
+    assert main(["ema", str(run), str(data), "--best", *options, "--out", str(run / "j.safetensors"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
     dataset = load_data(str(data))
     scores = compare_lengths(Run(run), dataset, (0.05, 0.15), items=8, mc_samples=5)
     held_out = torch.from_numpy(dataset.values[spread(dataset.split(0.2).validation)])
@@ -81,6 +84,10 @@ def test_the_best_length_by_the_bound_of_held_out_items(trained, capsys):
     assert [one.bits for one in scores] == pytest.approx([float(b.mean()) for b in bits])
     assert [one.stderr for one in scores] == pytest.approx([float(b.std()) / 8**0.5 for b in bits])
     assert scores[better][4:] == (0, 0)
+    assert [(row["length"], row["bits_per_dim"], row["stderr"]) for row in printed["scores"]] == [
+        (one.length, one.bits, one.stderr) for one in scores
+    ]
+    assert (printed["length"], printed["out"]) == (scores[better].length, str(run / "j.safetensors"))
     assert scores[1 - better][4:] == pytest.approx((float(paired.mean()), float(paired.std()) / 8**0.5))
     assert f"best: {scores[better].length:g}" in output
     tie = scores[1 - better].regret < 2 * scores[1 - better].regret_stderr

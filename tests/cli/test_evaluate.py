@@ -94,9 +94,13 @@ def test_options(evaluate, tmp_path):
     assert summary["estimates"]["ode"]["iw_samples"] == 2
     assert "bits per dimension ± standard error" in out
     assert not (tmp_path / "bits-per-step.png").exists()
-    code, out, _ = evaluate("--items", 3, "--exact", "--estimate", "discrete", "--minutes", 1)
-    assert report(tmp_path)["estimates"]["discrete"]["mc_samples"] is None
-    assert "all 5 steps" in out
+    code, out, err = evaluate("--items", 3, "--exact", "--estimate", "discrete", "--minutes", 1, "--json")
+    summary = report(tmp_path)
+    assert summary["estimates"]["discrete"]["mc_samples"] is None
+    assert {name: value for name, value in summary.items() if name not in ("sha256", "files")} == json.loads(out) | {
+        "explanations": summary["explanations"]
+    }
+    assert f"all numbers: {tmp_path}/evaluation.json" in err
 
 
 def test_the_script_of_improved_diffusion(evaluate, tmp_path):

@@ -182,10 +182,11 @@ def test_a_grid_has_a_column_for_each_prompt():
         np.stack([values[[0, 3]], values[[1, 4]], values[[2, 5]]]), ["a", "b" * 28, "c" * 25 + "..."], 256
     )
     assert np.array_equal(np.asarray(prompt_grid(values, ["a", "b" * 28, "c" * 29], 256)), np.asarray(strip))
-    assert (
-        prompt_grid(np.repeat(values, 9, 0), list("abcdefghijk"), 256).size
-        == image_strip(np.zeros((8, 5, 1, 2, 2), np.uint8), list("abcdefgh"), 256).size
-    )
+    eleven = np.asarray(prompt_grid(np.repeat(values, 9, 0), list("abcdefghijk"), 256))
+    first = image_strip(np.zeros((8, 4, 1, 2, 2), np.uint8), list("abcdefgh"), 256)
+    assert eleven.shape == (2 * first.height, first.width, 3)
+    many = prompt_grid(np.zeros((40, 1, 2, 2), np.uint8), ["a"] * 40, 256)
+    assert many.height == 4 * image_strip(np.zeros((8, 1, 1, 2, 2), np.uint8), ["a"] * 8, 256).height
 
 
 def test_the_name_of_a_folder_says_the_prompts():

@@ -56,6 +56,9 @@ def test_it_measures_what_the_run_lacks_and_shows_it(place, call):
     assert comparison["weights"] == evaluation["digest"]
     assert {line.removeprefix("$ ") for line in commands} <= shown
     assert "Samples, drawn by dpm++2m_sde in 5 steps, label all, seed 0 and items" in page.text
+    printed = call("report", "run", "--minutes", 0, "--json")
+    assert json.loads(printed.out)["evaluation"]["estimates"] == evaluation["estimates"]
+    assert printed.err.startswith("report: run/report.html")
     assert len(page.all("img")) == 1 + 2 + 5 + 1 + 1  # samples, strips, solvers, nearest items, data
 
     code, out, _ = call("report", "run", "--minutes", 0.1)  # nothing is measured again

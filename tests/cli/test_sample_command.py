@@ -347,7 +347,11 @@ def test_advise_and_sample(run, call, tmp_path, few_solvers):
     again = call("advise", run, "--calls", 5, "--items", 8, "--fine", 12)
     assert json.loads((run / "advice.json").read_text())["advice"]["5"]["ranking"] == best["ranking"]
     assert again.code == 0
-    call("advise", run, "--calls", 2, "--items", 8, "--fine", 12)
+    said = call("advise", run, "--calls", 2, "--items", 8, "--fine", 12, "--json")
+    printed, kept = json.loads(said.out), json.loads((run / "advice.json").read_text())["advice"]["2"]
+    assert printed["best"] == kept["sampler"]
+    assert (printed["error"], printed["ranking"], printed["calls"]) == (kept["error"], kept["ranking"], 2)
+    assert "stochastic solvers were not compared" in said.err
     assert set(json.loads((run / "advice.json").read_text())["advice"]) == {"2", "5"}
 
     said = call("sample", run, "--n", 2, "--calls", 5, "--out", tmp_path / "x")

@@ -1,5 +1,6 @@
 """`undiffuse train-classifier`: its run, its output, its errors and its recipe."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -38,6 +39,8 @@ def test_a_run_its_end_and_its_extension(call, small, tmp_path):
     flags = ["--out", run, "--num-values", 5, "--device", "cpu"]
     done = call("train-classifier", data, *flags, "--steps", 3, "--seed", 5)
     assert (done.code, done.err) == (0, "")
+    printed = json.loads(call("train-classifier", data, *flags, "--json").out)
+    assert printed == {"run": str(run), "model": f"{run}/model.safetensors", "records": Run(run).read_metrics()}
     assert f"a classifier of 3 classes, 3 steps, into {run}" in done.out
     for words in ("log SNR", "held-out accuracy", "log p(label), nats", "-5.0", " held-out items"):
         assert words in done.out
@@ -47,7 +50,7 @@ def test_a_run_its_end_and_its_extension(call, small, tmp_path):
     assert (train["max_steps"], train["seed"], train["weight_decay"], train["snapshots"]) == (3, 5, 0.05, 0)
     assert load(run).classes == ("0", "1", "2")
     again = call("train-classifier", data, *flags)
-    assert again == (0, f"{run} is a finished run already; give --out another folder to train again\n", "")
+    assert again == (0, f"{run} is a finished run already; --extend trains it longer, another --out trains again\n", "")
     changed = call("train-classifier", data, *flags, "--extend", "--steps", 2, "--on-nonfinite", "skip")
     assert f"{run} is extended and resumes from step 3" in changed.out
     assert "3 classes, 5 steps, into" in changed.out
@@ -64,6 +67,8 @@ def test_an_unfinished_run_resumes_with_its_recipe_or_names_what_changed(call, s
     assert changed.code == 2
     assert "as begun" in changed.out
     assert changed.err.startswith("error[RUN] ")
+    changed = json.loads(call("train-classifier", data, *flags, "--steps", 2, "--seed", 1, "--json").out)
+    assert changed == {"changed": [{"setting": "train.seed", "as_begun": "0", "now": "1"}]}
     assert "3 classes, 2 steps, into" in call("train-classifier", data, *flags).out
 
 

@@ -79,6 +79,17 @@ def planned(monkeypatch, speed, names, values=VALUES, items=None, mc_samples=Non
     return plan, {name: (job["items"], job["mc_samples"], job["fit"]) for name, job in plan.items()}
 
 
+def test_a_first_batch_that_takes_too_long_is_announced(monkeypatch):
+    plan = planned(monkeypatch, 100.0, ALL, iw_samples=2)[0]  # a batch of 256 items of 400 calls, twice
+    assert plan["ode"]["first"] == pytest.approx(256 * 400 * 2 / 100)
+    assert planning.slow_starts(plan) == [
+        "ode: 256 items, the fewest that are measured, take about 35 minutes, longer than --minutes allows; give "
+        "--estimate for the others alone"
+    ]
+    assert planning.slow_starts(planned(monkeypatch, 2000.0, ALL)[0]) == []  # 51 s in place of 16
+    assert planning.slow_starts(planned(monkeypatch, 1.0, ["ode"], exact=True)[0]) == []
+
+
 SIZES = {  # 51 seconds of a minute are planned, in shares of 5, 4 and 4 thirteenths, or 5, 5 and 4 fourteenths
     "fast": (1300.1, ALL, {}, [(1275, 20, True), (1275, 16, True), (10_000, 1, True)]),
     "slow": (1.0, ALL, {}, [(64, 16, True), (64, 16, True), (10_000, 1, True)]),

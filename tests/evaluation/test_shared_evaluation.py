@@ -127,7 +127,7 @@ def test_the_time_of_all_processes_is_planned(tmp_path, monkeypatch):
 
     def plan(*arguments):
         plans.append(real(*arguments))
-        return {"discrete": {"items": 2, "mc_samples": 2, "batch": 2, "expected": 1.0, "fit": False}}
+        return {"discrete": {"items": 2, "mc_samples": 2, "batch": 2, "expected": 1.0, "fit": False, "first": 1.0}}
 
     monkeypatch.setattr(planning, "plan_evaluation", plan)
     for processes in (1, 3):

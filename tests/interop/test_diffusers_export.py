@@ -11,7 +11,7 @@ from diffusers_models import MODELS, model
 
 from undiffuse.cli import main
 from undiffuse.data.transform import Standardized
-from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.errors import CheckpointError, ConfigError, ResourceError
 from undiffuse.interop import diffusers_export
 from undiffuse.interop.diffusers import import_diffusers
 from undiffuse.interop.diffusers_export import check_expressible, export_diffusers
@@ -126,9 +126,36 @@ def test_the_command(tmp_path, capsys):
     assert "error[FORMAT] --format pickle: no such format. Use one of diffusers" in capsys.readouterr().err
 
 
-def test_outputs_that_differ_are_an_error(tmp_path, monkeypatch):
-    run = tmp_path / "model.safetensors"
+@pytest.mark.parametrize("is_there", [False, True])
+def test_outputs_that_differ_are_an_error_and_nothing_is_left(is_there, tmp_path, monkeypatch):
+    run, out = tmp_path / "model.safetensors", tmp_path / "out"
     checkpoint.save(model(), run)
+    if is_there:
+        out.mkdir()
+    before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(diffusers_export, "LIMIT", -1.0)
     with pytest.raises(CheckpointError, match="outputs of the network differ"):
-        export(run, tmp_path / "out", "diffusers")
+        export(run, out, "diffusers")
+    assert sorted(tmp_path.iterdir()) == before
+    assert not is_there or not list(out.iterdir())
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_disk_that_fails_leaves_nothing(is_there, tmp_path, monkeypatch):
+    run, out = tmp_path / "model.safetensors", tmp_path / "out"
+    checkpoint.save(model(), run)
+    if is_there:
+        out.mkdir()
+    before = sorted(tmp_path.iterdir())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("undiffuse.runtime.atomic_file.os.fsync", full)
+        with pytest.raises(ResourceError, match="No space left on device"):
+            export(run, out, "diffusers")
+    assert sorted(tmp_path.iterdir()) == before
+    export(run, out, "diffusers")
+    assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == FILES
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "out"}

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from undiffuse import load
 from undiffuse.cli import main
 from undiffuse.errors import UndiffuseError
-from undiffuse.interop.openai import check_flags, import_openai
+from undiffuse.interop.openai import check_openai_flags, import_openai
 from undiffuse.networks.condition import Condition
 
 WIDTH, CLASSES = 32, 3
@@ -178,7 +178,7 @@ def test_the_process_is_that_of_the_flags(tmp_path):
 )
 def test_flags_that_cannot_be_are_refused(flags, cause):
     with pytest.raises(UndiffuseError) as raised:
-        check_flags(flags)
+        check_openai_flags(flags)
     assert cause in str(raised.value)
 
 

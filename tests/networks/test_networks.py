@@ -38,13 +38,13 @@ def test_time_changes_the_output_on_every_scale(case):
 
 @cases
 def test_a_scalar_time_is_the_time_of_every_item(case):
-    network, x = randomised(CASES[case]()), inputs(case)
+    network, x = randomised(CASES[case]().double()), inputs(case).double()
     torch.testing.assert_close(network(x, torch.tensor(7.0)), network(x, torch.full((4,), 7.0)))
 
 
 @cases
 def test_labels_change_the_output_and_the_null_label_equals_no_label(case):
-    network, x, time = randomised(CASES[case]()), inputs(case), torch.tensor(1.0)
+    network, x, time = randomised(CASES[case]().double()), inputs(case).double(), torch.tensor(1.0)
     outputs = [network(x, time, Condition(label=torch.full((4,), label))) for label in (-1, 0, 1, 2)]
     for i, a in enumerate(outputs):
         for b in outputs[:i]:
@@ -136,7 +136,7 @@ def test_gradients_reach_every_parameter(case):
 
 @cases
 def test_items_do_not_affect_each_other(case):
-    network, x, time = randomised(CASES[case]()), inputs(case), torch.tensor([0.0, 1.0, 10.0, 999.0])
+    network, x, time = randomised(CASES[case]().double()), inputs(case).double(), torch.tensor([0.0, 1.0, 10.0, 999.0])
     together = network(x, time, condition())
     alone = [network(x[i : i + 1], time[i : i + 1], condition().take(slice(i, i + 1))) for i in range(4)]
     torch.testing.assert_close(torch.cat(alone), together, rtol=1e-5, atol=1e-5)

@@ -13,6 +13,7 @@ from undiffuse.networks.dit import DiT
 from undiffuse.networks.mlp import MLP
 from undiffuse.networks.protocol import (
     accepts_dims,
+    adapt_weights,
     blocks,
     check_output,
     condition_sizes,
@@ -194,3 +195,13 @@ def test_a_network_is_called_with_the_condition_that_it_declares():
     network = randomised(CASES["all-conditions-mlp"]())
     check_output(network, (2,), 2, condition_sizes(network.condition_sizes), "mlp")
     assert network(inputs("mlp"), torch.zeros(4), condition()).shape == (4, 2)
+
+
+@pytest.mark.parametrize("case", [*CASES, "scaled middle"])
+def test_weights_of_the_same_network_are_adapted_to_themselves(case):
+    """Layers without weights, such as a division, were counted, so that others got the weights of their neighbours."""
+    make = (lambda: CASES["diffusers"](mid_block_scale_factor=1.4)) if case == "scaled middle" else CASES[case]
+    weights = randomised(make()).state_dict()
+    adapted = adapt_weights(make(), weights, None)
+    assert adapted.keys() == weights.keys()
+    assert all(torch.equal(adapted[name], tensor) for name, tensor in weights.items())

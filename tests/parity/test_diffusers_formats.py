@@ -12,11 +12,15 @@ import pytest
 import torch
 from diffusers_cases import CASES, GOLDEN, LABELS, SMALL, TIMES, inputs, theirs
 from diffusers_models import MODELS, model
+from network_cases import randomised
 from safetensors.torch import load_file
 
+from undiffuse.data.transform import IntegerLevels
 from undiffuse.interop.diffusers import VERSION, import_diffusers
 from undiffuse.interop.diffusers_export import export_diffusers
 from undiffuse.interop.importing import import_model
+from undiffuse.model import presets
+from undiffuse.model.diffusion import Diffusion
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.trajectory import last_step, trajectory
 
@@ -144,3 +148,50 @@ def test_what_we_export_is_loaded_and_draws_the_same_images(diffusers, name, tmp
     print(name, f"largest difference of images {float((drawn - expected).abs().max()):.1e}")
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
     assert expected.std() > 0.01
+
+
+CIFAR10 = {
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": [128, 256, 256, 256],
+    "center_input_sample": False,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-6,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 32,
+    "time_embedding_type": "positional",
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+}
+"""unet/config.json of google/ddpm-cifar10-32, written by diffusers 0.0.4."""
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+def test_the_preset_of_cifar10_both_ways_at_full_size(diffusers, tmp_path):
+    """Our preset has the fields of google/ddpm-cifar10-32, diffusers loads it, and its configuration is imported."""
+    ours = Diffusion(presets.get("ddpm-cifar10").model, (3, 32, 32), IntegerLevels(256))
+    randomised(ours.network)
+    checks = export_diffusers(ours, tmp_path / "ours")
+    print([f"{check.against} {check.difference:.1e}" for check in checks])
+    assert all(check.difference is not None and check.holds for check in checks)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "ours")
+    assert {name: pipeline.unet.config[name] for name in CIFAR10} == CIFAR10
+    expected = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "variance_type": "fixed_large"}
+    assert {name: pipeline.scheduler.config[name] for name in expected} == expected
+    theirs = diffusers.DDPMPipeline(diffusers.UNet2DModel(**CIFAR10), diffusers.DDPMScheduler(**expected))
+    theirs.unet.load_state_dict(pipeline.unet.state_dict())
+    theirs.save_pretrained(tmp_path / "theirs")
+    imported = import_model(tmp_path / "theirs")
+    print([f"{check.against} {check.difference:.1e}" for check in imported.checks])
+    assert all(check.difference is not None and check.holds for check in imported.checks)
+    x, time = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([500.0])
+    one, two = ours.network(x, time), imported.model.network(x, time)
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-5 * float(one.abs().max()))
+    assert sum(p.numel() for p in imported.model.network.parameters()) == 35_746_307

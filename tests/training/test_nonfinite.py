@@ -13,6 +13,7 @@ from undiffuse.training import fit as loop
 from undiffuse.training import train_state as state
 from undiffuse.training.batches import batch_items
 from undiffuse.training.diffusion_task import fit_diffusion
+from undiffuse.training.nonfinite import require_finite
 
 ITEMS, STEPS = data(), 8
 PLACES = ("batch", "loss", "gradient", "weight")
@@ -166,3 +167,10 @@ def test_weights_that_overflow_are_not_averaged(choice, tmp_path):
         train(config, tmp_path, ITEMS)
     assert list(all_tensors(tmp_path)) == []
     assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_finite_weights_whose_norm_overflows_are_said_to_be_so(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(network.weight, 1e38)
+    with pytest.raises(NonFiniteError, match="not finite after step 3: their norm overflows"):
+        require_finite(network, 3, tmp_path)

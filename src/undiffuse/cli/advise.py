@@ -28,6 +28,7 @@ from undiffuse.cli.options import (
     run_folder,
 )
 from undiffuse.cli.prompt_options import Prompt, Prompts, prompt_condition, read_prompts
+from undiffuse.cli.results import add, show, with_json
 from undiffuse.cli.sampler_options import write_advice
 from undiffuse.errors import ConfigError, DataError, counted
 
@@ -46,6 +47,7 @@ MAX_ITEMS = 10_000
 """The most items of the data that samples are compared with."""
 
 
+@with_json
 @with_data_options
 def advise_command(
     run: RunArgument,
@@ -136,6 +138,7 @@ def _store(run: RunArgument, model: Diffusion, calls: int, best: Sampler, measur
 
     measured |= {"calls": count_calls(best, model.schedule)}
     path = write_advice(run_folder(run), checkpoint.fingerprint(model), calls, best, measured)
+    add(best=best.to_dict(), **measured, stored=path)
     given = [(name, one) for name in ("label", "prompt") for one in measured[name] or ()]
     options = "".join(f" --{name} {shlex.quote(one)}" for name, one in given)
     console.print(f"best: {best}, {best.spacing} levels, stored in {path}")
@@ -182,8 +185,6 @@ def _held_out_and_training(model: Diffusion, data: Dataset) -> tuple[Tensor, Ten
 
 def _show_flow(model: Diffusion, result: SearchResult, calls: int, fine: int) -> dict[str, Any]:
     """Prints the ranking of the deterministic solvers; returns the numbers to store."""
-    from undiffuse.report import table
-
     scale, unit = data_unit(model)
     best = result.ranking[0]
 
@@ -204,7 +205,7 @@ def _show_flow(model: Diffusion, result: SearchResult, calls: int, fine: int) ->
     title = (
         f"flow: the best {min(MAX_ROWS, len(rows))} of {len(rows)} deterministic samplers of {counted(calls, 'call')}"
     )
-    table.render(rows[:MAX_ROWS], title)
+    show(rows[:MAX_ROWS], title)
     console.print(f"error: root mean square distance to the endpoint of {fine} steps, over {len(best.error)} items")
     console.print(f"that reference differs by {coarse:.2g} from one of half as many steps")
     console.print("excluded: " + "; ".join(_by_reason(result.excluded)))
@@ -214,8 +215,6 @@ def _show_flow(model: Diffusion, result: SearchResult, calls: int, fine: int) ->
 
 def _show_scores(scores: list[SamplerScore], calls: int, samples: int) -> dict[str, Any]:
     """Prints the samplers by the distance of their samples to the data, the floor last; returns what to store."""
-    from undiffuse.report import table
-
     best, *_, floor = scores
     rows: list[dict[str, Any]] = [
         {
@@ -227,7 +226,7 @@ def _show_scores(scores: list[SamplerScore], calls: int, samples: int) -> dict[s
         }
         for score in scores
     ]
-    table.render(rows, f"samples: {samples} per sampler of {counted(calls, 'call')}, compared with held-out items")
+    show(rows, f"samples: {samples} per sampler of {counted(calls, 'call')}, compared with held-out items")
     console.print("Fréchet, kernel: distances in principal components; the last row is the floor for a perfect sampler")
     return {"scores": rows, "samples": samples}
 

@@ -22,6 +22,7 @@ from undiffuse.cli.pack import pack
 from undiffuse.cli.report import report
 from undiffuse.cli.restore import restore
 from undiffuse.cli.sample import sample
+from undiffuse.cli.share import share
 from undiffuse.cli.studio import studio
 from undiffuse.cli.train import train
 from undiffuse.cli.train_autoencoder import train_autoencoder
@@ -70,6 +71,7 @@ for command, name in (
     (inspect, "inspect"),
     (import_model, "import"),
     (export, "export"),
+    (share, "share"),
     (pack, "pack"),
     (doctor, "doctor"),
 ):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from undiffuse.cli.options import at_hand
 from undiffuse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 Then = Annotated[
     list[Path] | None,
     typer.Option(
-        "--then", metavar="RUN", help="A super-resolution model (train --from) of RUN's images; repeatable, in order."
+        "--then",
+        metavar="RUN",
+        help="A super-resolution model (train --from) of RUN's images; repeatable, in order.",
+        callback=at_hand,
     ),
 ]
 Augmentation = Annotated[

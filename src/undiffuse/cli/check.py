@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from undiffuse.cli.data_options import ReadData, print_notes, refuse_inside, with_data_options
 from undiffuse.cli.options import DataArgument, console
+from undiffuse.cli.results import show, with_json
 from undiffuse.errors import ConfigError, counted
 
 if TYPE_CHECKING:
@@ -19,22 +19,23 @@ if TYPE_CHECKING:
 
 MAX_LISTED = 12
 """Classes, sizes and formats that are listed by name."""
+MAX_SKIPPED = 20
+"""Skipped files that are printed one by one."""
 SHEET_ITEMS, MAX_EXAMPLE = 64, 60
 
 
+@with_json
 @with_data_options
 def check(
     data: DataArgument,
     out: Annotated[
         Path | None, typer.Option(help="Write a contact sheet to this image file, such as sheet.png.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     *,
     read: ReadData,
 ) -> None:
     """Show what DATA contain: items, sizes, values, labels, duplicates, the held-out split."""
     from undiffuse.data.image_formats import FORMATS
-    from undiffuse.report import table
     from undiffuse.runtime.own_output import MARKABLE_SUFFIXES
 
     if out is not None and out.suffix.lower() not in " ".join(FORMATS.values()).split():
@@ -44,17 +45,15 @@ def check(
         refuse_inside(out, data)
     dataset = read(data)
     facts = data_facts(dataset)
-    if as_json:
-        print(json.dumps(facts, indent=1))
-    else:
-        table.render([{"": name, "data": text} for name, text in describe_facts(facts).items()], data)
-        print_notes(dataset)
-        for problem in facts["skipped"]:
-            console.print(f"skipped: [{problem['code']}] {problem['path']}: {problem['reason']}")
+    show([{"": name, "data": text} for name, text in describe_facts(facts).items()], data, **facts)
+    print_notes(dataset)
+    for problem in facts["skipped"][:MAX_SKIPPED]:
+        console.print(f"skipped: [{problem['code']}] {problem['path']}: {problem['reason']}")
+    if (more := len(facts["skipped"]) - MAX_SKIPPED) > 0:
+        console.print(f"skipped: {more:,} more; --json lists all")
     if out is not None:
         count = write_contact_sheet(dataset, out)
-        if not as_json:
-            console.print(f"contact sheet of {count} evenly spaced items: {out}")
+        console.print(f"contact sheet of {count} evenly spaced items: {out}")
 
 
 def write_contact_sheet(dataset: Dataset, out: Path) -> int:

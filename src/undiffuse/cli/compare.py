@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +18,7 @@ from undiffuse.cli.data_options import (
     with_data_options,
 )
 from undiffuse.cli.options import console, run_folder
+from undiffuse.cli.results import show, with_json
 from undiffuse.errors import ConfigError
 from undiffuse.evaluation.features import EXTRACTORS
 from undiffuse.evaluation.metrics import METRICS
@@ -30,6 +30,7 @@ RECORD, IMAGE = "compare.json", "nearest.png"
 """All numbers, which is also the record of what is written, and the image of the nearest training items."""
 
 
+@with_json
 @with_data_options
 def compare(
     samples: Annotated[
@@ -54,7 +55,6 @@ def compare(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of samples and items.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for compare.json and an image of the nearest training items.")
     ] = None,
@@ -64,7 +64,7 @@ def compare(
     """Compare SAMPLES with the data of their run, or DATA: metrics beside their floor, and a test for copies."""
     from undiffuse.errors import DataError
     from undiffuse.evaluation import comparison
-    from undiffuse.report import comparison_report, table
+    from undiffuse.report import comparison_report
     from undiffuse.report.sample_folder import sampler_in_words
     from undiffuse.runtime.output_folder import check_output_folder, listed_files
     from undiffuse.runtime.own_output import save_picture
@@ -83,8 +83,7 @@ def compare(
     dataset = read_data(read, data, run or Path())
     held_out = _held_out(held_out, run, dataset)
     dataset = full_resolution(dataset) if of_cascade else dataset
-    if not as_json:
-        print_notes(dataset)
+    print_notes(dataset)
     values = comparison.load_samples(samples, dataset, read)
     result = comparison.compare(
         values, dataset, metrics=metric or (), extractor=features, items=items, held_out=held_out, seed=seed
@@ -98,28 +97,23 @@ def compare(
         "nearest": comparison_report.nearest_rows(result, dataset),
     }
     summary["explanations"] = result.explanations()
-    if as_json:
-        print(json.dumps(summary, indent=1))
-    else:
-        title = f"{samples} and {dataset.name}: n = {result.n:,}, features {result.extractor}, ± standard error"
-        table.render(comparison_report.comparison_rows(result), title)
-        for line in result.explanations():
-            console.print(line)
+    title = f"{samples} and {dataset.name}: n = {result.n:,}, features {result.extractor}, ± standard error"
+    show(comparison_report.comparison_rows(result), title, **summary)
+    for line in result.explanations():
+        console.print(line)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         picture = None
         try:
             picture = comparison_report.neighbours_image(result, values, dataset)
         except DataError as error:
-            if not as_json:
-                console.print(f"no image of nearest items: {error.cause}")
+            console.print(f"no image of nearest items: {error.cause}")
         write_record(out / RECORD, {**summary, "files": [IMAGE] if picture else []})
         written = [str(out / RECORD)]
         if picture:
             save_picture(picture, out / IMAGE)
             written.append(str(out / IMAGE))
-        if not as_json:
-            console.print(f"written: {', '.join(written)}")
+        console.print(f"written: {', '.join(written)}")
 
 
 def _run_of(samples: str) -> Path | None:

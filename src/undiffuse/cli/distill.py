@@ -28,8 +28,10 @@ from undiffuse.cli.options import (
     run_folder,
 )
 from undiffuse.cli.recipe_options import check_length, format_length
+from undiffuse.cli.results import with_json
 from undiffuse.cli.train import (
     Force,
+    Log,
     Minutes,
     OnNonfinite,
     Steps,
@@ -45,6 +47,7 @@ LR_FACTOR = 0.25
 """The learning rate relative to that of the teacher's training, since the weights are good already."""
 
 
+@with_json
 @with_data_options
 def distill(
     run: RunArgument,
@@ -76,6 +79,7 @@ def distill(
     device: Device = "auto",
     network: NetworkFile = None,
     on_nonfinite: OnNonfinite = None,
+    log: Log = None,
     force: Force = False,
     *,
     read: ReadData,
@@ -99,7 +103,7 @@ def distill(
     print_notes(dataset)
     folder = run_folder(run)
     name = f"{folder.name}-{calls}-call{'s' * (calls > 1)}" + (f"-{method}" if method != "consistency" else "")
-    student = Run(out or folder.parent / name)
+    student = Run(out or folder.parent / name, log or ())
     finished = student.finished
     length = {"minutes": 10.0 if (minutes, steps) == (None, None) else minutes, "max_steps": steps}
     given = {} if on_nonfinite is None else {"on_nonfinite": on_nonfinite}

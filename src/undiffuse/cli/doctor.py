@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from undiffuse import __version__
 from undiffuse.cli.options import Device, resolve_device
+from undiffuse.cli.results import show, with_json
 
 TIMED = {"digits": ((1, 8, 8), 17), "cpu-small": ((1, 28, 28), 256)}
 """The recipes whose step is timed: the shape of an item and its number of values."""
 
 
-def doctor(
-    device: Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-) -> None:
+@with_json
+def doctor(device: Device = "auto") -> None:
     """Describe this machine and installation: versions, processor, GPU, precision, memory, speed, what is missing."""
-    import json
-
     import torch
 
     from undiffuse.model import presets
-    from undiffuse.report import table
     from undiffuse.runtime import environment
     from undiffuse.runtime.precision import resolve_precision
     from undiffuse.training.step_time import seconds_per_step
@@ -35,16 +29,16 @@ def doctor(
     facts["GPU"] = "; ".join(environment.gpus()) or "none that torch finds"
     facts["device of training"] = f"{place}, precision {precision}"
     facts |= environment.memory(Path.cwd())
+    step_seconds = {}
     for name, (item_shape, num_values) in TIMED.items():
         seconds = seconds_per_step(presets.get(name), item_shape, num_values, place)
         batch = presets.get(name).train.batch
+        step_seconds[name] = seconds
         size = "×".join(map(str, item_shape))
         facts[f"a step of {name}"] = f"{seconds:.3f} s: {batch / seconds:,.0f} items of {size} a second"
     for feature in environment.FEATURES:
         missing = feature.missing
         remedy = f"missing: {', '.join(missing)}. Run: pip install 'undiffuse[{feature.extra}]'"
         facts[feature.name] = remedy if missing else "installed"
-    if as_json:
-        print(json.dumps(facts, indent=1))
-        return
-    table.render([{"": name, "here": value} for name, value in facts.items()], "this machine")
+    rows = [{"": name, "here": value} for name, value in facts.items()]
+    show(rows, "this machine", **facts, step_seconds=step_seconds, memory_bytes=environment.memory_bytes(Path.cwd()))

@@ -10,12 +10,14 @@ import typer
 
 from undiffuse.cli.data_options import OwnDataArgument, ReadData, read_data, refuse_inside, with_data_options
 from undiffuse.cli.options import MAX_COUNT, Device, NetworkFile, console, register_network, resolve_device
+from undiffuse.cli.results import add, show, with_json
 from undiffuse.errors import ConfigError
 
 if TYPE_CHECKING:
     from undiffuse.training.posthoc_ema import EMAScore
 
 
+@with_json
 @with_data_options
 def ema(
     run: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
@@ -42,7 +44,6 @@ def ema(
 
     Give one --length, or --best to compare lengths on held-out data."""
     from undiffuse.model import checkpoint
-    from undiffuse.report import table
     from undiffuse.training.posthoc_ema import MAX_PROFILE_ERROR, compare_lengths, with_ema_length
     from undiffuse.training.run_folder import Run
 
@@ -59,7 +60,8 @@ def ema(
         dataset = read_data(read, data, run)
         scores = compare_lengths(source, dataset, length, items, mc_samples, device)
         lowest = min(scores, key=lambda score: score.bits)
-        table.render([_row(score) for score in scores], f"{dataset.name}, held out for validation")
+        rows, title = [_row(score) for score in scores], f"{dataset.name}, held out for validation"
+        show(rows, title, scores=[_plain(score) for score in scores])
         ties = [
             f"{score.length:g}" for score in scores if score is not lowest and score.regret < 2 * score.regret_stderr
         ]
@@ -69,9 +71,16 @@ def ema(
     model, error = with_ema_length(source, chosen)
     path = out or run / f"model-ema-{chosen:g}.safetensors"
     checkpoint.save(model, path)
+    add(out=path, length=chosen, profile_error=error)
     console.print(f"average of length {chosen:g}, {error:.2%} error of its profile: {path}")
     if error > MAX_PROFILE_ERROR:
         console.print("note: more snapshots (in [train] of --config) reduce the error of lengths far from 0.05 and 0.1")
+
+
+def _plain(score: EMAScore) -> dict[str, float]:
+    regret = {"regret_bits_per_dim": score.regret, "regret_stderr": score.regret_stderr}
+    bits = {"bits_per_dim": score.bits, "stderr": score.stderr}
+    return {"length": score.length, "profile_error": score.error, **bits, **regret}
 
 
 def _row(score: EMAScore) -> dict[str, str]:

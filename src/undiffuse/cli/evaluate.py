@@ -29,8 +29,10 @@ from undiffuse.cli.options import (
     resolve_device,
     run_folder,
 )
+from undiffuse.cli.results import show, with_json
 
 
+@with_json
 @with_data_options
 def evaluate(
     run: RunArgument,
@@ -84,7 +86,7 @@ def evaluate(
     """Measure a model in bits per dimension, on its own held-out data or on DATA; an interrupted evaluation resumes."""
     from undiffuse.evaluation import resumable
     from undiffuse.evaluation.run_evaluation import evaluate as evaluate_model
-    from undiffuse.report import evaluation_report, table
+    from undiffuse.report import evaluation_report
     from undiffuse.report.progress_bar import ProgressBar
     from undiffuse.runtime.distributed_group import init_process_group
     from undiffuse.runtime.signals import interruptible
@@ -124,7 +126,8 @@ def evaluate(
             )
         if not first:
             return
-        table.render(evaluation_report.evaluation_rows(result), evaluation_report.table_title(result))
+        rows, title = evaluation_report.evaluation_rows(result), evaluation_report.table_title(result)
+        show(rows, title, **result.summary(), explanations=result.explanations())
         differences = evaluation_report.describe_differences(result.summary()["minus_discrete"])
         skipped = functools.partial(record_skipped, dataset) if dataset.report.skipped else None
         written = evaluation_report.write_evaluation(result, folder, skipped)

@@ -9,12 +9,14 @@ import typer
 
 from undiffuse.cli.data_options import lies_inside
 from undiffuse.cli.options import as_argument, console
+from undiffuse.cli.results import show, with_json
 from undiffuse.cli.sampler_options import parse_setting
 from undiffuse.errors import ConfigError
 
-FORMATS = ("diffusers", "openai")
+FORMATS = ("diffusers", "denoising-diffusion-pytorch", "edm", "openai")
 
 
+@with_json
 def import_model(
     source: Annotated[str, typer.Argument(help="A folder or file that another library wrote.", metavar="SOURCE")],
     out: Annotated[Path, typer.Argument(help="The new folder, a RUN for other commands.", metavar="OUT")],
@@ -37,18 +39,16 @@ def import_model(
     ] = False,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A flag that an openai model was trained with, such as num_heads=4; repeatable."),
+        typer.Option(
+            "--set", help="A flag that the model was trained with, such as num_heads=4 or objective=pred_v; repeatable."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Import a model of another library and print how far its outputs are from the original's.
 
     Nothing is downloaded, and no code of SOURCE is run. Nothing is written if the outputs differ.
     """
-    import json
-
     from undiffuse.interop import importing
-    from undiffuse.report import table
 
     if lies_inside(out, Path(source)):
         raise ConfigError("OUT", out, f"it lies inside of {source}", "Give a folder outside of it")
@@ -62,11 +62,9 @@ def import_model(
         setting=dict(map(parse_setting, setting)) if setting else None,
     )
     importing.write(imported, source, out)
-    if as_json:
-        checks = [check._asdict() for check in imported.checks]
-        print(json.dumps({"out": str(out), "checks": checks, "notes": list(imported.notes)}, indent=1))
-        return
-    table.render([check.row() for check in imported.checks], f"{source} as {out}")
+    checks = [check._asdict() for check in imported.checks]
+    rows, title = [check.row() for check in imported.checks], f"{source} as {out}"
+    show(rows, title, out=out, checks=checks, notes=imported.notes)
     for note in imported.notes:
         console.print(f"note: {note}")
     console.print(f"next: undiffuse sample {as_argument(out)} {imported.sampling}")

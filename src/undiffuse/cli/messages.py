@@ -18,7 +18,7 @@ from undiffuse.errors import UndiffuseError
 SETTING_FLAGS = {"max_steps": "--steps"}
 """Flags of settings of [train] that are not named after the setting."""
 
-LIBRARY_NAMES = {"factor": "--upsample", "noise_std": "--noise", "num_steps": "--steps"}
+LIBRARY_NAMES = {"factor": "--upsample", "noise_std": "--noise", "num_steps": "--steps", "loggers": "--log"}
 """Flags of arguments of the library that have other names there."""
 
 

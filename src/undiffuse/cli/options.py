@@ -24,7 +24,31 @@ DataArgument = Annotated[
     str,
     typer.Argument(help=f"One of: {', '.join(source.title for source in SOURCES)}.", metavar="DATA"),
 ]
-RunArgument = Annotated[Path, typer.Argument(help="A run folder or a model file (.safetensors).", metavar="RUN")]
+
+
+def at_hand(context: typer.Context, value: Any) -> Any:
+    """The ``value`` of an argument or option that names models, where ``hf:OWNER/NAME`` becomes a downloaded folder.
+
+    It is the callback of all of them. Paths stay as they are. Raises what `undiffuse.runtime.hub.download` raises.
+    """
+    from undiffuse.runtime import hub
+
+    if value is None or context.resilient_parsing:  # the latter while a shell completes a command
+        return value
+    if isinstance(value, list | tuple):
+        return [at_hand(context, one) for one in value]
+    text = Path(value).as_posix()  # where a path has other separators, a name has these
+    return hub.download(hub.parse_name(text)).parent if hub.is_hub_name(text) else value
+
+
+RunArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="A run folder, a model file (.safetensors), or hf:OWNER/NAME on the Hugging Face hub.",
+        metavar="RUN",
+        callback=at_hand,
+    ),
+]
 Device = Annotated[
     str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, or another device of torch with float64.")
 ]
@@ -114,8 +138,12 @@ def require_memory_for(flag: str, size: int) -> None:
 
 
 def run_folder(run: Path) -> Path:
-    """The folder of a run, or the folder that contains a model file."""
-    return run if run.is_dir() else run.parent
+    """The folder of a run, or the folder that contains a model file; of a model of the hub runs/OWNER--NAME."""
+    from undiffuse.runtime import hub
+
+    folder = run if run.is_dir() else run.parent
+    name = hub.snapshot_name(folder)
+    return folder if name is None else Path("runs") / name
 
 
 def in_flags(text: str, flags: Mapping[str, str]) -> str:

@@ -29,6 +29,7 @@ from undiffuse.cli.options import (
     resolve_device,
     run_folder,
 )
+from undiffuse.cli.results import add, with_json
 from undiffuse.errors import ConfigError, DataError, UndiffuseError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ SAMPLE_COUNTS = (1000, 500, 200, 100, 50, 20)
 """Numbers of samples that are compared with the data: the largest that fits."""
 
 
+@with_json
 @with_data_options
 def report(
     run: RunArgument,
@@ -87,6 +89,8 @@ def report(
         measuring.measure(model, dataset, minutes, rate)
     content = run_report.collect(of, model, dataset, split, calls, own, measuring.why, notes, measuring.words)
     run_report.write_page(page, content)
+    measured = {"evaluation": content.evaluation, "comparison": content.comparison}
+    add(report=page, **measured, reasons=content.why)
     console.print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
 
 

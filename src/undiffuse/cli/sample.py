@@ -30,6 +30,7 @@ from undiffuse.cli.options import (
     NetworkFile,
     Precision,
     RunArgument,
+    at_hand,
     bytes_per_value,
     console,
     limit_steps,
@@ -98,7 +99,8 @@ def sample(
     ] = None,
     guidance_rescale: Annotated[float, typer.Option(help="Guidance rescale phi [Lin23], 0 to 1.")] = 0.0,
     classifier: Annotated[
-        Path | None, typer.Option(help="A run of train-classifier, for classifier guidance to --label.")
+        Path | None,
+        typer.Option(help="A run of train-classifier, for classifier guidance to --label.", callback=at_hand),
     ] = None,
     classifier_scale: Annotated[float, typer.Option(help="Scale of the classifier's gradient.")] = 1.0,
     classifier_form: Annotated[
@@ -109,7 +111,8 @@ def sample(
         ),
     ] = "score",
     autoguide: Annotated[
-        Path | None, typer.Option(help="A run of a weaker model of the same data, for autoguidance.")
+        Path | None,
+        typer.Option(help="A run of a weaker model of the same data, for autoguidance.", callback=at_hand),
     ] = None,
     autoguide_scale: Annotated[float, typer.Option(help="Autoguidance scale; 1 disables it.")] = 2.0,
     threshold: Annotated[

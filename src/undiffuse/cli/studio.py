@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from undiffuse.cli.options import Device, NetworkFile, console, register_network, resolve_device
+from undiffuse.cli.options import Device, NetworkFile, at_hand, console, register_network, resolve_device
 from undiffuse.errors import ConfigError
 
 RUNS = Path("runs")
@@ -16,7 +16,11 @@ RUNS = Path("runs")
 def studio(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(help="Run folders or model files; by default every run in the folder runs.", metavar="[RUN]..."),
+        typer.Argument(
+            help="Run folders or model files; by default every run in the folder runs.",
+            metavar="[RUN]...",
+            callback=at_hand,
+        ),
     ] = None,
     port: Annotated[int, typer.Option(help="The port on 127.0.0.1; 0 takes a free one.", min=0, max=65535)] = 8421,
     browser: Annotated[bool, typer.Option("--browser", help="Open the page in the browser.")] = False,

@@ -16,6 +16,7 @@ from undiffuse.cli.options import (
     Device,
     NetworkFile,
     as_argument,
+    at_hand,
     console,
     network_option,
     register_network,
@@ -23,6 +24,7 @@ from undiffuse.cli.options import (
 )
 from undiffuse.cli.prompt_options import example_prompt
 from undiffuse.cli.recipe_options import RecipeOptions, format_length
+from undiffuse.cli.results import add, show, with_json
 from undiffuse.errors import ConfigError
 from undiffuse.model.presets import PRESETS
 from undiffuse.networks.tables import INSTALLED_NETWORKS
@@ -47,11 +49,27 @@ OnNonfinite = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Resume a run although settings, data or torch have changed.")]
+
+
+def _check_loggers(names: list[str] | None) -> list[str] | None:
+    """The callback of ``--log``: an error at once, not after the data are read."""
+    if names:
+        from undiffuse.training.loggers import check_loggers
+
+        check_loggers(names)
+    return names
+
+
+Log = Annotated[
+    list[str] | None,
+    typer.Option("--log", help="Log the records also to tensorboard or wandb; repeatable.", callback=_check_loggers),
+]
 Extend = Annotated[
     bool, typer.Option("--extend", help="Make the run in --out longer by --minutes or --steps, with its own recipe.")
 ]
 
 
+@with_json
 @with_data_options
 def train(
     data: DataArgument,
@@ -77,16 +95,22 @@ def train(
     network: NetworkFile = None,
     init: Annotated[
         Path | None,
-        typer.Option(help="Start from the weights of this run or model file, with its settings (docs/fine-tuning.md)."),
+        typer.Option(
+            help="Start from the weights of this run or model file, with its settings (docs/fine-tuning.md).",
+            callback=at_hand,
+        ),
     ] = None,
     autoencoder: Annotated[
         Path | None,
-        typer.Option(help="Train on the latents of this autoencoder: a run, file or folder of docs/latent.md."),
+        typer.Option(
+            help="Train on the latents of this autoencoder: a run, file or folder of docs/latent.md.", callback=at_hand
+        ),
     ] = None,
     conditional: Annotated[
         bool, typer.Option("--conditional", help="Condition the network on the labels, vectors or tokens of the data.")
     ] = False,
     on_nonfinite: OnNonfinite = None,
+    log: Log = None,
     force: Force = False,
     extend: Extend = False,
     *,
@@ -133,9 +157,8 @@ def train(
     if dataset.report.skipped:
         console.print(f"skipped files are listed in {run.folder}/skipped.json")
     with changes_as_table():
-        fit_diffusion(
-            recipe, dataset, run.folder, device, init=init, force=force, network=network_class, autoencoder=encoder
-        )
+        options = {"init": init, "force": force, "network": network_class, "autoencoder": encoder}
+        fit_diffusion(recipe, dataset, run.folder, device, **options, loggers=log or ())
     if finished:
         report_finished(run)
         return
@@ -177,7 +200,8 @@ def stage_suffix(options: Mapping[str, Any]) -> str:
 
 def report_finished(run: Run) -> None:
     """Print that the run is finished, which `undiffuse.training.fit.fit` has compared with the command."""
-    console.print(f"{run.folder} is a finished run already; give --out another folder to train again")
+    _add_run(run)
+    console.print(f"{run.folder} is a finished run already; --extend trains it longer, another --out trains again")
 
 
 def report_done(run: Run) -> None:
@@ -185,6 +209,7 @@ def report_done(run: Run) -> None:
     from undiffuse.training import run_report
 
     page, shown = run.folder / run_report.NAME, ""
+    _add_run(run)
     if page.is_file():
         with suppress(ConfigError):
             run_report.check_page(page)
@@ -192,14 +217,19 @@ def report_done(run: Run) -> None:
     console.print(f"done: {run.model}{shown}")
 
 
+def _add_run(run: Run) -> None:
+    add(run=run.folder, model=run.model, records=run.read_metrics())
+
+
 @contextmanager
 def changes_as_table() -> Iterator[None]:
     """Print a table of what has changed since the run began, if that is the error."""
-    from undiffuse.report import table
     from undiffuse.training.run_folder import ChangedError
 
     try:
         yield
     except ChangedError as error:
-        table.render([{"": what, "as begun": old, "now": new} for what, old, new in error.rows], error.where)
+        rows = [{"": what, "as begun": old, "now": new} for what, old, new in error.rows]
+        changed = [{"setting": what, "as_begun": old, "now": new} for what, old, new in error.rows]
+        show(rows, error.where, changed=changed)
         raise

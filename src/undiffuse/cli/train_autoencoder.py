@@ -10,12 +10,14 @@ import typer
 from undiffuse.cli.data_options import ReadData, given_options, print_notes, with_data_options
 from undiffuse.cli.options import DataArgument, Device, as_argument, console, resolve_device
 from undiffuse.cli.recipe_options import RecipeOptions, format_length
+from undiffuse.cli.results import with_json
 from undiffuse.cli.train import (
     Batch,
     Epochs,
     Extend,
     Force,
     LearningRate,
+    Log,
     Minutes,
     OnNonfinite,
     Steps,
@@ -33,6 +35,7 @@ WIDTHS, GPU_WIDTHS = (16, 32, 64), (64, 128, 256)
 """Channels of the first stages of the default network on a CPU and on a GPU; later stages have the last one."""
 
 
+@with_json
 @with_data_options
 def train_autoencoder(
     data: DataArgument,
@@ -63,6 +66,7 @@ def train_autoencoder(
         Path | None, typer.Option(help="A TOML file with tables [model] and [train], which override the recipe.")
     ] = None,
     on_nonfinite: OnNonfinite = None,
+    log: Log = None,
     force: Force = False,
     extend: Extend = False,
     *,
@@ -89,7 +93,7 @@ def train_autoencoder(
     if not finished:
         console.print(f"an autoencoder, {format_length(recipe.train)}, into {run.folder}")
     with changes_as_table():
-        fit_autoencoder(recipe, dataset, run.folder, device, force=force)
+        fit_autoencoder(recipe, dataset, run.folder, device, force=force, loggers=log or ())
     if finished:
         report_finished(run)
         return

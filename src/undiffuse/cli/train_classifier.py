@@ -11,12 +11,14 @@ import typer
 from undiffuse.cli.data_options import ReadData, print_notes, with_data_options
 from undiffuse.cli.options import DataArgument, Device, as_argument, console, resolve_device
 from undiffuse.cli.recipe_options import RecipeOptions, format_length
+from undiffuse.cli.results import show, with_json
 from undiffuse.cli.train import (
     Batch,
     Epochs,
     Extend,
     Force,
     LearningRate,
+    Log,
     Minutes,
     OnNonfinite,
     Steps,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from undiffuse.training.classifier_task import ClassifierConfig
 
 
+@with_json
 @with_data_options
 def train_classifier(
     data: DataArgument,
@@ -56,6 +59,7 @@ def train_classifier(
         Path | None, typer.Option(help="A TOML file with tables [model] and [train], which override the preset.")
     ] = None,
     on_nonfinite: OnNonfinite = None,
+    log: Log = None,
     force: Force = False,
     extend: Extend = False,
     *,
@@ -66,7 +70,6 @@ def train_classifier(
     An unfinished run is resumed. Training takes 5 minutes if no length is given.
     """
     from undiffuse.model.noisy_classifier import load
-    from undiffuse.report import table
     from undiffuse.training.classifier_task import ClassifierConfig, fit_classifier
 
     device = resolve_device(device)
@@ -84,12 +87,12 @@ def train_classifier(
     if not finished:
         console.print(f"a classifier of {len(dataset.classes)} classes, {length}, into {run.folder}")
     with changes_as_table():
-        fit_classifier(recipe, dataset, run.folder, device, force=force)
+        fit_classifier(recipe, dataset, run.folder, device, force=force, loggers=log or ())
     if finished:
         report_finished(run)
         return
     if rows := load(run.folder).info.get("accuracy"):
-        table.render([_row(row) for row in rows], counted(rows[0]["items"], "held-out item"))
+        show([_row(row) for row in rows], counted(rows[0]["items"], "held-out item"), accuracy=rows)
     report_done(run)
     console.print(f"use it by `undiffuse sample` with --classifier {as_argument(run.folder)} and --label")
 

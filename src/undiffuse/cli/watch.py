@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,8 @@ from rich.live import Live
 from rich.text import Text
 
 from undiffuse.cli.options import console
-from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.cli.results import add, with_json
+from undiffuse.errors import CheckpointError
 from undiffuse.report.progress_bar import format_clock
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ CURVES = {
 """Names of records, in the order shown, and what they are called."""
 
 
+@with_json
 def watch(
     run: Annotated[Path, typer.Argument(help="A run folder, finished or not.", metavar="RUN")],
     once: Annotated[bool, typer.Option("--once", help="Show the run once and exit.")] = False,
@@ -45,7 +47,11 @@ def watch(
 
     watched = Run(run)
     shown = summary(watched)
-    board = None if tensorboard is None else Board(tensorboard)
+    board = None
+    if tensorboard is not None:
+        from undiffuse.training import loggers
+
+        board = loggers.board(tensorboard)
     try:
         with Live(shown, console=console, refresh_per_second=4, transient=False) as live:
             while True:
@@ -56,33 +62,13 @@ def watch(
                 time.sleep(every)
                 live.update(summary(watched))
             live.update(summary(watched))
+        add(**state(watched))
     except KeyboardInterrupt:
         pass
     if not console.is_terminal:
         console.print()  # Live ends its last line on terminals only
     if board is not None:
         console.print(f"for TensorBoard: {tensorboard}")
-
-
-class Board:
-    """Writes records as TensorBoard scalars, each once. Raises `ConfigError` if TensorBoard is not installed."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            fix = "Install it: pip install 'undiffuse[tensorboard]'"
-            raise ConfigError("MISSING_PACKAGE", "tensorboard", "is not installed", fix) from None
-        self.writer, self.written = SummaryWriter(str(folder)), set()
-
-    def add(self, records: Sequence[Record]) -> None:
-        """Write the numbers of ``records`` that are not yet written."""
-        for record in records:
-            for name, value in record.items():
-                if name != "step" and (record["step"], name) not in self.written:
-                    self.written.add((record["step"], name))
-                    self.writer.add_scalar(name, float(value), record["step"])
-        self.writer.flush()
 
 
 def summary(run: Run) -> Group:
@@ -93,9 +79,7 @@ def summary(run: Run) -> Group:
     from undiffuse.report.table import spark
     from undiffuse.training.run_folder import checkpoint_folders, step_of
 
-    record, records = run.record, run.read_metrics()
-    if record is None:
-        raise CheckpointError("NOT_FOUND", run.folder, "there is no run in this folder", "Give the folder of a run")
+    record, records = _record(run), run.read_metrics()
     step, seconds = (max((r[key] for r in records if key in r), default=0) for key in ("step", "seconds"))
     now = seconds + _since_record(run)
     saved = [step_of(folder) for folder in checkpoint_folders(run.checkpoints)]
@@ -118,6 +102,19 @@ def summary(run: Run) -> Group:
     if any([r["overfit"] for r in records if "overfit" in r][-1:]):
         lines.append("overfitting: the gap between held-out and training items is significant")
     return Group(*(Text(line, no_wrap=True) for line in lines))
+
+
+def state(run: Run) -> dict[str, Any]:
+    """The run as plain data: whether it is finished, the process that trains it, and its records."""
+    pid = run.training_pid
+    facts = {"run": run.folder, "data": _record(run)["data"]["name"], "finished": run.finished}
+    return facts | {"process": pid, "records": run.read_metrics()}
+
+
+def _record(run: Run) -> Record:
+    if (record := run.record) is None:
+        raise CheckpointError("NOT_FOUND", run.folder, "there is no run in this folder", "Give the folder of a run")
+    return record
 
 
 def _state(run: Run, record: Record) -> str:

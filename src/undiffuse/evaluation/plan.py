@@ -11,7 +11,7 @@ import torch
 
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.transform import is_latent
-from undiffuse.errors import ConfigError, DataError
+from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.evaluation.resumable import Plan
 from undiffuse.evaluation.summary import flow_map_calls
 from undiffuse.model.cascade import AnyModel
@@ -86,12 +86,12 @@ def plan_evaluation(
     iw_samples: int,
     minutes: float,
 ) -> Plan:
-    """For each estimate a job: {"items", "mc_samples" (None: every step), "batch", "expected" (seconds), "fit"}.
+    """For each estimate a job: items, mc_samples (None: every step), batch, expected (seconds), fit, first (seconds).
 
     Sizes that are not given are chosen so that all jobs fit into ``minutes`` of one process on this machine, by a short
     measurement of its speed. Where "fit" is true, "items" is only an upper limit: while the job runs, the pace of its
     batches decides how many fit into the expected seconds. "mc_samples" of the flow is ``iw_samples``; the map of few
-    calls has none.
+    calls has none. "first" are the seconds of the first batch, which always counts.
     """
     rate = calls_per_second(model, values[:64])
     total = PLANNED_FRACTION * 60 * minutes
@@ -133,7 +133,22 @@ def plan_evaluation(
         batch = batch_size(model, name in calls_each or (each or model.chain_length) > 128)
         expected = seconds[name] if fit else cost
         plan[name] = {"items": n, "mc_samples": each, "batch": batch, "expected": expected, "fit": fit}
+        plan[name]["first"] = cost / n * min(batch, n)
     return plan
+
+
+def slow_starts(plan: Plan) -> list[str]:
+    """A line for each estimate whose first batch, which always counts, takes much longer than the whole estimate may."""
+    lines = []
+    for name, job in plan.items():
+        seconds = job["first"]
+        if job["fit"] and seconds > max(2 * job["expected"], job["expected"] + 60):
+            items, minutes = min(job["batch"], job["items"]), math.ceil(seconds / 60)
+            lines.append(
+                f"{name}: {items} items, the fewest that are measured, take about {counted(minutes, 'minute')}, longer "
+                "than --minutes allows; give --estimate for the others alone"
+            )
+    return lines
 
 
 def calls_per_second(model: AnyModel, values: torch.Tensor) -> float:

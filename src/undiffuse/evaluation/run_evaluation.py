@@ -171,7 +171,10 @@ def evaluate(
     sizes = (items, mc_samples, exact, iw_samples, minutes * group.world_size)
 
     def choose() -> resumable.Plan:
-        return planning.plan_evaluation(model, values, names, *sizes)
+        plan = planning.plan_evaluation(model, values, names, *sizes)
+        for line in planning.slow_starts(plan):
+            report(line)
+        return plan
 
     plan, store = choose() if folder is None else {}, None
     if folder is not None:

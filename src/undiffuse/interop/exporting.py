@@ -10,6 +10,7 @@ from undiffuse.interop.diffusers_export import export_diffusers
 from undiffuse.interop.graph_export import export_onnx, export_torch
 from undiffuse.interop.parity import Check, check_all
 from undiffuse.model import checkpoint
+from undiffuse.runtime.atomic_file import atomic_folder
 
 FORMATS: Mapping[str, Callable[..., list[Check]]] = {
     "diffusers": export_diffusers,
@@ -22,13 +23,16 @@ FORMATS: Mapping[str, Callable[..., list[Check]]] = {
 def export(run: str | Path, out: str | Path, kind: str) -> list[Check]:
     """Write the model of ``run`` as ``kind`` into the new or empty folder ``out``; returns the checks of its outputs.
 
-    Raises `ConfigError` for a model that the format cannot express, and `CheckpointError` where outputs differ.
+    Raises `ConfigError` for a model that the format cannot express, and `CheckpointError` where outputs differ. After
+    an error ``out`` is as it was.
     """
     folder = Path(out)
     if kind not in FORMATS:
         raise ConfigError("FORMAT", repr(kind), "no such format", f"Use one of {', '.join(FORMATS)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError("OUT", folder, "it exists and is not an empty folder", "Give a new folder")
-    checks = FORMATS[kind](checkpoint.load(run), folder)
-    check_all(checks, folder)
+    model = checkpoint.load(run)
+    with atomic_folder(folder) as partial:
+        checks = FORMATS[kind](model, partial)
+        check_all(checks, folder)
     return checks

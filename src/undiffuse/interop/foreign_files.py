@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,10 @@ from undiffuse.runtime.atomic_file import remedy
 from undiffuse.runtime.file_errors import FileError
 
 MAX_CONFIG_BYTES = 1 << 20
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_NAMES_BYTES = 1 << 24
+"""The most bytes in which names are searched."""
+ZIP_START = b"PK"
 PICKLE_SECONDS = 600
 """The longest time in which a pickle is read."""
 
@@ -49,6 +54,27 @@ def read_weights(path: Path, unpickle: bool = False) -> ForeignFile:
     else:
         tensors, facts = _read_safetensors(path), {}
     return ForeignFile({n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}, facts)
+
+
+def mentions(path: Path, name: bytes) -> bool:
+    """Whether ``path`` is a file of weights, or a pickle of any kind, in which ``name`` occurs among the names.
+
+    Nothing is unpickled: the bytes of the pickle are searched, or the header of a safetensors file.
+    """
+    if not path.is_file() or path.suffix not in (*PICKLE_SUFFIXES, ".safetensors"):
+        return False
+    try:
+        if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                member = next((entry for entry in archive.namelist() if entry.endswith("data.pkl")), None)
+                if member is None:
+                    return False
+                with archive.open(member) as file:
+                    return name in file.read(MAX_NAMES_BYTES)
+        with path.open("rb") as file:
+            return name in file.read(MAX_NAMES_BYTES)
+    except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError):
+        return False  # reading it says what is wrong
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -83,6 +109,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _unpickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of a pickle, from the child process `undiffuse.interop.unpickle`."""
+    with path.open("rb") as file:
+        is_cut = file.read(2) == ZIP_START and not zipfile.is_zipfile(path)
+    if is_cut:
+        raise CheckpointError("DAMAGED", path, "not a whole file of torch.save: its end is missing", "Copy it again")
     with tempfile.TemporaryDirectory(prefix="undiffuse-") as folder:
         out = Path(folder) / "weights.safetensors"
         command = [sys.executable, "-P", "-m", "undiffuse.interop.unpickle", str(path), str(out)]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from undiffuse.errors import CheckpointError, ConfigError
-from undiffuse.interop import diffusers, openai
+from undiffuse.interop import denoising_diffusion, diffusers, edm, openai
+from undiffuse.interop.foreign_files import mentions
 from undiffuse.interop.parity import Imported, check_all
 from undiffuse.model import checkpoint
 from undiffuse.runtime.output_folder import check_output_folder, listed_files
@@ -32,6 +33,18 @@ FORMATS: Mapping[str, Format] = {
         lambda path: any((path / name).is_file() for name in ("model_index.json", *diffusers.UNET_CONFIGS)),
         diffusers.import_diffusers,
         ("size", "values", "chain", "unpickle"),
+    ),
+    "denoising-diffusion-pytorch": Format(
+        "a file of the Trainer of denoising-diffusion-pytorch",
+        lambda path: mentions(path, denoising_diffusion.MARK.encode()),
+        denoising_diffusion.import_denoising_diffusion,
+        ("size", "values", "unpickle", "setting"),
+    ),
+    "edm": Format(
+        "a state dict of EDM's networks",
+        lambda path: mentions(path, edm.MARK.encode()),
+        edm.import_edm,
+        ("size", "values", "unpickle", "setting"),
     ),
     "openai": Format(
         "a file of weights of improved- or guided-diffusion",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from undiffuse.data.transform import IntegerLevels
 from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.interop.flags import check_flags
 from undiffuse.interop.foreign_files import read_weights
 from undiffuse.interop.parity import LIMIT, Check, Imported
 from undiffuse.model.config import ModelConfig
@@ -76,7 +77,7 @@ def import_openai(
     ``setting`` has the flags of `FLAGS` that the model was trained with and that are not the default. Raises
     `CheckpointError` and `ConfigError`.
     """
-    path, flags = Path(source), check_flags(setting or {})
+    path, flags = Path(source), check_openai_flags(setting or {})
     if size is None:
         raise ConfigError("SIZE", path, "its image_size is in no file", "Give size=64, or the size it was trained on")
     tensors = read_weights(path, unpickle).tensors
@@ -119,16 +120,9 @@ def import_openai(
     return Imported(model.eval(), checks, notes, f"--solver ancestral --steps {T}")
 
 
-def check_flags(given: Mapping[str, Any]) -> dict[str, Any]:
+def check_openai_flags(given: Mapping[str, Any]) -> dict[str, Any]:
     """`FLAGS` with those ``given``. Raises `ConfigError` for an unknown flag or value."""
-    for name, value in given.items():
-        if name not in FLAGS:
-            raise ConfigError("FLAG", f"--set {name}", "no such flag", f"Use {', '.join(FLAGS)}")
-        wanted = bool if name == "rescale_timesteps" else type(FLAGS[name])
-        if type(value) is not wanted and not (wanted is float and type(value) is int):
-            cause = f"{value!r} is not of the type {wanted.__name__}"
-            raise ConfigError("FLAG", f"--set {name}", cause, "Correct the value; truth values are true and false")
-    flags = {**FLAGS, **given}
+    flags = check_flags(FLAGS, given)
     if flags["noise_schedule"] not in SCHEDULES:
         cause = f"{flags['noise_schedule']!r} is unknown"
         raise ConfigError("FLAG", "--set noise_schedule", cause, f"Use {' or '.join(SCHEDULES)}")

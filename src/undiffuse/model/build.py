@@ -150,8 +150,12 @@ def check_process(
             name = "the weight of the continuous loss" if continuous else f"weight {weight.name!r}"
             cause = f"{name} is not finite at every time of {config.times['name']!r}"
             raise ConfigError("CONFIG", "model.weight", cause, "Use the times 'uniform', or the weight 'simple'")
+        if not target.needs_next_level:  # all levels at once: one by one they take most of the time of a small model
+            t, alpha, sigma, log_snr = map(torch.stack, zip(*(level[:4] for level in chain[:-1]), strict=True))
+            target.check(NoiseLevel(t, alpha, sigma, log_snr))
+            return
         for t, s in itertools.pairwise(chain):
-            target.check(t, s if target.needs_next_level else None)
+            target.check(t, s)
     except (TypeError, ValueError) as error:
         fix = "Check the settings of times, weight and target"
         raise ConfigError("CONFIG", "model", f"its parts do not work together ({error})", fix) from None

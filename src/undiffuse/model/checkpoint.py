@@ -80,6 +80,7 @@ def load(
         tensor.copy_(tensors[name])
     to_fast_layout(diffusion.to(device).network)
     diffusion.autocast = autocast_dtype(resolve_precision(precision, device, len(diffusion.x_shape) - 1))
+    diffusion.read_from = path
     return diffusion.eval()
 
 

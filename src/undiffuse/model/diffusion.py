@@ -23,6 +23,7 @@ from undiffuse.model.build import build_network, build_part, check_chain_length,
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.consistency import few_call_sampler
 from undiffuse.model.measurement import measure
+from undiffuse.model.pretrained import Pretrained
 from undiffuse.model.text_conditions import text_condition
 from undiffuse.model.training_loss import training_loss
 from undiffuse.networks.condition import Condition
@@ -44,7 +45,7 @@ from undiffuse.sampling.trajectory import trajectory as solver_trajectory
 DEFAULT_SAMPLER = Sampler()
 
 
-class Diffusion(nn.Module):
+class Diffusion(Pretrained, nn.Module):
     """A diffusion model over items of ``item_shape``, (C, ...) or (D,), in the units of ``transform``.
 
     ``x_shape`` is the shape of x and of noise: that of an item, or of the latents of an autoencoder.

@@ -13,15 +13,15 @@ from undiffuse.networks.condition import Condition
 from undiffuse.networks.protocol import DataStatistics
 
 
-def sinusoids(time: Tensor, width: int) -> Tensor:
-    """(n, width) = [sin(f time), cos(f time)], f = 10000^(−j/(width/2 − 1)), j = 0 … width/2 − 1 [Ho20].
+def sinusoids(time: Tensor, width: int, longest: float = 10_000) -> Tensor:
+    """(n, width) = [sin(f time), cos(f time)], f = ``longest``^(−j/(width/2 − 1)), j = 0 … width/2 − 1 [Ho20].
 
     The low frequencies distinguish integer steps in the thousands, the high ones values such as log-SNR. Never below
     float32: in bfloat16 the steps 999 and 1000 are equal.
     """
     half = width // 2
     time = time if time.dtype == torch.float64 else time.float()
-    rate = -math.log(10_000) / max(half - 1, 1)
+    rate = -math.log(longest) / max(half - 1, 1)
     angle = time.reshape(-1, 1) * torch.exp(rate * torch.arange(half, device=time.device, dtype=time.dtype))
     return torch.cat([angle.sin(), angle.cos()], 1)
 
@@ -86,7 +86,8 @@ class ConditionEmbedding(nn.Module):
     ``pooled`` (B, width), that of a text, is one more term. Row 0 is the null class (label −1), which is also used
     without a label. A condition of size 0 (``classes`` or ``vector``) is ignored. With ``image`` the log-SNR of the
     conditioning image enters the MLP beside the time; without an image it is the lowest one. With ``two_times`` the
-    `EndTimeEmbedding` of a condition's end time is added. ``waves`` maps the time and ``features`` to (n, features).
+    `EndTimeEmbedding` of a condition's end time is added. ``waves`` maps the time and ``features`` to (n, features);
+    ``activation`` is that of the MLP. With ``label_first`` the rows of the labels (features) are added to the waves.
     """
 
     zero_ends = ("label.weight", "image_level.weight", "image_level.bias")
@@ -100,35 +101,43 @@ class ConditionEmbedding(nn.Module):
         image: int = 0,
         two_times: bool = False,
         waves: Callable[[Tensor, int], Tensor] = sinusoids,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+        label_first: bool = False,
     ) -> None:
         super().__init__()
-        self.features, self.waves = features, waves
+        self.features, self.waves, self.activation, self.label_first = features, waves, activation, label_first
         self.fc1 = nn.Linear(features, width)
         self.fc2 = nn.Linear(width, width)
-        self.label = nn.Embedding(classes + 1, width) if classes else None
+        self.label = nn.Embedding(classes + 1, features if label_first else width) if classes else None
         self.vector = VectorEmbedding(vector, width) if vector else None
         self.image_level = nn.Linear(features, width) if image else None
         self.end = EndTimeEmbedding(features, width) if two_times else None
 
     def forward(self, time: Tensor, cond: Condition | None, pooled: Tensor | None = None) -> Tensor:
         with torch.autocast(time.device.type, enabled=False):  # a few rows: full precision costs nothing here
-            h = self.fc1(self.waves(time, self.features).to(self.fc1.weight.dtype))
+            h = self.waves(time, self.features).to(self.fc1.weight.dtype)
+            if self.label_first:
+                h = self._add_label(h, cond)
+            h = self.fc1(h)
             if self.image_level is not None:
                 level = cond.image_level if cond is not None else None
                 level = time.new_full((1,), -math.inf) if level is None else level
                 level = level.clamp(-MAX_IMAGE_LEVEL, MAX_IMAGE_LEVEL)
                 h = h + self.image_level(sinusoids(level, self.features).to(h.dtype))
-            h = self.fc2(F.silu(h))
+            h = self.fc2(self.activation(h))
             if self.vector is not None:
                 h = h + self.vector(cond.vector if cond is not None else None)
             if self.end is not None and cond is not None and cond.end_time is not None:
                 h = h + self.end(time, cond.end_time)
             if pooled is not None:
                 h = h + pooled.to(h.dtype)
-        if self.label is not None:
-            label = cond.label if cond is not None else None
-            h = h + self.label(h.new_zeros(1, dtype=torch.int64) if label is None else label + 1)
-        return F.silu(h)
+        return F.silu(h if self.label_first else self._add_label(h, cond))
+
+    def _add_label(self, h: Tensor, cond: Condition | None) -> Tensor:
+        if self.label is None:
+            return h
+        label = cond.label if cond is not None else None
+        return h + self.label(h.new_zeros(1, dtype=torch.int64) if label is None else label + 1)
 
     def adapt_weights(self, weights: Mapping[str, Tensor], label_rows: Sequence[int] | None) -> dict[str, Tensor]:
         """The rows of the labels in the order of the classes here; a new class starts as the null class."""

@@ -11,6 +11,8 @@ BUILT_IN_NETWORKS = LazyTable(
         "dit": row("networks.dit", "DiT"),
         "mlp": row("networks.mlp", "MLP"),
         "diffusers-unet": row("networks.diffusers_unet", "DiffusersUNet"),
+        "denoising-diffusion-unet": row("networks.denoising_diffusion_unet", "DenoisingDiffusionUNet"),
+        "edm-unet": row("networks.edm_unet", "EDMUNet"),
     }
 )
 """The class of each kind."""

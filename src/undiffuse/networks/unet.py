@@ -46,8 +46,8 @@ def unfold(y: Tensor, patch: int) -> Tensor:
 class Residual(nn.Module):
     """skip(R h) + conv₂(dropout(SiLU(norm₂(conv₁(R SiLU(norm₁(h))) + W cond)))) [Ho20].
 
-    R is ``resampling``, `Down` or `Up` without weights [Brock18, Dhariwal21 §3], and by default the identity. With
-    ``scale_shift`` W cond scales and shifts the output of norm₂ instead.
+    R is ``resampling``, `Down` or `Up` without weights [Brock18, Dhariwal21 §3], by default the identity. With
+    ``scale_shift`` W cond scales and shifts the output of norm₂; with ``project`` skip is always a 1×1 convolution.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Residual(nn.Module):
         scale_shift: bool,
         norm: Callable[[int], nn.Module],
         resampling: nn.Module | None = None,
+        project: bool = False,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
@@ -70,12 +71,11 @@ class Residual(nn.Module):
         self.norm2 = norm(out_width)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv(dims, out_width, out_width)
-        self.skip = conv(dims, in_width, out_width, 1) if in_width != out_width else nn.Identity()
+        self.skip = conv(dims, in_width, out_width, 1) if project or in_width != out_width else nn.Identity()
 
     def forward(self, h: Tensor, cond: Tensor) -> Tensor:
         y = self.conv1(self.resampling(F.silu(self.norm1(h))))
-        cond = self.cond(cond).to(y.dtype)
-        cond = cond.view(*cond.shape, *[1] * (h.ndim - 2))
+        cond = self.cond(cond).to(y.dtype)[(..., *[None] * (h.ndim - 2))]
         if self.scale_shift:
             scale, shift = cond.chunk(2, 1)
             y = torch.addcmul(shift, self.norm2(y), 1 + scale)
@@ -123,7 +123,7 @@ class Stage(nn.ModuleList):
         """Those of the other layers under their numbers here, where one of the two has cross-attention."""
         old = sorted({int(name.partition(".")[0]) for name in weights})
         crosses = [i for i in old if f"{i}.q.weight" in weights]
-        own = [[i for i, layer in enumerate(self) if isinstance(layer, CrossAttention) == cross] for cross in (0, 1)]
+        own = [[i for i, m in enumerate(self) if m.state_dict() and isinstance(m, CrossAttention) == x] for x in (0, 1)]
         numbers = {i: f"crossed{i}" for i in old}  # what has no place here keeps a name that is none of a layer
         numbers |= dict(zip([i for i in old if i not in crosses], map(str, own[0]), strict=False))
         numbers |= dict(zip(crosses, map(str, own[1]), strict=False))

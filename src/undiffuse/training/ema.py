@@ -38,7 +38,7 @@ class PowerEMA:
         move = 1 - (1 - 1 / step) ** self.power
         weights = model.state_dict()
         means = [local_shard(self.mean[name]) for name in weights]
-        torch._foreach_lerp_(means, [_at_least_float32(local_shard(weight)) for weight in weights.values()], move)
+        torch._foreach_lerp_(means, [_at_least_float32(local_shard(weight)) for weight in weights.values()], move)  # pyright: ignore[reportPrivateImportUsage]
 
     def copy_to(self, model: nn.Module) -> None:
         """Load the average into ``model``, in the model's dtypes. All processes must call it at the same time."""

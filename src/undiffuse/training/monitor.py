@@ -16,8 +16,10 @@ import torch
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.errors import ConfigError, DataError, NonFiniteError, ResourceError, counted
 from undiffuse.evaluation.time_limit import Pace, TimeLimit
+from undiffuse.model.config import to_dict
 from undiffuse.report.progress_bar import ProgressBar, format_clock
 from undiffuse.runtime.terminal import make_console
+from undiffuse.training.loggers import Logger, open_loggers
 from undiffuse.training.progress import Progress, measuring_allowance
 from undiffuse.training.run_folder import Run
 from undiffuse.training.run_report import NAME as REPORT
@@ -68,6 +70,7 @@ class Monitor:
         self.steps, self.step_seconds, self.waited = 0, 0.0, 0.0  # since the last record, but for ``waited``
         self.step_end, self.save_seconds = progress.seconds, 0.0
         self.previous_fraction = self.fraction = progress.fraction(self.settings)
+        self.loggers: list[Logger] = []
 
     def __enter__(self) -> Monitor:
         self.bar.start()
@@ -80,10 +83,14 @@ class Monitor:
         )
         if self.main and self.progress.step:
             self.write_records()  # without records of steps after the checkpoint
+        if self.main:
+            run, config = self.run, to_dict(self.task.config)
+            self.loggers = open_loggers(run.loggers, run.folder, self.progress.step, self.records, config)
         return self
 
     def __exit__(self, *failure: object) -> None:
         self.bar.stop()
+        self._to_loggers(lambda logger: logger.close())
 
     def log(self, line: str) -> None:
         """Print a line above the bar; a terminal that is closed costs the run nothing but the line."""
@@ -123,6 +130,7 @@ class Monitor:
         if self.main:
             with self._tolerate_write_errors():
                 self.run.append_metrics(record)
+            self._to_loggers(lambda logger: logger.add([record]))
 
     def crossed_part(self, parts: int) -> bool:
         """Whether the last step crossed the end of one of so many equal parts of the run."""
@@ -208,6 +216,16 @@ class Monitor:
         """Write all records."""
         with self._tolerate_write_errors():
             self.run.write_metrics(self.records)
+        self._to_loggers(lambda logger: logger.add(self.records))
+
+    def _to_loggers(self, send: Callable[[Logger], None]) -> None:
+        """``send`` something to each logger; one that fails costs the run a line and gets nothing more."""
+        for logger in [*self.loggers]:
+            try:
+                send(logger)
+            except Exception as error:  # of another package
+                self.loggers.remove(logger)
+                self.log(f"{type(logger.tracker).__name__} fails and gets no more records: {error}")
 
     def _share(self) -> float:
         """The seconds for an evaluation now: what is left for those before the end, divided by their number."""

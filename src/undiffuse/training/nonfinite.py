@@ -64,8 +64,8 @@ def require_finite(model: nn.Module, step: int, folder: Path) -> None:
     weights = dict(model.named_parameters())
     if math.isfinite(float(full_tensor(nn.utils.get_total_norm(weights.values())))):
         return
-    name = next((n for n, weight in weights.items() if not bool(torch.isfinite(local_shard(weight)).all())), "some")
-    cause = f"weights are not finite after step {step}: {name}"
+    name = next((n for n, weight in weights.items() if not bool(torch.isfinite(local_shard(weight)).all())), None)
+    cause = f"weights are not finite after step {step}: {name or 'their norm overflows'}"
     raise NonFiniteError("NON_FINITE", folder, cause, f"Lower train.lr; {_checkpoint_status(folder)}")
 
 

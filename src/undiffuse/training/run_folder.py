@@ -62,10 +62,10 @@ class ChangedError(ConfigError):
 
 
 class Run:
-    """The paths of a run and its ``run.json``. Nothing is created before `open` or `exclusive`."""
+    """The paths of a run, its ``run.json`` and `loggers`. Nothing is created before `open` or `exclusive`."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, loggers: Sequence[str] = ()) -> None:
+        self.folder, self.loggers = Path(folder), tuple(loggers)
         self.checkpoints = self.folder / "checkpoints"
         self.pictures = self.folder / "pictures"
         self.snapshots = self.folder / "snapshots"

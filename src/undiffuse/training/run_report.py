@@ -81,16 +81,53 @@ def collect(
     DATA, of commands that take it. ``why`` has reasons why a part was not measured.
     Results of `evaluate` and `compare` are those in the folder, if they are of the weights of ``model``.
     """
-    record, why = run.record or {}, dict(why or {})
-    place = as_argument(shown_path(run.folder))
+    content, own_data = _collect_records(run, model, data, split, why, notes)
+    if data is None or not own_data.get("source"):
+        of_data = of_data or " DATA"
+    commands = measuring_commands(run, model, data, own, of_data)
+    drawings: dict[str, Drawing] = {}
+    if data is not None and split is not None:
+        drawings["data"] = data_picture(data, split)
+    if content.kind == "autoencoder":
+        names = ["reconstructions.png", *_previews(run, "reconstructions")]
+        caption = "Items of the data, and what the autoencoder makes of them"
+        drawings["reconstructions"] = stored_picture([run.pictures / name for name in names], caption) or Drawing(
+            caption="No reconstructions are drawn yet"
+        )
+    if isinstance(model, Diffusion):
+        if content.comparison is not None:
+            commands |= _commands_of(run, content.comparison, own, of_data)
+            samples = Path(str(content.comparison.get("samples", ""))) / "samples.npz"
+            drawings["neighbours"] = nearest_picture(content.comparison.get("nearest") or (), samples, data)
+        pictures = ModelPictures(model, data, split, max_calls, f"undiffuse report {content.run}{of_data}{own}")
+        drawings["samples"] = _samples(run, model, checkpoint.fingerprint(model))
+        drawings |= {"forward": pictures.forward(), "reverse": pictures.reverse(), "solvers": pictures.solvers()}
+    elif content.kind == "diffusion model":
+        drawings["samples"] = _samples(run, None, "")
+    content.commands, content.drawings = commands, drawings
+    return content
+
+
+def collect_records(run: Run, model: Any) -> RunContent:
+    """What `collect` finds in the files of ``run`` and in ``model`` alone: no drawings and no commands."""
+    return _collect_records(run, model)[0]
+
+
+def _collect_records(
+    run: Run,
+    model: Any,
+    data: Dataset | None = None,
+    split: Split | None = None,
+    why: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> tuple[RunContent, Mapping[str, Any]]:
+    """The page without drawings and commands, and the facts about the data."""
+    record, reasons = run.record or {}, dict(why or {})
     info = dict(model.info) if model is not None else {}
     facts = record.get("data") or info
     known = bool(facts.get("fingerprint"))  # an imported model does not know its data
     if not known:
         facts = {"item_shape": getattr(model, "item_shape", ()), **facts} if data is None else describe(data)
-    if data is None or not facts.get("source"):
-        of_data = of_data or " DATA"
-    records = run.read_metrics()
     if model is None:
         kind = "classifier" if (record.get("config") or {}).get("model", {}).get("kind") == "classifier" else ""
         kind = kind or (
@@ -99,47 +136,25 @@ def collect(
     else:
         kind = next((words for cls, words in KINDS.items() if isinstance(model, cls)), "diffusion model")
     content = RunContent(
-        run=place,
+        run=as_argument(shown_path(run.folder)),
         name=str((record.get("data") or info).get("name") or run.folder.name),
         kind=kind,
         record=record,
-        records=records,
+        records=run.read_metrics(),
         info=info,
         model=_model_facts(model, record),
         data=data_facts(facts, data, split if known else None, info),
         notes=notes,
-        why=why,
+        why=reasons,
     )
-    commands = measuring_commands(run, model, data, own, of_data)
-    drawings: dict[str, Drawing] = {}
-    if data is not None and split is not None:
-        drawings["data"] = data_picture(data, split)
-    if kind == "autoencoder":
-        names = ["reconstructions.png", *_previews(run, "reconstructions")]
-        caption = "Items of the data, and what the autoencoder makes of them"
-        drawings["reconstructions"] = stored_picture([run.pictures / name for name in names], caption) or Drawing(
-            caption="No reconstructions are drawn yet"
-        )
     if isinstance(model, Diffusion):
-        weights = checkpoint.fingerprint(model)
-        content.evaluation = _current(
-            _read(run.folder / evaluation_report.RECORD), "digest", weights, "evaluation", why
-        )
-        folder = run.folder / COMPARISON
-        content.comparison = _current(_read(folder / COMPARE_RECORD), "weights", weights, "comparison", why)
-        if content.comparison is not None:
-            commands |= _commands_of(run, content.comparison, own, of_data)
-            samples = Path(str(content.comparison.get("samples", ""))) / "samples.npz"
-            drawings["neighbours"] = nearest_picture(content.comparison.get("nearest") or (), samples, data)
-        pictures = ModelPictures(model, data, split, max_calls, f"undiffuse report {place}{of_data}{own}")
-        drawings["samples"] = _samples(run, model, weights)
-        drawings |= {"forward": pictures.forward(), "reverse": pictures.reverse(), "solvers": pictures.solvers()}
-        _add_reasons(model, why)
-    elif kind == "diffusion model":
-        drawings["samples"] = _samples(run, None, "")
-    content.commands, content.drawings, content.why = commands, drawings, why
+        weights, comparison = checkpoint.fingerprint(model), run.folder / COMPARISON / COMPARE_RECORD
+        evaluation = run.folder / evaluation_report.RECORD
+        content.evaluation = _current(_read(evaluation), "digest", weights, "evaluation", reasons)
+        content.comparison = _current(_read(comparison), "weights", weights, "comparison", reasons)
+        _add_reasons(model, reasons)
     content.repeat, content.recipe = repeat(record, kind)
-    return content
+    return content, facts
 
 
 def load_model(path: Path, device: str = "cpu") -> Any:

@@ -25,7 +25,10 @@ LABEL_WORDS = frozenset({*LABEL_COLUMNS, "class", "classes", "target", "targets"
 """Names, in small letters, of columns that may hold classes: offered unless one of LABEL_COLUMNS is there."""
 INDEX_NAME = re.compile(r"(Unnamed: \d+)?")
 """Names of the column in which pandas writes the index of a row: none, or after it was read again, Unnamed: 0."""
-FIX = "Give a line of names, and below it one number per column in every line; a column called label may hold text"
+FIX = (
+    "Give a line of names, and below it one number per column in every line; the column called label, or that of "
+    "label_column=NAME, may hold text"
+)
 MAX_LINE_LENGTH = 1 << 20
 """In characters."""
 

@@ -148,7 +148,8 @@ def image_notes(
     notes = [f"{n} of {count} images: {change}" for change, n in sorted(changes.items())]
     if problems:
         codes = ", ".join(f"{n} {code}" for code, n in Counter(p.code for p in problems).most_common())
-        notes.append(f"{len(problems)} of {total} {kind} skipped: {codes}")
+        fix = "; crop=True keeps those that are not square" if "ASPECT" in codes else ""
+        notes.append(f"{len(problems)} of {total} {kind} skipped: {codes}{fix}")
     return notes
 
 
