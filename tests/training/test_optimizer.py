@@ -40,7 +40,7 @@ def test_orthogonalisation_is_that_of_the_svd(shape):
 
 def test_singular_values_end_near_one_and_zero_stays_zero():
     s = torch.logspace(-2, 0, 10_001, dtype=f64)
-    assert 0.65 < polynomial(s).min() < polynomial(s).max() < 1.25
+    assert 0.68 < polynomial(s).min() < polynomial(s).max() < 1.14
     assert torch.equal(orthogonalise(torch.zeros(3, 4)), torch.zeros(3, 4))
     assert orthogonalise(torch.full((3, 4), 1e-13)).norm() < 0.01  # a rounding error is no direction
 

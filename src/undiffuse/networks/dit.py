@@ -113,9 +113,9 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """y (B, out_channels, *size) in x's dtype, from x (B, channels, *size) of any size and time (B,) or ().
 
-    The transformer of [Peebles23] with patches, SwiGLU and norms of q and k as in [Li25]. ``patch``: cells of a patch
+    The transformer of [Peebles23] with patches, SwiGLU and norms of q and k as in [Li25b]. ``patch``: cells of a patch
     along each axis, which is one token of ``width`` numbers; ``bottleneck``: numbers that a patch is first reduced to
-    [Li25 §4.3], 0 for none; ``depth`` blocks with ``heads`` heads and SwiGLU of ``hidden`` numbers, default 8/3 of the
+    [Li25b], 0 for none; ``depth`` blocks with ``heads`` heads and SwiGLU of ``hidden`` numbers, default 8/3 of the
     width rounded up to a multiple of 8; ``time_width``: of the embedding, default the width. x is padded to whole
     patches by repeating its edge. Sizes of the conditions, 0 for one that it does not accept: ``classes`` (labels
     0 … classes − 1, −1 is null); ``vector``; ``tokens``, to which every block attends, without regard to their order;
