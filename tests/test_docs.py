@@ -156,6 +156,7 @@ def test_the_recipe_of_the_transformer_trains(tmp_path) -> None:
     (text,) = (text for text in blocks(ROOT / "docs/recipes.md", "toml") if '{kind = "dit"' in text)
     (tmp_path / "dit.toml").write_text(text)
     recipe = replace_train(read(tmp_path / "dit.toml", Config()), max_steps=2, batch=4, precision="float32")
+    recipe = replace(recipe, model=replace(recipe.model, network=recipe.model.network | {"depth": 1, "width": 48}))
     values = np.random.default_rng(0).integers(256, size=(20, 3, 8, 8))
     with quick_looks():
         data = undiffuse.from_array(values, num_values=256)
