@@ -51,6 +51,7 @@ def test_the_program_predicts_as_the_model_does_for_any_batch(tmp_path):
     assert [row["t"] for row in fields["chain"]] == pytest.approx(np.linspace(1, 0, 21).tolist())
 
 
+@pytest.mark.release
 def test_a_transformer_is_exported_for_any_batch(tmp_path):
     network = {"kind": "dit", "patch": 2, "width": 8, "depth": 1, "heads": 2, "classes": 3}
     config = replace(presets.adapt_to_data(presets.get("digits"), 17).model, chain_length=20, network=network)
