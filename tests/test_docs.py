@@ -31,6 +31,7 @@ from undiffuse.process.weighting import WEIGHTS
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
+REFERENCE = ROOT / "docs/reference.md"
 page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 
 
@@ -53,6 +54,13 @@ def defined(path: Path) -> set[str]:
     """The functions and classes of a file, by its syntax tree."""
     nodes = ast.walk(ast.parse(path.read_text()))
     return {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+
+
+def test_the_reference_has_every_public_name_once():
+    row = r"^::: undiffuse\.(\S+)\n    options: \{heading_level: 3, heading: (\w+), toc_label: \2\}$"
+    listed = re.findall(row, REFERENCE.read_text(), re.M)
+    expected = [(f"{module}.{name}", public) for public, (module, name) in undiffuse._SOURCE.items()]
+    assert sorted(listed) == sorted(expected)
 
 
 @page

@@ -17,7 +17,20 @@ from undiffuse.evaluation import plan as planning
 from undiffuse.model import checkpoint
 
 EVALUATOR = Path(__file__).parent / "evaluator.py"
-OPTIONS = ("--items", "4", "--mc-samples", "2", "--part", "all", "--estimate", "discrete", "--estimate", "continuous")
+OPTIONS = (
+    "--items",
+    "4",
+    "--mc-samples",
+    "2",
+    "--precision",
+    "float32",
+    "--part",
+    "all",
+    "--estimate",
+    "discrete",
+    "--estimate",
+    "continuous",
+)
 
 
 @pytest.fixture(scope="module")

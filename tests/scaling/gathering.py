@@ -78,7 +78,10 @@ def draw_cascade(folder, options):
     """`sample` with the stages beside ``folder``, into it."""
     base, top = (str(Path(folder).parent / f"{name}.safetensors") for name in ("BASE", "TOP"))
     words = [word for option in options.items() for word in option]
-    assert main(["sample", base, "--then", top, *words, "--out", str(folder), "--device", "cpu"]) == 0
+    assert (
+        main(["sample", base, "--then", top, *words, "--out", str(folder), "--device", "cpu", "--precision", "float32"])
+        == 0
+    )
 
 
 def finish_only(monitor):

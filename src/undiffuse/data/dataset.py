@@ -36,20 +36,20 @@ class Split:
 class Dataset:
     """N items in one array, channels first, in the type in which they are stored.
 
-    values       (N, C, *size) or (N, D): uint8 or uint16 for integers in 0 .. num_values − 1, float32 for
-                 continuous data. May be a `LazyArray`: no method here reads more than a chunk of it at a time
-    num_values   number of values of integer data (2 .. 65536), None for continuous data
-    labels       (N,) int64 in 0 .. len(classes) − 1, or None
-    notes        sentences about what was noticed and changed when the data were read
-    test_from    index of the first item of an official test part, which goes on to the end
-    validation_from  index of the first item of an official validation part, which ends before the test part
-    cond         (N, D) float32 vectors, or (N, L, D) float32 tokens with ``mask`` (N, L), True where a token counts
-    value_range  (low, high), declared limits of continuous data
-    columns      names of the D numbers of an item (N, D)
-    names        name of each item in its source (the path of a file within its folder); empty for arrays
-    report       formats, sizes and skipped files of the source
-    captions     of each item a tuple of one or more texts; empty without captions
-    embeddings   of the captions by a text encoder; None: the network gets their bytes
+    - ``values``: (N, C, *size) or (N, D): uint8 or uint16 for integers in 0 .. num_values − 1, float32 for
+      continuous data. May be a `LazyArray`: no method here reads more than a chunk of it at a time
+    - ``num_values``: number of values of integer data (2 .. 65536), None for continuous data
+    - ``labels``: (N,) int64 in 0 .. len(classes) − 1, or None
+    - ``notes``: sentences about what was noticed and changed when the data were read
+    - ``test_from``: index of the first item of an official test part, which goes on to the end
+    - ``validation_from``: index of the first item of an official validation part, which ends before the test part
+    - ``cond``: (N, D) float32 vectors, or (N, L, D) float32 tokens with ``mask`` (N, L), True where a token counts
+    - ``value_range``: (low, high), declared limits of continuous data
+    - ``columns``: names of the D numbers of an item (N, D)
+    - ``names``: name of each item in its source (the path of a file within its folder); empty for arrays
+    - ``report``: formats, sizes and skipped files of the source
+    - ``captions``: of each item a tuple of one or more texts; empty without captions
+    - ``embeddings``: of the captions by a text encoder; None: the network gets their bytes
 
     Raises ValueError if these contradict one another. User data are checked earlier, by `from_array` and the loaders.
     """

@@ -41,13 +41,13 @@ def from_array(
 ) -> Dataset:
     """``values`` as a data set.
 
-    values       integers (bool included) or floats. Floats are continuous data and become float32
-    labels       (N,) integers 0 .. K − 1, each of which occurs
-    cond, mask   vectors (N, D), or tokens (N, L, D) with a bool mask (N, L) of those that count (without one, all)
-    layout       one of LAYOUTS. Without it two dimensions are ND, three are NHW for uint8, uint16 and bool, four are
-                 NCHW and five NCDHW where they have at most MAX_CHANNELS channels
-    num_values   of integers; without it 2 for bool, 256 for uint8, 65536 for uint16, otherwise the maximum + 1
-    value_range  (low, high) of floats; samples then lie in it too
+    - ``values``: integers (bool included) or floats. Floats are continuous data and become float32
+    - ``labels``: (N,) integers 0 .. K − 1, each of which occurs
+    - ``cond``, ``mask``: vectors (N, D), or tokens (N, L, D) with a bool mask (N, L) of those that count; all without
+    - ``layout``: one of LAYOUTS. Without it two dimensions are ND, three are NHW for uint8, uint16 and bool, four are
+      NCHW and five NCDHW where they have at most MAX_CHANNELS channels
+    - ``num_values``: of integers; without it 2 for bool, 256 for uint8, 65536 for uint16, otherwise the maximum + 1
+    - ``value_range``: (low, high) of floats; samples then lie in it too
 
     Raises `DataError` (DTYPE, RANGE, NON_FINITE, SHAPE, LABELS, CONDITION) for the arrays, `ConfigError` for an invalid
     layout, num_values or value_range.

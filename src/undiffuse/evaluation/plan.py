@@ -138,7 +138,7 @@ def plan_evaluation(
 
 
 def slow_starts(plan: Plan) -> list[str]:
-    """A line for each estimate whose first batch, which always counts, takes much longer than the whole estimate may."""
+    """A line for each estimate whose first batch, which always counts, takes much longer than the estimate may."""
     lines = []
     for name, job in plan.items():
         seconds = job["first"]
