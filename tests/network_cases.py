@@ -10,12 +10,14 @@ from torch import nn
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.denoising_diffusion_unet import DenoisingDiffusionUNet
 from undiffuse.networks.diffusers_unet import DiffusersUNet
+from undiffuse.networks.dit import DiT
 from undiffuse.networks.edm_unet import EDMUNet
 from undiffuse.networks.mlp import MLP
 from undiffuse.networks.unet import UNet
 
 SMALL = {"widths": (8, 16), "blocks": 1, "attention": (1,), "heads": 2, "patch": 2}
 DIFFUSERS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+TRANSFORMER = {"patch": 2, "width": 12, "depth": 2, "heads": 2}
 SONG = {"widths": (8, 16), "blocks": 1, "attention": (1,)}
 PACKAGE = {"dim": 16, "dim_mults": (1, 2), "attn_heads": (2, 2), "attn_dim_head": (4, 4)}
 SIZES = {"classes": 3, "vector": 4, "tokens": 5}
@@ -25,11 +27,13 @@ CASES = {
     "layered": lambda **more: UNet(2, classes=3, norm="layer", **{**SMALL, **more}),
     "text": lambda **more: UNet(2, classes=3, text=8, **{**SMALL, **more}),
     "diffusers": lambda **more: DiffusersUNet(2, classes=3, **{**DIFFUSERS, **more}),
+    "dit": lambda **more: DiT(2, classes=3, **{**TRANSFORMER, **more}),
     "denoising-diffusion": lambda **more: DenoisingDiffusionUNet(2, classes=3, **{**PACKAGE, **more}),
     "edm": lambda **more: EDMUNet(2, classes=3, **{**SONG, **more}),
     "ncsn": lambda **more: EDMUNet(2, classes=3, architecture="ncsn++", **{**SONG, **more}),
     "mlp": lambda **more: MLP(2, width=16, depth=2, classes=3, **more),
     "all-conditions": lambda **more: UNet(2, **{**SMALL, **SIZES, **more}),
+    "all-conditions-dit": lambda **more: DiT(2, bottleneck=5, **{**TRANSFORMER, **SIZES, **more}),
     "all-conditions-mlp": lambda **more: MLP(2, width=16, depth=2, **{**SIZES, **more}),
 }
 

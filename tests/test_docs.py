@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_run import quick_looks
 
 import undiffuse
 from undiffuse.data.transform import IntegerLevels
@@ -143,7 +144,7 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_the_recipe_names_every_setting_and_can_be_read(tmp_path) -> None:
-    _, whole, _ = blocks(ROOT / "docs/recipes.md", "toml")
+    _, whole, *_ = blocks(ROOT / "docs/recipes.md", "toml")
     for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
         table = whole.partition(f"[{name}]\n")[2].partition("\n[")[0]
         assert set(re.findall(r"^(?:# )?(\w+) = ", table, re.M)) == {field.name for field in fields(kind)}
@@ -157,6 +158,20 @@ def test_the_recipe_names_every_setting_and_can_be_read(tmp_path) -> None:
     for text in blocks(ROOT / "docs/recipes.md", "toml"):
         (tmp_path / "part.toml").write_text(text)
         read(tmp_path / "part.toml", Config())
+
+
+def test_the_recipe_of_the_transformer_trains(tmp_path) -> None:
+    (text,) = (text for text in blocks(ROOT / "docs/recipes.md", "toml") if '{kind = "dit"' in text)
+    (tmp_path / "dit.toml").write_text(text)
+    recipe = replace_train(read(tmp_path / "dit.toml", Config()), max_steps=2, batch=4, precision="float32")
+    recipe = replace(recipe, model=replace(recipe.model, network=recipe.model.network | {"depth": 1, "width": 48}))
+    values = np.random.default_rng(0).integers(256, size=(20, 3, 8, 8))
+    with quick_looks():
+        data = undiffuse.from_array(values, num_values=256)
+        run = undiffuse.fit(recipe, data, tmp_path / "run", device="cpu", quiet=True)
+    model = undiffuse.load(run)
+    assert model.network.layers[0].modulation.weight.abs().max() > 0
+    assert (recipe.train.optimizer, recipe.model.target) == ("muon", {"name": "x"})
 
 
 def test_the_recipe_of_adm_has_the_number_of_parameters_that_the_page_states(tmp_path) -> None:
@@ -176,7 +191,7 @@ def test_the_recipe_of_adm_has_the_number_of_parameters_that_the_page_states(tmp
     [("schedule", SCHEDULES), ("target", TARGETS), ("weight", WEIGHTS), ("times", TIME_DISTRIBUTIONS)],
 )
 def test_the_recipe_names_every_choice(setting, table) -> None:
-    (line,) = re.findall(rf"^{setting} = .*$", (ROOT / "docs/recipes.md").read_text(), re.M)
+    line, *_ = re.findall(rf"^{setting} = .*$", (ROOT / "docs/recipes.md").read_text(), re.M)
     assert set(table) <= set(re.findall(r"\w+", line))
 
 

@@ -51,6 +51,16 @@ def test_the_program_predicts_as_the_model_does_for_any_batch(tmp_path):
     assert [row["t"] for row in fields["chain"]] == pytest.approx(np.linspace(1, 0, 21).tolist())
 
 
+@pytest.mark.release
+def test_a_transformer_is_exported_for_any_batch(tmp_path):
+    network = {"kind": "dit", "patch": 2, "width": 8, "depth": 1, "heads": 2, "classes": 3}
+    config = replace(presets.adapt_to_data(presets.get("digits"), 17).model, chain_length=20, network=network)
+    diffusion = Diffusion(config, (1, 4, 4), model().transform.__class__(17))
+    randomised(diffusion.network)
+    (check,) = export_torch(diffusion, tmp_path)
+    assert check.difference < 1e-5
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["eps", "x", "v", "edm", "flow", "score", "categorical"])
 def test_the_module_that_is_exported_has_every_target(kind):

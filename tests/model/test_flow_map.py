@@ -24,6 +24,7 @@ from undiffuse.likelihood.few_calls import few_call_nll, flow_map_log_det
 from undiffuse.model.consistency import few_call_sampler, noisiest_level
 from undiffuse.model.flow_map import OBJECTIVES, WIDTH, flow_map_loss, map_levels, stencil
 from undiffuse.networks.condition import Condition
+from undiffuse.networks.dit import DiT
 from undiffuse.networks.mlp import MLP
 from undiffuse.networks.unet import UNet
 from undiffuse.process import schedule as S
@@ -349,6 +350,7 @@ def test_few_calls_give_the_exact_likelihood_of_gaussian_data(schedule, calls):
 
 NETWORKS = {
     "unet": lambda **more: UNet(1, widths=(8, 16), blocks=1, attention=(1,), heads=2, classes=3, **more),
+    "dit": lambda **more: DiT(1, patch=2, width=8, depth=2, heads=2, classes=3, **more),
     "mlp": lambda **more: MLP(4, width=16, depth=2, classes=3, **more),
 }
 
@@ -376,7 +378,7 @@ def test_a_network_with_two_times_starts_as_that_with_one(kind, schedule):
     }
     two.eval().load_state_dict(two.state_dict() | one.state_dict())
     teacher, student = as_denoiser(one, schedule), as_denoiser(two, schedule)
-    x = torch.randn(3, *((1, 4, 4) if kind == "unet" else (4,)), generator=torch.Generator().manual_seed(1), dtype=f64)
+    x = torch.randn(3, *((4,) if kind == "mlp" else (1, 4, 4)), generator=torch.Generator().manual_seed(1), dtype=f64)
     t, cond = level_at(schedule, 3.0, 1.0, 0.2), Condition(label=torch.tensor([0, 1, -1]))
     x_hat, eps, _ = teacher(x, t, cond)
     data = schedule(torch.tensor(schedule.t_min if schedule.t_min else 0.0, dtype=f64))

@@ -16,7 +16,7 @@ from undiffuse.networks.mlp import MLP
 from undiffuse.networks.registry import BUILT_IN
 
 cases = pytest.mark.parametrize("case", CASES)
-conditional_cases = pytest.mark.parametrize("case", ["all-conditions", "all-conditions-mlp"])
+conditional_cases = pytest.mark.parametrize("case", ["all-conditions", "all-conditions-dit", "all-conditions-mlp"])
 
 
 def test_every_kind_has_a_case():
@@ -100,7 +100,8 @@ def test_no_condition_equals_the_null_condition_of_each_kind(case):
 @conditional_cases
 def test_cross_attention_adds_nothing_at_initialisation(case, monkeypatch):
     network, x, time = CASES[case](), inputs(case), torch.rand(4)
-    nn.init.ones_((network.proj_out if "mlp" in case else network.conv_out).weight)
+    end = network.proj_out if hasattr(network, "proj_out") else network.conv_out
+    nn.init.normal_(end.weight)
     before = network(x, time, condition())
     monkeypatch.setattr(CrossAttention, "forward", lambda layer, h, *tokens: h)
     assert torch.equal(network(x, time, condition()), before)
@@ -174,7 +175,7 @@ def test_sinusoids_are_those_of_ho_also_under_autocast():
     torch.testing.assert_close(computed.double(), torch.cat([angle.sin(), angle.cos()], 1), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["unet", "mlp"])
+@pytest.mark.parametrize("kind", ["unet", "dit", "mlp"])
 def test_a_second_time_has_an_embedding_of_its_own_in_every_kind(kind):
     """It was taken for the setting ``image`` of the embedding of the MLP, so that the end time had no effect."""
     embed = registry.build(kind, channels=2, two_times=True).embed

@@ -9,6 +9,7 @@ from torch import nn
 
 from undiffuse.denoising.categorical_head import LOGIT_FEATURES, CategoricalHead
 from undiffuse.errors import ConfigError
+from undiffuse.networks.dit import DiT
 from undiffuse.networks.mlp import MLP
 from undiffuse.networks.protocol import (
     accepts_dims,
@@ -66,10 +67,19 @@ def gradients(network, x):
     return [p.grad for p in network.parameters()], sum(saved)
 
 
-@pytest.mark.parametrize("make", [Plain, WithoutBlocks, lambda: CASES["unet"](dropout=0.5), lambda: CASES["mlp"]()])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Plain,
+        WithoutBlocks,
+        lambda: CASES["unet"](dropout=0.5),
+        lambda: CASES["dit"](dropout=0.5),
+        lambda: CASES["mlp"](),
+    ],
+)
 def test_checkpointing_changes_memory_and_nothing_else(make):
     network = randomised(make()).train()
-    x = inputs("unet" if isinstance(network, UNet) else "mlp")
+    x = inputs("unet" if isinstance(network, UNet | DiT) else "mlp")
     copies = [deepcopy(network) for _ in range(3)]
     set_checkpointing(copies[1], True)
     set_checkpointing(copies[2], True)

@@ -34,15 +34,20 @@ def onnxruntime():
     return onnxruntime
 
 
-def digits() -> Diffusion:
+TRANSFORMER = {"kind": "dit", "patch": 2, "width": 12, "depth": 2, "heads": 2}
+
+
+def digits(**changes) -> Diffusion:
     config = presets.adapt_to_data(presets.get("digits"), 17).model
-    diffusion = Diffusion(replace(config, chain_length=20), (1, 8, 8), IntegerLevels(17))
+    diffusion = Diffusion(replace(config, chain_length=20, **changes), (1, 8, 8), IntegerLevels(17))
     randomised(diffusion.network)
     return diffusion
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [digits, lambda: model("own kind"), lambda: model("classes")])
+@pytest.mark.parametrize(
+    "make", [digits, lambda: digits(network=TRANSFORMER), lambda: model("own kind"), lambda: model("classes")]
+)
 def test_the_file_is_all_that_a_sampler_needs(onnxruntime, make, tmp_path):
     diffusion = make()
     (check,) = export_onnx(diffusion, tmp_path)

@@ -57,6 +57,7 @@ def fit_latents(config, data, folder, **options):
 KINDS = {
     "diffusion": (fit_diffusion, CONFIG, DATA),
     "started": (fit_diffusion, CONFIG, DATA),
+    "muon": (fit_diffusion, replace(CONFIG, train=replace(TRAIN, optimizer="muon")), DATA),
     "classifier": (fit_classifier, ClassifierConfig(NoisyClassifierConfig(NETWORK, high=6.0), TRAIN), DATA),
     "latents": (fit_latents, PLAIN, DATA),
     "captions": (fit_diffusion, CONFIG, CAPTIONED),

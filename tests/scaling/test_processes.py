@@ -22,6 +22,7 @@ from undiffuse.training.monitor import Monitor
 WAYS = {  # kind, settings of two processes, bits of their numbers
     "replicated": ("diffusion", {"accumulate": 2}, 64),
     "sharded": ("diffusion", {"shard": True, "accumulate": 2, "checkpointing": True}, 64),
+    "muon-sharded": ("muon", {"shard": True}, 64),
     "classifier": ("classifier", {"accumulate": 2}, 64),
     "classifier-sharded": ("classifier", {"shard": True}, 64),
     "latents": ("latents", {}, 64),
@@ -42,7 +43,7 @@ MORE_WAYS = {
     }.items()
     for bits in (64, 32)
     if (name, bits) != ("compiled", 64)
-}
+} | {"muon": ("muon", {"accumulate": 2}, 64)}
 MORE_CHANGES = {"one-two": {}, "two-one": {}, "one-sharded": {"shard": True}, "sharded-one": {"shard": True}}
 STEPS, STOP = 4, 2
 

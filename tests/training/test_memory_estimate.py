@@ -9,10 +9,12 @@ from undiffuse.errors import ConfigError
 from undiffuse.model.config import ModelConfig, TrainConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
+from undiffuse.networks.registry import build
 from undiffuse.training import memory_estimate
 from undiffuse.training.distributed import set_checkpointing
 from undiffuse.training.ema import PowerEMA
 from undiffuse.training.memory_estimate import check_memory, measure_activations, memory_per_process
+from undiffuse.training.optimizer import make_optimizer
 from undiffuse.training.posthoc_ema import EMASnapshots
 
 UNET = {"kind": "unet", "widths": (8, 8), "blocks": 1, "attention": ()}
@@ -134,6 +136,23 @@ def test_memory_per_process_is_that_of_its_tensors(tmp_path, length, snapshots, 
     tensors += [t for moments in optimizer.state.values() for t in moments.values() if t.ndim]
     parameters = sum(p.numel() for p in network.parameters())
     assert memory_per_process(parameters, averages=averages) == sum(t.nbytes for t in tensors)
+
+
+def test_memory_with_muon_is_that_of_its_moments(monkeypatch):
+    network = build("dit", channels=1, width=8, depth=2, heads=2, patch=2)
+    settings = TrainConfig(optimizer="muon", batch=1)
+    optimizer = make_optimizer([{"params": list(network.parameters())}], network, settings)
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
+    model, items = nn.Module(), []
+    model.network, model.item_shape = network, (1, 2, 2)
+    n = sum(p.numel() for p in network.parameters())
+    monkeypatch.setattr(memory_estimate, "measure_activations", lambda *arguments: items.append(arguments[-1]) or 0)
+    monkeypatch.setattr(memory_estimate, "available_memory", lambda: 10**9)
+    check_memory(model, lambda n: torch.zeros(n), settings)
+    assert items == [10**9 - (4 * n * 5 + moments)]
 
 
 def test_shards_divide_all_but_the_averaged_model():

@@ -97,6 +97,7 @@ class TrainConfig:
     lr: float = 1e-3
     warmup: int = 100
     decay: float = 0.4
+    optimizer: str = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0
@@ -143,6 +144,7 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, name, value, "must be above 0 and finite")
         _require(self.precision in ("auto", "float32", "bfloat16"), "precision", self.precision, "unknown")
+        _require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "must be adamw or muon")
         _require(self.on_nonfinite in ("stop", "skip"), "on_nonfinite", self.on_nonfinite, "must be stop or skip")
 
 

@@ -8,6 +8,7 @@ from undiffuse.runtime.plugins import WithPlugins
 BUILT_IN_NETWORKS = LazyTable(
     {
         "unet": row("networks.unet", "UNet"),
+        "dit": row("networks.dit", "DiT"),
         "mlp": row("networks.mlp", "MLP"),
         "diffusers-unet": row("networks.diffusers_unet", "DiffusersUNet"),
         "denoising-diffusion-unet": row("networks.denoising_diffusion_unet", "DenoisingDiffusionUNet"),

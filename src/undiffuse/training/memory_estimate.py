@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from undiffuse.errors import ConfigError
 from undiffuse.model.config import TrainConfig
 from undiffuse.runtime.machine import available_memory
+from undiffuse.training.optimizer import block_matrices
 
 FLOAT_BYTES = 4
 """Bytes of a float32."""
@@ -25,7 +26,9 @@ def check_memory(model: Any, loss: Callable[[int], Tensor], settings: TrainConfi
     ``loss`` computes the losses of so many items. On other devices than the CPU only the batch is checked.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
-    weights = memory_per_process(sum(p.numel() for p in model.parameters())) if on_cpu else 0
+    one_moment = sum(p.numel() for p in block_matrices(model.network)) if settings.optimizer == "muon" else 0
+    parameters = sum(p.numel() for p in model.parameters())
+    weights = memory_per_process(parameters, one_moment=one_moment) if on_cpu else 0
     batch = BATCH_BYTES * settings.batch * math.prod(model.item_shape)
     _require(settings, weights, batch, "Give a smaller batch")
     if on_cpu:
@@ -74,12 +77,15 @@ def _require(settings: TrainConfig, weights: float, items: float, fix: str) -> N
         raise ConfigError("CONFIG", where, cause, fix if items > weights else "Give a smaller network")
 
 
-def memory_per_process(parameters: int, processes: int = 1, shard: bool = False, averages: int = 2) -> int:
+def memory_per_process(
+    parameters: int, processes: int = 1, shard: bool = False, averages: int = 2, one_moment: int = 0
+) -> int:
     """Bytes that one process holds throughout: 4 n (4 + ``averages``) + 4 n for n float32 ``parameters``.
 
-    These are weights, gradient, two moments, averages, and the averaged model. With ``shard`` all but the last are
+    These are weights, gradient, two moments, averages, and the averaged model; ``one_moment`` of the parameters, those
+    that Muon updates, have one moment. With ``shard`` all but the last are
     divided by ``processes``. ``averages``: the model's own and that of length 0.1; 3 if the model's is neither 0.05 nor
     0.1, 1 without snapshots. Activations are not included, see `measure_activations`.
     """
-    divided = FLOAT_BYTES * parameters * (4 + averages)
+    divided = FLOAT_BYTES * (parameters * (4 + averages) - one_moment)
     return FLOAT_BYTES * parameters + (-(-divided // processes) if shard else divided)

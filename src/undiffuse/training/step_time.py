@@ -13,6 +13,7 @@ from undiffuse.model.config import Config
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.runtime.device import kept_random_state
 from undiffuse.runtime.precision import resolve_precision
+from undiffuse.training.optimizer import make_optimizer
 
 
 def seconds_per_step(
@@ -32,7 +33,8 @@ def seconds_per_step(
         model = Diffusion(recipe.model, item_shape, IntegerLevels(num_values)).to(device)
         precision = resolve_precision(settings.precision, device, dims)
         model.autocast = torch.bfloat16 if precision == "bfloat16" else None
-        optimizer = torch.optim.AdamW(model.parameters(), settings.lr, settings.betas)
+        group = {"params": list(model.parameters()), "weight_decay": settings.weight_decay}
+        optimizer = make_optimizer([group], model.network, settings)
         values = torch.randint(num_values, (settings.batch, *item_shape), dtype=torch.int32)
         u, eps = torch.rand(settings.batch, dtype=torch.float64), torch.randn(values.shape, device=device)
         seconds = []

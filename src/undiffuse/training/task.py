@@ -71,7 +71,7 @@ class Task(Protocol):
         ...
 
     def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
-        """The optimizer's groups: ``params``, ``lr_factor`` (a factor of ``train.lr``) and options of ``AdamW``."""
+        """The optimizer's groups: ``params``, ``lr_factor`` (a factor of ``train.lr``) and options of AdamW."""
         return [{"params": list(model.parameters()), "lr_factor": 1.0, "weight_decay": self.config.train.weight_decay}]
 
     def reader(self, model: Any, data: Dataset, split: Split, folder: Path | None) -> Reader:

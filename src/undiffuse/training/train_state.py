@@ -27,6 +27,7 @@ from undiffuse.runtime.tensor_file import check_tensors, read_tensors, write_ten
 from undiffuse.training.distributed import distribute_like, gather_full, shard_network
 from undiffuse.training.ema import PowerEMA
 from undiffuse.training.nonfinite import require_finite
+from undiffuse.training.optimizer import has_moment, make_optimizer
 from undiffuse.training.posthoc_ema import EMASnapshots
 from undiffuse.training.progress import Progress
 from undiffuse.training.run_folder import checkpoint_folders, named_folders, step_of
@@ -44,8 +45,7 @@ class TrainState:
         settings, self.main = task.config.train, accelerator.is_main_process
         self.task, self.model, self.ema_model = task, model, deepcopy(model).eval()
         shard_network(model.network.train(), settings, accelerator.num_processes, accelerator.device)
-        groups = task.parameter_groups(model)
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+        self.optimizer = make_optimizer(task.parameter_groups(model), model.network, settings)
         self.ema = PowerEMA(model, settings.ema)
         self.snapshots = EMASnapshots(model, self.ema, settings.ema, settings.snapshots, snapshots)
 
@@ -278,11 +278,14 @@ def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Fill the optimizer's state; moments of another ``train.optimizer`` (resumed by force) start at zero."""
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in tensors.items():
         i, key = name.split(".", 1)
         parameter = parameters[int(i)]
+        if not has_moment(optimizer, parameter, key):
+            continue
         tensor = distribute_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
         state.setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
