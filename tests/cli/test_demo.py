@@ -3,6 +3,7 @@
 import functools
 import io
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -49,3 +50,13 @@ def test_a_run_of_given_steps_is_not_extended(tmp_path):
     diffusion_task.fit_diffusion(recipe(max_steps=1, previews=0), items, tmp_path, device="cpu", quiet=True)
     extend_to_floor(items, run, Console(file=io.StringIO()))
     assert run.record["config"]["train"]["max_steps"] == 1
+
+
+@pytest.mark.release
+def test_every_file_that_the_demo_names_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = io.StringIO()
+    demo.demo(Path("run"), 0.3, Console(file=text, width=300))
+    named = re.findall(r"^(?:model: )?(\S+\.(?:png|html|safetensors))\b", text.getvalue(), re.M)
+    assert len(named) == 6
+    assert all((tmp_path / name).is_file() for name in named)

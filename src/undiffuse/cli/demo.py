@@ -48,6 +48,7 @@ def demo(folder: Path, minutes: float | None, console: Console) -> None:
     from undiffuse.report.sample_folder import write_samples
     from undiffuse.sampling.sampler import Sampler
     from undiffuse.training.run_folder import Run
+    from undiffuse.training.run_report import NAME as REPORT
 
     began = time.perf_counter()
     console.rule("1. train on 8×8 digits, seventeen grey levels")
@@ -114,9 +115,9 @@ def demo(folder: Path, minutes: float | None, console: Console) -> None:
         ("forward", "the forward process, digits to noise"),
         ("reverse", "the reverse process, noise to digits"),
         ("bits-per-step", "where the bits are"),
-        ("training", "the training curve"),
     ):
         console.print(f"{run.pictures / name}.png  {what}")
+    console.print(f"{run.folder / REPORT}  the training curve and everything else about the run, on one page")
     console.print(f"model: {run.model}; {time.perf_counter() - began:.0f} s in all")
 
 
