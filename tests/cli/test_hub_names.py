@@ -107,7 +107,7 @@ def test_every_model_of_a_command_may_be_on_the_hub(monkeypatch):
             if named and name not in ONLY_FOLDERS:
                 found |= named
                 given = ["hf:me/tiny"] if parameter.multiple or parameter.nargs == -1 else "hf:me/tiny"
-                for completing, folder in ((False, "me/tiny"), (True, "hf:me/tiny")):  # nothing is asked for by Tab
+                for completing, folder in ((False, "me/tiny"), (True, "hf:me/tiny")):  # completion makes no request
                     context = typer.Context(command, resilient_parsing=completing)
                     result = parameter.callback(context, parameter, given)
                     assert str(result[0] if isinstance(result, list) else result) == folder

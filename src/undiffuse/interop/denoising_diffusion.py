@@ -15,18 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undiffuse.data.transform import IntegerLevels
 from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.interop.building import build_model, load_weights
 from undiffuse.interop.flags import check_flags
 from undiffuse.interop.foreign_files import ForeignFile, read_weights
 from undiffuse.interop.parity import LIMIT, Check, Imported, network_difference, steps_of
-from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.denoising_diffusion_unet import THETA, DenoisingDiffusionUNet
 from undiffuse.process.discrete_schedule import Tabulated
 from undiffuse.runtime.atomic_file import file_digest
 from undiffuse.runtime.device import kept_random_state
-from undiffuse.runtime.tensor_file import check_tensors
 
 VERSIONS = "1.8 to 2.3"
 FLAGS: dict[str, Any] = {
@@ -87,29 +85,24 @@ def import_denoising_diffusion(
     T, (objective, limit) = len(table), infer_objective(path, tables, flags["objective"], learned)
     info: dict[str, Any] = {"name": path.stem, "num_values": values}
     info["imported"] = {"from": "denoising-diffusion-pytorch", "weights": file_digest(path), "flags": flags}
-    config = ModelConfig(
-        network={"kind": "denoising-diffusion-unet", **settings, "dropout": flags["dropout"]},
-        schedule={"name": "tabulated", "beta": table.tolist()},
-        target={"name": TARGETS[objective]},
-        weight={"name": "simple"} if limit is None else {"name": "min_snr", "limit": limit},
-        times={"name": "steps"},
-        preconditioning={"scale": "none", "time": "step"},
-        chain_length=T,
-        loss="hybrid" if learned else "weighted_mse",
-        variance="learned" if learned else "small",
+    model_settings = {
+        "network": {"kind": "denoising-diffusion-unet", **settings, "dropout": flags["dropout"]},
+        "schedule": {"name": "tabulated", "beta": table.tolist()},
+        "target": {"name": TARGETS[objective]},
+        "weight": {"name": "simple"} if limit is None else {"name": "min_snr", "limit": limit},
+        "times": {"name": "steps"},
+        "preconditioning": {"scale": "none", "time": "step"},
+        "chain_length": T,
+        "loss": "hybrid" if learned else "weighted_mse",
+        "variance": "learned" if learned else "small",
+    }
+    model = build_model(
+        path, model_settings, (channels, size, size), values, info, "docs/formats.md lists what can be imported"
     )
-    try:
-        with kept_random_state():
-            model = Diffusion(config, (channels, size, size), IntegerLevels(values), info)
-    except ConfigError as error:
-        cause = f"not a model that is supported ({error.where}: {error.cause})"[:400]
-        raise CheckpointError("DESCRIPTION", path, cause, "docs/formats.md lists what can be imported") from None
     network = model.network
     assert isinstance(network, DenoisingDiffusionUNet)
     named = {own_name(name): tensor for name, tensor in tensors.items()}
-    check_tensors(path, network.state_dict(), named, "The file is damaged, or another kind of network")
-    network.load_state_dict(named)
-    model.eval()
+    load_weights(path, model, named)
     checks = [compare_with_package(model, settings, tensors), compare_tables(model, tables)]
     sampling = f"--solver ancestral --steps {T}"
     return Imported(model, checks, notes_of(content, flags, objective, limit, settings), sampling)

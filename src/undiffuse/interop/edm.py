@@ -14,19 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from undiffuse.data.transform import IntegerLevels
 from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.interop.building import build_model, load_weights
 from undiffuse.interop.flags import check_flags
 from undiffuse.interop.foreign_files import read_weights
 from undiffuse.interop.parity import LIMIT, Check, Imported
-from undiffuse.model.config import ModelConfig
-from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.attention import Attention
 from undiffuse.networks.edm_unet import FILTER, EDMUNet
 from undiffuse.networks.unet import Residual
 from undiffuse.runtime.atomic_file import file_digest
-from undiffuse.runtime.device import kept_random_state
-from undiffuse.runtime.tensor_file import check_tensors
 
 FLAGS: dict[str, Any] = {
     "precond": "edm",
@@ -81,31 +77,27 @@ def import_edm(
     sigma_data = float(flags["sigma_data"])
     info = {"name": path.stem, "num_values": values}
     info["imported"] = {"from": "edm", "weights": file_digest(path), "flags": flags}
-    try:
-        config = ModelConfig(
-            network={"kind": "edm-unet", **network, "dropout": flags["dropout"]},
-            schedule={"name": "variance_exploding", **{name: flags[name] for name in ("sigma_min", "sigma_max")}},
-            target={"name": "edm", "sigma_data": sigma_data},
-            weight={"name": "edm", "sigma_data": sigma_data},
-            times={"name": "log_normal_sigma", "mean": flags["P_mean"], "std": flags["P_std"]},
-            preconditioning={"scale": "unit", "time": "log_sigma", "sigma_data": sigma_data},
-        )
-        with kept_random_state():
-            model = Diffusion(config, (shape["in"], shape["size"], shape["size"]), IntegerLevels(values), info)
-    except ConfigError as error:
-        cause = f"not a model that is supported ({error.where}: {error.cause})"[:400]
-        raise CheckpointError("DESCRIPTION", path, cause, "Check the flags of --set") from None
+    model_settings = {
+        "network": {"kind": "edm-unet", **network, "dropout": flags["dropout"]},
+        "schedule": {"name": "variance_exploding", **{name: flags[name] for name in ("sigma_min", "sigma_max")}},
+        "target": {"name": "edm", "sigma_data": sigma_data},
+        "weight": {"name": "edm", "sigma_data": sigma_data},
+        "times": {"name": "log_normal_sigma", "mean": flags["P_mean"], "std": flags["P_std"]},
+        "preconditioning": {"scale": "unit", "time": "log_sigma", "sigma_data": sigma_data},
+    }
+    model = build_model(
+        path, model_settings, (shape["in"], shape["size"], shape["size"]), values, info, "Check the flags of --set"
+    )
     assert isinstance(model.network, EDMUNet)
     named = to_own_names(model.network, tensors, shape["size"])
-    check_tensors(path, model.network.state_dict(), named, "The file is damaged, or another kind of network")
-    model.network.load_state_dict(named)
+    load_weights(path, model, named)
     against = "nothing: EDM is not on the package index. tests/interop/test_edm.py has its forward pass"
     notes = ["flags: " + ", ".join(f"{name} {value}" for name, value in flags.items())]
     notes.append("EDM's sampler does not clip predicted images; undiffuse sample clips them to the range of the values")
     if AUGMENT in tensors:
         notes.append("the weights of augmentation labels are left out: the network gets none, as in EDM's sampling")
     checks = [Check("outputs of the network", against, None, LIMIT)]
-    return Imported(model.eval(), checks, notes, "--solver heun --set variable=ratio --spacing karras --steps 18")
+    return Imported(model, checks, notes, "--solver heun --set variable=ratio --spacing karras --steps 18")
 
 
 def select(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

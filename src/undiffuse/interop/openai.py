@@ -13,19 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undiffuse.data.transform import IntegerLevels
 from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.interop.building import build_model, load_weights
 from undiffuse.interop.flags import check_flags
 from undiffuse.interop.foreign_files import read_weights
 from undiffuse.interop.parity import LIMIT, Check, Imported
-from undiffuse.model.config import ModelConfig
-from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.attention import Attention
 from undiffuse.networks.diffusers_unet import DiffusersUNet
 from undiffuse.networks.unet import Down, Residual, Up
 from undiffuse.runtime.atomic_file import file_digest
-from undiffuse.runtime.device import kept_random_state
-from undiffuse.runtime.tensor_file import check_tensors
 
 FLAGS: dict[str, Any] = {
     "num_heads": 4,
@@ -93,31 +89,25 @@ def import_openai(
     heads = {"attention_head_dim": flags["num_head_channels"]}
     if flags["num_head_channels"] == -1:
         heads = {"num_heads": flags["num_heads"]}
-    config = ModelConfig(
-        network={"kind": "diffusers-unet", **network, **heads, "dropout": flags["dropout"]},
-        schedule={"name": SCHEDULES[flags["noise_schedule"]], "T": T},
-        target={"name": "x" if flags["predict_xstart"] else "eps"},
-        weight={"name": "simple"},
-        times={"name": "steps"},
-        preconditioning={"scale": "none", "time": "rescaled_step" if flags["rescale_timesteps"] else "step"},
-        chain_length=T,
-        loss="hybrid" if learned else "weighted_mse",
-        variance="learned" if learned else "small" if flags["sigma_small"] else "large",
-    )
-    try:
-        with kept_random_state():
-            model = Diffusion(config, (shape["in"], size, size), IntegerLevels(values), info)
-    except ConfigError as error:
-        cause = f"not a model that is supported ({error.where}: {error.cause})"[:400]
-        raise CheckpointError("DESCRIPTION", path, cause, "Check the flags of --set") from None
+    model_settings = {
+        "network": {"kind": "diffusers-unet", **network, **heads, "dropout": flags["dropout"]},
+        "schedule": {"name": SCHEDULES[flags["noise_schedule"]], "T": T},
+        "target": {"name": "x" if flags["predict_xstart"] else "eps"},
+        "weight": {"name": "simple"},
+        "times": {"name": "steps"},
+        "preconditioning": {"scale": "none", "time": "rescaled_step" if flags["rescale_timesteps"] else "step"},
+        "chain_length": T,
+        "loss": "hybrid" if learned else "weighted_mse",
+        "variance": "learned" if learned else "small" if flags["sigma_small"] else "large",
+    }
+    model = build_model(path, model_settings, (shape["in"], size, size), values, info, "Check the flags of --set")
     assert isinstance(model.network, DiffusersUNet)
     named = to_own_names(model.network, tensors, flags["use_new_attention_order"])
-    check_tensors(path, model.network.state_dict(), named, "The file is damaged, or another kind of network")
-    model.network.load_state_dict(named)
+    load_weights(path, model, named)
     against = "nothing: the packages are not on the package index. tests/interop/test_openai.py has their forward pass"
     notes = ["flags: " + ", ".join(f"{name} {value}" for name, value in flags.items())]
     checks = [Check("outputs of the network", against, None, LIMIT)]
-    return Imported(model.eval(), checks, notes, f"--solver ancestral --steps {T}")
+    return Imported(model, checks, notes, f"--solver ancestral --steps {T}")
 
 
 def check_openai_flags(given: Mapping[str, Any]) -> dict[str, Any]:
