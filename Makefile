@@ -23,7 +23,7 @@ dist:            ## the wheel and the source archive in dist/, installed and tri
 docs:            ## serve the documentation on this machine
 	@scripts/docs $(ARGS)
 
-bench:           ## the package beside others in half an hour, appended to benchmarks/RECORDS.md; ARGS="PART..." for some
+bench:           ## the package beside others, appended to benchmarks/RECORDS.md; ARGS="PART..." for some
 	@scripts/bench $(ARGS)
 
 bench-clock:     ## the same minutes of training for each package, 5 and 10, three seeds; hours, and resumable
