@@ -113,6 +113,25 @@ def test_a_file_of_the_user_is_not_replaced(tmp_path, monkeypatch):
     assert Run(place).finished
 
 
+def test_a_run_killed_while_it_writes_its_report_writes_it_when_resumed(tmp_path, monkeypatch):
+    settings = recipe(max_steps=3, snapshots=0)
+
+    def dies(path, content):
+        (path.parent / "report.html.partial").write_text("<html>")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(monitor, "write_page", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, tmp_path, DATA)
+    assert not Run(tmp_path).finished
+    train(settings, tmp_path, DATA)
+    assert Run(tmp_path).finished
+    assert (tmp_path / "report.html").is_file()
+    assert not list(tmp_path.rglob("*.partial"))
+    assert [record["step"] for record in Run(tmp_path).read_metrics() if "bits_per_dim" in record] == [2, 3]
+
+
 def test_runs_without_data_without_a_model_and_unfinished(folder, tmp_path):
     content = collected(folder, None)
     page = page_of(content)

@@ -147,9 +147,11 @@ class Monitor:
 
     def evaluate_missing(self) -> None:
         """Evaluate now if the run was stopped between the checkpoint that it resumes from and its evaluation."""
-        evaluated = (r for r in self.records if r["step"] == self.progress.step and not {"loss", "skipped"} & r.keys())
-        if self.progress.evaluation_missing and not any(evaluated):
+        if self.progress.evaluation_missing and not any(map(self._is_evaluation_of_step, self.records)):
             self.evaluate_now()
+
+    def _is_evaluation_of_step(self, record: dict[str, Any]) -> bool:
+        return record["step"] == self.progress.step and not {"loss", "skipped"} & record.keys()
 
     def evaluate_now(self) -> None:
         """Evaluate the model, save it, draw it, and print a line."""
@@ -159,9 +161,10 @@ class Monitor:
         self.progress.evaluation_missing = False
 
     def finish(self) -> None:
-        """Evaluate and draw the finished model, mark the run as finished, and write its report.
+        """Evaluate and draw the finished model, write the report of the run, and mark the run as finished.
 
-        In a run by the clock this ends with its ``minutes``.
+        A run that is stopped before the end of this repeats it when it is resumed. In a run by the clock this ends
+        with its ``minutes``.
         """
         settings, left = self.settings, self.allowance - self.progress.measuring_seconds
         if math.isfinite(left):
@@ -169,8 +172,8 @@ class Monitor:
         self._evaluate(TimeLimit((1 - FIGURES_SHARE) * left, self.pace, self.clock), final=True)
         for line in self._hardly_trained():
             self.log(line)
-        self.run.finish()
         self._write_report(TimeLimit(FIGURES_SHARE / 2 * left, self.pace, self.clock).calls_left)
+        self.run.finish()
 
     def _write_report(self, max_calls: float) -> None:
         """Write the page of the finished run, whose pictures take at most ``max_calls`` network calls."""
@@ -193,6 +196,7 @@ class Monitor:
         self.task.save(self.ema_model, self.run.model)
         if numbers:
             where = {"step": self.progress.step, "seconds": round(self.progress.seconds, 2)}
+            self.records = [record for record in self.records if not self._is_evaluation_of_step(record)]
             self.records.append(where | numbers)
         if not (final and limited):
             self._draw(self.progress.step, limit)
