@@ -255,9 +255,12 @@ def test_a_job_whose_page_has_gone_is_cancelled(page, studio, monkeypatch):
     job = studio.queue.submit("endless", work)
 
     async def leave():
-        stream = studio._stream(job, 0)
-        await anext(stream)
-        await stream.aclose()
+        for _ in range(2):
+            stream = studio._stream(job, 0)
+            await anext(stream)
+            assert not job.abandoned
+            await stream.aclose()
+            assert job.abandoned
         assert not job.listeners
         await asyncio.sleep(0.2)
 

@@ -13,14 +13,18 @@ export function useJob() {
 
   async function cancel() {
     const job = current.current;
-    if (job?.id) await post(`/api/jobs/${job.id}/cancel`, {}).catch(() => {});
+    if (job?.id && !job.ended) await post(`/api/jobs/${job.id}/cancel`, {}, { keepalive: true }).catch(() => {});
   }
+  useEffect(() => {
+    addEventListener("pagehide", cancel);  // a page that is loaded again does not wait for its old jobs
+    return () => removeEventListener("pagehide", cancel);
+  }, []);
 
   async function start(view, content, onEvent = () => {}) {
-    const before = current.current;
+    const before = cancel();
     const mine = (current.current = { id: null });
     setState({ kind: "waiting", before: 0, fraction: 0 });
-    if (before?.id && !before.ended) await post(`/api/jobs/${before.id}/cancel`, {}).catch(() => {});
+    await before;
     try {
       mine.id = (await post("/api/jobs", { view, ...content })).job;
       await follow(mine.id, (event) => {
