@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -48,16 +48,23 @@ def runs(tmp_path_factory):
     return [plain, hostile]
 
 
-@pytest.fixture(scope="module")
-def address(runs):
-    """The address that a studio prints; at the end Ctrl-C stops it without an error, with a stream open or not."""
+@contextmanager
+def serving(runs):
+    """(address, process) of a studio; at the end Ctrl-C stops it without an error, with a stream open or not."""
     arguments = [sys.executable, "-m", "undiffuse", "studio", *map(str, runs), "--port", "0"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         printed = process.stdout.readline()
-        yield re.search(r"http://\S+", printed)[0]
+        yield re.search(r"http://\S+", printed)[0], psutil.Process(process.pid)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
         assert (process.returncode, errors) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def address(runs):
+    """The address that a studio prints."""
+    with serving(runs) as (printed, _):
+        yield printed
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +86,11 @@ class Tab:
         self.page.set_default_timeout(SECONDS)
         self.page.on("console", lambda m: self.problems.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.goto(address)
+        if address:
+            self.page.goto(address)
+            self.page.wait_for_selector("canvas:not(.empty)")
 
     def __enter__(self):
-        self.page.wait_for_selector("canvas:not(.empty)")
         return self
 
     def __exit__(self, *error):
@@ -122,22 +130,36 @@ def read(path):
         return np.asarray(image.convert("L"))
 
 
-def test_the_first_picture_is_there_within_a_second(browser, address):
-    """On a machine that is busy with other work the processor time of server and page is compared instead."""
-    server = next(p for p in psutil.Process().children() if "studio" in p.cmdline())
+FIRST_PICTURE = """new MutationObserver((_, observer) => {
+  if (!document.querySelector("canvas:not(.empty)")) return;
+  window.firstPicture = performance.now() / 1000;
+  observer.disconnect();
+}).observe(document, {subtree: true, childList: true, attributes: true, attributeFilter: ["class"]});"""
+
+
+def test_the_first_picture_is_there_within_a_second(browser, runs):
+    """By the clock of the page: its first load by a new server, at once, and then again while the old job runs.
+
+    On a machine that is busy with other work the processor time of server and browser is compared instead.
+    """
     wall, processor = [], []
-    for _ in range(5):
-        used, began = sum(server.cpu_times()[:2]), time.perf_counter()
-        with Tab(browser, address) as tab:
-            wall.append(time.perf_counter() - began)
-            metrics = tab.context.new_cdp_session(tab.page)
-            metrics.send("Performance.enable")
-            in_page = {m["name"]: m["value"] for m in metrics.send("Performance.getMetrics")["metrics"]}
-            processor.append(in_page["TaskDuration"] + sum(server.cpu_times()[:2]) - used)
-    busy = psutil.getloadavg()[0] > psutil.cpu_count()
+    with serving(runs) as (address, server), Tab(browser, None) as tab:
+        tab.page.add_init_script(FIRST_PICTURE)
+
+        def used():
+            processes = [server, *(p for p in psutil.Process().children(recursive=True) if "chrom" in p.name())]
+            return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+        for load in range(5):
+            began = used()
+            tab.page.reload() if load else tab.page.goto(address)
+            tab.page.wait_for_selector("canvas:not(.empty)")
+            processor.append(used() - began)
+            wall.append(tab.page.evaluate("window.firstPicture"))
+    busy = psutil.getloadavg()[0] > psutil.cpu_count() - 1
     print("seconds to the first picture:", ", ".join(f"{t:.2f}" for t in wall))
     print("of processor time:", ", ".join(f"{t:.2f}" for t in processor), "on a busy machine" if busy else "")
-    assert min(processor if busy else wall) < 1
+    assert max(processor if busy else wall) < 1
 
 
 def test_every_control_of_the_samples(browser, address, tmp_path):

@@ -38,7 +38,7 @@ MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript
 MEDIA_TYPES |= {".svg": "image/svg+xml", ".txt": "text/plain"}
 HEARTBEAT_SECONDS = 15.0
 GRACE_SECONDS = 5.0
-"""A job whose page has gone is cancelled after this time, or when another job is started, as by a page that is loaded again."""
+"""A job whose page has gone is cancelled after this time, or when another job is started."""
 
 
 class Studio:
