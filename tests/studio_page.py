@@ -12,7 +12,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from undiffuse.data.sources.registry import load
-from undiffuse.data.transform import IntegerLevels
+from undiffuse.data.transform import IntegerLevels, Standardized
 from undiffuse.model import checkpoint
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.model.diffusion import Diffusion
@@ -27,13 +27,13 @@ CONFIG = Config(
 )
 
 
-def make_run(folder, chain_length=CONFIG.model.chain_length, **info):
+def make_run(folder, model=None, **info):
     """A run folder as training leaves it, without the training: random weights, two records, two pictures.
 
-    ``info`` replaces facts about the data in the model's file.
+    ``model`` replaces settings of `CONFIG`, and ``info`` facts about the data in the model's file.
     """
     data, run = load("digits"), Run(folder)
-    config = replace(CONFIG, model=replace(CONFIG.model, chain_length=chain_length))
+    config = replace(CONFIG, model=replace(CONFIG.model, **(model or {})))
     run.open(config, data)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -46,6 +46,15 @@ def make_run(folder, chain_length=CONFIG.model.chain_length, **info):
     for name in ("samples-00000002.png", "samples.png"):
         Image.new("L", (8, 8)).save(run.pictures / name)
     run.finish()
+    return folder
+
+
+def make_model(folder, data, **settings):
+    """A folder with the file of an untrained model of ``data``, and no run."""
+    config = ModelConfig(schedule={"name": "linear_log_snr", "high": 6.0}, chain_length=6, **settings)
+    transform = IntegerLevels(data.num_values) if data.num_values else Standardized((0.0, 0.0), (1.0, 1.0))
+    folder.mkdir()
+    checkpoint.save(Diffusion(config, data.item_shape, transform, {"name": data.name}), folder / "model.safetensors")
     return folder
 
 
