@@ -19,6 +19,30 @@ from undiffuse.model.diffusion import Diffusion
 from undiffuse.studio.server import STATIC, VENDOR
 from undiffuse.training.run_folder import Run, describe
 
+HANDLERS = ("onerror", "onload", "onclick", "onfocus", "onmouseover", "ontoggle", "onanimationstart")
+HOSTILE = [
+    *(
+        f'<{tag} src=x {handler}="window.xss=1">'
+        for tag in ("img", "video", "body", "input autofocus")
+        for handler in HANDLERS
+    ),
+    *(f'"><svg {handler}="window.xss=1">' for handler in HANDLERS),
+    *(f"<{tag}>window.xss=1</{tag}>" for tag in ("script", "SCRIPT", "svg><script", "math><script", "style><script")),
+    *("javascript:window.xss=1", "data:text/html,<script>window.xss=1</script>", "';window.xss=1//", "${window.xss=1}"),
+    *("</script><script>window.xss=1</script>", "<iframe srcdoc='<script>parent.xss=1</script>'>", "{{window.xss=1}}"),
+    *(
+        "<a href='javascript:window.xss=1'>a</a>",
+        "<form action='javascript:window.xss=1'>",
+        "&lt;script&gt;window.xss=1",
+    ),
+    *(
+        "<base href='//evil.test/'>",
+        "<meta http-equiv=refresh content='0;url=//evil.test'>",
+        "<!--><script>window.xss=1",
+    ),
+]
+"""Names that a page must show and not run: each would set ``window.xss``, or leave the page."""
+
 PORT, TOKEN = 8421, "the-token"
 NETWORK = {"kind": "unet", "widths": (4,), "blocks": 1, "attention": (), "classes": 10}
 CONFIG = Config(
@@ -84,8 +108,16 @@ class Page(TestClient):
         return events
 
 
-def raw_get(app, path):
-    """(status, body) of a GET for ``path`` exactly as written, which an HTTP client would tidy up."""
+def raw_get(app, paths):
+    """[(status, body)] of a GET for each path exactly as written, which an HTTP client would tidy up."""
+
+    async def get_all():
+        return [await asyncio.wait_for(_raw_get(app, path), 20) for path in paths]
+
+    return asyncio.run(get_all())
+
+
+async def _raw_get(app, path):
     sent, host = [], f"127.0.0.1:{PORT}".encode()
     scope = {
         "type": "http",
@@ -109,5 +141,5 @@ def raw_get(app, path):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
+    await app(scope, receive, send)
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])

@@ -161,7 +161,7 @@ export function Command({ text, name = "command", files = [] }) {
   const file = python ? `${name}.py` : `${name}.sh`;
   return html`<div class="command">
     <h2>${python ? "The same in Python" : "The command for this result"}</h2>
-    <pre tabindex="0" role="group" aria-label="Command text">${python ? text : words(text)}</pre>
+    <pre class=${python ? "code" : ""} tabindex="0" role="group" aria-label="Command text">${python ? text : words(text)}</pre>
     <div class="row">
       <button type="button" onClick=${copy}>Copy</button>
       <button type="button" onClick=${() => save(new Blob([text + "\n"], { type: "text/plain" }), file)}>Save ${file}</button>
