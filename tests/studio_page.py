@@ -12,12 +12,36 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from undiffuse.data.sources.registry import load
-from undiffuse.data.transform import IntegerLevels
+from undiffuse.data.transform import IntegerLevels, Standardized
 from undiffuse.model import checkpoint
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.studio.server import STATIC, VENDOR
 from undiffuse.training.run_folder import Run, describe
+
+HANDLERS = ("onerror", "onload", "onclick", "onfocus", "onmouseover", "ontoggle", "onanimationstart")
+HOSTILE = [
+    *(
+        f'<{tag} src=x {handler}="window.xss=1">'
+        for tag in ("img", "video", "body", "input autofocus")
+        for handler in HANDLERS
+    ),
+    *(f'"><svg {handler}="window.xss=1">' for handler in HANDLERS),
+    *(f"<{tag}>window.xss=1</{tag}>" for tag in ("script", "SCRIPT", "svg><script", "math><script", "style><script")),
+    *("javascript:window.xss=1", "data:text/html,<script>window.xss=1</script>", "';window.xss=1//", "${window.xss=1}"),
+    *("</script><script>window.xss=1</script>", "<iframe srcdoc='<script>parent.xss=1</script>'>", "{{window.xss=1}}"),
+    *(
+        "<a href='javascript:window.xss=1'>a</a>",
+        "<form action='javascript:window.xss=1'>",
+        "&lt;script&gt;window.xss=1",
+    ),
+    *(
+        "<base href='//evil.test/'>",
+        "<meta http-equiv=refresh content='0;url=//evil.test'>",
+        "<!--><script>window.xss=1",
+    ),
+]
+"""Names that a page must show and not run: each would set ``window.xss``, or leave the page."""
 
 PORT, TOKEN = 8421, "the-token"
 NETWORK = {"kind": "unet", "widths": (4,), "blocks": 1, "attention": (), "classes": 10}
@@ -27,13 +51,13 @@ CONFIG = Config(
 )
 
 
-def make_run(folder, chain_length=CONFIG.model.chain_length, **info):
+def make_run(folder, model=None, **info):
     """A run folder as training leaves it, without the training: random weights, two records, two pictures.
 
-    ``info`` replaces facts about the data in the model's file.
+    ``model`` replaces settings of `CONFIG`, and ``info`` facts about the data in the model's file.
     """
     data, run = load("digits"), Run(folder)
-    config = replace(CONFIG, model=replace(CONFIG.model, chain_length=chain_length))
+    config = replace(CONFIG, model=replace(CONFIG.model, **(model or {})))
     run.open(config, data)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -46,6 +70,15 @@ def make_run(folder, chain_length=CONFIG.model.chain_length, **info):
     for name in ("samples-00000002.png", "samples.png"):
         Image.new("L", (8, 8)).save(run.pictures / name)
     run.finish()
+    return folder
+
+
+def make_model(folder, data, **settings):
+    """A folder with the file of an untrained model of ``data``, and no run."""
+    config = ModelConfig(schedule={"name": "linear_log_snr", "high": 6.0}, chain_length=6, **settings)
+    transform = IntegerLevels(data.num_values) if data.num_values else Standardized((0.0, 0.0), (1.0, 1.0))
+    folder.mkdir()
+    checkpoint.save(Diffusion(config, data.item_shape, transform, {"name": data.name}), folder / "model.safetensors")
     return folder
 
 
@@ -75,8 +108,16 @@ class Page(TestClient):
         return events
 
 
-def raw_get(app, path):
-    """(status, body) of a GET for ``path`` exactly as written, which an HTTP client would tidy up."""
+def raw_get(app, paths):
+    """[(status, body)] of a GET for each path exactly as written, which an HTTP client would tidy up."""
+
+    async def get_all():
+        return [await asyncio.wait_for(_raw_get(app, path), 20) for path in paths]
+
+    return asyncio.run(get_all())
+
+
+async def _raw_get(app, path):
     sent, host = [], f"127.0.0.1:{PORT}".encode()
     scope = {
         "type": "http",
@@ -100,5 +141,5 @@ def raw_get(app, path):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
+    await app(scope, receive, send)
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])

@@ -1,9 +1,11 @@
 """Kinds of networks: settings that are refused, registered classes, a user's own file."""
 
+import subprocess
 import sys
 
 import pytest
 import torch
+from network_cases import DIFFUSERS, PACKAGE, SIZES, SMALL, SONG, TRANSFORMER
 from torch import nn
 
 from undiffuse.errors import ConfigError
@@ -207,3 +209,26 @@ def test_files_without_a_network_are_one_line(tmp_path, text, content, cause):
         load_class(f"{tmp_path}/{text}")
     assert str(caught.value).startswith(f"error[NETWORK] {tmp_path}/{text}: ")
     assert "\n" not in str(caught.value)
+
+
+CONDITIONED = {
+    "unet": SMALL | SIZES,
+    "dit": TRANSFORMER | SIZES,
+    "mlp": {"width": 16} | SIZES,
+    "diffusers-unet": DIFFUSERS | {"classes": 3},
+    "denoising-diffusion-unet": PACKAGE | {"classes": 3},
+    "edm-unet": SONG | {"classes": 3},
+}
+
+
+def test_a_network_is_built_without_the_compiler_of_torch():
+    """Its import takes over a second of each command that loads a model."""
+    assert list(CONDITIONED) == [kind for kind, _ in registry.BUILT_IN]
+    code = f"""
+import sys
+from undiffuse.networks.registry import build
+for kind, settings in {CONDITIONED!r}.items():
+    build(kind, channels=2, **settings)
+    assert "torch._dynamo" not in sys.modules, kind
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

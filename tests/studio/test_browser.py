@@ -6,26 +6,27 @@ Needs playwright (extra ``browser``), Debian's chromium, and what `make studio` 
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
+from contextlib import contextmanager
 
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from studio_page import make_run
+from studio_browser import AXE, SECONDS, Tab, give_file, read, saved
+from studio_page import HOSTILE, NETWORK, make_model, make_run
 
 from undiffuse.cli import main
+from undiffuse.data.from_array import from_array
 from undiffuse.studio.pictures import from_values
 from undiffuse.studio.server import STATIC, VENDOR
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 
-AXE = Path(__file__).parents[2] / "studio-web/node_modules/axe-core/axe.min.js"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.release,
@@ -34,30 +35,40 @@ pytestmark = [
     pytest.mark.skipif(not AXE.is_file(), reason="axe-core is missing: make studio"),
 ]
 VIEWS = ["Sample", "Noise", "Likelihood", "Inpaint", "Interpolate", "Training"]
-HOSTILE = '<img src=x onerror="window.xss=1">'
-SECONDS = 60_000
-"""Milliseconds that a job may take on a busy machine."""
+HOSTILE_NAME = HOSTILE[0].replace("/", "_")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs: one as it is, and one whose path, classes and pictures are called like hostile HTML."""
+    """Runs of images, of images with prompts (named like hostile HTML), of points, and of a distilled model."""
     folder = tmp_path_factory.mktemp("studio")
-    plain = make_run(folder / "digits", chain_length=100)
-    hostile = make_run(folder / HOSTILE.replace("/", "_"), classes=[HOSTILE, *map(str, range(1, 10))])
-    return [plain, hostile]
+    plain = make_run(folder / "digits", {"chain_length": 100})
+    network = NETWORK | {"text": 80, "classes": len(HOSTILE)}
+    prompts = make_run(folder / HOSTILE_NAME, {"network": network}, classes=HOSTILE)
+    Image.new("L", (8, 8)).save(prompts / "pictures" / f"{HOSTILE_NAME}.png")
+    points = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
+    moons = make_model(folder / "points", from_array(points, name="points"), network={"kind": "mlp", "width": 8})
+    few = make_run(folder / "distilled", {"network": NETWORK | {"two_times": True}, "calls": 2})
+    return [plain, prompts, moons, few]
+
+
+@contextmanager
+def serving(runs):
+    """(address, process) of a studio; at the end Ctrl-C stops it without an error, with a stream open or not."""
+    arguments = [sys.executable, "-m", "undiffuse", "studio", *map(str, runs), "--port", "0"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        printed = process.stdout.readline()
+        yield re.search(r"http://\S+", printed)[0], psutil.Process(process.pid)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert (process.returncode, errors) == (0, "")
 
 
 @pytest.fixture(scope="module")
 def address(runs):
-    """The address that a studio prints; at the end Ctrl-C stops it without an error, with a stream open or not."""
-    arguments = [sys.executable, "-m", "undiffuse", "studio", *map(str, runs), "--port", "0"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        printed = process.stdout.readline()
-        yield re.search(r"http://\S+", printed)[0]
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
-        assert (process.returncode, errors) == (0, "")
+    """The address that a studio prints."""
+    with serving(runs) as (printed, _):
+        yield printed
 
 
 @pytest.fixture(scope="module")
@@ -69,75 +80,36 @@ def browser():
         opened.close()
 
 
-class Tab:
-    """A tab on the studio; `problems` are what the console and the page reported."""
-
-    def __init__(self, browser, address, width=1280, scheme="light"):
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
-        self.page, self.problems = self.context.new_page(), []
-        self.page.set_default_timeout(SECONDS)
-        self.page.on("console", lambda m: self.problems.append(m.text) if m.type in ("error", "warning") else None)
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.goto(address)
-
-    def __enter__(self):
-        self.page.wait_for_selector("canvas:not(.empty)")
-        return self
-
-    def __exit__(self, *error):
-        problems = list(self.problems)
-        self.context.close()
-        assert error[0] or not problems, problems
-
-    def open(self, view):
-        self.page.get_by_role("tab", name=view).click()
-        return self.page.get_by_role("tabpanel", name=view)
-
-    def done(self, panel, count=1):
-        """Wait until ``count`` jobs of the panel are done."""
-        panel.get_by_role("status").filter(has_text=re.compile("^done$")).nth(count - 1).wait_for()
-
-    def axe(self):
-        """The serious faults that axe finds."""
-        if not self.page.evaluate("'axe' in window"):
-            self.page.evaluate(AXE.read_text())
-        found = self.page.evaluate("axe.run(document)")["violations"]
-        serious = [one for one in found if one["impact"] in ("serious", "critical", "moderate")]
-        return [f"{one['id']}: {[node['html'][:150] for node in one['nodes']][:3]}" for one in serious]
+FIRST_PICTURE = """new MutationObserver((_, observer) => {
+  if (!document.querySelector("canvas:not(.empty)")) return;
+  window.firstPicture = performance.now() / 1000;
+  observer.disconnect();
+}).observe(document, {subtree: true, childList: true, attributes: true, attributeFilter: ["class"]});"""
 
 
-def saved(panel, name, folder):
-    """The file that a button saves."""
-    with panel.page.expect_download() as download:
-        panel.get_by_role("button", name=f"Save {name}").first.click()
-    path = folder / name
-    download.value.save_as(path)
-    return path
+def test_the_first_picture_is_there_within_a_second(browser, runs):
+    """By the clock of the page: its first load by a new server, at once, and then again while the old job runs.
 
-
-def read(path):
-    """A PNG file as grey levels."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("L"))
-
-
-def test_the_first_picture_is_there_within_a_second(browser, address):
-    """On a machine that is busy with other work the processor time of server and page is compared instead."""
-    server = next(p for p in psutil.Process().children() if "studio" in p.cmdline())
+    On a machine that is busy with other work the processor time of server and browser is compared instead.
+    """
     wall, processor = [], []
-    for _ in range(5):
-        used, began = sum(server.cpu_times()[:2]), time.perf_counter()
-        with Tab(browser, address) as tab:
-            wall.append(time.perf_counter() - began)
-            metrics = tab.context.new_cdp_session(tab.page)
-            metrics.send("Performance.enable")
-            in_page = {m["name"]: m["value"] for m in metrics.send("Performance.getMetrics")["metrics"]}
-            processor.append(in_page["TaskDuration"] + sum(server.cpu_times()[:2]) - used)
-    busy = psutil.getloadavg()[0] > psutil.cpu_count()
+    with serving(runs) as (address, server), Tab(browser, None) as tab:
+        tab.page.add_init_script(FIRST_PICTURE)
+
+        def used():
+            processes = [server, *(p for p in psutil.Process().children(recursive=True) if "chrom" in p.name())]
+            return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+        for load in range(5):
+            began = used()
+            tab.page.reload() if load else tab.page.goto(address)
+            tab.page.wait_for_selector("canvas:not(.empty)")
+            processor.append(used() - began)
+            wall.append(tab.page.evaluate("window.firstPicture"))
+    busy = psutil.getloadavg()[0] > psutil.cpu_count() - 1
     print("seconds to the first picture:", ", ".join(f"{t:.2f}" for t in wall))
     print("of processor time:", ", ".join(f"{t:.2f}" for t in processor), "on a busy machine" if busy else "")
-    assert min(processor if busy else wall) < 1
+    assert max(processor if busy else wall) < 1
 
 
 def test_every_control_of_the_samples(browser, address, tmp_path):
@@ -160,9 +132,9 @@ def test_every_control_of_the_samples(browser, address, tmp_path):
         playwright.expect(command).to_contain_text("--solver heun", timeout=SECONDS)
         tab.done(panel)
         options = "--n 9 --seed 7 --solver heun --steps 3 --spacing log_snr --label 4 --guidance 1.5"
-        assert " ".join(command.inner_text().split()).endswith(options)
-        third.get_by_role("button", name="Copy").click()
-        third.get_by_text("copied").wait_for()
+        shown = " ".join(command.inner_text().split())
+        assert shown.removesuffix(" --precision float32").endswith(options)  # named where "auto" is another one
+        use_command(third)
         assert tab.page.evaluate("navigator.clipboard.readText()") == command.inner_text()
         assert saved(third, "sample-3.sh", tmp_path).read_text().strip() == command.inner_text()
         slider = panel.get_by_role("slider")
@@ -206,14 +178,15 @@ def test_every_control_of_noise_and_likelihood(browser, address, tmp_path):
         panel.get_by_label("Label").select_option("2")
         panel.get_by_role("button", name="Add noise").click()
         tab.done(panel)
+        panel.get_by_role("button", name="Play").click()
+        panel.get_by_role("button", name="Pause").click()
         panel.get_by_role("slider").fill("0.5")
         panel.get_by_label("Strength t").fill("0.4")
         panel.get_by_role("button", name="Make variants").click()
         panel.get_by_text("four variants").wait_for()
         assert "--strength 0.4" in panel.get_by_role("group", name="Command text").last.inner_text()
         assert read(saved(panel, "image.png", tmp_path)).shape == (8, 8)
-        drop(panel, photo, "dropped.png")
-        panel.get_by_text("dropped.png", exact=True).wait_for()
+        use_command(panel)
 
         panel = tab.open("Likelihood")
         panel.get_by_text("item 0 of the data").wait_for()
@@ -228,17 +201,6 @@ def test_every_control_of_noise_and_likelihood(browser, address, tmp_path):
         assert "model.nll" in panel.get_by_role("group", name="Command text").inner_text()
 
 
-def drop(panel, path, name):
-    """Drop a file on the image of a panel."""
-    content = list(path.read_bytes())
-    data = panel.page.evaluate_handle(
-        "([bytes, name]) => { const data = new DataTransfer();"
-        " data.items.add(new File([new Uint8Array(bytes)], name, {type: 'image/png'})); return data; }",
-        [content, name],
-    )
-    panel.locator("fieldset").dispatch_event("drop", {"dataTransfer": data})
-
-
 def test_painting_with_pointer_and_keys_and_the_command_of_inpainting(browser, address, tmp_path, monkeypatch):
     with Tab(browser, address) as tab:
         panel = tab.open("Inpaint")
@@ -249,7 +211,7 @@ def test_painting_with_pointer_and_keys_and_the_command_of_inpainting(browser, a
         playwright.expect(panel.get_by_role("button", name="Invert")).to_be_enabled(timeout=SECONDS)
         assert fill.is_disabled()
         canvas.focus()
-        for key in (" ", "ArrowRight", " ", "ArrowDown", " ", "ArrowUp", "Backspace"):
+        for key in (" ", "ArrowRight", " ", "ArrowDown", " ", "ArrowUp", "ArrowLeft", "Backspace"):
             canvas.press(key)
         assert fill.is_enabled()
         panel.get_by_role("button", name="Clear").click()
@@ -258,6 +220,18 @@ def test_painting_with_pointer_and_keys_and_the_command_of_inpainting(browser, a
         panel.get_by_role("button", name="Invert").click()
         panel.get_by_role("slider", name="Brush").fill("2")
         box = canvas.bounding_box()
+        erase = panel.get_by_role("button", name="Erase")
+        for i, (shift, button) in enumerate((("Shift", "left"), ("", "right"), ("", "left"))):  # where all is painted
+            if i == 2:
+                erase.click()
+            tab.page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * (0.2 + 0.3 * i))
+            if shift:
+                tab.page.keyboard.down(shift)
+            tab.page.mouse.down(button=button)
+            tab.page.mouse.up(button=button)
+            if shift:
+                tab.page.keyboard.up(shift)
+        erase.click()
         tab.page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] * 0.3)
         tab.page.mouse.down()
         tab.page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] * 0.6, steps=4)
@@ -270,7 +244,7 @@ def test_painting_with_pointer_and_keys_and_the_command_of_inpainting(browser, a
         tab.done(panel)
         saved(panel, "image.png", tmp_path)
         mask = read(saved(panel, "mask.png", tmp_path))
-        assert (mask[:, :4] == 255).all()
+        assert 3 <= (mask[:, :4] == 0).sum() <= 12
         assert 4 <= (mask[:, 4:] == 255).sum() <= 16
         command = panel.get_by_role("group", name="Command text").inner_text()
         shown = (
@@ -304,6 +278,88 @@ def test_interpolation_and_training(browser, address):
         panel.get_by_role("combobox", name="Picture").select_option("samples-00000002.png")
         panel.get_by_role("img", name=re.compile("samples-00000002.png")).wait_for()
         assert panel.locator(".chart canvas").count() == 2
+        use_command(panel)
+
+
+def use_command(panel):
+    """Copy each command of the panel, and save it and its images."""
+    for group in panel.get_by_role("group", name="Command text").all():
+        group.focus()
+    for button in panel.get_by_role("button", name="Copy").all():
+        button.click()
+        panel.get_by_text("copied").first.wait_for()
+    for button in panel.get_by_role("button", name=re.compile("^Save ")).all():
+        with panel.page.expect_download() as download:
+            button.click()
+        assert f"Save {download.value.suggested_filename}" == button.inner_text()
+        assert download.value.path().stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("view", "start"),
+    [("Noise", "Add noise"), ("Likelihood", "Measure"), ("Inpaint", "Fill in"), ("Interpolate", "Interpolate")],
+)
+def test_the_images_a_cancel_and_the_command_of_a_view(view, start, browser, address, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 50), dtype=np.uint8)).save(photo)
+    with Tab(browser, address) as tab:
+        panel = tab.open(view)
+        button = panel.get_by_role("button", name=start, exact=True)
+        playwright.expect(button).to_be_attached()
+        for fieldset in panel.locator("fieldset").all():
+            fieldset.get_by_role("button", name="Next item").click()
+            fieldset.get_by_label("Item of the data").fill("5")
+            fieldset.get_by_label("Item of the data").press("Enter")
+            fieldset.get_by_text("item 5 of the data").wait_for()
+            fieldset.locator("input[type=file]").set_input_files(photo)
+            fieldset.get_by_text("photo.png", exact=True).wait_for()
+            give_file(fieldset, "drop", photo, "dropped.png")
+            give_file(fieldset, "paste", photo, "pasted.png")
+            fieldset.get_by_text(re.compile("8 x 8|resized")).wait_for()
+        if view == "Inpaint":
+            panel.get_by_role("button", name="Hide the right half").click()
+        other = tab.open("Sample")
+        other.get_by_label("Images").select_option("16")
+        for column in (0, 1):
+            other.get_by_label("Steps").nth(column).fill("100")
+            other.get_by_label("Solver").nth(column).select_option("rk4")
+        other.get_by_role("button", name="Draw").click()
+        other.get_by_text("running").wait_for()
+        panel = tab.open(view)
+        button.click()
+        panel.get_by_text("waiting, 1 job before this one").wait_for()
+        panel.get_by_role("button", name="Cancel").click()
+        panel.get_by_text("cancelled").wait_for()
+        tab.open("Sample").get_by_role("button", name="Cancel").click()
+        tab.open(view)
+        button.click()
+        tab.done(panel)
+        use_command(panel)
+
+
+def test_points_prompts_and_a_distilled_model(browser, address):
+    with Tab(browser, address) as tab:
+        panel = tab.page.get_by_role("tabpanel", name="Sample")
+        for run, label, value, flag in (
+            ("1", "Prompt", "a cat", "--prompt 'a cat'"),
+            ("2", "Points", "200", "--n 200"),
+            ("3", "Calls", "3", "--calls 3"),
+        ):
+            tab.page.get_by_label("Run").select_option(run)
+            tab.done(panel)
+            field = panel.get_by_label(label).first
+            if label == "Points":
+                field.select_option(value)
+            else:
+                field.fill(value)
+            panel.get_by_role("button", name="Draw").click()
+            command = panel.get_by_role("group", name="Command text").first
+            playwright.expect(command).to_contain_text(flag, timeout=SECONDS)
+            tab.done(panel)
+        tab.page.get_by_label("Run").select_option("1")
+        for view in ("Noise", "Likelihood", "Inpaint", "Interpolate"):
+            panel = tab.open(view)
+            panel.get_by_label("Prompt").fill("a dog")
 
 
 def test_the_views_are_reached_by_keys(browser, address):
@@ -314,12 +370,13 @@ def test_the_views_are_reached_by_keys(browser, address):
             assert tab.page.evaluate("document.activeElement.textContent") == view
         tab.page.keyboard.press("End")
         assert tab.page.get_by_role("tab", selected=True).inner_text() == "Training"
+        tab.page.keyboard.press("ArrowLeft")
         tab.page.keyboard.press("Home")
         tab.page.keyboard.press("Tab")
         assert tab.page.evaluate("document.activeElement.tagName") == "INPUT"
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (375, "light")])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (375, "light"), (390, "dark")])
 def test_axe_finds_no_fault_and_nothing_is_wider_than_the_screen(browser, address, width, scheme):
     faults = []
     with Tab(browser, address, width, scheme) as tab:
@@ -357,19 +414,35 @@ def test_two_tabs_share_one_queue(browser, address):
         two.done(second)
 
 
-def test_hostile_names_are_text(browser, address, runs):
+def test_hostile_names_are_text(browser, address):
+    """Of a run, a picture, classes and prompts: they are shown, and no script of them runs."""
     with Tab(browser, address) as tab:
-        assert HOSTILE.replace("/", "_") in tab.page.get_by_label("Run").inner_text()
+        assert HOSTILE_NAME in tab.page.get_by_label("Run").inner_text()
         tab.page.get_by_label("Run").select_option("1")
         panel = tab.page.get_by_role("tabpanel", name="Sample")
         tab.done(panel)
-        panel.get_by_label("Label").first.select_option("0")
-        panel.get_by_role("button", name="Draw").click()
-        playwright.expect(panel.get_by_role("group", name="Command text").first).to_contain_text(
-            "onerror", timeout=SECONDS
-        )
+        options = panel.get_by_label("Label").first.locator("option").all_inner_texts()
+        assert [" ".join(text.split()) for text in options] == ["none", *HOSTILE]
+        panel.get_by_label("Images").select_option("1")
+        panel.get_by_role("button", name="Remove column 2").click()
+        panel.get_by_label("Steps").fill("1")
+        command = panel.get_by_role("group", name="Command text")
+        for i in range(0, len(HOSTILE), 6):
+            panel.get_by_label("Label").select_option(str(i))
+            panel.get_by_label("Prompt").fill(HOSTILE[i])
+            panel.get_by_role("button", name="Draw").click()
+            playwright.expect(command).to_contain_text(shlex.quote(HOSTILE[i]), timeout=SECONDS)
+            tab.done(panel)
+        panel = tab.open("Training")
+        panel.get_by_role("combobox", name="Picture").select_option(f"{HOSTILE_NAME}.png")
+        panel.get_by_role("img", name=HOSTILE_NAME).wait_for()
         assert tab.page.evaluate("window.xss") is None
-        assert tab.page.locator("img[src=x]").count() == 0
+        assert (
+            tab.page.locator(
+                "img[src=x], svg, video, iframe, form[action], base, meta[http-equiv], main script"
+            ).count()
+            == 0
+        )
 
 
 def test_a_page_without_the_token_or_of_another_name_gets_nothing(browser, address):
@@ -413,3 +486,26 @@ def test_a_page_of_another_site_cannot_use_the_studio(browser, address):
 def test_the_address_is_in_no_other_place(address):
     """The token is in the fragment, which is never sent."""
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/#token=[\w-]{32}", address)
+
+
+GESTURES = {
+    *(f"page: tab {tab}" for tab in ("Sample, ArrowRight", "Sample, End", "Training, ArrowLeft", "Interpolate, Home")),
+    *(f"inpaint: application Mask, Arrow{side}" for side in ("Left", "Right", "Up", "Down")),
+    *(f"inpaint: application Mask, {key}" for key in ("Space", "Backspace", "shift", "right button")),
+    *(f"{view}: number Item of the data, Enter" for view in ("forward", "likelihood", "inpaint", "interpolate")),
+}
+"""What is done with a control by more than a click or a value."""
+
+
+def test_every_control_of_the_page_was_used(request):
+    """All controls that the tabs of the tests above had are among those that events reached."""
+    ran = {getattr(item, "originalname", "") for item in request.session.items}
+    if missing := [name for name in globals() if name.startswith("test_") and name not in ran]:
+        pytest.skip(f"{len(missing)} tests of this file do not run")
+    found, used = Tab.controls.found, Tab.controls.used
+    places = {control for control in found if ": fieldset " in control}
+    assert len(places) == 5
+    assert len(found) > 90
+    expected = found - places | GESTURES
+    expected |= {f"{place}, {what}" for place in places for what in ("over", "out", "drop", "paste")}
+    assert expected <= used, "\n".join(["not used:", *sorted(expected - used)])

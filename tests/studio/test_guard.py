@@ -151,6 +151,19 @@ def test_a_body_beyond_the_limit_is_refused_before_it_is_read():
     assert ask(large, [part(b"x" * (limit + 1), False)])[0] == 200
 
 
+def test_a_refused_body_is_not_kept_by_its_error():
+    parts = [part(b"x" * guard.MAX_JSON_BYTES), part(b"x")]
+
+    async def receive():
+        return parts.pop(0)
+
+    with pytest.raises(RefusedError) as caught:
+        asyncio.run(GUARD._read(receive, guard.MAX_JSON_BYTES))
+    kept = [entry.frame.f_locals["parts"] for entry in caught.traceback if "parts" in entry.frame.f_locals]
+    assert [] in kept
+    assert sum(map(len, (chunk for found in kept for chunk in found))) == 0
+
+
 def test_a_body_that_does_not_arrive_is_given_up(monkeypatch):
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.05)
     assert ask(post(), [part(b"a")])[0] == 408

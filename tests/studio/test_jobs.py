@@ -75,6 +75,15 @@ def test_a_waiting_job_knows_how_many_are_before_it(queue):
     assert [last(job)["kind"] for job in (first, second, third)] == ["done"] * 3
 
 
+def test_a_new_job_does_not_wait_for_abandoned_ones(queue):
+    gate = Gate()
+    running, waiting, kept = queue.submit("", gate), queue.submit("", Gate()), queue.submit("", lambda job: {})
+    gate.started.wait(20)
+    running.abandoned = waiting.abandoned = True
+    after = queue.submit("", lambda job: {})
+    assert [last(job)["kind"] for job in (running, waiting, kept, after)] == ["cancelled", "cancelled", "done", "done"]
+
+
 def test_a_job_is_cancelled_while_it_runs_and_while_it_waits(queue):
     gate = Gate()
     running, waiting, after = queue.submit("", gate), queue.submit("", Gate()), queue.submit("", lambda job: {"x": 1})

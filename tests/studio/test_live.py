@@ -7,11 +7,14 @@ import re
 import socket
 import threading
 import time
+from collections import Counter
 
+import psutil
 import pytest
 from studio_page import page_files
 
-from undiffuse.studio.runs import open_runs
+from undiffuse.studio import guard
+from undiffuse.studio.runs import MAX_IMAGES_BYTES, open_runs
 from undiffuse.studio.server import Studio, build_server, listen
 
 
@@ -114,3 +117,38 @@ def test_the_events_arrive_while_the_job_runs(live):
             text += client.recv(65536).decode()
     data = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
     assert [event.get("number") for event in data][-2:] == [1, 2]
+
+
+@pytest.mark.release
+def test_sixty_large_uploads_at_one_time_leave_memory_and_the_page(live):
+    """Each of 60 connections sends 32 MB, as fast as it can, or stops halfway; the page is answered all the while."""
+    port, token, studio = live
+    content = bytes(guard.MAX_IMAGE_BYTES)
+    statuses, waits, most = [], [], 0
+    before = psutil.Process().memory_info().rss
+
+    def upload(number):
+        try:
+            with connect(port) as client:
+                length = f"Content-Length: {len(content)}"
+                client.sendall(head("POST", guard.IMAGES, port, token, "Content-Type: image/png", length))
+                client.sendall(memoryview(content)[: len(content) // (1 + number % 2)])
+                statuses.append(int(client.recv(100).split()[1]))
+        except OSError:  # refused and closed before all was sent
+            statuses.append(503)
+
+    threads = [threading.Thread(target=upload, args=(number,)) for number in range(60)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        began = time.monotonic()
+        assert ask(port, head("GET", "/", port, token))[0] in (200, 503)
+        waits.append(time.monotonic() - began)
+        most = max(most, psutil.Process().memory_info().rss - before)
+        time.sleep(0.02)
+    assert len(statuses) == 60
+    assert set(statuses) <= {200, 408, 503}
+    assert studio.images.num_bytes <= MAX_IMAGES_BYTES
+    print(f"{most / 1e6:.0f} MB more, slowest page {max(waits):.2f} s, {dict(Counter(statuses))}")
+    assert most < 200e6
+    assert sorted(waits)[len(waits) * 99 // 100 - 1] < 1

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from urllib.parse import quote
 
 import pytest
 from starlette.testclient import TestClient
-from studio_page import PORT, TOKEN, make_run, page_files, raw_get
+from studio_page import HOSTILE, PORT, TOKEN, make_run, page_files, raw_get
 
 from undiffuse.errors import ConfigError, ResourceError
 from undiffuse.studio import server
-from undiffuse.studio.runs import MAX_IMAGES, Images, open_runs
+from undiffuse.studio.runs import MAX_IMAGES, MAX_IMAGES_BYTES, Images, open_runs
 from undiffuse.studio.server import Studio, build_app, listen, read_files
+from undiffuse.studio.training import pictures_of, read_picture
+from undiffuse.training.run_folder import Run
 
 SECRET = "the content of a file outside"
 ESCAPES = ["..", "../secret.txt", "../../secret.txt", "..%2fsecret.txt", "%2e%2e/secret.txt", "%2e%2e%2fsecret.txt"]
@@ -42,6 +45,14 @@ ESCAPES += [
 ESCAPES += ["．．/secret.txt", "%ef%bc%8e%ef%bc%8e/secret.txt", "‥/secret.txt", "..%c0%afsecret.txt", "~/secret.txt"]
 ESCAPES += ["link.png", "..\x00", "a" * 5000, "-1", "1e9", "0x0", "１", "0;ls", "0'", "$(ls)", "`ls`", "{{7*7}}", "con"]
 ESCAPES += ["..%2f" * 20 + "etc/passwd", "../" * 20 + "etc/passwd", "%2e%2e/" * 20 + "etc/passwd", ".%2e/secret.txt"]
+DOTS = ("..", "%2e%2e", ".%2e", "%252e%252e", "．．", "%ef%bc%8e%ef%bc%8e", "‥", "%c0%ae%c0%ae", "..;", "....")
+SLASHES = ("/", "\\", "%2f", "%5c", "%252f", "%c0%af", "//", "/./", "%00/", "∕")
+ESCAPES += [
+    dots.join(["", *[slash] * depth]).removeprefix(slash) + target
+    for dots in DOTS
+    for slash in SLASHES
+    for depth, target in ((1, "secret.txt"), (12, "etc/passwd"))
+]
 PLACES = [
     "/static/{}",
     "/static/vendor/{}",
@@ -59,12 +70,104 @@ def test_no_path_leads_outside(place, studio, run_folder):
     link = run_folder / "pictures" / "link.png"
     if not link.is_symlink():
         link.symlink_to(outside)
-    app = build_app(studio, PORT, TOKEN)
-    for payload in (*ESCAPES, *map(quote, ESCAPES)):
-        status, body = raw_get(app, place.format(payload))
+    app, before = build_app(studio, PORT, TOKEN), sorted(outside.parent.rglob("*"))
+    payloads = dict.fromkeys([*ESCAPES, *map(quote, ESCAPES)])
+    assert len(payloads) > 250
+    for payload, (status, body) in zip(payloads, raw_get(app, map(place.format, payloads)), strict=True):
         assert SECRET.encode() not in body
         assert b"root:" not in body
         assert status in (400, 404), (payload, status)
+    assert sorted(outside.parent.rglob("*")) == before
+    assert outside.read_text() == SECRET
+
+
+def test_a_link_in_place_of_the_pictures_is_not_followed(tmp_path):
+    """Before the pictures are listed, and between that and the reading, of the file and of its folder."""
+    run, outside = Run(tmp_path / "run"), tmp_path / "outside"
+    for folder in (run.pictures, outside):
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_text(SECRET if folder == outside else "ours")
+    (listed,) = pictures_of(run)
+    assert read_picture(listed) == b"ours"
+    listed.unlink()
+    listed.symlink_to(outside / "a.png")
+    assert pictures_of(run) == []
+    with pytest.raises(ResourceError, match="UNREADABLE"):
+        read_picture(listed)
+    listed.unlink()
+    run.pictures.rmdir()
+    run.pictures.symlink_to(outside)
+    assert pictures_of(run) == []
+    with pytest.raises(ResourceError, match="UNREADABLE"):
+        read_picture(listed)
+
+
+def swap_links(run, outside, tries):
+    """What is read in ``tries`` readings while a thread swaps the picture, then its folder, for a link."""
+    done, found = threading.Event(), set()
+
+    def swap():
+        place, kept = run.pictures / "a.png", run.folder / "kept"
+        while not done.is_set():
+            for path, target in ((place, outside / "a.png"), (run.pictures, outside)):
+                path.rename(kept)
+                path.symlink_to(target)
+                path.unlink()
+                kept.rename(path)
+
+    swapping = threading.Thread(target=swap)
+    swapping.start()
+    for _ in range(tries):
+        try:
+            found |= {read_picture(path) for path in pictures_of(run)}
+        except ResourceError:
+            found.add(None)
+    done.set()
+    swapping.join()
+    return found
+
+
+def test_links_that_are_swapped_in_while_pictures_are_read(tmp_path):
+    run, outside = Run(tmp_path / "run"), tmp_path / "outside"
+    for folder in (run.pictures, outside):
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_text(SECRET if folder == outside else "ours")
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        found = swap_links(run, outside, 10_000)
+    finally:
+        sys.setswitchinterval(usual)
+    assert b"ours" in found
+    assert found <= {b"ours", None}
+
+
+def test_hostile_names_are_never_answered_as_html(page, run_folder):
+    """As a prompt, a solver, a view, a path, a job, a file and the name of a picture."""
+    for name in HOSTILE:
+        jobs = [{"view": name}, {"view": "sample", "run": 0, "panels": panels(solver=name)}]
+        jobs += [{"view": "sample", "run": 0, "panels": panels(prompt=name)}]
+        answers = [page.post("/api/jobs", json=content) for content in jobs]
+        answers += [page.get(f"{place}{quote(name, safe='')}") for place in ("/", "/static/", "/api/", "/api/runs/0/")]
+        answers += [page.get(f"/api/jobs/{quote(name, safe='')}/events")]
+        answers += [page.post("/api/images", content=name.encode(), headers={"content-type": "image/png"})]
+        for answer in answers:
+            assert answer.status_code in (200, 400, 404), answer.text
+            check_headers(answer, "application/json")
+    picture = run_folder / "pictures" / "<img src=x onerror=alert(1)>.png"
+    picture.write_text(HOSTILE[0])
+    try:
+        index = page.get("/api/runs/0/training").json()["pictures"].index(picture.name)
+        check_headers(page.get(f"/api/runs/0/pictures/{index}"), "image/png")
+    finally:
+        picture.unlink()
+
+
+def check_headers(answer, kind):
+    assert answer.headers["content-type"] == kind
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["content-security-policy"].startswith("script-src 'self' 'sha256-")
+    assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
 def test_pictures_are_those_of_the_training_and_no_links(page, run_folder):
@@ -177,6 +280,21 @@ def test_deep_json_is_a_mistake(page):
     assert "it is not JSON" in answer.json()["error"]
 
 
+def test_many_fields_and_long_names_are_mistakes(page):
+    for fields, status in (({str(i): 0 for i in range(6_000)}, 400), ({str(i): 0 for i in range(100_000)}, 413)):
+        assert (
+            page.post("/api/jobs", json={"view": "sample", "run": 0, "panels": panels(), **fields}).status_code
+            == status
+        )
+    assert page.post("/api/jobs", json={"x" * 1_000_000: 0}).status_code == 413
+    answer = page.post("/api/jobs", json={"view": "sample", "run": 0, "panels": panels(), "x" * 60_000: 0})
+    assert answer.status_code == 400
+    assert len(answer.json()["error"]) < 200
+    answer = page.get("/static/app.js", headers={"Range": "bytes=" + ",".join(f"{i}-{i}" for i in range(10_000))})
+    assert answer.status_code == 200
+    assert answer.content == page_files()["app.js"]
+
+
 @pytest.mark.parametrize(
     ("content", "code"),
     [
@@ -203,11 +321,14 @@ def test_images_and_items_that_are_not_there(page):
 
 def test_only_the_newest_images_are_kept():
     images = Images()
-    for i in range(MAX_IMAGES + 1):
+    for i in range(2_000):
         images.add(str(i), b"x")
-    assert images.get("1") == b"x"
+    assert images.get(str(2_000 - MAX_IMAGES)) == b"x"
     with pytest.raises(ResourceError, match="NO_IMAGE"):
-        images.get("0")
+        images.get(str(1_999 - MAX_IMAGES))
+    images.add("large", bytes(MAX_IMAGES_BYTES))
+    with pytest.raises(ResourceError, match="NO_IMAGE"):
+        images.get("1999")
 
 
 def test_events_continue_after_the_last_one_seen(page):
@@ -255,9 +376,12 @@ def test_a_job_whose_page_has_gone_is_cancelled(page, studio, monkeypatch):
     job = studio.queue.submit("endless", work)
 
     async def leave():
-        stream = studio._stream(job, 0)
-        await anext(stream)
-        await stream.aclose()
+        for _ in range(2):
+            stream = studio._stream(job, 0)
+            await anext(stream)
+            assert not job.abandoned
+            await stream.aclose()
+            assert job.abandoned
         assert not job.listeners
         await asyncio.sleep(0.2)
 

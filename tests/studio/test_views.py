@@ -11,15 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from studio_page import PORT, TOKEN, Page, page_files
+from studio_page import PORT, TOKEN, Page, make_model, page_files
 
 from undiffuse.cli import main
 from undiffuse.data.from_array import from_array
 from undiffuse.data.sources.registry import load
-from undiffuse.data.transform import IntegerLevels, Standardized
+from undiffuse.data.transform import IntegerLevels
 from undiffuse.model import checkpoint
-from undiffuse.model.config import ModelConfig
-from undiffuse.model.diffusion import Diffusion
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.studio import views
 from undiffuse.studio.commands import command
@@ -209,14 +207,6 @@ def test_inpainting_adds_the_rounding_of_the_file_to_the_noise(page, monkeypatch
     monkeypatch.setattr(views, "restore", lambda *values: given.update(floor=values[8]) or real(*values))
     page.job("inpaint", source={"item": 2}, mask=bits(HALF), n=1, steps=1)
     assert given == {"floor": 2 / 255 / 12**0.5}
-
-
-def make_model(folder, data, **settings):
-    config = ModelConfig(schedule={"name": "linear_log_snr", "high": 6.0}, chain_length=6, **settings)
-    transform = IntegerLevels(data.num_values) if data.num_values else Standardized((0.0, 0.0), (1.0, 1.0))
-    folder.mkdir()
-    checkpoint.save(Diffusion(config, data.item_shape, transform, {"name": data.name}), folder / "model.safetensors")
-    return folder
 
 
 @pytest.fixture

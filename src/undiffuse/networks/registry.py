@@ -6,12 +6,13 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from undiffuse.errors import ConfigError
 from undiffuse.networks.condition import CONDITION_NAMES, CONDITION_SETTINGS
@@ -198,10 +199,22 @@ def is_built_in(network: nn.Module | type[nn.Module]) -> bool:
     return any(cls is built_in for _, built_in in BUILT_IN)
 
 
+class _WithoutNormalDraws(TorchFunctionMode):
+    """Leaves out normal_: for a tensor without storage torch imports its compiler there, which takes over a second."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func in (torch.Tensor.normal_, nn.init.normal_):
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
 def _count_parameters(cls: type[nn.Module], settings: Mapping[str, Any]) -> int:
     """The numbers in the weights of ``cls(**settings)``, from a copy without storage; 0 where it cannot have one."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutNormalDraws():
             return sum(parameter.numel() for parameter in cls(**settings).parameters())
     except (ConfigError, MemoryError):
         raise

@@ -144,6 +144,7 @@ class Guard:
                     return b"".join(parts)
         finally:
             self.buffered -= size
+            parts.clear()  # the traceback of a refusal would keep them
 
     def _with_headers(self, send: Send) -> Send:
         extra = [

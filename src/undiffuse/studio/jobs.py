@@ -41,6 +41,8 @@ class Job:
         self.state = "waiting"
         self.events: list[Event] = []
         self.listeners: set[Callable[[], None]] = set()
+        self.abandoned = False
+        """The page has read events and then gone."""
         self._cancelled = threading.Event()
         self._last_progress = 0.0
 
@@ -90,8 +92,14 @@ class JobQueue:
         self._thread.start()
 
     def submit(self, title: str, work: Work) -> Job:
-        """Add a job at the end. Raises `ResourceError` if too many wait, or the queue is closed."""
+        """Add a job at the end, and cancel those before it that are abandoned.
+
+        Raises `ResourceError` if too many wait, or the queue is closed.
+        """
         with self._changed:
+            for old in self.jobs():
+                if old.abandoned:
+                    self.cancel(old)
             if self._closed or len(self._waiting) >= MAX_WAITING:
                 cause = "it is stopping" if self._closed else f"{MAX_WAITING} jobs are waiting already"
                 raise ResourceError("BUSY", "studio", cause, "Wait for them, or cancel some")

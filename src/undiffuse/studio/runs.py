@@ -142,8 +142,12 @@ class Images:
 
     def add(self, name: str, content: bytes) -> None:
         self._files[name] = content
-        while len(self._files) > MAX_IMAGES or sum(map(len, self._files.values())) > MAX_IMAGES_BYTES:
+        while len(self._files) > MAX_IMAGES or self.num_bytes > MAX_IMAGES_BYTES:
             self._files.popitem(last=False)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(len, self._files.values()))
 
     def get(self, name: str) -> bytes:
         """Raises `ResourceError` for a name that is not there, or not any more."""

@@ -38,7 +38,7 @@ MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript
 MEDIA_TYPES |= {".svg": "image/svg+xml", ".txt": "text/plain"}
 HEARTBEAT_SECONDS = 15.0
 GRACE_SECONDS = 5.0
-"""A job whose page has gone is cancelled after this time."""
+"""A job whose page has gone is cancelled after this time, or when another job is started."""
 
 
 class Studio:
@@ -127,6 +127,7 @@ class Studio:
             loop.call_soon_threadsafe(news.set)
 
         job.listeners.add(listener)
+        job.abandoned = False
         try:
             while True:
                 news.clear()
@@ -143,11 +144,12 @@ class Studio:
                     yield b": waiting\n\n"
         finally:
             job.listeners.discard(listener)
+            job.abandoned = not job.listeners
             if not job.ended:
                 loop.call_later(GRACE_SECONDS, self._cancel_abandoned, job)
 
     def _cancel_abandoned(self, job: Job) -> None:
-        if not job.listeners:
+        if job.abandoned:
             self.queue.cancel(job)
 
     def _job(self, request: Request) -> Job:

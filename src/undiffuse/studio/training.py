@@ -36,8 +36,10 @@ def training_state(run: Run) -> dict[str, Any]:
 
 
 def pictures_of(run: Run) -> list[Path]:
-    """The PNG files directly in the run's folder of pictures that are no links, by name."""
+    """The PNG files directly in the run's folder of pictures, by name; none where the folder or the file is a link."""
     try:
+        if run.pictures.is_symlink():
+            return []
         paths = [path for path in run.pictures.iterdir() if path.suffix == ".png" and not path.is_symlink()]
     except OSError:
         return []
@@ -45,10 +47,19 @@ def pictures_of(run: Run) -> list[Path]:
 
 
 def read_picture(path: Path) -> bytes:
-    """The content of a picture; a link that has taken its place is not followed. Raises `ResourceError`."""
+    """The content of a picture; a link that has taken its place, or that of its folder, is not followed.
+
+    Raises `ResourceError`.
+    """
+    flags, folder = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0), None
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        if os.open in os.supports_dir_fd:
+            folder = os.open(path.parent, flags)
+        descriptor = os.open(path if folder is None else path.name, flags, dir_fd=folder)
         with open(descriptor, "rb") as file:
             return file.read(MAX_PICTURE_BYTES)
     except OSError as error:
         raise ResourceError("UNREADABLE", path, f"cannot be read ({error.strerror})", "Load the page again") from None
+    finally:
+        if folder is not None:
+            os.close(folder)

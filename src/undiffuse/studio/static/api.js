@@ -24,9 +24,9 @@ export async function request(path, options = {}) {
 
 export const get = async (path) => (await request(path)).json();
 
-export async function post(path, content) {
+export async function post(path, content, options = {}) {
   const headers = { "Content-Type": "application/json" };
-  return (await request(path, { method: "POST", headers, body: JSON.stringify(content) })).json();
+  return (await request(path, { ...options, method: "POST", headers, body: JSON.stringify(content) })).json();
 }
 
 export async function upload(file) {

@@ -133,7 +133,7 @@ export function Interpolate({ run, index, active }) {
     e.preventDefault();
     const content = { run: index, n, steps, source: pictures[0].source, other: pictures[1].source, ...conditionOf(run, cond) };
     job.start("interpolate", content, (event) => {
-      if (event.kind === "done") setResult({ images: { ...decode(event.images), columns: n }, command: event.command });
+      if (event.kind === "done") setResult({ images: { ...decode(event.images), columns: Math.min(n, matchMedia("(max-width: 760px)").matches ? 4 : 16) }, command: event.command });
     });
   }
   return html`<form onSubmit=${between} aria-label="Interpolate">

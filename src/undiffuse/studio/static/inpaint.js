@@ -10,6 +10,7 @@ const KEYS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDo
 export function Inpaint({ run, index, names, active }) {
   const [picture, setPicture] = useState(null);
   const [mask, setMask] = useState(null);
+  const [erasing, setErasing] = useState(false);
   const [brush, setBrush] = useState(Math.max(1, Math.round(run.shape.at(-1) / 8)));
   const [options, setOptions] = useState({ n: 4, seed: 0, steps: Math.min(50, run.longest), method: "mmps" });
   const [cond, setCond] = useState({});
@@ -38,13 +39,14 @@ export function Inpaint({ run, index, names, active }) {
     <div>
       <div class="card">
         <div class="pair paint">
-          <${Painter} picture=${picture} mask=${mask} brush=${brush} width=${width} height=${height} onMask=${setMask} />
+          <${Painter} picture=${picture} mask=${mask} brush=${brush} erasing=${erasing} width=${width} height=${height} onMask=${setMask} />
           <${Frame} frame=${result.images} label="filled in" />
         </div>
         <div class="bar">
           <${Field} label=${`Brush, ${counted(brush, "pixel")}`}>
             <input type="range" min="1" max=${Math.max(2, Math.round(width / 2))} value=${brush} onInput=${(e) => setBrush(Number(e.target.value))} />
           <//>
+          <button type="button" class="toggle" aria-pressed=${erasing} onClick=${() => setErasing(!erasing)} disabled=${!picture}>Erase</button>
           <button type="button" onClick=${() => setMask(half())} disabled=${!picture}>Hide the right half</button>
           <button type="button" onClick=${() => setMask(mask.map((v) => 1 - v))} disabled=${!picture}>Invert</button>
           <button type="button" onClick=${() => setMask(empty())} disabled=${!painted}>Clear</button>
@@ -65,7 +67,7 @@ export function Inpaint({ run, index, names, active }) {
   </form>`;
 }
 
-function Painter({ picture, mask, brush, width, height, onMask }) {
+function Painter({ picture, mask, brush, erasing, width, height, onMask }) {
   const canvas = useRef(null);
   const stroke = useRef(null);
   const [cursor, setCursor] = useState([Math.floor(height / 2), Math.floor(width / 2)]);
@@ -100,7 +102,7 @@ function Painter({ picture, mask, brush, width, height, onMask }) {
   const down = (e) => {
     if (!mask) return;
     canvas.current.setPointerCapture(e.pointerId);
-    stroke.current = e.button === 2 || e.shiftKey ? 0 : 1;
+    stroke.current = erasing || e.button === 2 || e.shiftKey ? 0 : 1;
     paint(...at(e), stroke.current);
   };
   const move = (e) => stroke.current !== null && paint(...at(e), stroke.current);
@@ -117,7 +119,7 @@ function Painter({ picture, mask, brush, width, height, onMask }) {
       aria-label="Mask: drag to paint the part to fill in; arrow keys move the brush, space paints, backspace erases"
       onPointerDown=${down} onPointerMove=${move} onPointerUp=${() => (stroke.current = null)} onPointerCancel=${() => (stroke.current = null)}
       onContextMenu=${(e) => e.preventDefault()} onKeyDown=${key} onFocus=${() => setFocused(true)} onBlur=${() => setFocused(false)}></canvas>
-    <figcaption>paint the part to fill in; shift erases</figcaption>
+    <figcaption>paint the part to fill in</figcaption>
   </figure>`;
 }
 

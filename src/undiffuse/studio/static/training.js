@@ -49,7 +49,7 @@ export function Training({ index, active }) {
   const final = state.records.findLast((record) => "final_bits_per_dim" in record);
   return html`<div>
     <p class="result" role="status" aria-live="polite"><strong>${state.state}</strong> on ${state.data}</p>
-    <p>${last ? `step ${last.step.toLocaleString("en")}${steps} after ${Math.round(last.seconds ?? 0)} s${minutes}` : "no record yet"}${
+    <p>${last ? `step ${last.step.toLocaleString("en")}${steps} after ${duration(last.seconds ?? 0)}${minutes}` : "no record yet"}${
       final ? ` · final bound ${format(final.final_bits_per_dim)} ± ${format(final.final_stderr)} bits per dimension` : ""}</p>
     <div class="charts">
       ${CURVES.map(([key, name]) => html`<${Curve} key=${key} records=${state.records} name=${name} field=${key} />`)}
@@ -58,6 +58,10 @@ export function Training({ index, active }) {
     <${Command} text=${state.command} name="watch" />
   </div>`;
 }
+
+const duration = (seconds) => (
+  seconds < 120 ? `${Math.round(seconds)} s` : seconds < 7200 ? `${Math.round(seconds / 60)} minutes` : `${(seconds / 3600).toFixed(1)} hours`
+);
 
 function Curve({ records, name, field }) {
   const data = useMemo(() => {

@@ -13,14 +13,18 @@ export function useJob() {
 
   async function cancel() {
     const job = current.current;
-    if (job?.id) await post(`/api/jobs/${job.id}/cancel`, {}).catch(() => {});
+    if (job?.id && !job.ended) await post(`/api/jobs/${job.id}/cancel`, {}, { keepalive: true }).catch(() => {});
   }
+  useEffect(() => {
+    addEventListener("pagehide", cancel);  // a page that is loaded again does not wait for its old jobs
+    return () => removeEventListener("pagehide", cancel);
+  }, []);
 
   async function start(view, content, onEvent = () => {}) {
-    const before = current.current;
+    const before = cancel();
     const mine = (current.current = { id: null });
     setState({ kind: "waiting", before: 0, fraction: 0 });
-    if (before?.id && !before.ended) await post(`/api/jobs/${before.id}/cancel`, {}).catch(() => {});
+    await before;
     try {
       mine.id = (await post("/api/jobs", { view, ...content })).job;
       await follow(mine.id, (event) => {
@@ -157,7 +161,7 @@ export function Command({ text, name = "command", files = [] }) {
   const file = python ? `${name}.py` : `${name}.sh`;
   return html`<div class="command">
     <h2>${python ? "The same in Python" : "The command for this result"}</h2>
-    <pre tabindex="0" role="group" aria-label="Command text">${python ? text : words(text)}</pre>
+    <pre class=${python ? "code" : ""} tabindex="0" role="group" aria-label="Command text">${python ? text : words(text)}</pre>
     <div class="row">
       <button type="button" onClick=${copy}>Copy</button>
       <button type="button" onClick=${() => save(new Blob([text + "\n"], { type: "text/plain" }), file)}>Save ${file}</button>
