@@ -72,6 +72,17 @@ def test_a_few_that_differ_from_most_are_listed(tmp_path, call):
     assert "7 of 3×12×12" in call("check", tmp_path, "--on-bad", "skip").out
 
 
+def test_a_narrow_image_does_not_decide_the_size_of_all(tmp_path, call):
+    for i in range(59):
+        photograph(tmp_path / f"{i}.png", 40 + i, 35)
+    photograph(tmp_path / "narrow.png", 3, 90)
+    said = call("check", tmp_path, "--on-bad", "skip")
+    assert said.err.endswith(f"Run: undiffuse check {tmp_path} --on-bad skip --size 32 --crop\n")
+    assert "59 of 3×32×32" in follow(said.err, call).out
+    said = call("check", tmp_path)
+    assert said.err.endswith(f"Run: undiffuse check {tmp_path} --size 32 --crop --on-bad skip\n")
+
+
 @pytest.mark.parametrize(
     ("sizes", "channels", "remedy"),
     [

@@ -331,7 +331,9 @@ def test_bad_files_among_many(folder, capsys):
     train = ["train", str(images), "--out", str(folder / "run"), "--steps", "1", "--config", str(recipe)]
     train += ["--device", "cpu"]
     assert main(train) == 3
-    assert capsys.readouterr().err.startswith(f"error[TRUNCATED] {images}/0100.png: ")
+    line = capsys.readouterr().err
+    assert line.startswith(f"error[TRUNCATED] {images}/0100.png: ")
+    assert line.endswith("or delete it, or give --on-bad skip to leave it out.\n")
     assert not (folder / "run").exists()
     for i in range(30):
         file(f"d/bad{i:02}.png", b"text", folder)
@@ -339,10 +341,10 @@ def test_bad_files_among_many(folder, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in lines[:20]] == ["TRUNCATED", *["NOT_AN_IMAGE"] * 19]
     assert lines[20] == "  and 11 more"
-    assert "--on-bad skip" in lines[21]
-    assert lines[22].startswith(f"error[TRUNCATED] {images}/0100.png: ")
-    assert "(and 30 more: 30 NOT_AN_IMAGE)" in lines[22]
-    assert len(lines) == 23
+    assert lines[21].startswith(f"error[TRUNCATED] {images}/0100.png: ")
+    assert "(and 30 more: 30 NOT_AN_IMAGE)" in lines[21]
+    assert lines[21].endswith("or give --on-bad skip to leave these files out.")
+    assert len(lines) == 22
 
     file("d/other.png", encoded(np.zeros((5, 5), np.uint8), "PNG"), folder)
     assert main([*train, "--on-bad", "skip"]) == 0

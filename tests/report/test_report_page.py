@@ -100,7 +100,10 @@ def test_numbers_are_those_that_are_stored():
     ):
         assert words in page.text, words
     assert "63 held-out items, 31 noise levels each" in page.text
-    assert "is not significant: −0.031 ± 0.044" in page.text
+    assert (
+        "items, on the same noise and times, is −0.031 ± 0.044 bits/dim; the test has a false-alarm rate of 0.001"
+        in page.text
+    )
     assert {"≤ 2.50 ± 0.25", "b.png, at 2.25", "undiffuse evaluate runs/x", "undiffuse compare s"} <= shown
     assert "area below a curve" in page.text
 

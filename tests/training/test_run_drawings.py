@@ -27,11 +27,11 @@ CASES = {
 }
 
 
-def pictures_of(data, max_calls=1e9, **network):
+def pictures_of(data, max_calls=1e9, minutes_per_call=0.0, **network):
     moments = data.moments(np.arange(len(data))) if data.num_values is None else None
     info = {"num_values": data.num_values, "fingerprint": data.fingerprint, "held_out": 0.2}
     model = model_of(data.item_shape, transform_for(data, moments), network=network, **info)
-    return ModelPictures(model, data, data.split(0.2), max_calls, "undiffuse report run")
+    return ModelPictures(model, data, data.split(0.2), max_calls, "undiffuse report run", minutes_per_call)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -66,3 +66,11 @@ def test_calls_are_counted():
     missing = pictures.solvers()
     assert isinstance(missing, Drawing)
     assert (missing.images, missing.command) == ((), "undiffuse report run")
+
+
+def test_the_command_for_what_does_not_fit_names_minutes_that_suffice():
+    pictures = pictures_of(CASES["image"][0], max_calls=20, minutes_per_call=0.1)
+    assert pictures.reverse().images
+    command, of_command, minutes = pictures.solvers().command.rpartition(" --minutes ")
+    assert (command, of_command) == ("undiffuse report run", " --minutes ")
+    assert pictures_of(CASES["image"][0], max_calls=int(minutes) / 0.1).solvers().images

@@ -100,7 +100,8 @@ def _list_problems(error: BadFilesError) -> None:
         print(printable(f"  {code} {path}: {reason}"), file=sys.stderr)
     if len(problems) > MAX_LISTED_PROBLEMS:
         print(f"  and {len(problems) - MAX_LISTED_PROBLEMS:,} more", file=sys.stderr)
-    print("  Use --on-bad skip to leave out files that cannot be used", file=sys.stderr)
+    if error.remedy:
+        print("  Use --on-bad skip to leave out files that cannot be used", file=sys.stderr)
 
 
 def _report(line: str, code: int, debug: bool) -> int:

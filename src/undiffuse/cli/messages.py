@@ -37,8 +37,9 @@ def error_line(error: UndiffuseError, arguments: Sequence[str]) -> str:
         where = f"{flag} {quoted[1]}"
     remedy: Mapping[str, Any] = getattr(error, "remedy", {})
     if remedy and remedy.keys() <= flags.keys():
-        words = [word for name, value in remedy.items() for word in flag_words(flags[name], value)]
-        fix = f"Run: {shlex.join(['undiffuse', *arguments, *words])}"
+        line = shlex.join(["undiffuse", *arguments])
+        added = [shlex.join(flag_words(flags[name], value)) for name, value in remedy.items()]
+        fix = f"Run: {' '.join([line, *(words for words in added if f' {words} ' not in f'{line} ')])}"
     return f"error[{error.code}] {where}: {cause}. {fix}"
 
 

@@ -82,12 +82,14 @@ def report(
     dataset, notes = _data(read, data, run, of, model)
     split = None if dataset is None else dataset.split(dataset.held_out_fraction(_held_out(of, model))[0])
     measuring = _Measuring(of, run, data, read, {"network": network, "device": device})
-    calls = 0.0
+    minutes_per_call = 0.0
     if minutes and isinstance(model, Diffusion):
         rate = calls_per_second(model, dataset, split)
-        calls = 60 * SHARES["pictures"] * minutes * rate
+        minutes_per_call = 1 / (60 * SHARES["pictures"] * rate) if rate else 0.0
         measuring.measure(model, dataset, minutes, rate)
-    content = run_report.collect(of, model, dataset, split, calls, own, measuring.why, notes, measuring.words)
+    calls = minutes / minutes_per_call if minutes_per_call else 0.0
+    reasons = measuring.why, notes, measuring.words, minutes_per_call
+    content = run_report.collect(of, model, dataset, split, calls, own, *reasons)
     run_report.write_page(page, content)
     measured = {"evaluation": content.evaluation, "comparison": content.comparison}
     add(report=page, **measured, reasons=content.why)

@@ -74,7 +74,7 @@ def encoded_dataset(
     if mixed and (mixed.of_whole if on_bad == "skip" else not problems):
         raise mixed
     if not by_kind or (problems and on_bad == "stop"):
-        raise BadFilesError(problems)
+        raise BadFilesError(problems, skippable=bool(by_kind))
     shape, num_values = most_frequent = max(by_kind, key=lambda kind: len(by_kind[kind]))
     kept = np.array(by_kind.pop(most_frequent), np.int64)
     if mixed:

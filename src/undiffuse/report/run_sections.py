@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from undiffuse.errors import counted
+from undiffuse.evaluation.memorization_test import FALSE_ALARM_RATE
 from undiffuse.report.html import Markup, element, figure, minus, paragraph, table
 from undiffuse.report.svg import Line, chart
 from undiffuse.report.table import cell
@@ -142,8 +143,9 @@ def _overfitting(significant: object, r: Record) -> Markup:
     if significant:
         words = "Overfitting: training items have a lower bound than held-out items, on the same noise and times, by "
         return paragraph(f"{words}{with_error(r['gap'], r.get('gap_stderr'))} {BITS}.", class_="bad")
-    words = "The gap between held-out and training items, on the same noise and times, is not significant: "
-    return paragraph(f"{words}{with_error(r['gap'], r.get('gap_stderr'))} {BITS}.", class_="good")
+    words = "No overfitting is proved: held-out minus training items, on the same noise and times, is "
+    rate = f"the test has a false-alarm rate of {FALSE_ALARM_RATE:g}"
+    return paragraph(f"{words}{with_error(r['gap'], r.get('gap_stderr'))} {BITS}; {rate}.", class_="good")
 
 
 def accuracy(rows: Sequence[Record]) -> list[object]:

@@ -92,6 +92,7 @@ class BadFilesError(DataError):
 
     ``summary`` replaces that count where the files contradict one another. ``remedy`` are the options of data with
     which all files can be read, if there are any. ``of_whole``: the only problem is one of all files together.
+    ``skippable``: the other files can be read without these.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class BadFilesError(DataError):
         summary: str | None = None,
         remedy: Mapping[str, Any] | None = None,
         of_whole: bool = False,
+        skippable: bool = False,
     ) -> None:
         self.problems, self.of_whole = list(problems), of_whole
         self.remedy = dict(remedy or {})
@@ -108,8 +110,12 @@ class BadFilesError(DataError):
             reason += f" ({summary})"
         elif more := Counter(problem.code for problem in self.problems[1:]):
             reason += f" (and {more.total()} more: {', '.join(f'{n} {c}' for c, n in more.most_common())})"
-        options = ", ".join(f"{name}={value!r}" for name, value in self.remedy.items())
-        super().__init__(code, path, reason, f"Give {options}" if options else FIXES[code])
+        fix = FIXES[code]
+        if self.remedy:
+            fix = f"Give {', '.join(f'{name}={value!r}' for name, value in self.remedy.items())}"
+        elif skippable and "on_bad" not in fix:
+            fix += f", or give on_bad=skip to leave {'it' if len(self.problems) == 1 else 'these files'} out"
+        super().__init__(code, path, reason, fix)
 
 
 _ERRNO = {

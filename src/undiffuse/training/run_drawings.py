@@ -49,13 +49,21 @@ class Shown(NamedTuple):
 class ModelPictures:
     """Draws the pictures of ``model``, within ``max_calls`` network calls for single items; ``command`` adds the rest.
 
-    ``data`` and ``split`` are those of the run, if they are there.
+    ``data`` and ``split`` are those of the run, if they are there. ``minutes_per_call``: what ``--minutes`` of the
+    command allows for a call; 0 if that is not known.
     """
 
     def __init__(
-        self, model: Diffusion, data: Dataset | None, split: Split | None, max_calls: float, command: str
+        self,
+        model: Diffusion,
+        data: Dataset | None,
+        split: Split | None,
+        max_calls: float,
+        command: str,
+        minutes_per_call: float = 0.0,
     ) -> None:
-        self.model, self.data, self.split, self.left, self.command = model, data, split, max_calls, command
+        self.model, self.data, self.split, self.command = model, data, split, command
+        self.left, self.needed, self.minutes_per_call = max_calls, 0, minutes_per_call
         self.dims = len(model.item_shape)
         self.num_values = model.info.get("num_values")
 
@@ -78,8 +86,8 @@ class ModelPictures:
         caption, n = "The reverse process is not drawn", self._strip_items
         sampler = self.model.default_sampler
         steps = len(self.model.noise_levels(sampler)) - 1
-        if (reason := self._cannot(n * steps * self.model.build_solver(sampler).calls)) is not None:
-            return Drawing(caption=caption, reason=reason, command=self.command)
+        if (undrawn := self._undrawn(caption, n * steps * self.model.build_solver(sampler).calls)) is not None:
+            return undrawn
         shown = self._condition(n)
         try:
             levels, frames = process_states.reverse_states(self.model, range(n), self._columns, shown.cond)
@@ -94,8 +102,8 @@ class ModelPictures:
         caption = "Solvers are not shown side by side"
         n = PLOTTED_VECTORS if self.dims == 1 else PLOTTED_SERIES if self.dims == 2 else SOLVER_ITEMS
         samplers = process_states.compared_samplers(self.model)
-        if (reason := self._cannot(n * sum(calls for *_, calls in samplers))) is not None:
-            return Drawing(caption=caption, reason=reason, command=self.command)
+        if (undrawn := self._undrawn(caption, n * sum(calls for *_, calls in samplers))) is not None:
+            return undrawn
         shown = self._condition(n)
         images, titles, alts = [], [], []
         for name, sampler, calls in samplers:
@@ -119,14 +127,19 @@ class ModelPictures:
         words += self._columns_shown + _given(shown.words)
         return Drawing(images, alts, words, titles, plot=self.dims <= 2)
 
-    def _cannot(self, calls: int) -> str | None:
+    def _undrawn(self, caption: str, calls: int) -> Drawing | None:
         """Why a picture of so many network ``calls`` is not drawn; None if it can be, and then they are used."""
         if "image" in self.model.condition_sizes and self.data is None:
-            return "the model enlarges images, which are in the data of the run"
-        if calls > self.left:
-            return f"its {calls:,} network calls do not fit into the time"
-        self.left -= calls
-        return None
+            reason = "the model enlarges images, which are in the data of the run"
+            return Drawing(caption=caption, reason=reason, command=self.command)
+        self.needed += calls
+        if calls <= self.left:
+            self.left -= calls
+            return None
+        reason, command = f"its {calls:,} network calls do not fit into the time", self.command
+        if self.minutes_per_call:  # with half as much again, because the speed varies
+            command += f" --minutes {math.ceil(1.5 * self.needed * self.minutes_per_call)}"
+        return Drawing(caption=caption, reason=reason, command=command)
 
     def _strip(self, frames: np.ndarray, caption: str, items: np.ndarray | None) -> Drawing:
         """``frames`` (T, n, *item_shape) as a mosaic of a row for each item, or as T plots of vectors."""
@@ -198,7 +211,7 @@ class ModelPictures:
 def calls_per_second(model: Diffusion, data: Dataset | None, split: Split | None) -> float:
     """Network calls for single items per second, measured by a few samples; 0 where none can be drawn."""
     pictures = ModelPictures(model, data, split, math.inf, "")
-    if pictures._cannot(0) is not None:
+    if pictures._undrawn("", 0) is not None:
         return 0.0
     cond, seconds = pictures._condition(TIMED_ITEMS).cond, 0.0
     sampler = Sampler(num_steps=min(TIMED_STEPS, model.chain_length))

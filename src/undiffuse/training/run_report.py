@@ -73,8 +73,11 @@ def collect(
     why: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
     of_data: str = "",
+    minutes_per_call: float = 0.0,
 ) -> RunContent:
     """All that the page of ``run`` shows. Pictures of the ``model`` take at most ``max_calls`` network calls.
+
+    ``minutes_per_call``: what ``undiffuse report --minutes`` allows for one of them; 0 if that is not known.
 
     ``model`` is None where there is none yet. ``data`` and ``split`` are those that it was trained on, if they are
     there. ``own`` are words that each command about the run needs, after a space, and ``of_data`` those that name
@@ -99,7 +102,8 @@ def collect(
             commands |= _commands_of(run, content.comparison, own, of_data)
             samples = Path(str(content.comparison.get("samples", ""))) / "samples.npz"
             drawings["neighbours"] = nearest_picture(content.comparison.get("nearest") or (), samples, data)
-        pictures = ModelPictures(model, data, split, max_calls, f"undiffuse report {content.run}{of_data}{own}")
+        command = f"undiffuse report {content.run}{of_data}{own}"
+        pictures = ModelPictures(model, data, split, max_calls, command, minutes_per_call)
         drawings["samples"] = _samples(run, model, checkpoint.fingerprint(model))
         drawings |= {"forward": pictures.forward(), "reverse": pictures.reverse(), "solvers": pictures.solvers()}
     elif content.kind == "diffusion model":

@@ -238,7 +238,8 @@ def _read_all(root: Path, scan: FolderScan, options: ImageOptions, skip: bool, a
         if {problem.code for problem in images.problems} == {"ASPECT"}:
             kinds = attempt(list(scan.images), [], replace(options, crop=True)).kinds
             remedy = {"crop": True} | _remedy([shape for shape, _ in kinds], {num_values for _, num_values in kinds})
-        raise BadFilesError(images.problems, remedy=remedy)
+        skippable = len(images.problems) < len(scan.images) + len(scan.problems)
+        raise BadFilesError(images.problems, remedy=remedy, skippable=skippable)
     if len(images.kinds) > 1:
         raise mixed_kinds_error(images.kinds, root)
     images.values = images.values[: len(images.paths)]
@@ -261,7 +262,8 @@ def mixed_kinds_error(kinds: dict[ImageKind, list[Path]], where: Path) -> BadFil
         groups.setdefault(aspects[code](*kind), []).extend(paths)
     ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
     most, total = ranked[0][0], sum(map(len, groups.values()))
-    remedy = _remedy([shape for shape, _ in kinds], {num_values for _, num_values in kinds})
+    shapes = [shape for (shape, _), paths in kinds.items() for _ in paths]
+    remedy = _remedy(shapes, {num_values for _, num_values in kinds})
     if 2 * len(ranked[0][1]) > total:
         problems = [
             FileProblem(p, code, f"{what}, where most have {most}") for what, paths in ranked[1:] for p in paths
@@ -277,7 +279,9 @@ def mixed_kinds_error(kinds: dict[ImageKind, list[Path]], where: Path) -> BadFil
 
 
 DEFAULT_SIDES = (64, 32, 16, 8)
-"""Sides in pixels that are proposed for images of many sizes: the largest one to which no image has to be enlarged."""
+"""Sides in pixels that are proposed for images of many sizes: the largest one for which few images are too small."""
+FEW = 0.02
+"""The share of images that may be too small for a proposed side: one narrow image must not decide for all others."""
 
 
 def _remedy(shapes: Sequence[tuple[int, ...]], num_values: Collection[int]) -> dict[str, Any]:
@@ -286,8 +290,11 @@ def _remedy(shapes: Sequence[tuple[int, ...]], num_values: Collection[int]) -> d
         return {}
     remedy: dict[str, Any] = {}
     if len({shape[1:] for shape in shapes}) > 1:
-        side = min(min(shape[1:]) for shape in shapes)
+        sides = sorted(min(shape[1:]) for shape in shapes)
+        side = sides[int(FEW * len(sides))]
         remedy = {"size": next((s for s in DEFAULT_SIDES if s <= side), side), "crop": True}
+        if sides[0] < remedy["size"]:
+            remedy["on_bad"] = "skip"
     channels = {shape[0] for shape in shapes}
     if len(channels) > 1 or (len(num_values) > 1 and not remedy):
         remedy["channels"] = max(channels)
