@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -87,12 +86,7 @@ def fit(
         network = prepare_network(accelerator, model.network, settings)
         saved_at, read = progress.seconds, prepare_reader(accelerator, task, model, data, split, run)
         progress.seconds += clock() - began  # setting up is part of the run
-        waits, unread = reading_waits(accelerator.device), UnreadSteps()
-        reads_each_step = not waits or settings.on_nonfinite == "skip" or bool(task.extra_state(model))
-
-        def names_of(step: int) -> np.ndarray:
-            return data.item_names(batch_items(split.train, settings, step))
-
+        unread = UnreadSteps(model, settings, run.folder, reading_waits(accelerator.device))
         with (
             Monitor(run, task, state.ema_model, data, split, progress, quiet, main, clock) as monitor,
             Batches(data, split.train, settings, clock, read) as batches,
@@ -105,15 +99,15 @@ def fit(
                 began = clock()
                 batch, lr = batches(progress.step), settings.lr * lr_factor(progress, settings)
                 losses, norms = compute_gradient(accelerator, state, network, batch, progress)
-                problem = find_nonfinite(losses, norms) if reads_each_step else None
+                problem = find_nonfinite(losses, norms) if unread.each_step or task.extra_state(model) else None
                 if problem:
-                    monitor.log(skip_step(problem, names_of(progress.step), progress, settings, run.folder))
+                    names = data.item_names(batch_items(split.train, settings, progress.step))
+                    monitor.log(skip_step(problem, names, progress, settings, run.folder))
                 else:
                     progress.skipped_in_a_row = 0
-                    state.step(lr, progress.step + 1, None if waits else run.folder)  # for the error message
+                    state.step(lr, progress.step + 1, None if unread.waits else run.folder)  # for the error message
                     task.after_step(model, batch, losses)  # of all processes: each makes the same update
-                    if waits:
-                        unread.add(progress.step, losses, norms, model)
+                    unread.add(progress.step, losses, norms)
                 state.optimizer.zero_grad()
                 progress.step += 1
                 progress.step_seconds = clock() - began
@@ -122,18 +116,14 @@ def fit(
                 # Record it; write a snapshot of the averages when one is due
                 plan_lr_decay(progress, settings)  # no change, except with `minutes`: when decay begins, and at the end
                 broadcast_progress(accelerator, progress)
-                if monitor.record_due or state.snapshots.is_due(progress, settings):
-                    unread.require_finite(model, names_of, progress, settings, run.folder)
-                loss, norm = (losses.mean(), norms[0]) if waits else (float(losses.mean()), float(norms[0]))
-                monitor.record_step(None if problem else loss, norm, lr, batches.waited, progress.step_seconds)
-                state.snapshots.write_if_due(progress, settings, main)
+                record(monitor, state, unread, None if problem else losses.mean(), norms[0], lr, batches.waited)
 
                 # Save and evaluate when due; stop after a signal
                 signal = reduce_signal(accelerator, stop_requests)
                 evaluate = from_main_process(accelerator, monitor.evaluation_due())
                 due = decay_begins(progress, settings) or progress.seconds - saved_at >= 60 * settings.save_minutes
                 if evaluate or signal or due:
-                    unread.require_finite(model, names_of, progress, settings, run.folder)
+                    unread.require_finite(progress, data, split.train)
                     began, saved_at, progress.evaluation_missing = clock(), progress.seconds, evaluate
                     state.save(run.checkpoints, progress)  # also copies the averages to `ema_model`
                     progress.seconds += clock() - began
@@ -152,6 +142,24 @@ def fit(
                 with stop_requests.safe_to_exit():
                     monitor.finish()
     return run.folder
+
+
+def record(
+    monitor: Monitor,
+    state: TrainState,
+    unread: UnreadSteps,
+    loss: Tensor | None,
+    norm: Tensor,
+    lr: float,
+    waited: float,
+) -> None:
+    """Record the step that is done, and write a snapshot of the averages when one is due: `Monitor.record_step`."""
+    progress, settings = monitor.progress, monitor.settings
+    if monitor.record_due or state.snapshots.is_due(progress, settings):
+        unread.require_finite(progress, monitor.data, monitor.split.train)
+    numbers = (loss, norm) if unread.waits else (None if loss is None else float(loss), float(norm))
+    monitor.record_step(*numbers, lr, waited, progress.step_seconds)
+    state.snapshots.write_if_due(progress, settings, monitor.main)
 
 
 def resume(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from undiffuse.data.dataset import Dataset
 from undiffuse.errors import NonFiniteError, counted, printable
 from undiffuse.model.config import TrainConfig
+from undiffuse.training.batches import batch_items
 from undiffuse.training.distributed import full_tensor, local_shard
 from undiffuse.training.progress import Progress
 from undiffuse.training.run_folder import checkpoint_folders
@@ -65,26 +67,25 @@ def read_together(tensors: Sequence[Tensor]) -> list[np.ndarray]:
 
 
 class UnreadSteps:
-    """Losses, norms of the gradient and the norm of the weights of the steps since the last reading, as tensors."""
+    """Losses, norms of the gradient and the norm of the weights of the steps since the last reading, as tensors.
 
-    def __init__(self) -> None:
+    Of a training of ``model`` into ``folder``; none are kept unless reading ``waits``.
+    """
+
+    def __init__(self, model: nn.Module, settings: TrainConfig, folder: Path, waits: bool) -> None:
+        self.model, self.settings, self.folder, self.waits = model, settings, folder, waits
+        self.each_step = not waits or settings.on_nonfinite == "skip"  # losses are read before the weights move
         self.steps: list[tuple[int, list[Tensor]]] = []
 
-    def add(self, step: int, losses: Tensor, norms: Sequence[Tensor], model: nn.Module) -> None:
-        """Keep those of ``step``, counted from 0, after which the weights are those of ``model``."""
-        self.steps.append((step, [losses.detach(), *norms, weights_norm(model)]))
+    def add(self, step: int, losses: Tensor, norms: Sequence[Tensor]) -> None:
+        """Keep those of ``step``, counted from 0, after which the weights are those that the model has now."""
+        if self.waits:
+            self.steps.append((step, [losses.detach(), *norms, weights_norm(self.model)]))
 
-    def require_finite(
-        self,
-        model: nn.Module,
-        names: Callable[[int], np.ndarray],
-        progress: Progress,
-        settings: TrainConfig,
-        folder: Path,
-    ) -> None:
+    def require_finite(self, progress: Progress, data: Dataset, items: np.ndarray) -> None:
         """Read them in one copy. Raises `NonFiniteError` for the first step with one that is not finite.
 
-        ``names`` of the items of a step's batch.
+        Batches are of the ``items`` of ``data``.
         """
         steps, self.steps = self.steps, []
         if not steps:
@@ -93,9 +94,10 @@ class UnreadSteps:
         for step, tensors in steps:
             losses, *norms, weights = (next(values) for _ in tensors)
             if problem := _nonfinite(losses, *norms):
-                skip_step(problem, names(step), replace(progress, step=step), settings, folder)
+                names = data.item_names(batch_items(items, self.settings, step))
+                skip_step(problem, names, replace(progress, step=step), self.settings, self.folder)
             if not np.isfinite(weights).all():
-                raise _weights_error(model, step + 1, folder)
+                raise _weights_error(self.model, step + 1, self.folder)
 
 
 def skip_step(problem: NonFinite, names: np.ndarray, progress: Progress, settings: TrainConfig, folder: Path) -> str:
