@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
 from undiffuse.data.dataset import Dataset
+from undiffuse.data.decoding_threads import map_in_order
 from undiffuse.data.image_decoding import DecodedImage, ImageOptions, decode_image
 from undiffuse.data.lazy_array import LazyArray, cast_to_array
 from undiffuse.data.source_report import FileStamp, SourceReport, changed_error
@@ -46,17 +49,25 @@ def encoded_dataset(
     by_kind: dict[ImageKind, list[int]] = {}
     problems: list[FileProblem] = []
     decoded: dict[int, DecodedImage] = {}
-    for i, path in enumerate(paths):
+    reading = Lock()  # a source need not be safe to read in several threads
+
+    def decode(i: int) -> DecodedImage | FileError:
         try:
-            image = decode_image(read_bytes(i), path.suffix, options)
-            if captions and isinstance(problem := captions[i], FileError):
-                raise problem
+            with reading:
+                data = read_bytes(i)
+            return decode_image(data, paths[i].suffix, options)
         except (FileError, OSError) as error:
-            problem = os_error(error) if isinstance(error, OSError) else error
-            problems.append(FileProblem(path, problem.code, problem.reason))
-            continue
-        by_kind.setdefault((image.pixels.shape, image.num_values), []).append(i)
-        decoded[i] = image._replace(pixels=np.empty(0))
+            return os_error(error) if isinstance(error, OSError) else error
+
+    with closing(map_in_order(decode, range(len(paths)))) as results:
+        for i, (path, image) in enumerate(zip(paths, results, strict=True)):
+            if captions and isinstance(problem := captions[i], FileError) and isinstance(image, DecodedImage):
+                image = problem
+            if isinstance(image, FileError):
+                problems.append(FileProblem(path, image.code, image.reason))
+                continue
+            by_kind.setdefault((image.pixels.shape, image.num_values), []).append(i)
+            decoded[i] = image._replace(pixels=np.empty(0))
     mixed = None
     if len(by_kind) > 1:
         mixed = mixed_kinds_error({kind: [paths[i] for i in indices] for kind, indices in by_kind.items()}, source)
@@ -72,18 +83,16 @@ def encoded_dataset(
 
     def read(indices: np.ndarray) -> np.ndarray:
         report.check_unchanged()
-        items = np.stack([decode_again(int(i)) for i in kept[indices]])
+        chosen = kept[indices].tolist()
+        with closing(map_in_order(decode, chosen)) as results:
+            items = np.stack([unchanged(i, image) for i, image in zip(chosen, results, strict=True)])
         report.check_unchanged()
         return items
 
-    def decode_again(i: int) -> np.ndarray:
-        try:
-            pixels = decode_image(read_bytes(i), paths[i].suffix, options).pixels
-        except (FileError, OSError):
-            raise changed_error().at(paths[i]) from None
-        if pixels.shape != shape:
+    def unchanged(i: int, image: DecodedImage | FileError) -> np.ndarray:
+        if isinstance(image, FileError) or image.pixels.shape != shape:
             raise changed_error().at(paths[i])
-        return pixels
+        return image.pixels
 
     classes, labels = _labels(name, [label_texts[i] for i in kept])
     changes = Counter(change for i in kept for change in decoded[i].changes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -12,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from undiffuse.data.decoding_threads import warnings_as_errors
 from undiffuse.data.image_formats import FORMATS, detect_format
-from undiffuse.data.image_structure import check_complete, check_png_rows, continued, read_jpeg, without_metadata
+from undiffuse.data.image_structure import Jpeg, check_complete, check_png_rows, continued, read_jpeg, without_metadata
 from undiffuse.errors import ConfigError
 from undiffuse.runtime.file_errors import FileError
 
@@ -109,15 +109,16 @@ def decode_frames(data: bytes, suffix: str, options: ImageOptions) -> list[Decod
 
 def _decode(data: bytes, file_format: str, changes: list[str], options: ImageOptions) -> list[DecodedImage]:
     """`decode_frames` with Pillow's exceptions, and its warnings as exceptions."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", DeprecationWarning)
-        with Image.open(BytesIO(data), formats=[file_format]) as image:
-            count = _check_header(image, data, file_format, options.frames)
-            if check_complete(data, file_format) and image.format != "MPO":
-                changes = [*changes, "bytes after its end ignored"]
-            frames = range(count if options.frames == "all" else 1)
-            return [_frame(image, data, file_format, i, count, changes, options) for i in frames]
+    with warnings_as_errors(), Image.open(BytesIO(data), formats=[file_format]) as image:
+        count = _check_header(image, data, file_format, options.frames)
+        jpeg = read_jpeg(data) if file_format == "JPEG" else None
+        rest = len(data) - jpeg.end if jpeg else check_complete(data, file_format)
+        if rest and image.format != "MPO":
+            changes = [*changes, "bytes after its end ignored"]
+        if jpeg:
+            _check_scans(image, data, jpeg)
+        frames = range(count if options.frames == "all" else 1)
+        return [_frame(image, data, file_format, i, count, changes, options) for i in frames]
 
 
 def _decoding_error(error: Exception, data: bytes, file_format: str) -> FileError:
@@ -150,21 +151,20 @@ def _frame(
         image.seek(index)
     is_white_zero, depth = _tiff_samples(image) if file_format == "TIFF" else (False, 16)
     was_turned = getattr(image, "tag_v2", {}).get(0x0112, 1) in TURNED  # Pillow rotates TIFFs while it loads them
-    image.load()
+    stored = np.asarray(image)
     _check_values(image)
-    if file_format == "JPEG":
-        _check_scans(image, data)
-    if file_format == "PNG" and index == 0:
-        last_row = image.crop((0, image.height - 1, image.width, image.height))
-        if image.info.get("interlace") or not np.asarray(last_row).any():  # missing rows are decoded as zeros
-            check_png_rows(data)
+    if file_format == "PNG" and index == 0 and (image.info.get("interlace") or not stored[-1].any()):
+        check_png_rows(data)  # missing rows are decoded as zeros
     changes = [*changes]
     changes += [f"{'first' if options.frames == 'first' else 'one'} of several frames or pages"] * (count > 1)
     changes += ["first image of a multi-picture JPEG"] * (image.format == "MPO")
     changes += ["colour profile ignored"] * ("icc_profile" in image.info)
     changes += ["CMYK converted to RGB without a colour profile"] * (image.mode == "CMYK")
-    changes += ["rotated upright by its EXIF orientation"] * (was_turned or image.getexif().get(0x0112, 1) in TURNED)
-    pixels, num_values, change = _pixels(ImageOps.exif_transpose(image), options.colour, options.channels == 4)
+    is_turned = image.getexif().get(0x0112, 1) in TURNED
+    changes += ["rotated upright by its EXIF orientation"] * (was_turned or is_turned)
+    upright = ImageOps.exif_transpose(image) if is_turned else image
+    stored = np.asarray(upright) if is_turned else stored
+    pixels, num_values, change = _pixels(upright, stored, options.colour, options.channels == 4)
     if num_values == 65536 and depth < 16:
         num_values = 1 << depth
     if num_values > 256 and is_white_zero:  # Pillow inverts the others
@@ -194,13 +194,13 @@ def _tiff_samples(image: Image.Image) -> tuple[bool, int]:
     return tags[262] == 0, tags.get(258, (1,))[0]
 
 
-def _check_scans(image: Image.Image, data: bytes) -> None:
+def _check_scans(image: Image.Image, data: bytes, jpeg: Jpeg) -> None:
     """Raise `FileError` (TRUNCATED) if a scan of a JPEG ends before its last pixels, although the file goes on.
 
     Decoders fill missing blocks with grey 128. A file that may be such a one (its last pixel is that grey, or it has
     several scans or inks) is decoded again with more data in each scan: a complete image stays the same.
     """
-    jpeg, corner = read_jpeg(data), image.getpixel((image.width - 1, image.height - 1))
+    corner = image.getpixel((image.width - 1, image.height - 1))
     is_plain = len(jpeg.scan_ends) == 1 and image.mode != "CMYK"
     if jpeg.is_arithmetic or (is_plain and corner not in (128, (128, 128, 128))):
         return
@@ -254,19 +254,21 @@ def _check_values(image: Image.Image) -> None:
 
 
 def _pixels(
-    image: Image.Image, background: tuple[int, int, int], keep_alpha: bool
+    image: Image.Image, stored: np.ndarray, background: tuple[int, int, int], keep_alpha: bool
 ) -> tuple[np.ndarray, int, str | None]:
     """(pixels (H, W, C), num_values, the change of transparency if there is one), with palettes resolved.
+
+    ``stored`` are the values of the ``image`` in its own mode.
 
     Transparency is composited over ``background``. With ``keep_alpha`` it is the fourth channel, and fully transparent
     pixels get the background's colour.
     """
     if image.mode.startswith("I;16"):
-        return np.asarray(image).astype(np.uint16)[..., None], 65536, None
+        return stored.astype(np.uint16)[..., None], 65536, None
     if not image.has_transparency_data:
         if image.mode == "1":
-            return np.asarray(image).astype(np.uint8)[..., None], 2, None
-        opaque = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "CMYK") else image)
+            return stored.astype(np.uint8)[..., None], 2, None
+        opaque = np.asarray(image.convert("RGB")) if image.mode in ("P", "PA", "CMYK") else stored
         return opaque.reshape(*opaque.shape[:2], -1), 256, None
     is_grey = image.mode in ("L", "LA") and len(set(background)) == 1 and not keep_alpha
     layers = np.asarray(image.convert("LA" if is_grey else "RGBA")).astype(np.uint16)  # 255 * 255 + 127 fits

@@ -79,7 +79,7 @@ def is_marked_picture(path: str | Path) -> bool:
     if os.path.splitext(path)[1].lower() not in MARKABLE_SUFFIXES:
         return False
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             start = file.read(SCANNED_BYTES)
             file.seek(max(len(start), os.fstat(file.fileno()).st_size - SCANNED_BYTES))
             return PICTURE_MARK.encode() in start or PICTURE_MARK.encode() in file.read(SCANNED_BYTES)

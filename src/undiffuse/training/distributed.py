@@ -79,9 +79,9 @@ def average_other_gradients(accelerator: Accelerator, model: Any) -> None:
             parameter.grad.copy_(mean)  # type: ignore[arg-type]
 
 
-def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """The norm of the whole gradient, over all shards, before it is scaled to at most ``max_norm``."""
-    return float(full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm)))
+def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """The norm of the whole gradient, over all shards, before it is scaled to at most ``max_norm``; not read."""
+    return full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm))
 
 
 def broadcast_progress(accelerator: Accelerator, progress: Progress) -> None:

@@ -35,7 +35,7 @@ from undiffuse.training.initial_weights import find_initial_weights
 from undiffuse.training.lr_schedule import decay_begins, lr_factor, plan_lr_decay
 from undiffuse.training.memory_estimate import check_memory
 from undiffuse.training.monitor import Monitor
-from undiffuse.training.nonfinite import find_nonfinite, skip_step
+from undiffuse.training.nonfinite import UnreadSteps, find_nonfinite, reading_waits, skip_step
 from undiffuse.training.progress import Progress
 from undiffuse.training.run_folder import InitialWeights, Run
 from undiffuse.training.task import Task
@@ -86,7 +86,7 @@ def fit(
         network = prepare_network(accelerator, model.network, settings)
         saved_at, read = progress.seconds, prepare_reader(accelerator, task, model, data, split, run)
         progress.seconds += clock() - began  # setting up is part of the run
-
+        unread = UnreadSteps(model, settings, run.folder, reading_waits(accelerator.device))
         with (
             Monitor(run, task, state.ema_model, data, split, progress, quiet, main, clock) as monitor,
             Batches(data, split.train, settings, clock, read) as batches,
@@ -99,14 +99,15 @@ def fit(
                 began = clock()
                 batch, lr = batches(progress.step), settings.lr * lr_factor(progress, settings)
                 losses, norms = compute_gradient(accelerator, state, network, batch, progress)
-                problem = find_nonfinite(losses, norms)
+                problem = find_nonfinite(losses, norms) if unread.each_step or task.extra_state(model) else None
                 if problem:
                     names = data.item_names(batch_items(split.train, settings, progress.step))
                     monitor.log(skip_step(problem, names, progress, settings, run.folder))
                 else:
                     progress.skipped_in_a_row = 0
-                    state.step(lr, progress.step + 1, run.folder)  # the folder is for the error message
+                    state.step(lr, progress.step + 1, None if unread.waits else run.folder)  # for the error message
                     task.after_step(model, batch, losses)  # of all processes: each makes the same update
+                    unread.add(progress.step, losses, norms)
                 state.optimizer.zero_grad()
                 progress.step += 1
                 progress.step_seconds = clock() - began
@@ -115,15 +116,14 @@ def fit(
                 # Record it; write a snapshot of the averages when one is due
                 plan_lr_decay(progress, settings)  # no change, except with `minutes`: when decay begins, and at the end
                 broadcast_progress(accelerator, progress)
-                loss = None if problem else float(losses.mean())
-                monitor.record_step(loss, norms[0], lr, batches.waited, progress.step_seconds)
-                state.snapshots.write_if_due(progress, settings, main)
+                record(monitor, state, unread, None if problem else losses.mean(), norms[0], lr, batches.waited)
 
                 # Save and evaluate when due; stop after a signal
                 signal = reduce_signal(accelerator, stop_requests)
                 evaluate = from_main_process(accelerator, monitor.evaluation_due())
                 due = decay_begins(progress, settings) or progress.seconds - saved_at >= 60 * settings.save_minutes
                 if evaluate or signal or due:
+                    unread.require_finite(progress, data, split.train)
                     began, saved_at, progress.evaluation_missing = clock(), progress.seconds, evaluate
                     state.save(run.checkpoints, progress)  # also copies the averages to `ema_model`
                     progress.seconds += clock() - began
@@ -142,6 +142,24 @@ def fit(
                 with stop_requests.safe_to_exit():
                     monitor.finish()
     return run.folder
+
+
+def record(
+    monitor: Monitor,
+    state: TrainState,
+    unread: UnreadSteps,
+    loss: Tensor | None,
+    norm: Tensor,
+    lr: float,
+    waited: float,
+) -> None:
+    """Record the step that is done, and write a snapshot of the averages when one is due: `Monitor.record_step`."""
+    progress, settings = monitor.progress, monitor.settings
+    if monitor.record_due or state.snapshots.is_due(progress, settings):
+        unread.require_finite(progress, monitor.data, monitor.split.train)
+    numbers = (loss, norm) if unread.waits else (None if loss is None else float(loss), float(norm))
+    monitor.record_step(*numbers, lr, waited, progress.step_seconds)
+    state.snapshots.write_if_due(progress, settings, monitor.main)
 
 
 def resume(
@@ -261,7 +279,7 @@ def start_model(task: Task, model: Any, start: Start, is_new: bool) -> list[str]
 
 def compute_gradient(
     accelerator: Accelerator, state: TrainState, network: nn.Module, batch: Batch, progress: Progress
-) -> tuple[Tensor, list[float]]:
+) -> tuple[Tensor, list[Tensor]]:
     """The loss of each item, (B,), and the gradient norm of each parameter group, over all processes.
 
     Leaves the gradient of the mean loss, clipped, in the parameters. ``network``, made by `prepare_network`,

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.errors import ConfigError, DataError, NonFiniteError, ResourceError, counted
@@ -65,8 +66,9 @@ class Monitor:
         self.clock, self.pace, self.allowance = clock, Pace(), measuring_allowance(self.settings)
         self.pace.follow(progress.step_seconds / (self.settings.batch * FORWARD_PASSES))
         self.bar = ProgressBar(self.console, "training", clock=clock)
-        self.losses: list[float] = []
-        self.norm = 0.0
+        self.losses: list[float | Tensor] = []
+        self.mean_loss: float | None = None
+        self.norm: float | Tensor = 0.0
         self.steps, self.step_seconds, self.waited = 0, 0.0, 0.0  # since the last record, but for ``waited``
         self.step_end, self.save_seconds = progress.seconds, 0.0
         self.previous_fraction = self.fraction = progress.fraction(self.settings)
@@ -97,10 +99,18 @@ class Monitor:
         with suppress(OSError):
             self.console.print(line, soft_wrap=True)
 
-    def record_step(self, loss: float | None, norm: float, lr: float, waited: float, seconds: float) -> None:
+    @property
+    def record_due(self) -> bool:
+        """Whether `record_step` writes a record of the step that is done."""
+        return len(self.losses) + 1 >= STEPS_PER_RECORD or self.progress.step == self.progress.last_step
+
+    def record_step(
+        self, loss: float | Tensor | None, norm: float | Tensor, lr: float, waited: float, seconds: float
+    ) -> None:
         """Note a step, or a skipped one if ``loss`` is None; write a record every fifty steps and at the end.
 
         ``norm`` of the gradient; ``waited``: seconds that training has waited for data so far; ``seconds`` of the step.
+        Tensors are read when a record is written.
         """
         self.previous_fraction, self.fraction = self.fraction, self.progress.fraction(self.settings)
         self.step_end = self.progress.seconds
@@ -111,16 +121,18 @@ class Monitor:
         else:
             self.losses.append(loss)
             self.norm = norm
-        self._show()
         last = self.progress.step == self.progress.last_step
+        if isinstance(loss, float) or (self.losses and (last or len(self.losses) >= STEPS_PER_RECORD)):
+            self.mean_loss = _mean(self.losses)
+        self._show()
         if not self.losses or (len(self.losses) < STEPS_PER_RECORD and not last):
             return
         duration = max(self.step_seconds, 1e-9)
         record = {
             "step": self.progress.step,
             "seconds": round(self.progress.seconds, 2),
-            "loss": sum(self.losses) / len(self.losses),
-            "gradient_norm": self.norm,
+            "loss": self.mean_loss,
+            "gradient_norm": float(self.norm),
             "lr": lr,
             "items_per_second": round(self.steps * self.settings.batch / duration, 1),
             "data_share": round((waited - self.waited) / duration, 4),
@@ -238,7 +250,7 @@ class Monitor:
 
     def _show(self) -> None:
         rate = self.steps * self.settings.batch / max(self.step_seconds, 1e-9)
-        loss = f"loss {sum(self.losses) / len(self.losses):.4f} · " if self.losses else ""
+        loss = f"loss {self.mean_loss:.4f} · " if self.mean_loss is not None else ""
         left = self.progress.seconds * (1 / max(self.fraction, 1e-9) - 1)
         self.bar.update(self.fraction, f"step {self.progress.step:,} · {loss}{rate:,.0f} items/s", left)
 
@@ -280,3 +292,10 @@ class Monitor:
     def _latest(self, key: str, form: str) -> list[str]:
         """The latest recorded number of that name, formatted; empty if there is none."""
         return [form.format(r[key]) for r in self.records if key in r][-1:]
+
+
+def _mean(losses: Sequence[float | Tensor]) -> float:
+    """Of numbers, or of tensors, which are read in one copy."""
+    tensors = [loss for loss in losses if isinstance(loss, Tensor)]
+    numbers = torch.stack(tensors).tolist() if tensors else [float(loss) for loss in losses]
+    return sum(numbers) / len(numbers)

@@ -1,9 +1,16 @@
-"""Steps with a NaN or infinite loss or gradient: stop the run, or skip the step."""
+"""Steps with a NaN or infinite loss or gradient: stop the run, or skip the step.
+
+A GPU waits whenever a number of it is read. So there the numbers of the steps of a run that stops are kept as tensors
+(`UnreadSteps`) and are read together before anything is written; on a CPU, where reading is free, they are read at
+once. A run that skips steps reads the losses and the norms of each step in one copy, before the weights move.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from undiffuse.data.dataset import Dataset
 from undiffuse.errors import NonFiniteError, counted, printable
 from undiffuse.model.config import TrainConfig
+from undiffuse.training.batches import batch_items
 from undiffuse.training.distributed import full_tensor, local_shard
 from undiffuse.training.progress import Progress
 from undiffuse.training.run_folder import checkpoint_folders
@@ -30,15 +39,65 @@ class NonFinite(NamedTuple):
     items: np.ndarray
 
 
-def find_nonfinite(losses: Tensor, norms: Sequence[float]) -> NonFinite | None:
+def reading_waits(device: torch.device) -> bool:
+    """Whether reading a number on ``device`` waits until everything before it is computed."""
+    return device.type != "cpu"
+
+
+def find_nonfinite(losses: Tensor, norms: Sequence[Tensor]) -> NonFinite | None:
     """What is NaN or infinite among the ``losses`` (B,) of a batch and the norms of its gradient; None if nothing is.
 
-    A gradient belongs to every item of its batch.
+    A gradient belongs to every item of its batch. All are read in one copy.
     """
-    bad = ~torch.isfinite(losses).cpu().numpy()
+    return _nonfinite(*read_together([losses, *norms]))
+
+
+def _nonfinite(losses: np.ndarray, *norms: np.ndarray) -> NonFinite | None:
+    bad = ~np.isfinite(losses)
     if bad.any():
         return NonFinite("loss", bad)
-    return None if all(map(math.isfinite, norms)) else NonFinite("gradient", ~bad)
+    return None if np.isfinite(norms).all() else NonFinite("gradient", ~bad)
+
+
+def read_together(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    """The ``tensors`` as one-dimensional arrays, copied from the device of the first one at once."""
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+    flat = torch.cat([tensor.detach().reshape(-1).to(tensors[0].device, dtype) for tensor in tensors]).cpu().numpy()
+    return np.split(flat, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
+
+
+class UnreadSteps:
+    """Losses, norms of the gradient and the norm of the weights of the steps since the last reading, as tensors.
+
+    Of a training of ``model`` into ``folder``; none are kept unless reading ``waits``.
+    """
+
+    def __init__(self, model: nn.Module, settings: TrainConfig, folder: Path, waits: bool) -> None:
+        self.model, self.settings, self.folder, self.waits = model, settings, folder, waits
+        self.each_step = not waits or settings.on_nonfinite == "skip"  # losses are read before the weights move
+        self.steps: list[tuple[int, list[Tensor]]] = []
+
+    def add(self, step: int, losses: Tensor, norms: Sequence[Tensor]) -> None:
+        """Keep those of ``step``, counted from 0, after which the weights are those that the model has now."""
+        if self.waits:
+            self.steps.append((step, [losses.detach(), *norms, weights_norm(self.model)]))
+
+    def require_finite(self, progress: Progress, data: Dataset, items: np.ndarray) -> None:
+        """Read them in one copy. Raises `NonFiniteError` for the first step with one that is not finite.
+
+        Batches are of the ``items`` of ``data``.
+        """
+        steps, self.steps = self.steps, []
+        if not steps:
+            return
+        values = iter(read_together([tensor for _, tensors in steps for tensor in tensors]))
+        for step, tensors in steps:
+            losses, *norms, weights = (next(values) for _ in tensors)
+            if problem := _nonfinite(losses, *norms):
+                names = data.item_names(batch_items(items, self.settings, step))
+                skip_step(problem, names, replace(progress, step=step), self.settings, self.folder)
+            if not np.isfinite(weights).all():
+                raise _weights_error(self.model, step + 1, self.folder)
 
 
 def skip_step(problem: NonFinite, names: np.ndarray, progress: Progress, settings: TrainConfig, folder: Path) -> str:
@@ -61,12 +120,20 @@ def skip_step(problem: NonFinite, names: np.ndarray, progress: Progress, setting
 
 def require_finite(model: nn.Module, step: int, folder: Path) -> None:
     """Raise `NonFiniteError` if a weight is NaN or infinite after optimizer step ``step``: it cannot be undone."""
-    weights = dict(model.named_parameters())
-    if math.isfinite(float(full_tensor(nn.utils.get_total_norm(weights.values())))):
-        return
-    name = next((n for n, weight in weights.items() if not bool(torch.isfinite(local_shard(weight)).all())), None)
+    if not math.isfinite(float(weights_norm(model))):
+        raise _weights_error(model, step, folder)
+
+
+def weights_norm(model: nn.Module) -> Tensor:
+    """The norm of all weights, over all shards."""
+    return full_tensor(nn.utils.get_total_norm(model.parameters()))
+
+
+def _weights_error(model: nn.Module, step: int, folder: Path) -> NonFiniteError:
+    weights = model.named_parameters()
+    name = next((n for n, weight in weights if not bool(torch.isfinite(local_shard(weight)).all())), None)
     cause = f"weights are not finite after step {step}: {name or 'their norm overflows'}"
-    raise NonFiniteError("NON_FINITE", folder, cause, f"Lower train.lr; {_checkpoint_status(folder)}")
+    return NonFiniteError("NON_FINITE", folder, cause, f"Lower train.lr; {_checkpoint_status(folder)}")
 
 
 def _checkpoint_status(folder: Path) -> str:

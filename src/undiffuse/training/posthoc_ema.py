@@ -83,16 +83,23 @@ class EMASnapshots:
         """Remove snapshots of later steps, which a run that resumes from ``step`` has not reached."""
         self._remove(lambda other: other > step)
 
+    def is_due(self, progress: Progress, settings: TrainConfig) -> bool:
+        """Whether `write_if_due` writes now."""
+        if not self.averages:
+            return False
+        return progress.done or progress.step % self._interval(progress, settings) == 0
+
+    def _interval(self, progress: Progress, settings: TrainConfig) -> int:
+        steps = progress.last_step or progress.step / max(progress.fraction(settings), 1e-9)
+        return snapshot_interval(steps, self.snapshots)
+
     def write_if_due(self, progress: Progress, settings: TrainConfig, main: bool) -> None:
         """`write` at the multiples of `snapshot_interval` and at the last step, and remove those of other steps.
 
         With ``minutes``, the number of steps is estimated from the speed so far until the end is planned.
         """
-        if not self.averages:
-            return
-        steps = progress.last_step or progress.step / max(progress.fraction(settings), 1e-9)
-        interval = snapshot_interval(steps, self.snapshots)
-        if progress.done or progress.step % interval == 0:
+        if self.is_due(progress, settings):
+            interval = self._interval(progress, settings)
             self.write(progress.step, progress.run, main)
             if main:
                 self._remove(lambda step: step % interval != 0 and step != progress.step)

@@ -63,15 +63,17 @@ class TrainState:
             self.snapshots.drop_after(progress.step)
         return progress, warnings
 
-    def step(self, lr: float, step: int, folder: Path) -> None:
-        """Move weights and averages by optimizer step ``step``, counted from 1. Raises `NonFiniteError`.
+    def step(self, lr: float, step: int, folder: Path | None) -> None:
+        """Move weights and averages by optimizer step ``step``, counted from 1.
 
-        The learning rate is ``lr`` times each group's ``lr_factor``.
+        The learning rate is ``lr`` times each group's ``lr_factor``. Raises `NonFiniteError` about the run in
+        ``folder``; None: the weights are not read.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self.optimizer.step()
-        require_finite(self.model, step, folder)
+        if folder is not None:
+            require_finite(self.model, step, folder)
         self.ema.update(self.model, step)
         self.snapshots.update(self.model, step)
 

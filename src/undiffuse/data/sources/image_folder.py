@@ -6,6 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from undiffuse.data.dataset import Dataset
+from undiffuse.data.decoding_threads import map_in_order
 from undiffuse.data.image_decoding import DecodedImage, ImageOptions, decode_frames
 from undiffuse.data.source_report import FileStamp, SourceReport, changed_error
 from undiffuse.data.sources.captions import LABELS_LEFT_OUT, TABLES, Captions, captions_note, captions_of_folder
@@ -207,15 +209,20 @@ def _read_all(root: Path, scan: FolderScan, options: ImageOptions, skip: bool, a
 
     def attempt(paths: Sequence[Path], problems: list[FileProblem], options: ImageOptions = options) -> _Images:
         images = _Images(problems, allocate)
-        for path in paths:
+
+        def decode(path: Path) -> list[DecodedImage] | FileError:
             try:
-                frames = decode_frames(_bytes(path, scan.images[path]), path.suffix, options)
+                return decode_frames(_bytes(path, scan.images[path]), path.suffix, options)
             except (FileError, OSError) as error:
-                problems.append(_problem(path, os_error(error) if isinstance(error, OSError) else error))
-                continue
-            if not problems or skip:
-                for frame in frames:
-                    images.add(path, frame, len(paths))
+                return os_error(error) if isinstance(error, OSError) else error
+
+        with closing(map_in_order(decode, paths, lambda path: scan.images[path].size)) as results:
+            for path, frames in zip(paths, results, strict=True):
+                if isinstance(frames, FileError):
+                    problems.append(FileProblem(path, frames.code, frames.reason))
+                elif not problems or skip:
+                    for frame in frames:
+                        images.add(path, frame, len(paths))
         return images
 
     images = attempt(list(scan.images), list(scan.problems))
@@ -299,13 +306,10 @@ def _bytes(path: Path, stamp: FileStamp) -> bytes:
     if stamp.size > MAX_FILE_BYTES:
         raise FileError("TOO_LARGE", f"{stamp.size:,} bytes are more than {MAX_FILE_BYTES:,}")
     try:
-        data, now = path.read_bytes(), FileStamp.of(path.stat())
+        with path.open("rb", buffering=0) as file:
+            data, now = file.read(), FileStamp.of(os.fstat(file.fileno()))
     except FileNotFoundError:
         raise changed_error() from None
     if now != stamp or len(data) != stamp.size:
         raise changed_error()
     return data
-
-
-def _problem(path: Path, error: FileError) -> FileProblem:
-    return FileProblem(path, error.code, error.reason)
