@@ -20,7 +20,8 @@ def test_text_of_a_table(monkeypatch):
         {"model": "ours [red]\x1b[31m", "bits": (1.98123, 0.0123), "items": 1800},
         {"model": "pixels", "seconds": 0.5},
     ]
-    lines = [line.rstrip() for line in table_text(rows, title="digits").splitlines()]
+    lines = table_text(rows, title="digits").splitlines()
+    assert lines == [line.rstrip() for line in lines]
     assert lines[0] == "digits"
     assert lines[2].split() == ["model", "bits", "items", "seconds"]
     assert lines[4].split() == ["ours", "[red]\\x1b[31m", "1.981", "±", "0.012", "1,800"]

@@ -49,7 +49,7 @@ def train_autoencoder(
     kl_weight: Annotated[
         float | None,
         typer.Option(
-            help="Weight of the KL; 1e-6 if not given, for pictures. For likelihood: 1 with --reconstruction nll."
+            help="Weight of the KL; 0.02 if not given, for pictures. For likelihood: 1 with --reconstruction nll."
         ),
     ] = None,
     reconstruction: Annotated[
@@ -130,6 +130,6 @@ def recipe_for(
         "blocks": 1,
     }
     if kl_weight is None:
-        kl_weight = 1.0 if reconstruction == "nll" else 1e-6
+        kl_weight = 1.0 if reconstruction == "nll" else AutoencoderConfig.kl_weight
     model = AutoencoderConfig(network, reconstruction=reconstruction or "l1", kl_weight=kl_weight)
     return AutoencoderRecipe(model, TrainConfig(batch=16, lr=1e-3, snapshots=0))

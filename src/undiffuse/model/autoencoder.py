@@ -42,7 +42,7 @@ class AutoencoderConfig:
     network: Settings = field(default_factory=lambda: {"kind": "kl"})
     distribution: str = "laplace"
     reconstruction: str = "l1"
-    kl_weight: float = 1e-6
+    kl_weight: float = 0.02
 
     def __post_init__(self) -> None:
         for name, choices in (("distribution", DISTRIBUTIONS), ("reconstruction", RECONSTRUCTIONS)):

@@ -20,7 +20,7 @@ def render(rows: Sequence[Mapping[str, Any]], title: str = "", file: IO[str] | N
     """Prints ``rows`` under the names of their fields, in order of first appearance; missing fields are blank.
 
     Cells are formatted by `cell`; numbers are aligned to the right. Output goes to ``file``, by default standard
-    output, without colour codes and wrapping unless it is a terminal.
+    output, without colour codes, wrapping and spaces at the ends of lines unless it is a terminal.
     """
     out = sys.stdout if file is None else file
     terminal = out.isatty()
@@ -31,7 +31,12 @@ def render(rows: Sequence[Mapping[str, Any]], title: str = "", file: IO[str] | N
         table.add_column(Text(printable(name)), justify="left" if has_text else "right")
     for row in rows:
         table.add_row(*(Text(cell(row.get(str(column.header)))) for column in table.columns))
-    console.print(table)
+    if terminal:
+        console.print(table)
+        return
+    with console.capture() as printed:
+        console.print(table)
+    out.write("".join(f"{line.rstrip()}\n" for line in printed.get().splitlines()))
 
 
 def cell(value: Any) -> str:
