@@ -13,7 +13,7 @@ from undiffuse.networks.attention import attend
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.embedding import ConditionEmbedding, sinusoids
 from undiffuse.networks.norm import GroupNorm
-from undiffuse.networks.settings import MAX_DEPTH, check_fraction, check_int, check_ints, require
+from undiffuse.networks.settings import check_depth, check_fraction, check_int, check_ints, require
 
 THETA = 10_000.0
 """The longest wavelength of the time embedding, over 2π."""
@@ -151,7 +151,7 @@ class DenoisingDiffusionUNet(nn.Module):
         super().__init__()
         dim, mults = check_int("dim", dim, 4), check_ints("dim_mults", dim_mults)
         require(dim % 2 == 0, "dim", f"{dim} is odd", "Give an even number")
-        require(0 < len(mults) <= MAX_DEPTH, "dim_mults", f"{len(mults)} levels", f"Give 1 to {MAX_DEPTH}")
+        check_depth("dim_mults", len(mults))
         first = dim if init_dim is None else check_int("init_dim", init_dim)
         widths = [first, *(dim * mult for mult in mults)]
         top = len(mults) - 1

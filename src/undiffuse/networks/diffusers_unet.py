@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from undiffuse.networks.attention import Attention
 from undiffuse.networks.embedding import ConditionEmbedding
 from undiffuse.networks.norm import GroupNorm
-from undiffuse.networks.settings import MAX_DEPTH, MAX_LAYERS, check_fraction, check_int, check_ints, require
+from undiffuse.networks.settings import check_depth, check_fraction, check_int, check_ints, check_layers, require
 from undiffuse.networks.unet import Down, Residual, Stage, UNet, Up, conv
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
@@ -85,9 +85,9 @@ class DiffusersUNet(UNet):
     ) -> None:
         nn.Module.__init__(self)
         widths = check_ints("block_out_channels", block_out_channels)
-        require(0 < len(widths) <= MAX_DEPTH, "block_out_channels", f"{len(widths)} levels", f"Give 1 to {MAX_DEPTH}")
+        check_depth("block_out_channels", len(widths))
         blocks = check_int("layers_per_block", layers_per_block)
-        require(blocks * len(widths) <= MAX_LAYERS, "layers_per_block", f"more than {MAX_LAYERS} layers", "Give fewer")
+        check_layers("layers_per_block", blocks * len(widths))
         down, up = list(down_block_types), list(up_block_types)
         for name, types, known in (("down_block_types", down, DOWN_BLOCKS), ("up_block_types", up, UP_BLOCKS)):
             require(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from undiffuse.networks.attention import CrossAttention, TokenEmbedding, attend
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.embedding import ConditionEmbedding, sinusoids
-from undiffuse.networks.settings import MAX_LAYERS, check_fraction, check_int, require
+from undiffuse.networks.settings import check_fraction, check_int, check_layers, check_sizes, require
 from undiffuse.networks.text_encoder import TEXT_WIDTH, TextEncoder, embed_condition
 from undiffuse.networks.unet import conditioning_image, fold, unfold
 
@@ -152,7 +152,7 @@ class DiT(nn.Module):
         require(dims in self.item_dims, "dims", f"{dims!r} dimensions", "Give 1, 2 or 3")
         channels, self.patch = check_int("channels", channels), check_int("patch", patch)
         width, depth, heads = check_int("width", width), check_int("depth", depth), check_int("heads", heads)
-        require(depth <= MAX_LAYERS, "depth", f"{depth:,} layers are more than {MAX_LAYERS:,}", "Give fewer")
+        check_layers("depth", depth)
         require(width % heads == 0, "heads", f"{heads} does not divide the width {width}", "Give a divisor")
         cause = f"{width} numbers cannot hold the position along {dims} axes"
         require(width >= 2 * dims, "width", cause, f"Give at least {2 * dims}")
@@ -160,11 +160,9 @@ class DiT(nn.Module):
         hidden = 8 * math.ceil(width / 3) if hidden is None else check_int("hidden", hidden)
         time_width = width if time_width is None else check_int("time_width", time_width)
         bottleneck, dropout = check_int("bottleneck", bottleneck, 0), check_fraction("dropout", dropout)
-        classes, vector = check_int("classes", classes, 0), check_int("vector", vector, 0)
-        tokens, self.image = check_int("tokens", tokens, 0), check_int("image", image, 0)
-        token_width = tokens or (TEXT_WIDTH if check_int("text", text, 0) else 0)
-        self.condition_sizes = {"classes": classes, "vector": vector, "tokens": tokens, "image": image, "text": text}
-        self.width, self.dims = width, dims
+        self.condition_sizes = check_sizes(classes=classes, vector=vector, tokens=tokens, image=image, text=text)
+        token_width = tokens or (TEXT_WIDTH if text else 0)
+        self.width, self.dims, self.image = width, dims, image
 
         self.embed = ConditionEmbedding(TIME_FEATURES, time_width, classes, vector, image, two_times)
         self.tokens = TokenEmbedding(tokens) if tokens else None

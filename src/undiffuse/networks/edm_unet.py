@@ -17,7 +17,7 @@ from undiffuse.networks.condition import Condition
 from undiffuse.networks.diffusers_unet import Divided, waves
 from undiffuse.networks.embedding import ConditionEmbedding
 from undiffuse.networks.norm import GroupNorm
-from undiffuse.networks.settings import MAX_DEPTH, MAX_LAYERS, check_fraction, check_int, check_ints, require
+from undiffuse.networks.settings import check_depth, check_fraction, check_int, check_ints, check_layers, require
 from undiffuse.networks.unet import Down, Residual, Stage, UNet, Up, conv
 
 
@@ -129,11 +129,11 @@ class EDMUNet(UNet):
         require(known, "architecture", f"{architecture!r} is not known", f"Use {' or '.join(ARCHITECTURES)}")
         kind = ARCHITECTURES[architecture]
         widths, attention = check_ints("widths", widths), check_ints("attention", attention, 0)
-        require(0 < len(widths) <= MAX_DEPTH, "widths", f"{len(widths)} levels", f"Give 1 to {MAX_DEPTH}")
+        check_depth("widths", len(widths))
         top, blocks = len(widths) - 1, check_int("blocks", blocks)
         last = max(attention, default=0)
         require(last <= top, "attention", f"level {last} is not one of 0 to {top}", "Name levels of widths")
-        require(blocks * len(widths) <= MAX_LAYERS, "blocks", f"more than {MAX_LAYERS} layers", "Give fewer")
+        check_layers("blocks", blocks * len(widths))
         channels, classes = check_int("channels", channels), check_int("classes", classes, 0)
         dropout = check_fraction("dropout", dropout)
         out_channels = channels if out_channels is None else check_int("out_channels", out_channels)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from undiffuse.networks.attention import CrossAttention, TokenEmbedding
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.embedding import ConditionEmbedding
-from undiffuse.networks.settings import MAX_LAYERS, check_fraction, check_int, require
+from undiffuse.networks.settings import check_fraction, check_int, check_layers, check_sizes
 from undiffuse.networks.text_encoder import TEXT_WIDTH, TextEncoder, embed_condition
 
 
@@ -61,15 +61,13 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         channels, width, depth = check_int("channels", channels), check_int("width", width), check_int("depth", depth)
-        require(depth <= MAX_LAYERS, "depth", f"{depth:,} layers are more than {MAX_LAYERS:,}", "Give fewer")
+        check_layers("depth", depth)
         out_channels = channels if out_channels is None else check_int("out_channels", out_channels)
         time_width = width if time_width is None else check_int("time_width", time_width)
-        self.condition_sizes = {"classes": classes, "vector": vector, "tokens": tokens, "text": text}
-        self.embed = ConditionEmbedding(
-            64, time_width, check_int("classes", classes, 0), check_int("vector", vector, 0), two_times=two_times
-        )
-        self.tokens = TokenEmbedding(tokens) if check_int("tokens", tokens, 0) else None
-        token_width = tokens or (TEXT_WIDTH if check_int("text", text, 0) else 0)
+        self.condition_sizes = check_sizes(classes=classes, vector=vector, tokens=tokens, text=text)
+        self.embed = ConditionEmbedding(64, time_width, classes, vector, two_times=two_times)
+        self.tokens = TokenEmbedding(tokens) if tokens else None
+        token_width = tokens or (TEXT_WIDTH if text else 0)
         self.text = TextEncoder(time_width, token_width) if text else None
         self.attend = nn.ModuleList(CrossAttention(width, token_width) for _ in range(depth if token_width else 0))
         self.proj_in = nn.Linear(channels, width)

@@ -31,6 +31,21 @@ def check_ints(name: str, values: object, minimum: int = 1) -> tuple[int, ...]:
     return tuple(check_int(name, v, minimum) for v in values)  # pyright: ignore[reportGeneralTypeIssues]
 
 
+def check_layers(name: str, layers: int) -> None:
+    """Raises `ConfigError` about the setting ``name`` for more than `MAX_LAYERS` layers."""
+    require(layers <= MAX_LAYERS, name, f"{layers:,} layers are more than {MAX_LAYERS:,}", "Give fewer")
+
+
+def check_depth(name: str, levels: int) -> None:
+    """Raises `ConfigError` about the setting ``name`` for no levels and for more than `MAX_DEPTH`."""
+    require(0 < levels <= MAX_DEPTH, name, f"{levels} levels", f"Give 1 to {MAX_DEPTH}")
+
+
+def check_sizes(**sizes: object) -> dict[str, int]:
+    """``sizes`` of the conditions by name, whole numbers; 0 for a condition that the network does not accept."""
+    return {name: check_int(name, size, 0) for name, size in sizes.items()}
+
+
 def check_fraction(name: str, value: object) -> float:
     """``value``, if it is a number in [0, 1)."""
     holds = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1

@@ -14,7 +14,15 @@ from undiffuse.networks.attention import Attention, CrossAttention, TokenEmbeddi
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.embedding import ConditionEmbedding
 from undiffuse.networks.norm import NORMS
-from undiffuse.networks.settings import MAX_DEPTH, MAX_LAYERS, check_fraction, check_int, check_ints, require
+from undiffuse.networks.settings import (
+    check_depth,
+    check_fraction,
+    check_int,
+    check_ints,
+    check_layers,
+    check_sizes,
+    require,
+)
 from undiffuse.networks.text_encoder import TEXT_WIDTH, TextEncoder, embed_condition
 
 
@@ -181,10 +189,8 @@ class UNet(nn.Module):
         super().__init__()
         require(dims in self.item_dims, "dims", f"{dims!r} dimensions", "Give 1, 2 or 3")
         widths, attention = check_ints("widths", widths), check_ints("attention", attention, 0)
-        require(len(widths) > 0, "widths", "there is no level", "Give one width a level, such as [64, 128]")
-        require(len(widths) <= MAX_DEPTH, "widths", f"{len(widths)} levels are more than {MAX_DEPTH}", "Give fewer")
-        top = len(widths) - 1
-        last = max(attention, default=0)
+        check_depth("widths", len(widths))
+        top, last = len(widths) - 1, max(attention, default=0)
         require(last <= top, "attention", f"level {last} is not one of 0 to {top}", "Name levels of widths")
         heads, head_width = check_int("heads", heads), check_int("head_width", head_width, 0)
         both = heads > 1 and head_width > 0
@@ -194,23 +200,17 @@ class UNet(nn.Module):
             cause = f"{divisor} does not divide the width {widths[level]} of level {level}"
             require(widths[level] % divisor == 0, setting, cause, "Give a divisor")
         require(norm in NORMS, "norm", f"there is no norm {norm!r}", f"Choose {' or '.join(NORMS)}")
-        for name, value in {"channels": channels, "blocks": blocks, "patch": patch}.items():
-            check_int(name, value)
-        layers = blocks * len(widths)
-        require(layers <= MAX_LAYERS, "blocks", f"{layers:,} layers are more than {MAX_LAYERS:,}", "Give fewer")
+        channels, patch = check_int("channels", channels), check_int("patch", patch)
+        check_layers("blocks", check_int("blocks", blocks) * len(widths))
         out_channels = channels if out_channels is None else check_int("out_channels", out_channels)
 
         def num_heads(width: int) -> int:
             return width // head_width if head_width else heads
 
         time_width = 4 * widths[0] if time_width is None else check_int("time_width", time_width)
-        dropout, classes = check_fraction("dropout", dropout), check_int("classes", classes, 0)
-        vector, tokens = check_int("vector", vector, 0), check_int("tokens", tokens, 0)
-        self.image = check_int("image", image, 0)
-        token_width = tokens or (TEXT_WIDTH if check_int("text", text, 0) else 0)
-
-        sizes = {"classes": classes, "vector": vector, "tokens": tokens, "image": self.image, "text": text}
-        self.condition_sizes = sizes
+        dropout, self.image = check_fraction("dropout", dropout), image
+        self.condition_sizes = check_sizes(classes=classes, vector=vector, tokens=tokens, image=image, text=text)
+        token_width = tokens or (TEXT_WIDTH if text else 0)
         self.patch, self.feature_channels, self.feature_norm = patch, widths[-1], norm
         self.feature_heads = num_heads(widths[-1])
         self.fourier = check_ints("fourier", fourier, 0)
