@@ -318,13 +318,7 @@ def test_the_images_a_cancel_and_the_command_of_a_view(view, start, browser, add
             fieldset.get_by_text(re.compile("8 x 8|resized")).wait_for()
         if view == "Inpaint":
             panel.get_by_role("button", name="Hide the right half").click()
-        other = tab.open("Sample")
-        other.get_by_label("Images").select_option("16")
-        for column in (0, 1):
-            other.get_by_label("Steps").nth(column).fill("100")
-            other.get_by_label("Solver").nth(column).select_option("rk4")
-        other.get_by_role("button", name="Draw").click()
-        other.get_by_text("running").wait_for()
+        start_long_job(tab.open("Sample"))
         panel = tab.open(view)
         button.click()
         panel.get_by_text("waiting, 1 job before this one").wait_for()
@@ -395,17 +389,22 @@ def test_axe_finds_no_fault_and_nothing_is_wider_than_the_screen(browser, addres
     assert not faults, "\n".join(faults)
 
 
+def start_long_job(panel):
+    """Start a job of the view Sample that runs until it is cancelled, as far as a test waits."""
+    panel.get_by_label("Images").select_option("16")
+    for column in (0, 1):
+        panel.get_by_label("Steps").nth(column).fill("100")
+        panel.get_by_label("Solver").nth(column).select_option("rk4")
+    panel.get_by_role("button", name="Draw").click()
+    panel.get_by_text("running").wait_for()
+
+
 def test_two_tabs_share_one_queue(browser, address):
     with Tab(browser, address) as one, Tab(browser, address) as two:
         first, second = one.open("Sample"), two.open("Sample")
         one.done(first)
         two.done(second)
-        first.get_by_label("Images").select_option("16")
-        for column in (0, 1):
-            first.get_by_label("Steps").nth(column).fill("100")
-            first.get_by_label("Solver").nth(column).select_option("rk4")
-        first.get_by_role("button", name="Draw").click()
-        first.get_by_text("running").wait_for()
+        start_long_job(first)
         second.get_by_role("button", name="Draw").click()
         second.get_by_text("waiting, 1 job before this one").wait_for()
         assert first.get_by_role("progressbar").count() == 1
@@ -415,7 +414,7 @@ def test_two_tabs_share_one_queue(browser, address):
 
 
 def test_hostile_names_are_text(browser, address):
-    """Of a run, a picture, classes and prompts: they are shown, and no script of them runs."""
+    """Of a run, a picture, classes and prompts: they are shown, and none of their scripts runs."""
     with Tab(browser, address) as tab:
         assert HOSTILE_NAME in tab.page.get_by_label("Run").inner_text()
         tab.page.get_by_label("Run").select_option("1")
@@ -498,10 +497,13 @@ GESTURES = {
 
 
 def test_every_control_of_the_page_was_used(request):
-    """All controls that the tabs of the tests above had are among those that events reached."""
+    """All controls that the tabs of the tests above had are among those that events reached.
+
+    It needs all these tests, so it is skipped where only some of them are selected.
+    """
     ran = {getattr(item, "originalname", "") for item in request.session.items}
     if missing := [name for name in globals() if name.startswith("test_") and name not in ran]:
-        pytest.skip(f"{len(missing)} tests of this file do not run")
+        pytest.skip(f"{len(missing)} tests of this file are not selected, so that their controls are unused")
     found, used = Tab.controls.found, Tab.controls.used
     places = {control for control in found if ": fieldset " in control}
     assert len(places) == 5

@@ -1,4 +1,4 @@
-"""On a GPU no number of a step is read between two records: here its policy on a CPU, with the reads counted."""
+"""On a GPU, losses and norms are read only when a record is written: its policy, run on a CPU, with the reads counted."""
 
 import json
 import math

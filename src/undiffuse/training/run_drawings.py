@@ -49,8 +49,8 @@ class Shown(NamedTuple):
 class ModelPictures:
     """Draws the pictures of ``model``, within ``max_calls`` network calls for single items; ``command`` adds the rest.
 
-    ``data`` and ``split`` are those of the run, if they are there. ``minutes_per_call``: what ``--minutes`` of the
-    command allows for a call; 0 if that is not known.
+    ``data`` and ``split`` are those of the run, if they are there. ``minutes_per_call``: minutes of ``--minutes``
+    of the command for one call; 0 if that is not known.
     """
 
     def __init__(

@@ -77,7 +77,7 @@ def collect(
 ) -> RunContent:
     """All that the page of ``run`` shows. Pictures of the ``model`` take at most ``max_calls`` network calls.
 
-    ``minutes_per_call``: what ``undiffuse report --minutes`` allows for one of them; 0 if that is not known.
+    ``minutes_per_call``: minutes of ``undiffuse report --minutes`` for one call; 0 if that is not known.
 
     ``model`` is None where there is none yet. ``data`` and ``split`` are those that it was trained on, if they are
     there. ``own`` are words that each command about the run needs, after a space, and ``of_data`` those that name
