@@ -1,4 +1,4 @@
-"""On a GPU, losses and norms are read only when a record is written: its policy, run on a CPU, with the reads counted."""
+"""The policy of a GPU, run on a CPU: losses and norms are read only when a record is written; reads are counted."""
 
 import json
 import math
