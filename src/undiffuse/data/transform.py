@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.errors import ConfigError
+from undiffuse.runtime.device import to_device
 
 if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
@@ -109,7 +110,7 @@ class Standardized:
         if x.ndim < 2 or x.shape[1] != len(self.mean):
             raise ValueError(f"Standardized has {len(self.mean)} channels, the tensor has shape {tuple(x.shape)}")
         shape = (1, -1) + (1,) * (x.ndim - 2)
-        mean, std = (torch.tensor(n, dtype=x.dtype, device=x.device).view(shape) for n in (self.mean, self.std))
+        mean, std = (to_device(torch.tensor(n, dtype=x.dtype), x.device).view(shape) for n in (self.mean, self.std))
         return mean, std
 
     def to_model(self, values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

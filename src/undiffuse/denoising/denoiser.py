@@ -16,6 +16,7 @@ from undiffuse.networks.protocol import weight_dtype
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.schedule import Schedule
 from undiffuse.process.target import Target
+from undiffuse.runtime.device import to_device
 
 
 class Prediction(NamedTuple):
@@ -159,7 +160,7 @@ class NetworkDenoiser:
             return self.network(inputs, time, cond, *more)
 
     def _time_input(self, level: NoiseLevel, x: Tensor) -> Tensor:
-        return self.preconditioning.time_input(level).to(device=x.device, dtype=x.dtype).expand(x.shape[0])
+        return to_device(self.preconditioning.time_input(level), x.device, x.dtype).expand(x.shape[0])
 
     def outputs(self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None) -> tuple[Tensor, Tensor | None]:
         """(y, var_interp) as the network returns them, in float32 at least."""

@@ -19,6 +19,7 @@ from undiffuse.networks.condition import Condition
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.schedule import Schedule, finite_ends
 from undiffuse.process.statistics import item_mean
+from undiffuse.runtime.device import to_device
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers.runge_kutta import noise_to_signal
 
@@ -67,12 +68,12 @@ def consistency_loss(
     """
     with torch.random.fork_rng(), torch.no_grad():
         at = r.broadcast_like(x_r)
-        is_cleanest = (r.t <= denoise.schedule.t_min).to(x_r.device)
+        is_cleanest = to_device(r.t <= denoise.schedule.t_min, x_r.device)
         goal = denoise(x_r, r, cond).x
         goal = torch.where(is_cleanest.reshape(at.alpha.shape), x_r / at.alpha, goal)
     error = item_mean((denoise(x_t, t, cond).x - goal) ** 2)
     weight = 1 / (noise_to_signal(t) - noise_to_signal(r))
-    return weight.to(error) * pseudo_huber(error)
+    return broadcast_like(weight, error) * pseudo_huber(error)
 
 
 def pseudo_huber(error: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from undiffuse.process import weighting
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.prior import prior_sample
 from undiffuse.process.seeded_noise import ItemNoise
+from undiffuse.runtime.device import to_device
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers.solver import Solver
 from undiffuse.sampling.time_grids import time_grid
@@ -186,7 +187,7 @@ class Diffusion(Pretrained, nn.Module):
     ) -> Tensor:
         """`loss` of ``x`` (B, *x_shape) in the units of the model."""
         arguments.check_batch(x, u, eps, z, self.x_shape)
-        return training_loss(self, x.to(self.device, self.dtype), u, eps, z, cond, network)
+        return training_loss(self, to_device(x, self.device, self.dtype), u, eps, z, cond, network)
 
     def update_time_sampler(self, u: Tensor, loss: Tensor) -> None:
         """Updates loss-aware times with the ``loss`` at ``u``, (n,) both, in the order of the global batch."""

@@ -14,7 +14,7 @@ from undiffuse.likelihood.vlb import step_nll, vlb
 from undiffuse.networks.condition import Condition
 from undiffuse.process.gaussian import Gaussian, diffuse, posterior, reverse
 from undiffuse.process.learned_schedule import LearnedSchedule
-from undiffuse.process.noise_level import NoiseLevel
+from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.prior import prior_kl
 from undiffuse.process.seeded_noise import Noise
 from undiffuse.process.statistics import item_mean
@@ -36,7 +36,7 @@ def weighted_mse(
     ``y_hat`` (B, ...) is the network's output, ``w_eps`` () or (B,) the weight in the frame of eps.
     """
     error = item_mean((target.combine(x, eps, t, s, z) - y_hat) ** 2)
-    return target.weight(w_eps, t, s).to(error) * error
+    return broadcast_like(target.weight(w_eps, t, s), error) * error
 
 
 def eps_mse(prediction: Prediction, eps: Tensor) -> Tensor:
@@ -46,7 +46,8 @@ def eps_mse(prediction: Prediction, eps: Tensor) -> Tensor:
 
 def weighted_eps_mse(prediction: Prediction, eps: Tensor, w_eps: Tensor) -> Tensor:
     """w_eps ‖eps − ε̂‖², for any denoiser; `weighted_mse` is the same in the frame of a network's output."""
-    return w_eps.to(eps) * eps_mse(prediction, eps)
+    error = eps_mse(prediction, eps)
+    return broadcast_like(w_eps, error) * error
 
 
 def mean_matching(prediction: Prediction, x: Tensor, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:

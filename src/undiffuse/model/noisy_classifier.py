@@ -27,6 +27,7 @@ from undiffuse.networks.norm import to_fast_layout
 from undiffuse.networks.protocol import weight_dtype
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.schedule import LinearLogSNR
+from undiffuse.runtime.device import to_device
 from undiffuse.runtime.side_files import check_info
 
 
@@ -72,7 +73,7 @@ class NoisyClassifier(nn.Module):
         """log p(label|x_t) of every label, (B, labels) nats; ``level`` is () or (B,), ``network`` replaces its own."""
         network = self.network if network is None else network
         scaled = broadcast_like(self.preconditioning.input_scale(level), x_t) * x_t
-        time = self.preconditioning.time_input(level).to(device=x_t.device, dtype=scaled.dtype).expand(len(x_t))
+        time = to_device(self.preconditioning.time_input(level), x_t.device, scaled.dtype).expand(len(x_t))
         autocast = torch.autocast(x_t.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
         with autocast:
             logits = network(scaled.to(weight_dtype(network, scaled.dtype)), time)
@@ -90,7 +91,7 @@ class NoisyClassifier(nn.Module):
             raise ConfigError("GUIDANCE", "condition.label", cause, f"Labels are 0 to {len(self.classes) - 1}")
         log_p = self(x_t, level).gather(1, cond.label.clamp(min=0)[:, None])[:, 0]
         inside = (level.log_snr >= self.config.low - 1e-6) & (level.log_snr <= self.config.high + 1e-6)
-        return torch.where(inside.to(x_t.device) & (cond.label >= 0), log_p, 0.0)
+        return torch.where(to_device(inside, x_t.device) & (cond.label >= 0), log_p, 0.0)
 
 
 def save(classifier: NoisyClassifier, path: str | Path) -> None:

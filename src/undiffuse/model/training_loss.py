@@ -19,7 +19,7 @@ from undiffuse.model.likelihood_estimators import clean_decoder
 from undiffuse.networks.condition import Condition
 from undiffuse.process import time_sampling as times
 from undiffuse.process.gaussian import diffuse
-from undiffuse.process.noise_level import NoiseLevel
+from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.schedule import Schedule
 from undiffuse.process.target import Target
 from undiffuse.process.weighting import Weight
@@ -63,7 +63,7 @@ def training_loss(
         return losses.continuous_bound(denoise, x, at, model.times.log_prob(at), eps, decode, cond)
     loss = _loss_at(model, denoise, x, model.schedule(at), eps, z, cond)
     if isinstance(model.times, times.LossAwareSteps):
-        return loss * model.times.importance_weight(at).to(loss)
+        return loss * broadcast_like(model.times.importance_weight(at), loss)
     return loss
 
 

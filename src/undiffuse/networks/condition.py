@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.errors import ConfigError
+from undiffuse.runtime.device import to_device
 
 CONDITION_NAMES = {"classes": "labels", "vector": "vectors", "tokens": "tokens", "image": "images", "text": "captions"}
 """Settings of a network that make it accept a condition, and what the condition is called: the number of classes, the
@@ -119,7 +120,7 @@ class Condition:
 
     def to(self, device: torch.device | str) -> Condition:
         """The same on another device."""
-        return self.map(lambda v: v.to(device))
+        return self.map(lambda v: to_device(v, torch.device(device)))
 
     def validate_for(self, sizes: Mapping[str, int], items: int, for_classifier: bool = False) -> Condition:
         """This condition, if it is one for ``items`` items of the ``sizes`` that a network accepts.

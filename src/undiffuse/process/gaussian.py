@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from undiffuse.errors import ConfigError
-from undiffuse.process.noise_level import NoiseLevel, broadcast_like, log_var_large, log_var_small, transition_frac
+from undiffuse.process.noise_level import (
+    NoiseLevel,
+    broadcast_like,
+    broadcast_together,
+    log_var_large,
+    log_var_small,
+    transition_frac,
+)
 
 Variance = str | Callable[[NoiseLevel, NoiseLevel], Tensor]
 """``"small"``, ``"large"``, ``"learned"``, or a function of (t, s) that returns the log-variance."""
@@ -95,7 +102,8 @@ def forward_marginal(x: Tensor, level: NoiseLevel) -> Gaussian:
 
 def forward(x_s: Tensor, s: NoiseLevel, t: NoiseLevel) -> Gaussian:
     """q(x_t given x_s) = N((alpha_t/alpha_s) x_s, sigma_t² frac), s cleaner than t [Ho20 eq. 2]."""
-    return Gaussian(broadcast_like(t.alpha / s.alpha, x_s) * x_s, broadcast_like(log_var_large(t, s), x_s))
+    scale, log_var = broadcast_together([t.alpha / s.alpha, log_var_large(t, s)], x_s)
+    return Gaussian(scale * x_s, log_var)
 
 
 def posterior_scales(t: NoiseLevel, s: NoiseLevel) -> tuple[Tensor, Tensor]:
@@ -108,8 +116,8 @@ def posterior(x_t: Tensor, x: Tensor, t: NoiseLevel, s: NoiseLevel) -> Gaussian:
 
     Where sigma_s is 0 the mean is x and the log-variance ``s.final_log_var`` (see `log_var_small`).
     """
-    a, b = posterior_scales(t, s)
-    return Gaussian(broadcast_like(a, x_t) * x_t + broadcast_like(b, x_t) * x, broadcast_like(log_var_small(t, s), x_t))
+    a, b, log_var = broadcast_together([*posterior_scales(t, s), log_var_small(t, s)], x_t)
+    return Gaussian(a * x_t + b * x, log_var)
 
 
 def reverse(
@@ -127,9 +135,8 @@ def reverse(
     log-variance, of any shape that broadcasts to ``x_t``. ``first_large="clipped"`` uses the small variance in the
     step that ends in data, as improved-diffusion does. Raises `ConfigError`.
     """
-    a, b = posterior_scales(t, s)
-    mean = broadcast_like(a, x_t) * x_t + broadcast_like(b, x_t) * prediction.x
-    return Gaussian(mean, step_log_var(x_t, t, s, variance, prediction.var_interp, first_large))
+    a, b = broadcast_together(posterior_scales(t, s), x_t)
+    return Gaussian(a * x_t + b * prediction.x, step_log_var(x_t, t, s, variance, prediction.var_interp, first_large))
 
 
 def step_log_var(
@@ -166,7 +173,8 @@ def step_log_var(
                 "this model does not predict a variance",
                 "Use 'small' or 'large', or train with a learned variance",
             )
-        return var_interp * broadcast_like(large, x_t) + (1 - var_interp) * broadcast_like(small, x_t)
+        small, large = broadcast_together([small, large], x_t)
+        return var_interp * large + (1 - var_interp) * small
     raise ConfigError(
         "VARIANCE", f"variance={variance!r}", "unknown", "Use 'small', 'large', 'learned' or a function of (t, s)"
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from undiffuse.errors import ConfigError
+from undiffuse.runtime.device import to_device
 
 
 class NoiseLevel(NamedTuple):
@@ -31,7 +32,8 @@ class NoiseLevel(NamedTuple):
 
     def broadcast_like(self, x: Tensor) -> NoiseLevel:
         """The level in ``x``'s dtype (at least float32), on its device, shaped to broadcast with it."""
-        return NoiseLevel(*(broadcast_like(v, x) if isinstance(v, Tensor) else v for v in self))  # type: ignore[arg-type]
+        t, alpha, sigma, log_snr, *final = broadcast_together([v for v in self if isinstance(v, Tensor)], x)
+        return NoiseLevel(t, alpha, sigma, log_snr, *(final or [None]), self.frac_fn)
 
     def take(self, items: Tensor | slice | int) -> NoiseLevel:
         """The levels of the given ``items`` of a batch."""
@@ -69,9 +71,16 @@ def broadcast_like(value: Tensor, x: Tensor) -> Tensor:
 
     A tensor of shape () would not do: torch would then compute in the dtype of a bfloat16 ``x``.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    value = value.to(device=x.device, dtype=dtype)
+    value = to_device(value, x.device, torch.promote_types(x.dtype, torch.float32))
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
+
+
+def broadcast_together(values: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """`broadcast_like` of each of the ``values``, which are on the CPU; another device gets them in one copy."""
+    if x.device.type != "cpu":
+        stacked = torch.stack(torch.broadcast_tensors(*values))
+        values = to_device(stacked, x.device, torch.promote_types(x.dtype, torch.float32)).unbind()
+    return [broadcast_like(value, x) for value in values]
 
 
 def transition_frac(t: NoiseLevel, s: NoiseLevel) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from undiffuse.errors import ConfigError
 from undiffuse.process.gaussian import posterior_scales
-from undiffuse.process.noise_level import NoiseLevel, broadcast_like, transition_frac
+from undiffuse.process.noise_level import NoiseLevel, broadcast_together, transition_frac
 
 Frame = tuple[Tensor, Tensor, Tensor]
 
@@ -50,7 +50,7 @@ class Target:
         self, x: Tensor, eps: Tensor, t: NoiseLevel, s: NoiseLevel | None = None, z: Tensor | None = None
     ) -> Tensor:
         """y = a x + b eps + c z, the target of the network; without ``z``, y = a x + b eps."""
-        a, b, c = (broadcast_like(v, x) for v in self.frame(t, s))
+        a, b, c = broadcast_together(self.frame(t, s), x)
         y = a * x + b * eps
         return y if z is None else y + c * z
 
@@ -58,9 +58,8 @@ class Target:
         """(x, eps) = ((b x_t − sigma y)/D, (alpha y − a x_t)/D)."""
         a, b, _ = self.frame(t, s)
         d = t.alpha * b - t.sigma * a
-        x = broadcast_like(b / d, x_t) * x_t - broadcast_like(t.sigma / d, x_t) * y
-        eps = broadcast_like(t.alpha / d, x_t) * y - broadcast_like(a / d, x_t) * x_t
-        return x, eps
+        a, b, alpha, sigma = broadcast_together([a / d, b / d, t.alpha / d, t.sigma / d], x_t)
+        return b * x_t - sigma * y, alpha * y - a * x_t
 
     def weight(self, w_eps: Tensor, t: NoiseLevel, s: NoiseLevel | None = None) -> Tensor:
         """w_y = w_eps (alpha/D)², so that w_y ‖y − ŷ‖² = w_eps ‖eps − ε̂‖²."""

@@ -33,6 +33,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return torch.device("cpu") if place.type == "cpu" else place
 
 
+def to_device(x: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """``x``, converted to ``dtype`` where it is, on ``device``; the host does not wait for a GPU to take a copy.
+
+    A GPU takes an asynchronous copy after all the work that it was given before. The copy is made from pinned memory,
+    which torch keeps until then.
+    """
+    x = x if dtype is None else x.to(dtype)
+    if x.device.type != "cpu" or device.type == "cpu":
+        return x.to(device)
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 @contextmanager
 def kept_random_state() -> Iterator[None]:
     """A block after which the global generators of the CPU and, where they are in use, of GPUs are as before."""

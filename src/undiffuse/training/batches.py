@@ -22,6 +22,7 @@ from undiffuse.model.config import TrainConfig
 from undiffuse.networks.condition import Condition
 from undiffuse.process.seeded_noise import generator
 from undiffuse.process.time_sampling import low_discrepancy
+from undiffuse.runtime.device import to_device
 from undiffuse.training.augmentation import augment
 
 CLEAN_IMAGES = 0.1
@@ -59,10 +60,10 @@ class Batch(NamedTuple):
     fraction: float = 0.0
 
     def take(self, part: slice, device: torch.device) -> Batch:
-        """The items ``part``, with noise and condition on ``device``; values and u stay on the CPU."""
+        """The items ``part`` on ``device``, except for u, which stays on the CPU."""
         cond = self.cond and self.cond.take(part).to(device)
-        eps, z = self.eps[part].to(device), self.z[part].to(device)
-        return Batch(self.values[part], self.u[part], eps, z, cond, self.fraction)
+        values, eps, z = (to_device(tensor[part], device) for tensor in (self.values, self.eps, self.z))
+        return Batch(values, self.u[part], eps, z, cond, self.fraction)
 
 
 class Batches:

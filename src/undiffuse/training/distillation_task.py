@@ -33,6 +33,7 @@ from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.statistics import item_mean
 from undiffuse.process.time_sampling import LogNormalSigma
 from undiffuse.report.figures import image_grid
+from undiffuse.runtime.device import to_device
 from undiffuse.runtime.own_output import save_described
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.training.batches import Batch, Reader
@@ -213,7 +214,7 @@ class DistillationTask(Task):
                 return batch.eps - x
             predicted_x, predicted_eps, _ = flow(at, level, batch.cond)
             v = predicted_eps - predicted_x
-            is_at_x_t = (t.t == s.t).to(device).reshape(-1, *[1] * (x.ndim - 1))
+            is_at_x_t = to_device(t.t == s.t, device).reshape(-1, *[1] * (x.ndim - 1))
             return torch.where(is_at_x_t, batch.eps - x, v) if from_data else v
 
         return flow_map_loss(OBJECTIVES[config.method](denoise, velocity, x_t, t, s, batch.cond))
