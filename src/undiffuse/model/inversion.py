@@ -19,14 +19,14 @@ def to_latent(model: Any, values: Tensor, num_steps: int | None = None, cond: Co
     """`Diffusion.to_latent`."""
     x = model.transform.to_model(arguments.check_values(values, model.item_shape, model.transform), model.dtype)
     x = arguments.outside_inference_mode(x.to(model.device))
-    return check_finite(ddim_invert(_conditioned(model, cond, len(x)), x, _levels(model, num_steps)))
+    return check_finite(ddim_invert(_conditioned(model, cond, len(x)), x, _levels(model, num_steps))).cpu()
 
 
 def from_latent(model: Any, latent: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
     """`Diffusion.from_latent`."""
     latent = arguments.check_items("latent", latent, model.x_shape).to(model.device, model.dtype)
     denoise = _conditioned(model, cond, len(latent))
-    return model.transform.to_data(check_finite(ddim_generate(denoise, latent, _levels(model, num_steps))))
+    return model.transform.to_data(check_finite(ddim_generate(denoise, latent, _levels(model, num_steps)))).cpu()
 
 
 def _levels(model: Any, num_steps: int | None) -> list[NoiseLevel]:
