@@ -299,7 +299,8 @@ class Diffusion(Pretrained, nn.Module):
     def to_latent(self, values: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
         """The latents (n, *x_shape) of ``values`` under the flow: N(0, I) to the extent that the model is right.
 
-        On the CPU. In ``num_steps`` steps, by default 50, or those of a shorter chain. Raises `ConfigError` and `DataError`.
+        On the CPU, in ``num_steps`` steps, by default 50, or those of a shorter chain. Raises `ConfigError` and
+        `DataError`.
         """
         return inversion.to_latent(self, values, num_steps, cond)
 

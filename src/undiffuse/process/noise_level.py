@@ -33,7 +33,7 @@ class NoiseLevel(NamedTuple):
     def broadcast_like(self, x: Tensor) -> NoiseLevel:
         """The level in ``x``'s dtype (at least float32), on its device, shaped to broadcast with it."""
         t, alpha, sigma, log_snr, *final = broadcast_together([v for v in self if isinstance(v, Tensor)], x)
-        return NoiseLevel(t, alpha, sigma, log_snr, *(final or [None]), self.frac_fn)
+        return NoiseLevel(t, alpha, sigma, log_snr, final[0] if final else None, self.frac_fn)
 
     def take(self, items: Tensor | slice | int) -> NoiseLevel:
         """The levels of the given ``items`` of a batch."""
