@@ -25,7 +25,7 @@ def check_memory(model: Any, loss: Callable[[int], Tensor], settings: TrainConfi
 
     ``loss`` computes the losses of so many items. On other devices than the CPU only the batch is checked.
     """
-    on_cpu = next(model.network.parameters()).device.type == "cpu"  # a learned schedule is on the CPU in any case
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())  # a learned schedule is there in any case
     one_moment = sum(p.numel() for p in block_matrices(model.network)) if settings.optimizer == "muon" else 0
     parameters = sum(p.numel() for p in model.parameters())
     weights = memory_per_process(parameters, one_moment=one_moment) if on_cpu else 0
