@@ -1,6 +1,6 @@
 """A simulated GPU: tensors that say they are on another device, and hold their numbers on the CPU.
 
-An operation that mixes them with tensors of the CPU raises, as on a GPU. It also counts reads: a GPU waits for each.
+An operation that mixes them with tensors of the CPU raises, as on a GPU. Reads and copies that wait are counted.
 The device is one of torch's that no longer has a backend, "lazy": neither torch nor the package treats it as special.
 """
 
@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 GPU = torch.device("lazy:0")
 COPIES = {"aten::_to_copy", "aten::copy_"}
+READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero"}
+"""Operations whose result the host needs: it waits until the GPU has computed everything before."""
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
 """A tensor on a GPU may be indexed by one of the CPU, not the reverse."""
 
@@ -71,27 +73,40 @@ class TensorFromData(TorchFunctionMode):
 
 
 class SimulatedGpu(TorchDispatchMode):
-    """While it is on, tensors can be made on and copied to `GPU`. ``calls``: how often it did each operation."""
+    """While it is on, tensors can be made on `GPU` and copied to it. ``counts`` is what `simulated_gpu` returns."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return compute(function, args, kwargs or {}, self.calls)
+        result = compute(function, args, kwargs or {})
+        self.counts.update(what_happened(function._schema.name, args, kwargs or {}, result))
+        return result
 
 
 @contextmanager
 def simulated_gpu() -> Iterator[Counter[str]]:
-    """A block in which `GPU` can be used; how often each operation was done there. Autocast does nothing on it."""
+    """A block in which `GPU` can be used, and autocast has no effect on it. Returns the counts of `what_happened`."""
     autocast, mode, adam = torch.autocast, SimulatedGpu(), sys.modules["torch.optim.adam"]  # torch.optim hides it
     with pytest.MonkeyPatch.context() as patch, TensorFromData(), mode:
         patch.setattr(torch, "autocast", lambda kind, **to: nullcontext() if kind == GPU.type else autocast(kind, **to))
         patch.setattr(adam, "_device_dtype_check_for_fused", lambda *parameter, **settings: None)
-        yield mode.calls
+        yield mode.counts
 
 
-def compute(function: Any, args: Any, kwargs: dict[str, Any], calls: Counter[str] | None = None) -> Any:
+def what_happened(name: str, args: Any, kwargs: dict[str, Any], result: Any) -> list[str]:
+    """Of an operation: "operation" of the GPU, "copy" to it, "waiting copy" to it, "read" from it."""
+    given, made = (any(isinstance(x, GpuTensor) for x in tree_leaves(tree)) for tree in ((args, kwargs), result))
+    if name == "aten::_to_copy" and made and not given:
+        return ["copy"] if kwargs.get("non_blocking") else ["copy", "waiting copy"]
+    if name in READS or (name == "aten::_to_copy" and not made):
+        return ["operation", "read"] * given
+    return ["operation"] * given
+
+
+def compute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The operation ``function`` on the CPU, whose result is on `GPU` if an argument is, or if it is to be there."""
     name = function._schema.name
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     on_gpu = [isinstance(x, GpuTensor) for x in given]
@@ -100,8 +115,6 @@ def compute(function: Any, args: Any, kwargs: dict[str, Any], calls: Counter[str
     if mixes_devices(name, args, given):
         shapes = [f"{tuple(x.shape)} on the {'GPU' if gpu else 'CPU'}" for x, gpu in zip(given, on_gpu, strict=True)]
         raise RuntimeError(f"{name}: tensors on two devices: {', '.join(shapes)}")
-    if calls is not None and any(on_gpu):
-        calls[name] += 1
     device = kwargs.get("device")
     to_gpu = on_gpu[0] if name == "aten::copy_" else any(on_gpu) if device is None else torch.device(device) == GPU
     if device is not None and to_gpu:

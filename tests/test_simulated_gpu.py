@@ -1,4 +1,4 @@
-"""Everything that runs on a GPU, on a simulated one: nothing mixes devices, and the numbers are those of the CPU.
+"""Training, sampling, likelihoods, restoration and commands on a simulated GPU, with the numbers of the CPU.
 
 What a real GPU adds, its kernels, rounding, memory and speed, is not tested here.
 """
@@ -21,45 +21,54 @@ from undiffuse.model import likelihood_estimators
 from undiffuse.model.autoencoder import AutoencoderConfig
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.model.noisy_classifier import NoisyClassifierConfig
-from undiffuse.model.restoration import Degradation, restore
+from undiffuse.model.presets import PRESETS
+from undiffuse.model.restoration import SOLVER_METHODS, Degradation, restore
 from undiffuse.networks.condition import Condition
 from undiffuse.process.ode_integrator import Integrator
+from undiffuse.runtime.device import to_device
 from undiffuse.runtime.tensor_file import read_tensors
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers import SOLVERS
 from undiffuse.sampling.tables import RESTORATION_METHODS
+from undiffuse.sampling.trajectory import last_step
 from undiffuse.training import diffusion_task, distillation_task
 from undiffuse.training.autoencoder_task import AutoencoderRecipe, fit_autoencoder
+from undiffuse.training.batches import global_batch
 from undiffuse.training.classifier_task import ClassifierConfig, fit_classifier
 from undiffuse.training.diffusion_task import DiffusionTask, fit_diffusion
 from undiffuse.training.distillation_task import fit_distillation
 
 CPU = torch.device("cpu")
+DATA = tiny_run.data()
+FIXED_STEPS = [solver for solver in SOLVERS if solver != "adaptive"]
+"""Solvers but the one that reads the error of each step, and takes minutes here."""
 LABEL = Condition(label=torch.tensor([0, 1, 2, -1]))
 SLOW = [pytest.param(name, marks=pytest.mark.release) for name in ("levels", "learned", "vdm")]
 """Models of `golden_numbers` other than the small network of vectors."""
 
 
 def on_both(compute):
-    """``compute(device)``, tensors on the CPU, on the CPU and on the simulated GPU; how often the GPU did what."""
+    """The tensors ``compute(device)``, which must be on the CPU, computed on the CPU and on the simulated GPU."""
     expected = compute(CPU)
-    with simulated_gpu() as calls:
+    with simulated_gpu() as counts:
         result = compute(GPU)
     assert not any(isinstance(tensor, GpuTensor) for tensor in result)
-    assert sum(calls.values()) > 0
-    return expected, result, calls
+    assert counts["operation"] > 0
+    return expected, result
 
 
 def test_the_simulation():
     """It computes, in place and in views too, counts reads and copies, and refuses tensors of two devices."""
-    with simulated_gpu() as calls:
+    with simulated_gpu() as counts:
         x = torch.arange(3.0).to(GPU)
         x[1:].mul_(2)
         weight = torch.nn.Parameter(torch.ones(3, device=GPU))
         (weight * x).sum().backward()
         assert (x.tolist(), weight.grad.tolist(), float(x.sum())) == ([0, 2, 4], [0, 2, 4], 6)
         assert torch.equal(torch.tensor([1.0, 2.0], device=GPU).cpu(), x.new_tensor([1.0, 2.0]).cpu())
-        assert calls["aten::_local_scalar_dense"] == 1
+        assert (counts["read"], counts["copy"], counts["waiting copy"]) == (5, 3, 3)  # a list is copied, then read
+        to_device(torch.ones(3), GPU)
+        assert (counts["copy"], counts["waiting copy"]) == (4, 3)
         for mixed in (
             lambda: x + torch.ones(3),
             lambda: torch.ones(3)[x.long()],
@@ -71,27 +80,66 @@ def test_the_simulation():
             x.numpy()
 
 
+def sampler(solver):
+    settings = {"updates_per_level": 2} if solver == "annealed_langevin" else {}
+    return Sampler(solver, 4, settings=settings, guidance=2.0, guidance_rescale=0.3)
+
+
 @pytest.mark.parametrize("name", ["flow", *SLOW])
-@pytest.mark.parametrize("solver", [solver for solver in SOLVERS if solver != "adaptive"])  # takes minutes
+@pytest.mark.parametrize("solver", FIXED_STEPS)
 def test_samples(solver, name):
-    """No number of a step is read: one read at the end finds NaN and infinity."""
-    steps = 2 if solver in golden_numbers.SKIPPED else 4
-    if (solver, name) == ("annealed_langevin", "flow"):
-        pytest.skip("it needs a schedule that starts with some signal")
+    name = "vdm" if (solver, name) == ("annealed_langevin", "flow") else name  # it needs some signal at the start
 
     def sample(device):
-        model = golden_numbers.model(name).to(device)
-        return [model.sample(4, 6, Sampler(solver, steps, guidance=2.0, guidance_rescale=0.3), LABEL)]
+        return [golden_numbers.model(name).to(device).sample(4, 6, sampler(solver), LABEL)]
 
-    (expected,), (samples,), calls = on_both(sample)
+    (expected,), (samples,) = on_both(sample)
     torch.testing.assert_close(samples.double(), expected.double(), rtol=1e-5, atol=1e-5 if name == "flow" else 1.0)
-    assert calls["aten::_local_scalar_dense"] <= 1
+
+
+@pytest.mark.parametrize("solver", FIXED_STEPS)
+def test_a_step_of_sampling_does_not_wait(solver):
+    with simulated_gpu() as counts:
+        model = golden_numbers.model("vdm" if solver == "annealed_langevin" else "flow").to(GPU)
+        steps = model.trajectory(range(4), 6, sampler(solver), LABEL)
+        counts.clear()
+        assert last_step(steps).done > 0
+    assert counts["copy"] > 0
+    assert (counts["waiting copy"], counts["read"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "coefficients"), [("digits", 7), ("ddpm-cifar10", 6), ("sohl-dickstein", 8), ("adm", 8)]
+)
+def test_a_step_of_training_does_not_wait(preset, coefficients):
+    """The batch has three tensors; those of the noise levels are copied together, not one by one."""
+    recipe = PRESETS[preset]
+    train = replace(recipe.train, max_steps=1, batch=8, precision="float32")
+    task, split = DiffusionTask(replace(recipe, train=train)).adapt(DATA, train), DATA.split(0.1)
+    model, batch = task.build_model(DATA, split), global_batch(DATA, split.train, task.config.train, 0)
+    with simulated_gpu() as counts:
+        model.to(GPU)
+        counts.clear()
+        task.loss(model, batch.take(slice(8), GPU), model.network).mean().backward()
+    assert (counts["waiting copy"], counts["read"]) == (0, 0)
+    assert 0 < counts["copy"] <= 3 + coefficients
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_a_copy_converts_before(dtype):
+    x = torch.tensor([1 / 3, 2.0], dtype=torch.float64)
+    with simulated_gpu():
+        for device in (CPU, GPU):
+            assert torch.equal(to_device(x, device, dtype).cpu(), x if dtype is None else x.float())
 
 
 @pytest.mark.parametrize("estimate", ["discrete", "continuous", "ode"])
 @pytest.mark.parametrize("name", ["flow", *SLOW])
 def test_likelihoods(estimate, name, monkeypatch):
-    """The flow in equal steps: adaptive ones amplify rounding, and random weights make them many."""
+    """The flow in equal steps: adaptive ones amplify rounding, and random weights make them many.
+
+    With three of them the weights of "learned" amplify float32's rounding to 2e-5 of −log p.
+    """
     for integrator in ("TIGHT_TOLERANCE", "LOOSE_TOLERANCE"):
         monkeypatch.setattr(likelihood_estimators, integrator, Integrator("heun", num_steps=3))
     values = golden_numbers.values(name)
@@ -100,28 +148,27 @@ def test_likelihoods(estimate, name, monkeypatch):
         nll = golden_numbers.model(name).to(device).nll(values, seed=7, mc_samples=2, estimate=estimate, cond=LABEL)
         return [nll.prior, nll.diffusion_nats, nll.decoder, nll.stderr]
 
-    expected, result, _ = on_both(measure)
-    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    expected, result = on_both(measure)
+    torch.testing.assert_close(result, expected, rtol=1e-4 if name == "learned" else 1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [method for method in RESTORATION_METHODS if method != "repaint"])
+@pytest.mark.parametrize("method", list(RESTORATION_METHODS))
 def test_restoration(method):
     known = torch.ones(8, 8, dtype=torch.bool)
     known[2:5] = False
     image = golden_numbers.model("levels").transform.to_model(golden_numbers.values("levels")[:1])[0]
-    degradations = [Degradation((1, 8, 8), known=known, noise_std=0.1)]
-    if method != "product":
+    degradations = [Degradation((1, 8, 8), known=known, noise_std=0.0 if method == "repaint" else 0.1)]
+    if method not in SOLVER_METHODS:  # they take a mask alone
         degradations.append(Degradation((1, 8, 8), blur=1.0, noise_std=0.1))
 
     def restored(device):
         model = golden_numbers.model("levels").to(device)
         return [restore(model, degradation, image, 2, method, num_steps=3) for degradation in degradations]
 
-    expected, result, _ = on_both(restored)
+    expected, result = on_both(restored)
     torch.testing.assert_close(result, expected, rtol=0, atol=1)
 
 
-DATA = tiny_run.data()
 IMAGES = from_array(np.random.default_rng(0).integers(17, size=(40, 1, 8, 8)), num_values=17, name="tiny")
 UNET = {"kind": "unet", "widths": (4,), "blocks": 1, "attention": (0,), "heads": 1}
 SHORT = {
@@ -207,7 +254,7 @@ def test_training(name, tmp_path, monkeypatch):
         tensors, _ = read_tensors(tmp_path / device.type / "model.safetensors")
         return [tensors[key] for key in sorted(tensors)]
 
-    expected, result, _ = on_both(weights)
+    expected, result = on_both(weights)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 

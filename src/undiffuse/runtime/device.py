@@ -34,10 +34,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def to_device(x: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """``x``, converted to ``dtype`` where it is, on ``device``; the host does not wait for a GPU to take a copy.
+    """``x`` in ``dtype`` on ``device``. The host does not wait for a copy from the CPU to a GPU.
 
-    A GPU takes an asynchronous copy after all the work that it was given before. The copy is made from pinned memory,
-    which torch keeps until then.
+    The conversion comes before the copy. The copy is asynchronous and from pinned memory, which torch keeps until the
+    GPU has made it, after all work that was queued before.
     """
     x = x if dtype is None else x.to(dtype)
     if x.device.type != "cpu" or device.type == "cpu":
