@@ -34,6 +34,11 @@ def inputs(kind: str, n: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.linspace(-2, 3, n)
 
 
+def test_it_has_the_size_that_the_docs_state():
+    encoder = TextEncoder(16, 8)
+    assert (encoder.byte.embedding_dim, len(encoder.layers), encoder.layers[0].heads) == (128, 2, 4)
+
+
 @pytest.mark.parametrize("more", [{}, {"classes": 3, "vector": 4, "tokens": 5}], ids=["text", "all"])
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_the_null_prompt_is_no_prompt(kind, more):

@@ -74,7 +74,8 @@ def variant_levels(model: Diffusion, strength: float, num_steps: int | None = No
         raise ConfigError("STRENGTH", f"strength = {strength:g}", "out of range", "Give a number above 0, at most 1")
     sampler, T = model.default_sampler, model.schedule.chain_length
     steps = sampler.num_steps if num_steps is None else num_steps
-    steps = min(model.chain_length if steps is None else steps, model.chain_length)
+    assert steps is not None  # default samplers have a number of steps
+    steps = min(steps, model.chain_length)
     check_counts(num_steps=(steps, 1))
     last = strength if T is None else max(1, round(strength * T))  # in units of 1/T on a table
     steps = steps if T is None else min(steps, int(last))
