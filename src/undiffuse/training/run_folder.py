@@ -127,12 +127,12 @@ class Run:
         """The id of the process that holds the lock; see `lock_holder`."""
         return lock_holder(self.folder)
 
-    def check_finished(self, config: Any, data: Dataset, init: str | None = None) -> bool:
-        """Whether the run is finished. Raises `ChangedError` if so and recipe, data or ``init`` are others."""
+    def check_finished(self, config: Any, data: Dataset, init_fingerprint: str | None = None) -> bool:
+        """Whether the run is finished. Raises `ChangedError` if so and recipe, data or initial weights are others."""
         record = self.record
         if record is None or not record["finished"]:
             return False
-        if changed := _changes(record, _fresh(config, data, init) | {"torch": record.get("torch")}, config):
+        if changed := _changes(record, _fresh(config, data, init_fingerprint) | {"torch": record.get("torch")}, config):
             raise ChangedError(self.folder, changed, finished=True)
         return True
 
@@ -141,19 +141,19 @@ class Run:
         config: Any,
         data: Dataset,
         force: bool = False,
-        init: str | None = None,
+        init_fingerprint: str | None = None,
         weights: InitialWeights | None = None,
     ) -> bool:
         """Write the record of a new run, or compare that of an existing one with recipe, data and torch's version.
 
-        ``init`` is the fingerprint of the weights that ``--init`` names; without it, and with ``force``,
-        that of the record is kept. ``weights``: what training starts from, of which the run keeps a copy.
+        ``init_fingerprint`` is that of the weights that ``--init`` names; without it, and with ``force``, that of the
+        record is kept. ``weights``: what training starts from, of which the run keeps a copy.
         Raises `ChangedError` if they differ; with ``force`` replace the record and return True.
         """
         self._claim()
         for name in ATOMIC_FILES:
             (self.folder / f"{name}.partial").unlink(missing_ok=True)
-        changed = self._update_record(_fresh(config, data, init), config, data, force, weights)
+        changed = self._update_record(_fresh(config, data, init_fingerprint), config, data, force, weights)
         if data.report.skipped:  # after the record, without which the folder would not be taken for a run
             data.report.write(self.folder / "skipped.json")
         return changed
@@ -312,10 +312,10 @@ def describe(data: Dataset) -> dict[str, Any]:
     }
 
 
-def _fresh(config: Any, data: Dataset, init: str | None) -> dict[str, Any]:
+def _fresh(config: Any, data: Dataset, init_fingerprint: str | None) -> dict[str, Any]:
     """The record of a run that begins now."""
     begun = {"config": to_dict(config), "data": describe(data) | _origin(data), "torch": torch.__version__}
-    return begun | ({"init": init} if init else {}) | {"finished": False}
+    return begun | ({"init": init_fingerprint} if init_fingerprint else {}) | {"finished": False}
 
 
 def _changes(record: dict[str, Any], fresh: dict[str, Any], config: Any) -> list[Change]:
