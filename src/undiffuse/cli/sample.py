@@ -225,8 +225,8 @@ def sample(
     if folder.finished:
         log("this sample exists already" if n == 1 else f"these {n:,} samples exist already")
     else:
-        rate, number = sum(map(len, missing)) / seconds, counted(_num_steps(sampler) or 0, "step")
-        log(f"{counted(n, 'sample')} by {sampler} in {number}, {seconds:.1f} s ({rate:.1f} per second)")
+        rate = sum(map(len, missing)) / seconds
+        log(f"{counted(n, 'sample')} by {sampler.describe()}, {seconds:.1f} s ({rate:.1f} per second)")
     if picture is not None and picture.is_file():
         log(f"grid: {picture}")
     log(f"samples: {folder.array}, manifest: {folder.manifest}")
@@ -244,7 +244,7 @@ def _draw(
     """Adds the samples of ``parts`` to ``folder``, with a progress bar."""
     from undiffuse.report.progress_bar import ProgressBar
 
-    num_steps = len(model.noise_levels(sampler)) - 1
+    num_steps = model.num_steps(sampler)
     with ProgressBar(console, "sampling", sum(map(len, parts)) * num_steps) as bar:
         for part in parts:
             values = model.sample(
@@ -277,21 +277,17 @@ def _animate(
     animation.check_animation_path(path)
     with torch.no_grad():
         states = model.trajectory(items, seed, sampler, condition and condition(items), guide)
-        num_steps = len(model.noise_levels(sampler)) - 1
+        num_steps = model.num_steps(sampler)
         frames = min(num_steps, MAX_FRAMES)
         shown = {round(i * num_steps / frames) for i in range(frames + 1)}
         values = (model.transform.to_data(state.x).cpu().numpy() for state in states if state.done in shown)
         animation.animate(path, values, model.info.get("num_values"))
 
 
-def _num_steps(sampler: Sampler) -> int | None:
-    return sampler.num_steps if sampler.times is None else len(sampler.times) - 1
-
-
 def _folder_name(sampler: Sampler, labels: list[str], files: list[Path], seed: int) -> str:
     """A name that lists the sampler, labels and files, leaving out what has its default."""
     spacing = [] if sampler.spacing == "uniform" else [sampler.spacing]
-    words = [*str(sampler).split(), str(_num_steps(sampler)), *spacing, *labels]
+    words = [*str(sampler).split(), str(sampler.given_steps), *spacing, *labels]
     words += [f"{name}-{value}" for name, value in guidance_changes(sampler).items()]
     words += [path.stem for path in files]
     return re.sub(r"[^\w.+-]+", "-", "-".join([*words, f"seed-{seed}"]))[-120:].strip("-.")

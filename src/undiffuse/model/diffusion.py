@@ -250,6 +250,10 @@ class Diffusion(Pretrained, nn.Module):
             raise ConfigError("GRID", f"num_steps = {num_steps}", cause, "Give at most as many, or None for all")
         return replace(sampler, num_steps=num_steps).noise_levels(self.schedule)
 
+    def num_steps(self, sampler: Sampler) -> int:
+        """The steps of ``sampler`` from noise to data. Raises `ConfigError` as `noise_levels`."""
+        return len(self.noise_levels(sampler)) - 1
+
     def sampling_denoiser(self, sampler: Sampler = DEFAULT_SAMPLER, guide: Guide | None = None) -> Denoiser:
         """The denoiser that samples are drawn with: the network with the guidance of ``sampler``, clipped."""
         return self.clip(sampler.guide(self.denoiser(), guide), sampler.clip)

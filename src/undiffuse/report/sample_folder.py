@@ -260,11 +260,10 @@ def sampler_in_words(manifest: Mapping[str, Any]) -> str | None:
     """How the samples of a folder were drawn, by its ``manifest``; None if that is not known."""
     try:
         sampler = Sampler.from_dict(manifest["sampler"])
-        steps = sampler.num_steps if sampler.times is None else len(sampler.times) - 1
         given = [
             f"{name} {', '.join(map(str, manifest[name]))}, " for name in ("label", "prompt") if manifest.get(name)
         ]
-        return f"{sampler} in {counted(steps or 0, 'step')}, {''.join(given)}seed {manifest['seed']}"
+        return f"{sampler.describe()}, {''.join(given)}seed {manifest['seed']}"
     except (ConfigError, LookupError, TypeError):
         return None
 

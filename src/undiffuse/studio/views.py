@@ -77,7 +77,7 @@ def sample(run: StudioRun, images: Images, fields: Fields) -> Work:
     frame_bytes = 2 * n * model.dims * len(panels)
 
     def work(job: Job) -> Mapping[str, Any]:
-        totals = [len(model.noise_levels(panel.sampler)) - 1 for panel in panels]
+        totals = [model.num_steps(panel.sampler) for panel in panels]
         done = count()
         for i, (panel, total) in enumerate(zip(panels, totals, strict=True)):
             job.emit("panel", panel=i, steps=total, command=panel.command)
