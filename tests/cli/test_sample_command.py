@@ -230,7 +230,7 @@ def test_processes_share_the_samples(run, call, monkeypatch, tmp_path):
     monkeypatch.setattr(SampleFolder, "missing_items", lambda album, items: [range(9)] if len(added) < 5 else [])
     for rank in (2, 1, 0):
         assert not (tmp_path / "three" / "samples.npz").exists()
-        group = (rank, 3, "cpu", lambda data: [[[0, 9]]])
+        group = distributed_group.ProcessGroup(rank, 3, "cpu", lambda data: [[[0, 9]]])
         monkeypatch.setattr(distributed_group, "init_process_group", lambda device, group=group: group)
         said = call("sample", run, *flags, tmp_path / "three")
         assert (said.code, said.err) == (0, "")

@@ -18,6 +18,8 @@ from undiffuse.runtime.terminal import make_console
 if TYPE_CHECKING:
     from torch import nn
 
+    from undiffuse.runtime.distributed_group import ProcessGroup
+
 console = make_console(soft_wrap=True)
 
 DataArgument = Annotated[
@@ -103,6 +105,11 @@ def resolve_device(name: str) -> str:
         return str(device.resolve_device(name))
     except ConfigError as error:
         raise ConfigError(error.code, f"--device {name}", error.cause, error.fix) from None
+
+
+def log_of(group: ProcessGroup) -> Callable[[str], None]:
+    """A function that prints a line on the console in the first process of ``group``, and nothing in the others."""
+    return console.print if group.rank == 0 else lambda line: None
 
 
 def limit_steps(steps: int, chain_length: int, log: Callable[[str], None] | None = None) -> int:

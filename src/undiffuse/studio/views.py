@@ -32,7 +32,7 @@ from undiffuse.sampling.ddim_inversion import FLOW_SOLVER, slerp
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers import SOLVERS
 from undiffuse.sampling.tables import RESTORATION_METHODS, SPACINGS
-from undiffuse.sampling.trajectory import Step, check_finite, forward_trajectory, rescale
+from undiffuse.sampling.trajectory import Step, check_finite, forward_trajectory, frame_steps, rescale
 from undiffuse.studio import commands
 from undiffuse.studio.fields import MAX_SEED, Fields
 from undiffuse.studio.jobs import Job, Work
@@ -81,8 +81,7 @@ def sample(run: StudioRun, images: Images, fields: Fields) -> Work:
         done = count()
         for i, (panel, total) in enumerate(zip(panels, totals, strict=True)):
             job.emit("panel", panel=i, steps=total, command=panel.command)
-            frames = max(min(total, MAX_FRAMES, FRAME_BYTES // frame_bytes), 1)
-            shown = {round(k * total / frames) for k in range(frames + 1)}
+            shown = frame_steps(total, min(MAX_FRAMES, FRAME_BYTES // frame_bytes))
             with torch.no_grad(), checked_calls(model, job):
                 for state in model.trajectory(range(n), seed, panel.sampler, panel.cond):
                     job.progress(next(done), sum(totals) + len(totals))
