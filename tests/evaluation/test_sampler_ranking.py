@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from undiffuse.data.transform import Identity
-from undiffuse.evaluation import sampler_ranking
+from undiffuse.evaluation import features, sampler_ranking
 from undiffuse.evaluation.distances import frechet
 from undiffuse.evaluation.sampler_ranking import SamplerScore, rank_samplers, score_samplers, stochastic_samplers
 from undiffuse.model.config import ModelConfig
@@ -95,7 +95,7 @@ def test_samplers_with_infinite_samples_are_omitted(monkeypatch):
 
 
 def test_only_the_first_components_are_compared(monkeypatch):
-    monkeypatch.setattr(sampler_ranking, "MAX_COMPONENTS", 1)
+    monkeypatch.setattr(features, "MAX_COMPONENTS", 1)
     others = normal(500, 0) * torch.tensor([10.0, 1.0, 1.0])
     _, floor = score_samplers(exact(), [], normal(400, 1) * torch.tensor([10.0, 5.0, 1.0]), others)
     assert floor.distance < 1  # the second element, whose variance differs, is not among the components

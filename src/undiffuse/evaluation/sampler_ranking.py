@@ -11,16 +11,12 @@ import torch
 from torch import Tensor
 
 from undiffuse.errors import NonFiniteError
-from undiffuse.evaluation.distances import frechet, kernel
+from undiffuse.evaluation.distances import JACKKNIFE_GROUPS, frechet, jackknife_stderr, kernel
+from undiffuse.evaluation.features import MAX_FIT_ITEMS, principal_components
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.sampler_search import Reference, early_stop_times, fit_to_budget, fitted_times
 from undiffuse.sampling.solvers import SOLVERS, build
-
-MAX_COMPONENTS = 64
-"""Most principal components of the data in which distributions are compared."""
-JACKKNIFE_GROUPS = 10
-"""Groups of samples, each omitted once for the jackknife standard error."""
 
 EARLY_STOP_LOG_SNRS = (1.5, 3.0, 4.5, 6.0)
 """Log-SNRs from which a sampler with few calls may go to data in one step."""
@@ -47,11 +43,11 @@ class SamplerScore(NamedTuple):
     @property
     def mean(self) -> tuple[float, float]:
         """The Fréchet distance and its jackknife standard error over the samples; the data are kept fixed."""
-        return self.distance, _jackknife_stderr(self.jackknife)
+        return self.distance, jackknife_stderr(self.jackknife)
 
     def regret(self, best: SamplerScore) -> tuple[float, float]:
         """Paired difference from ``best``, whose samples have the same noise, and its standard error."""
-        return self.distance - best.distance, _jackknife_stderr(self.jackknife - best.jackknife)
+        return self.distance - best.distance, jackknife_stderr(self.jackknife - best.jackknife)
 
 
 def stochastic_samplers(model: Diffusion, reference: Reference, calls: int) -> list[Sampler]:
@@ -102,12 +98,11 @@ def score_samplers(
     components are computed. Samplers with NaN or infinite samples are omitted. All draw without a condition and from
     the same ``seed``. ``tick`` is called with the number of item-steps done.
     """
-    subset = others[torch.linspace(0, len(others) - 1, min(len(others), 2000)).long()]
-    rows = model.transform.to_model(subset).flatten(1).double()
-    axes = torch.linalg.svd(rows - rows.mean(0), full_matrices=False).Vh[:MAX_COMPONENTS]
+    subset = others[torch.linspace(0, len(others) - 1, min(len(others), MAX_FIT_ITEMS)).long()]
+    _, axes = principal_components(model.transform.to_model(subset).flatten(1).double())
 
     def features(values: Tensor) -> Tensor:
-        return model.transform.to_model(values).flatten(1).double() @ axes.T
+        return model.transform.to_model(values).flatten(1).double() @ axes
 
     real, scores = features(data), []
     for sampler in samplers:
@@ -130,7 +125,3 @@ def rank_samplers(
     first_round, _ = score_samplers(model, samplers, data, others, max(MIN_ITEMS, n // 4), seed, tick=tick)
     finalists = [score.sampler for score in first_round[:NUM_FINALISTS] if score.sampler]
     return score_samplers(model, finalists, data, others, n, seed, tick=tick)
-
-
-def _jackknife_stderr(values: Tensor) -> float:
-    return float(((len(values) - 1) * values.var(correction=0)).sqrt())
