@@ -44,7 +44,9 @@ def normal(n, seed, std=0.5):
 def test_the_sampler_with_the_right_distribution_is_nearest():
     ticks = []
     good, bad, few = Sampler("dpm++2m_sde", 40), Sampler("dpm++2m_sde", 1), Sampler("ancestral", 4)
-    scores, floor = score_samplers(exact(), [bad, few, good], normal(600, 0), normal(900, 1), n=600, tick=ticks.append)
+    scores, floor = score_samplers(
+        exact(), [bad, few, good], normal(600, 0), normal(900, 1), n=600, progress=ticks.append
+    )
     assert ([score.sampler for score in scores], floor.sampler) == ([good, few, bad], None)
     assert sum(ticks) == 600 * 45
     assert scores[2].distance > 0.3
@@ -134,8 +136,8 @@ def test_stochastic_samplers(monkeypatch):
 def test_finalists_are_compared_by_all_samples(monkeypatch):
     rounds = []
 
-    def score(model, samplers, data, others, n, seed, tick):
-        rounds.append(([one.num_steps for one in samplers], n, seed, tick))
+    def score(model, samplers, data, others, n, seed, progress):
+        rounds.append(([one.num_steps for one in samplers], n, seed, progress))
         scores = [SamplerScore(one, float(one.num_steps), torch.zeros(10), (0.0, 0.0)) for one in samplers]
         return scores[::-1], "floor"
 

@@ -90,13 +90,13 @@ def score_samplers(
     n: int = 500,
     seed: int = 0,
     batch: int = 64,
-    tick: Callable[[int], None] = lambda steps: None,
+    progress: Callable[[int], None] = lambda steps: None,
 ) -> tuple[list[SamplerScore], SamplerScore]:
     """(scores of ``samplers`` against the ``data`` values (N, ...), nearest first; the floor), by ``n`` samples each.
 
     The floor is the score of ``n`` of the ``others`` (M, ...), more items of the data, from which the principal
     components are computed. Samplers with NaN or infinite samples are omitted. All draw without a condition and from
-    the same ``seed``. ``tick`` is called with the number of item-steps done.
+    the same ``seed``. ``progress`` is called with the number of item-steps done.
     """
     subset = others[torch.linspace(0, len(others) - 1, min(len(others), MAX_FIT_ITEMS)).long()]
     _, axes = principal_components(model.transform.to_model(subset).flatten(1).double())
@@ -107,7 +107,7 @@ def score_samplers(
     real, scores = features(data), []
     for sampler in samplers:
         with suppress(NonFiniteError):
-            drawn = features(model.sample(n, seed, sampler, batch=batch, progress=tick))
+            drawn = features(model.sample(n, seed, sampler, batch=batch, progress=progress))
             scores.append(score_features(sampler, drawn, real))
     return sorted(scores, key=lambda score: score.distance), score_features(None, features(others[-n:]), real)
 
@@ -119,9 +119,9 @@ def rank_samplers(
     others: Tensor,
     n: int = 500,
     seed: int = 0,
-    tick: Callable[[int], None] = lambda steps: None,
+    progress: Callable[[int], None] = lambda steps: None,
 ) -> tuple[list[SamplerScore], SamplerScore]:
     """`score_samplers` of the `NUM_FINALISTS` that are best by a quarter of the ``n`` samples, by all of them."""
-    first_round, _ = score_samplers(model, samplers, data, others, max(MIN_ITEMS, n // 4), seed, tick=tick)
+    first_round, _ = score_samplers(model, samplers, data, others, max(MIN_ITEMS, n // 4), seed, progress=progress)
     finalists = [score.sampler for score in first_round[:NUM_FINALISTS] if score.sampler]
-    return score_samplers(model, finalists, data, others, n, seed, tick=tick)
+    return score_samplers(model, finalists, data, others, n, seed, progress=progress)

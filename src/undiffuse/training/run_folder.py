@@ -21,7 +21,7 @@ from undiffuse.model.config import from_dict, to_dict
 from undiffuse.runtime.atomic_file import json_digest, remedy, write_atomic
 from undiffuse.runtime.folder_lock import lock_folder, lock_holder
 from undiffuse.runtime.own_output import UNRECORDED_RUN
-from undiffuse.runtime.part_store import Report
+from undiffuse.runtime.part_store import Log
 from undiffuse.runtime.side_files import parse_metrics, read_record, write_record
 
 ATOMIC_FILES = ("run.json", "skipped.json", "metrics.jsonl", "metrics.csv", "report.html")
@@ -249,21 +249,21 @@ class Run:
     def _write(self, record: dict[str, Any]) -> None:
         write_record(self.folder / "run.json", record)
 
-    def read_metrics(self, up_to: int | None = None, report: Report = lambda line: None) -> list[dict[str, Any]]:
+    def read_metrics(self, up_to: int | None = None, log: Log = lambda line: None) -> list[dict[str, Any]]:
         """The records of ``metrics.jsonl`` up to step ``up_to``, without damaged lines.
 
-        ``report`` gets a message about them; a last line that was cut by a kill is not counted.
+        ``log`` gets a message about them; a last line that was cut by a kill is not counted.
         """
         try:
             content = self.metrics.read_bytes()
         except FileNotFoundError:
             return []
         except OSError as error:
-            report(f"{self.metrics} cannot be read ({error.strerror}): the curves begin here")
+            log(f"{self.metrics} cannot be read ({error.strerror}): the curves begin here")
             return []
         records, damaged = parse_metrics(content)
         if lost := damaged - (not content.endswith(b"\n") and damaged > 0):
-            report(f"{self.metrics}: {lost} damaged {'line is' if lost == 1 else 'lines are'} left out")
+            log(f"{self.metrics}: {lost} damaged {'line is' if lost == 1 else 'lines are'} left out")
         return [record for record in records if up_to is None or record["step"] <= up_to]
 
     def append_metrics(self, record: dict[str, Any]) -> None:
