@@ -137,11 +137,9 @@ def bytes_per_value(num_values: int | None) -> int:
 
 def require_memory_for(flag: str, size: int) -> None:
     """Raise `ResourceError` if ``flag`` asks for more than the memory of ``size`` bytes that may be used."""
-    from undiffuse.runtime.machine import available_memory
+    from undiffuse.runtime.machine import require_memory
 
-    if size > (free := int(available_memory())):
-        cause = f"it needs {size:,} bytes of memory, and {free:,} may be used here"
-        raise ResourceError("MEMORY", flag, cause, "Give a smaller number")
+    require_memory(size, flag, "Give a smaller number")
 
 
 def run_folder(run: Path) -> Path:
