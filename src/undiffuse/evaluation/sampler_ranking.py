@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from undiffuse.errors import NonFiniteError
+from undiffuse.data.dataset import Dataset
+from undiffuse.data.transform import is_latent
+from undiffuse.errors import DataError, NonFiniteError
 from undiffuse.evaluation.distances import JACKKNIFE_GROUPS, frechet, jackknife_stderr, kernel
 from undiffuse.evaluation.features import MAX_FIT_ITEMS, principal_components
+from undiffuse.evaluation.plan import check_data, select_items
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.sampler_search import Reference, early_stop_times, fit_to_budget, fitted_times
@@ -24,8 +29,8 @@ LOW_ORDER_END_SOLVERS = ("dpm++2m_sde", "dpm++3m_sde")
 """Solvers whose last step can be of low order, as an early stop needs."""
 NUM_FINALISTS = 4
 """Samplers compared by all samples, after a first round by a quarter of the samples."""
-MIN_ITEMS = 20
-"""Fewest items that can be compared."""
+MIN_ITEMS, MAX_ITEMS = 20, 10_000
+"""Fewest items that can be compared, and the most items of the data that samples are compared with."""
 
 
 class SamplerScore(NamedTuple):
@@ -48,6 +53,33 @@ class SamplerScore(NamedTuple):
     def regret(self, best: SamplerScore) -> tuple[float, float]:
         """Paired difference from ``best``, whose samples have the same noise, and its standard error."""
         return self.distance - best.distance, jackknife_stderr(self.jackknife - best.jackknife)
+
+
+def compared_items(model: Diffusion, data: Dataset) -> tuple[Tensor, Tensor]:
+    """(values of held-out items, values of training items) of ``data``, at most `MAX_ITEMS` of each.
+
+    All items are held out if the model was not trained on ``data``. Raises `DataError` if the data do not fit the model
+    or are too few.
+    """
+    check_data(model, data)
+    trained_on_it = data.fingerprint == model.info.get("fingerprint")
+    parts = [select_items(model, data, part)[0] for part in ("validation" if trained_on_it else "all", "train")]
+    chosen = (part[np.linspace(0, len(part) - 1, min(len(part), MAX_ITEMS)).astype(int)] for part in parts)
+    held_out, train = (torch.from_numpy(data.values[part]) for part in chosen)
+    if min(len(held_out), len(train)) < MIN_ITEMS:
+        cause = f"it has {len(held_out)} items to compare with, and {len(train)} others"
+        raise DataError("FEW", data.name, cause, f"Give at least {MIN_ITEMS} of each")
+    return held_out, train
+
+
+def data_unit(model: Diffusion) -> tuple[float, str]:
+    """(units of the data in one unit of x, their name); the geometric mean if the scales of channels differ."""
+    if is_latent(model.transform):
+        return 1.0, "standard deviations of latents"
+    num_values = model.info.get("num_values")
+    if num_values:
+        return (num_values - 1) / 2, "levels"
+    return math.exp(-model.transform.log_abs_det(model.item_shape) / model.dims), "units of the data"
 
 
 def stochastic_samplers(model: Diffusion, reference: Reference, calls: int) -> list[Sampler]:
