@@ -48,8 +48,8 @@ def place(tmp_path, monkeypatch):
     [
         ("sample run --n", "error[DISK] --n {n}: it needs {s64:,} bytes in run/samples/dpm++2m_sde-6-seed-0, where "),
         ("sample run --out new --n", "error[DISK] --n {n}: it needs {s64:,} bytes in new, where "),
-        ("restore run a.png --noise 0.1 --n", "error[MEMORY] --n {n}: it needs {s256:,} bytes of memory"),
-        ("interpolate run a.png b.png --n", "error[MEMORY] --n {n}: it needs {s256:,} bytes of memory"),
+        ("restore run a.png --noise 0.1 --n", "error[MEMORY] --n {n}: it needs about {g256:,.1f} GB of memory"),
+        ("interpolate run a.png b.png --n", "error[MEMORY] --n {n}: it needs about {g256:,.1f} GB of memory"),
         ("train x.npy --steps 1 --batch", "error[CONFIG] --batch {n:,}: training needs at least "),
         ("restore run a.png --upsample", "error[OPERATOR] --upsample {n}: {n} does not divide the sides"),
         ("evaluate run --mc-samples", "Invalid value for '--mc-samples': "),
@@ -66,7 +66,7 @@ def test_numbers_beyond_the_machine_are_refused_at_once(command, words, number, 
     said = call(*command.split(), number, "--device", "cpu")
     assert time.perf_counter() - began < 5
     assert (said.code in (2, 6), said.err.count("\n")) == (True, 1), said
-    assert words.format(n=number, s64=(64 + 4096) * number, s256=256 * number) in said.err
+    assert words.format(n=number, s64=(64 + 4096) * number, g256=256 * number / 1e9) in said.err
     assert sorted(place.rglob("*")) == before
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from undiffuse.cli.advise import data_unit
 from undiffuse.cli.sampler_options import QUALITIES, parse_sampler, read_advice, write_advice
 from undiffuse.data.transform import Identity, IntegerLevels, Standardized
 from undiffuse.errors import ConfigError
+from undiffuse.evaluation.sampler_ranking import data_unit
 from undiffuse.model import checkpoint
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
@@ -230,7 +230,7 @@ def test_processes_share_the_samples(run, call, monkeypatch, tmp_path):
     monkeypatch.setattr(SampleFolder, "missing_items", lambda album, items: [range(9)] if len(added) < 5 else [])
     for rank in (2, 1, 0):
         assert not (tmp_path / "three" / "samples.npz").exists()
-        group = (rank, 3, "cpu", lambda data: [[[0, 9]]])
+        group = distributed_group.ProcessGroup(rank, 3, "cpu", lambda data: [[[0, 9]]])
         monkeypatch.setattr(distributed_group, "init_process_group", lambda device, group=group: group)
         said = call("sample", run, *flags, tmp_path / "three")
         assert (said.code, said.err) == (0, "")
@@ -413,7 +413,7 @@ def test_advice_by_distance_to_held_out_data(run, call, tmp_path, few_solvers):
     assert rows[1]["behind the best"][0] == pytest.approx(distances[1] - distances[0])
     said = call("advise", run, path, "--num-values", 18, *quick)
     assert (said.code, said.err[:13]) == (3, "error[SHAPE] ")
-    assert "of 18 levels" in said.err
+    assert "with 18 possible values" in said.err
     np.save(path, np.random.default_rng(1).integers(0, 17, (19, 1, 4, 4), dtype=np.uint8))
     said = call("advise", run, path, "--num-values", 17, *quick)
     assert (said.code, said.err[:11]) == (3, "error[FEW] ")

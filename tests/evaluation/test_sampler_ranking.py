@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from undiffuse.data.transform import Identity
-from undiffuse.evaluation import sampler_ranking
+from undiffuse.evaluation import features, sampler_ranking
 from undiffuse.evaluation.distances import frechet
 from undiffuse.evaluation.sampler_ranking import SamplerScore, rank_samplers, score_samplers, stochastic_samplers
 from undiffuse.model.config import ModelConfig
@@ -44,7 +44,9 @@ def normal(n, seed, std=0.5):
 def test_the_sampler_with_the_right_distribution_is_nearest():
     ticks = []
     good, bad, few = Sampler("dpm++2m_sde", 40), Sampler("dpm++2m_sde", 1), Sampler("ancestral", 4)
-    scores, floor = score_samplers(exact(), [bad, few, good], normal(600, 0), normal(900, 1), n=600, tick=ticks.append)
+    scores, floor = score_samplers(
+        exact(), [bad, few, good], normal(600, 0), normal(900, 1), n=600, progress=ticks.append
+    )
     assert ([score.sampler for score in scores], floor.sampler) == ([good, few, bad], None)
     assert sum(ticks) == 600 * 45
     assert scores[2].distance > 0.3
@@ -95,7 +97,7 @@ def test_samplers_with_infinite_samples_are_omitted(monkeypatch):
 
 
 def test_only_the_first_components_are_compared(monkeypatch):
-    monkeypatch.setattr(sampler_ranking, "MAX_COMPONENTS", 1)
+    monkeypatch.setattr(features, "MAX_COMPONENTS", 1)
     others = normal(500, 0) * torch.tensor([10.0, 1.0, 1.0])
     _, floor = score_samplers(exact(), [], normal(400, 1) * torch.tensor([10.0, 5.0, 1.0]), others)
     assert floor.distance < 1  # the second element, whose variance differs, is not among the components
@@ -134,8 +136,8 @@ def test_stochastic_samplers(monkeypatch):
 def test_finalists_are_compared_by_all_samples(monkeypatch):
     rounds = []
 
-    def score(model, samplers, data, others, n, seed, tick):
-        rounds.append(([one.num_steps for one in samplers], n, seed, tick))
+    def score(model, samplers, data, others, n, seed, progress):
+        rounds.append(([one.num_steps for one in samplers], n, seed, progress))
         scores = [SamplerScore(one, float(one.num_steps), torch.zeros(10), (0.0, 0.0)) for one in samplers]
         return scores[::-1], "floor"
 

@@ -63,6 +63,12 @@ def test_names_and_guidance_changes():
     }
 
 
+def test_a_description_counts_the_steps():
+    assert Sampler("ddim", 1, settings={"eta": 0.5}).describe() == "ddim eta=0.5 in 1 step"
+    assert Sampler("ddim", 9, times=(1.0, 0.5, 0.0)).describe() == "ddim in 2 steps"
+    assert Sampler("ancestral", None).describe() == "ancestral in all steps"
+
+
 @pytest.mark.parametrize("table", [SOLVERS, SPACINGS, RESTORATION_METHODS])
 def test_every_row_of_a_table_can_be_looked_up(table):
     assert len(table) == len(list(table)) > 3

@@ -14,7 +14,15 @@ from undiffuse.process.seeded_noise import ItemNoise, generator
 from undiffuse.sampling.solvers.ancestral import Ancestral
 from undiffuse.sampling.solvers.ddim import DDIM
 from undiffuse.sampling.time_grids import time_grid
-from undiffuse.sampling.trajectory import Step, check_finite, forward_trajectory, last_step, rescale, trajectory
+from undiffuse.sampling.trajectory import (
+    Step,
+    check_finite,
+    forward_trajectory,
+    frame_steps,
+    last_step,
+    rescale,
+    trajectory,
+)
 
 f64 = torch.float64
 DATA = GaussianData(torch.tensor([0.5, -1.0]), torch.tensor([0.04, 2.0]))
@@ -182,3 +190,9 @@ def test_exact_samples_have_the_moments_of_the_data():
     marginal = DATA.cov - DATA.reverse_log_var(*levels[-2:]).exp()  # no noise in the last step
     torch.testing.assert_close((effects**2).sum(0), marginal)
     assert math.isclose(float(effects[-2:].abs().max()), 0.0)
+
+
+def test_frames_are_spread_over_all_steps():
+    assert frame_steps(3, 60) == {0, 1, 2, 3}
+    assert frame_steps(10, 5) == {0, 2, 4, 6, 8, 10}
+    assert frame_steps(7, 0) == {0, 7}

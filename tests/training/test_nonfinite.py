@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from undiffuse.training import fit as loop
 from undiffuse.training import train_state as state
 from undiffuse.training.batches import batch_items
 from undiffuse.training.diffusion_task import fit_diffusion
-from undiffuse.training.nonfinite import require_finite
+from undiffuse.training.nonfinite import UnreadSteps
 
 ITEMS, STEPS = data(), 8
 PLACES = ("batch", "loss", "gradient", "weight")
@@ -172,5 +173,7 @@ def test_weights_that_overflow_are_not_averaged(choice, tmp_path):
 def test_finite_weights_whose_norm_overflows_are_said_to_be_so(tmp_path):
     network = torch.nn.Linear(2, 2)
     torch.nn.init.constant_(network.weight, 1e38)
+    task = SimpleNamespace(config=recipe(), extra_state=lambda model: {})
+    steps = UnreadSteps(task, network, tmp_path, waits=False)
     with pytest.raises(NonFiniteError, match="not finite after step 3: their norm overflows"):
-        require_finite(network, 3, tmp_path)
+        steps.add(2, torch.zeros(4), [torch.zeros(())])

@@ -172,14 +172,14 @@ def test_metrics_are_read_as_written(tmp_path):
     with open(run.metrics, "a") as file:
         file.write('{"step": 4, "lo')  # an incomplete line
     messages = []
-    assert run.read_metrics(report=messages.append) == records
+    assert run.read_metrics(log=messages.append) == records
     assert messages == []  # a kill leaves it
     run.metrics.write_bytes(b'\xff\n{"step": "4"}\n' + run.metrics.read_bytes())
-    assert run.read_metrics(report=messages.append) == records
+    assert run.read_metrics(log=messages.append) == records
     assert messages == [f"{run.metrics}: 2 damaged lines are left out"]
     run.metrics.unlink()
     run.metrics.mkdir()
-    assert run.read_metrics(report=messages.append) == []
+    assert run.read_metrics(log=messages.append) == []
     assert "cannot be read (Is a directory)" in messages[1]
 
 

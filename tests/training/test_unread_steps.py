@@ -14,6 +14,7 @@ from undiffuse.errors import NonFiniteError
 from undiffuse.training import fit as loop
 from undiffuse.training import monitor as monitoring
 from undiffuse.training import nonfinite
+from undiffuse.training.nonfinite import UnreadSteps
 from undiffuse.training.train_state import TrainState
 
 ITEMS, STEPS = data(), 8
@@ -43,12 +44,14 @@ def caller():
 
 
 def reads_of_steps(tmp_path, patch, waits, **settings):
-    """The reads in each optimizer step, from the gradient to what follows the averages, and of together-copies."""
+    """The reads of the gradient, of the averages and of what is kept, step by step; the tensors of each joint copy."""
     counts, copies = [], []
     patch.setattr(loop, "reading_waits", lambda device: waits)
-    gradient, step, together = loop.compute_gradient, TrainState.step, nonfinite.read_together
+    gradient, step, add = loop.compute_gradient, TrainState.step, UnreadSteps.add
+    together = nonfinite.read_together
     patch.setattr(loop, "compute_gradient", lambda *a: counted(counts, gradient, *a))
     patch.setattr(TrainState, "step", lambda *a: counted(counts, step, *a))
+    patch.setattr(UnreadSteps, "add", lambda *a: counted(counts, add, *a))
     patch.setattr(nonfinite, "read_together", lambda tensors: (copies.append(len(tensors)), together(tensors))[1])
     with quick_looks():
         train(recipe(STEPS, previews=0, snapshots=0, **settings), tmp_path, ITEMS)
@@ -64,19 +67,19 @@ def counted(counts, function, *arguments):
 
 def test_a_step_reads_nothing_where_reading_waits(tmp_path, monkeypatch):
     counts, copies = reads_of_steps(tmp_path, monkeypatch, waits=True)
-    assert counts == [0] * 2 * STEPS
+    assert counts == [0] * 3 * STEPS
     assert copies == [3 * STEPS]  # losses, norm of the gradient and norm of the weights, at the record of the last step
 
 
 def test_a_run_that_skips_steps_reads_once_a_step(tmp_path, monkeypatch):
     counts, copies = reads_of_steps(tmp_path, monkeypatch, waits=True, on_nonfinite="skip")
-    assert counts == [0] * 2 * STEPS
+    assert counts == [0] * 3 * STEPS
     assert copies == [2] * STEPS + [3 * STEPS]
 
 
 def test_a_cpu_reads_the_weights_of_each_step(tmp_path, monkeypatch):
     counts, copies = reads_of_steps(tmp_path, monkeypatch, waits=False)
-    assert counts == [0, 1] * STEPS
+    assert counts == [0, 0, 1] * STEPS
     assert copies == [2] * STEPS
 
 

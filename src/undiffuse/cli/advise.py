@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,7 +34,6 @@ from undiffuse.errors import ConfigError, DataError, counted
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from undiffuse.data.dataset import Dataset
     from undiffuse.evaluation.sampler_ranking import SamplerScore
     from undiffuse.model.diffusion import Diffusion
     from undiffuse.sampling.sampler import Sampler
@@ -43,8 +41,6 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 12
 """The most samplers in the table."""
-MAX_ITEMS = 10_000
-"""The most items of the data that samples are compared with."""
 
 
 @with_json
@@ -150,41 +146,22 @@ def _real_items(
 ) -> tuple[tuple[Tensor, Tensor] | None, str]:
     """Real items of DATA or of the run to compare samples with, or the reason why there are none."""
     from undiffuse.data.sources.builtin import BUILTIN
+    from undiffuse.evaluation.sampler_ranking import compared_items
 
     try:
-        return _held_out_and_training(model, read_data(read, data, run)), ""
+        return compared_items(model, read_data(read, data, run)), ""
     except (ConfigError, DataError) as error:
         if data is not None or error.code == "USAGE":
             raise
         if error.code == "NO_SOURCE" and model.info.get("name") in BUILTIN:
-            return _held_out_and_training(model, read(model.info["name"])), ""
+            return compared_items(model, read(model.info["name"])), ""
         return None, f"{error.cause}; give held-out DATA after RUN"
-
-
-def _held_out_and_training(model: Diffusion, data: Dataset) -> tuple[Tensor, Tensor]:
-    """(values of validation items, or of all of ``data`` if the model was not trained on it; of training items)."""
-    import numpy as np
-    import torch
-
-    from undiffuse.evaluation.plan import select_items
-    from undiffuse.evaluation.sampler_ranking import MIN_ITEMS
-
-    if data.item_shape != model.item_shape or data.num_values != model.info.get("num_values"):
-        shapes = ["×".join(map(str, shape)) for shape in (data.item_shape, model.item_shape)]
-        cause = f"its items are {shapes[0]} of {data.num_values} levels, those of the model {shapes[1]}"
-        raise DataError("SHAPE", data.name, cause, "Give the data that the model was trained on")
-    trained_on_it = data.fingerprint == model.info.get("fingerprint")
-    parts = [select_items(model, data, part)[0] for part in ("validation" if trained_on_it else "all", "train")]
-    chosen = (part[np.linspace(0, len(part) - 1, min(len(part), MAX_ITEMS)).astype(int)] for part in parts)
-    held_out, train = (torch.from_numpy(data.values[part]) for part in chosen)
-    if min(len(held_out), len(train)) < MIN_ITEMS:
-        cause = f"it has {len(held_out)} items to compare with, and {len(train)} others"
-        raise DataError("FEW", data.name, cause, f"Give at least {MIN_ITEMS} of each")
-    return held_out, train
 
 
 def _show_flow(model: Diffusion, result: SearchResult, calls: int, fine: int) -> dict[str, Any]:
     """Prints the ranking of the deterministic solvers; returns the numbers to store."""
+    from undiffuse.evaluation.sampler_ranking import data_unit
+
     scale, unit = data_unit(model)
     best = result.ranking[0]
 
@@ -236,15 +213,3 @@ def _by_reason(excluded: dict[str, str]) -> list[str]:
     for name, reason in excluded.items():
         by_reason.setdefault(reason, []).append(name)
     return [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
-
-
-def data_unit(model: Diffusion) -> tuple[float, str]:
-    """(units of the data in one unit of x, their name); the geometric mean if the scales of channels differ."""
-    from undiffuse.data.transform import is_latent
-
-    if is_latent(model.transform):
-        return 1.0, "standard deviations of latents"
-    num_values = model.info.get("num_values")
-    if num_values:
-        return (num_values - 1) / 2, "levels"
-    return math.exp(-model.transform.log_abs_det(model.item_shape) / model.dims), "units of the data"

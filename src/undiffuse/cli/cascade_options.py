@@ -81,7 +81,7 @@ def stage_words(then: list[Path] | None, augmentation: float | None) -> list[str
 
 
 def report_unused_advice(runs: list[Path], calls: int, log: Callable[[str], None]) -> None:
-    """Print a line if one of the ``runs`` of a cascade has advice, which is for a model alone."""
+    """Log a line if one of the ``runs`` of a cascade has advice, which is for a model alone."""
     from undiffuse.cli.options import run_folder
     from undiffuse.cli.sampler_options import ADVICE_FILE
 

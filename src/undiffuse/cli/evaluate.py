@@ -25,6 +25,7 @@ from undiffuse.cli.options import (
     Precision,
     RunArgument,
     console,
+    log_of,
     register_network,
     resolve_device,
     run_folder,
@@ -95,8 +96,7 @@ def evaluate(
     refuse_with_then(then, compat=compat)
     register_network(network)
     group = init_process_group(resolve_device(device))
-    log = console.print if group.rank == 0 else lambda line: None
-    model = load_model(run, then, group.device, log, precision)
+    model = load_model(run, then, group.device, log_of(group), precision)
     dataset = read_data(read, data, then[-1] if then else run)
     dataset = full_resolution(dataset) if then else dataset
     folder = out or run_folder(run).joinpath(*([f"cascade-{then[-1].stem}"] if then else []))

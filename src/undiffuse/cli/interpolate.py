@@ -45,11 +45,10 @@ def interpolate(
 
     from undiffuse.data.single import load_image
     from undiffuse.data.transform import IntegerLevels
-    from undiffuse.model import checkpoint
+    from undiffuse.model import checkpoint, inversion
     from undiffuse.model.restoration import check_image_model
     from undiffuse.report import figures
     from undiffuse.runtime.own_output import save_picture
-    from undiffuse.sampling.ddim_inversion import slerp
 
     if out is not None and out.suffix.lower() != ".png":
         raise ConfigError("OUT", out, "it is not the name of a PNG file", "Give a name that ends in .png")
@@ -69,13 +68,11 @@ def interpolate(
             console.print(f"note: {path}: {', '.join(image.changes)}")
     x = [IntegerLevels(image.num_values).to_model(torch.tensor(image.pixels)[None]) for image in images]
     ends = torch.cat([transform.to_data(item) for item in x])
-    latents = model.to_latent(ends, steps, condition and condition(range(2)))
-    weight = torch.linspace(0, 1, n)
-    values = model.from_latent(slerp(latents[0], latents[1], weight), steps, condition and condition(range(n)))
+    values = inversion.interpolate(model, ends, n, steps, condition and condition(range(n)))
     error = (values[[0, -1]].long() - ends.long()).abs().max()
     path = out or run_folder(run) / "pictures" / f"{one.stem}-to-{other.stem}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    captions = [f"{float(w):.2f}" for w in weight]
+    captions = [f"{weight:.2f}" for weight in torch.linspace(0, 1, n).tolist()]
     save_picture(figures.image_strip(values[:, None].numpy(), captions, transform.num_values), path)
     console.print(
         f"{n} images: {path}; the first and last differ from A and B by at most {counted(int(error), 'level')}",

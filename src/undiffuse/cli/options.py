@@ -18,6 +18,8 @@ from undiffuse.runtime.terminal import make_console
 if TYPE_CHECKING:
     from torch import nn
 
+    from undiffuse.runtime.distributed_group import ProcessGroup
+
 console = make_console(soft_wrap=True)
 
 DataArgument = Annotated[
@@ -105,6 +107,11 @@ def resolve_device(name: str) -> str:
         raise ConfigError(error.code, f"--device {name}", error.cause, error.fix) from None
 
 
+def log_of(group: ProcessGroup) -> Callable[[str], None]:
+    """A function that prints a line on the console in the first process of ``group``, and nothing in the others."""
+    return console.print if group.rank == 0 else lambda line: None
+
+
 def limit_steps(steps: int, chain_length: int, log: Callable[[str], None] | None = None) -> int:
     """min(steps, chain_length); ``log`` (by default the console) gets a line if ``steps`` is larger."""
     if steps > chain_length:
@@ -130,11 +137,9 @@ def bytes_per_value(num_values: int | None) -> int:
 
 def require_memory_for(flag: str, size: int) -> None:
     """Raise `ResourceError` if ``flag`` asks for more than the memory of ``size`` bytes that may be used."""
-    from undiffuse.runtime.machine import available_memory
+    from undiffuse.runtime.machine import require_memory
 
-    if size > (free := int(available_memory())):
-        cause = f"it needs {size:,} bytes of memory, and {free:,} may be used here"
-        raise ResourceError("MEMORY", flag, cause, "Give a smaller number")
+    require_memory(size, flag, "Give a smaller number")
 
 
 def run_folder(run: Path) -> Path:

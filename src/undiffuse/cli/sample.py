@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,7 +32,7 @@ from undiffuse.cli.options import (
     at_hand,
     bytes_per_value,
     console,
-    limit_steps,
+    log_of,
     register_network,
     require_disk_space,
     resolve_device,
@@ -43,10 +42,9 @@ from undiffuse.cli.prompt_options import EncoderFolder, Prompt, Prompts, prompt_
 from undiffuse.cli.sampler_options import (
     DEFAULT_QUALITY,
     QUALITIES,
+    SamplerOptions,
     check_one_length,
-    parse_sampler,
     read_advice,
-    within_calls,
 )
 from undiffuse.errors import counted
 from undiffuse.sampling.sampler import CLASSIFIER_FORMS, THRESHOLDS, Sampler, guidance_changes
@@ -60,8 +58,8 @@ if TYPE_CHECKING:
 
 MIN_FILE_BYTES = 4096
 """What an image file takes on a disk at least."""
-MAX_ANIMATED, MAX_FRAMES = 16, 60
-"""The most items and frames of an animation."""
+MAX_ANIMATED = 16
+"""The most samples in an animation."""
 
 
 def sample(
@@ -137,25 +135,27 @@ def sample(
 ) -> None:
     """Draw samples from a trained model: single files, a grid, an array, and a manifest. Resumes a stopped command."""
     from undiffuse.model.cascade import Cascade, weights_of
-    from undiffuse.model.consistency import few_call_sampler
+    from undiffuse.report.animation import animate_sampling
     from undiffuse.report.sample_folder import SampleFolder
     from undiffuse.runtime.distributed_group import init_process_group
     from undiffuse.runtime.signals import interruptible
 
+    # The model
     refuse_inside(out, None, run)
     refuse_inside(animate, None, run, "--animate")
     check_one_length(quality, calls, steps)
     register_network(network)
-    rank, processes, place, gather = init_process_group(resolve_device(device))
-    log = (lambda line: console.print(line)) if rank == 0 else (lambda line: None)
+    group = init_process_group(resolve_device(device))
+    log = log_of(group)
     refuse_with_then(then, classifier=classifier, autoguide=autoguide, animate=animate)
-    model = load_model(run, then, place, log, precision)
+    model = load_model(run, then, group.device, log, precision)
     require_then(model, run)
-    weights, labels, names = weights_of(model), label or [], class_names(model, classifier)
-    texts = read_prompts(prompt, prompts)
+
+    # What is drawn: conditions, sampler, guidance
+    labels, names, texts = label or [], class_names(model, classifier), read_prompts(prompt, prompts)
     condition = make_condition(names, labels, cond, prompt_condition(model, run, texts, text_encoder))
     avoided = None if negative is None else prompt_condition(model, run, [negative], text_encoder)
-    fields = {
+    guidance_fields = {
         "guidance": guidance,
         "guidance_interval": guidance_interval,
         "guidance_rescale": guidance_rescale,
@@ -164,72 +164,83 @@ def sample(
         "autoguidance_scale": autoguide_scale,
         "threshold": threshold,
     }
-    distilled = None if isinstance(model, Cascade) or not model.config.calls else model.config
-    if distilled and not (quality or solver or setting or steps or spacing):
-        few = few_call_sampler(model.schedule, calls or distilled.calls, distilled.few_call_solver)
-        sampler, calls = replace(few, **fields), None
-    else:
-        steps = steps and limit_steps(steps, model.chain_length, log)
-        sampler = parse_sampler(quality, solver, setting or (), steps, spacing, **fields)
-    sampler = replace(sampler, num_steps=min(sampler.num_steps or model.chain_length, model.chain_length))
-    model.build_solver(sampler)  # raises before any work if a setting is wrong
     files = {"cond": cond, "classifier": classifier, "autoguide": autoguide}
-    if calls is not None:
-        advised = None
+    options = SamplerOptions(quality, calls, solver, setting or (), steps, spacing, guidance_fields)
+    weights = weights_of(model)
+
+    def advised(sampler: Sampler, calls: int) -> Sampler | None:
         if isinstance(weights, list):
             report_unused_advice([run, *(then or ())], calls, log)
-        elif solver is None and spacing is None and not setting:
-            conditions = {"label": label, **files, "prompt": texts or None}
-            advised = read_advice(run_folder(run), weights, calls, log, sampler, conditions)
-        sampler = advised or within_calls(model, sampler, calls)
+            return None
+        if solver or spacing or setting:
+            return None
+        conditions = {"label": label, **files, "prompt": texts or None}
+        return read_advice(run_folder(run), weights, calls, log, sampler, conditions)
+
+    sampler = options.choose(model, log, advised)
     has_condition = cond is not None or has_label(names, labels) or any(texts)
     guide = load_guide(model, sampler, classifier, autoguide, has_condition, avoided)
     noise = image_noise(then, augmentation)
 
+    # Where it is written: the plan is all that a sample depends on
     plan = {"weights": weights, "seed": seed, "sampler": sampler.to_dict(), "label": label}
     plan |= {"precision": model.precision}
     plan |= {name: None if path is None else _sha256(path) for name, path in files.items()}
     plan |= {"prompt": texts, "negative": negative} if texts else {}
     plan |= {"augmentation": noise} if then else {}
-    words = [*labels, *slug(texts), *slug([negative] if negative else []), *stage_words(then, augmentation)]
-    used = [path for path in files.values() if path]
-    out = out or run_folder(run) / "samples" / _folder_name(sampler, words, used, seed)
+    if out is None:
+        words = [*labels, *slug(texts), *slug([negative] if negative else []), *stage_words(then, augmentation)]
+        used = [path for path in files.values() if path]
+        out = run_folder(run) / "samples" / _folder_name(sampler, words, used, seed)
     num_values, columns = model.info.get("num_values"), model.info.get("columns", ())
-    folder, items = SampleFolder(out, plan, model.item_shape, num_values, columns), range(n)
-    size_of_sample = model.dims * bytes_per_value(num_values) + MIN_FILE_BYTES * folder.is_image
-    require_disk_space(f"--n {n}", out, n * size_of_sample)
-    if animate is not None and rank == 0 and not isinstance(model, Cascade):
-        _animate(animate, model, seed, range(min(n, MAX_ANIMATED)), sampler, condition, guide)
+    folder = SampleFolder(out, plan, model.item_shape, num_values, columns)
+    sample_bytes = model.dims * bytes_per_value(num_values) + MIN_FILE_BYTES * folder.is_image
+    require_disk_space(f"--n {n}", out, n * sample_bytes)
+
+    # Draw; every process draws its share of the batches, and the first one writes the rest
+    if animate is not None and group.rank == 0 and not isinstance(model, Cascade):
+        items = range(min(n, MAX_ANIMATED))
+        animate_sampling(animate, model, items, seed, sampler, condition and condition(items), guide)
         log(f"animation: {animate}")
     began = time.perf_counter()
-    with interruptible(), folder.open(items, log) if rank == 0 else nullcontext([]) as gaps:
-        missing = [range(*gap) for gap in gather([[gap.start, gap.stop] for gap in gaps])[0]]
-        blocks = [items[start : start + batch] for start in range(0, n, batch)]
-        parts = [
-            range(max(block.start, gap.start), min(block.stop, gap.stop))
-            for block in blocks[rank::processes]
-            for gap in missing
-        ]
-        parts = [part for part in parts if part]
+    with interruptible(), folder.open(range(n), log) if group.rank == 0 else nullcontext([]) as gaps:
+        missing = [range(*gap) for gap in group.gather([[gap.start, gap.stop] for gap in gaps])[0]]
+        parts = _missing_parts(range(n), batch, missing, group.rank, group.world_size)
         if isinstance(model, Cascade):
             draw_cascade(folder, model, seed, parts, sampler, condition, noise, log)
         else:
             _draw(folder, model, seed, parts, sampler, condition, guide)
-        gather(None)
-        if rank:
+        group.gather(None)
+        if group.rank:
             return
-        seconds, picture = time.perf_counter() - began, folder.grid
+        seconds, grid = time.perf_counter() - began, folder.grid
         if not folder.finished:
             facts = {"model": str(run), "seconds": round(seconds, 3)} | ({"then": list(map(str, then))} if then else {})
-            picture = folder.finish(items, facts)
+            grid = folder.finish(range(n), facts)
+
+    # Report
     if folder.finished:
         log("this sample exists already" if n == 1 else f"these {n:,} samples exist already")
     else:
-        rate, number = sum(map(len, missing)) / seconds, counted(_num_steps(sampler) or 0, "step")
-        log(f"{counted(n, 'sample')} by {sampler} in {number}, {seconds:.1f} s ({rate:.1f} per second)")
-    if picture is not None and picture.is_file():
-        log(f"grid: {picture}")
+        rate = sum(map(len, missing)) / seconds
+        log(f"{counted(n, 'sample')} by {sampler.describe()}, {seconds:.1f} s ({rate:.1f} per second)")
+    if grid is not None and grid.is_file():
+        log(f"grid: {grid}")
     log(f"samples: {folder.array}, manifest: {folder.manifest}")
+
+
+def _missing_parts(items: range, batch: int, missing: list[range], rank: int, processes: int) -> list[range]:
+    """The ``missing`` samples that the process ``rank`` of ``processes`` draws, at most ``batch`` at once.
+
+    The processes take turns: the batches are those of all ``items``, whichever are missing.
+    """
+    batches = [items[start : start + batch] for start in range(0, len(items), batch)]
+    parts = [
+        range(max(block.start, gap.start), min(block.stop, gap.stop))
+        for block in batches[rank::processes]
+        for gap in missing
+    ]
+    return [part for part in parts if part]
 
 
 def _draw(
@@ -244,7 +255,7 @@ def _draw(
     """Adds the samples of ``parts`` to ``folder``, with a progress bar."""
     from undiffuse.report.progress_bar import ProgressBar
 
-    num_steps = len(model.noise_levels(sampler)) - 1
+    num_steps = model.num_steps(sampler)
     with ProgressBar(console, "sampling", sum(map(len, parts)) * num_steps) as bar:
         for part in parts:
             values = model.sample(
@@ -260,38 +271,10 @@ def _draw(
             folder.add(part.start, values.numpy())
 
 
-def _animate(
-    path: Path,
-    model: Diffusion,
-    seed: int,
-    items: range,
-    sampler: Sampler,
-    condition: ConditionFn | None,
-    guide: Guide | None,
-) -> None:
-    """Writes an animation of the trajectory of ``items``."""
-    import torch
-
-    from undiffuse.report import animation
-
-    animation.check_animation_path(path)
-    with torch.no_grad():
-        states = model.trajectory(items, seed, sampler, condition and condition(items), guide)
-        num_steps = len(model.noise_levels(sampler)) - 1
-        frames = min(num_steps, MAX_FRAMES)
-        shown = {round(i * num_steps / frames) for i in range(frames + 1)}
-        values = (model.transform.to_data(state.x).cpu().numpy() for state in states if state.done in shown)
-        animation.animate(path, values, model.info.get("num_values"))
-
-
-def _num_steps(sampler: Sampler) -> int | None:
-    return sampler.num_steps if sampler.times is None else len(sampler.times) - 1
-
-
 def _folder_name(sampler: Sampler, labels: list[str], files: list[Path], seed: int) -> str:
     """A name that lists the sampler, labels and files, leaving out what has its default."""
     spacing = [] if sampler.spacing == "uniform" else [sampler.spacing]
-    words = [*str(sampler).split(), str(_num_steps(sampler)), *spacing, *labels]
+    words = [*str(sampler).split(), str(sampler.given_steps), *spacing, *labels]
     words += [f"{name}-{value}" for name, value in guidance_changes(sampler).items()]
     words += [path.stem for path in files]
     return re.sub(r"[^\w.+-]+", "-", "-".join([*words, f"seed-{seed}"]))[-120:].strip("-.")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from undiffuse.cli.options import limit_steps
 from undiffuse.errors import ConfigError, counted
 from undiffuse.runtime.side_files import read_record, write_record
 from undiffuse.sampling.sampler import Sampler, guidance_changes
@@ -49,6 +50,51 @@ def parse_sampler(
         spacing=spacing or sampler.spacing,
         **guidance,
     )
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """The options of ``sample`` that determine the sampler, None if not given; ``guidance`` are fields of `Sampler`."""
+
+    quality: str | None
+    calls: int | None
+    solver: str | None
+    settings: Sequence[str]
+    steps: int | None
+    spacing: str | None
+    guidance: Mapping[str, Any]
+
+    def choose(
+        self, model: AnyModel, log: Callable[[str], None], advised: Callable[[Sampler, int], Sampler | None]
+    ) -> Sampler:
+        """The sampler for ``model``, of at most the steps of its chain. Raises `ConfigError` for a wrong setting.
+
+        For ``calls`` it is the one that ``advised`` returns for the sampler of the other options and these calls, else
+        that sampler in fewer steps. A distilled model has its own sampler unless other options than ``calls`` are
+        given. ``log`` gets a line about steps that the chain does not have.
+        """
+        distilled = self._distilled_sampler(model)
+        sampler = distilled or self._parse(model, log)
+        sampler = replace(sampler, num_steps=min(sampler.num_steps or model.chain_length, model.chain_length))
+        model.build_solver(sampler)  # raises before any work if a setting is wrong
+        if distilled or self.calls is None:
+            return sampler
+        return advised(sampler, self.calls) or within_calls(model, sampler, self.calls)
+
+    def _distilled_sampler(self, model: AnyModel) -> Sampler | None:
+        from undiffuse.model.cascade import Cascade
+        from undiffuse.model.consistency import few_call_sampler
+
+        if isinstance(model, Cascade) or not model.config.calls:
+            return None
+        if self.quality or self.solver or self.settings or self.steps or self.spacing:
+            return None
+        calls = self.calls or model.config.calls
+        return replace(few_call_sampler(model.schedule, calls, model.config.few_call_solver), **self.guidance)
+
+    def _parse(self, model: AnyModel, log: Callable[[str], None]) -> Sampler:
+        steps = self.steps and limit_steps(self.steps, model.chain_length, log)
+        return parse_sampler(self.quality, self.solver, self.settings, steps, self.spacing, **self.guidance)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

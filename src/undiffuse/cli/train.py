@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,9 +31,10 @@ from undiffuse.networks.tables import INSTALLED_NETWORKS
 from undiffuse.process.tables import SCHEDULES
 
 if TYPE_CHECKING:
+    from undiffuse.data.dataset import Dataset
+    from undiffuse.model.config import Config
     from undiffuse.training.run_folder import Run
 
-T = TypeVar("T")
 Minutes = Annotated[
     float | None,
     typer.Option(help="Train for about this many minutes; the learning-rate decay is planned to fit."),
@@ -138,11 +139,13 @@ def train(
             run, dataset, device, Config, init, autoencoder, conditional=conditional, force=force
         )
     finished = run.finished
-    encoder = None if autoencoder is None else load_autoencoder(autoencoder, dataset)
-    name = preset or presets.choose(dataset.item_shape if encoder is None else encoder.latent_shape, device)
+
+    # The recipe: that of the run, of the preset, or of the model to start from, with the given options
+    loaded = None if autoencoder is None else load_autoencoder(autoencoder, dataset)
+    name = preset or presets.choose(dataset.item_shape if loaded is None else loaded.latent_shape, device)
 
     def base() -> Config:
-        chosen = presets.get(name) if encoder is None else presets.of_latents(presets.get(name))
+        chosen = presets.get(name) if loaded is None else presets.of_latents(presets.get(name))
         if init is None or preset is not None:
             return chosen
         return initial_weights.recipe_of(init, dataset, chosen.train, conditional, network_class, run)
@@ -152,26 +155,41 @@ def train(
         name = "as begun" if as_begun else str(init)
     if conditional:
         recipe = replace_train(recipe, conditional=True)
+
+    # Train
     if not finished:
         console.print(f"recipe {name!r}, {format_length(recipe.train)}, into {run.folder}")
     if dataset.report.skipped:
         console.print(f"skipped files are listed in {run.folder}/skipped.json")
     with changes_as_table():
-        options = {"init": init, "force": force, "network": network_class, "autoencoder": encoder}
-        fit_diffusion(recipe, dataset, run.folder, device, **options, loggers=log or ())
+        fit_diffusion(
+            recipe,
+            dataset,
+            run.folder,
+            device,
+            init=init,
+            force=force,
+            network=network_class,
+            autoencoder=loaded,
+            loggers=log or (),
+        )
     if finished:
         report_finished(run)
         return
     report_done(run)
-    has_test_part = dataset.held_out_fraction(recipe.train.held_out)[0] > 0 or dataset.test_from is not None
-    own = network_option(network)
-    part = "" if has_test_part else " --part train"
+    prompt = example_prompt(dataset) if conditional else ""
+    _print_next_commands(run, dataset, recipe, prompt, network_option(network))
+
+
+def _print_next_commands(run: Run, dataset: Dataset, recipe: Config, prompt: str, network: str) -> None:
+    """Print the commands that sample and measure the model, with the options ``prompt`` and ``network``."""
     folder = as_argument(run.folder)
     if "image" in dataset.condition_sizes:
         console.print(f"to sample: undiffuse sample BASE --then {folder}, BASE a model of the small images")
     else:
-        console.print(f"next: undiffuse sample {folder}{example_prompt(dataset) if conditional else ''}{own}")
-    console.print(f"next: undiffuse evaluate {folder}{part}{own}")
+        console.print(f"next: undiffuse sample {folder}{prompt}{network}")
+    has_test_part = dataset.held_out_fraction(recipe.train.held_out)[0] > 0 or dataset.test_from is not None
+    console.print(f"next: undiffuse evaluate {folder}{'' if has_test_part else ' --part train'}{network}")
 
 
 def open_run(out: Path | None, data: str, suffix: str = "") -> Run:

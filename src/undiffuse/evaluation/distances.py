@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.errors import ConfigError, DataError, NonFiniteError
+from undiffuse.process.statistics import mean_with_stderr
 
 NEIGHBOURS = 3
 """The k of improved precision and recall [Kynkäänniemi19 §3]."""
@@ -67,7 +68,7 @@ def kernel(a: Tensor, b: Tensor, blocks: int = 10, seed: int = 0) -> tuple[float
         raise DataError("FEW", "features", cause, "Give more rows or fewer blocks")
     pairs = zip(_blocks(a, blocks, seed), _blocks(b, blocks, seed), strict=True)
     values = torch.stack([_mmd2(x, y) for x, y in pairs])
-    return float(values.mean()), float(values.std() / blocks**0.5)
+    return mean_with_stderr(values)
 
 
 def distances(a: Tensor, b: Tensor, n: int | None = None, seed: int = 0) -> Distances:
@@ -125,8 +126,8 @@ def jackknife(
 ) -> float:
     """The standard error of ``function(a, b)`` over the rows of both sets, by the delete-a-group jackknife.
 
-    √((G − 1)/G Σ_g (f_g − mean f)²), where f_g omits every G-th row of both sets from the g-th on: rows have to be in
-    random order. Raises DataError for fewer than 2 ``groups`` rows.
+    f_g of `jackknife_stderr` omits every G-th row of both sets from the g-th on: rows have to be in random order.
+    Raises DataError for fewer than 2 ``groups`` rows.
     """
     if min(len(a), len(b)) < 2 * groups:
         raise DataError(
@@ -134,7 +135,12 @@ def jackknife(
         )
     in_a, in_b = (torch.arange(len(rows)) % groups for rows in (a, b))
     omitted = torch.tensor([function(a[in_a != g], b[in_b != g]) for g in range(groups)], dtype=torch.float64)
-    return float(((groups - 1) * omitted.var(correction=0)).sqrt())
+    return jackknife_stderr(omitted)
+
+
+def jackknife_stderr(omitted: Tensor) -> float:
+    """√((G − 1)/G Σ_g (f_g − mean f)²) of the G values f_g, (G,), each computed without one of G groups."""
+    return float(((len(omitted) - 1) * omitted.var(correction=0)).sqrt())
 
 
 def _features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

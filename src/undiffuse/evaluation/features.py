@@ -40,13 +40,17 @@ def raw(train: Tensor) -> Features:
 
 
 def pca(train: Tensor) -> Features:
-    """Coordinates (x − mean) V along the first principal components V of ``train``, at most 64."""
+    """Coordinates (x − mean) V along the first principal components V of ``train``, at most `MAX_COMPONENTS`."""
+    mean, axes = principal_components(train.flatten(1).double())
+    return lambda x: (x.flatten(1).double() - mean) @ axes
+
+
+def principal_components(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean (D,), V (D, K)) of ``rows`` (M, D): the first principal components, at most `MAX_COMPONENTS`."""
     import torch
 
-    rows = train.flatten(1).double()
     mean = rows.mean(0)
-    axes = torch.linalg.svd(rows - mean, full_matrices=False).Vh[:MAX_COMPONENTS].mT
-    return lambda x: (x.flatten(1).double() - mean) @ axes
+    return mean, torch.linalg.svd(rows - mean, full_matrices=False).Vh[:MAX_COMPONENTS].mT
 
 
 def random_conv(train: Tensor) -> Features:

@@ -16,6 +16,7 @@ from torch import Tensor
 from undiffuse.data.dataset import Split
 from undiffuse.errors import DataError
 from undiffuse.evaluation.distances import row_chunks
+from undiffuse.process.statistics import mean_with_stderr
 
 FALSE_ALARM_RATE = 1e-3
 """Greatest probability that a training run without memorisation has a significant `Gap` at any of its evaluations."""
@@ -55,10 +56,9 @@ def generalization_gap(held_out: Tensor, training: Tensor, num_tests: int) -> Ga
     ``num_tests`` of a run at most r.
     """
     d = (held_out - training).double()
-    n, root = len(d), math.sqrt(float((d**2).sum()))
+    root = math.sqrt(float((d**2).sum()))
     threshold = math.sqrt(2 * math.log(num_tests / FALSE_ALARM_RATE))
-    stderr = float(d.std()) / math.sqrt(n) if n > 1 else math.nan
-    return Gap(float(d.mean()), stderr, root > 0 and float(d.sum()) >= threshold * root)
+    return Gap(*mean_with_stderr(d), root > 0 and float(d.sum()) >= threshold * root)
 
 
 def copying_test(samples: Tensor, train: Tensor, held_out: Tensor) -> Copying:

@@ -80,9 +80,9 @@ def recall(samples: Tensor, reference: Tensor) -> Value:
 def nearest(samples: Tensor, reference: Tensor) -> Value:
     """The mean distance of samples to their nearest reference items."""
     from undiffuse.evaluation import distances
+    from undiffuse.process.statistics import mean_with_stderr
 
-    shortest = distances.nearest(samples, reference)[0][:, 0]
-    return Value(float(shortest.mean()), float(shortest.std()) / len(shortest) ** 0.5)
+    return Value(*mean_with_stderr(distances.nearest(samples, reference)[0][:, 0]))
 
 
 POSITIVE, SHARE, REAL = (0.0, math.inf), (0.0, 1.0), (-math.inf, math.inf)

@@ -173,11 +173,7 @@ def check_request(
     minutes: float,
 ) -> list[str]:
     """The names of the estimates to compute, in order. Raises `DataError` and `ConfigError` before any computation."""
-    num_values = model.info.get("num_values")
-    if data.item_shape != model.item_shape or data.num_values != num_values:
-        theirs, ours = describe_items(data.item_shape, data.num_values), describe_items(model.item_shape, num_values)
-        cause = f"its items are {theirs}, those of the model {ours}"
-        raise DataError("SHAPE", data.name, cause, "Evaluate on data of the kind that the model was trained on")
+    check_data(model, data)
     few_calls = ("flow_map",) if flow_map_calls(model) else ()
     known = (*ESTIMATES, *few_calls)
     for name in estimates:
@@ -195,6 +191,15 @@ def check_request(
         raise ConfigError("MINUTES", f"--minutes {minutes:g}", "not a duration", "Give a number above 0")
     wanted = {*(estimates or known), *(("discrete", "openai") if compat else ())}
     return [name for name in TIME_SHARES if name in wanted]
+
+
+def check_data(model: AnyModel, data: Dataset) -> None:
+    """Raise `DataError` unless the items of ``data`` have the shape and the number of values of those of ``model``."""
+    num_values = model.info.get("num_values")
+    if data.item_shape != model.item_shape or data.num_values != num_values:
+        theirs, ours = describe_items(data.item_shape, data.num_values), describe_items(model.item_shape, num_values)
+        cause = f"its items are {theirs}, those of the model {ours}"
+        raise DataError("SHAPE", data.name, cause, "Give data of the kind that the model was trained on")
 
 
 def describe_items(shape: tuple[int, ...], num_values: int | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from undiffuse.errors import CheckpointError
 from undiffuse.likelihood.nll import NLL, make_nll
 from undiffuse.runtime.folder_lock import lock_folder
-from undiffuse.runtime.part_store import OTHER_JOB, PartStore, Report, plan_key
+from undiffuse.runtime.part_store import OTHER_JOB, Log, PartStore, plan_key
 from undiffuse.runtime.side_files import read_record, write_record
 
 Plan = dict[str, Any]
@@ -24,13 +24,11 @@ EXTRA = "extra."
 """The beginning of the names of an `NLL`'s further parts."""
 
 
-def open_plan(
-    folder: Path, request: dict[str, Any], choose: Callable[[], Plan], report: Report
-) -> tuple[Plan, PartStore]:
+def open_plan(folder: Path, request: dict[str, Any], choose: Callable[[], Plan], log: Log) -> tuple[Plan, PartStore]:
     """The plan of an evaluation and the store of its batches: those in ``folder`` if they answer the same ``request``.
 
     Otherwise the plan is ``choose()``. Both are plain data. A plan that answers another request is removed with its
-    batches; one that is damaged or not ours is renamed. ``report`` receives a message about that, or about what is
+    batches; one that is damaged or not ours is renamed. ``log`` receives a message about that, or about what is
     resumed.
     """
     request = json.loads(json.dumps(request))
@@ -39,13 +37,13 @@ def open_plan(
     if begun.keys() == {"request", "plan"}:
         if begun["request"] == request:
             store = batch_store(folder, plan_key([request, begun["plan"]]))
-            report(f"resuming an interrupted evaluation; batches in {folder}: {len(store.names())}")
+            log(f"resuming an interrupted evaluation; batches in {folder}: {len(store.names())}")
             return begun["plan"], store
         changed = [name for name, value in request.items() if begun["request"].get(name) != value]
-        report(f"starting over: the evaluation in {folder} differs in {', '.join(changed) or 'its request'}")
+        log(f"starting over: the evaluation in {folder} differs in {', '.join(changed) or 'its request'}")
         remove(folder)
     elif path.exists():
-        report(f"starting over: the plan in {folder} is damaged or not ours, and is {PLAN}.damaged now")
+        log(f"starting over: the plan in {folder} is damaged or not ours, and is {PLAN}.damaged now")
         os.replace(path, folder / f"{PLAN}.damaged")
     plan = json.loads(json.dumps(choose()))
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,9 +83,9 @@ def write(store: PartStore, batch: str, result: NLL, seconds: float) -> None:
     store.write(batch, tensors, {"calls": str(result.calls), "seconds": str(seconds)})
 
 
-def read(store: PartStore, batch: str, report: Report) -> tuple[NLL, float] | None:
-    """A finished batch and its seconds; None if it is missing, or (with a message to ``report``) cannot be used."""
-    if (part := store.get(batch, report)) is None:
+def read(store: PartStore, batch: str, log: Log) -> tuple[NLL, float] | None:
+    """A finished batch and its seconds; None if it is missing, or (with a message to ``log``) cannot be used."""
+    if (part := store.get(batch, log)) is None:
         return None
     tensors, metadata = part
     prior, diffusion_nats, decoder, per_step = (tensors[name] for name in TENSORS)

@@ -27,9 +27,9 @@ from undiffuse.model.cascade import AnyModel, Cascade, stage_lines, weights_of
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
 from undiffuse.runtime.distributed_group import ProcessGroup, single_process
-from undiffuse.runtime.part_store import PartStore, Report
+from undiffuse.runtime.part_store import Log, PartStore
 
-Batch = tuple[NLL, float]
+FinishedBatch = tuple[NLL, float]
 """A finished batch and the seconds that it took."""
 
 
@@ -110,17 +110,17 @@ def evaluate(
     unconditional: bool = False,
     folder: Path | None = None,
     group: ProcessGroup | None = None,
-    on_message: Report | None = None,
+    on_message: Log | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> EvaluationResult:
     """Estimates of −log p of the items of ``data``, a bound or the likelihood itself for each of ``estimates``.
 
     ``part`` is test, validation, train or all; ``estimates`` are some of discrete, continuous and ode, and flow_map of
     a distilled model with two times, by default all. What ``items``, ``mc_samples``, ``exact`` and ``iw_samples`` leave
-    open is chosen so that everything takes
-    about ``minutes``. A conditional model gets the condition that the data have, unless ``unconditional`` or the data
-    have another one: then the result is −log p(x) without a condition. ``compat="openai"`` adds the bound as
-    improved-diffusion's script computes it. Item i in `bit_reversed_order` has noise that depends on (seed, i) alone.
+    open is chosen so that everything takes about ``minutes``. A conditional model gets the condition that the data
+    have. With ``unconditional``, or where the data have another condition, the result is −log p(x) without one.
+    ``compat="openai"`` adds the bound as improved-diffusion's script computes it. Item i in `bit_reversed_order` has
+    noise that depends on (seed, i) alone.
 
     With ``folder``, finished batches are written there, and an interrupted evaluation with the same arguments resumes
     from them; `resumable.remove` deletes them. `resumable.locked` keeps other evaluations out of the folder; without
@@ -134,7 +134,7 @@ def evaluate(
     group = group or single_process()
     if group.world_size > 1 and folder is None:
         raise ConfigError("FOLDER", "evaluate", "several processes need a folder in common", "Give folder")
-    report: Report = on_message if on_message and group.rank == 0 else lambda message: None
+    log: Log = on_message if on_message and group.rank == 0 else lambda message: None
     names = planning.check_request(model, data, estimates, iw_samples, compat, minutes)
     chosen, description = planning.select_items(model, data, part)
     if len(chosen) == 0:
@@ -173,12 +173,12 @@ def evaluate(
     def choose() -> resumable.Plan:
         plan = planning.plan_evaluation(model, values, names, *sizes)
         for line in planning.slow_starts(plan):
-            report(line)
+            log(line)
         return plan
 
     plan, store = choose() if folder is None else {}, None
     if folder is not None:
-        opened = resumable.open_plan(folder, request, choose, report) if group.rank == 0 else ({}, None)
+        opened = resumable.open_plan(folder, request, choose, log) if group.rank == 0 else ({}, None)
         plan, key = group.gather([opened[0], opened[1] and opened[1].key])[0]
         store = resumable.batch_store(folder, key)
     computed = _compute(
@@ -190,7 +190,7 @@ def evaluate(
         group,
         bool(estimates),
         condition_of,
-        report,
+        log,
         on_progress or (lambda progress: None),
     )
     if store is not None and group.rank == 0:
@@ -231,15 +231,15 @@ def _compute(
     group: ProcessGroup,
     strict: bool,
     condition_of: Callable[[slice], Condition | None],
-    report: Report,
+    log: Log,
     on_progress: Callable[[Progress], None],
-) -> dict[str, Batch]:
+) -> dict[str, FinishedBatch]:
     """Each estimate of ``plan`` and its seconds, in the first process; an empty dict in the others.
 
     A batch is read from ``store`` if it is there, otherwise one process computes it and writes it. If an estimate
-    fails, raise when ``strict``, otherwise report it and go on.
+    fails, raise when ``strict``, otherwise log a line and go on.
     """
-    computed: dict[str, Batch] = {}
+    computed: dict[str, FinishedBatch] = {}
     later = sum(job["expected"] for job in plan.values())
     for name, job in plan.items():
         later -= job["expected"]
@@ -250,10 +250,10 @@ def _compute(
                 total, by_clock = before + spent + left + later, (left + later) / group.world_size
                 on_progress(Progress(name, before + spent, total, by_clock))
 
-        def read(start: int, name: str = name) -> Batch | None:
-            return None if store is None else resumable.read(store, f"{name}-{start:08d}", report)
+        def read(start: int, name: str = name) -> FinishedBatch | None:
+            return None if store is None else resumable.read(store, f"{name}-{start:08d}", log)
 
-        def compute(start: int, name: str = name, job: dict[str, Any] = job) -> Batch:
+        def compute(start: int, name: str = name, job: dict[str, Any] = job) -> FinishedBatch:
             here, began = slice(start, min(start + job["batch"], job["items"])), time.perf_counter()
             chosen = {"first": start, "estimate": name, "cond": condition_of(here)}
             result = model.nll(values[here], seed, job["mc_samples"], job["batch"], **chosen)
@@ -267,7 +267,7 @@ def _compute(
         except UndiffuseError as error:
             if strict or name == "discrete":
                 raise
-            report(f"estimate {name!r} is skipped: {error.where}: {error.cause}")
+            log(f"estimate {name!r} is skipped: {error.where}: {error.cause}")
             continue
         if group.rank == 0:
             computed[name] = concatenate([nll for nll, _ in batches]), sum(seconds for _, seconds in batches)
@@ -280,26 +280,26 @@ def needed_batches(job: Mapping[str, Any], seconds: Mapping[int, float]) -> tupl
     Where ``job["fit"]``, a batch counts if it fits into the expected seconds at the pace of the batches before it. Only
     batches before the first missing one set the pace, so that batches finished out of order change nothing.
     """
-    counted, missing, spent, done = [], [], 0.0, 0
+    counting, missing, spent, done = [], [], 0.0, 0
     for start in range(0, job["items"], job["batch"]):
         stop = min(start + job["batch"], job["items"])
         if job["fit"] and done and spent / done * stop > job["expected"]:
             break
-        counted.append(start)
+        counting.append(start)
         if start not in seconds:
             missing.append(start)
         elif not missing:
             spent, done = spent + seconds[start], stop
-    return counted, missing
+    return counting, missing
 
 
 def compute_batches(
     job: dict[str, Any],
-    read: Callable[[int], Batch | None],
-    compute: Callable[[int], Batch],
+    read: Callable[[int], FinishedBatch | None],
+    compute: Callable[[int], FinishedBatch],
     group: ProcessGroup,
     update: Callable[[float, float], None],
-) -> list[Batch]:
+) -> list[FinishedBatch]:
     """The batches that count, in order, in the first process; in each round every process of ``group`` computes one.
 
     ``update`` is called with the seconds spent and left. An error of one process is raised in all.
@@ -307,12 +307,12 @@ def compute_batches(
     starts = range(0, job["items"], job["batch"]) if group.rank == 0 else ()
     finished = {start: batch for start in starts if (batch := read(start))}
     while True:
-        counted, missing = needed_batches(job, {start: seconds for start, (_, seconds) in finished.items()})
+        counting, missing = needed_batches(job, {start: seconds for start, (_, seconds) in finished.items()})
         spent = sum(seconds for _, seconds in finished.values())
         update(spent, spent / len(finished) * len(missing) if finished else job["expected"])
         todo: list[int] = group.gather(missing[: group.world_size])[0]
         if not todo:
-            return [finished[start] for start in counted] if group.rank == 0 else []
+            return [finished[start] for start in counting] if group.rank == 0 else []
         failure = None
         try:
             for start in todo[group.rank : group.rank + 1]:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from undiffuse.errors import NonFiniteError
-from undiffuse.evaluation.distances import frechet, kernel
+from undiffuse.data.dataset import Dataset
+from undiffuse.data.transform import is_latent
+from undiffuse.errors import DataError, NonFiniteError
+from undiffuse.evaluation.distances import JACKKNIFE_GROUPS, frechet, jackknife_stderr, kernel
+from undiffuse.evaluation.features import MAX_FIT_ITEMS, principal_components
+from undiffuse.evaluation.plan import check_data, select_items
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.sampler_search import Reference, early_stop_times, fit_to_budget, fitted_times
 from undiffuse.sampling.solvers import SOLVERS, build
-
-MAX_COMPONENTS = 64
-"""Most principal components of the data in which distributions are compared."""
-JACKKNIFE_GROUPS = 10
-"""Groups of samples, each omitted once for the jackknife standard error."""
 
 EARLY_STOP_LOG_SNRS = (1.5, 3.0, 4.5, 6.0)
 """Log-SNRs from which a sampler with few calls may go to data in one step."""
@@ -28,8 +29,8 @@ LOW_ORDER_END_SOLVERS = ("dpm++2m_sde", "dpm++3m_sde")
 """Solvers whose last step can be of low order, as an early stop needs."""
 NUM_FINALISTS = 4
 """Samplers compared by all samples, after a first round by a quarter of the samples."""
-MIN_ITEMS = 20
-"""Fewest items that can be compared."""
+MIN_ITEMS, MAX_ITEMS = 20, 10_000
+"""Fewest items that can be compared, and the most items of the data that samples are compared with."""
 
 
 class SamplerScore(NamedTuple):
@@ -47,11 +48,38 @@ class SamplerScore(NamedTuple):
     @property
     def mean(self) -> tuple[float, float]:
         """The Fréchet distance and its jackknife standard error over the samples; the data are kept fixed."""
-        return self.distance, _jackknife_stderr(self.jackknife)
+        return self.distance, jackknife_stderr(self.jackknife)
 
     def regret(self, best: SamplerScore) -> tuple[float, float]:
         """Paired difference from ``best``, whose samples have the same noise, and its standard error."""
-        return self.distance - best.distance, _jackknife_stderr(self.jackknife - best.jackknife)
+        return self.distance - best.distance, jackknife_stderr(self.jackknife - best.jackknife)
+
+
+def compared_items(model: Diffusion, data: Dataset) -> tuple[Tensor, Tensor]:
+    """(values of held-out items, values of training items) of ``data``, at most `MAX_ITEMS` of each.
+
+    All items are held out if the model was not trained on ``data``. Raises `DataError` if the data do not fit the model
+    or are too few.
+    """
+    check_data(model, data)
+    trained_on_it = data.fingerprint == model.info.get("fingerprint")
+    parts = [select_items(model, data, part)[0] for part in ("validation" if trained_on_it else "all", "train")]
+    chosen = (part[np.linspace(0, len(part) - 1, min(len(part), MAX_ITEMS)).astype(int)] for part in parts)
+    held_out, train = (torch.from_numpy(data.values[part]) for part in chosen)
+    if min(len(held_out), len(train)) < MIN_ITEMS:
+        cause = f"it has {len(held_out)} items to compare with, and {len(train)} others"
+        raise DataError("FEW", data.name, cause, f"Give at least {MIN_ITEMS} of each")
+    return held_out, train
+
+
+def data_unit(model: Diffusion) -> tuple[float, str]:
+    """(units of the data in one unit of x, their name); the geometric mean if the scales of channels differ."""
+    if is_latent(model.transform):
+        return 1.0, "standard deviations of latents"
+    num_values = model.info.get("num_values")
+    if num_values:
+        return (num_values - 1) / 2, "levels"
+    return math.exp(-model.transform.log_abs_det(model.item_shape) / model.dims), "units of the data"
 
 
 def stochastic_samplers(model: Diffusion, reference: Reference, calls: int) -> list[Sampler]:
@@ -94,25 +122,24 @@ def score_samplers(
     n: int = 500,
     seed: int = 0,
     batch: int = 64,
-    tick: Callable[[int], None] = lambda steps: None,
+    progress: Callable[[int], None] = lambda steps: None,
 ) -> tuple[list[SamplerScore], SamplerScore]:
     """(scores of ``samplers`` against the ``data`` values (N, ...), nearest first; the floor), by ``n`` samples each.
 
     The floor is the score of ``n`` of the ``others`` (M, ...), more items of the data, from which the principal
     components are computed. Samplers with NaN or infinite samples are omitted. All draw without a condition and from
-    the same ``seed``. ``tick`` is called with the number of item-steps done.
+    the same ``seed``. ``progress`` is called with the number of item-steps done.
     """
-    subset = others[torch.linspace(0, len(others) - 1, min(len(others), 2000)).long()]
-    rows = model.transform.to_model(subset).flatten(1).double()
-    axes = torch.linalg.svd(rows - rows.mean(0), full_matrices=False).Vh[:MAX_COMPONENTS]
+    subset = others[torch.linspace(0, len(others) - 1, min(len(others), MAX_FIT_ITEMS)).long()]
+    _, axes = principal_components(model.transform.to_model(subset).flatten(1).double())
 
     def features(values: Tensor) -> Tensor:
-        return model.transform.to_model(values).flatten(1).double() @ axes.T
+        return model.transform.to_model(values).flatten(1).double() @ axes
 
     real, scores = features(data), []
     for sampler in samplers:
         with suppress(NonFiniteError):
-            drawn = features(model.sample(n, seed, sampler, batch=batch, progress=tick))
+            drawn = features(model.sample(n, seed, sampler, batch=batch, progress=progress))
             scores.append(score_features(sampler, drawn, real))
     return sorted(scores, key=lambda score: score.distance), score_features(None, features(others[-n:]), real)
 
@@ -124,13 +151,9 @@ def rank_samplers(
     others: Tensor,
     n: int = 500,
     seed: int = 0,
-    tick: Callable[[int], None] = lambda steps: None,
+    progress: Callable[[int], None] = lambda steps: None,
 ) -> tuple[list[SamplerScore], SamplerScore]:
     """`score_samplers` of the `NUM_FINALISTS` that are best by a quarter of the ``n`` samples, by all of them."""
-    first_round, _ = score_samplers(model, samplers, data, others, max(MIN_ITEMS, n // 4), seed, tick=tick)
+    first_round, _ = score_samplers(model, samplers, data, others, max(MIN_ITEMS, n // 4), seed, progress=progress)
     finalists = [score.sampler for score in first_round[:NUM_FINALISTS] if score.sampler]
-    return score_samplers(model, finalists, data, others, n, seed, tick=tick)
-
-
-def _jackknife_stderr(values: Tensor) -> float:
-    return float(((len(values) - 1) * values.var(correction=0)).sqrt())
+    return score_samplers(model, finalists, data, others, n, seed, progress=progress)

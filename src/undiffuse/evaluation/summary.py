@@ -17,6 +17,7 @@ from undiffuse.model.cascade import AnyModel
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.likelihood_estimators import MAX_EXACT_TRACE_DIMS, TIGHT_TOLERANCE
 from undiffuse.process.schedule import finite_ends
+from undiffuse.process.statistics import mean_with_stderr
 
 MAX_INTERVALS = 40
 """Most intervals of log-SNR in a curve of bits."""
@@ -24,8 +25,7 @@ MAX_INTERVALS = 40
 
 def mean_bits(model: AnyModel, nats: Tensor) -> tuple[float, float]:
     """The mean of ``nats`` (B,) in bits per dimension and its standard error over the items, NaN for one item."""
-    bits = nats / (model.dims * math.log(2))
-    return float(bits.mean()), float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
+    return mean_with_stderr(nats / (model.dims * math.log(2)))
 
 
 def parts(nll: NLL) -> dict[str, Tensor]:

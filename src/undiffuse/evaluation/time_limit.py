@@ -1,4 +1,4 @@
-"""Measurements that take a given time: as many items and Monte Carlo samples as fit, measured as they go."""
+"""Measurements that take a given time: as many items as fit, by the pace that is measured meanwhile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 Part = TypeVar("Part")
-
 
 RELIABLE_CALLS = 256
 """Network calls whose time is worth more than a guess; fewer may be slow for a cold start or a small batch."""
@@ -30,7 +29,7 @@ class Pace:
         self.guess = guess
 
     def learn(self, calls: float, seconds: float) -> None:
-        """Take ``calls`` that took ``seconds`` into account; fewer than `RELIABLE_CALLS` count in part."""
+        """Update the factor by ``calls`` that took ``seconds``; fewer than `RELIABLE_CALLS` have a smaller weight."""
         measured = max(seconds / calls, 1e-12)
         if not self.guess:
             self.guess = measured
@@ -40,7 +39,7 @@ class Pace:
 class TimeLimit:
     """``seconds`` from now, by ``clock``, for a measurement; infinitely many for one of full size.
 
-    ``pace`` is what earlier measurements of the same model have shown, and is updated by `in_parts`.
+    ``pace`` comes from earlier measurements of the same model; `in_parts` updates it.
     """
 
     def __init__(

@@ -30,6 +30,14 @@ class Dequantizer(Protocol):
         ...
 
 
+def dequantize(x: Tensor, noise: Noise | None, dequantizer: Dequantizer | None) -> tuple[Tensor, Tensor]:
+    """What ``dequantizer`` returns, on one device; (x, 0) without one, for continuous data."""
+    if dequantizer is None:
+        return x.double(), x.new_zeros(len(x), dtype=torch.float64)
+    z, log_q = dequantizer(x, noise)
+    return z, log_q.to(z)
+
+
 def finite_bins(edges: EdgesOf, x: Tensor) -> Edges:
     """(low, high), float64; an infinite edge is replaced by the mirror image of the other one about x."""
     bins = edges(x)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from undiffuse.denoising.denoiser import Denoiser
 from undiffuse.denoising.two_times import flow_map
-from undiffuse.likelihood.dequantization import Dequantizer
+from undiffuse.likelihood.dequantization import Dequantizer, dequantize
 from undiffuse.likelihood.nll import NLL, make_nll
 from undiffuse.likelihood.probability_flow import check_exact_trace
 from undiffuse.networks.condition import Condition
@@ -58,10 +58,10 @@ def few_call_nll(
     units; discrete data need a ``dequantizer``, which adds log q. The parts are those of `ode_nll`; ``calls`` counts
     the network's calls, not their backward passes. Raises `ConfigError`.
     """
-    z, log_q = (x.double(), torch.zeros(len(x), dtype=torch.float64)) if dequantizer is None else dequantizer(x, noise)
+    z, log_q = dequantize(x, noise, dequantizer)
     x_t, log_det = z * broadcast_like(levels[0].alpha, z), z.new_zeros(len(z))
     for t, s in pairwise(levels):
         moved, step = flow_map_log_det(denoise, x_t.to(x.dtype), t, s, cond)
         x_t, log_det = moved, log_det + step
-    decoder = log_q.to(z) - x[0].numel() * math.log(float(levels[0].alpha))
+    decoder = log_q - x[0].numel() * math.log(float(levels[0].alpha))
     return make_nll(-prior_log_prob(x_t, levels[-1], prior), -log_det, decoder, len(levels) - 1, z.new_zeros(len(z), 0))

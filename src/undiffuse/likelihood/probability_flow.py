@@ -13,7 +13,7 @@ from torch import Tensor
 
 from undiffuse.denoising.denoiser import Denoiser, Prediction
 from undiffuse.errors import ConfigError
-from undiffuse.likelihood.dequantization import Dequantizer
+from undiffuse.likelihood.dequantization import Dequantizer, dequantize
 from undiffuse.likelihood.nll import NLL, make_nll
 from undiffuse.networks.condition import Condition
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
@@ -59,7 +59,7 @@ def ode_nll(
     ``decoder``; ``calls`` is the mean over the items, rounded up (`integrate_flow` returns each item's);
     ``per_step`` is (B, 0). Raises `ConfigError` and `NonFiniteError`.
     """
-    z, log_q = (x.double(), torch.zeros(len(x), dtype=torch.float64)) if dequantizer is None else dequantizer(x, noise)
+    z, log_q = dequantize(x, noise, dequantizer)
     dims = x[0].numel()
     top, clean = detach_level(top), detach_level(clean)
     probe_signs = None
@@ -76,7 +76,7 @@ def ode_nll(
         )
     x_0 = z * broadcast_like(clean.alpha, z)
     end = integrate_flow(denoise, x_0, clean, top, cond=cond, probes=probe_signs, integrator=integrator, dtype=x.dtype)
-    decoder = log_q.to(z) - dims * math.log(float(clean.alpha))
+    decoder = log_q - dims * math.log(float(clean.alpha))
     calls = math.ceil(float(end.calls.double().mean()))
     return make_nll(-prior_log_prob(end.x, top, prior), -end.log_det, decoder, calls, decoder.new_zeros(len(x), 0))
 

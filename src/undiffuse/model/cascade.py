@@ -189,7 +189,7 @@ class Cascade:
 
     def num_steps(self, stage: int, sampler: Sampler | str | None) -> int:
         """The steps of a stage in sampling."""
-        return len(self.models[stage].noise_levels(self.stage_sampler(stage, sampler))) - 1
+        return self.models[stage].num_steps(self.stage_sampler(stage, sampler))
 
     @torch.no_grad()
     def sample(

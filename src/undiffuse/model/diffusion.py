@@ -250,8 +250,12 @@ class Diffusion(Pretrained, nn.Module):
             raise ConfigError("GRID", f"num_steps = {num_steps}", cause, "Give at most as many, or None for all")
         return replace(sampler, num_steps=num_steps).noise_levels(self.schedule)
 
+    def num_steps(self, sampler: Sampler) -> int:
+        """The steps of ``sampler`` from noise to data. Raises `ConfigError` as `noise_levels`."""
+        return len(self.noise_levels(sampler)) - 1
+
     def sampling_denoiser(self, sampler: Sampler = DEFAULT_SAMPLER, guide: Guide | None = None) -> Denoiser:
-        """The denoiser of samples: the network with guidance, clipped."""
+        """The denoiser that samples are drawn with: the network with the guidance of ``sampler``, clipped."""
         return self.clip(sampler.guide(self.denoiser(), guide), sampler.clip)
 
     def clip(self, denoise: Denoiser, clip: bool | None = None) -> Denoiser:
@@ -259,7 +263,7 @@ class Diffusion(Pretrained, nn.Module):
         return Clipped(denoise) if (isinstance(self.transform, codecs.BOUNDED) if clip is None else clip) else denoise
 
     def _sampling_condition(self, cond: Condition, items: int, guide: Guide | None) -> Condition:
-        """`prepare_condition`, where a classifier guides also of conditions that the network does not accept."""
+        """`prepare_condition`; the classifier of ``guide`` may need a label that the network does not accept."""
         if guide is None or guide.log_prob is None:
             return self.prepare_condition(cond, items)
         cond = arguments.check_condition(cond).validate_for(self.condition_sizes, items, for_classifier=True)
@@ -287,14 +291,15 @@ class Diffusion(Pretrained, nn.Module):
         """
         arguments.check_counts(n=(n, 1), seed=(seed, 0), batch=(batch, 1), first=(first, 0))
         cond = None if cond is None else self._sampling_condition(cond, n, guide)  # all n, before it is sliced
-        parts = []
+        values = []
         for start in range(0, n, batch):
             stop = min(start + batch, n)
-            items, part = range(first + start, first + stop), cond and cond.take(slice(start, stop))
-            steps = self.trajectory(items, seed, sampler, part, guide)
+            items = range(first + start, first + stop)
+            steps = self.trajectory(items, seed, sampler, cond and cond.take(slice(start, stop)), guide)
             last = last_step(steps, partial(progress, len(items)) if progress else None)
-            parts.append(self.transform.to_data(check_finite(rescale(last.x, last.level), items.start)).cpu())
-        return torch.cat(parts)
+            x = check_finite(rescale(last.x, last.level), items.start)
+            values.append(self.transform.to_data(x).cpu())
+        return torch.cat(values)
 
     def to_latent(self, values: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
         """The latents (n, *x_shape) of ``values`` under the flow: N(0, I) to the extent that the model is right.

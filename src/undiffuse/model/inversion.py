@@ -1,17 +1,18 @@
-"""Items to the noise that generates them under a model's flow, and back."""
+"""Items to the noise that generates them under a model's flow, and back; items between two."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from undiffuse.denoising.denoiser import ConditionedDenoiser, Denoiser
 from undiffuse.model import arguments
 from undiffuse.networks.condition import Condition
 from undiffuse.process.noise_level import NoiseLevel
-from undiffuse.sampling.ddim_inversion import ddim_generate, ddim_invert, finite_levels
+from undiffuse.sampling.ddim_inversion import ddim_generate, ddim_invert, finite_levels, slerp
 from undiffuse.sampling.trajectory import check_finite
 
 
@@ -27,6 +28,18 @@ def from_latent(model: Any, latent: Tensor, num_steps: int | None = None, cond: 
     latent = arguments.check_items("latent", latent, model.x_shape).to(model.device, model.dtype)
     denoise = _conditioned(model, cond, len(latent))
     return model.transform.to_data(check_finite(ddim_generate(denoise, latent, _levels(model, num_steps)))).cpu()
+
+
+def interpolate(
+    model: Any, ends: Tensor, n: int, num_steps: int | None = None, cond: Condition | None = None
+) -> Tensor:
+    """n ≥ 2 items on the way between two, as values (n, *item_shape): their latents by `slerp` at equal weights.
+
+    ``ends`` (2, *item_shape) are the two items, and up to the solver's error the first and the last result. ``cond``
+    holds the condition of each of the n items; those of its first two are those of the ends.
+    """
+    one, other = to_latent(model, ends, num_steps, cond and cond.take(slice(2)))
+    return from_latent(model, slerp(one, other, torch.linspace(0, 1, n)), num_steps, cond)
 
 
 def _levels(model: Any, num_steps: int | None) -> list[NoiseLevel]:

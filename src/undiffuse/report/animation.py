@@ -8,11 +8,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from undiffuse.denoising.guidance import Guide
 from undiffuse.errors import ConfigError, ResourceError
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.networks.condition import Condition
 from undiffuse.report.figures import image_grid
 from undiffuse.runtime.own_output import save_picture
+from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.trajectory import frame_steps
+
+MAX_FRAMES = 60
+"""The most steps of a trajectory that an animation shows."""
 
 FRAME_MS, LAST_FRAME_MS = 80, 1600
 """Milliseconds for which a frame, and the last frame, is shown."""
@@ -24,6 +33,27 @@ def check_animation_path(path: Path) -> None:
         raise ConfigError("ANIMATE", path, "not an animation format", "Give a name that ends in .gif or .mp4")
     if path.suffix == ".mp4" and shutil.which("ffmpeg") is None:
         raise ConfigError("ANIMATE", path, "MP4 needs ffmpeg, which is not installed", "Give a .gif name")
+
+
+@torch.no_grad()
+def animate_sampling(
+    path: Path,
+    model: Diffusion,
+    items: range,
+    seed: int,
+    sampler: Sampler,
+    cond: Condition | None = None,
+    guide: Guide | None = None,
+) -> None:
+    """Writes the trajectory of the samples numbered ``items`` as `animate` does; arguments of `Diffusion.trajectory`.
+
+    Shown are at most `MAX_FRAMES` steps, at equal distances, and the noise that they start from.
+    """
+    check_animation_path(path)
+    shown = frame_steps(model.num_steps(sampler), MAX_FRAMES)
+    states = model.trajectory(items, seed, sampler, cond, guide)
+    values = (model.transform.to_data(state.x).cpu().numpy() for state in states if state.done in shown)
+    animate(path, values, model.info.get("num_values"))
 
 
 def animate(path: Path, frames: Iterable[np.ndarray], num_values: int | None) -> None:

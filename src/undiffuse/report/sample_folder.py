@@ -64,12 +64,12 @@ class SampleFolder:
         self.store = PartStore(self.parts, "samples", self.key, r"\d{9,}-\d{9,}")
 
     @contextmanager
-    def open(self, items: range, report: Callable[[str], None] = print) -> Iterator[list[range]]:
+    def open(self, items: range, log: Callable[[str], None] = print) -> Iterator[list[range]]:
         """Lock the folder, and give the stretches of ``items`` that are to be added, before `finish`, in the block.
 
         There are none if `finished` is true: then every file is as it was written. Files that are missing or were
         changed are made again, here or by adding their samples; finished samples of another plan or range, and damaged
-        parts, are removed. ``report`` receives what is reused, made again or removed. Raises `ConfigError` if the
+        parts, are removed. ``log`` receives what is reused, made again or removed. Raises `ConfigError` if the
         folder holds other files than ours, and `ResourceError` if another process writes into it.
         """
         names = self._names(items)
@@ -78,13 +78,13 @@ class SampleFolder:
         with lock_folder(self.folder, "writing samples into", "Wait for it, stop it, or give another --out"):
             record = self._own_record(names)
             if record is not None:
-                record = self._reuse(record, items, report)
+                record = self._reuse(record, items, log)
             if not self.finished:
                 kept = {} if record is None else record["files"]
                 self._write_manifest(items, dict.fromkeys([*kept, *names]))
                 self.parts.mkdir(exist_ok=True)
-                if count := sum(len(_items_of(name)) for name in self.store.check(report)):
-                    report(f"resuming: {counted(count, 'sample')} in {self.parts}")
+                if count := sum(len(_items_of(name)) for name in self.store.check(log)):
+                    log(f"resuming: {counted(count, 'sample')} in {self.parts}")
             yield [] if self.finished else self.missing_items(items)
 
     def missing_items(self, items: range) -> list[range]:
@@ -145,11 +145,11 @@ class SampleFolder:
         check_output_folder(self.folder, self.manifest, ours and {*ours, self.parts.name}, {*names, self.parts.name})
         return record
 
-    def _reuse(self, record: dict[str, Any], items: range, report: Callable[[str], None]) -> dict[str, Any] | None:
+    def _reuse(self, record: dict[str, Any], items: range, log: Callable[[str], None]) -> dict[str, Any] | None:
         """The ``record`` if its samples are of the same plan, None if they were removed; sets `finished`."""
         if record["key"] != self.key:
             changed = [name for name, value in self.plan.items() if record.get(name) != value]
-            report(f"starting over: the samples in {self.folder} differ in {', '.join(changed) or 'their plan'}")
+            log(f"starting over: the samples in {self.folder} differ in {', '.join(changed) or 'their plan'}")
         elif not record["finished"]:
             return record
         elif (record["first"], record["n"]) == (items.start, len(items)):
@@ -159,10 +159,10 @@ class SampleFolder:
                 self.finished = True
                 if harmed:
                     self._make_again(record, items, harmed)
-                    report(f"made again, as they were missing or changed: {', '.join(harmed[:3])}{_more(harmed[3:])}")
+                    log(f"made again, as they were missing or changed: {', '.join(harmed[:3])}{_more(harmed[3:])}")
                 self.store.remove()
                 return record
-            report(f"starting over: {self.array} is missing or changed")
+            log(f"starting over: {self.array} is missing or changed")
         self._remove(record["files"])
         self.store.remove()
         return None
@@ -260,11 +260,10 @@ def sampler_in_words(manifest: Mapping[str, Any]) -> str | None:
     """How the samples of a folder were drawn, by its ``manifest``; None if that is not known."""
     try:
         sampler = Sampler.from_dict(manifest["sampler"])
-        steps = sampler.num_steps if sampler.times is None else len(sampler.times) - 1
         given = [
             f"{name} {', '.join(map(str, manifest[name]))}, " for name in ("label", "prompt") if manifest.get(name)
         ]
-        return f"{sampler} in {counted(steps or 0, 'step')}, {''.join(given)}seed {manifest['seed']}"
+        return f"{sampler.describe()}, {''.join(given)}seed {manifest['seed']}"
     except (ConfigError, LookupError, TypeError):
         return None
 

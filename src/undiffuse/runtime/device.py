@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The torch device called ``device``, after a test that it is here and computes in float64.
+    """The torch device called ``device``, after a test that this machine has it and that it computes in float64.
 
     ``auto`` is the accelerator that torch finds (a GPU) if it computes in float64, else the CPU; other names are
     torch's: ``cpu``, ``cuda``, ``cuda:1``, ``xpu``. Likelihoods are summed in float64, which Apple's ``mps`` does not
@@ -25,19 +25,19 @@ def resolve_device(device: str | torch.device) -> torch.device:
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found is not None and _problem(found) is None else torch.device("cpu")
     try:
-        place = torch.device(device)
+        named = torch.device(device)
     except (RuntimeError, TypeError):
         raise _refusal(device, "torch has no such device") from None
-    if problem := _problem(place):
+    if problem := _problem(named):
         raise _refusal(device, problem)
-    return torch.device("cpu") if place.type == "cpu" else place
+    return torch.device("cpu") if named.type == "cpu" else named
 
 
 def to_device(x: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """``x`` in ``dtype`` on ``device``. The host does not wait for a copy from the CPU to a GPU.
 
-    The conversion comes before the copy. The copy is asynchronous and from pinned memory, which torch keeps until the
-    GPU has made it, after all work that was queued before.
+    ``x`` is converted, then copied. The copy to a GPU is asynchronous, from pinned memory, which torch keeps until the
+    copy is done; the GPU makes it after the work that was queued before.
     """
     x = x if dtype is None else x.to(dtype)
     if x.device.type != "cpu" or device.type == "cpu":
@@ -55,18 +55,18 @@ def kept_random_state() -> Iterator[None]:
         yield
 
 
-def _problem(place: torch.device) -> str | None:
+def _problem(device: torch.device) -> str | None:
     """Why this device cannot be used; None if it can."""
     import torch
 
-    if place.type == "meta":
+    if device.type == "meta":
         return "it holds no data"
     try:
-        (torch.zeros(1, device=place) + 1).cpu()
+        (torch.zeros(1, device=device) + 1).cpu()
     except (RuntimeError, AssertionError, ImportError):  # not compiled in, no driver, or no such number
         return "torch finds no such device on this machine"
     try:
-        torch.zeros(1, dtype=torch.float64, device=place).add(1).cpu()
+        torch.zeros(1, dtype=torch.float64, device=device).add(1).cpu()
     except (RuntimeError, TypeError):
         return "it does not compute in float64, in which likelihoods are summed"
     return None

@@ -1,4 +1,4 @@
-"""The memory limit of this machine, checked before large allocations: when memory runs out the system kills."""
+"""The memory limit of this machine, checked before large allocations: the system kills a process that exceeds it."""
 
 from __future__ import annotations
 

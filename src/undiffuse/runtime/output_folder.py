@@ -1,4 +1,4 @@
-"""Folders that results are written into. A record lists the files that are ours, so that no other is changed."""
+"""Folders that results are written into. A record lists our files there, so that no other file is changed."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from undiffuse.errors import CheckpointError
 from undiffuse.runtime.atomic_file import json_digest
 from undiffuse.runtime.tensor_file import read_tensors, write_tensors
 
-Report = Callable[[str], None]
+Log = Callable[[str], None]
 """Receives a message, one line without a line break."""
 Part = tuple[dict[str, Tensor], dict[str, str]]
 """The tensors of a part and its metadata."""
@@ -62,18 +62,18 @@ class PartStore:
             raise CheckpointError(OTHER_JOB, self.path(name), "it belongs to another job", "Remove it")
         return tensors, metadata
 
-    def get(self, name: str, report: Report) -> Part | None:
-        """The part, or None with a message to ``report`` where it cannot be used; None where it is missing."""
+    def get(self, name: str, log: Log) -> Part | None:
+        """The part, or None with a message to ``log`` where it cannot be used; None where it is missing."""
         if not self.path(name).exists():
             return None
         try:
             return self.read(name)
         except CheckpointError as error:
-            report(f"computed again: {name}.safetensors, {error.cause}")
+            log(f"computed again: {name}.safetensors, {error.cause}")
             return None
 
-    def check(self, report: Report) -> list[str]:
-        """The names of all usable parts; the others are removed, with a message to ``report`` for each damaged one."""
+    def check(self, log: Log) -> list[str]:
+        """The names of all usable parts; the others are removed, with a message to ``log`` for each damaged one."""
         usable = []
         for name in self.names():
             try:
@@ -81,7 +81,7 @@ class PartStore:
                 usable.append(name)
             except CheckpointError as error:
                 if error.code != OTHER_JOB:
-                    report(f"computed again: {name}.safetensors, {error.cause}")
+                    log(f"computed again: {name}.safetensors, {error.cause}")
                 self.path(name).unlink()
         return usable
 

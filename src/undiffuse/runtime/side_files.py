@@ -1,4 +1,4 @@
-"""Side files: JSON beside or in a model, which can do without it. Damage costs the side file, or a part, never the run.
+"""Side files: JSON beside a model or in its file, without which the model works. A damaged one harms no run.
 
 A record is a JSON file with the sha256 of its own content. Lines of metrics have none, since they are appended, and the
 facts in a model's file are data of anybody; both are checked field by field.

@@ -106,8 +106,8 @@ def collect_stop_signals(has_checkpoint: Callable[[], bool] = lambda: False) -> 
 @contextmanager
 def _handling(handler: Callable[[int, object], None]) -> Iterator[None]:
     try:
-        heeded = [n for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
-        before = {n: signal.signal(n, handler) for n in heeded}
+        handled = [n for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {n: signal.signal(n, handler) for n in handled}
     except ValueError:  # not in the main thread: signals belong to the program around us
         before = {}
     try:

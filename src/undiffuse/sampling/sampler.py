@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from undiffuse.denoising.denoiser import Denoiser
@@ -71,6 +71,16 @@ class Sampler:
         if not isinstance(self.solver, str):
             return str(self.solver)
         return " ".join([self.solver, *(f"{name}={value}" for name, value in self.settings.items())])
+
+    @property
+    def given_steps(self) -> int | None:
+        """The number of steps, also where ``times`` give it; None for all steps of the model's chain."""
+        return self.num_steps if self.times is None else len(self.times) - 1
+
+    def describe(self) -> str:
+        """The solver with its settings and the number of steps, such as "ddim eta=0.5 in 50 steps"."""
+        steps = self.given_steps
+        return f"{self} in {'all steps' if steps is None else counted(steps, 'step')}"
 
     def build_solver(self) -> Solver:
         """The solver object. Raises `ConfigError` for an unknown name and for a wrong setting."""

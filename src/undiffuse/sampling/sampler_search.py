@@ -86,7 +86,7 @@ def search_sampler(
     denoise: Denoiser,
     start: Tensor,
     calls: int,
-    tick: Callable[[int], None] = lambda calls: None,
+    progress: Callable[[int], None] = lambda calls: None,
     names: Sequence[str] | None = None,
     fine: int = 200,
     cond: Condition | None = None,
@@ -96,8 +96,8 @@ def search_sampler(
     Measured are the solvers (of ``names``) that draw no noise and have an order, with each of `SEARCH_SPACINGS`. For
     the best few, the times are also refined, from their best spacing or from `fitted_times`. The first half of the
     items serves for refinement, the other half for the ranking. ``fine`` is the number of steps of the reference,
-    ``cond`` the condition of each item of ``start``. ``tick`` is called with the number of network calls made. Raises
-    `ConfigError`.
+    ``cond`` the condition of each item of ``start``. ``progress`` is called with the number of network calls made.
+    Raises `ConfigError`.
     """
     if calls < 1 or fine < 4:
         where = f"calls = {calls}, fine = {fine}"
@@ -106,11 +106,11 @@ def search_sampler(
     first = slice(half or None)
     conditioned = ConditionedDenoiser(denoise, cond)
     half_conditioned = ConditionedDenoiser(denoise, cond and cond.take(first))
-    reference = reference_flow(conditioned, start, fine, tick)
+    reference = reference_flow(conditioned, start, fine, progress)
 
     def measure(sampler: Sampler) -> MeasuredSampler:
         error = rmse(endpoint(sampler, conditioned, start), reference.endpoint)
-        tick(calls)
+        progress(calls)
         return MeasuredSampler(sampler, count_calls(sampler, schedule), error[half:])
 
     candidates, excluded = _candidates(list(SOLVERS if names is None else names))
@@ -130,7 +130,7 @@ def search_sampler(
             template, schedule, calls, lambda n, order=order: fitted_times(reference, schedule, n, 1 / (order + 1))
         )
         starts = [best.sampler, *([fitted] if fitted else [])]
-        refined = refine_times(starts, half_conditioned, start[first], reference.endpoint[first], tick)
+        refined = refine_times(starts, half_conditioned, start[first], reference.endpoint[first], progress)
         ranking += [] if refined == best.sampler else [measure(refined)]
     return SearchResult(sorted(ranking, key=_sort_key), reference, excluded)
 
@@ -161,7 +161,7 @@ def refine_times(
     denoise: Denoiser,
     start: Tensor,
     end: Tensor,
-    tick: Callable[[int], None] = lambda calls: None,
+    progress: Callable[[int], None] = lambda calls: None,
 ) -> Sampler:
     """The one of ``samplers`` whose endpoint from ``start`` is nearest to ``end``, with its times moved to improve it.
 
@@ -171,7 +171,7 @@ def refine_times(
     """
 
     def error(sampler: Sampler) -> Tensor:
-        tick(sampler.num_steps or 0)
+        progress(sampler.num_steps or 0)
         return rmse(endpoint(sampler, denoise, start), end)
 
     errors = [error(sampler) for sampler in samplers]
@@ -205,7 +205,7 @@ def refine_times(
 
 
 def reference_flow(
-    denoise: Denoiser, start: Tensor, num_steps: int = 200, tick: Callable[[int], None] = lambda calls: None
+    denoise: Denoiser, start: Tensor, num_steps: int = 200, progress: Callable[[int], None] = lambda calls: None
 ) -> Reference:
     """The flow from ``start`` (n, ...) at t = 1: ``num_steps`` steps of UniPC, equal in log-SNR, of third order."""
     ends, change, levels, before = [], [], [], None
@@ -219,7 +219,7 @@ def reference_flow(
             if before is not None and i > 0:
                 change.append(float((first - before).square().mean().sqrt()))
             before = first
-            tick(1)
+            progress(1)
         ends.append(rescale(x, levels[-1]))
     return Reference(ends[1], rmse(ends[0], ends[1]), levels, torch.tensor(change, dtype=F64))
 

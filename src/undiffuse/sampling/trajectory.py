@@ -53,6 +53,12 @@ def last_step(steps: Iterable[Step], on_step: Callable[[], None] | None = None) 
     return last
 
 
+def frame_steps(num_steps: int, max_frames: int) -> set[int]:
+    """At most ``max_frames`` + 1 of the numbers 0 to ``num_steps``, at equal distances, with the first and the last."""
+    frames = max(1, min(num_steps, max_frames))
+    return {round(i * num_steps / frames) for i in range(frames + 1)}
+
+
 def forward_trajectory(x: Tensor, levels: Sequence[NoiseLevel], noise: Noise) -> Iterator[Step]:
     """The chain q(x_1..x_T|x) drawn step by step, from data (levels[-1]) up to levels[0] [Ho20 eq. 2].
 

@@ -16,6 +16,7 @@ from undiffuse.denoising.denoiser import ConditionedDenoiser
 from undiffuse.errors import ConfigError
 from undiffuse.evaluation.summary import bits_by_log_snr, mean_bits, parts
 from undiffuse.likelihood.nll import concatenate
+from undiffuse.model import inversion
 from undiffuse.model.consistency import few_call_sampler
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.restoration import (
@@ -28,11 +29,11 @@ from undiffuse.model.restoration import (
 from undiffuse.model.sdedit import sdedit, variant_levels
 from undiffuse.networks.condition import Condition
 from undiffuse.process.seeded_noise import ItemNoise
-from undiffuse.sampling.ddim_inversion import FLOW_SOLVER, slerp
+from undiffuse.sampling.ddim_inversion import FLOW_SOLVER
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers import SOLVERS
 from undiffuse.sampling.tables import RESTORATION_METHODS, SPACINGS
-from undiffuse.sampling.trajectory import Step, check_finite, forward_trajectory, rescale
+from undiffuse.sampling.trajectory import Step, check_finite, forward_trajectory, frame_steps, rescale
 from undiffuse.studio import commands
 from undiffuse.studio.fields import MAX_SEED, Fields
 from undiffuse.studio.jobs import Job, Work
@@ -77,12 +78,11 @@ def sample(run: StudioRun, images: Images, fields: Fields) -> Work:
     frame_bytes = 2 * n * model.dims * len(panels)
 
     def work(job: Job) -> Mapping[str, Any]:
-        totals = [len(model.noise_levels(panel.sampler)) - 1 for panel in panels]
+        totals = [model.num_steps(panel.sampler) for panel in panels]
         done = count()
         for i, (panel, total) in enumerate(zip(panels, totals, strict=True)):
             job.emit("panel", panel=i, steps=total, command=panel.command)
-            frames = max(min(total, MAX_FRAMES, FRAME_BYTES // frame_bytes), 1)
-            shown = {round(k * total / frames) for k in range(frames + 1)}
+            shown = frame_steps(total, min(MAX_FRAMES, FRAME_BYTES // frame_bytes))
             with torch.no_grad(), checked_calls(model, job):
                 for state in model.trajectory(range(n), seed, panel.sampler, panel.cond):
                     job.progress(next(done), sum(totals) + len(totals))
@@ -277,9 +277,7 @@ def interpolate(run: StudioRun, images: Images, fields: Fields) -> Work:
         one, other = (_emit_picture(job, run, source, images) for source in sources)
         ends = torch.cat([_values(model, one), _values(model, other)])
         with checked_calls(model, job, calls):
-            latents = model.to_latent(ends, steps, None if cond is None else cond.take(slice(2)))
-            weight = torch.linspace(0, 1, n)
-            values = model.from_latent(slerp(latents[0], latents[1], weight), steps, cond)
+            values = inversion.interpolate(model, ends, n, steps, cond)
         line = {"--n": n, "--steps": steps, **options}
         command = commands.command("interpolate", run.path, ("image.png", "other.png"), line)
         return {"images": _shown_values(model, values.cpu()), "command": command}

@@ -219,10 +219,11 @@ class DiffusionTask(Task):
         n, num_steps = (FINAL_ITEMS, FINAL_STEPS) if final else (PREVIEW_ITEMS, PREVIEW_STEPS)
         num_steps = max(min(num_steps, PREVIEW_STEPS), int(min(num_steps, limit.calls_left / n)))
         num_steps = min(num_steps, model.chain_length)
+        sampler = Sampler(num_steps=num_steps)
         cond = picture_condition(data, preview_items(split, n), self.config.train.conditional)
 
         def sample(here: slice) -> Tensor:
-            items, sampler = here.stop - here.start, Sampler(num_steps=num_steps)
+            items = here.stop - here.start
             return model.sample(items, seed=0, cond=cond and cond.take(here), sampler=sampler, first=here.start)
 
         if samples := limit.in_parts(sample, n, num_steps):
@@ -230,7 +231,7 @@ class DiffusionTask(Task):
             if isinstance(data, StageData):
                 values, num_values = data.full_values(values, preview_items(split, n)[: len(values)])
             picture = image_grid(values, num_values, names=data.columns)
-            words = f"{counted(len(values), 'sample')} by {Sampler()} in {counted(num_steps, 'step')}, seed 0"
+            words = f"{counted(len(values), 'sample')} by {sampler.describe()}, seed 0"
             save_described(picture, picture_path(folder, "samples", step), words)
 
     def save(self, model: Diffusion, path: Path) -> None:

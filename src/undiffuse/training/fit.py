@@ -71,7 +71,7 @@ def fit(
     main = accelerator.is_main_process
     task, start = load_start(task, run, init)
     task, data, notes = adapt_task(task, data, accelerator.device)
-    if run.check_finished(task.config, data, start.named):
+    if run.check_finished(task.config, data, start.init_fingerprint):
         return run.folder
     settings, split = task.config.train, data.split(task.config.train.held_out)
     model = build_model(task, data, split, accelerator)
@@ -86,7 +86,7 @@ def fit(
         network = prepare_network(accelerator, model.network, settings)
         saved_at, read = progress.seconds, prepare_reader(accelerator, task, model, data, split, run)
         progress.seconds += clock() - began  # setting up is part of the run
-        unread = UnreadSteps(model, settings, run.folder, reading_waits(accelerator.device))
+        unread = UnreadSteps(task, model, run.folder, reading_waits(accelerator.device))
         with (
             Monitor(run, task, state.ema_model, data, split, progress, quiet, main, clock) as monitor,
             Batches(data, split.train, settings, clock, read) as batches,
@@ -99,15 +99,15 @@ def fit(
                 began = clock()
                 batch, lr = batches(progress.step), settings.lr * lr_factor(progress, settings)
                 losses, norms = compute_gradient(accelerator, state, network, batch, progress)
-                problem = find_nonfinite(losses, norms) if unread.each_step or task.extra_state(model) else None
+                problem = find_nonfinite(losses, norms) if unread.check_first else None
                 if problem:
                     names = data.item_names(batch_items(split.train, settings, progress.step))
                     monitor.log(skip_step(problem, names, progress, settings, run.folder))
                 else:
                     progress.skipped_in_a_row = 0
-                    state.step(lr, progress.step + 1, None if unread.waits else run.folder)  # for the error message
+                    state.step(lr, progress.step + 1)
                     task.after_step(model, batch, losses)  # of all processes: each makes the same update
-                    unread.add(progress.step, losses, norms)
+                    unread.add(progress.step, losses, norms)  # or, on a CPU, check the weights now
                 state.optimizer.zero_grad()
                 progress.step += 1
                 progress.step_seconds = clock() - began
@@ -120,11 +120,11 @@ def fit(
 
                 # Save and evaluate when due; stop after a signal
                 signal = reduce_signal(accelerator, stop_requests)
-                evaluate = from_main_process(accelerator, monitor.evaluation_due())
-                due = decay_begins(progress, settings) or progress.seconds - saved_at >= 60 * settings.save_minutes
-                if evaluate or signal or due:
+                evaluation_due = from_main_process(accelerator, monitor.evaluation_due())
+                save_due = decay_begins(progress, settings) or progress.seconds - saved_at >= 60 * settings.save_minutes
+                if evaluation_due or save_due or signal:
                     unread.require_finite(progress, data, split.train)
-                    began, saved_at, progress.evaluation_missing = clock(), progress.seconds, evaluate
+                    began, saved_at, progress.evaluation_missing = clock(), progress.seconds, evaluation_due
                     state.save(run.checkpoints, progress)  # also copies the averages to `ema_model`
                     progress.seconds += clock() - began
                     if not signal:  # else all processes raise, and the evaluation is made when the run resumes
@@ -175,7 +175,7 @@ def resume(
 
     The plan is a new one if ``force`` accepted a changed recipe, data or torch.
     """
-    changed = accelerator.is_main_process and run.open(task.config, data, force, start.named, start.weights)
+    changed = accelerator.is_main_process and run.open(task.config, data, force, start.init_fingerprint, start.weights)
     if accelerator.is_main_process:
         finish_interrupted_writes(run.checkpoints)
     accelerator.wait_for_everyone()
@@ -247,23 +247,24 @@ def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator)
 
 
 class Start(NamedTuple):
-    """What a run starts from: a file and its model, None for random weights.
+    """What a run starts from: the file of its initial ``weights`` and the ``model`` in it, None for random weights.
 
-    ``named`` is the fingerprint of the weights that ``init`` names, None without.
+    ``init_fingerprint`` is that of the weights that ``init`` names, None without ``init``. A resumed run may start from
+    its own copy of the weights instead.
     """
 
     weights: InitialWeights | None
     model: Any
-    named: str | None
+    init_fingerprint: str | None
 
 
 def load_start(task: Task, run: Run, init: str | Path | None) -> tuple[Task, Start]:
-    """The task of a run that starts from what `find_initial_weights` finds, and that."""
-    weights, named = find_initial_weights(run, init)
+    """(the task that starts from the weights which `find_initial_weights` finds, these weights)."""
+    weights, init_fingerprint = find_initial_weights(run, init)
     if weights is None:
-        return task, Start(None, None, named)
+        return task, Start(None, None, init_fingerprint)
     model = task.load(weights.path)
-    return task.start_from(model, weights.path), Start(weights, model, named)
+    return task.start_from(model, weights.path), Start(weights, model, init_fingerprint)
 
 
 def start_model(task: Task, model: Any, start: Start, is_new: bool) -> list[str]:

@@ -25,6 +25,7 @@ from undiffuse.training.batches import batch_items
 from undiffuse.training.distributed import full_tensor, local_shard
 from undiffuse.training.progress import Progress
 from undiffuse.training.run_folder import checkpoint_folders
+from undiffuse.training.task import Task
 
 MAX_SKIPPED_IN_A_ROW = 5
 """Consecutive steps that may be skipped; more are not the accident of a batch."""
@@ -69,18 +70,25 @@ def read_together(tensors: Sequence[Tensor]) -> list[np.ndarray]:
 class UnreadSteps:
     """Losses, norms of the gradient and the norm of the weights of the steps since the last reading, as tensors.
 
-    Of a training of ``model`` into ``folder``; none are kept unless reading ``waits``.
+    Of a training of ``model`` into ``folder``; none are kept unless reading ``waits``. With ``check_first`` losses and
+    norms are read before the step is made: where reading is free, and where a step may be skipped or updates more than
+    weights.
     """
 
-    def __init__(self, model: nn.Module, settings: TrainConfig, folder: Path, waits: bool) -> None:
-        self.model, self.settings, self.folder, self.waits = model, settings, folder, waits
-        self.each_step = not waits or settings.on_nonfinite == "skip"  # losses are read before the weights move
+    def __init__(self, task: Task, model: nn.Module, folder: Path, waits: bool) -> None:
+        self.model, self.settings, self.folder, self.waits = model, task.config.train, folder, waits
+        self.check_first = not waits or self.settings.on_nonfinite == "skip" or bool(task.extra_state(model))
         self.steps: list[tuple[int, list[Tensor]]] = []
 
     def add(self, step: int, losses: Tensor, norms: Sequence[Tensor]) -> None:
-        """Keep those of ``step``, counted from 0, after which the weights are those that the model has now."""
+        """Keep those of ``step``, counted from 0, after which the weights are those that the model has now.
+
+        Unless reading ``waits``, the weights are read at once: raises `NonFiniteError`.
+        """
         if self.waits:
             self.steps.append((step, [losses.detach(), *norms, weights_norm(self.model)]))
+        elif not math.isfinite(float(weights_norm(self.model))):  # this step cannot be undone
+            raise _weights_error(self.model, step + 1, self.folder)
 
     def require_finite(self, progress: Progress, data: Dataset, items: np.ndarray) -> None:
         """Read them in one copy. Raises `NonFiniteError` for the first step with one that is not finite.
@@ -116,12 +124,6 @@ def skip_step(problem: NonFinite, names: np.ndarray, progress: Progress, setting
         fix = f"Look at these items, lower train.lr or {retry}; {_checkpoint_status(folder)}"
         raise NonFiniteError("NON_FINITE", folder, f"{cause}: {listed}", fix)
     return f"step skipped: {cause}: {listed}"
-
-
-def require_finite(model: nn.Module, step: int, folder: Path) -> None:
-    """Raise `NonFiniteError` if a weight is NaN or infinite after optimizer step ``step``: it cannot be undone."""
-    if not math.isfinite(float(weights_norm(model))):
-        raise _weights_error(model, step, folder)
 
 
 def weights_norm(model: nn.Module) -> Tensor:

@@ -85,7 +85,7 @@ class ModelPictures:
         """Samples on their way from noise."""
         caption, n = "The reverse process is not drawn", self._strip_items
         sampler = self.model.default_sampler
-        steps = len(self.model.noise_levels(sampler)) - 1
+        steps = self.model.num_steps(sampler)
         if (undrawn := self._undrawn(caption, n * steps * self.model.build_solver(sampler).calls)) is not None:
             return undrawn
         shown = self._condition(n)
@@ -112,7 +112,7 @@ class ModelPictures:
                 image = self._image(values, min(n, 4 if self.dims == 4 else 8), shown.items)
             except (ConfigError, NonFiniteError):
                 continue
-            steps = len(self.model.noise_levels(sampler)) - 1
+            steps = self.model.num_steps(sampler)
             title = join(code(name), f", {counted(steps, 'step')}, {counted(calls, 'network call')}")
             images, titles = [*images, image], [*titles, title]
             alts.append(f"{counted(n, 'sample')} by {name} in {counted(steps, 'step')}")

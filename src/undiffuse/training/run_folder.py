@@ -21,7 +21,7 @@ from undiffuse.model.config import from_dict, to_dict
 from undiffuse.runtime.atomic_file import json_digest, remedy, write_atomic
 from undiffuse.runtime.folder_lock import lock_folder, lock_holder
 from undiffuse.runtime.own_output import UNRECORDED_RUN
-from undiffuse.runtime.part_store import Report
+from undiffuse.runtime.part_store import Log
 from undiffuse.runtime.side_files import parse_metrics, read_record, write_record
 
 ATOMIC_FILES = ("run.json", "skipped.json", "metrics.jsonl", "metrics.csv", "report.html")
@@ -127,12 +127,12 @@ class Run:
         """The id of the process that holds the lock; see `lock_holder`."""
         return lock_holder(self.folder)
 
-    def check_finished(self, config: Any, data: Dataset, init: str | None = None) -> bool:
-        """Whether the run is finished. Raises `ChangedError` if so and recipe, data or ``init`` are others."""
+    def check_finished(self, config: Any, data: Dataset, init_fingerprint: str | None = None) -> bool:
+        """Whether the run is finished. Raises `ChangedError` if so and recipe, data or initial weights are others."""
         record = self.record
         if record is None or not record["finished"]:
             return False
-        if changed := _changes(record, _fresh(config, data, init) | {"torch": record.get("torch")}, config):
+        if changed := _changes(record, _fresh(config, data, init_fingerprint) | {"torch": record.get("torch")}, config):
             raise ChangedError(self.folder, changed, finished=True)
         return True
 
@@ -141,19 +141,19 @@ class Run:
         config: Any,
         data: Dataset,
         force: bool = False,
-        init: str | None = None,
+        init_fingerprint: str | None = None,
         weights: InitialWeights | None = None,
     ) -> bool:
         """Write the record of a new run, or compare that of an existing one with recipe, data and torch's version.
 
-        ``init`` is the fingerprint of the weights that ``--init`` names; without it, and with ``force``,
-        that of the record is kept. ``weights``: what training starts from, of which the run keeps a copy.
+        ``init_fingerprint`` is that of the weights that ``--init`` names; without it, and with ``force``, that of the
+        record is kept. ``weights``: what training starts from, of which the run keeps a copy.
         Raises `ChangedError` if they differ; with ``force`` replace the record and return True.
         """
         self._claim()
         for name in ATOMIC_FILES:
             (self.folder / f"{name}.partial").unlink(missing_ok=True)
-        changed = self._update_record(_fresh(config, data, init), config, data, force, weights)
+        changed = self._update_record(_fresh(config, data, init_fingerprint), config, data, force, weights)
         if data.report.skipped:  # after the record, without which the folder would not be taken for a run
             data.report.write(self.folder / "skipped.json")
         return changed
@@ -249,21 +249,21 @@ class Run:
     def _write(self, record: dict[str, Any]) -> None:
         write_record(self.folder / "run.json", record)
 
-    def read_metrics(self, up_to: int | None = None, report: Report = lambda line: None) -> list[dict[str, Any]]:
+    def read_metrics(self, up_to: int | None = None, log: Log = lambda line: None) -> list[dict[str, Any]]:
         """The records of ``metrics.jsonl`` up to step ``up_to``, without damaged lines.
 
-        ``report`` gets a message about them; a last line that was cut by a kill is not counted.
+        ``log`` gets a message about them; a last line that was cut by a kill is not counted.
         """
         try:
             content = self.metrics.read_bytes()
         except FileNotFoundError:
             return []
         except OSError as error:
-            report(f"{self.metrics} cannot be read ({error.strerror}): the curves begin here")
+            log(f"{self.metrics} cannot be read ({error.strerror}): the curves begin here")
             return []
         records, damaged = parse_metrics(content)
         if lost := damaged - (not content.endswith(b"\n") and damaged > 0):
-            report(f"{self.metrics}: {lost} damaged {'line is' if lost == 1 else 'lines are'} left out")
+            log(f"{self.metrics}: {lost} damaged {'line is' if lost == 1 else 'lines are'} left out")
         return [record for record in records if up_to is None or record["step"] <= up_to]
 
     def append_metrics(self, record: dict[str, Any]) -> None:
@@ -312,10 +312,10 @@ def describe(data: Dataset) -> dict[str, Any]:
     }
 
 
-def _fresh(config: Any, data: Dataset, init: str | None) -> dict[str, Any]:
+def _fresh(config: Any, data: Dataset, init_fingerprint: str | None) -> dict[str, Any]:
     """The record of a run that begins now."""
     begun = {"config": to_dict(config), "data": describe(data) | _origin(data), "torch": torch.__version__}
-    return begun | ({"init": init} if init else {}) | {"finished": False}
+    return begun | ({"init": init_fingerprint} if init_fingerprint else {}) | {"finished": False}
 
 
 def _changes(record: dict[str, Any], fresh: dict[str, Any], config: Any) -> list[Change]:

@@ -26,7 +26,6 @@ from undiffuse.runtime.atomic_file import file_digest, fsync_folder, write_atomi
 from undiffuse.runtime.tensor_file import check_tensors, read_tensors, write_tensors
 from undiffuse.training.distributed import distribute_like, gather_full, shard_network
 from undiffuse.training.ema import PowerEMA
-from undiffuse.training.nonfinite import require_finite
 from undiffuse.training.optimizer import has_moment, make_optimizer
 from undiffuse.training.posthoc_ema import EMASnapshots
 from undiffuse.training.progress import Progress
@@ -63,17 +62,14 @@ class TrainState:
             self.snapshots.drop_after(progress.step)
         return progress, warnings
 
-    def step(self, lr: float, step: int, folder: Path | None) -> None:
+    def step(self, lr: float, step: int) -> None:
         """Move weights and averages by optimizer step ``step``, counted from 1.
 
-        The learning rate is ``lr`` times each group's ``lr_factor``. Raises `NonFiniteError` about the run in
-        ``folder``; None: the weights are not read.
+        The learning rate is ``lr`` times each group's ``lr_factor``.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self.optimizer.step()
-        if folder is not None:
-            require_finite(self.model, step, folder)
         self.ema.update(self.model, step)
         self.snapshots.update(self.model, step)
 
