@@ -3,6 +3,8 @@
 import hashlib
 import json
 import sys
+import threading
+import time
 import weakref
 from contextlib import nullcontext
 
@@ -392,3 +394,65 @@ def test_few_parts_at_a_time_are_in_memory(tmp_path, monkeypatch):
     counts.clear()
     samples.finish(items)
     assert (len(counts), max(counts[:50]), max(counts[50:])) == (86, 2, 35)
+
+
+def test_a_part_is_written_while_the_next_is_drawn(tmp_path, monkeypatch):
+    released, written_parts = threading.Event(), []
+
+    def slow(folder, first, values):
+        assert released.wait(60)
+        written_parts.append(first)
+
+    monkeypatch.setattr(SampleFolder, "add", slow)
+    folder = SampleFolder(tmp_path / "new", {"seed": 3}, (2,), None)
+    with folder.adding_in_background() as add:
+        add(0, np.zeros((2, 2)))  # returns, though the part cannot be written yet
+        assert written_parts == []
+        released.set()
+        add(2, np.zeros((2, 2)))
+        assert written_parts[0] == 0  # one part waits, no more
+    assert written_parts == [0, 2]
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["a part before the last", "the last part"])
+def test_an_error_of_a_write_in_the_background_is_raised(tmp_path, monkeypatch, number):
+    done = []
+
+    def fails(folder, first, values):
+        done.append(first)
+        if first == number:
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr(SampleFolder, "add", fails)
+    folder = SampleFolder(tmp_path / "new", {"seed": 3}, (2,), None)
+
+    def draw():
+        with folder.adding_in_background() as add:
+            for first in range(2):
+                add(first, np.zeros((1, 2)))
+
+    with pytest.raises(OSError, match="the disk is full"):
+        draw()
+    assert done == list(range(number + 1))
+
+
+def test_a_block_that_fails_waits_for_its_part(tmp_path, monkeypatch):
+    begun, done = threading.Event(), []
+
+    def slow(folder, first, values):
+        begun.set()
+        time.sleep(0.05)
+        done.append(first)
+
+    monkeypatch.setattr(SampleFolder, "add", slow)
+    folder = SampleFolder(tmp_path / "new", {"seed": 3}, (2,), None)
+
+    def draw():
+        with folder.adding_in_background() as add:
+            add(0, np.zeros((1, 2)))
+            assert begun.wait(60)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw()
+    assert done == [0]

@@ -118,7 +118,7 @@ def draw_cascade(
     items, seconds = sum(map(len, parts)), [0.0] * len(cascade.models)
     titles = [f"stage {i} of {len(cascade.models)}, {shape}" for i, shape in enumerate(cascade.shapes, 1)]
     steps = [cascade.num_steps(stage, sampler) for stage in range(len(titles))]
-    with ProgressBar(console, titles[0], items * sum(steps)) as bar:
+    with ProgressBar(console, titles[0], items * sum(steps)) as bar, folder.adding_in_background() as add:
         began = time.perf_counter()
 
         def advance(stage: int, count: int) -> None:
@@ -131,6 +131,6 @@ def draw_cascade(
         for part in parts:
             given = condition and condition(part)
             options = {"cond": given, "augmentation": augmentation, "batch": len(part), "first": part.start}
-            folder.add(part.start, cascade.sample(len(part), seed, sampler, progress=advance, **options).numpy())
+            add(part.start, cascade.sample(len(part), seed, sampler, progress=advance, **options).numpy())
     for stage, title in enumerate(titles if parts else ()):
         log(f"{title}: {cascade.stage_sampler(stage, sampler)} in {steps[stage]} steps, {seconds[stage]:.1f} s")

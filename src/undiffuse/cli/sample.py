@@ -256,7 +256,10 @@ def _draw(
     from undiffuse.report.progress_bar import ProgressBar
 
     num_steps = model.num_steps(sampler)
-    with ProgressBar(console, "sampling", sum(map(len, parts)) * num_steps) as bar:
+    with (
+        ProgressBar(console, "sampling", sum(map(len, parts)) * num_steps) as bar,
+        folder.adding_in_background() as add,
+    ):
         for part in parts:
             values = model.sample(
                 len(part),
@@ -268,7 +271,7 @@ def _draw(
                 first=part.start,
                 progress=bar.advance,
             )
-            folder.add(part.start, values.numpy())
+            add(part.start, values.numpy())
 
 
 def _folder_name(sampler: Sampler, labels: list[str], files: list[Path], seed: int) -> str:

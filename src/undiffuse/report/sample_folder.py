@@ -12,6 +12,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -100,6 +101,27 @@ class SampleFolder:
         pictures = [self._write_picture(item, value) for item, value in enumerate(values, first)]
         name, tensors = f"{first:09d}-{first + len(values) - 1:09d}", {"x": torch.from_numpy(values)}
         self.store.write(name, tensors, {"pictures": json.dumps(pictures if self.is_image else None)})
+
+    @contextmanager
+    def adding_in_background(self) -> Iterator[Callable[[int, np.ndarray], None]]:
+        """A block with an `add` that returns while it writes, so that the next part can be drawn meanwhile.
+
+        It waits for the part before. Its errors are raised by the next call, or at the end of the block; a block that
+        ends by an error of its own waits for the part too.
+        """
+        pending: list[Future[None]] = []
+
+        def wait() -> None:
+            while pending:
+                pending.pop().result()
+
+        def add(first: int, values: np.ndarray) -> None:
+            wait()
+            pending.append(writer.submit(self.add, first, values))
+
+        with ThreadPoolExecutor(1) as writer:
+            yield add
+            wait()
 
     def finish(
         self, items: range, facts: Mapping[str, Any] | None = None, more: Mapping[str, Image.Image] | None = None
