@@ -217,6 +217,24 @@ def test_batch_does_not_change_the_samples(run, call, batch, tmp_path):
     assert (array(tmp_path / "x") == whole.numpy()).mean() > 0.99
 
 
+def test_a_gpu_with_too_little_memory_gets_smaller_batches(run, call, monkeypatch, tmp_path):
+    flags = ["--n", 9, "--solver", "ancestral", "--steps", 9, "--out"]
+    assert call("sample", run, *flags, tmp_path / "x", "--batch", 2).code == 0
+    trajectory, batches = Diffusion.trajectory, []
+
+    def little_memory(self, items, *arguments):
+        batches.append(len(items))
+        if len(items) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return trajectory(self, items, *arguments)
+
+    monkeypatch.setattr(Diffusion, "trajectory", little_memory)
+    said = call("sample", run, *flags, tmp_path / "y", "--batch", 8)
+    assert "the GPU has too little memory for batches of 8: 2 from here on" in said.out
+    assert batches == [8, 4, 2, 2, 2, 2, 1]
+    np.testing.assert_array_equal(array(tmp_path / "y"), array(tmp_path / "x"))
+
+
 def test_processes_share_the_samples(run, call, monkeypatch, tmp_path):
     """Each process draws its own parts; here one after the other, rank 0 last because it joins the parts."""
     flags = ["--n", 9, "--solver", "ancestral", "--steps", 5, "--batch", 2, "--out"]

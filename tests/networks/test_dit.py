@@ -157,6 +157,7 @@ def test_image_conditions_and_weights_of_a_network_without_one():
         randomised(image)
         other = image(x, ONE, replace(cond, image=cond.image + 1))
         assert (other - image(x, ONE, cond)).abs().max() > 1e-3
+        assert adapt_weights(image, {}, None) == {}
 
 
 @pytest.mark.parametrize(

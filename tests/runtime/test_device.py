@@ -8,7 +8,7 @@ import torch
 from undiffuse.cli import main
 from undiffuse.errors import ConfigError
 from undiffuse.model.checkpoint import load
-from undiffuse.runtime.device import resolve_device
+from undiffuse.runtime.device import default_batch, halve_while_out_of_memory, resolve_device
 from undiffuse.training.distributed import start_accelerator
 
 NO_GPU = torch.accelerator.current_accelerator(check_available=True) is None
@@ -74,3 +74,39 @@ def test_the_command_line_names_its_flag(capsys, tmp_path):
     assert "error[DEVICE] --device mps: torch finds no such device on this machine. Use auto or cpu" in (
         " ".join(capsys.readouterr().err.split())
     )
+
+
+@pytest.mark.parametrize(
+    ("dims", "batch"),
+    [(1, 1024), (64, 1024), (784, 1024), (1024, 1024), (1025, 512), (3072, 256), (12288, 64), (2**20, 64), (2**24, 64)],
+)
+def test_the_default_batch_is_a_function_of_device_and_items_alone(dims, batch):
+    assert default_batch(dims, torch.device("cuda")) == batch
+    assert default_batch(dims, torch.device("cpu")) == 64
+
+
+@pytest.mark.parametrize(
+    ("batch", "largest", "tried"), [(64, 64, [64]), (64, 20, [64, 32, 16]), (3, 1, [3, 1]), (1, 1, [1])]
+)
+def test_a_batch_is_halved_until_it_fits(batch, largest, tried):
+    seen, lines = [], []
+
+    def draw(batch):
+        seen.append(batch)
+        if batch > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "samples"
+
+    assert halve_while_out_of_memory(draw, batch, lines.append) == ("samples", tried[-1])
+    assert seen == tried
+    assert lines == [f"the GPU has too little memory for batches of {batch}: {tried[-1]} from here on"] * (
+        len(tried) > 1
+    )
+
+
+def test_an_item_that_does_not_fit_is_an_error():
+    def draw(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        halve_while_out_of_memory(draw, 4, print)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,14 +107,16 @@ def draw_cascade(
     cascade: Cascade,
     seed: int,
     parts: list[range],
+    batch: int,
     sampler: Sampler | None,
     condition: ConditionFn | None,
     augmentation: float,
     log: Callable[[str], None],
 ) -> None:
-    """Add the samples of ``parts`` to ``folder``, with a progress bar and a line for each stage."""
+    """Add the samples of ``parts``, at most ``batch`` at once, with a progress bar and a line for each stage."""
     from undiffuse.cli.options import console
     from undiffuse.report.progress_bar import ProgressBar
+    from undiffuse.runtime.device import halve_while_out_of_memory
 
     items, seconds = sum(map(len, parts)), [0.0] * len(cascade.models)
     titles = [f"stage {i} of {len(cascade.models)}, {shape}" for i, shape in enumerate(cascade.shapes, 1)]
@@ -130,7 +133,9 @@ def draw_cascade(
 
         for part in parts:
             given = condition and condition(part)
-            options = {"cond": given, "augmentation": augmentation, "batch": len(part), "first": part.start}
-            add(part.start, cascade.sample(len(part), seed, sampler, progress=advance, **options).numpy())
+            options = {"cond": given, "augmentation": augmentation, "first": part.start, "progress": advance}
+            draw = partial(cascade.sample, len(part), seed, sampler, **options)
+            values, batch = halve_while_out_of_memory(draw, batch, log)
+            add(part.start, values.numpy())
     for stage, title in enumerate(titles if parts else ()):
         log(f"{title}: {cascade.stage_sampler(stage, sampler)} in {steps[stage]} steps, {seconds[stage]:.1f} s")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,6 +49,7 @@ from undiffuse.cli.sampler_options import (
     read_advice,
 )
 from undiffuse.errors import counted
+from undiffuse.runtime.device import CPU_BATCH, MAX_GPU_BATCH, default_batch, halve_while_out_of_memory
 from undiffuse.sampling.sampler import CLASSIFIER_FORMS, THRESHOLDS, Sampler, guidance_changes
 from undiffuse.sampling.solvers import SOLVERS
 from undiffuse.sampling.tables import SPACINGS
@@ -123,7 +126,14 @@ def sample(
     animate: Annotated[
         Path | None, typer.Option(help="Also write an animation of the first samples, .gif or .mp4.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Samples per batch; does not change the samples.", min=1)] = 64,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Samples per batch; does not change the samples. Default {CPU_BATCH}, on a GPU up to "
+            f"{MAX_GPU_BATCH:,} small ones.",
+            min=1,
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Output folder, new or of this command; default is a folder in the run.")
     ] = None,
@@ -197,6 +207,8 @@ def sample(
     sample_bytes = model.dims * bytes_per_value(num_values) + MIN_FILE_BYTES * folder.is_image
     require_disk_space(f"--n {n}", out, n * sample_bytes)
 
+    batch = batch or default_batch(model.dims, model.device)
+
     # Draw; every process draws its share of the batches, and the first one writes the rest
     if animate is not None and group.rank == 0 and not isinstance(model, Cascade):
         items = range(min(n, MAX_ANIMATED))
@@ -207,9 +219,9 @@ def sample(
         missing = [range(*gap) for gap in group.gather([[gap.start, gap.stop] for gap in gaps])[0]]
         parts = _missing_parts(range(n), batch, missing, group.rank, group.world_size)
         if isinstance(model, Cascade):
-            draw_cascade(folder, model, seed, parts, sampler, condition, noise, log)
+            draw_cascade(folder, model, seed, parts, batch, sampler, condition, noise, log)
         else:
-            _draw(folder, model, seed, parts, sampler, condition, guide)
+            _draw(folder, model, seed, parts, batch, sampler, condition, guide, log)
         group.gather(None)
         if group.rank:
             return
@@ -248,11 +260,13 @@ def _draw(
     model: Diffusion,
     seed: int,
     parts: list[range],
+    batch: int,
     sampler: Sampler,
     condition: ConditionFn | None,
     guide: Guide | None,
+    log: Callable[[str], None],
 ) -> None:
-    """Adds the samples of ``parts`` to ``folder``, with a progress bar."""
+    """Adds the samples of ``parts`` to ``folder``, at most ``batch`` at once, with a progress bar."""
     from undiffuse.report.progress_bar import ProgressBar
 
     num_steps = model.num_steps(sampler)
@@ -261,16 +275,9 @@ def _draw(
         folder.adding_in_background() as add,
     ):
         for part in parts:
-            values = model.sample(
-                len(part),
-                seed,
-                sampler,
-                condition and condition(part),
-                guide=guide,
-                batch=len(part),
-                first=part.start,
-                progress=bar.advance,
-            )
+            options = {"guide": guide, "first": part.start, "progress": bar.advance}
+            draw = partial(model.sample, len(part), seed, sampler, condition and condition(part), **options)
+            values, batch = halve_while_out_of_memory(draw, batch, log)
             add(part.start, values.numpy())
 
 

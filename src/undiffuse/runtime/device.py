@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from undiffuse.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
+CPU_BATCH, MAX_GPU_BATCH, GPU_BATCH_VALUES = 64, 1024, 2**20
+"""Samples at once: on a CPU; on a GPU at most so many, and at most so many values of them, but not fewer than on a CPU.
+A number that depends on the free memory would make rounding errors depend on it."""
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -43,6 +48,36 @@ def to_device(x: torch.Tensor, device: torch.device, dtype: torch.dtype | None =
     if x.device.type != "cpu" or device.type == "cpu":
         return x.to(device)
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def default_batch(dims: int, device: torch.device) -> int:
+    """How many samples of ``dims`` values are drawn at once by default, a power of two."""
+    if device.type == "cpu":
+        return CPU_BATCH
+    return max(CPU_BATCH, min(MAX_GPU_BATCH, 2 ** ((GPU_BATCH_VALUES // dims).bit_length() - 1)))
+
+
+def halve_while_out_of_memory(draw: Callable[..., T], batch: int, log: Callable[[str], None]) -> tuple[T, int]:
+    """(draw(batch=b), b) for the first b of ``batch``, ⌊batch/2⌋, … for which the memory of the GPU is large enough.
+
+    ``log`` gets a line if that is not ``batch``. Raises torch's OutOfMemoryError if 1 is too many.
+    """
+    import torch
+
+    size = batch
+    while True:
+        try:
+            found = draw(batch=size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        else:
+            if size < batch:
+                log(f"the GPU has too little memory for batches of {batch:,}: {size:,} from here on")
+            return found, size
+        size //= 2  # outside of the handler, whose exception holds the tensors of the failed batch
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 @contextmanager
