@@ -70,15 +70,15 @@ def command(*arguments, **settings):
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_terminal_without_utf8(encoding, tmp_path, monkeypatch):
     (tmp_path / "[red]é.csv").write_text("a,b\n" + "1,2\n3,4\n" * 5)
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        for name, stream in zip(("stdout", "stderr"), streams, strict=True):
-            patch.setattr(sys, name, stream)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
         patch.setattr(sys, "argv", ["undiffuse", "check", str(tmp_path / "[red]é.csv")])
-        run()
-    out, err = (stream.buffer.getvalue() for stream in streams)
-    assert (end.value.code, err) == (0, b"")
-    assert b"[red]" in out
+        with pytest.raises(SystemExit) as end:
+            run()
+    assert (end.value.code, err.buffer.getvalue()) == (0, b"")
+    assert b"[red]" in out.buffer.getvalue()
 
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])
