@@ -16,6 +16,9 @@ from undiffuse.runtime import precision
 settings.register_profile("undiffuse", derandomize=True, deadline=None, database=None)
 settings.load_profile("undiffuse")
 torch.set_num_threads(1)
+for kind in (torch.cuda, torch.xpu, torch.mtia):
+    if not kind.is_available():  # else each seed keeps the text of the stack for a device that is not there
+        kind.manual_seed_all = lambda seed: None
 typer.main.get_command = cache(typer.main.get_command)  # else each command line parses the options of all commands
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     signal.signal(number, usual)  # not ignored, as under nohup or in a background job: commands leave that as it is
