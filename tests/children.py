@@ -7,12 +7,20 @@ import os
 import resource
 import select
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 NOBODY = 65534
+
+
+def forget(*packages: str) -> None:
+    """Forget that modules of ``packages`` were imported, so that a child imports them as a new process does."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in packages:
+            del sys.modules[name]
 
 
 def in_child(work: Callable[[], Any], seconds: float = 60, user: int | None = None, memory: int | None = None) -> Any:

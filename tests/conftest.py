@@ -3,10 +3,12 @@
 import os
 import shutil
 import signal
+from functools import cache
 from pathlib import Path
 
 import offline
 import torch
+import typer.main
 from hypothesis import settings
 
 from undiffuse.runtime import precision
@@ -14,6 +16,10 @@ from undiffuse.runtime import precision
 settings.register_profile("undiffuse", derandomize=True, deadline=None, database=None)
 settings.load_profile("undiffuse")
 torch.set_num_threads(1)
+for kind in (torch.cuda, torch.xpu, torch.mtia):
+    if not kind.is_available():  # else each seed keeps the text of the stack for a device that is not there
+        kind.manual_seed_all = lambda seed: None
+typer.main.get_command = cache(typer.main.get_command)  # else each command line parses the options of all commands
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     signal.signal(number, usual)  # not ignored, as under nohup or in a background job: commands leave that as it is
 offline.close()

@@ -38,7 +38,8 @@ class Mixture:
         self.shape = means.shape[1:]
         self.means = means.flatten(1)
         D = self.means.shape[1]
-        if covs.shape == means.shape:
+        self.rotated = covs.shape != means.shape
+        if not self.rotated:
             self.values, self.vectors = covs.flatten(1), torch.eye(D, dtype=torch.float64).expand(len(means), D, D)
         else:
             self.values, self.vectors = torch.linalg.eigh(covs)
@@ -50,7 +51,9 @@ class Mixture:
         """alpha, sigma (B or 1, 1, 1); residuals in each component's eigenbasis (B, K, D), their variances; log w_k."""
         alpha, sigma = (v.detach().double().cpu().reshape(-1, 1, 1) for v in (level.alpha, level.sigma))
         x = x_t.double().flatten(1)[:, None]
-        residual = torch.einsum("bkd,kde->bke", x - alpha * self.means, self.vectors)
+        residual = x - alpha * self.means
+        if self.rotated:
+            residual = torch.einsum("bkd,kde->bke", residual, self.vectors)
         variance = alpha**2 * self.values + sigma**2
         log_w = torch.log(self.weights) + gaussian_log_prob(residual, 0.0, variance).sum(-1)
         return alpha, sigma, residual, variance, log_w
@@ -60,7 +63,10 @@ class Mixture:
         return torch.logsumexp(self._at(x_t, level, label)[-1], dim=1)
 
     def _mean(self, coordinates: Tensor, log_w: Tensor) -> Tensor:
-        return torch.einsum("bk,bke,kde->bd", torch.softmax(log_w, 1), coordinates, self.vectors)
+        weights = torch.softmax(log_w, 1)
+        if not self.rotated:
+            return (weights[..., None] * coordinates).sum(1)
+        return torch.einsum("bk,bke,kde->bd", weights, coordinates, self.vectors)
 
     def score(self, x_t: Tensor, level: NoiseLevel, label: Tensor | None = None) -> Tensor:
         """∇ log q(x_t), of x_t's shape; for a `LabelledMixture` ∇ log q(x_t|label) with labels (B,)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 GPU = torch.device("lazy:0")
 COPIES = {"aten::_to_copy", "aten::copy_"}
@@ -25,6 +24,26 @@ READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::
 """Operations whose result the host needs: it waits until the GPU has computed everything before."""
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
 """A tensor on a GPU may be indexed by one of the CPU, not the reverse."""
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of nested tuples, lists and dicts; `torch.utils._pytree` takes ten times as long."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return []
+    return [x for branch in tree for x in tensors_in(branch)]
+
+
+def change_tensors(tree: Any, kind: type[Tensor], change: Callable[[Any], Tensor]) -> Any:
+    """``tree`` with ``change(x)`` for each tensor x of this kind."""
+    if isinstance(tree, kind):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {key: change_tensors(x, kind, change) for key, x in tree.items()}
+    return type(tree)(change_tensors(x, kind, change) for x in tree) if isinstance(tree, (tuple, list)) else tree
 
 
 class GpuTensor(Tensor):
@@ -97,7 +116,7 @@ def simulated_gpu() -> Iterator[Counter[str]]:
 
 def what_happened(name: str, args: Any, kwargs: dict[str, Any], result: Any) -> list[str]:
     """Of an operation: "operation" of the GPU, "copy" to it, "waiting copy" to it, "read" from it."""
-    given, made = (any(isinstance(x, GpuTensor) for x in tree_leaves(tree)) for tree in ((args, kwargs), result))
+    given, made = (any(isinstance(x, GpuTensor) for x in tensors_in(tree)) for tree in ((args, kwargs), result))
     if name == "aten::_to_copy" and made and not given:
         return ["copy"] if kwargs.get("non_blocking") else ["copy", "waiting copy"]
     if name in READS or (name == "aten::_to_copy" and not made):
@@ -108,7 +127,7 @@ def what_happened(name: str, args: Any, kwargs: dict[str, Any], result: Any) -> 
 def compute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operation ``function`` on the CPU, whose result is on `GPU` if an argument is, or if it is to be there."""
     name = function._schema.name
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    given = tensors_in((args, kwargs))
     on_gpu = [isinstance(x, GpuTensor) for x in given]
     if any(x.device == GPU and not gpu for x, gpu in zip(given, on_gpu, strict=True)):
         raise AssertionError(f"{name}: a tensor on the GPU without numbers, made while the simulation was off")
@@ -119,13 +138,13 @@ def compute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     to_gpu = on_gpu[0] if name == "aten::copy_" else any(on_gpu) if device is None else torch.device(device) == GPU
     if device is not None and to_gpu:
         kwargs = kwargs | {"device": torch.device("cpu")}
-    host_args, host_kwargs = tree_map_only(GpuTensor, lambda x: x.host, (args, kwargs))
+    host_args, host_kwargs = change_tensors((args, kwargs), GpuTensor, lambda x: x.host)
     result = function(*host_args, **host_kwargs)
     if not to_gpu or result is None:
         return result
     if name == "aten::_to_copy" and not any(on_gpu):
         result = torch.clone(result)
-    result = tree_map_only(Tensor, GpuTensor, result)
+    result = change_tensors(result, Tensor, GpuTensor)
     return return_and_correct_aliasing(function, args, kwargs, result) if any(on_gpu) else result
 
 

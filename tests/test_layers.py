@@ -7,7 +7,7 @@ lines that do not.
 from __future__ import annotations
 
 import ast
-import os
+import json
 import re
 import subprocess
 import sys
@@ -203,28 +203,42 @@ def commands() -> list[str]:
     return [command.name or "" for command in app.registered_commands]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "environment"),
-    [
-        (["--help"], {}),
-        (["--version"], {}),
-        *(([command, "--help"], {}) for command in commands()),
-        ([], COMPLETION),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_help_version_and_completion_import_nothing_heavy(arguments, environment) -> None:
-    code = (
-        "import sys\nfrom undiffuse.cli import main\n"
-        f"try: code = main({arguments!r})\nexcept SystemExit as exit: code = exit.code or 0\n"
-        f"assert code == 0, code\nheavy = [m for m in {HEAVY!r} if m in sys.modules]\nassert not heavy, heavy"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    if environment:
-        assert "--solver" in done.stdout
+CALLS = [(["--help"], {}), (["--version"], {}), *(([name, "--help"], {}) for name in commands()), ([], COMPLETION)]
+PROCESS = f"""
+import contextlib, io, json, os, sys
+from undiffuse.cli import main
+def answer(arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try: code = main(arguments)
+        except SystemExit as exit: code = exit.code or 0
+    print(json.dumps([code, [m for m in {HEAVY!r} if m in sys.modules], out.getvalue()]), flush=True)
+for number, (arguments, environment) in enumerate({CALLS!r}):
+    if number == 0:
+        answer(arguments)
+    elif os.fork() == 0:
+        os.environ.update(environment)
+        answer(arguments)
+        os._exit(0)
+    else:
+        os.wait()
+"""
+"""The first call in a fresh process, and each other in a fork of it, so that what help texts share is imported once."""
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[tuple[int, list[str], str]]:
+    """(exit code, heavy modules, output) of each of `CALLS`."""
+    done = subprocess.run([sys.executable, "-c", PROCESS], capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == len(CALLS), done.stderr[-2000:]
+    return lines
+
+
+@pytest.mark.parametrize("number", range(len(CALLS)), ids=[" ".join(arguments) for arguments, _ in CALLS])
+def test_help_version_and_completion_import_nothing_heavy(number, answers) -> None:
+    code, heavy, output = answers[number]
+    assert (code, heavy) == (0, [])
+    assert ("--solver" if CALLS[number] == ([], COMPLETION) else "undiffuse") in output
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import subprocess
 import sys
@@ -69,13 +70,13 @@ DRIVER = """
 import runpy, sys, tempfile, time
 from pathlib import Path
 mutate, root = runpy.run_path(sys.argv[1], run_name="mutate"), Path.cwd()
-mutate["warm"].__globals__["WARM"] = ("pytest",)  # the toy needs nothing else
+mutate["warm"].__globals__["WARM"] = ("pytest", "hypothesis", "_hypothesis_pytestplugin")  # the toy needs no more
 table = {"src/toy/loose.py": "tests/test_loose.py", "src/toy/tight.py": "tests/test_tight.py",
          "src/toy/__init__.py": "tests/absent"}
 print("exit", mutate["main"](["--only", "src/toy/loose.py"], root, table))
 stuck = [m for m in mutate["mutants"]("src/toy/tight.py", Path("src/toy/tight.py").read_text()) if "n += 2" in m.new]
 with tempfile.TemporaryDirectory() as logs:
-    [(_, status, _)] = mutate["outcomes"](root, [(stuck[0], ["tests/test_tight.py"])], 1, 2.0, Path(logs))
+    [(_, status, _)] = mutate["outcomes"](root, [(stuck[0], ["tests/test_tight.py"])], 1, 1.0, Path(logs))
 print("stuck", status)
 Path("tests/test_loose.py").write_text("def test_fails():\\n    assert False\\n")
 print("exit", mutate["main"]([], root, table))
@@ -93,9 +94,11 @@ def test_it_finds_survivors_kills_endless_loops_and_refuses_failing_tests(tmp_pa
     with (tmp_path / "tests/equivalent-mutants.txt").open("a") as file:
         file.write(reason)
 
+    plugins = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "_hypothesis_pytestplugin"}
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, SCRIPT], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
-    )
+        [sys.executable, "-c", DRIVER, SCRIPT],
+        cwd=tmp_path, env=os.environ | plugins, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
     lines = done.stdout.splitlines()
     survived = {line.partition("py:2: ")[2] for line in lines if line.startswith("survived")}
     assert survived == {"n < 4 -> n <= 4", "n < 4 -> n < 5", "n < 4 -> n < 3"}, done.stdout + done.stderr

@@ -245,9 +245,16 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_training(name, tmp_path, monkeypatch):
+@pytest.fixture
+def short(monkeypatch):
+    """Evaluations of four items, and teachers of two steps."""
+    for name in ("HELD_OUT_ITEMS", "FINAL_ITEMS", "PREVIEW_ITEMS", "FINAL_MC_SAMPLES"):
+        monkeypatch.setattr(diffusion_task, name, 4)
     monkeypatch.setattr(distillation_task, "TEACHER_STEPS", 2)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_training(name, short, tmp_path):
 
     def weights(device):
         RUNS[name](tmp_path / device.type, device)
@@ -284,7 +291,7 @@ COMMANDS = (
 )
 
 
-def test_the_commands(tmp_path, monkeypatch, capsys):
+def test_the_commands(short, tmp_path, monkeypatch, capsys):
     random = np.random.default_rng(0)
     values = random.integers(256, size=(40, 1, 8, 8)).astype(np.uint8)
     np.savez(tmp_path / "data.npz", images=values, labels=np.arange(40) % 3)
@@ -293,9 +300,6 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     (tmp_path / "tiny.toml").write_text(RECIPE)
     (tmp_path / "classifier.toml").write_text(RECIPE.replace("chain_length = 6\n", ""))
     monkeypatch.chdir(tmp_path)
-    for name in ("HELD_OUT_ITEMS", "FINAL_ITEMS", "PREVIEW_ITEMS", "FINAL_MC_SAMPLES"):
-        monkeypatch.setattr(diffusion_task, name, 4)
-    monkeypatch.setattr(distillation_task, "TEACHER_STEPS", 2)
     with simulated_gpu():
         for command in COMMANDS:
             code = main([*command.split(), "--device", str(GPU)])

@@ -6,7 +6,7 @@ from tiny_run import checkpoint_hashes, data, model_hashes, quick_looks, recipe,
 
 from undiffuse.model.checkpoint import load
 
-STEPS = 12
+STEPS = 6
 
 
 def repeats(folder, threads, times):

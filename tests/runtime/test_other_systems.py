@@ -6,12 +6,9 @@ system they use what is hidden.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent.parent
+from children import forget, in_child
 
 HIDE_UNIX = """
 import os, signal, stat, sys
@@ -73,13 +70,12 @@ undiffuse.save(model, folder / "copy.safetensors")
 """
 
 
+def hidden_run(folder: Path) -> None:
+    forget("undiffuse", "tiny_run")
+    names = {"MODULES": MODULES, "OS_NAMES": OS_NAMES, "SIGNAL_NAMES": SIGNAL_NAMES, "FOLDER": str(folder)}
+    exec(HIDE_UNIX + RUN, names)
+
+
 def test_a_run_needs_nothing_that_only_unix_has(tmp_path):
-    """Takes some seconds: importing torch, and a run with its evaluations and pictures."""
-    lists = {"MODULES": MODULES, "OS_NAMES": OS_NAMES, "SIGNAL_NAMES": SIGNAL_NAMES, "FOLDER": str(tmp_path)}
-    code = "\n".join([*(f"{name} = {value!r}" for name, value in lists.items()), HIDE_UNIX, RUN])
-    paths = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
-    environment = {**os.environ, "PYTHONPATH": paths, "MPLBACKEND": "agg"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_child(lambda: hidden_run(tmp_path), seconds=300)
+    assert (tmp_path / "copy.safetensors").is_file()

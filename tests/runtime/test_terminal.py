@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from undiffuse.cli import run
 from undiffuse.report import table
 from undiffuse.runtime import terminal
 
@@ -66,12 +67,18 @@ def command(*arguments, **settings):
     return subprocess.run(words, env=environment, check=False, timeout=120, **settings)
 
 
-def test_a_terminal_without_utf8(tmp_path):
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_utf8(encoding, tmp_path, monkeypatch):
     (tmp_path / "[red]é.csv").write_text("a,b\n" + "1,2\n3,4\n" * 5)
-    for encoding in ("ascii", "cp1252"):
-        done = command("check", tmp_path / "[red]é.csv", env={"PYTHONIOENCODING": encoding}, capture_output=True)
-        assert (done.returncode, done.stderr) == (0, b"")
-        assert b"[red]" in done.stdout
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        patch.setattr(sys, "argv", ["undiffuse", "check", str(tmp_path / "[red]é.csv")])
+        with pytest.raises(SystemExit) as end:
+            run()
+    assert (end.value.code, err.buffer.getvalue()) == (0, b"")
+    assert b"[red]" in out.buffer.getvalue()
 
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])

@@ -34,7 +34,7 @@ from undiffuse.training.monitor import Monitor
 DATA = from_array(
     np.random.default_rng(0).integers(5, size=(40, 1, 4, 4)), labels=np.arange(40) % 3, num_values=5, name="tiny"
 )
-NETWORK = {"kind": "unet", "widths": (8, 12), "blocks": 1, "attention": (1,)}
+NETWORK = {"kind": "unet", "widths": (8,), "blocks": 1, "attention": (0,)}
 TRAIN = TrainConfig(
     batch=12, max_steps=4, warmup=2, lr=0.01, precision="float32", held_out=0.2, previews=0, snapshots=2, seed=4,
     conditional=True, clip=0.05,
