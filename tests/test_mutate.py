@@ -56,11 +56,22 @@ def test_ids_are_unique_and_do_not_depend_on_line_numbers() -> None:
     assert {m.id for m in mutate.mutants("src/toy/other.py", source)}.isdisjoint(m.id for m in here)
 
 
+@pytest.mark.parametrize(
+    ("line", "body"), [(1, (1, 10)), (2, (1, 10)), (3, (3, 8)), (5, (5, 6)), (6, (3, 8)), (8, (1, 10))]
+)
+def test_a_change_belongs_to_the_body_of_its_innermost_function(line: int, body: tuple[int, int]) -> None:
+    source = (
+        "N = 1\ndef outer(n=N):\n    m = n\n    def inner(k=m):\n        return k\n    m += 1\n    return m\nM = 2\n"
+    )
+    assert mutate.body_of(source, line) == range(*body)
+
+
 TOY = {
     "src/toy/__init__.py": "",
     "src/toy/loose.py": "def near(n):\n    return n < 4\n",
     "src/toy/tight.py": "def down(n):\n    while n > 0:\n        n -= 2\n    return n\n",
-    "tests/test_loose.py": "from toy.loose import near\n\ndef test_near():\n"
+    "src/toy/idle.py": "def idle(n):\n    return n + 1\n",
+    "tests/test_loose.py": "import toy.idle\nfrom toy.loose import near\n\ndef test_near():\n"
     "    assert [near(n) for n in (0, 7)] == [True, False]\n",
     "tests/test_tight.py": "from toy.tight import down\n\ndef test_down():\n"
     "    assert [down(n) for n in (0, 1, 2, 3)] == [0, -1, 0, -1]\n",
@@ -72,11 +83,12 @@ from pathlib import Path
 mutate, root = runpy.run_path(sys.argv[1], run_name="mutate"), Path.cwd()
 mutate["warm"].__globals__["WARM"] = ("pytest", "hypothesis", "_hypothesis_pytestplugin")  # the toy needs no more
 table = {"src/toy/loose.py": "tests/test_loose.py", "src/toy/tight.py": "tests/test_tight.py",
-         "src/toy/__init__.py": "tests/absent"}
+         "src/toy/__init__.py": "tests/absent", "src/toy/idle.py": "tests/test_loose.py"}
 print("exit", mutate["main"](["--only", "src/toy/loose.py"], root, table))
+print("exit", mutate["main"](["--only", "src/toy/idle.py"], root, table))
 stuck = [m for m in mutate["mutants"]("src/toy/tight.py", Path("src/toy/tight.py").read_text()) if "n += 2" in m.new]
 with tempfile.TemporaryDirectory() as logs:
-    [(_, status, _)] = mutate["outcomes"](root, [(stuck[0], ["tests/test_tight.py"])], 1, 1.0, Path(logs))
+    [(_, status, _)] = mutate["outcomes"](root, [(stuck[0], ["tests/test_tight.py"], 1.0)], 1, Path(logs))
 print("stuck", status)
 Path("tests/test_loose.py").write_text("def test_fails():\\n    assert False\\n")
 print("exit", mutate["main"]([], root, table))
@@ -106,7 +118,8 @@ def test_it_finds_survivors_kills_endless_loops_and_refuses_failing_tests(tmp_pa
         f"survived (justified)  {by_change['n < 4 -> n <= 4']}"
     ]
     assert "caught 40.0 % (required 95), 60.0 % with the justified (required 100)" in lines
-    assert [line for line in lines if line.startswith("exit")] == ["exit 1", "exit 2"]
+    assert [line for line in lines if line.startswith("exit")] == ["exit 1", "exit 1", "exit 2"]
+    assert sum(line.startswith("no test runs it  ") for line in lines) == 3  # n - 1, n + 2 and n + 0
     assert "stuck -9" in lines
     assert "skipped src/toy/__init__.py: tests/absent does not exist" in lines
     assert any("no mutant was tried" in line for line in lines)
