@@ -24,6 +24,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "src")]
 
 import numpy as np  # noqa: E402, after the paths
+from peer_packages import hide_operators, import_denoising_diffusion  # noqa: E402
 
 from undiffuse.runtime.atomic_file import write_atomic  # noqa: E402
 from undiffuse.runtime.precision import cpu_multiplies_bfloat16  # noqa: E402
@@ -153,10 +154,9 @@ def sample_undiffuse(job: Job, n: int) -> np.ndarray:
 
 
 def build_denoising_diffusion(settings: Mapping[str, Any]) -> Any:
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-
-    network = Unet(dim=settings["dim"], dim_mults=tuple(settings["dim_mults"]), channels=1)
-    return GaussianDiffusion(network, image_size=SIDE, sampling_timesteps=settings["calls"])
+    package = import_denoising_diffusion()
+    network = package.Unet(dim=settings["dim"], dim_mults=tuple(settings["dim_mults"]), channels=1)
+    return package.GaussianDiffusion(network, image_size=SIDE, sampling_timesteps=settings["calls"])
 
 
 def write_pictures(job: Job) -> Path:
@@ -174,11 +174,10 @@ def write_pictures(job: Job) -> Path:
 
 def train_denoising_diffusion(job: Job) -> dict[str, Any]:
     import torch
-    from denoising_diffusion_pytorch import Trainer
 
     settings, pictures = job.settings, write_pictures(job)
 
-    class TimedTrainer(Trainer):
+    class TimedTrainer(import_denoising_diffusion().Trainer):
         """The Trainer, which has no clock: there is one step more to do as long as there is time."""
 
         end = math.inf
@@ -232,6 +231,8 @@ def sample_denoising_diffusion(job: Job, n: int) -> np.ndarray:
 
 def train_diffusers(job: Job) -> dict[str, Any]:
     import torch
+
+    hide_operators()
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 
@@ -279,6 +280,8 @@ def train_diffusers(job: Job) -> dict[str, Any]:
 
 def sample_diffusers(job: Job, n: int) -> np.ndarray:
     import torch
+
+    hide_operators()
     from diffusers import DDIMPipeline, DDPMPipeline
 
     kind = {"ddim": DDIMPipeline, "ddpm": DDPMPipeline}[job.settings["sampler"]]

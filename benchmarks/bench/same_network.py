@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peer_packages import hide_operators
+from peer_packages import import_denoising_diffusion as import_package
 from torch import Tensor, nn
 
 from bench.measure import alternate, paired_ratio, spread
@@ -93,6 +95,7 @@ def our_sampling_step(model: Diffusion, solver: str, autocast: torch.dtype | Non
 
 def of_diffusers() -> Pair:
     """UNet2DModel with the loop of diffusers' example of unconditional generation: EMAModel, AdamW, a norm of 1."""
+    hide_operators()
     from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 
@@ -154,13 +157,13 @@ def of_diffusers() -> Pair:
 
 def of_denoising_diffusion() -> Pair:
     """Unet of denoising-diffusion-pytorch with the step of its Trainer: Adam, a norm of 1, EMA every ten steps."""
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
     from safetensors.torch import save_file
 
+    package = import_package()
     torch.manual_seed(0)
-    model = GaussianDiffusion(
-        Unet(dim=WIDTHS[0], dim_mults=tuple(width // WIDTHS[0] for width in WIDTHS), channels=1),
+    model = package.GaussianDiffusion(
+        package.Unet(dim=WIDTHS[0], dim_mults=tuple(width // WIDTHS[0] for width in WIDTHS), channels=1),
         image_size=SIDE,
         timesteps=CHAIN,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 
+import peer_packages
 import pytest
 import torch
 from diffusers_cases import noise
@@ -38,10 +39,9 @@ def package():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            import denoising_diffusion_pytorch
-        except (ImportError, RuntimeError) as error:
-            pytest.skip(f"{error}. Install it: .venv/bin/python -m pip install denoising-diffusion-pytorch")
-    return denoising_diffusion_pytorch
+            return peer_packages.import_denoising_diffusion()
+        except ModuleNotFoundError as error:
+            pytest.skip(f"{error}. Install it: .venv/bin/python -m pip install -c constraints.txt -e '.[peers]'")
 
 
 def write(package, path, unet: dict, process: dict):
