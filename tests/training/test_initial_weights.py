@@ -1,6 +1,7 @@
 """Fine-tuning: a run that starts from a model starts at its loss, whatever conditions or data are added."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from undiffuse.data.stage_data import split_data
 from undiffuse.data.transform import Standardized, transform_for
 from undiffuse.errors import CheckpointError, ConfigError, DataError
 from undiffuse.model import checkpoint
+from undiffuse.model.autoencoder import fingerprint
 from undiffuse.model.config import Config, ModelConfig, TrainConfig, replace_train
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.latent import LatentTransform
 from undiffuse.networks.condition import Condition
 from undiffuse.training import initial_weights
 from undiffuse.training.batches import global_batch
@@ -211,6 +214,20 @@ def test_latents_keep_their_autoencoder_and_its_moments(tmp_path, monkeypatch):
     torch.testing.assert_close(losses(first, other), losses(start, other), rtol=1e-5, atol=1e-6)
     with pytest.raises(ConfigError, match=r"INIT.*model\.autoencoder.*Leave out --autoencoder"):
         fit_diffusion(tuned, other, tmp_path / "x", "cpu", init=run, quiet=True, autoencoder=tiny_autoencoder(seed=1))
+
+
+def test_the_autoencoder_of_a_start_may_be_given_with_its_fitted_scale():
+    given = tiny_autoencoder(distribution="none")
+    fitted, other = (
+        given.with_fitted_scale(torch.from_numpy(RNG.integers(17, size=(4, 1, 8, 8)))),
+        tiny_autoencoder(seed=1),
+    )
+    transform, name = LatentTransform(fitted, (0.0, 0.0), (1.0, 1.0)), fingerprint(given)
+    start = SimpleNamespace(transform=transform, config=ModelConfig(autoencoder=name))
+    assert name != fingerprint(fitted)
+    assert initial_weights.autoencoder_fingerprint(fitted, start) == name
+    assert initial_weights.autoencoder_fingerprint(other, start) == fingerprint(other)
+    assert initial_weights.autoencoder_fingerprint(fitted, None) == fingerprint(fitted)
 
 
 @pytest.mark.parametrize(
