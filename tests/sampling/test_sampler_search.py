@@ -118,6 +118,17 @@ def test_fitted_times_of_a_constant_prediction_are_linear():
     )
 
 
+def test_fitted_times_take_the_last_change_to_an_end_that_is_not_data():
+    lam = torch.tensor([-1.0, 0.0, 1.0, 2.0], dtype=F64)
+    levels = [LINE(LINE.inverse(2 * v)) for v in lam]
+    reference = Reference(torch.zeros(1), torch.zeros(1), levels, torch.tensor([4.0, 5.0], dtype=F64))
+    parts = torch.sqrt(torch.sigmoid(lam[:-1] + lam[1:])) * torch.tensor([4.0, 5.0, 5.0], dtype=F64)
+    assert parts[0] < parts.sum() / 2 < parts[:2].sum()
+    middle = fitted_times(reference, LINE, 2, 1.0)[1]
+    at = 0.5 * float(LINE(torch.tensor(middle, dtype=F64)).log_snr)
+    assert at == pytest.approx(float(torch.lerp(lam[1], lam[2], (parts.sum() / 2 - parts[0]) / parts[1])), abs=1e-4)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 9])
 def test_fitted_times_fall_from_noise_to_data_on_every_schedule(name, steps):
