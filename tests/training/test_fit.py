@@ -4,6 +4,7 @@ import csv
 import json
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from undiffuse.runtime.signals import Interrupted, StoppedImmediately, collect_s
 from undiffuse.runtime.tensor_file import read_tensors
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.training import batches as batches_of
+from undiffuse.training import distributed
 from undiffuse.training import fit as loop
 from undiffuse.training.batches import global_batch
 from undiffuse.training.diffusion_task import SCHEDULE_LR_FACTOR, DiffusionTask, fit_diffusion
@@ -357,6 +359,16 @@ def test_processes_average_the_gradient_of_a_schedule():
     average_other_gradients(Two(), model)
     assert all(bool((p.grad == 2).all()) for p in model.schedule.parameters())
     average_other_gradients(Two(), Diffusion(CONFIG.model, DATA.item_shape, IntegerLevels(5)))  # has none
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_have_the_clock_and_the_plan_of_the_first(monkeypatch, processes):
+    first = torch.tensor([7.25, 30, float("nan")], dtype=torch.float64)
+    monkeypatch.setattr(distributed, "broadcast", lambda numbers: first if len(numbers) == 3 else None)
+    progress = Progress(seconds=9.5, decay_from=20, last_step=40)
+    distributed.broadcast_progress(SimpleNamespace(num_processes=processes, device="cpu"), progress)
+    expected = (9.5, 20, 40) if processes == 1 else (7.25, 30, None)
+    assert (progress.seconds, progress.decay_from, progress.last_step) == expected
 
 
 @pytest.fixture(scope="module")
