@@ -74,6 +74,10 @@ SLOW_ODE = ("learned", "vdm")
 """Models whose flow takes half of the time."""
 
 
+ILL_CONDITIONED_CODES = ("learned",)
+"""Models whose random weights multiply relative errors by 2e4 and more on the way to noise: no two machines agree."""
+
+
 def model(name: str) -> Diffusion:
     """One of `MODELS` with random weights also where the initial ones are 0."""
     config, transform = MODELS[name]
@@ -111,7 +115,8 @@ def of_models(slow: bool) -> dict[str, Tensor]:
             bound = diffusion.nll(x, seed=7, mc_samples=2, estimate=estimate, cond=label)
             for part in ("prior", "steps", "decoder"):
                 numbers[f"{name} {estimate} {part}"] = getattr(bound, "diffusion_nats" if part == "steps" else part)
-        numbers[f"{name} codes"] = diffusion.to_latent(x, 4).double()
+        if name not in ILL_CONDITIONED_CODES:
+            numbers[f"{name} codes"] = diffusion.to_latent(x, 4).double()
         g = torch.Generator().manual_seed(8)
         u, eps = torch.rand(4, generator=g), torch.randn(x.shape, generator=g)
         loss = diffusion.loss(x, u, eps, eps.flip(0), label)

@@ -121,7 +121,7 @@ def draw_cascade(
     items, seconds = sum(map(len, parts)), [0.0] * len(cascade.models)
     titles = [f"stage {i} of {len(cascade.models)}, {shape}" for i, shape in enumerate(cascade.shapes, 1)]
     steps = [cascade.num_steps(stage, sampler) for stage in range(len(titles))]
-    with ProgressBar(console, titles[0], items * sum(steps)) as bar, folder.adding_in_background() as add:
+    with ProgressBar(console, titles[0], items * sum(steps)) as bar, folder.adding_in_background() as write:
         began = time.perf_counter()
 
         def advance(stage: int, count: int) -> None:
@@ -136,6 +136,6 @@ def draw_cascade(
             options = {"cond": given, "augmentation": augmentation, "first": part.start, "progress": advance}
             draw = partial(cascade.sample, len(part), seed, sampler, **options)
             values, batch = halve_while_out_of_memory(draw, batch, log)
-            add(part.start, values.numpy())
+            write(part.start, values.numpy())
     for stage, title in enumerate(titles if parts else ()):
         log(f"{title}: {cascade.stage_sampler(stage, sampler)} in {steps[stage]} steps, {seconds[stage]:.1f} s")

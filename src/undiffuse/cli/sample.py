@@ -272,13 +272,13 @@ def _draw(
     num_steps = model.num_steps(sampler)
     with (
         ProgressBar(console, "sampling", sum(map(len, parts)) * num_steps) as bar,
-        folder.adding_in_background() as add,
+        folder.adding_in_background() as write,
     ):
         for part in parts:
             options = {"guide": guide, "first": part.start, "progress": bar.advance}
             draw = partial(model.sample, len(part), seed, sampler, condition and condition(part), **options)
             values, batch = halve_while_out_of_memory(draw, batch, log)
-            add(part.start, values.numpy())
+            write(part.start, values.numpy())
 
 
 def _folder_name(sampler: Sampler, labels: list[str], files: list[Path], seed: int) -> str:
