@@ -74,8 +74,9 @@ SLOW_ODE = ("learned", "vdm")
 """Models whose flow takes half of the time."""
 
 
-ILL_CONDITIONED_CODES = ("learned",)
-"""Models whose random weights multiply relative errors by 2e4 and more on the way to noise: no two machines agree."""
+ILL_CONDITIONED = ("learned codes", "pigdm")
+"""Numbers that are left out, because two machines do not agree: the random weights of "learned" multiply relative
+errors by 2e4 and more on the way to noise; of the levels that "pigdm" restores 9 of 128 are others with AVX2."""
 
 
 def model(name: str) -> Diffusion:
@@ -115,7 +116,7 @@ def of_models(slow: bool) -> dict[str, Tensor]:
             bound = diffusion.nll(x, seed=7, mc_samples=2, estimate=estimate, cond=label)
             for part in ("prior", "steps", "decoder"):
                 numbers[f"{name} {estimate} {part}"] = getattr(bound, "diffusion_nats" if part == "steps" else part)
-        if name not in ILL_CONDITIONED_CODES:
+        if f"{name} codes" not in ILL_CONDITIONED:
             numbers[f"{name} codes"] = diffusion.to_latent(x, 4).double()
         g = torch.Generator().manual_seed(8)
         u, eps = torch.rand(4, generator=g), torch.randn(x.shape, generator=g)
@@ -135,7 +136,6 @@ def of_restoration() -> dict[str, Tensor]:
     image = diffusion.transform.to_model(values("levels")[:1])[0]
     degradations = {
         "mmps": Degradation((1, 8, 8), noise_std=0.2),
-        "pigdm": Degradation((1, 8, 8), blur=1.0),
         "dps": Degradation((1, 8, 8), known=known),
         "repaint": Degradation((1, 8, 8), known=known),
     }
