@@ -2,11 +2,13 @@ import math
 
 import pytest
 import torch
+from simulated_gpu import GPU, simulated_gpu
 
 from undiffuse.process import schedule as S
 from undiffuse.process.noise_level import (
     NoiseLevel,
     broadcast_like,
+    broadcast_together,
     log_var_large,
     log_var_small,
     stack,
@@ -109,3 +111,18 @@ def test_final_log_var_is_used_only_where_sigma_is_zero():
     mixed = log_var_small(flow(torch.tensor([0.5, 0.5])), flow(torch.tensor([0.25, 0.0])))
     assert mixed[1] == log_var_large(flow(0.5), flow(0.0)) == 2 * math.log(0.5)
     assert math.exp(mixed[0]) == pytest.approx((1 - 1 / 9) * 0.0625)
+
+
+def test_values_reach_a_gpu_in_one_copy_and_have_the_shape_of_x():
+    values, x = [torch.tensor([0.25, 0.5, 0.75]), torch.tensor(3.0, dtype=torch.float64)], torch.zeros(3, 2, 4)
+    on_cpu = broadcast_together(values, x)
+    assert [tuple(value.shape) for value in on_cpu] == [(3, 1, 1), (1, 1, 1)]
+    with simulated_gpu() as counts:
+        x = x.to(GPU)
+        counts.clear()
+        on_gpu = broadcast_together(values, x)
+        assert (counts["copy"], counts["waiting copy"]) == (1, 0)
+        assert all((value.device, value.dtype, value.ndim) == (GPU, torch.float32, 3) for value in on_gpu)
+        moved = [value.cpu() for value in on_gpu]
+    for found, expected in zip(moved, on_cpu, strict=True):
+        torch.testing.assert_close(found, expected.float().expand_as(found))
