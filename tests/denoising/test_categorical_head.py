@@ -165,6 +165,11 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     whole = head(x_t, torch.zeros(5), None, x_t, alpha, sigma)
     monkeypatch.setattr(categorical_head, "CHUNK_ELEMENTS", (2 * 24 * 17, 2 * 24 * 17))
     torch.testing.assert_close(head(x_t, torch.zeros(5), None, x_t, alpha, sigma), whole, rtol=1e-13, atol=1e-13)
+    parts = []
+    monkeypatch.setattr(head, "_mean", lambda *inputs, mean=head._mean: parts.append(len(inputs[0])) or mean(*inputs))
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    torch.testing.assert_close(head(x_t, torch.zeros(5), None, x_t, alpha, sigma), whole, rtol=1e-13, atol=1e-13)
+    assert parts == [5]  # one part, of any number of items
 
 
 @pytest.mark.parametrize("name", ["x", "eps", "v", "edm", "score"])
