@@ -207,9 +207,8 @@ def sample(
     sample_bytes = model.dims * bytes_per_value(num_values) + MIN_FILE_BYTES * folder.is_image
     require_disk_space(f"--n {n}", out, n * sample_bytes)
 
-    batch = batch or default_batch(model.dims, model.device)
-
     # Draw; every process draws its share of the batches, and the first one writes the rest
+    batch = batch or default_batch(model.dims, model.device)
     if animate is not None and group.rank == 0 and not isinstance(model, Cascade):
         items = range(min(n, MAX_ANIMATED))
         animate_sampling(animate, model, items, seed, sampler, condition and condition(items), guide)
