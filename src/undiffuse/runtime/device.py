@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CPU_BATCH, MAX_GPU_BATCH, GPU_BATCH_VALUES = 64, 1024, 2**20
-"""Samples at once: on a CPU; on a GPU at most so many, and at most so many values of them, but not fewer than on a CPU.
-A number that depends on the free memory would make rounding errors depend on it."""
+"""Samples that are drawn at once by default: `CPU_BATCH` on a CPU. On a GPU there are more, up to `MAX_GPU_BATCH`, if
+they have at most `GPU_BATCH_VALUES` values. Free memory has no influence, because rounding depends on the batch."""
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
