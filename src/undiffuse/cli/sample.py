@@ -129,8 +129,8 @@ def sample(
     batch: Annotated[
         int | None,
         typer.Option(
-            help=f"Samples per batch; does not change the samples. Default {CPU_BATCH}, on a GPU up to "
-            f"{MAX_GPU_BATCH:,} small ones.",
+            help=f"Samples per batch; does not change the samples. Default {CPU_BATCH}; on a GPU up to "
+            f"{MAX_GPU_BATCH:,} if they are small.",
             min=1,
         ),
     ] = None,
