@@ -155,6 +155,12 @@ def summarize(values: Sequence[float], digits: int) -> str:
     return middle if len(values) == 1 else f"{middle} [{min(values):,.{digits}f}, {max(values):,.{digits}f}]"
 
 
+def _bound(values: Sequence[Sequence[float]]) -> str:
+    """Bounds [mean, standard error] of the seeds, with the median of the standard errors."""
+    stderr = statistics.median(stderr for _, stderr in values)
+    return f"≤ {summarize([mean for mean, _ in values], 3)}, ± {stderr:.2f} each"
+
+
 def rows(found: Sequence[tuple[Job, Mapping[str, Any]]], n: int) -> list[dict[str, str]]:
     """A row for each package and length of training; numbers are medians over seeds with their range."""
     lines = []
@@ -180,7 +186,7 @@ def rows(found: Sequence[tuple[Job, Mapping[str, Any]]], n: int) -> list[dict[st
                     "precision": summarize(metrics["precision"], 2),
                     "recall": summarize(metrics["recall"], 2),
                     **{
-                        f"bits/dim, {estimate}": "≤ " + summarize([s["likelihood"][estimate][0] for _, s in some], 3)
+                        f"bits/dim, {estimate}": _bound([s["likelihood"][estimate] for _, s in some])
                         for estimate in ESTIMATES
                     },
                 }

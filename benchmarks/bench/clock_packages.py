@@ -35,11 +35,12 @@ MAX_WARMUP = 0.1
 """Of the time of a training of diffusers: 500 steps can be all that there are."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    # The default recipe and sampler, DDIM in 50 calls. ``options`` are more options of `undiffuse train`.
-    "undiffuse": {"options": "", "sampler": "ddim", "calls": 50},
+    # The default recipe and sampler. ``options`` are more options of `undiffuse train`.
+    "undiffuse": {"options": "", "sampler": "dpm++2m_sde", "calls": 25},
     # Its Trainer with the defaults of the process (pred_v, sigmoid schedule), Adam, EMA. dim 64 with the multiples
     # 1, 2, 4, 8 of the README has 36 M parameters and is too slow for minutes of a processor. DDIM in 250 calls is that
-    # of the README; `make bench` takes 50, because 1,000 images in 250 calls are 50 minutes of a core. bf16: Trainer's
+    # of the README, "ddim-eta-1" the one with noise; `make bench` takes 50, because 1,000 images in 250 calls are 50
+    # minutes of a core. bf16: Trainer's
     # ``amp``, where the processor multiplies in it. ema_decay: with its default, 0.995 for each tenth step, the average
     # would be over most of a run of minutes; with 0.9 it is over some 100 steps.
     "denoising-diffusion-pytorch": {
@@ -54,7 +55,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     # The loop of examples/unconditional_image_generation: AdamW, EMAModel, cosine decay, 500 warm-up steps, eps. Its
     # network of 114 M parameters is too large here. "ddim" in 50 calls is the default of DDIMPipeline; the example's
-    # own 1,000 (sampler "ddpm") take twenty times as long. bf16: its --mixed_precision bf16.
+    # own 1,000 (sampler "ddpm") take twenty times as long; "dpm++2m_sde" is DPMSolverMultistepScheduler. bf16: the
+    # example's --mixed_precision bf16.
     "diffusers": {
         "widths": [32, 64, 128],
         "layers": 1,
@@ -156,7 +158,10 @@ def sample_undiffuse(job: Job, n: int) -> np.ndarray:
 def build_denoising_diffusion(settings: Mapping[str, Any]) -> Any:
     package = import_denoising_diffusion()
     network = package.Unet(dim=settings["dim"], dim_mults=tuple(settings["dim_mults"]), channels=1)
-    return package.GaussianDiffusion(network, image_size=SIDE, sampling_timesteps=settings["calls"])
+    eta = {"ddim": 0.0, "ddim-eta-1": 1.0}[settings["sampler"]]
+    return package.GaussianDiffusion(
+        network, image_size=SIDE, sampling_timesteps=settings["calls"], ddim_sampling_eta=eta
+    )
 
 
 def write_pictures(job: Job) -> Path:
@@ -282,10 +287,17 @@ def sample_diffusers(job: Job, n: int) -> np.ndarray:
     import torch
 
     hide_operators()
-    from diffusers import DDIMPipeline, DDPMPipeline
+    from diffusers import DDIMPipeline, DDPMPipeline, DPMSolverMultistepScheduler
 
-    kind = {"ddim": DDIMPipeline, "ddpm": DDPMPipeline}[job.settings["sampler"]]
+    kind = DDIMPipeline if job.settings["sampler"] == "ddim" else DDPMPipeline
     pipeline = kind.from_pretrained(job.folder / "pipeline")
+    if job.settings["sampler"] == "dpm++2m_sde":
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+            pipeline.scheduler.config,
+            algorithm_type="sde-dpmsolver++",
+            timestep_spacing="trailing",
+            thresholding=True,  # at 1, its sample_max_value: clips x as its DDIMScheduler does
+        )
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(job.seed)
     parts = [

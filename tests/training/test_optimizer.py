@@ -74,7 +74,7 @@ def test_one_step_and_a_second_by_hand():
             u, s, vh = torch.linalg.svd((0.05 * g + 0.95 * m[name]).reshape(len(g), -1), full_matrices=False)
             move = (u @ torch.diag(polynomial(s / s.norm())) @ vh).reshape(g.shape)
             long = {"linear": 6, "conv": 27}[name]
-            weights[name] = weights[name] - 0.01 * (0.1 * weights[name] + 0.2 * math.sqrt(long) * move)
+            weights[name] = weights[name] - 0.01 * (0.1 * weights[name] + 0.4 * math.sqrt(long) * move)
         optimizer.step()
         reference.step()
         for name, weight in weights.items():
@@ -85,10 +85,13 @@ def test_one_step_and_a_second_by_hand():
 
 
 def test_a_matrix_moves_as_by_the_optimizer_of_torch():
-    """`torch.optim.Muon` computes in bfloat16: 8 bits, enlarged by the polynomial's slope of 3.4 a step."""
+    """`torch.optim.Muon` computes in bfloat16, 8 bits, enlarged by the polynomial's slope of 3.4 a step.
+
+    Its factor is that of the paper, 0.2, so it needs twice the rate.
+    """
     _, block = pair()
     weight, twin = block["linear"].weight, nn.Parameter(block["linear"].weight.detach().float())
-    theirs = torch.optim.Muon([twin], lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon([twin], lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     ours = Muon([{"params": [weight], "weight_decay": 0.0}], [weight], lr=0.01)
     start = twin.detach().clone()
     for step in range(3):
@@ -157,8 +160,14 @@ def test_a_nan_in_a_gradient_stops_the_run_before_the_weights_move(tmp_path, mon
         train(muon_recipe(on_nonfinite="skip"), tmp_path / "skip", data())
 
 
-def test_what_muon_cannot_do_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"train.optimizer = 'muon': the network has no blocks with matrices"):
-        train(recipe(10, optimizer="muon"), tmp_path, data())
+def test_a_network_without_blocks_is_left_to_adamw(tmp_path):
+    with quick_looks():
+        for name in ("muon", "adamw"):
+            train(recipe(3, optimizer=name), tmp_path / name, data())
+    one, other = (read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("muon", "adamw"))
+    assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_another_name_is_refused():
     with pytest.raises(ConfigError, match=r"train.optimizer = 'sgd': must be adamw or muon"):
         TrainConfig(optimizer="sgd")

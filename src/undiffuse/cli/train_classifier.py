@@ -110,7 +110,7 @@ def recipe_for(data: Dataset, device: str, name: str | None = None, **settings: 
     name = name or presets.choose(data.item_shape, device)
     base = presets.adapt_to_data(presets.get(name), data.num_values)
     log_snr = {name: base.model.schedule[name] for name in ("low", "high") if name in base.model.schedule}
-    train = replace(base.train, weight_decay=0.05, snapshots=0, **settings)
+    train = replace(base.train, optimizer="adamw", weight_decay=0.05, snapshots=0, **settings)
     pooling = presets.CLASSIFIER_POOLING.get(name, "mean")
     return ClassifierConfig(NoisyClassifierConfig(base.model.network, **log_snr, pooling=pooling), train)
 
