@@ -43,7 +43,7 @@ PRESETS: dict[str, Config] = {
     # the bound as loss: where log-SNR is linear in t, its weight on eps is 1
     "likelihood": Config(
         ModelConfig(network=_CPU_SMALL, weight={"name": "simple"}, output="categorical"),
-        TrainConfig(batch=64, lr=2e-3, ema=0.05),
+        TrainConfig(batch=64, lr=3e-3, optimizer="muon", ema=0.05),
     ),
     # images of 32 to 64 pixels on one GPU
     "gpu": Config(
