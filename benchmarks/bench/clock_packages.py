@@ -73,8 +73,8 @@ others those of training. `TRIED` lists what else was tried; ``run clock --set N
 
 SAMPLING = ("sampler", "calls")
 TRIED: list[str] = [
-    "Tried for diffusers (2026-11-29, five minutes of one core, Fréchet distance of 500 samples, floor 7.0): batch 32 at "
-    "3e-4 313, at 1e-3 269, at 2e-3 299, batch 16 at 1e-3 213, all by DDIM in 50 calls; batch 32 at 1e-3 by "
+    "Tried for diffusers (2026-11-29, five minutes of one core, Fréchet distance of 500 samples, floor 7.0): batch 32 "
+    "at 3e-4 313, at 1e-3 269, at 2e-3 299, batch 16 at 1e-3 213, all by DDIM in 50 calls; batch 32 at 1e-3 by "
     "DPM-Solver++ 2M SDE in 25 calls 158, in 50 calls 484.",
     "Tried for denoising-diffusion-pytorch (the same, DDIM in 50 calls): batch 32 at 3e-4 66, at 1e-3 88, at 2e-3 80, "
     "batch 16 at 1e-3 61, at 3e-4 45.",
