@@ -32,6 +32,8 @@ METRICS = ("frechet", "kernel", "precision", "recall")
 LIKELIHOOD = {"items": 128, "mc-samples": 16}
 """Test images and points in time of each, for the bound of the chain and the one in continuous time."""
 ESTIMATES = ("discrete", "continuous")
+LIBGOMP_SPINCOUNT = "300000"
+"""What it is where neither GOMP_SPINCOUNT nor OMP_WAIT_POLICY is set."""
 Stage = Callable[[Job, int], Mapping[str, Any]]
 
 
@@ -114,8 +116,7 @@ def in_own_process(stage: str, threads: int | None) -> Stage:
         write_atomic(place, json.dumps(asdict(job)).encode())
         program = Path(__file__).with_name("clock_packages.py")
         command = [sys.executable, str(program), stage, str(place), *([str(n)] if stage == "sample" else [])]
-        environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, env=environment_of(job.package, threads), stdout=subprocess.DEVNULL)
         content = read_stage(job.folder / stage_files(job, n)[stage])
         if done.returncode or content is None:
             cause = f"{job.folder}: {stage} ended with {done.returncode}"
@@ -123,6 +124,13 @@ def in_own_process(stage: str, threads: int | None) -> Stage:
         return content
 
     return work
+
+
+def environment_of(package: str, threads: int | None) -> dict[str, str]:
+    """The environment of a process of ``package``. How threads wait is the choice of undiffuse for itself alone."""
+    waiting = {} if package == "undiffuse" else {"GOMP_SPINCOUNT": LIBGOMP_SPINCOUNT}
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    return {**kept, **waiting, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
 
 
 def compare_stage(job: Job, n: int) -> Mapping[str, Any]:

@@ -108,21 +108,28 @@ def options(out, **changed) -> argparse.Namespace:
     return argparse.Namespace(**{**base, **changed})
 
 
+def test_only_ours_has_our_choice_of_waiting():
+    ours, other = (clock.environment_of(name, threads=2) for name in ("undiffuse", "diffusers"))
+    assert ours["OMP_NUM_THREADS"] == other["OMP_NUM_THREADS"] == "2"
+    assert other["GOMP_SPINCOUNT"] == clock.LIBGOMP_SPINCOUNT != ours.get("GOMP_SPINCOUNT")
+    assert "OMP_WAIT_POLICY" not in other
+
+
 def test_jobs_alternate_and_settings_have_folders_of_their_own(tmp_path):
     found = clock.jobs(options(tmp_path))
     assert [job.package for job in found[:3]] == list(PACKAGES)
     assert [job.package for job in found[6:9]] == [*list(PACKAGES)[1:], next(iter(PACKAGES))]
     assert len({job.folder for job in found}) == len(found) == 12
     base = clock.jobs(options(tmp_path, packages=["diffusers"]))[0]
-    other = clock.jobs(options(tmp_path, packages=["diffusers"], set=["diffusers.lr=0.001"]))[0]
-    assert other.settings["lr"] == 0.001
+    other = clock.jobs(options(tmp_path, packages=["diffusers"], set=["diffusers.lr=0.25"]))[0]
+    assert other.settings["lr"] == 0.25
     assert other.folder != base.folder
     calls = clock.jobs(options(tmp_path, packages=["diffusers"], set=["diffusers.calls=7", "diffusers.sampler=ddpm"]))[
         0
     ]
     assert calls.folder == base.folder  # the same training
     assert calls.drawn(8) == "8-ddpm-7"
-    assert SETTINGS["diffusers"]["lr"] != 0.001
+    assert SETTINGS["diffusers"]["lr"] != 0.25
 
 
 @pytest.mark.parametrize("wrong", [{"set": ["diffusers.speed=1"]}, {"set": ["lr"]}, {"packages": ["fast"]}])
