@@ -40,9 +40,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # Its Trainer with the defaults of the process (pred_v, sigmoid schedule), Adam, EMA. dim 64 with the multiples
     # 1, 2, 4, 8 of the README has 36 M parameters and is too slow for minutes of a processor. DDIM in 250 calls is that
     # of the README, "ddim-eta-1" the one with noise; `make bench` takes 50, because 1,000 images in 250 calls are 50
-    # minutes of a core. bf16: Trainer's
-    # ``amp``, where the processor multiplies in it. ema_decay: with its default, 0.995 for each tenth step, the average
-    # would be over most of a run of minutes; with 0.9 it is over some 100 steps.
+    # minutes of a core. bf16: Trainer's ``amp``, where the processor multiplies in it. ema_decay: with its default,
+    # 0.995 for each tenth step, the average would be over most of a run of minutes; with 0.9 it is over some 100 steps.
     "denoising-diffusion-pytorch": {
         "dim": 32,
         "dim_mults": [1, 2, 4],
