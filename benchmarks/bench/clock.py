@@ -127,10 +127,9 @@ def in_own_process(stage: str, threads: int | None) -> Stage:
 
 
 def environment_of(package: str, threads: int | None) -> dict[str, str]:
-    """The environment of a process of ``package``. How threads wait is the choice of undiffuse for itself alone."""
+    """The environment of a process of ``package``: libgomp's own spin for others, as `import undiffuse` changes it."""
     waiting = {} if package == "undiffuse" else {"GOMP_SPINCOUNT": LIBGOMP_SPINCOUNT}
-    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    return {**kept, **waiting, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    return {**os.environ, **waiting, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
 
 
 def compare_stage(job: Job, n: int) -> Mapping[str, Any]:

@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "undiffuse": {"options": "", "sampler": "dpm++2m_sde", "calls": 25},
     # Its Trainer with the defaults of the process (pred_v, sigmoid schedule), Adam, EMA. dim 64 with the multiples
     # 1, 2, 4, 8 of the README has 36 M parameters and is too slow for minutes of a processor. DDIM in 250 calls is that
-    # of the README, "ddim-eta-1" the one with noise; `make bench` takes 50, because 1,000 images in 250 calls are 50
+    # of the README; `make bench` takes 50, because 1,000 images in 250 calls are 50
     # minutes of a core. bf16: Trainer's ``amp``, where the processor multiplies in it. ema_decay: with its default,
     # 0.995 for each tenth step, the average would be over most of a run of minutes; with 0.9 it is over some 100 steps.
     "denoising-diffusion-pytorch": {
@@ -163,10 +163,7 @@ def sample_undiffuse(job: Job, n: int) -> np.ndarray:
 def build_denoising_diffusion(settings: Mapping[str, Any]) -> Any:
     package = import_denoising_diffusion()
     network = package.Unet(dim=settings["dim"], dim_mults=tuple(settings["dim_mults"]), channels=1)
-    eta = {"ddim": 0.0, "ddim-eta-1": 1.0}[settings["sampler"]]
-    return package.GaussianDiffusion(
-        network, image_size=SIDE, sampling_timesteps=settings["calls"], ddim_sampling_eta=eta
-    )
+    return package.GaussianDiffusion(network, image_size=SIDE, sampling_timesteps=settings["calls"])
 
 
 def write_pictures(job: Job) -> Path:
