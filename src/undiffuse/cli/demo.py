@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +16,19 @@ from undiffuse.errors import counted
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from PIL.Image import Image
     from rich.console import Console
 
     from undiffuse.data.dataset import Dataset
     from undiffuse.evaluation.baselines import Baseline
+    from undiffuse.evaluation.process_states import States
     from undiffuse.model.diffusion import Diffusion
 
 MINUTES = 2.5
 MIN_STEPS, MAX_MINUTES = 300, 6.0
 """With fewer steps the model is behind the baselines: a slow machine trains for longer, at most so many minutes."""
 LOG2 = math.log(2)
-STRIP_ITEMS = 4
+STRIP_ITEMS, STRIP_COLUMNS = 4, 9
 
 
 def demo(folder: Path, minutes: float | None, console: Console) -> None:
@@ -40,6 +41,7 @@ def demo(folder: Path, minutes: float | None, console: Console) -> None:
     from undiffuse.data.sources.registry import load
     from undiffuse.evaluation.baselines import gaussian_mixtures, independent_pixels
     from undiffuse.evaluation.distances import with_floor
+    from undiffuse.evaluation.process_states import forward_states, reverse_states
     from undiffuse.model import checkpoint
     from undiffuse.report import figures as pictures
     from undiffuse.report import table
@@ -63,15 +65,16 @@ def demo(folder: Path, minutes: float | None, console: Console) -> None:
     console.rule("2. sample")
     split = data.split()
     held_out, steps = data.values[split.test], 125
-    work = len(held_out) * (steps + model.chain_length) + STRIP_ITEMS * model.chain_length
+    work = len(held_out) * (steps + model.chain_length)
     with ProgressBar(console, "sampling", work) as bar:
         samples = model.sample(
             len(held_out), seed=1, sampler=Sampler("ancestral", num_steps=steps), batch=180, progress=bar.advance
         ).numpy()
         write_samples(run.folder / "samples" / "demo", samples, data.num_values, {"seed": 1})
         pictures.image_grid(samples[:64], data.num_values, columns=16).save(run.pictures / "grid.png")
-        forward_strip(model, held_out[:4]).save(run.pictures / "forward.png")
-        reverse_strip(model, bar.advance).save(run.pictures / "reverse.png")
+        shown = torch.from_numpy(held_out[:STRIP_ITEMS])
+        strip(model, forward_states(model, shown, STRIP_COLUMNS)).save(run.pictures / "forward.png")
+        strip(model, reverse_states(model, range(STRIP_ITEMS), STRIP_COLUMNS)).save(run.pictures / "reverse.png")
         bar.title = "measuring"
         result = model.nll(
             torch.from_numpy(held_out), batch=26, progress=lambda items: bar.advance(items * model.chain_length)
@@ -175,40 +178,12 @@ def against(ours: np.ndarray, name: str, baseline: Baseline) -> dict[str, object
     }
 
 
-def forward_strip(model: Diffusion, values: np.ndarray, columns: int = 9):
-    """Items on their way to noise along one chain q(x_1..x_T), at equally spaced times."""
-    import torch
-
-    from undiffuse.process.seeded_noise import ItemNoise
-    from undiffuse.sampling.trajectory import forward_trajectory
-
-    levels = model.chain
-    noise = ItemNoise(0, range(len(values)), model.item_shape, "forward")
-    first = torch.from_numpy(values)
-    states = list(forward_trajectory(model.transform.to_model(first) * float(levels[-1].alpha), levels, noise))
-    return strip(model, [(s.level, s.x) for s in states], columns)
-
-
-def reverse_strip(model: Diffusion, advance: Callable[[float], None], columns: int = 9):
-    """Samples on their way from noise; ``advance`` is called with the network calls of each step."""
-    from undiffuse.sampling.sampler import Sampler
-
-    states = []
-    for state in model.trajectory(range(STRIP_ITEMS), seed=2, sampler=Sampler("ancestral", num_steps=None)):
-        states.append(state)
-        advance(STRIP_ITEMS)
-    return strip(model, [(s.level, s.x) for s in states], columns)
-
-
-def strip(model: Diffusion, states: list, columns: int):
-    """A picture of states (level, x) at equal distances, captioned with their log-SNR."""
-    import numpy as np
-
+def strip(model: Diffusion, states: States) -> Image:
+    """A picture of states on their way, captioned with their log-SNR."""
     from undiffuse.report import figures as pictures
 
-    chosen = [states[round(i * (len(states) - 1) / (columns - 1))] for i in range(columns)]
-    frames = np.stack([model.transform.to_data(x).numpy() for _, x in chosen])
-    captions = [f"log SNR {float(level.log_snr):.1f}" for level, _ in chosen]
+    levels, frames = states
+    captions = [f"log SNR {float(level.log_snr):.1f}" for level in levels]
     return pictures.image_strip(frames, captions, model.info.get("num_values"))
 
 
