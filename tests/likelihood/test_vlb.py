@@ -19,7 +19,7 @@ from undiffuse.denoising.denoiser import Prediction
 from undiffuse.likelihood.decoder import ValueSoftmax
 from undiffuse.likelihood.nll import NLL, concatenate, make_nll
 from undiffuse.likelihood.reverse_chain import ReverseChain
-from undiffuse.likelihood.vlb import step_nll, stratify, vlb
+from undiffuse.likelihood.vlb import Stratum, step_nll, strata_ends, stratify, vlb
 from undiffuse.networks.condition import Condition
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian, reverse
@@ -46,6 +46,10 @@ def analytic(chain, x, **settings) -> NLL:
 
 def total(values: torch.Tensor) -> torch.Tensor:
     return values.flatten(1).sum(1)
+
+
+def falling_log_snr(chain: ReverseChain) -> torch.Tensor:
+    return torch.stack([level.log_snr for level in reversed(chain.noise_levels)])
 
 
 def feed(numbers):
@@ -246,11 +250,11 @@ def test_decoder_of_a_chain_that_stays_finite():
 def test_strata_are_unbiased(make, m):
     chain, eps = ReverseChain(Affine(), make()), 0.3 * torch.ones(1, dtype=torch.float64)
     exact = vlb(chain, X, lambda n: eps.expand(n, *X.shape))
-    ends = [round(7 * j / m) for j in range(m + 1)]
+    ends = strata_ends(falling_log_snr(chain), m)
     choices = list(product(*(range(a + 1, b + 1) for a, b in pairwise(ends))))
     results = []
     for choice in choices:
-        strata = [torch.full((len(X),), k) for k in choice]
+        strata = [Stratum(torch.full((len(X),), k), b - a) for k, (a, b) in zip(choice, pairwise(ends), strict=True)]
         part = vlb(chain, X, lambda n: eps.expand(n, *X.shape), strata=strata)
         results.append(torch.stack([part.prior, part.diffusion_nats, part.decoder, part.total]))
         assert part.calls == m
@@ -267,30 +271,56 @@ def test_items_may_be_on_different_steps():
     edges = (X - 0.1, X + 0.1)
     noise = lambda n: eps.expand(n, *X.shape)  # noqa: E731
     exact = vlb(chain, X, noise, edges=edges)
-    mixed = vlb(chain, X, noise, edges=edges, strata=[torch.tensor([1, 4, 2])])
+    mixed = vlb(chain, X, noise, edges=edges, strata=[Stratum(torch.tensor([1, 4, 2]), 5)])
     assert torch.equal(mixed.per_step.isfinite().nonzero(), torch.tensor([[0, 0], [1, 3], [2, 1]]))
     assert torch.equal(mixed.decoder, 5 * torch.stack([exact.per_step[0, 0], *torch.zeros(2, dtype=torch.float64)]))
     expected = 5 * torch.stack([exact.per_step[0, 0], exact.per_step[1, 3], exact.per_step[2, 1]])
     torch.testing.assert_close(mixed.diffusion_nats + mixed.decoder, expected, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize(("N", "m"), [(7, 3), (8, 4), (1000, 7), (1, 1), (5, 5)])
-def test_stratify_is_uniform_within_each_stratum(N, m):
-    fine = 840  # a multiple of the strata's sizes, so that u = (i + ½)/fine draws each step equally often
+@pytest.mark.parametrize("ends", [[0, 2, 5, 7], [0, 1, 1000], [0, 1], [0, 1, 2, 3]])
+def test_stratify_is_uniform_within_each_stratum(ends):
+    fine, m = 840, len(ends) - 1  # a multiple of small sizes, so that u = (i + ½)/fine draws each step equally often
     u = ((torch.arange(fine, dtype=torch.float64) + 0.5) / fine).expand(m, fine)
-    strata = stratify(N, m, u)
-    ends = [round(N * j / m) for j in range(m + 1)]
-    assert len(strata) == m
-    for a, b, k in zip(ends[:-1], ends[1:], strata, strict=True):
+    strata = stratify(ends, u)
+    assert [size for _, size in strata] == [b - a for a, b in pairwise(ends)]
+    for (a, b), (k, _) in zip(pairwise(ends), strata, strict=True):
         assert k.dtype == torch.int64
         counts = torch.bincount(k - a - 1, minlength=b - a)
         assert len(counts) == b - a
         assert int(counts.max() - counts.min()) <= (0 if fine % (b - a) == 0 else 1)
-    almost = stratify(N, m, torch.full((m, 1), 1 - 2.0**-53, dtype=torch.float64))
-    assert [int(k) for k in almost] == ends[1:]
+    almost = stratify(ends, torch.full((m, 1), 1 - 2.0**-53, dtype=torch.float64))
+    assert [int(k) for k, _ in almost] == ends[1:]
     with pytest.raises(ValueError, match="zip"):
-        stratify(N, m, u[:-1])
-    assert int(stratify(N, m, torch.ones(m, 1))[-1]) == N  # float32 numbers just below 1 may round to 1
+        stratify(ends, u[:-1])
+    assert int(stratify(ends, torch.ones(m, 1))[-1].steps) == ends[-1]  # numbers just below 1 may round to 1
+
+
+def test_strata_span_equal_ranges_of_log_snr():
+    even = torch.linspace(6.0, -6.0, 9)
+    assert strata_ends(even, 4) == [0, 2, 4, 6, 8]
+    bent = tensor([8.0, 6.0, 4.0, 2.0, 1.0, 0.0])  # spans of 8/4 = 2
+    assert strata_ends(bent, 4) == [0, 1, 2, 3, 5]
+    # infinite log-SNR: the decoder is a stratum of its own, unless it is the only one
+    clean = tensor([math.inf, 8.0, 7.9, 7.8, 4.0, 0.0, -math.inf])
+    assert strata_ends(clean, 3) == [0, 1, 4, 6]
+    assert strata_ends(clean, 1) == [0, 6]
+    assert strata_ends(clean, 6) == [0, 1, 2, 3, 4, 5, 6]  # every stratum has a step
+    steep = tensor([100.0, 1.0, 0.9, 0.8, 0.7])
+    assert strata_ends(steep, 3) == [0, 1, 2, 4]
+
+
+def test_strata_of_a_linear_schedule_have_less_variance_than_equal_runs_of_steps():
+    # in closed form: one uniform step of each run of n steps has the variance n² · var of the run's terms
+    chain, eps = ReverseChain(DATA.denoiser(S.Flow()), time_grid(S.linear(1000))), tensor([0.3])
+    edges = (X - 1 / 255, X + 1 / 255)
+    terms = vlb(chain, X, lambda n: eps.expand(n, *X.shape), edges=edges).per_step
+
+    def variance(ends):
+        return sum((b - a) ** 2 * terms[:, a:b].var(1, correction=0) for a, b in pairwise(ends))
+
+    equal = variance([round(1000 * j / 16) for j in range(17)])
+    assert (variance(strata_ends(falling_log_snr(chain), 16)) < equal / 100).all()
 
 
 # --- calls of the denoiser, and the result -------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,13 @@ from undiffuse.process.seeded_noise import Noise
 from undiffuse.process.statistics import item_sum
 
 
+class Stratum(NamedTuple):
+    """Steps (B,) of the numbers 1..N, one for each item, drawn from ``size`` consecutive ones."""
+
+    steps: Tensor
+    size: int
+
+
 def vlb(
     chain: ReverseChain,
     x: Tensor,
@@ -26,7 +35,7 @@ def vlb(
     edges: Edges | None = None,
     decode: Decoder | None = None,
     prior: Gaussian | None = None,
-    strata: Sequence[Tensor] | None = None,
+    strata: Sequence[Stratum] | None = None,
 ) -> NLL:
     """−log p(x) ≤ KL(q(x_T given x) to p(x_T)) + Σ KL(q(x_s given x_t, x) to p(x_s given x_t)) − log p(x given x_1).
 
@@ -36,16 +45,12 @@ def vlb(
     N(z_0/alpha_0, sigma_0²/alpha_0²) of continuous data. ``prior`` is by default N(0, I), or N(0, sigma_T²) if the
     schedule does not preserve variance.
 
-    ``strata`` (see `stratify`) are tensors (B,) of step numbers 1..N, one tensor for each stratum: only these steps
-    are evaluated, each weighted by the size of its stratum. Nats, float64; the network gets ``x``'s dtype. Raises
-    `ConfigError` for discrete data without a decoder at a finite end.
+    With ``strata`` (see `stratify`) only their steps are evaluated, each weighted by the size of its stratum. Nats,
+    float64; the network gets ``x``'s dtype. Raises `ConfigError` for discrete data without a decoder at a finite end.
     """
     levels, N = stack(chain.noise_levels), len(chain.noise_levels) - 1
     data = x.double()
-    if strata is None:
-        visits = [(torch.full((len(x),), k), 1) for k in range(1, N + 1)]
-    else:
-        visits = list(zip(strata, _stratum_sizes(N, len(strata)), strict=True))
+    visits = strata or [Stratum(torch.full((len(x),), k), 1) for k in range(1, N + 1)]
 
     per_step = torch.full((len(x), N), math.nan, dtype=torch.float64, device=x.device)
     diffusion_nats, decoder = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
@@ -82,12 +87,26 @@ def step_nll(
     return torch.where(broadcast_like(to_data, x).bool(), decoder_nll(model, x, edges), kl)
 
 
-def stratify(N: int, m: int, u: Tensor) -> list[Tensor]:
-    """One step of each of m equal strata of 1..N for each item, m tensors (B,), from uniform ``u`` (m, B) in [0, 1)."""
-    ends = [round(N * j / m) for j in range(m + 1)]
-    spans = zip(ends[:-1], ends[1:], u, strict=True)
-    return [(a + 1 + (u_j * (b - a)).floor().clamp(max=b - a - 1)).long() for a, b, u_j in spans]
+def strata_ends(log_snr: Tensor, m: int) -> list[int]:
+    """0 = n_0 < … < n_m = N: the steps n_j + 1 to n_(j+1) are stratum j of m ≤ N, of about equal spans of log-SNR.
+
+    ``log_snr`` (N + 1,) is that of the levels 0 to N and decreases. A step to infinite log-SNR is a stratum of its own
+    where m > 1: as the decoder it may cost as many bits as all other steps together.
+    """
+    N = len(log_snr) - 1
+    ends = [0, 1] if m > 1 and log_snr[0] == math.inf else [0]
+    first, parts = ends[-1], m + 1 - len(ends)
+    finite = log_snr[first:].clamp(*log_snr[log_snr.isfinite()].aminmax())
+    depth = parts * (finite[0] - finite) / (finite[0] - finite[-1])
+    for j in range(1, parts):
+        nearest = first + int((depth - j).abs().argmin())
+        ends.append(min(max(nearest, ends[-1] + 1), N - parts + j))
+    return [*ends, N]
 
 
-def _stratum_sizes(N: int, m: int) -> list[int]:
-    return [round(N * (j + 1) / m) - round(N * j / m) for j in range(m)]
+def stratify(ends: Sequence[int], u: Tensor) -> list[Stratum]:
+    """One step of each stratum (see `strata_ends`) for each item, from uniform ``u`` (strata, B) in [0, 1)."""
+    return [
+        Stratum((a + 1 + (u_j * (b - a)).floor().clamp(max=b - a - 1)).long(), b - a)
+        for (a, b), u_j in zip(pairwise(ends), u, strict=True)
+    ]
