@@ -276,7 +276,7 @@ def run(options: argparse.Namespace) -> Result:
         (job, run_job(job, n, stages, lambda line: print(f"  {line}", file=sys.stderr, flush=True))) for job in todo
     ]
     longest = max(options.minutes)
-    files = {"curves.png": curves(found)}
+    files = {"curves.png": curves(found)} if len({job.minutes for job, _ in found}) > 1 else {}
     for job, _ in found:
         if job.minutes == longest and job.seed == options.seeds[0]:
             samples = np.load(job.folder / f"samples-{job.drawn(n)}.npy")
