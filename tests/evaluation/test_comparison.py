@@ -64,6 +64,36 @@ def test_an_official_test_part_is_not_used_for_the_copying_test():
     assert result.copying.held_out == len(split.validation) < 150
 
 
+@pytest.mark.parametrize(
+    ("held_out", "parts"), [(0.2, {"validation_from": 350}), (0.0, {}), (0.0, {"validation_from": 350})]
+)
+def test_official_parts_alone_allow_no_copying_test(held_out, parts):
+    values = np.concatenate([VALUES[:400], 16 - VALUES[400:] // 4])  # official parts of another distribution
+    data = replace(from_array(values, num_values=17, name="images"), test_from=450, **parts)
+    result = compare(FRESH, data, held_out=held_out, metrics=["kernel"])
+    assert result.copying is result.summary()["copying"] is None
+    assert result.explanations()[-1].startswith(
+        "memorisation: not tested, because no held-out items were chosen at random"
+    )
+    assert result.neighbours.shape == (len(result.samples), 3)
+
+
+CORRELATED = RNG.normal(size=(700, 300)) * np.linspace(1, 0.2, 300)
+"""Of many values, so that principal components are computed, and more than items can fix."""
+
+
+def test_principal_components_treat_samples_training_and_held_out_items_alike():
+    data = from_array(CORRELATED[:500].astype(np.float32), name="vectors")
+    result = compare(CORRELATED[500:].astype(np.float32), data, metrics=["frechet", "kernel"])
+    assert result.extractor == "pca"
+    for name, value in result.values.items():
+        floor = result.floors[name]
+        assert abs(value.value - floor.value) < 4.9 * (value.stderr**2 + floor.stderr**2) ** 0.5
+    assert abs(result.copying.share - result.copying.expected) < 0.2
+    copies = compare(data.values[data.split().train][:150], data, metrics=["kernel"])
+    assert copies.copying.significant
+
+
 def test_continuous_data_are_standardised_by_the_training_part():
     values = RNG.normal(size=(300, 2)).astype(np.float32)
     rows = {}

@@ -1,9 +1,14 @@
 """The plan of an evaluation on disk: which one is resumed, and which one starts over."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from undiffuse.errors import CheckpointError, ResourceError
 from undiffuse.evaluation import resumable
+from undiffuse.evaluation.summary import differences
+from undiffuse.likelihood.nll import make_nll
 
 
 def test_the_same_request_is_resumed(tmp_path):
@@ -69,3 +74,18 @@ def test_the_plan_is_that_of_the_batches(tmp_path):
     (tmp_path / "plan.json").unlink()
     with pytest.raises(CheckpointError, match="OTHER_JOB"):
         resumable.check_plan(tmp_path, first.key)
+
+
+def test_the_parts_of_a_latent_model_keep_their_names_and_order(tmp_path):
+    nats = torch.arange(3, dtype=torch.float64)
+    extra = {"reconstruction": nats + 5, "posterior": nats - 1}
+    computed = make_nll(nats, 2 * nats, 3 * nats, 4, nats[:, None] + 1, extra)
+    store = resumable.batch_store(tmp_path, "key")
+    resumable.write(store, "discrete-00000000", computed, 1.0)
+    found, _ = resumable.read(store, "discrete-00000000", print)
+    assert list(found.extra) == list(computed.extra) == ["posterior", "reconstruction"]
+    assert torch.equal(found.total, computed.total)
+    for some, others in ((found, computed), (computed, found)):
+        paired = differences(SimpleNamespace(dims=2), {"discrete": some, "continuous": others})["continuous"]
+        assert set(paired) == {"prior", "diffusion", "decoder", "posterior", "reconstruction", "total"}
+        assert all(difference == [0.0, 0.0] for difference in paired.values())

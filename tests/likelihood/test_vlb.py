@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from itertools import pairwise, product
 
 import mpmath
 import numpy as np
@@ -19,7 +18,7 @@ from undiffuse.denoising.denoiser import Prediction
 from undiffuse.likelihood.decoder import ValueSoftmax
 from undiffuse.likelihood.nll import NLL, concatenate, make_nll
 from undiffuse.likelihood.reverse_chain import ReverseChain
-from undiffuse.likelihood.vlb import Stratum, step_nll, strata_ends, stratify, vlb
+from undiffuse.likelihood.vlb import Visit, draw_steps, step_nll, vlb
 from undiffuse.networks.condition import Condition
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian, reverse
@@ -242,28 +241,44 @@ def test_decoder_of_a_chain_that_stays_finite():
     torch.testing.assert_close(result.per_step.sum(1), result.diffusion_nats)
 
 
-# --- strata --------------------------------------------------------------------------------------------------------
+# --- a part of the steps -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [lambda: time_grid(S.cosine(7)), lambda: time_grid(S.LinearLogSNR(), 7)])
-@pytest.mark.parametrize("m", [1, 2, 3, 5, 7])
-def test_strata_are_unbiased(make, m):
+def every_draw(log_snr: torch.Tensor, m: int) -> list[tuple[Visit, torch.Tensor]]:
+    """The visits of `draw_steps` for a grid of uniform numbers, one item for each, and their steps' frequencies."""
+    u = ((torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000).expand(m, -1)
+    drawn = draw_steps(log_snr, u)
+    return [(visit, torch.bincount(visit.steps, minlength=len(log_snr)) / u.shape[1]) for visit in drawn]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: time_grid(S.cosine(7)),
+        lambda: time_grid(S.linear(7)),
+        lambda: time_grid(S.LinearLogSNR(), 7),
+    ],
+)
+@pytest.mark.parametrize("m", [1, 2, 3, 6])
+def test_a_part_of_the_steps_is_unbiased(make, m):
     chain, eps = ReverseChain(Affine(), make()), 0.3 * torch.ones(1, dtype=torch.float64)
-    exact = vlb(chain, X, lambda n: eps.expand(n, *X.shape))
-    ends = strata_ends(falling_log_snr(chain), m)
-    choices = list(product(*(range(a + 1, b + 1) for a, b in pairwise(ends))))
-    results = []
-    for choice in choices:
-        strata = [Stratum(torch.full((len(X),), k), b - a) for k, (a, b) in zip(choice, pairwise(ends), strict=True)]
-        part = vlb(chain, X, lambda n: eps.expand(n, *X.shape), strata=strata)
-        results.append(torch.stack([part.prior, part.diffusion_nats, part.decoder, part.total]))
-        assert part.calls == m
-        drawn = torch.zeros(7, dtype=torch.bool)
-        drawn[[k - 1 for k in choice]] = True
-        assert torch.equal(part.per_step.isnan(), ~drawn.expand(len(X), 7))
-        torch.testing.assert_close(part.per_step[:, drawn], exact.per_step[:, drawn], rtol=1e-13, atol=0)
-    expected = torch.stack([exact.prior, exact.diffusion_nats, exact.decoder, exact.total])
-    torch.testing.assert_close(torch.stack(results).mean(0), expected, rtol=1e-12, atol=0)
+    noise = lambda n: eps.expand(n, *X.shape)  # noqa: E731
+    exact = vlb(chain, X, noise)
+    log_snr, mean = falling_log_snr(chain), torch.zeros(2, len(X), dtype=torch.float64)
+    for visit, frequencies in every_draw(log_snr, m):
+        for k in frequencies.nonzero().flatten().tolist():
+            weight = visit.weights[visit.steps == k][0].expand(len(X))
+            part = vlb(chain, X, noise, visits=[Visit(torch.full((len(X),), k), weight)])
+            assert part.calls == 1
+            assert torch.equal(part.per_step.isfinite().any(0).nonzero().flatten(), torch.tensor([k - 1]))
+            torch.testing.assert_close(part.per_step[:, k - 1], exact.per_step[:, k - 1], rtol=1e-13, atol=0)
+            torch.testing.assert_close(part.prior, exact.prior)
+            mean += frequencies[k] * torch.stack([part.diffusion_nats, part.decoder])
+    if log_snr[0].isfinite():  # the decoder at a finite end is not a step: each part above has it
+        mean[1] = exact.decoder
+    expected = torch.stack([exact.diffusion_nats, exact.decoder])
+    torch.testing.assert_close(mean, expected, rtol=3e-3, atol=0)  # the grid's 40,000 numbers; a step is 1/7 or so
+    assert len(every_draw(log_snr, m)) == m + int(log_snr.isinf().sum())
 
 
 def test_items_may_be_on_different_steps():
@@ -271,56 +286,50 @@ def test_items_may_be_on_different_steps():
     edges = (X - 0.1, X + 0.1)
     noise = lambda n: eps.expand(n, *X.shape)  # noqa: E731
     exact = vlb(chain, X, noise, edges=edges)
-    mixed = vlb(chain, X, noise, edges=edges, strata=[Stratum(torch.tensor([1, 4, 2]), 5)])
+    visits = [Visit(torch.tensor([1, 4, 2]), tensor([5.0, 6.0, 7.0]))]
+    mixed = vlb(chain, X, noise, edges=edges, visits=visits)
     assert torch.equal(mixed.per_step.isfinite().nonzero(), torch.tensor([[0, 0], [1, 3], [2, 1]]))
     assert torch.equal(mixed.decoder, 5 * torch.stack([exact.per_step[0, 0], *torch.zeros(2, dtype=torch.float64)]))
-    expected = 5 * torch.stack([exact.per_step[0, 0], exact.per_step[1, 3], exact.per_step[2, 1]])
+    expected = torch.stack([5 * exact.per_step[0, 0], 6 * exact.per_step[1, 3], 7 * exact.per_step[2, 1]])
     torch.testing.assert_close(mixed.diffusion_nats + mixed.decoder, expected, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("ends", [[0, 2, 5, 7], [0, 1, 1000], [0, 1], [0, 1, 2, 3]])
-def test_stratify_is_uniform_within_each_stratum(ends):
-    fine, m = 840, len(ends) - 1  # a multiple of small sizes, so that u = (i + ½)/fine draws each step equally often
-    u = ((torch.arange(fine, dtype=torch.float64) + 0.5) / fine).expand(m, fine)
-    strata = stratify(ends, u)
-    assert [size for _, size in strata] == [b - a for a, b in pairwise(ends)]
-    for (a, b), (k, _) in zip(pairwise(ends), strata, strict=True):
-        assert k.dtype == torch.int64
-        counts = torch.bincount(k - a - 1, minlength=b - a)
-        assert len(counts) == b - a
-        assert int(counts.max() - counts.min()) <= (0 if fine % (b - a) == 0 else 1)
-    almost = stratify(ends, torch.full((m, 1), 1 - 2.0**-53, dtype=torch.float64))
-    assert [int(k) for k, _ in almost] == ends[1:]
-    with pytest.raises(ValueError, match="zip"):
-        stratify(ends, u[:-1])
-    assert int(stratify(ends, torch.ones(m, 1))[-1].steps) == ends[-1]  # numbers just below 1 may round to 1
-
-
-def test_strata_span_equal_ranges_of_log_snr():
+def test_steps_are_drawn_by_their_range_of_log_snr():
     even = torch.linspace(6.0, -6.0, 9)
-    assert strata_ends(even, 4) == [0, 2, 4, 6, 8]
-    bent = tensor([8.0, 6.0, 4.0, 2.0, 1.0, 0.0])  # spans of 8/4 = 2
-    assert strata_ends(bent, 4) == [0, 1, 2, 3, 5]
-    # infinite log-SNR: the decoder is a stratum of its own, unless it is the only one
-    clean = tensor([math.inf, 8.0, 7.9, 7.8, 4.0, 0.0, -math.inf])
-    assert strata_ends(clean, 3) == [0, 1, 4, 6]
-    assert strata_ends(clean, 1) == [0, 6]
-    assert strata_ends(clean, 6) == [0, 1, 2, 3, 4, 5, 6]  # every stratum has a step
-    steep = tensor([100.0, 1.0, 0.9, 0.8, 0.7])
-    assert strata_ends(steep, 3) == [0, 1, 2, 4]
+    for j, (visit, frequencies) in enumerate(every_draw(even, 4)):
+        torch.testing.assert_close(visit.weights, torch.full_like(visit.weights, 2.0))
+        torch.testing.assert_close(frequencies.nonzero().flatten(), torch.tensor([2 * j + 1, 2 * j + 2]))
+    (_, frequencies), *_ = every_draw(tensor([8.0, 6.0, 5.0, 0.0]), 1)
+    expected = 0.9 * tensor([2.0, 1.0, 5.0]) / 8 + 0.1 / 3
+    torch.testing.assert_close(frequencies[1:].double(), expected, rtol=1e-3, atol=0)
+    # steps of infinite range are visited by every item, and the others share the draws
+    clean = tensor([math.inf, 8.0, 4.0, 0.0, -math.inf])
+    decoder, noisy, *rest = every_draw(clean, 2)
+    assert [int(decoder[0].steps[0]), int(noisy[0].steps[0])] == [1, 4]
+    assert torch.equal(decoder[0].weights, torch.ones(40_000))
+    assert [v.steps.unique().tolist() for v, _ in rest] == [[2], [3]]
+    assert len(draw_steps(tensor([math.inf, 0.0, -math.inf]), torch.rand(1, 3))) == 2
 
 
-def test_strata_of_a_linear_schedule_have_less_variance_than_equal_runs_of_steps():
-    # in closed form: one uniform step of each run of n steps has the variance n² · var of the run's terms
-    chain, eps = ReverseChain(DATA.denoiser(S.Flow()), time_grid(S.linear(1000))), tensor([0.3])
-    edges = (X - 1 / 255, X + 1 / 255)
-    terms = vlb(chain, X, lambda n: eps.expand(n, *X.shape), edges=edges).per_step
+def test_numbers_at_the_ends_of_the_interval_draw_the_first_and_the_last_step():
+    log_snr = torch.linspace(5.0, -5.0, 1001)
+    first, last = draw_steps(log_snr, torch.tensor([[0.0], [1.0]]))  # float32 numbers just below 1 may round to 1
+    assert (int(first.steps), int(last.steps)) == (1, 1000)
+    assert int(draw_steps(tensor([2.0, 1.0, -math.inf]), torch.ones(1, 1))[1].steps) == 1
 
-    def variance(ends):
-        return sum((b - a) ** 2 * terms[:, a:b].var(1, correction=0) for a, b in pairwise(ends))
 
-    equal = variance([round(1000 * j / 16) for j in range(17)])
-    assert (variance(strata_ends(falling_log_snr(chain), 16)) < equal / 100).all()
+@pytest.mark.parametrize("make", [S.linear, S.cosine])
+def test_few_steps_of_a_table_have_less_variance_than_uniform_ones(make):
+    # the exact denoiser and fixed noise: the variance of one draw of each range is that of weight · term in it
+    chain, eps = ReverseChain(DATA.denoiser(S.Flow()), time_grid(make(1000))), tensor([0.3])
+    terms = vlb(chain, X, lambda n: eps.expand(n, *X.shape), edges=(X - 1 / 255, X + 1 / 255)).per_step
+
+    def variance(draws):
+        return sum((visit.weights * terms[:, visit.steps - 1]).var(1, correction=0) for visit, _ in draws)
+
+    for m in (2, 16):
+        uniform = every_draw(torch.arange(1000.0, -1.0, -1.0), m)
+        assert (variance(every_draw(falling_log_snr(chain), m)) < variance(uniform) / 50).all()
 
 
 # --- calls of the denoiser, and the result -------------------------------------------------------------------------

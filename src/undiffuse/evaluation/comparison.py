@@ -17,7 +17,7 @@ from undiffuse.data.sources.registry import load
 from undiffuse.data.transform import transform_for
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.evaluation import distances
-from undiffuse.evaluation.features import EXTRACTORS, MAX_FIT_ITEMS, default_extractor, get_extractor
+from undiffuse.evaluation.features import EXTRACTORS, MAX_FIT_ITEMS, Features, default_extractor, get_extractor
 from undiffuse.evaluation.memorization_test import COPYING_FALSE_ALARM_RATE, Copying, copying_test
 from undiffuse.evaluation.metrics import METRICS, Value
 from undiffuse.evaluation.plan import describe_items
@@ -34,9 +34,10 @@ NEIGHBOURS = 3
 class Comparison:
     """Samples compared with a data set at ``n`` samples and items.
 
-    ``values`` and ``floors`` have a row for each metric. ``samples`` (M,) are the numbers of the compared samples, the
-    first ``n`` of them by all metrics; ``neighbours`` (M, 3) are the indices in the data set of the training items that
-    are nearest to each of them, and ``neighbour_distances`` (M, 3) the distances in feature units.
+    ``values`` and ``floors`` have a row for each metric. ``copying`` is None where all held-out items are of official
+    parts, which are not exchangeable with training items. ``samples`` (M,) are the numbers of the compared samples,
+    the first ``n`` of them by all metrics; ``neighbours`` (M, 3) are the indices in the data set of the training items
+    that are nearest to each of them, and ``neighbour_distances`` (M, 3) the distances in feature units.
     """
 
     facts: dict[str, Any]
@@ -44,7 +45,7 @@ class Comparison:
     extractor: str
     values: dict[str, Value]
     floors: dict[str, Value]
-    copying: Copying
+    copying: Copying | None
     samples: np.ndarray
     neighbours: np.ndarray
     neighbour_distances: np.ndarray
@@ -65,21 +66,28 @@ class Comparison:
                 "error": metric.error,
                 "reference": metric.reference,
             }
-        copying = self.copying._asdict() | {"false_alarm_rate": COPYING_FALSE_ALARM_RATE}
+        copying = self.copying and self.copying._asdict() | {"false_alarm_rate": COPYING_FALSE_ALARM_RATE}
         return self.facts | {"n": self.n, "features": self.extractor, "metrics": metrics, "copying": copying}
 
     def explanations(self) -> list[str]:
         """What the numbers mean, as sentences."""
-        test = self.copying
-        verdict = "training items are copied" if test.significant else "no evidence that training items are copied"
         return [
             f"features: {EXTRACTORS[self.extractor].description}; compare only with numbers of the same features, data "
             "and n",
             "floor: the same number for real items, training against held-out",
-            f"memorisation: the nearest of {test.training:,} training and {test.held_out:,} held-out items is a "
-            f"training item for {test.share:.1%} of the samples, {test.expected:.1%} are expected: {verdict} "
-            f"(p ≤ {test.p_value:.1g}, tested at a false-alarm rate of {COPYING_FALSE_ALARM_RATE:g})",
+            f"memorisation: {describe_copying(self.copying)}",
         ]
+
+
+def describe_copying(test: Copying | None) -> str:
+    if test is None:
+        return "not tested, because no held-out items were chosen at random: official parts may differ from training"
+    verdict = "training items are copied" if test.significant else "no evidence that training items are copied"
+    return (
+        f"the nearest of {test.training:,} training and {test.held_out:,} held-out items is a "
+        f"training item for {test.share:.1%} of the samples, {test.expected:.1%} are expected: {verdict} "
+        f"(p ≤ {test.p_value:.1g}, tested at a false-alarm rate of {COPYING_FALSE_ALARM_RATE:g})"
+    )
 
 
 def load_samples(source: str, data: Dataset, read: Callable[[str], Dataset] = load) -> np.ndarray:
@@ -115,21 +123,25 @@ def compare(
 
     ``metrics`` are rows of `METRICS`, by default all; ``extractor`` a row of `EXTRACTORS`. At most ``items``
     samples, and as many held-out and training items, are chosen by ``seed``; nearest items are of all training items.
-    ``held_out`` is the fraction that was held out when the model was trained. The copying test leaves out an official
-    test part, which is not exchangeable with training items. Raises `ConfigError`, and `DataError` for fewer than 20
-    samples or held-out items.
+    ``held_out`` is the fraction that was held out when the model was trained. Features of the metrics are computed from
+    training items that are not compared, and those of the copying test from training and held-out items alike, so that
+    the compared sets differ in nothing but their distributions. The copying test leaves out official parts, which are
+    not exchangeable with training items. Raises `ConfigError`, and `DataError` for fewer than 20 samples or held-out
+    items or 40 training items.
     """
     for name in metrics:
         if name not in METRICS:
             raise ConfigError("METRIC", f"--metric {name}", "no such metric", f"Use one of {', '.join(METRICS)}")
     extractor = extractor or default_extractor(data.item_shape)
-    build = get_extractor(extractor).build
+    _, build, fitted = get_extractor(extractor)
     split = data.split(held_out)
-    n = min(items, len(samples), len(split.train), len(split.validation) + len(split.test))
+    to_compare = len(split.train) // 2 if fitted else len(split.train)  # the others are for the features
+    n = min(items, len(samples), to_compare, len(split.validation) + len(split.test))
     if n < MIN_ITEMS:
         cause = f"{len(samples)} samples, {len(split.train)} training and "
         cause += f"{len(split.validation) + len(split.test)} held-out items, of which {n} can be compared"
-        raise DataError("FEW", data.name, cause, f"Give at least {MIN_ITEMS} of each")
+        fix = f"Give at least {MIN_ITEMS} of each{', and twice as many to train on' if fitted else ''}"
+        raise DataError("FEW", data.name, cause, fix)
     g = np.random.Generator(np.random.PCG64(seed))
     chosen = g.permutation(len(samples))[:items]
     train, unseen = g.permutation(split.train), g.permutation(np.concatenate([split.validation, split.test]))
@@ -138,12 +150,16 @@ def compare(
     def to_model(values: np.ndarray) -> torch.Tensor:
         return transform.to_model(torch.from_numpy(np.ascontiguousarray(values)))
 
-    def rows(values: np.ndarray, numbers: np.ndarray) -> torch.Tensor:
+    def fit(numbers: np.ndarray) -> Features:
+        return build(to_model(data.values[np.sort(numbers[:MAX_FIT_ITEMS])]))
+
+    def rows(extract: Features, values: np.ndarray, numbers: np.ndarray) -> torch.Tensor:
         parts = (numbers[i : i + CHUNK_ITEMS] for i in range(0, len(numbers), CHUNK_ITEMS))
         return torch.cat([extract(to_model(values[part])) for part in parts])
 
-    extract = build(to_model(data.values[np.sort(train[:MAX_FIT_ITEMS])]))
-    generated, trained, real = rows(samples, chosen), rows(data.values, train), rows(data.values, unseen)
+    extract = fit(train[n:] if fitted else train)
+    generated = rows(extract, samples, chosen)
+    trained, real = (rows(extract, data.values, numbers) for numbers in (train, unseen))
     values, floors = {}, {}
     for name in metrics or METRICS:
         metric = METRICS[name]
@@ -151,9 +167,11 @@ def compare(
             values[name], floors[name] = (metric.function(some[:n], trained) for some in (generated, real))
         else:
             values[name], floors[name] = (metric.function(some[:n], real[:n]) for some in (generated, trained))
-    drawn = unseen < data.official_from
-    drawn = drawn if drawn.any() else unseen < (data.test_from or len(data))
-    exchangeable = real[torch.from_numpy(drawn)]
+    drawn, copying = unseen[unseen < data.official_from], None
+    if len(drawn):
+        extract = fit(g.permutation(np.concatenate([train, drawn])))
+        generated, trained = rows(extract, samples, chosen), rows(extract, data.values, train)
+        copying = copying_test(generated, trained, rows(extract, data.values, drawn))
     neighbour_distances, neighbours = distances.nearest(generated, trained, NEIGHBOURS)
     return Comparison(
         {"data": data.name, "fingerprint": data.fingerprint, "held_out": held_out, "seed": seed},
@@ -161,7 +179,7 @@ def compare(
         extractor,
         values,
         floors,
-        copying_test(generated, trained, exchangeable),
+        copying,
         chosen,
         train[neighbours.numpy()],
         neighbour_distances.numpy(),

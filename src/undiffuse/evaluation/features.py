@@ -28,10 +28,14 @@ Features = Callable[["Tensor"], "Tensor"]
 
 
 class Extractor(NamedTuple):
-    """``build`` makes the features from some training items (M, *item_shape) in model units."""
+    """``build`` makes the features from some training items (M, *item_shape) in model units.
+
+    ``fitted``: they are computed from the values of these items, which must not be compared with others by them.
+    """
 
     description: str
     build: Callable[[Tensor], Features]
+    fitted: bool = False
 
 
 def raw(train: Tensor) -> Features:
@@ -89,7 +93,7 @@ def random_conv(train: Tensor) -> Features:
 
 EXTRACTORS: dict[str, Extractor] = {
     "raw": Extractor("the values, scaled", raw),
-    "pca": Extractor(f"at most {MAX_COMPONENTS} principal components of the training part", pca),
+    "pca": Extractor(f"at most {MAX_COMPONENTS} principal components of the training part", pca, fitted=True),
     "random_conv": Extractor("a fixed random convolutional network (not Inception)", random_conv),
 }
 

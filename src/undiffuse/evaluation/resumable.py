@@ -89,7 +89,7 @@ def read(store: PartStore, batch: str, log: Log) -> tuple[NLL, float] | None:
         return None
     tensors, metadata = part
     prior, diffusion_nats, decoder, per_step = (tensors[name] for name in TENSORS)
-    extra = {name.removeprefix(EXTRA): part for name, part in sorted(tensors.items()) if name.startswith(EXTRA)}
+    extra = {name.removeprefix(EXTRA): part for name, part in tensors.items() if name.startswith(EXTRA)}
     nll = make_nll(prior, diffusion_nats, decoder, int(metadata["calls"]), per_step, extra)
     return nll, float(metadata["seconds"])
 

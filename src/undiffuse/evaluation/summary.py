@@ -134,13 +134,12 @@ def differences(model: AnyModel, nll: Mapping[str, NLL]) -> dict[str, dict[str, 
     """Each estimate minus the chain's bound in bits per dimension: [mean, standard error] of paired items, by part."""
     if "discrete" not in nll:
         return {}
-    chain, paired = nll["discrete"], {}
+    chain, paired = parts(nll["discrete"]), {}
     for name, other in nll.items():
-        n = min(len(other.total), len(chain.total))
+        n = min(len(other.total), len(chain["total"]))
         if name != "discrete":
             paired[name] = {
-                part: list(mean_bits(model, nats[:n] - of_chain[:n]))
-                for (part, nats), of_chain in zip(parts(other).items(), parts(chain).values(), strict=True)
+                part: list(mean_bits(model, nats[:n] - chain[part][:n])) for part, nats in parts(other).items()
             }
     return paired
 

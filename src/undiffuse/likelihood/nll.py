@@ -59,7 +59,8 @@ def make_nll(
     per_step: Tensor,
     extra: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> NLL:
-    """An `NLL` whose ``stderr`` is computed from the totals."""
+    """An `NLL` whose ``stderr`` is computed from the totals, with ``extra`` in the order of the names."""
+    extra = {name: extra[name] for name in sorted(extra)}
     nll = NLL(prior, diffusion_nats, decoder, prior.new_tensor(math.nan), calls, per_step, extra)
     return nll._replace(stderr=prior.new_tensor(mean_with_stderr(nll.total)[1]))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,12 +18,15 @@ from undiffuse.process.prior import prior_kl
 from undiffuse.process.seeded_noise import Noise
 from undiffuse.process.statistics import item_sum
 
+UNIFORM_FRACTION = 0.1
+"""Part of a step's probability in `draw_steps` that does not depend on its range of log-SNR."""
 
-class Stratum(NamedTuple):
-    """Steps (B,) of the numbers 1..N, one for each item, drawn from ``size`` consecutive ones."""
+
+class Visit(NamedTuple):
+    """A step 1..N for each item, ``steps`` (B,), and the ``weights`` (B,) of their terms in the bound."""
 
     steps: Tensor
-    size: int
+    weights: Tensor
 
 
 def vlb(
@@ -35,7 +37,7 @@ def vlb(
     edges: Edges | None = None,
     decode: Decoder | None = None,
     prior: Gaussian | None = None,
-    strata: Sequence[Stratum] | None = None,
+    visits: Sequence[Visit] | None = None,
 ) -> NLL:
     """−log p(x) ≤ KL(q(x_T given x) to p(x_T)) + Σ KL(q(x_s given x_t, x) to p(x_s given x_t)) − log p(x given x_1).
 
@@ -45,23 +47,24 @@ def vlb(
     N(z_0/alpha_0, sigma_0²/alpha_0²) of continuous data. ``prior`` is by default N(0, I), or N(0, sigma_T²) if the
     schedule does not preserve variance.
 
-    With ``strata`` (see `stratify`) only their steps are evaluated, each weighted by the size of its stratum. Nats,
-    float64; the network gets ``x``'s dtype. Raises `ConfigError` for discrete data without a decoder at a finite end.
+    With ``visits`` (see `draw_steps`) only their steps are evaluated. Nats, float64; the network gets ``x``'s dtype.
+    Raises `ConfigError` for discrete data without a decoder at a finite end.
     """
     levels, N = stack(chain.noise_levels), len(chain.noise_levels) - 1
     data = x.double()
-    visits = strata or [Stratum(torch.full((len(x),), k), 1) for k in range(1, N + 1)]
+    if visits is None:
+        visits = [Visit(torch.full((len(x),), k), torch.ones(len(x))) for k in range(1, N + 1)]
 
     per_step = torch.full((len(x), N), math.nan, dtype=torch.float64, device=x.device)
     diffusion_nats, decoder = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
-    for k, size in visits:
+    for k, weight in visits:
         t, s = levels.take(N - k), levels.take(N - k + 1)
         x_t = diffuse(data, t, noise(1)[0].double())
         term = item_sum(step_nll(chain.step(x_t, t, s, x.dtype), data, x_t, t, s, edges))
         per_step.scatter_(1, (k.to(x.device) - 1)[:, None], term[:, None])
-        is_decoder = (s.sigma == 0).to(x.device)
-        diffusion_nats = diffusion_nats + torch.where(is_decoder, 0, size * term)
-        decoder = decoder + torch.where(is_decoder, size * term, 0)
+        is_decoder, weighted = (s.sigma == 0).to(x.device), weight.to(x.device) * term
+        diffusion_nats = diffusion_nats + torch.where(is_decoder, 0, weighted)
+        decoder = decoder + torch.where(is_decoder, weighted, 0)
 
     top, clean = chain.noise_levels[0], chain.noise_levels[-1]
     calls = len(visits)
@@ -87,26 +90,23 @@ def step_nll(
     return torch.where(broadcast_like(to_data, x).bool(), decoder_nll(model, x, edges), kl)
 
 
-def strata_ends(log_snr: Tensor, m: int) -> list[int]:
-    """0 = n_0 < … < n_m = N: the steps n_j + 1 to n_(j+1) are stratum j of m ≤ N, of about equal spans of log-SNR.
+def draw_steps(log_snr: Tensor, u: Tensor) -> list[Visit]:
+    """Steps for each item whose weighted terms have the bound as mean: one for each row of the uniform ``u`` (m, B).
 
-    ``log_snr`` (N + 1,) is that of the levels 0 to N and decreases. A step to infinite log-SNR is a stratum of its own
-    where m > 1: as the decoder it may cost as many bits as all other steps together.
+    ``log_snr`` (N + 1,) is that of the levels 0 to N and decreases. A step's probability is nine tenths its share of
+    the range of log-SNR and one tenth 1/N; draw j is from the j-th of m equally probable ranges of steps. A step of
+    infinite range, which is the decoder of a chain that ends at the data, or a first step from pure noise, is visited
+    by every item: it may cost as many bits as all others together.
     """
-    N = len(log_snr) - 1
-    ends = [0, 1] if m > 1 and log_snr[0] == math.inf else [0]
-    first, parts = ends[-1], m + 1 - len(ends)
-    finite = log_snr[first:].clamp(*log_snr[log_snr.isfinite()].aminmax())
-    depth = parts * (finite[0] - finite) / (finite[0] - finite[-1])
-    for j in range(1, parts):
-        nearest = first + int((depth - j).abs().argmin())
-        ends.append(min(max(nearest, ends[-1] + 1), N - parts + j))
-    return [*ends, N]
-
-
-def stratify(ends: Sequence[int], u: Tensor) -> list[Stratum]:
-    """One step of each stratum (see `strata_ends`) for each item, from uniform ``u`` (strata, B) in [0, 1)."""
-    return [
-        Stratum((a + 1 + (u_j * (b - a)).floor().clamp(max=b - a - 1)).long(), b - a)
-        for (a, b), u_j in zip(pairwise(ends), u, strict=True)
-    ]
+    spans = (log_snr[:-1] - log_snr[1:]).double()
+    finite = spans.isfinite()
+    visits = [Visit(torch.full(u.shape[1:], int(k) + 1), torch.ones(u.shape[1:])) for k in (~finite).nonzero()]
+    if not finite.any():
+        return visits
+    share = torch.where(finite, spans, 0) / spans[finite].sum()
+    p = (1 - UNIFORM_FRACTION) * share + UNIFORM_FRACTION * finite / finite.sum()
+    ends, last, m = p.cumsum(0), int(finite.nonzero()[-1]), len(u)
+    for j in range(m):
+        k = torch.searchsorted(ends / ends[-1], (j + u[j].double()) / m, right=True).clamp(max=last)
+        visits.append(Visit(k + 1, 1 / (m * p[k])))
+    return visits

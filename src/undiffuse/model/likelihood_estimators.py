@@ -24,7 +24,7 @@ from undiffuse.likelihood.nll import NLL
 from undiffuse.likelihood.openai_vlb import openai_vlb
 from undiffuse.likelihood.probability_flow import ode_nll
 from undiffuse.likelihood.reverse_chain import ReverseChain
-from undiffuse.likelihood.vlb import strata_ends, stratify, vlb
+from undiffuse.likelihood.vlb import draw_steps, vlb
 from undiffuse.likelihood.vlb_continuous import vlb_continuous
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.consistency import few_call_sampler
@@ -95,14 +95,14 @@ def clean_decoder(model: Decodable, denoise: Denoiser, clean: NoiseLevel, cond: 
 
 
 def discrete(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
-    """`vlb` of the model's chain: every step, or one step in each of ``mc_samples`` strata of equal log-SNR spans."""
-    chain, strata = model.reverse_chain(model.denoiser(), batch.cond), None
+    """`vlb` of the model's chain: every step, or ``mc_samples`` of them (`draw_steps`)."""
+    chain, visits = model.reverse_chain(model.denoiser(), batch.cond), None
     decode = clean_decoder(model, chain.denoise, chain.noise_levels[-1], batch.cond)
     if mc_samples is not None and mc_samples < len(chain.noise_levels) - 1:
         log_snr = stack(chain.noise_levels).log_snr.detach().cpu().flip(0)
-        strata = stratify(strata_ends(log_snr, mc_samples), _uniform(batch, mc_samples))
+        visits = draw_steps(log_snr, _uniform(batch, mc_samples))
     edges = model.transform.edges(batch.x)
-    return vlb(chain, batch.x, _noise(model, batch), edges=edges, decode=decode, strata=strata)
+    return vlb(chain, batch.x, _noise(model, batch), edges=edges, decode=decode, visits=visits)
 
 
 def continuous(model: Model, batch: Batch, mc_samples: int | None) -> NLL:

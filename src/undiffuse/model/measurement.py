@@ -33,10 +33,10 @@ def measure(
     """−log p of each item, or a bound on it, in nats, with its parts.
 
     ``values`` (n, *item_shape) are in the units of the data. ``estimate`` is a row of `ESTIMATES`: ``"discrete"``
-    is the bound of the chain, from every step or from one step in each of ``mc_samples`` strata, which span about
-    equal ranges of log-SNR; ``"continuous"`` the bound of infinitely many steps, from ``mc_samples`` points;
-    ``"ode"`` the likelihood of the probability flow; ``"openai"`` the chain's bound as improved-diffusion computes
-    it. Item i's noise is a function of (seed, first + i). Discrete data get a probability, continuous data a density.
+    is the bound of the chain, from every step or from ``mc_samples`` steps, and the decoder where it is one;
+    ``"continuous"`` the bound of infinitely many steps, from ``mc_samples`` points; ``"ode"`` the likelihood of
+    the probability flow; ``"openai"`` the chain's bound as improved-diffusion computes it. Item i's noise is a
+    function of (seed, first + i). Discrete data get a probability, continuous data a density.
     With ``cond``, a condition for each item, the result is −log p(item given its condition). Of a latent model
     every estimate is a bound, with the parts of its autoencoder in `NLL.extra`.
 

@@ -138,9 +138,11 @@ def _comparison(content: RunContent) -> list[str]:
     if content.comparison is None:
         return []
     rows, caption = run_sections.distance_rows(content.comparison)
-    test = content.comparison["copying"]
-    found = "Training items are copied" if test["significant"] else NO_COPIES
-    return ["## Distances", f"{escaped(caption)}.", table(rows), f"{found} (p ≤ {test['p_value']:.1g})."]
+    lines = ["## Distances", f"{escaped(caption)}.", table(rows)]
+    if test := content.comparison["copying"]:
+        found = "Training items are copied" if test["significant"] else NO_COPIES
+        lines.append(f"{found} (p ≤ {test['p_value']:.1g}).")
+    return lines
 
 
 def _repeat(content: RunContent) -> list[str]:

@@ -238,14 +238,17 @@ def distances(comparison: Record) -> list[object]:
 
 def copies(comparison: Record) -> list[object]:
     """The test of whether samples copy training items, and the samples that are nearest to them."""
-    test = comparison["copying"]
-    found = "Training items are copied" if test["significant"] else "No evidence that training items are copied"
-    why = (
-        f"{found}: of {test['training']:,} training and {test['held_out']:,} held-out items, the nearest one is a "
-        f"training item for {test['share']:.1%} of the samples, and {test['expected']:.1%} are expected without "
-        f"copying (p ≤ {test['p_value']:.1g}; tested at a false-alarm rate of {test['false_alarm_rate']:g})."
-    )
-    parts: list[object] = [paragraph(why, class_="bad" if test["significant"] else "good")]
+    parts: list[object] = []
+    if test := comparison["copying"]:
+        found = "Training items are copied" if test["significant"] else "No evidence that training items are copied"
+        why = (
+            f"{found}: of {test['training']:,} training and {test['held_out']:,} held-out items, the nearest one is a "
+            f"training item for {test['share']:.1%} of the samples, and {test['expected']:.1%} are expected without "
+            f"copying (p ≤ {test['p_value']:.1g}; tested at a false-alarm rate of {test['false_alarm_rate']:g})."
+        )
+        parts.append(paragraph(why, class_="bad" if test["significant"] else "good"))
+    else:
+        parts += [paragraph(sentence(line)) for line in comparison["explanations"] if line.startswith("memorisation")]
     rows = [
         {"sample": f"{row['sample']:,}"}
         | {
