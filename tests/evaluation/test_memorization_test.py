@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 import re
 
 import numpy as np
@@ -63,17 +64,27 @@ def test_power_of_the_gap():
 
 
 def test_matched_items():
+    data = from_array(np.arange(150, dtype=np.float32)[:, None], name="numbers")
     split = Split(np.arange(100, 150), np.arange(20), np.arange(60, 70))
-    held_out, trained_on = matched_items(split, 64)
+    held_out, trained_on = matched_items(data, split, 64)
     assert sorted(held_out) == list(range(20))
     assert len(set(trained_on)) == 20
     assert set(trained_on) <= set(range(100, 150))
     assert list(held_out) != sorted(held_out)
-    again = matched_items(split, 64)
+    again = matched_items(data, split, 64)
     assert list(again[0]) == list(held_out)
     assert list(again[1]) == list(trained_on)
-    assert [len(part) for part in matched_items(split, 7)] == [7, 7]
-    assert [len(part) for part in matched_items(Split(np.arange(9), np.arange(0), np.arange(0)), 64)] == [0, 0]
+    assert [len(part) for part in matched_items(data, split, 7)] == [7, 7]
+    assert [len(part) for part in matched_items(data, Split(np.arange(9), np.arange(0), np.arange(0)), 64)] == [0, 0]
+
+
+def test_of_equal_items_one_is_matched():
+    values = np.concatenate([np.arange(60), np.zeros(40)]).astype(np.float32)[:, None]
+    data = from_array(values, name="numbers")
+    split = data.split(0.2)
+    for part, chosen in zip((split.validation, split.train), matched_items(data, split, 64), strict=True):
+        assert set(chosen) <= set(part)
+        assert len(np.unique(data.values[chosen])) == len(chosen)
 
 
 DATA = from_array(np.random.default_rng(0).normal(size=(80, 2)).astype(np.float32), name="vectors")
@@ -109,6 +120,9 @@ def test_a_run_reports_memorisation(tmp_path, monkeypatch, memorised):
     ]
     assert records[0]["bits_per_dim"] == records[1]["bits_per_dim"]
     assert sum(line.strip().startswith("overfitting: ") for line in lines) == 2 * memorised
+    official = replace(DATA, validation_from=70)  # may differ from training items without any memorisation
+    other = fit(CONFIG, official, tmp_path / "official", device="cpu", quiet=True)
+    assert not any(r.get("overfit") for r in Run(other).read_metrics())
     if memorised:
         assert records[0]["gap"] == pytest.approx(0.5 / math.log(2), abs=1e-6)
     none = fit(replace_train(CONFIG, held_out=0.0), DATA, tmp_path / "none", device="cpu", quiet=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from undiffuse.data.dataset import Split
+from undiffuse.data.dataset import Dataset, Split
 from undiffuse.errors import DataError
 from undiffuse.evaluation.distances import row_chunks
 from undiffuse.process.statistics import mean_with_stderr
@@ -94,8 +94,13 @@ def copying_test(samples: Tensor, train: Tensor, held_out: Tensor) -> Copying:
     return Copying(share, expected, p_value, len(train), m, p_value <= COPYING_FALSE_ALARM_RATE)
 
 
-def matched_items(split: Split, max_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """As many held-out items as training items, at most ``max_items`` of each, chosen at random with a fixed seed."""
+def matched_items(data: Dataset, split: Split, max_items: int) -> tuple[np.ndarray, np.ndarray]:
+    """As many held-out items as training items, at most ``max_items`` of each, chosen at random with a fixed seed.
+
+    Of equal items, which are all in one part, only the first is chosen: distinct items are exchangeable, rows are not.
+    """
     g = np.random.Generator(np.random.PCG64(0))
-    n = min(max_items, len(split.validation), len(split.train))
-    return tuple(g.choice(part, n, replace=False) for part in (split.validation, split.train))  # type: ignore[return-value]
+    firsts = np.sort(np.unique(data.digests, return_index=True)[1])
+    distinct = [part[np.isin(part, firsts)] for part in (split.validation, split.train)]
+    n = min(max_items, *map(len, distinct))
+    return tuple(g.choice(part, n, replace=False) for part in distinct)  # type: ignore[return-value]
