@@ -5,10 +5,17 @@ import math
 import pytest
 import torch
 
+from undiffuse.data.from_array import from_array
 from undiffuse.data.transform import Identity
 from undiffuse.evaluation import features, sampler_ranking
 from undiffuse.evaluation.distances import frechet
-from undiffuse.evaluation.sampler_ranking import SamplerScore, rank_samplers, score_samplers, stochastic_samplers
+from undiffuse.evaluation.sampler_ranking import (
+    SamplerScore,
+    compared_items,
+    rank_samplers,
+    score_samplers,
+    stochastic_samplers,
+)
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.sampling.sampler import Sampler
@@ -54,18 +61,34 @@ def test_the_sampler_with_the_right_distribution_is_nearest():
     assert difference == scores[2].distance - scores[0].distance
     assert difference > 10 * stderr > 0
     assert scores[0].distance < 3 * floor.distance
-    others, data = normal(900, 1)[-600:], normal(600, 0)
+    others, data = normal(900, 1)[-450:], normal(600, 0)  # half, as they are fewer than twice the samples
     assert floor.distance == pytest.approx(frechet(others, data), rel=1e-5)
     mean, error = floor.kernel
     assert abs(mean) < 5 * error
     assert scores[2].kernel[0] > 5 * scores[2].kernel[1]
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_compared_items_are_disjoint_and_in_random_order(trained):
+    model = exact()
+    data = from_array(normal(400, 0)[normal(400, 0)[:, 0].argsort()].numpy(), name="sorted")
+    model.info = {"fingerprint": data.fingerprint if trained else "other", "held_out": 0.1}
+    held_out, others = compared_items(model, data)
+    rows = [{tuple(row) for row in part.tolist()} for part in (held_out, others)]
+    assert not rows[0] & rows[1]
+    split = data.split(0.1)
+    expected = (len(split.validation), len(split.train)) if trained else (200, 200)
+    assert (len(held_out), len(others)) == expected
+    for part in (held_out, others):
+        halves = part[: len(part) // 2, 0].mean() - part[len(part) // 2 :, 0].mean()
+        assert abs(halves) < 5 * 0.5 * (4 / len(part)) ** 0.5  # 0.8 in the order of the data
+
+
 def test_the_standard_error_is_the_spread_over_other_samples():
     """Over 40 sets. The jackknife itself varies by some 20 % there; the bounds are 2.5 times that and more."""
     model, distances, errors = exact(), [], []
     for seed in range(40):
-        _, floor = score_samplers(model, [], normal(400, 999), 1.5 * normal(200, seed), n=200)
+        _, floor = score_samplers(model, [], normal(400, 999), 1.5 * normal(400, seed), n=200)
         distances.append(floor.distance)
         errors.append(floor.mean[1])
     spread = float(torch.tensor(distances).std())

@@ -80,7 +80,7 @@ def advise_command(
     """
     import torch
 
-    from undiffuse.evaluation.sampler_ranking import NUM_FINALISTS, rank_samplers, stochastic_samplers
+    from undiffuse.evaluation.sampler_ranking import NUM_FINALISTS, floor_size, rank_samplers, stochastic_samplers
     from undiffuse.model import checkpoint
     from undiffuse.process.prior import prior_sample
     from undiffuse.process.seeded_noise import ItemNoise
@@ -118,8 +118,8 @@ def advise_command(
 
     given = {"label": label, "prompt": texts or None}
     measured = {"items": items, "seed": seed, "fine": fine, **given, **_show_flow(model, result, calls, fine)}
-    if scores and floor is not None:
-        measured |= _show_scores([*scores, floor], calls, samples)
+    if scores and floor is not None and real is not None:
+        measured |= _show_scores([*scores, floor], calls, samples, floor_size(samples, real[1]))
     else:
         if real is not None:
             reason = "all samples became NaN or infinite"
@@ -190,12 +190,12 @@ def _show_flow(model: Diffusion, result: SearchResult, calls: int, fine: int) ->
     return {"error": scaled(best.mean_error), "unit": unit, "coarse": coarse, "ranking": ranking}
 
 
-def _show_scores(scores: list[SamplerScore], calls: int, samples: int) -> dict[str, Any]:
+def _show_scores(scores: list[SamplerScore], calls: int, samples: int, floor_items: int) -> dict[str, Any]:
     """Prints the samplers by the distance of their samples to the data, the floor last; returns what to store."""
     best, *_, floor = scores
     rows: list[dict[str, Any]] = [
         {
-            "solver": "training items" if score.sampler is None else str(score.sampler),
+            "solver": f"{floor_items:,} training items" if score.sampler is None else str(score.sampler),
             "levels": score.sampler and score.sampler.spacing,
             "Fréchet": score.mean,
             "behind the best": None if score is best or score is floor else score.regret(best),

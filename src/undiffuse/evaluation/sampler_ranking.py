@@ -56,16 +56,18 @@ class SamplerScore(NamedTuple):
 
 
 def compared_items(model: Diffusion, data: Dataset) -> tuple[Tensor, Tensor]:
-    """(values of held-out items, values of training items) of ``data``, at most `MAX_ITEMS` of each.
+    """(values of held-out items, values of training items) of ``data``, at most `MAX_ITEMS` of each, in random order.
 
-    All items are held out if the model was not trained on ``data``. Raises `DataError` if the data do not fit the model
-    or are too few.
+    They are two halves of the items if the model was not trained on ``data``. Raises `DataError` if the data do not fit
+    the model or are too few.
     """
     check_data(model, data)
-    trained_on_it = data.fingerprint == model.info.get("fingerprint")
-    parts = [select_items(model, data, part)[0] for part in ("validation" if trained_on_it else "all", "train")]
-    chosen = (part[np.linspace(0, len(part) - 1, min(len(part), MAX_ITEMS)).astype(int)] for part in parts)
-    held_out, train = (torch.from_numpy(data.values[part]) for part in chosen)
+    shuffled = np.random.Generator(np.random.PCG64(0)).permutation
+    if data.fingerprint == model.info.get("fingerprint"):
+        parts = [shuffled(select_items(model, data, part)[0]) for part in ("validation", "train")]
+    else:
+        parts = np.array_split(shuffled(len(data)), 2)
+    held_out, train = (torch.from_numpy(data.values[part[:MAX_ITEMS]]) for part in parts)
     if min(len(held_out), len(train)) < MIN_ITEMS:
         cause = f"it has {len(held_out)} items to compare with, and {len(train)} others"
         raise DataError("FEW", data.name, cause, f"Give at least {MIN_ITEMS} of each")
@@ -113,6 +115,11 @@ def score_features(sampler: Sampler | None, drawn: Tensor, real: Tensor) -> Samp
     return SamplerScore(sampler, frechet(drawn, real), jackknife, kernel(drawn, real, blocks))
 
 
+def floor_size(n: int, others: Tensor) -> int:
+    """How many of the ``others`` are compared for the floor: ``n``, or half of them."""
+    return min(n, len(others) // 2)
+
+
 @torch.no_grad()
 def score_samplers(
     model: Diffusion,
@@ -126,12 +133,13 @@ def score_samplers(
 ) -> tuple[list[SamplerScore], SamplerScore]:
     """(scores of ``samplers`` against the ``data`` values (N, ...), nearest first; the floor), by ``n`` samples each.
 
-    The floor is the score of ``n`` of the ``others`` (M, ...), more items of the data, from which the principal
-    components are computed. Samplers with NaN or infinite samples are omitted. All draw without a condition and from
-    the same ``seed``. ``progress`` is called with the number of item-steps done.
+    The floor is the score of the last ``n`` of the ``others`` (M, ...), more items of the data in random order, or of
+    half of them; from the rest the principal components are computed. Samplers with NaN or infinite samples are
+    omitted. All draw without a condition and from the same ``seed``. ``progress`` is called with the number of
+    item-steps done.
     """
-    subset = others[torch.linspace(0, len(others) - 1, min(len(others), MAX_FIT_ITEMS)).long()]
-    _, axes = principal_components(model.transform.to_model(subset).flatten(1).double())
+    rest, as_samples = others.split([len(others) - (size := floor_size(n, others)), size])
+    _, axes = principal_components(model.transform.to_model(rest[:MAX_FIT_ITEMS]).flatten(1).double())
 
     def features(values: Tensor) -> Tensor:
         return model.transform.to_model(values).flatten(1).double() @ axes
@@ -141,7 +149,7 @@ def score_samplers(
         with suppress(NonFiniteError):
             drawn = features(model.sample(n, seed, sampler, batch=batch, progress=progress))
             scores.append(score_features(sampler, drawn, real))
-    return sorted(scores, key=lambda score: score.distance), score_features(None, features(others[-n:]), real)
+    return sorted(scores, key=lambda score: score.distance), score_features(None, features(as_samples), real)
 
 
 def rank_samplers(
