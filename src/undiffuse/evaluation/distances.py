@@ -84,8 +84,8 @@ def distances(a: Tensor, b: Tensor, n: int | None = None, seed: int = 0) -> Dist
 def with_floor(samples: Tensor, train: Tensor, held_out: Tensor, seed: int = 0) -> tuple[Distances, Distances]:
     """The distances of samples from held-out rows, and the floor: those of as many training rows.
 
-    All sets (·, D) are cut to the size of the smallest. A model with the data's distribution reaches the floor; one
-    that is below it by more than the error has memorised training items or was fitted to the metric.
+    All sets (·, D) are cut to the size of the smallest. A model with the data's distribution reaches the floor, if the
+    features were not computed from these rows.
     """
     n = min(len(samples), len(train), len(held_out))
     return distances(samples, held_out, n, seed), distances(train, held_out, n, seed)
