@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -194,7 +195,8 @@ class Monitor:
         try:
             with self._tolerate_write_errors(), torch.no_grad():
                 content = collect(self.run, self.ema_model, self.data, self.split, min(calls, max_calls))
-                write_page(self.run.folder / REPORT, content)
+                # The page is that of the finished run, which `finish` marks as finished after it
+                write_page(self.run.folder / REPORT, replace(content, record={**content.record, "finished": True}))
         except (ConfigError, DataError, NonFiniteError) as error:
             self.log(f"no report: {error.cause}")
         self.progress.seconds += self.clock() - began
