@@ -230,11 +230,18 @@ def test_requests_that_do_not_fit_the_run_are_refused(tmp_path):
     assert not (tmp_path / "none").exists()
     folder = train(CONFIG, tmp_path / "run")
     for given in ({}, {"minutes": 1.0}, {"steps": 1, "minutes": 1.0}):
-        with pytest.raises(ConfigError, match=r"the length of this run is 10 steps\. Give with --steps alone"):
+        with pytest.raises(
+            ConfigError,
+            match=r"the length of this run is 10 steps\. Give what to add, in the same unit: --extend --steps N",
+        ):
             extend(folder, DATA, **given)
     with pytest.raises(ConfigError, match="other data"):
         extend(folder, from_array(VALUES[:50]), steps=1)
     assert Run(folder).finished
+    record = Run(folder).record
+    Run(folder)._write({**record, "config": {"pairs": "teacher", "train": record["config"]["train"]}})  # as of distill
+    with pytest.raises(ConfigError, match=r"made by another command\. Extend it by the command that made it"):
+        extend(folder, DATA, steps=1)
 
 
 def test_the_command(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from undiffuse.runtime.distributed_group import ProcessGroup
 
-console = make_console(soft_wrap=True)
+console = make_console(soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")  # one process of several prints
 
 DataArgument = Annotated[
     str,

@@ -44,7 +44,12 @@ def extend(
         if record["data"]["fingerprint"] != data.fingerprint:
             cause = f"this run began with other data ({record['data']['name']}, {record['data']['items']} items)"
             raise ConfigError("EXTEND", run.folder, cause, "Give the data that it began with")
-        config = from_dict(config_type, record["config"], "run.json")
+        try:
+            config = from_dict(config_type, record["config"], "run.json")
+        except ConfigError as error:
+            cause = "this run was made by another command"
+            fix = "Extend it by the command that made it; a distilled run cannot be extended"
+            raise ConfigError("EXTEND", run.folder, cause, fix) from error
         if conditional and not config.train.conditional:
             cause = "this run began without --conditional"
             raise ConfigError("EXTEND", run.folder, cause, "Omit it, or train into another folder")
@@ -53,7 +58,7 @@ def extend(
         length: float = getattr(config.train, unit)
         if more is None or None not in (steps, minutes):
             cause = f"the length of this run is {counted(length, flag[2:].removesuffix('s'))}"
-            raise ConfigError("EXTEND", run.folder, cause, f"Give with {flag} alone by how much to extend it")
+            raise ConfigError("EXTEND", run.folder, cause, f"Give what to add, in the same unit: --extend {flag} N")
         if not 0 < more < math.inf:
             raise ConfigError("EXTEND", flag, f"a run cannot be extended by {more:g}", "Give a number above 0")
         extensions = [] if record["finished"] else record.get("extended", [])[-1:]

@@ -185,8 +185,8 @@ def reconstruct_average(folder: Path, length: float, run_id: str | None = None) 
     `ConfigError` and `CheckpointError`.
     """
     if not 0 < length < 0.28:
-        fix = "Give a fraction of the run, between 0 and 0.28"
-        raise ConfigError("LENGTH", f"length = {length:g}", "no power function has this length", fix)
+        cause = "an average is longer than 0 and shorter than 0.28 of the run"
+        raise ConfigError("LENGTH", f"length = {length:g}", cause, "Give a fraction of the run between them")
     files = list_snapshots(folder, run_id)
     last = max(profile.step for profile in files)
     coefficients, error = combine_profiles(Profile(length, last), list(files))

@@ -57,7 +57,7 @@ class ChangedError(ConfigError):
             cause = "this folder holds a finished run with other settings"
             fix = "Give --out a new folder, or the flags and data it began with"
             if {what for what, _, _ in rows} <= {"train.max_steps", "train.minutes"}:
-                fix = "Give --out a new folder, or --extend with the --steps or --minutes to add"
+                fix = "Give --out a new folder, or (not for distill) --extend with the --steps or --minutes to add"
         super().__init__("RUN", folder, f"{cause}: {changes}{more}", fix)
 
 

@@ -66,7 +66,8 @@ def test_every_form_is_read(form, tmp_path):
     data = load_data(folder(tmp_path, **FORMS[form]), captions=True)
     assert data.captions == THREE
     assert data.condition_sizes == {"text": 64}
-    assert "4 captions for 3 items from files beside the images" in data.notes
+    tables = sorted(path.name for path in tmp_path.rglob("metadata.*"))
+    assert f"4 captions for 3 items from {' and '.join(tables) or 'files beside the images'}" in data.notes
     assert not any("ignored" in note for note in data.notes)
 
 

@@ -87,7 +87,7 @@ def load(
         check_parts(root, scan.images)
         order = list(PARTS)
         scan.images = dict(sorted(scan.images.items(), key=lambda image: order.index(part_of(root, image[0]) or "")))
-    texts = _read_captions(root, scan) if captions else {}
+    texts, read_from = _read_captions(root, scan) if captions else ({}, "")
     labelled = with_labels or not captions
     if not scan.has_labels_file and labelled:
         scan.problems += empty_classes(root, scan.images, scan.folders, [p.path for p in scan.problems])
@@ -95,7 +95,7 @@ def load(
     classes, labels, label_notes = _labels(root, scan, images, split_folders) if labelled else ((), None, [])
     of_images = tuple(texts[path] for path in images.paths if captions)
     if captions:
-        label_notes.append(captions_note(of_images, "files beside the images"))
+        label_notes.append(captions_note(of_images, read_from))
         if not labelled and (unused := _unused_labels(root, scan, images, split_folders)):
             label_notes.append(f"{unused} {LABELS_LEFT_OUT}")
     elif found := sorted({name for name in scan.ignored if name in TABLES}):
@@ -124,15 +124,16 @@ def load(
     )
 
 
-def _read_captions(root: Path, scan: FolderScan) -> dict[Path, Captions]:
-    """The captions of each image; images without any are moved from the images of ``scan`` to its problems."""
+def _read_captions(root: Path, scan: FolderScan) -> tuple[dict[Path, Captions], str]:
+    """The captions of each image, and the files with them; images without any become problems of ``scan``."""
     captions, problems, read = captions_of_folder(root, scan.images)
     scan.images = {path: stamp for path, stamp in scan.images.items() if path in captions}
     scan.problems += problems
     for path in read:
         if path.name in scan.ignored:
             scan.ignored.remove(path.name)
-    return captions
+    tables = sorted({path.name for path in read if path.name in TABLES})
+    return captions, " and ".join(tables) or "files beside the images"
 
 
 def check_on_bad(on_bad: str) -> None:
