@@ -424,7 +424,7 @@ def test_advice_by_distance_to_held_out_data(run, call, tmp_path, few_solvers):
         assert words in said.out
     stored = json.loads((run / "advice.json").read_text())["advice"]["3"]
     rows, sampler = stored["scores"], Sampler.from_dict(stored["sampler"])
-    assert (stored["samples"], len(rows), rows[-1]["solver"]) == (40, 5, "training items")
+    assert (stored["samples"], len(rows), rows[-1]["solver"]) == (40, 5, "15 training items")
     assert (rows[0]["solver"], rows[0]["levels"]) == (str(sampler), sampler.spacing)
     distances = [row["Fréchet"][0] for row in rows[:-1]]
     assert distances == sorted(distances)

@@ -278,7 +278,8 @@ def test_bounds_do_not_depend_on_the_batch(settings):
             torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(getattr(later, name), getattr(whole, name)[4:], rtol=1e-5, atol=1e-5)
         assert torch.equal(parts.per_step.isnan(), whole.per_step.isnan())
-        assert whole.calls == parts.calls == (draws or 10)
+        decoder_calls = int(draws is not None and float(diffusion.chain[-1].sigma) == 0)  # beside the draws
+        assert whole.calls == parts.calls == (draws or 10) + decoder_calls
         assert float(whole.stderr) == pytest.approx(float(whole.total.std() / math.sqrt(7)))
         assert not torch.equal(diffusion.nll(values, seed=3, mc_samples=draws).total, whole.total)
     exact = diffusion.nll(values, seed=2)
@@ -286,7 +287,7 @@ def test_bounds_do_not_depend_on_the_batch(settings):
     assert torch.equal(diffusion.nll(values, seed=2, mc_samples=99).total, exact.total)
 
 
-def test_stratified_steps_estimate_the_sum_of_all():
+def test_a_part_of_the_steps_estimates_the_sum_of_all():
     """With x̂ = 0 every term except the decoder's has a closed form, and the mean of the estimates is their sum."""
     diffusion = model(scale=0.0, target={"name": "x"}, schedule={"name": "linear_log_snr", "high": 6.0})
     values = numbers(1)[0].repeat(4000, 1, 1, 1)
@@ -298,9 +299,10 @@ def test_stratified_steps_estimate_the_sum_of_all():
     ]  # ½ (SNR(s) − SNR(t)) ‖x − 0‖² [VDM21 eq. 13]
     exact = diffusion.nll(values[:1]).diffusion_nats
     assert float(exact) == pytest.approx(sum(terms), rel=1e-6)
-    drawn = diffusion.nll(values, mc_samples=4, batch=4000).diffusion_nats  # strata of 3, 2, 3 and 2 steps
+    drawn = diffusion.nll(values, mc_samples=4, batch=4000).diffusion_nats  # of ten equally probable steps
     assert abs(float(drawn.mean() - exact)) < 4.9 * float(drawn.std()) / math.sqrt(4000)
-    assert float(drawn.std()) < 0.5 * float(exact)  # power: dropping or adding a stratum's size would show
+    # 0.62 in closed form; a draw more or less would change the mean by a quarter, which is 25 standard errors
+    assert float(drawn.std()) < 0.65 * float(exact)
 
 
 def test_rescaled_continuous_data_shift_the_bound_by_the_log_of_the_factor():
