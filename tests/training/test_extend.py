@@ -240,7 +240,9 @@ def test_requests_that_do_not_fit_the_run_are_refused(tmp_path):
     assert Run(folder).finished
     record = Run(folder).record
     Run(folder)._write({**record, "config": {"pairs": "teacher", "train": record["config"]["train"]}})  # as of distill
-    with pytest.raises(ConfigError, match=r"made by another command\. Extend it by the command that made it"):
+    with pytest.raises(
+        ConfigError, match=r"made by another command or version\. Extend it by the command that made it"
+    ):
         extend(folder, DATA, steps=1)
 
 

@@ -124,10 +124,9 @@ def compare(
     ``metrics`` are rows of `METRICS`, by default all; ``extractor`` a row of `EXTRACTORS`. At most ``items``
     samples, and as many held-out and training items, are chosen by ``seed``; nearest items are of all training items.
     ``held_out`` is the fraction that was held out when the model was trained. Features of the metrics are computed from
-    training items that are not compared, and those of the copying test from training and held-out items alike, so that
-    the compared sets differ in nothing but their distributions. The copying test leaves out official parts, which are
-    not exchangeable with training items. Raises `ConfigError`, and `DataError` for fewer than 20 samples or held-out
-    items or 40 training items.
+    training items that are not compared, and those of the copying test from training and held-out items together. The
+    copying test leaves out official parts, which are not exchangeable with training items. Raises `ConfigError`, and
+    `DataError` for fewer than 20 samples, held-out or training items (40 training items for fitted features).
     """
     for name in metrics:
         if name not in METRICS:
@@ -169,8 +168,9 @@ def compare(
             values[name], floors[name] = (metric.function(some[:n], real[:n]) for some in (generated, trained))
     drawn, copying = unseen[unseen < data.official_from], None
     if len(drawn):
-        extract = fit(g.permutation(np.concatenate([train, drawn])))
-        generated, trained = rows(extract, samples, chosen), rows(extract, data.values, train)
+        if fitted:
+            extract = fit(g.permutation(np.concatenate([train, drawn])))
+            generated, trained = rows(extract, samples, chosen), rows(extract, data.values, train)
         copying = copying_test(generated, trained, rows(extract, data.values, drawn))
     neighbour_distances, neighbours = distances.nearest(generated, trained, NEIGHBOURS)
     return Comparison(

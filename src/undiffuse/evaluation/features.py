@@ -30,7 +30,7 @@ Features = Callable[["Tensor"], "Tensor"]
 class Extractor(NamedTuple):
     """``build`` makes the features from some training items (M, *item_shape) in model units.
 
-    ``fitted``: they are computed from the values of these items, which must not be compared with others by them.
+    ``fitted``: the features depend on these items, which therefore must not be among the compared ones.
     """
 
     description: str

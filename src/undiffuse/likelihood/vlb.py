@@ -91,7 +91,7 @@ def step_nll(
 
 
 def draw_steps(log_snr: Tensor, u: Tensor) -> list[Visit]:
-    """Steps for each item whose weighted terms have the bound as mean: one for each row of the uniform ``u`` (m, B).
+    """m random steps for each item, by uniform ``u`` (m, B). The mean of their weighted terms' sum is the bound.
 
     ``log_snr`` (N + 1,) is that of the levels 0 to N and decreases. A step's probability is nine tenths its share of
     the range of log-SNR and one tenth 1/N; draw j is from the j-th of m equally probable ranges of steps. A step of

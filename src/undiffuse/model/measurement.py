@@ -33,7 +33,7 @@ def measure(
     """−log p of each item, or a bound on it, in nats, with its parts.
 
     ``values`` (n, *item_shape) are in the units of the data. ``estimate`` is a row of `ESTIMATES`: ``"discrete"``
-    is the bound of the chain, from every step or from ``mc_samples`` steps, and the decoder where it is one;
+    is the bound of the chain, from every step or from ``mc_samples`` steps and the decoder;
     ``"continuous"`` the bound of infinitely many steps, from ``mc_samples`` points; ``"ode"`` the likelihood of
     the probability flow; ``"openai"`` the chain's bound as improved-diffusion computes it. Item i's noise is a
     function of (seed, first + i). Discrete data get a probability, continuous data a density.

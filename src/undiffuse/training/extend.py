@@ -47,7 +47,7 @@ def extend(
         try:
             config = from_dict(config_type, record["config"], "run.json")
         except ConfigError as error:
-            cause = "this run was made by another command"
+            cause = "this run was made by another command or version"
             fix = "Extend it by the command that made it; a distilled run cannot be extended"
             raise ConfigError("EXTEND", run.folder, cause, fix) from error
         if conditional and not config.train.conditional:

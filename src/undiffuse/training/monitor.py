@@ -195,7 +195,7 @@ class Monitor:
         try:
             with self._tolerate_write_errors(), torch.no_grad():
                 content = collect(self.run, self.ema_model, self.data, self.split, min(calls, max_calls))
-                # The page is that of the finished run, which `finish` marks as finished after it
+                # `finish` marks the run as finished only after this page is written
                 write_page(self.run.folder / REPORT, replace(content, record={**content.record, "finished": True}))
         except (ConfigError, DataError, NonFiniteError) as error:
             self.log(f"no report: {error.cause}")

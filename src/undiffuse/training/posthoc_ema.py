@@ -186,7 +186,7 @@ def reconstruct_average(folder: Path, length: float, run_id: str | None = None) 
     """
     if not 0 < length < 0.28:
         cause = "an average is longer than 0 and shorter than 0.28 of the run"
-        raise ConfigError("LENGTH", f"length = {length:g}", cause, "Give a fraction of the run between them")
+        raise ConfigError("LENGTH", f"length = {length:g}", cause, "Give a fraction of the run above 0 and below 0.28")
     files = list_snapshots(folder, run_id)
     last = max(profile.step for profile in files)
     coefficients, error = combine_profiles(Profile(length, last), list(files))
