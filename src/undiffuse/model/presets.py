@@ -41,12 +41,14 @@ PRESETS: dict[str, Config] = {
         TrainConfig(batch=64, lr=3e-3, optimizer="muon", ema=0.05),
     ),
     # the bound as loss: where log-SNR is linear in t, its weight on eps is 1. Middle noise levels are drawn more
-    # often than others: on Fashion-MNIST the bound is 0.08 bits/dim lower after five minutes of processor time
+    # often than others: on Fashion-MNIST the bound is 0.08 bits/dim lower after five minutes of processor time. The
+    # chain's bound is above the continuous one by 0.025 bits/dim with 1,000 steps, by 0.005 with 4,000
     "likelihood": Config(
         ModelConfig(
             network=_CPU_SMALL,
             weight={"name": "simple"},
             times={"name": "log_normal_sigma", "mean": -1.2, "std": 1.8},
+            chain_length=4000,
             output="categorical",
         ),
         TrainConfig(batch=64, lr=3e-3, optimizer="muon", ema=0.05),
