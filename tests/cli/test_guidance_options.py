@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from undiffuse.cli.guidance_options import class_names, load_guide
+from undiffuse.cli.guidance_options import class_names, load_guide, report_guidance_twice
 from undiffuse.data.transform import Identity, IntegerLevels
 from undiffuse.denoising.denoiser import NetworkDenoiser
 from undiffuse.denoising.guidance import Autoguided, ClassifierFree, ClassifierGuided, DynamicThreshold
@@ -148,3 +148,14 @@ def test_models_that_do_not_fit_together(runs):
     with pytest.raises(CheckpointError, match="this is a classifier"):
         load_guide(model(3), Sampler(), autoguide=runs / "classifier")
     assert load_guide(model(), Sampler(), runs / "strange") is not None  # the model has no classes to differ from
+
+
+def test_guidance_of_a_model_that_was_distilled_with_guidance():
+    """A line if both scales differ from 1, else none: `distill --guidance` has made the first part of the weights."""
+    distilled = model(3)
+    for baked, scale, lines in ((3.0, 2.0, 1), (3.0, 1.0, 0), (1.0, 2.0, 0), (None, 2.0, 0)):
+        distilled.info["distilled"] = {} if baked is None else {"guidance": baked}
+        said: list[str] = []
+        report_guidance_twice(distilled, Sampler(guidance=scale), said.append)
+        assert len(said) == lines
+        assert all("guidance 3" in line and "--guidance 2" in line for line in said)

@@ -169,7 +169,7 @@ def test_the_network_gets_scaled_input_time_and_condition():
     x, time, told = network.told[1]
     assert (x.dtype, time.dtype, told) == (f64, f64, None)
     assert torch.equal(time, level.log_snr[1].expand(3))
-    y, var_interp = denoise.outputs(x_t, level)
+    y, var_interp, _ = denoise.outputs(x_t, level)
     assert var_interp is None
     torch.testing.assert_close(y, x_t / torch.sqrt(0.25 * at.alpha**2 + at.sigma**2))
 

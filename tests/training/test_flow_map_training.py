@@ -9,7 +9,7 @@ from tiny_run import checkpoint_hashes, stopping_at
 
 from undiffuse.cli import main
 from undiffuse.data.dataset import Dataset
-from undiffuse.denoising.two_times import average_velocity
+from undiffuse.denoising.two_times import average_velocity, predict_to_with_slope
 from undiffuse.errors import ConfigError
 from undiffuse.evaluation.run_evaluation import evaluate
 from undiffuse.model import checkpoint
@@ -102,10 +102,24 @@ def test_the_model_of_a_run_does_what_models_do(teacher, tmp_path, capsys, monke
 
 
 def test_other_models_have_no_such_estimate(teacher):
-    with pytest.raises(ConfigError, match=r"only a flow map has this estimate"):
+    with pytest.raises(ConfigError, match=r"only a flow map both ways has it"):
         teacher.nll(torch.from_numpy(DATA.values[:2]), estimate="flow_map")
     with pytest.raises(ConfigError, match=r"ESTIMATE.*flow_map"):
         evaluate(teacher, DATA, part="all", items=3, estimates=("flow_map",))
+
+
+def test_a_map_both_ways_starts_without_slope(teacher):
+    """Its further outputs are 0 at first, and the others are the teacher's; one step moves both."""
+    task, model = built(teacher, method="lagrangian", both_ways=True)
+    x, level = torch.randn(2, 1, 4, 4), model.schedule(torch.tensor([0.9, 0.4]))
+    prediction, slope = predict_to_with_slope(model.eval().denoiser(), x, level, model.schedule(torch.tensor(0.1)))
+    assert torch.equal(prediction.x, teacher.denoiser()(x, level).x)
+    assert slope.shape == x.shape
+    assert not bool(slope.any())
+    batch = global_batch(DATA, DATA.split(0.2).train, task.config.train, 0)
+    task.loss(model, batch, model.network).sum().backward()
+    rows = model.network.conv_out.weight.grad.flatten(1).abs().sum(1)
+    assert bool((rows > 0).all())
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,13 @@ def class_names(model: AnyModel, classifier: Path | None = None) -> list[str]:
     if "classes" in model.condition_sizes:
         return list(model.info.get("classes") or map(str, range(model.condition_sizes["classes"])))
     return [] if classifier is None else list(noisy_classifier.load(classifier).classes)
+
+
+def report_guidance_twice(model: AnyModel, sampler: Sampler, log: Callable[[str], None]) -> None:
+    """A line about guidance of a model that was distilled from a guided one."""
+    scale = model.info.get("distilled", {}).get("guidance", 1)
+    if scale != 1 and sampler.guidance != 1:
+        log(f"note: the model was distilled with guidance {scale:g}; --guidance {sampler.guidance:g} adds to it")
 
 
 def _load_classifier(model: AnyModel, path: Path) -> NoisyClassifier:

@@ -24,7 +24,7 @@ from undiffuse.cli.cascade_options import (
     stage_words,
 )
 from undiffuse.cli.data_options import refuse_inside
-from undiffuse.cli.guidance_options import class_names, load_guide
+from undiffuse.cli.guidance_options import class_names, load_guide, report_guidance_twice
 from undiffuse.cli.label_options import ConditionFn, has_label, make_condition
 from undiffuse.cli.options import (
     Device,
@@ -190,6 +190,7 @@ def sample(
     sampler = options.choose(model, log, advised)
     has_condition = cond is not None or has_label(names, labels) or any(texts)
     guide = load_guide(model, sampler, classifier, autoguide, has_condition, avoided)
+    report_guidance_twice(model, sampler, log)
     noise = image_noise(then, augmentation)
 
     # Where it is written: the plan is all that a sample depends on

@@ -11,21 +11,19 @@ from typing import TYPE_CHECKING, Any
 from undiffuse.cli.options import limit_steps
 from undiffuse.errors import ConfigError, counted
 from undiffuse.runtime.side_files import read_record, write_record
-from undiffuse.sampling.sampler import Sampler, guidance_changes
+from undiffuse.sampling.sampler import DEFAULT_NUM_STEPS, DEFAULT_SAMPLER, Sampler, guidance_changes
 
 if TYPE_CHECKING:
     from undiffuse.model.cascade import AnyModel
 
 QUALITIES = {
     "draft": Sampler("dpm++2m_sde", 10),
-    "good": Sampler("dpm++2m_sde", 25),
+    "good": DEFAULT_SAMPLER,
     "best": Sampler("dpm++2m_sde", 100),
 }
 """More steps come closer to the distribution of the whole chain; docs/choosing.md has the distances, and why the solver
 draws noise."""
 DEFAULT_QUALITY = "good"
-DEFAULT_NUM_STEPS = 100
-"""Steps of a solver given by name."""
 ADVICE_FILE = "advice.json"
 
 

@@ -99,9 +99,10 @@ class NetworkDenoiser:
     """A network with its target and preconditioning, as a denoiser. Raises `ConfigError`.
 
     The network maps (x_t, time (B,), cond) to y, of x_t's shape, or with a learned variance to twice the channels: y
-    and values of −1 for the small and 1 for the large variance. A ``categorical`` one (`CategoricalHead`) also takes
-    x_t with its level's scales, and returns x̂ in place of y. It gets its input in the type of its weights, and runs in
-    ``autocast`` precision if given; all arithmetic around it is in x_t's type, float32 at least.
+    and values of −1 for the small and 1 for the large variance. With ``divergence`` as many channels follow, the slopes
+    of `predict_with_slope`. A ``categorical`` one (`CategoricalHead`) also takes x_t with its level's scales, and
+    returns x̂ in place of y. It gets its input in the type of its weights, and runs in ``autocast`` precision if given;
+    all arithmetic around it is in x_t's type, float32 at least.
     """
 
     def __init__(
@@ -113,7 +114,9 @@ class NetworkDenoiser:
         learned_variance: bool = False,
         autocast: torch.dtype | None = None,
         categorical: bool = False,
+        divergence: bool = False,
     ) -> None:
+        self.divergence = divergence
         self.network, self.schedule, self.target, self.categorical = network, schedule, target, categorical
         self.preconditioning, self.learned_variance, self.autocast = preconditioning, learned_variance, autocast
         if target.needs_next_level and schedule.chain_length is None:
@@ -162,15 +165,17 @@ class NetworkDenoiser:
     def _time_input(self, level: NoiseLevel, x: Tensor) -> Tensor:
         return to_device(self.preconditioning.time_input(level), x.device, x.dtype).expand(x.shape[0])
 
-    def outputs(self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None) -> tuple[Tensor, Tensor | None]:
-        """(y, var_interp) as the network returns them, in float32 at least."""
+    def outputs(
+        self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(y, var_interp, slope) as the network returns them, in float32 at least."""
         at = level.broadcast_like(x_t)
         y = self._call_network(x_t, level, cond, *([x_t, at.alpha, at.sigma] if self.categorical else []))
-        y = y.to(at.alpha.dtype)
-        y, v = y.split(x_t.shape[1], 1) if self.learned_variance else (y, None)
+        y, *further = y.to(at.alpha.dtype).split(x_t.shape[1], 1)
         if self.categorical:
             y = self.target.combine(y, (x_t - at.alpha * y) / at.sigma, level, self.next_level(level))
-        return y, None if v is None else (v + 1) / 2
+        var_interp = (further.pop(0) + 1) / 2 if self.learned_variance else None
+        return y, var_interp, further.pop(0) if self.divergence else None
 
     def value_log_prob(
         self,
@@ -190,9 +195,22 @@ class NetworkDenoiser:
     def __call__(
         self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, next_level: NoiseLevel | None = None
     ) -> Prediction:
-        y, var_interp = self.outputs(x_t, level, cond)
+        y, var_interp, _ = self.outputs(x_t, level, cond)
         x, eps = self.target.solve(y, x_t, level, self.next_level(level))
         return Prediction(x, eps, var_interp)
+
+    def predict_with_slope(
+        self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None
+    ) -> tuple[Prediction, Tensor]:
+        """The prediction, and alpha ∂x̂_i/∂x_i for each element i, of x_t's shape: (alpha/sigma)² Var(x_i given x_t).
+
+        Of a flow map it is the mean of these over log(sigma/alpha) from the level to the end time of ``cond``. Only
+        with ``divergence``.
+        """
+        y, var_interp, slope = self.outputs(x_t, level, cond)
+        assert slope is not None
+        x, eps = self.target.solve(y, x_t, level, self.next_level(level))
+        return Prediction(x, eps, var_interp), slope
 
 
 @dataclass(frozen=True)

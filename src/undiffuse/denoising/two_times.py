@@ -11,6 +11,7 @@ is dz/dτ = ε̂ − x̂, and Z_{t→s}(z) = z + (τ_s − τ_t) u with the aver
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,10 +33,47 @@ def predict_to(
     return denoise(x_t, t, replace(cond or Condition(), end_time=end_time), next_level=s)
 
 
+class MapDenoiser(Denoiser, Protocol):
+    """A denoiser that also predicts the slope: `NetworkDenoiser` with ``divergence``."""
+
+    def predict_with_slope(
+        self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None
+    ) -> tuple[Prediction, Tensor]: ...
+
+
+def predict_to_with_slope(
+    denoise: MapDenoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, cond: Condition | None = None
+) -> tuple[Prediction, Tensor]:
+    """`predict_to`, and h (B, ...), the mean of alpha ∂x̂_i/∂x_i over log(sigma/alpha) along the flow from t to s."""
+    return denoise.predict_with_slope(x_t, t, replace(cond or Condition(), end_time=s.t.expand(len(x_t))))
+
+
+def map_log_det(slope: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
+    """log|det ∂X_{t→s}/∂x_t| (B,) = Σ_i (log(sigma_s/sigma_t) − (λ_s − λ_t) h_i), with λ = log(sigma/alpha).
+
+    It is the integral of the flow's divergence from t to s: with z and τ of this module dz/dτ = (z − x̂)/τ and
+    dτ = τ (1 − τ) dλ, so that it grows by Σ_i (1 − τ)(1 − ∂x̂_i/∂z_i) per unit of λ, in which
+    (1 − τ) ∂x̂_i/∂z_i = alpha ∂x̂_i/∂x_i, and ∫ (1 − τ) dλ = ∫ d log τ.
+    """
+    slope = slope.double()
+    span, grown = log_ratio(s) - log_ratio(t), torch.log(s.sigma) - torch.log(t.sigma)
+    return (broadcast_like(grown, slope) - broadcast_like(span, slope) * slope).flatten(1).sum(1)
+
+
+def log_ratio(level: NoiseLevel) -> Tensor:
+    """λ = log(sigma/alpha)."""
+    return -level.log_snr / 2
+
+
 def flow_map(denoise: Denoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, cond: Condition | None = None) -> Tensor:
     """X_{t→s}(x_t) = alpha_s x̂ + sigma_s ε̂ with the pair of `predict_to`; DDIM's step if the denoiser has one time."""
-    x, eps, _ = predict_to(denoise, x_t, t, s, cond)
-    return broadcast_like(s.alpha, x_t) * x + broadcast_like(s.sigma, x_t) * eps
+    return pair_at(predict_to(denoise, x_t, t, s, cond), s)
+
+
+def pair_at(prediction: Prediction, s: NoiseLevel) -> Tensor:
+    """alpha_s x̂ + sigma_s ε̂."""
+    x, eps, _ = prediction
+    return broadcast_like(s.alpha, x) * x + broadcast_like(s.sigma, x) * eps
 
 
 def average_velocity(

@@ -28,8 +28,6 @@ MAX_POINTS = 256
 """Most points of log-SNR of the continuous bound that are chosen automatically."""
 ODE_COST_GUESS = 400
 """Network calls that take as long as an item of the flow with its divergence, until the first batch is measured."""
-BACKWARD_CALLS = 2
-"""Network calls that take as long as a backward pass, of which the map of few calls needs one for each dimension."""
 PARTS = {"test": "held out for testing", "validation": "held out for validation", "train": "trained on"}
 """Parts of a data set and their descriptions."""
 
@@ -125,10 +123,7 @@ def plan_evaluation(
             fit = not fixed_items and mc_samples is None
         if name == "discrete" and each is not None and each >= model.chain_length:
             each = None
-        calls_each = {
-            "ode": ODE_COST_GUESS * iw_samples,
-            "flow_map": BACKWARD_CALLS * flow_map_calls(model) * model.dims,
-        }
+        calls_each = {"ode": ODE_COST_GUESS * iw_samples, "flow_map": flow_map_calls(model)}
         cost = n * calls_each.get(name, each or model.chain_length) / rate
         batch = batch_size(model, name in calls_each or (each or model.chain_length) > 128)
         expected = seconds[name] if fit else cost

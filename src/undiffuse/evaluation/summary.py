@@ -60,10 +60,8 @@ def title(model: AnyModel, name: str, mc_samples: int | None) -> str:
 
 
 def flow_map_calls(model: AnyModel) -> int:
-    """The network calls of a sample of a flow map; 0 of any other model."""
-    if isinstance(model, Diffusion) and model.config.few_call_solver == "flow_map":
-        return model.config.calls
-    return 0
+    """The network calls of the estimate "flow_map"; 0 of a model that does not have it."""
+    return model.config.calls if isinstance(model, Diffusion) and model.config.divergence else 0
 
 
 def is_bound(model: AnyModel, name: str, mc_samples: int | None) -> bool:

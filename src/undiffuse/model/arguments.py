@@ -12,11 +12,9 @@ from undiffuse.data.transform import DataTransform, IntegerLevels, values_transf
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.model.config import ModelConfig
 from undiffuse.networks.condition import Condition
-from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.sampler import DEFAULT_NUM_STEPS, Sampler
 
 OPTIONAL = ("mc_samples",)
-DEFAULT_NUM_STEPS = 50
-"""Steps of samples and latents without a number of steps; all steps of a shorter chain."""
 
 
 def check_counts(**arguments: tuple[Any, int]) -> None:

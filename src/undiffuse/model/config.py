@@ -38,8 +38,9 @@ class ModelConfig:
     (every step of the chain at once) or ``continuous`` (infinitely many steps; the only loss that trains a
     ``learned`` schedule); ``variance`` is that of the reverse process. ``output`` of the network is ``values`` of the
     target or ``categorical``, logits of all values of the data (`undiffuse.denoising.categorical_head`). ``calls`` is
-    0, or for a distilled model the network calls of a sample (`undiffuse.model.consistency`). ``autoencoder`` is the
-    fingerprint of the autoencoder of a latent model, else empty.
+    0, or for a distilled model the network calls of a sample (`undiffuse.model.consistency`). ``divergence``: a flow
+    map also returns the divergence of the flow, for a likelihood by few calls. ``autoencoder`` is the fingerprint of
+    the autoencoder of a latent model, else empty.
     """
 
     network: Settings = field(default_factory=lambda: {"kind": "unet"})
@@ -53,12 +54,15 @@ class ModelConfig:
     variance: str = "small"
     output: str = "values"
     calls: int = 0
+    divergence: bool = False
     autoencoder: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.calls <= MAX_CALLS:
             fix = f"Give a number from 0 to {MAX_CALLS}"
             raise ConfigError("CONFIG", f"model.calls = {self.calls!r}", "out of range", fix)
+        if self.divergence and self.few_call_solver != "flow_map":
+            raise ConfigError("CONFIG", "model.divergence", "only a flow map has it", "Leave it out")
         if self.autoencoder and not re.fullmatch("[0-9a-f]{64}", self.autoencoder):
             where = f"model.autoencoder = {reprlib.repr(self.autoencoder)}"
             raise ConfigError("CONFIG", where, "not a fingerprint", "Leave it out: --autoencoder sets it")

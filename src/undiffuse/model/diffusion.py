@@ -37,13 +37,11 @@ from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.prior import prior_sample
 from undiffuse.process.seeded_noise import ItemNoise
 from undiffuse.runtime.device import to_device
-from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.sampler import DEFAULT_SAMPLER, Sampler
 from undiffuse.sampling.solvers.solver import Solver
 from undiffuse.sampling.time_grids import time_grid
 from undiffuse.sampling.trajectory import Step, check_finite, last_step, rescale
 from undiffuse.sampling.trajectory import trajectory as solver_trajectory
-
-DEFAULT_SAMPLER = Sampler()
 
 
 class Diffusion(Pretrained, nn.Module):
@@ -87,7 +85,8 @@ class Diffusion(Pretrained, nn.Module):
         check_choices(config, transform, self.schedule, self.times)
         check_process(config, self.schedule, self.times, self.weight, self.target, self.chain, self.next_level)
         channels, categorical = self.x_shape[0], config.output == "categorical"
-        out_channels = channels * ((LOGIT_FEATURES if categorical else 1) + self.learned_variance)
+        further = self.learned_variance + config.divergence
+        out_channels = channels * ((LOGIT_FEATURES if categorical else 1) + further)
         self.network = build_network(config.network, self.x_shape, out_channels, network)
         if isinstance(transform, codecs.IntegerLevels) and categorical:
             self.network = CategoricalHead(self.network, channels, transform.num_values)
@@ -102,10 +101,11 @@ class Diffusion(Pretrained, nn.Module):
 
     @property
     def default_sampler(self) -> Sampler:
-        """Deterministic DDIM in 50 steps; for a distilled model its own solver with its network calls."""
+        """`DEFAULT_SAMPLER`, as of the command; for a distilled model its own solver with its network calls."""
         if solver := self.config.few_call_solver:
             return few_call_sampler(self.schedule, self.config.calls, solver)
-        return arguments.check_sampler("ddim", self.chain_length)
+        steps = DEFAULT_SAMPLER.given_steps or self.chain_length
+        return replace(DEFAULT_SAMPLER, num_steps=min(steps, self.chain_length))
 
     @property
     def dims(self) -> int:
@@ -149,6 +149,7 @@ class Diffusion(Pretrained, nn.Module):
             self.learned_variance,
             self.autocast,
             self.config.output == "categorical",
+            self.config.divergence,
         )
 
     def reverse_chain(self, denoise: Denoiser, cond: Condition | None = None) -> ReverseChain:

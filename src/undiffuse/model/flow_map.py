@@ -15,10 +15,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from undiffuse.denoising.denoiser import Denoiser
+from undiffuse.denoising.denoiser import Denoiser, Prediction
 from undiffuse.denoising.two_times import (
+    MapDenoiser,
     average_velocity,
     level_at_straight_time,
+    log_ratio,
+    predict_to,
+    predict_to_with_slope,
     straight_scale,
     straight_time,
 )
@@ -37,6 +41,10 @@ MIN_TIME_SHARE = 0.02
 
 Velocity = Callable[[Tensor, NoiseLevel], Tensor]
 """(x_t, t) -> dz/dτ, of x_t's shape."""
+
+
+SlopedVelocity = Callable[[Tensor, NoiseLevel], tuple[Tensor, Tensor]]
+"""(x_t, t) -> dz/dτ and alpha ∂x̂_i/∂x_i, or an estimate of it with that mean, both of x_t's shape."""
 
 
 class Objective(Protocol):
@@ -85,18 +93,53 @@ def lagrangian(
 
     The derivative is (Z_{t→high} − Z_{t→low})/2h, and v is at the mean of the two. Both calls have the same dropout.
     """
-    low, high, half = stencil(denoise.schedule, s, width)
-    z = x_t / broadcast_like(straight_scale(t), x_t)
-    ends = []
-    for level in (low, high):
-        with torch.random.fork_rng(enabled=level is low):
-            u = average_velocity(denoise, x_t, t, level, cond)
-        ends.append(z + broadcast_like(straight_time(level) - straight_time(t), z) * u)
+    sides = stencil(denoise.schedule, s, width)
+    with torch.random.fork_rng():
+        low = predict_to(denoise, x_t, t, sides.low, cond)
+    high = predict_to(denoise, x_t, t, sides.high, cond)
+    middle, derivative = _end_and_derivative(low, high, x_t, t, sides)
     with torch.no_grad():
-        middle = (ends[0] + ends[1]) / 2
-        v = velocity(middle * broadcast_like(straight_scale(s), z), s)
-    h, scale = broadcast_like(half, z), broadcast_like(half / width, z)
-    return scale * ((ends[1] - ends[0]) / (2 * h) - v)
+        v = velocity(middle * broadcast_like(straight_scale(s), middle), s)
+    return broadcast_like(sides.half / width, v) * (derivative - v)
+
+
+def lagrangian_with_slope(
+    denoise: MapDenoiser,
+    flow: SlopedVelocity,
+    x_t: Tensor,
+    t: NoiseLevel,
+    s: NoiseLevel,
+    cond: Condition | None = None,
+    width: float = WIDTH,
+) -> tuple[Tensor, Tensor]:
+    """The error of `lagrangian`, and ∂((λ_s − λ_t) h)/∂λ_s − g with λ = log(sigma/alpha), both of x_t's shape.
+
+    h is the slope of the map from t to s (`predict_to_with_slope`) and g that of ``flow`` at its end, so that the
+    second is 0 where (λ_s − λ_t) h is the integral of g along the flow. Both errors come from the same two calls. g may
+    be an estimate, because the mean square of this error is least where h is that of the mean of g.
+    """
+    sides = stencil(denoise.schedule, s, width)
+    with torch.random.fork_rng():
+        low, h_low = predict_to_with_slope(denoise, x_t, t, sides.low, cond)
+    high, h_high = predict_to_with_slope(denoise, x_t, t, sides.high, cond)
+    middle, derivative = _end_and_derivative(low, high, x_t, t, sides)
+    with torch.no_grad():
+        v, g = flow(middle * broadcast_like(straight_scale(s), middle), s)
+    before, after = (log_ratio(level) - log_ratio(t) for level in (sides.low, sides.high))
+    grown = broadcast_like(after / (after - before), v) * h_high - broadcast_like(before / (after - before), v) * h_low
+    return broadcast_like(sides.half / width, v) * (derivative - v), grown - g
+
+
+def _end_and_derivative(
+    low: Prediction, high: Prediction, x_t: Tensor, t: NoiseLevel, sides: Stencil
+) -> tuple[Tensor, Tensor]:
+    """Z_{t→s} as the mean of those to both sides of s, and their difference over 2h."""
+    z = x_t / broadcast_like(straight_scale(t), x_t)
+    ends = [
+        z + broadcast_like(straight_time(level) - straight_time(t), z) * (prediction.eps - prediction.x)
+        for level, prediction in ((sides.low, low), (sides.high, high))
+    ]
+    return (ends[0] + ends[1]).detach() / 2, (ends[1] - ends[0]) / (2 * broadcast_like(sides.half, z))
 
 
 def meanflow(
@@ -134,6 +177,15 @@ OBJECTIVES: dict[str, Objective] = {"lagrangian": lagrangian, "meanflow": meanfl
 def flow_map_loss(residual: Tensor) -> Tensor:
     """√(mean residual² + c²) − c of each item, (B,): `pseudo_huber`."""
     return pseudo_huber(item_mean(residual**2))
+
+
+def slope_estimate(x: Tensor, at: Tensor, level: NoiseLevel, probe: Tensor) -> Tensor:
+    """alpha v_i Σ_j v_j ∂x̂_j/∂x_i, an estimate of alpha ∂x̂_i/∂x_i by a ``probe`` v of random signs [Hutchinson90].
+
+    ``x`` is x̂ at ``at``, with the graph between them; all are of one shape (B, ...).
+    """
+    (gradient,) = torch.autograd.grad(x, at, probe)
+    return broadcast_like(level.alpha, at) * probe * gradient
 
 
 def map_levels(schedule: Schedule, u: Tensor, r: Tensor, both_ways: bool = False) -> tuple[NoiseLevel, NoiseLevel]:

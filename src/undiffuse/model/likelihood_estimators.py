@@ -159,15 +159,16 @@ def _flow_ends(
 
 
 def flow_map(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
-    """`few_call_nll` of a distilled model with two times, in the calls of its samples: an estimate, not a bound.
+    """`few_call_nll` of a flow map both ways, in the calls of its samples: an estimate, not a bound.
 
     With the dequantizer's noise of `ode` for the same seed, and so to be compared item by item. Raises `ConfigError`
     for another model.
     """
-    if model.config.few_call_solver != "flow_map":
-        cause = "only a flow map has this estimate: a model that was distilled with --method lagrangian or meanflow"
+    if not model.config.divergence:
+        cause = "only a flow map both ways has it: distill --method lagrangian --both-ways"
         raise ConfigError("ESTIMATE", "flow_map", cause, "Use discrete, continuous or ode")
     denoise = in_float32(model.denoiser())
+    assert isinstance(denoise, NetworkDenoiser)
     top, clean, dequantizer = _flow_ends(model, denoise, batch.cond)
     inner = few_call_sampler(model.schedule, model.config.calls).times or ()
     levels = [clean, *(model.schedule(t) for t in reversed(inner[1:-1])), top]

@@ -133,7 +133,7 @@ def continuous_bound(
         t, rate = schedule.levels_from_shape(at, *shape)
     else:
         t, rate = schedule(at), schedule.log_snr_rate(at) * torch.exp(-log_density)
-    y, _ = denoise.outputs(diffuse(x, t, eps), t, cond)
+    y, *_ = denoise.outputs(diffuse(x, t, eps), t, cond)
     loss = continuous(y, denoise.target, x, eps, rate, t, denoise.next_level(t))
     reweight_schedule_gradient(loss, shape)
     if isinstance(schedule, LearnedSchedule) and schedule.learns_ends:

@@ -80,7 +80,7 @@ def _loss_at(
     s = model.next_level(t)
     x_t = diffuse(x, t, eps)
     if model.config.loss == "weighted_mse":
-        y, _ = denoise.outputs(x_t, t, cond)
+        y, *_ = denoise.outputs(x_t, t, cond)
         w = model.weight(t, s) * model.chain_length if model.weight.needs_next_level else model.weight(t, s)
         return losses.weighted_mse(y, model.target, x, eps, w, t, s, z)
     edges = model.transform.edges(x)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 THRESHOLDS = ("static", "dynamic")
 """``static``: x̂ is clamped if ``clip`` says so; ``dynamic``: dynamic thresholding, then that clamp."""
 
+DEFAULT_NUM_STEPS = 50
+"""Steps of a solver that is given by its name alone."""
+
 CLASSIFIER_FORMS = ("score", "mean")
 """``score``: the gradient is added to the score, for every solver; ``mean``: to the mean of an ancestral step."""
 
@@ -42,7 +45,7 @@ class Sampler:
     """
 
     solver: str | Solver = "ddim"
-    num_steps: int | None = 50
+    num_steps: int | None = DEFAULT_NUM_STEPS
     spacing: str = "uniform"
     settings: Mapping[str, Any] = field(default_factory=dict)
     times: tuple[float, ...] | None = None
@@ -146,6 +149,9 @@ class Sampler:
         pairs = {name: None if plain[name] is None else tuple(plain[name]) for name in ("times", "guidance_interval")}
         return cls(**{**plain, **pairs})
 
+
+DEFAULT_SAMPLER = Sampler("dpm++2m_sde", 25)
+"""What draws samples where nothing else is given; docs/choosing.md has the measurements."""
 
 GUIDANCE_FIELDS = (
     "guidance",

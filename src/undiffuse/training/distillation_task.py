@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from undiffuse.data.dataset import Dataset, Split
-from undiffuse.denoising.denoiser import Denoiser
+from undiffuse.denoising.denoiser import Denoiser, Prediction
 from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.evaluation.time_limit import TimeLimit
+from undiffuse.likelihood.probability_flow import rademacher
 from undiffuse.model import checkpoint
 from undiffuse.model.config import ModelConfig, TrainConfig
 from undiffuse.model.consistency import (
@@ -25,7 +26,13 @@ from undiffuse.model.consistency import (
     teacher_step,
 )
 from undiffuse.model.diffusion import Diffusion
-from undiffuse.model.flow_map import OBJECTIVES, flow_map_loss, map_levels
+from undiffuse.model.flow_map import (
+    OBJECTIVES,
+    flow_map_loss,
+    lagrangian_with_slope,
+    map_levels,
+    slope_estimate,
+)
 from undiffuse.networks import registry
 from undiffuse.networks.condition import Condition
 from undiffuse.process.gaussian import diffuse
@@ -136,7 +143,7 @@ def distillation_task(
         if not registry.accepted(registry.find(kind), ["two_times"]):
             cause = "a flow map gets a second time, and this network has no setting 'two_times'"
             raise ConfigError("NETWORK", kind, cause, "Use the method 'consistency', or a network that has it")
-        model = replace(model, network={**model.network, "two_times": True})
+        model = replace(model, network={**model.network, "two_times": True}, divergence=both_ways)
     return DistillationTask(DistillationConfig(model, train, pairs, guidance, weights, method, both_ways), teacher)
 
 
@@ -165,12 +172,14 @@ class DistillationTask(Task):
     def build_model(self, data: Dataset, split: Split) -> Diffusion:
         """The teacher's architecture with the teacher's weights; a second time has no effect at first.
 
+        The outputs for the slope of a map both ways follow the teacher's, with weights 0.
         A flow map computes in float32: its differences of two calls are below the precision of bfloat16.
         """
         teacher, config, given = self.teacher, self.config, ("teacher", "guidance", "pairs", "method", "both_ways")
         info = teacher.info | {"distilled": {name: getattr(config, name) for name in given}}
         model = Diffusion(config.model, teacher.item_shape, teacher.transform, info)
-        model.load_state_dict(model.state_dict() | teacher.state_dict())
+        own = model.state_dict()
+        model.load_state_dict(own | {name: _extended(w, own[name]) for name, w in teacher.state_dict().items()})
         bfloat16 = config.train.precision == "bfloat16" and config.method == "consistency"
         model.autocast = torch.bfloat16 if bfloat16 else None
         return model
@@ -200,7 +209,10 @@ class DistillationTask(Task):
         return consistency_loss(model.denoiser(network), x_t, t, x_r, r, batch.cond)
 
     def _flow_map_loss(self, model: Diffusion, batch: Batch, network: nn.Module) -> Tensor:
-        """The velocity is the teacher's; with pairs from the data it is ε − x at x_t, and elsewhere the model's own."""
+        """The velocity is the teacher's; with pairs from the data it is ε − x at x_t, and elsewhere the model's own.
+
+        A map both ways learns its slope beside it, from x̂ of the same flow with one probe of random signs.
+        """
         config, device = self.config, batch.eps.device
         x, denoise = batch_x(model, batch).to(device), model.denoiser(network)
         r = torch.special.ndtr(batch.z.flatten(1)[:, 0].double().cpu())  # the part of the noise that is not used yet
@@ -209,15 +221,26 @@ class DistillationTask(Task):
         from_data = config.pairs == "data"
         flow = denoise if from_data else self._teacher_denoiser(device)
 
-        def velocity(at: Tensor, level: NoiseLevel) -> Tensor:
-            if from_data and config.method == "meanflow":
-                return batch.eps - x
-            predicted_x, predicted_eps, _ = flow(at, level, batch.cond)
-            v = predicted_eps - predicted_x
+        def velocity_of(prediction: Prediction) -> Tensor:
+            v = (prediction.eps - prediction.x).detach()
             is_at_x_t = to_device(t.t == s.t, device).reshape(-1, *[1] * (x.ndim - 1))
             return torch.where(is_at_x_t, batch.eps - x, v) if from_data else v
 
-        return flow_map_loss(OBJECTIVES[config.method](denoise, velocity, x_t, t, s, batch.cond))
+        def velocity(at: Tensor, level: NoiseLevel) -> Tensor:
+            if from_data and config.method == "meanflow":
+                return batch.eps - x
+            return velocity_of(flow(at, level, batch.cond))
+
+        def sloped_velocity(at: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                at = at.detach().requires_grad_()
+                prediction = flow(at, level, batch.cond)
+            return velocity_of(prediction), slope_estimate(prediction.x, at, level, rademacher(batch.z).to(at))
+
+        if not config.both_ways:
+            return flow_map_loss(OBJECTIVES[config.method](denoise, velocity, x_t, t, s, batch.cond))
+        error, slope_error = lagrangian_with_slope(denoise, sloped_velocity, x_t, t, s, batch.cond)
+        return flow_map_loss(error) + item_mean(slope_error**2)
 
     def _teacher_denoiser(self, device: torch.device) -> Denoiser:
         return self.teacher.to(device).sampling_denoiser(Sampler(guidance=self.config.guidance))
@@ -278,3 +301,9 @@ class DistillationTask(Task):
     def _condition(self, data: Dataset, split: Split) -> Condition | None:
         """The `picture_condition` of the first training items."""
         return picture_condition(data, np.resize(split.train, EVALUATED_ITEMS), self.config.train.conditional)
+
+
+def _extended(weights: Tensor, own: Tensor) -> Tensor:
+    """``weights`` with as many rows as ``own``, of which the new ones are 0."""
+    new = own.new_zeros(len(own) - len(weights), *own.shape[1:]) if own.ndim else own[:0]
+    return torch.cat([weights, new]) if len(new) else weights
