@@ -124,9 +124,9 @@ def test_a_map_both_ways_starts_without_slope(teacher):
 
 @pytest.mark.parametrize("method", OBJECTIVES)
 def test_the_first_map_has_the_velocity_of_the_teacher(method, teacher):
-    """At every end; and training starts without bfloat16, whose precision is below that of a difference."""
-    _, model = built(teacher, method=method)
-    assert model.autocast is None
+    """At every end; and training is never in bfloat16, whose precision is below that of a difference."""
+    task, model = built(teacher, method=method)
+    assert task.adapt(DATA, replace(SETTINGS, precision="bfloat16")).config.train.precision == "float32"
     x, level = torch.randn(2, 1, 4, 4), model.schedule(torch.tensor([0.9, 0.4]))
     prediction = teacher.denoiser()(x, level)
     for s in (level, model.schedule(torch.tensor([0.1, 0.0]))):

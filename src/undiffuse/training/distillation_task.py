@@ -155,6 +155,7 @@ class DistillationTask(Task):
     teacher: Diffusion
 
     def adapt(self, data: Dataset, settings: TrainConfig) -> DistillationTask:
+        """A flow map computes in float32: its differences of two calls are below the precision of bfloat16."""
         if data.item_shape != self.teacher.item_shape:
             expected, got = ("×".join(map(str, shape)) for shape in (self.teacher.item_shape, data.item_shape))
             cause = f"the items are {got}, those of the teacher {expected}"
@@ -167,21 +168,21 @@ class DistillationTask(Task):
         if conditional and not data.condition_sizes:
             cause = "these data have no labels, vectors, tokens or captions, on which the teacher was trained"
             raise DataError("NO_CONDITIONS", data.name, cause, "Give the data that the teacher was trained on")
-        return replace(self, config=replace(self.config, train=replace(settings, conditional=conditional)))
+        precision = "float32" if self.config.method in OBJECTIVES else settings.precision
+        settings = replace(settings, conditional=conditional, precision=precision)
+        return replace(self, config=replace(self.config, train=settings))
 
     def build_model(self, data: Dataset, split: Split) -> Diffusion:
         """The teacher's architecture with the teacher's weights; a second time has no effect at first.
 
         The outputs for the slope of a map both ways follow the teacher's, with weights 0.
-        A flow map computes in float32: its differences of two calls are below the precision of bfloat16.
         """
         teacher, config, given = self.teacher, self.config, ("teacher", "guidance", "pairs", "method", "both_ways")
         info = teacher.info | {"distilled": {name: getattr(config, name) for name in given}}
         model = Diffusion(config.model, teacher.item_shape, teacher.transform, info)
         own = model.state_dict()
         model.load_state_dict(own | {name: _extended(w, own[name]) for name, w in teacher.state_dict().items()})
-        bfloat16 = config.train.precision == "bfloat16" and config.method == "consistency"
-        model.autocast = torch.bfloat16 if bfloat16 else None
+        model.autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
         return model
 
     def parameter_groups(self, model: Diffusion) -> list[dict[str, Any]]:
