@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from undiffuse.model.restoration import Degradation, restore
 from undiffuse.networks.condition import Condition
 from undiffuse.process.schedule import SCHEDULES
 from undiffuse.process.target import TARGETS
-from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.sampler import DEFAULT_SAMPLER, Sampler
 
 LEARNED = {"schedule": {"name": "learned"}, "times": {"name": "uniform", "low": 0.0}, "loss": "continuous"}
 KINDS = {
@@ -346,8 +347,9 @@ def test_more_steps_than_the_chain_has_are_refused():
         ):
             use()
     whole = diffusion.sample(1, sampler=Sampler(num_steps=None))
-    assert torch.equal(diffusion.sample(1), whole), "by default 50 steps, or those of a shorter chain"
-    assert torch.equal(diffusion.sample(1, sampler="ddim"), whole)
+    assert torch.equal(diffusion.sample(1, sampler="ddim"), whole), "50 steps, or those of a shorter chain"
+    default = replace(DEFAULT_SAMPLER, num_steps=None)
+    assert torch.equal(diffusion.sample(1), diffusion.sample(1, sampler=default)), "25 steps, or those of a shorter one"
     assert torch.equal(diffusion.to_latent(values), diffusion.to_latent(values, 10))
     falling = tuple(i / 20 for i in range(20, -1, -1))
     assert len(diffusion.noise_levels(Sampler(times=falling))) == 21, "explicit times are the user's own"

@@ -12,12 +12,13 @@ from torch import Tensor
 from undiffuse.data.transform import is_latent, values_transform
 from undiffuse.denoising.denoiser import ConditionedDenoiser
 from undiffuse.errors import ConfigError
-from undiffuse.model.arguments import check_counts, check_items
+from undiffuse.model.arguments import check_counts, check_items, check_sampler
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
 from undiffuse.process.gaussian import diffuse
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.seeded_noise import ItemNoise
+from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.trajectory import check_finite, last_step, rescale, trajectory
 
 
@@ -38,9 +39,8 @@ def sdedit(
 
     ``x`` (*item_shape) in the units of the transform of the values; a latent model takes the latents of it. The
     trajectory starts at the time ``strength``, with alpha x + sigma eps there [Meng22 alg. 1], and takes the steps of
-    `variant_levels` with the model's default solver.
-    eps is the noise that `Diffusion.sample` starts from for the same seed: at strength 1, where alpha is 0, the
-    variants are those samples. ``progress`` is called with the number of item-steps done. ``cond`` holds the condition
+    `variant_levels` along the probability flow. eps is the noise that `Diffusion.sample` starts from for the same seed:
+    at strength 1, where alpha is 0, the variants are the samples by the solver "ddim". ``progress`` is called with the number of item-steps done. ``cond`` holds the condition
     of each of the n items. Raises `ConfigError` and `NonFiniteError`.
     """
     model.eval()
@@ -50,7 +50,7 @@ def sdedit(
     if is_latent(model.transform):
         x = model.transform.to_model(values_transform(model.transform).to_data(x), model.dtype)
     cond = None if cond is None else model.prepare_condition(cond, n)
-    sampler, parts = model.default_sampler, []
+    sampler, parts = flow_sampler(model), []
     for first in range(0, n, batch):
         items = range(first, min(first + batch, n))
         denoise = model.sampling_denoiser(sampler)
@@ -64,17 +64,22 @@ def sdedit(
     return model.transform.to_data(check_finite(torch.cat(parts))).cpu()
 
 
+def flow_sampler(model: Diffusion) -> Sampler:
+    """DDIM in 50 steps, or those of a shorter chain; the own sampler of a distilled model."""
+    return model.default_sampler if model.config.calls else check_sampler("ddim", model.chain_length)
+
+
 def variant_levels(model: Diffusion, strength: float, num_steps: int | None = None) -> list[NoiseLevel]:
-    """The levels of `sdedit`: ``num_steps`` (those of the default sampler) equal steps from t = ``strength`` to 0.
+    """The levels of `sdedit`: ``num_steps`` (those of `flow_sampler`) equal steps from t = ``strength`` to 0.
 
     On a table the times are multiples of 1/T, so that there are at most strength T steps. A distilled model takes the
     times of its own sampler, multiplied by the strength, whatever ``num_steps`` is. Raises `ConfigError`.
     """
     if not 0 < strength <= 1:
         raise ConfigError("STRENGTH", f"strength = {strength:g}", "out of range", "Give a number above 0, at most 1")
-    sampler, T = model.default_sampler, model.schedule.chain_length
+    sampler, T = flow_sampler(model), model.schedule.chain_length
     steps = sampler.num_steps if num_steps is None else num_steps
-    assert steps is not None  # default samplers have a number of steps
+    assert steps is not None  # `flow_sampler` has a number of steps
     steps = min(steps, model.chain_length)
     check_counts(num_steps=(steps, 1))
     last = strength if T is None else max(1, round(strength * T))  # in units of 1/T on a table
