@@ -40,8 +40,9 @@ def sdedit(
     ``x`` (*item_shape) in the units of the transform of the values; a latent model takes the latents of it. The
     trajectory starts at the time ``strength``, with alpha x + sigma eps there [Meng22 alg. 1], and takes the steps of
     `variant_levels` along the probability flow. eps is the noise that `Diffusion.sample` starts from for the same seed:
-    at strength 1, where alpha is 0, the variants are the samples by the solver "ddim". ``progress`` is called with the number of item-steps done. ``cond`` holds the condition
-    of each of the n items. Raises `ConfigError` and `NonFiniteError`.
+    at strength 1, where alpha is 0, the variants are the samples by the solver "ddim". ``progress`` is called with the
+    number of item-steps done. ``cond`` holds the condition of each of the n items. Raises `ConfigError` and
+    `NonFiniteError`.
     """
     model.eval()
     check_counts(n=(n, 1), batch=(batch, 1), seed=(seed, 0))
