@@ -44,7 +44,9 @@ def evaluate(
     ] = None,
     estimate: Annotated[
         list[str] | None,
-        typer.Option(help="discrete, continuous, ode, and flow_map of a flow map; repeatable; by default all."),
+        typer.Option(
+            help="discrete, continuous, ode, and flow_map of a flow map both ways; repeatable; by default all."
+        ),
     ] = None,
     items: Annotated[
         int | None, typer.Option(help="Largest number of items to measure, spread evenly over the part.", min=2)

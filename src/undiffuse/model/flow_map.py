@@ -10,7 +10,7 @@ work with every network, attention kernel and distribution of weights; their err
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ Velocity = Callable[[Tensor, NoiseLevel], Tensor]
 """(x_t, t) -> dz/dτ, of x_t's shape."""
 
 
+T = TypeVar("T")
 SlopedVelocity = Callable[[Tensor, NoiseLevel], tuple[Tensor, Tensor]]
 """(x_t, t) -> dz/dτ and alpha ∂x̂_i/∂x_i, or an estimate of it with that mean, both of x_t's shape."""
 
@@ -94,12 +95,10 @@ def lagrangian(
     The derivative is (Z_{t→high} − Z_{t→low})/2h, and v is at the mean of the two. Both calls have the same dropout.
     """
     sides = stencil(denoise.schedule, s, width)
-    with torch.random.fork_rng():
-        low = predict_to(denoise, x_t, t, sides.low, cond)
-    high = predict_to(denoise, x_t, t, sides.high, cond)
-    middle, derivative = _end_and_derivative(low, high, x_t, t, sides)
+    low, high = _both_sides(sides, lambda level: predict_to(denoise, x_t, t, level, cond))
+    x_s, derivative = _end_and_derivative(low, high, x_t, t, s, sides)
     with torch.no_grad():
-        v = velocity(middle * broadcast_like(straight_scale(s), middle), s)
+        v = velocity(x_s, s)
     return broadcast_like(sides.half / width, v) * (derivative - v)
 
 
@@ -119,27 +118,34 @@ def lagrangian_with_slope(
     be an estimate, because the mean square of this error is least where h is that of the mean of g.
     """
     sides = stencil(denoise.schedule, s, width)
-    with torch.random.fork_rng():
-        low, h_low = predict_to_with_slope(denoise, x_t, t, sides.low, cond)
-    high, h_high = predict_to_with_slope(denoise, x_t, t, sides.high, cond)
-    middle, derivative = _end_and_derivative(low, high, x_t, t, sides)
+    predictions = _both_sides(sides, lambda level: predict_to_with_slope(denoise, x_t, t, level, cond))
+    (low, h_low), (high, h_high) = predictions
+    x_s, derivative = _end_and_derivative(low, high, x_t, t, s, sides)
     with torch.no_grad():
-        v, g = flow(middle * broadcast_like(straight_scale(s), middle), s)
+        v, g = flow(x_s, s)
     before, after = (log_ratio(level) - log_ratio(t) for level in (sides.low, sides.high))
     grown = broadcast_like(after / (after - before), v) * h_high - broadcast_like(before / (after - before), v) * h_low
     return broadcast_like(sides.half / width, v) * (derivative - v), grown - g
 
 
+def _both_sides(sides: Stencil, predict: Callable[[NoiseLevel], T]) -> tuple[T, T]:
+    """``predict`` of the two levels, with the same dropout."""
+    with torch.random.fork_rng():
+        low = predict(sides.low)
+    return low, predict(sides.high)
+
+
 def _end_and_derivative(
-    low: Prediction, high: Prediction, x_t: Tensor, t: NoiseLevel, sides: Stencil
+    low: Prediction, high: Prediction, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, sides: Stencil
 ) -> tuple[Tensor, Tensor]:
-    """Z_{t→s} as the mean of those to both sides of s, and their difference over 2h."""
+    """X_{t→s} from the mean of Z to both sides of s, without a gradient, and the difference of these over 2h."""
     z = x_t / broadcast_like(straight_scale(t), x_t)
     ends = [
         z + broadcast_like(straight_time(level) - straight_time(t), z) * (prediction.eps - prediction.x)
         for level, prediction in ((sides.low, low), (sides.high, high))
     ]
-    return (ends[0] + ends[1]).detach() / 2, (ends[1] - ends[0]) / (2 * broadcast_like(sides.half, z))
+    x_s = (ends[0] + ends[1]).detach() / 2 * broadcast_like(straight_scale(s), z)
+    return x_s, (ends[1] - ends[0]) / (2 * broadcast_like(sides.half, z))
 
 
 def meanflow(
