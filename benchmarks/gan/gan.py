@@ -76,20 +76,26 @@ class Residual(nn.Module):
         return h + self.second(F.leaky_relu(self.first(F.leaky_relu(h, SLOPE)), SLOPE))
 
 
+def level(width: int) -> nn.Sequential:
+    return nn.Sequential(Residual(width), Residual(width))
+
+
 class Generator(nn.Module):
-    """(B, channels, size, size) in (−1, 1) from z (B, `LATENT`); each level doubles the size."""
+    """(B, channels, size, size) in (−1, 1) from z (B, `LATENT`); each level has twice the size and half the width."""
 
     def __init__(self, width: int, levels: int, channels: int, size: int) -> None:
         super().__init__()
-        self.start = size >> levels
-        self.linear = nn.Linear(LATENT, width * self.start**2)
-        self.levels = nn.ModuleList(nn.Sequential(Residual(width), Residual(width)) for _ in range(levels + 1))
+        self.start, widths = size >> levels, [width << i for i in reversed(range(levels + 1))]
+        self.basis = nn.Parameter(torch.randn(widths[0], self.start, self.start))
+        self.linear = nn.Linear(LATENT, widths[0])
+        self.levels = nn.ModuleList(map(level, widths))
+        self.narrow = nn.ModuleList(nn.Conv2d(2 * w, w, 1) for w in widths[1:])
         self.out = nn.Conv2d(width, channels, 1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.linear(z).unflatten(1, (-1, self.start, self.start))
-        for i, level in enumerate(self.levels):
-            h = level(F.interpolate(h, scale_factor=2.0, mode="bilinear") if i else h)
+        h = self.levels[0](self.basis * self.linear(z)[:, :, None, None])
+        for narrow, blocks in zip(self.narrow, self.levels[1:], strict=True):
+            h = blocks(F.interpolate(narrow(h), scale_factor=2.0, mode="bilinear"))
         return torch.tanh(self.out(F.leaky_relu(h, SLOPE)))
 
 
@@ -98,14 +104,16 @@ class Critic(nn.Module):
 
     def __init__(self, width: int, levels: int, channels: int, size: int) -> None:
         super().__init__()
+        widths = [width << i for i in range(levels + 1)]
         self.enter = nn.Conv2d(channels, width, 1)
-        self.levels = nn.ModuleList(nn.Sequential(Residual(width), Residual(width)) for _ in range(levels + 1))
-        self.linear = nn.Linear(width * (size >> levels) ** 2, 1)
+        self.levels = nn.ModuleList(map(level, widths))
+        self.widen = nn.ModuleList(nn.Conv2d(w, 2 * w, 1) for w in widths[:-1])
+        self.linear = nn.Linear(widths[-1] * (size >> levels) ** 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.enter(x)
-        for i, level in enumerate(self.levels):
-            h = level(F.avg_pool2d(h, 2) if i else h)
+        h = self.levels[0](self.enter(x))
+        for widen, blocks in zip(self.widen, self.levels[1:], strict=True):
+            h = blocks(widen(F.avg_pool2d(h, 2)))
         return self.linear(F.leaky_relu(h, SLOPE).flatten(1))[:, 0].float()
 
 
@@ -114,12 +122,12 @@ def count(network: nn.Module) -> int:
 
 
 def build(parameters: int, channels: int, size: int) -> tuple[Generator, Critic]:
-    """The pair whose generator has the nearest number of parameters; widths are multiples of 4."""
+    """The pair whose generator has the nearest number of parameters; the finest width is a multiple of 4."""
     levels = int(math.log2(size & -size))  # down to an odd number of cells, at least 4
     while levels and size >> levels < 4:
         levels -= 1
     with torch.device("meta"):
-        sizes = {width: count(Generator(width, levels, channels, size)) for width in range(8, 257, 4)}
+        sizes = {width: count(Generator(width, levels, channels, size)) for width in range(4, 257, 4)}
     width = min(sizes, key=lambda w: abs(sizes[w] - parameters))
     return Generator(width, levels, channels, size), Critic(width, levels, channels, size)
 

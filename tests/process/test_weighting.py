@@ -30,6 +30,7 @@ ROWS = [  # name, settings, and the weight of the eps loss in the paper as a fun
     ("p2", {"k": 3.0, "power": 0.5}, lambda snr: 1 / math.sqrt(3 + snr)),
     ("edm", {}, karras(1.0)),
     ("edm", {"sigma_data": 0.5}, karras(0.5)),
+    ("edm", {"limit": 4.0}, lambda snr: min(1 + snr, 4) / snr),  # on x: min(1 + SNR, limit)
     ("sigmoid", {}, lambda snr: 1 / (1 + math.exp(math.log(snr) - 2))),
     ("sigmoid", {"bias": -1.5}, lambda snr: 1 / (1 + math.exp(math.log(snr) + 1.5))),
 ]

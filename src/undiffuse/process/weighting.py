@@ -6,6 +6,7 @@ setting (`undiffuse.process.time_sampling`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,12 +48,15 @@ def p2(t: NoiseLevel, k: float = 1.0, power: float = 1.0) -> Tensor:
     return (k + torch.exp(t.log_snr)) ** -power
 
 
-def edm(t: NoiseLevel, sigma_data: float = 1.0) -> Tensor:
+def edm(t: NoiseLevel, sigma_data: float = 1.0, limit: float = math.inf) -> Tensor:
     """w = 1 + exp(−log_snr)/sigma_data²: weight 1 in the frame of EDM's F [Karras22 table 1].
 
-    With sigma_data = 1 on variance-preserving levels it is weight 1 in the frame of v.
+    With sigma_data = 1 on variance-preserving levels it is weight 1 in the frame of v. ``limit`` is the largest weight
+    on x, which otherwise has no bound near the data; JiT's is 400 [Li25b].
     """
-    return 1 + torch.exp(-t.log_snr) / sigma_data**2
+    noise_to_signal = torch.exp(-t.log_snr)
+    w = 1 + noise_to_signal / sigma_data**2
+    return w if limit == math.inf else torch.minimum(w, limit * noise_to_signal)
 
 
 def sigmoid(t: NoiseLevel, bias: float = 2.0) -> Tensor:

@@ -288,10 +288,10 @@ def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_options(row: Source, given: Mapping[str, Any]) -> None:
-    accepted = [option.name for option in row.options]
+    accepted = [option.name for option in (*row.options, *STAGE_OPTIONS)]
     for name in given:
         if name not in accepted:
-            fix = f"Its options are {', '.join(accepted)}" if accepted else "Leave it out"
+            fix = f"Its options are {', '.join(accepted)}"
             raise ConfigError("OPTION", name, f"{row.title} does not take this option", fix)
 
 
