@@ -139,12 +139,12 @@ def test_long_paths():
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("digits", {"size": 8}, "size: a built-in data set does not take this option. Its options are folder, reduce_to,"),
+        ("digits", {"size": 8}, "size: a built-in data set does not take this option. Its options are folder,"),
         ("digits", {"folder": "x"}, "folder: digits does not take this option. Leave it out."),
         (".", {"folder": "x"}, "folder: a folder of images does not take this option. Its options are size, crop,"),
         (".", {"num_values": 2}, "num_values: a folder of images does not take this option."),
         ("a.npy", {"size": 4}, "size: an array file does not take this option. Its options are layout, num_values,"),
-        ("a.csv", {"layout": "ND"}, "layout: a table does not take this option. Its options are label_column, reduce_to,"),
+        ("a.csv", {"layout": "ND"}, "layout: a table does not take this option. Its options are label_column,"),
     ],
 )
 def test_options_that_a_source_does_not_take(source, options, message, tmp_path, monkeypatch):
