@@ -3,7 +3,8 @@
 Trains a teacher for so many steps, distills it for ``--share`` of the teacher's training time by each of ``--methods``,
 draws ``--n`` samples by each sampler, and writes and prints a table: Fréchet and kernel distance to as many held-out
 items, with 95 % intervals, their excess over the floor (real training items), and that excess over the teacher's by 50
-calls of Heun's method. ``--chain`` adds the teacher's 1,000 steps, ``--also NAME=FILE.npy`` samples of another model.
+calls of Heun's method. OUT/samples.png has a row of samples of each. ``--chain`` adds the teacher's 1,000 steps,
+``--also NAME=FILE.npy`` samples of another model.
 All parts resume: the runs, the samples (in parts), and the measurement. On digits a try takes minutes:
 ``--data digits --teacher-steps 60 --distill-steps 15 --n 300``.
 """
@@ -28,6 +29,7 @@ from undiffuse.evaluation.metrics import Value
 from undiffuse.model import checkpoint
 from undiffuse.model.consistency import few_call_sampler
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.report.figures import image_grid
 from undiffuse.report.table import render
 from undiffuse.sampling.sampler import Sampler
 
@@ -37,6 +39,8 @@ SAMPLE_SEED = 1
 TEACHER = Sampler("heun", 25)
 """50 calls of a second-order solver."""
 CALLS = (1, 2, 4)
+SHOWN = 16
+"""Samples in a row of the picture."""
 
 
 def command(*arguments: object) -> None:
@@ -148,17 +152,21 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     methods = given.methods.split(",")
     runs = train(given.out, given.data, given.teacher_steps, given.share, given.distill_steps, methods)
     dataset = load_data(given.data)
-    rows = []
+    rows, shown = [], []
     for name, run, sampler, calls in samplers(runs, given.chain):
         model = checkpoint.load(run)
         folder = given.out / "samples" / f"{name.replace(', ', '-')}-{calls}-{checkpoint.fingerprint(model)[:8]}"
         values, rate = draw(folder, model, sampler, given.n)
         rows.append({"sampler": name, "calls": calls, "images per second": round(rate, 1)})
         rows[-1] |= measure(values, dataset, given.n, given.features)
+        shown.append(values[:SHOWN])
     for other in given.also:
         name, _, path = other.partition("=")
         rows.append({"sampler": name, "calls": 1, "images per second": ""})
-        rows[-1] |= measure(np.load(path)[: given.n], dataset, given.n, given.features)
+        values = np.load(path)[: given.n]
+        rows[-1] |= measure(values, dataset, given.n, given.features)
+        shown.append(values[:SHOWN])
+    image_grid(np.concatenate(shown), dataset.num_values, SHOWN, 2).save(given.out / "samples.png")
     seconds = {run.name: checkpoint.load(run).info["seconds"] for run in runs}
     (given.out / "few-calls.json").write_text(json.dumps({"seconds": seconds, "rows": rows}, indent=1) + "\n")
     floor = ", ".join(f"{name} {rows[0][f'{name} floor'][0]:.4g}" for name in METRICS)
