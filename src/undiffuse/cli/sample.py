@@ -120,7 +120,7 @@ def sample(
         str,
         typer.Option(
             help=f"{', '.join(THRESHOLDS)}: static clamps predictions to the range of bounded data; dynamic rescales "
-            "each item instead."
+            "each item instead, which makes white backgrounds grey."
         ),
     ] = "static",
     animate: Annotated[
