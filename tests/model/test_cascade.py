@@ -293,6 +293,10 @@ def test_labels_reach_the_stages_that_accept_them(stages):
     cond = Condition(label=torch.tensor([0, 1]))
     guided = cascade.sample(2, cond=cond, sampler=Sampler(num_steps=4, guidance=3.0))
     assert not torch.equal(guided, cascade.sample(2, cond=cond, sampler=Sampler(num_steps=4)))
+    avoiding = {"cond": cond, "sampler": Sampler(num_steps=4, guidance=3.0)}
+    away = cascade.sample(2, **avoiding, negative=Condition(label=torch.tensor([1])))
+    assert not torch.equal(away[0], guided[0])
+    assert torch.equal(cascade.sample(2, **avoiding, negative=Condition(label=torch.tensor([-1]))), guided)  # null
     assert cascade.stage_sampler(1, Sampler(num_steps=9, guidance=3.0)) == Sampler(num_steps=4)
     assert cascade.nll(torch.from_numpy(DATA.values[:2]), cond=cond).total.isfinite().all()
     with pytest.raises(ConfigError, match=r"label: the model was trained without it"):

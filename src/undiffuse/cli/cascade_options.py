@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from undiffuse.cli.label_options import ConditionFn
     from undiffuse.data.dataset import Dataset
     from undiffuse.model.cascade import AnyModel, Cascade
+    from undiffuse.networks.condition import Condition
     from undiffuse.report.sample_folder import SampleFolder
     from undiffuse.sampling.sampler import Sampler
 
@@ -110,6 +111,7 @@ def draw_cascade(
     batch: int,
     sampler: Sampler | None,
     condition: ConditionFn | None,
+    negative: Condition | None,
     augmentation: float,
     log: Callable[[str], None],
 ) -> None:
@@ -132,9 +134,8 @@ def draw_cascade(
             bar.advance(count)
 
         for part in parts:
-            given = condition and condition(part)
-            options = {"cond": given, "augmentation": augmentation, "first": part.start, "progress": advance}
-            draw = partial(cascade.sample, len(part), seed, sampler, **options)
+            options = {"negative": negative, "augmentation": augmentation, "first": part.start, "progress": advance}
+            draw = partial(cascade.sample, len(part), seed, sampler, condition and condition(part), **options)
             values, batch = halve_while_out_of_memory(draw, batch, log)
             write(part.start, values.numpy())
     for stage, title in enumerate(titles if parts else ()):

@@ -219,7 +219,7 @@ def sample(
         missing = [range(*gap) for gap in group.gather([[gap.start, gap.stop] for gap in gaps])[0]]
         parts = _missing_parts(range(n), batch, missing, group.rank, group.world_size)
         if isinstance(model, Cascade):
-            draw_cascade(folder, model, seed, parts, batch, sampler, condition, noise, log)
+            draw_cascade(folder, model, seed, parts, batch, sampler, condition, avoided, noise, log)
         else:
             _draw(folder, model, seed, parts, batch, sampler, condition, guide, log)
         group.gather(None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from undiffuse.data.resolution import ResolutionSplit, split_from_dict
 from undiffuse.data.stage_data import add_image, stage_facts
 from undiffuse.data.transform import IntegerLevels
 from undiffuse.denoising.denoiser import NetworkDenoiser
+from undiffuse.denoising.guidance import Guide
 from undiffuse.errors import ConfigError
 from undiffuse.likelihood.nll import NLL, make_nll
 from undiffuse.model import arguments, checkpoint
@@ -199,6 +201,7 @@ class Cascade:
         sampler: Sampler | str | None = None,
         cond: Condition | None = None,
         *,
+        negative: Condition | None = None,
         augmentation: float = DEFAULT_AUGMENTATION,
         batch: int = 64,
         first: int = 0,
@@ -207,46 +210,37 @@ class Cascade:
         """n samples as data values (n, *item_shape), the items from ``first`` on; the same for any ``batch``.
 
         ``augmentation``: standard deviation in [0, 1] of the noise on the image that a stage is given. ``cond``: the
-        condition of each item, of which each stage gets what it accepts. Item i depends on (seed, i) alone; the base
-        draws what it draws without the cascade. The rest as in `Diffusion.sample`. Raises `ConfigError`.
+        condition of each item, and ``negative`` the condition of one item that guidance leads away from; each stage
+        gets what it accepts of them. Item i depends on (seed, i) alone; the base draws what it draws without the
+        cascade. The rest as in `Diffusion.sample`. Raises `ConfigError`.
         """
         arguments.check_counts(n=(n, 1), seed=(seed, 0), batch=(batch, 1), first=(first, 0))
         _check_augmentation(augmentation)
         self._check_condition(cond, n)
+        self._check_condition(negative, 1)
         parts = []
         for start in range(0, n, batch):
-            here = range(start, min(start + batch, n))
-            part, items = cond and cond.take(slice(here.start, here.stop)), range(first + here.start, first + here.stop)
+            here = slice(start, min(start + batch, n))
+            items = range(first, first + n)[here]
             values: Tensor | None = None
-            for stage in range(len(self.models)):
-                values = self._sample_stage(stage, values, items, seed, sampler, part, augmentation, progress)
+            for stage, model in enumerate(self.models):
+                given, avoided = self._accepted(stage, cond and cond.take(here)), self._accepted(stage, negative)
+                if values is not None:
+                    given = self._with_image(stage, given, values, items, seed, augmentation)
+                options = {
+                    "guide": None if avoided is None else Guide(negative=avoided),
+                    "batch": len(items),
+                    "first": items.start,
+                    "progress": progress and partial(progress, stage),
+                }
+                own_sampler = self.stage_sampler(stage, sampler)
+                drawn = model.sample(len(items), stage_seed(seed, stage), own_sampler, given, **options)
+                if values is not None:
+                    drawn = torch.from_numpy(self.splits[stage - 1].join(values.numpy(), drawn.numpy()))
+                values = drawn
             assert values is not None
             parts.append(values)
         return torch.cat(parts)
-
-    def _sample_stage(
-        self,
-        stage: int,
-        low: Tensor | None,
-        items: range,
-        seed: int,
-        sampler: Sampler | str | None,
-        cond: Condition | None,
-        augmentation: float,
-        progress: Progress | None,
-    ) -> Tensor:
-        """The images of a stage from those of the stage before it."""
-        given = self._accepted(stage, cond)
-        if low is not None:
-            given = self._with_image(stage, given, low, items, seed, augmentation)
-        n = len(items)
-        step = None if progress is None else (lambda count: progress(stage, count))
-        sampler = self.stage_sampler(stage, sampler)
-        own_seed = stage_seed(seed, stage)
-        rest = self.models[stage].sample(n, own_seed, sampler, given, batch=n, first=items.start, progress=step)
-        if low is None:
-            return rest
-        return torch.from_numpy(self.splits[stage - 1].join(low.numpy(), rest.numpy()))
 
     def nll(
         self,
