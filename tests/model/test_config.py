@@ -103,7 +103,16 @@ def test_settings_of_training_outside_their_range(name, value):
 
 def test_the_limits_of_the_ranges_are_accepted():
     TrainConfig(batch=1, decay=0.0, warmup=0, held_out=0.0, previews=0, seed=2**63 - 1, betas=(0.0, 0.0))
-    TrainConfig(decay=1.0, max_steps=1, minutes=1e-3, precision="bfloat16", batch=6, accumulate=6)
+    TrainConfig(decay=1.0, minutes=1e-3, precision="bfloat16", batch=6, accumulate=6)
+
+
+def test_a_run_has_one_length(tmp_path):
+    text = error_of(lambda: TrainConfig(max_steps=1, minutes=2.0))
+    assert text.startswith("error[CONFIG] train.max_steps = 1: minutes = 2.0 is the length of the run too")
+    (tmp_path / "a.toml").write_text("train = {minutes = 60}")
+    assert read(tmp_path / "a.toml", Config(train=TrainConfig(max_steps=9))).train == TrainConfig(minutes=60)
+    (tmp_path / "b.toml").write_text("train = {lr = 0.5}")
+    assert read(tmp_path / "b.toml", Config(train=TrainConfig(max_steps=9))).train == TrainConfig(max_steps=9, lr=0.5)
 
 
 TOML = """

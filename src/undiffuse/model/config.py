@@ -22,6 +22,9 @@ from undiffuse.errors import ConfigError
 MAX_FILE_BYTES, MAX_TEXT_LENGTH = 1 << 20, 1000
 """The most bytes of a recipe file, and the most characters of a string in it."""
 
+LENGTHS = ("max_steps", "minutes")
+"""The settings of `TrainConfig` that are the length of a run; at most one is given."""
+
 MAX_CALLS = 16
 """The most network calls of a sample of a distilled model."""
 
@@ -144,9 +147,11 @@ class TrainConfig:
         _require(0 < self.ema < 0.28, "ema", self.ema, "must be a fraction of the run, between 0 and 0.28")
         _require(self.clip > 0, "clip", self.clip, "must be above 0")
         _require(self.save_minutes > 0, "save_minutes", self.save_minutes, "must be above 0")
-        for name in ("max_steps", "minutes"):
+        for name in LENGTHS:
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, name, value, "must be above 0 and finite")
+        both = self.max_steps is not None and self.minutes is not None
+        _require(not both, "max_steps", self.max_steps, f"minutes = {self.minutes} is the length of the run too")
         _require(self.precision in ("auto", "float32", "bfloat16"), "precision", self.precision, "unknown")
         _require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "must be adamw or muon")
         _require(self.on_nonfinite in ("stop", "skip"), "on_nonfinite", self.on_nonfinite, "must be stop or skip")
@@ -221,7 +226,7 @@ def read(path: Path, base: T) -> T:
     """``base`` with the settings of a TOML or JSON file, tables ``model`` and ``train``. Raises `ConfigError`.
 
     A table such as ``model.network`` without its ``kind`` (or ``name``) changes settings of that of ``base``; one with
-    it takes the place of that of ``base``.
+    it takes the place of that of ``base``. ``minutes`` and ``max_steps`` take the place of each other.
     """
     try:
         with path.open("rb") as stream:
@@ -236,6 +241,8 @@ def read(path: Path, base: T) -> T:
         raise ConfigError("CONFIG", path, f"expected tables, got {type(data).__name__}", "Give [model] and [train]")
     merged = to_dict(base)
     for section, settings in data.items():
+        if section == "train" and isinstance(settings, dict) and settings.keys() & LENGTHS:
+            settings = dict.fromkeys(LENGTHS) | settings
         merged[section] = _changed(merged.get(section), settings)
     return from_dict(type(base), merged, path.name)
 
