@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from undiffuse.cli.guidance_options import class_names, load_guide, report_guidance_twice
+from undiffuse.cli.sampler_options import SamplerOptions
 from undiffuse.data.transform import Identity, IntegerLevels
 from undiffuse.denoising.denoiser import NetworkDenoiser
 from undiffuse.denoising.guidance import Autoguided, ClassifierFree, ClassifierGuided, DynamicThreshold
@@ -159,3 +160,18 @@ def test_guidance_of_a_model_that_was_distilled_with_guidance():
         report_guidance_twice(distilled, Sampler(guidance=scale), said.append)
         assert len(said) == lines
         assert all("guidance 3" in line and "--guidance 2" in line for line in said)
+
+
+def test_another_solver_of_a_consistency_model():
+    """A line: the other solvers need the mean of the data, which a consistency model does not predict."""
+    for calls, solver, steps, lines in (
+        (1, "ddim", None, 1),
+        (1, None, 3, 1),
+        (1, "consistency", 2, 0),
+        (1, None, None, 0),
+        (0, "ddim", None, 0),
+    ):
+        said: list[str] = []
+        SamplerOptions(None, None, solver, [], steps, None, {}).choose(model(calls=calls), said.append, lambda *_: None)
+        assert len(said) == lines
+        assert all("predicts a sample" in line for line in said)

@@ -39,6 +39,7 @@ from undiffuse.cli.train import (
     report_done,
     report_finished,
 )
+from undiffuse.model.config import MAX_CALLS
 
 if TYPE_CHECKING:
     from undiffuse.model.config import TrainConfig
@@ -52,7 +53,7 @@ LR_FACTOR = 0.25
 def distill(
     run: RunArgument,
     data: OwnDataArgument = None,
-    calls: Annotated[int, typer.Option(help="Network calls of a sample, such as 1, 2 or 4.", min=1)] = 1,
+    calls: Annotated[int, typer.Option(help="Network calls of a sample, such as 1, 2 or 4.", min=1, max=MAX_CALLS)] = 1,
     out: Annotated[
         Path | None, typer.Option(help="The run folder; by default RUN with the calls, such as runs/digits-1-call.")
     ] = None,

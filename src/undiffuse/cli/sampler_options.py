@@ -75,9 +75,18 @@ class SamplerOptions:
         sampler = distilled or self._parse(model, log)
         sampler = replace(sampler, num_steps=min(sampler.num_steps or model.chain_length, model.chain_length))
         model.build_solver(sampler)  # raises before any work if a setting is wrong
+        if self._few_call_solver(model) == "consistency" != sampler.solver:
+            cause = f"a consistency model predicts a sample, and {sampler.solver} needs the mean of the data"
+            log(f"note: {cause}. --calls K alone draws as the model was distilled")
         if distilled or self.calls is None:
             return sampler
         return advised(sampler, self.calls) or within_calls(model, sampler, self.calls)
+
+    def _few_call_solver(self, model: AnyModel) -> str:
+        """The solver of a distilled model, else ""."""
+        from undiffuse.model.cascade import Cascade
+
+        return "" if isinstance(model, Cascade) else model.config.few_call_solver
 
     def _distilled_sampler(self, model: AnyModel) -> Sampler | None:
         from undiffuse.model.cascade import Cascade

@@ -49,7 +49,7 @@ def train_autoencoder(
     kl_weight: Annotated[
         float | None,
         typer.Option(
-            help="Weight of the KL; 0.02 if not given, for pictures. For likelihood: 1 with --reconstruction nll."
+            help="Weight of the KL. Default: 0.02 with --reconstruction l1 (pictures), 1 with nll (likelihood)."
         ),
     ] = None,
     reconstruction: Annotated[
