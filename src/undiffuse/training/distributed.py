@@ -8,6 +8,7 @@ number of processes, sharded or not. torch's modules for sharding take a second 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,8 @@ def set_checkpointing(network: nn.Module, settings: TrainConfig) -> nn.Module:
 
 def prepare_network(accelerator: Accelerator, network: nn.Module, settings: TrainConfig) -> Any:
     """The module to call in place of ``network``: wrapped by DDP, compiled, or itself. ``network`` keeps its names."""
+    # the gradient of a categorical head's weight is a part of a larger one, which DDP copies
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     sharded = any(map(is_sharded, network.parameters()))
     wrapped = network if sharded else accelerator.prepare_model(network)
     return torch.compile(wrapped) if settings.compile else wrapped
