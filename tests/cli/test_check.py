@@ -70,6 +70,11 @@ def test_text(folder, call):
         assert text in out
     with Image.open(folder / "sheet.png") as sheet:
         assert sheet.width > 60
+    assert call("check", folder, "--on-bad", "skip", "--out", folder / "sheet.png")[0] == 0  # its own file
+    image = next((folder / "cats").iterdir())
+    before = image.read_bytes()
+    code, _, err = call("check", folder, "--on-bad", "skip", "--out", image)
+    assert (code, "Give another name, or move the file away" in err, image.read_bytes() == before) == (2, True, True)
 
 
 def test_facts_of_arrays():

@@ -9,7 +9,7 @@ from undiffuse.cli.guidance_options import class_names, load_guide, report_guida
 from undiffuse.cli.sampler_options import SamplerOptions
 from undiffuse.data.transform import Identity, IntegerLevels
 from undiffuse.denoising.denoiser import NetworkDenoiser
-from undiffuse.denoising.guidance import Autoguided, ClassifierFree, ClassifierGuided, DynamicThreshold
+from undiffuse.denoising.guidance import Autoguided, ClassifierFree, ClassifierGuided, DynamicThreshold, Guide
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.model import checkpoint
 from undiffuse.model import noisy_classifier as classifiers
@@ -175,3 +175,17 @@ def test_another_solver_of_a_consistency_model():
         SamplerOptions(None, None, solver, [], steps, None, {}).choose(model(calls=calls), said.append, lambda *_: None)
         assert len(said) == lines
         assert all("predicts a sample" in line for line in said)
+
+
+def test_a_consistency_model_cannot_be_the_weaker_one(tmp_path):
+    checkpoint.save(model(3, calls=1), tmp_path / "distilled")
+    with pytest.raises(ConfigError, match=r"distilled: it is a consistency model"):
+        load_guide(model(3), Sampler(), autoguide=tmp_path / "distilled")
+
+
+def test_a_guide_of_another_kind_is_an_error():
+    cond = Condition(label=torch.tensor([0, 1]))
+    with pytest.raises(ConfigError, match=r"GUIDANCE.* it is a str, not a Guide"):
+        model(3).sample(2, sampler=Sampler("ddim", 2), cond=cond, guide="cat")
+    with pytest.raises(ConfigError, match=r"CONDITION"):
+        model(3).sample(2, sampler=Sampler("ddim", 2, guidance=2.0), cond=cond, guide=Guide(negative=cond))

@@ -100,7 +100,7 @@ def test_evaluate_restore_and_interpolate_take_captions(trained, call, tmp_path,
     done = call("evaluate", run, "--estimate", "discrete", "--items", 2, "--mc-samples", 2)
     assert (done.code, done.err) == (0, "")
     assert json.loads((run / "evaluation.json").read_text())["condition"] == "captions"
-    assert read == [1, 1]
+    assert read == [2, 1, 1]  # for the speed (64 items at most), then batch by batch
     strips = {}
     for prompt in ("a black square", "a white square"):
         out = tmp_path / prompt
@@ -134,6 +134,7 @@ def test_advice_is_measured_with_prompts(trained, call, tmp_path, monkeypatch):
 
 ERRORS = [
     (["--prompt", "x" * 65], "[PROMPT] --prompt xxx", "it has 65 bytes"),
+    (["--prompt", "a\udcff"], "[PROMPT] 'a\\udcff'", "it is not valid UTF-8"),
     (["--prompt", "a", "--negative", "b"], "[GUIDANCE] --negative", "no effect without --guidance"),
     (["--negative", "b", "--guidance", "3"], "[GUIDANCE] --guidance", "it needs a condition. Give --prompt."),
     (["--prompt", "", "--guidance", "3"], "[GUIDANCE] --guidance", "it needs a condition"),

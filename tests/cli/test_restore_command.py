@@ -204,7 +204,11 @@ def test_colour_becomes_grey_and_one_answer_has_no_spread(place, call):
         (2, ["line", "whole.png", "--blur", "1"], "its items are 1x16, not grey or RGB images"),
         (2, ["plain.safetensors", "whole.png", "--blur", "1"], "its items are 1x4x4, not grey or RGB images"),
         (2, ["run", "small.png", "--upsample", "3"], "3 does not divide the sides of an item, 8 x 8"),
-        (2, ["run", "whole.png", "--blur", "1", "--method", "magic"], "error[METHOD] --method magic: no such method"),
+        (
+            2,
+            ["run", "whole.png", "--blur", "1", "--method", "magic"],
+            "error[METHOD] --method magic: no such method. Use one of mmps, pigdm, dps, repaint, product, or sdedit",
+        ),
         (2, ["run", "whole.png", "--blur", "1", "--method", "repaint"], "it fills in masked parts only"),
         (2, ["run", "whole.png", "--blur", "1", "--method", "product"], "it multiplies by a factor for each element"),
         (2, ["run", "whole.png", "--mask", "white.png"], "it hides the whole image"),
@@ -231,6 +235,14 @@ def test_errors_are_one_line(place, call, code, arguments, message):
     assert message in err
 
 
+def test_a_wrong_method_leaves_no_folder(place, call):
+    assert (
+        call("restore", place / "run", place / "whole.png", "--blur", 1, "--method", "no", "--out", place / "no").code
+        == 2
+    )
+    assert not (place / "no").exists()
+
+
 def test_interpolate(place, call):
     code, out, err = call("interpolate", place / "run", place / "whole.png", place / "black.png", "--n", 4)
     assert (code, err) == (0, "")
@@ -240,6 +252,8 @@ def test_interpolate(place, call):
     first, _, _, last = tiles(path)
     np.testing.assert_allclose(first.astype(int), WHOLE, atol=1)
     np.testing.assert_allclose(last, 0, atol=1)
+    said = call("interpolate", place / "run", place / "whole.png", place / "black.png", "--out", place / "colour.png")
+    assert (said.code, "this file exists" in said.err, read(place / "black.png").shape) == (2, True, (8, 8))
     said = call("interpolate", place / "run", place / "whole.png", place / "black.png", "--out", place / "way.foo")
     assert (said.code, f"{place / 'way.foo'}: it is not the name of a PNG file" in said.err) == (2, True)
     assert call("interpolate", place / "line", place / "whole.png", place / "black.png")[0] == 2

@@ -289,6 +289,11 @@ def test_animation(run, call, tmp_path):
         np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), np.asarray(grid.convert("RGB")))
     said = call("sample", run, *flags, "--animate", tmp_path / "way.png")
     assert (said.code, said.err.count("\n"), "ends in .gif" in said.err) == (2, 1, True)
+    assert call("sample", run, *flags, "--animate", tmp_path / "way.gif").code == 0  # its own file
+    (tmp_path / "holiday.gif").write_bytes(b"GIF89a")
+    said = call("sample", run, *flags, "--animate", tmp_path / "holiday.gif")
+    assert (said.code, "nothing in it says that undiffuse wrote it" in said.err) == (2, True)
+    assert (tmp_path / "holiday.gif").read_bytes() == b"GIF89a"
 
 
 @pytest.mark.parametrize(
@@ -330,6 +335,16 @@ def test_errors(run, call, flags, words):
     said = call("sample", run, *flags)
     assert (said.code, said.err.count("\n"), said.err[:6]) == (2, 1, "error["), said
     assert words in said.err
+
+
+def test_a_wrong_argument_leaves_earlier_samples(run, call, tmp_path):
+    flags = ["--n", 2, "--steps", 2, "--out", tmp_path / "x"]
+    assert call("sample", run, *flags).code == 0
+    before = sorted(f.name for f in (tmp_path / "x").iterdir())
+    np.save(tmp_path / "cond.npy", np.zeros((2, 3), np.float32))
+    for wrong in (["--seed", -1], ["--cond", tmp_path / "cond.npy"]):
+        assert call("sample", run, *flags, *wrong).code == 2
+        assert sorted(f.name for f in (tmp_path / "x").iterdir()) == before
 
 
 def test_calls_without_advice(run, call, tmp_path):

@@ -67,7 +67,7 @@ def test_the_model_of_a_run(teacher, tmp_path):
     samples = model.sample(4, cond=cond)
     assert model.default_sampler == few_call_sampler(model.schedule, 2)
     assert torch.equal(samples, model.sample(4, sampler=few_call_sampler(model.schedule, 2), cond=cond))
-    with pytest.raises(ConfigError, match=r"DISTILLED.*no likelihood"):
+    with pytest.raises(ConfigError, match=r"DISTILLED.*samples of the data, and this needs their means"):
         model.nll(torch.from_numpy(DATA.values[:2]))
     with pytest.raises(ConfigError, match=r"DISTILLED.*already"):
         distill(model, tmp_path / "again")

@@ -65,7 +65,7 @@ def advise_command(
     label: Annotated[list[str] | None, typer.Option(help="Classes to sample, used in turn; see sample.")] = None,
     prompt: Prompt = None,
     prompts: Prompts = None,
-    seed: Annotated[int, typer.Option(help="Seed of the starting points and samples.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the starting points and samples.", min=0)] = 1,
     network: NetworkFile = None,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -82,6 +82,7 @@ def advise_command(
 
     from undiffuse.evaluation.sampler_ranking import NUM_FINALISTS, floor_size, rank_samplers, stochastic_samplers
     from undiffuse.model import checkpoint
+    from undiffuse.model.arguments import check_predicts_mean
     from undiffuse.process.prior import prior_sample
     from undiffuse.process.seeded_noise import ItemNoise
     from undiffuse.report.progress_bar import ProgressBar
@@ -91,6 +92,7 @@ def advise_command(
     register_network(network)
     model = checkpoint.load(run, resolve_device(device), precision=precision)
     require_then(model, run)
+    check_predicts_mean(model.config, run)
     texts, real, reason = read_prompts(prompt, prompts), None, "they are compared without labels and prompts only"
     if not label and not texts:
         real, reason = _real_items(model, run, data, read)

@@ -36,13 +36,15 @@ def check(
 ) -> None:
     """Show what DATA contain: items, sizes, values, labels, duplicates, the held-out split."""
     from undiffuse.data.image_formats import FORMATS
-    from undiffuse.runtime.own_output import MARKABLE_SUFFIXES
+    from undiffuse.runtime.own_output import MARKABLE_SUFFIXES, refuse_other_file
 
     if out is not None and out.suffix.lower() not in " ".join(FORMATS.values()).split():
         cause = f"{out.name!r} does not end in the extension of an image format"
         raise ConfigError("OPTION", "--out", cause, "Give a name that ends in .png")
     if out is not None and out.suffix.lower() not in MARKABLE_SUFFIXES:  # else its mark keeps it out of the data
         refuse_inside(out, data)
+    if out is not None:
+        refuse_other_file(out)
     dataset = read(data)
     facts = data_facts(dataset)
     show([{"": name, "data": text} for name, text in describe_facts(facts).items()], data, **facts)

@@ -54,7 +54,7 @@ def compare(
             help="Fraction that was held out when the model was trained; by default that of its run, else 0.1."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of samples and items.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of samples and items.", min=0)] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for compare.json and an image of the nearest training items.")
     ] = None,

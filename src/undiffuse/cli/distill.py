@@ -76,7 +76,7 @@ def distill(
         str,
         typer.Option(help="Source of the pairs of points on a trajectory, or of velocities: teacher (RUN) or data."),
     ] = "teacher",
-    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)] = 0,
     device: Device = "auto",
     network: NetworkFile = None,
     on_nonfinite: OnNonfinite = None,

@@ -77,7 +77,7 @@ def evaluate(
     minutes: Annotated[
         float, typer.Option(help="Approximate minutes; sets the numbers of items and samples that are not given.")
     ] = 5.0,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; by default the run folder.")] = None,
     then: Then = None,
     network: NetworkFile = None,

@@ -83,9 +83,11 @@ def _load_classifier(model: AnyModel, path: Path) -> NoisyClassifier:
 
 def _load_weak_model(model: AnyModel, path: Path) -> Diffusion:
     from undiffuse.model import checkpoint
+    from undiffuse.model.arguments import check_predicts_mean
     from undiffuse.model.cascade import weights_of
 
     weak = checkpoint.load(path, model.device, precision=model.precision)
+    check_predicts_mean(weak.config, path)
     _check_same_data(model, weak, "--autoguide", path)
     if checkpoint.fingerprint(weak) == weights_of(model):
         fix = "Use an earlier or a smaller model of the same data"

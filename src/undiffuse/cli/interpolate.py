@@ -48,11 +48,13 @@ def interpolate(
     from undiffuse.model import checkpoint, inversion
     from undiffuse.model.restoration import check_image_model
     from undiffuse.report import figures
-    from undiffuse.runtime.own_output import save_picture
+    from undiffuse.runtime.own_output import refuse_other_file, save_picture
 
     if out is not None and out.suffix.lower() != ".png":
         raise ConfigError("OUT", out, "it is not the name of a PNG file", "Give a name that ends in .png")
     refuse_inside(out, None, run)
+    strip = out or run_folder(run) / "pictures" / f"{one.stem}-to-{other.stem}.png"
+    refuse_other_file(strip)
     register_network(network)
     model = checkpoint.load(run, resolve_device(device))
     transform = check_image_model(model, run)
@@ -70,10 +72,9 @@ def interpolate(
     ends = torch.cat([transform.to_data(item) for item in x])
     values = inversion.interpolate(model, ends, n, steps, condition and condition(range(n)))
     error = (values[[0, -1]].long() - ends.long()).abs().max()
-    path = out or run_folder(run) / "pictures" / f"{one.stem}-to-{other.stem}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    strip.parent.mkdir(parents=True, exist_ok=True)
     captions = [f"{weight:.2f}" for weight in torch.linspace(0, 1, n).tolist()]
-    save_picture(figures.image_strip(values[:, None].numpy(), captions, transform.num_values), path)
+    save_picture(figures.image_strip(values[:, None].numpy(), captions, transform.num_values), strip)
     console.print(
-        f"{n} images: {path}; the first and last differ from A and B by at most {counted(int(error), 'level')}",
+        f"{n} images: {strip}; the first and last differ from A and B by at most {counted(int(error), 'level')}",
     )

@@ -76,7 +76,7 @@ def restore(
     n: Annotated[
         int, typer.Option(help="Number of restorations: different images that are all consistent with IMAGE.", min=1)
     ] = 4,
-    seed: Annotated[int, typer.Option(help="Restoration i depends on (seed, i) alone.")] = 0,
+    seed: Annotated[int, typer.Option(help="Restoration i depends on (seed, i) alone.", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Steps of the solver, at most those of the chain.", min=1)] = 100,
     batch: Annotated[int, typer.Option(help="Restorations per batch; does not change the results.", min=1)] = 16,
     out: Annotated[Path | None, typer.Option(help="A new output folder; default is one in the run.")] = None,
@@ -143,6 +143,7 @@ def restore(
         if degradation.is_inpainting and bool(known.all()):
             raise ConfigError("MASK", mask, "it hides nothing", "Make white the part that is to be filled in")
     method = method or restoration.default_method(degradation, is_latent(model.transform))
+    restoration.check_method(model, degradation, method)
     observed = restoration.degrade(degradation, x, seed, loaded.num_values) if degrade else x
     rounding = restoration.rounding_std(loaded.num_values)
     plan = common | {

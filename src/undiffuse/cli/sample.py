@@ -68,7 +68,7 @@ MAX_ANIMATED = 16
 def sample(
     run: RunArgument,
     n: Annotated[int, typer.Option(help="Number of samples.", min=1)] = 64,
-    seed: Annotated[int, typer.Option(help="Sample i depends on (seed, i) alone.")] = 0,
+    seed: Annotated[int, typer.Option(help="Sample i depends on (seed, i) alone.", min=0)] = 0,
     quality: Annotated[str | None, typer.Option(help=f"{', '.join(QUALITIES)}; default {DEFAULT_QUALITY}.")] = None,
     calls: Annotated[
         int | None,
@@ -144,8 +144,9 @@ def sample(
     precision: Precision = "auto",
 ) -> None:
     """Draw samples from a trained model: single files, a grid, an array, and a manifest. Resumes a stopped command."""
+    from undiffuse.model.arguments import check_condition
     from undiffuse.model.cascade import Cascade, weights_of
-    from undiffuse.report.animation import animate_sampling
+    from undiffuse.report.animation import animate_sampling, check_animation_path
     from undiffuse.report.sample_folder import SampleFolder
     from undiffuse.runtime.distributed_group import init_process_group
     from undiffuse.runtime.signals import interruptible
@@ -153,6 +154,8 @@ def sample(
     # The model
     refuse_inside(out, None, run)
     refuse_inside(animate, None, run, "--animate")
+    if animate is not None:
+        check_animation_path(animate)
     check_one_length(quality, calls, steps)
     register_network(network)
     group = init_process_group(resolve_device(device))
@@ -188,6 +191,8 @@ def sample(
         return read_advice(run_folder(run), weights, calls, log, sampler, conditions)
 
     sampler = options.choose(model, log, advised)
+    if condition is not None:  # a wrong one is an error before a folder is opened
+        check_condition(condition(range(1))).validate_for(model.condition_sizes, 1, classifier is not None)
     has_condition = cond is not None or has_label(names, labels) or any(texts)
     guide = load_guide(model, sampler, classifier, autoguide, has_condition, avoided)
     report_guidance_twice(model, sampler, log)

@@ -15,7 +15,7 @@ from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.evaluation.resumable import Plan
 from undiffuse.evaluation.summary import flow_map_calls
 from undiffuse.model.cascade import AnyModel
-from undiffuse.networks.condition import CONDITION_NAMES
+from undiffuse.networks.condition import CONDITION_NAMES, Condition
 
 TIME_SHARES = {"discrete": 5, "openai": 5, "continuous": 4, "ode": 4, "flow_map": 4}
 """The order of the estimates, and the shares in which they divide the time."""
@@ -24,6 +24,8 @@ PLANNED_FRACTION = 0.85
 """The fraction of the time that is planned; loading, the measurement of speed and figures take the rest."""
 MIN_ITEMS = 16
 """Fewest items of the flow and of a whole chain, and fewest Monte Carlo samples of a bound, at any speed."""
+SPEED_ITEMS = 64
+"""Items that the speed is measured with."""
 MAX_POINTS = 256
 """Most points of log-SNR of the continuous bound that are chosen automatically."""
 ODE_COST_GUESS = 400
@@ -77,6 +79,7 @@ def bit_reversed_order(n: int) -> np.ndarray:
 def plan_evaluation(
     model: AnyModel,
     values: torch.Tensor,
+    cond: Condition | None,
     names: Sequence[str],
     items: int | None,
     mc_samples: int | None,
@@ -87,11 +90,12 @@ def plan_evaluation(
     """For each estimate a job: items, mc_samples (None: every step), batch, expected (seconds), fit, first (seconds).
 
     Sizes that are not given are chosen so that all jobs fit into ``minutes`` of one process on this machine, by a short
-    measurement of its speed. Where "fit" is true, "items" is only an upper limit: while the job runs, the pace of its
-    batches decides how many fit into the expected seconds. "mc_samples" of the flow is ``iw_samples``; the map of few
-    calls has none. "first" are the seconds of the first batch, which always counts.
+    measurement of its speed with the first items, of which ``cond`` is the condition. Where "fit" is true, "items" is
+    only an upper limit: while the job runs, the pace of its batches decides how many fit into the expected seconds.
+    "mc_samples" of the flow is ``iw_samples``; the map of few calls has none. "first" are the seconds of the first
+    batch, which always counts.
     """
-    rate = calls_per_second(model, values[:64])
+    rate = calls_per_second(model, values[:SPEED_ITEMS], cond)
     total = PLANNED_FRACTION * 60 * minutes
     seconds = {n: total * TIME_SHARES[n] / sum(TIME_SHARES[n] for n in names) for n in names}
     if len(names) > 1 and "ode" in names:  # its first items may take longer than its share
@@ -146,11 +150,11 @@ def slow_starts(plan: Plan) -> list[str]:
     return lines
 
 
-def calls_per_second(model: AnyModel, values: torch.Tensor) -> float:
+def calls_per_second(model: AnyModel, values: torch.Tensor, cond: Condition | None) -> float:
     """Network calls for single items per second, measured."""
-    model.nll(values, mc_samples=2)
+    model.nll(values, mc_samples=2, cond=cond)
     start = time.perf_counter()
-    calls = model.nll(values, mc_samples=4).calls
+    calls = model.nll(values, mc_samples=4, cond=cond).calls
     return calls * len(values) / (time.perf_counter() - start)
 
 
@@ -173,8 +177,8 @@ def check_request(
     known = (*ESTIMATES, *few_calls)
     for name in estimates:
         if name not in known:
-            fix = f"Use one of {', '.join(known)}"
-            raise ConfigError("ESTIMATE", f"--estimate {name}", "no such estimate", fix)
+            cause = "the model is not a flow map trained --both-ways" if name == "flow_map" else "no such estimate"
+            raise ConfigError("ESTIMATE", f"--estimate {name}", cause, f"Use one of {', '.join(known)}")
     if compat not in (None, "openai"):
         raise ConfigError("COMPAT", f"--compat {compat}", "no such script", "Use openai, or leave it out")
     if compat and data.num_values != 256:

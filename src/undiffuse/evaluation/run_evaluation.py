@@ -171,7 +171,7 @@ def evaluate(
     sizes = (items, mc_samples, exact, iw_samples, minutes * group.world_size)
 
     def choose() -> resumable.Plan:
-        plan = planning.plan_evaluation(model, values, names, *sizes)
+        plan = planning.plan_evaluation(model, values, condition_of(slice(planning.SPEED_ITEMS)), names, *sizes)
         for line in planning.slow_starts(plan):
             log(line)
         return plan

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from undiffuse.data.transform import DataTransform, IntegerLevels, values_transform
+from undiffuse.denoising.guidance import Guide
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.model.config import ModelConfig
 from undiffuse.networks.condition import Condition
@@ -81,6 +83,24 @@ def check_condition(cond: Any) -> Condition:
     return cond
 
 
+def check_guide(guide: Any, sizes: Mapping[str, int]) -> None:
+    """Raises `ConfigError` unless ``guide`` is None or a `Guide` whose negative condition is an item of ``sizes``."""
+    if guide is None:
+        return
+    if not isinstance(guide, Guide):
+        fix = "Give Guide(negative=...), for example"
+        raise ConfigError("GUIDANCE", "guide", f"it is a {type(guide).__name__}, not a Guide", fix)
+    if guide.negative is not None:
+        check_condition(guide.negative).validate_for(sizes, 1)
+
+
+def check_small_image(cond: Condition | None, sizes: Mapping[str, int]) -> None:
+    """Raises `ConfigError` if a super-resolution model gets no image to enlarge."""
+    if "image" in sizes and (cond is None or cond.image is None):
+        cause = "the model enlarges images, and there is none to enlarge"
+        raise ConfigError("CONDITION", "cond", cause, "Give Condition(image=...), or use a Cascade")
+
+
 def check_sampler(sampler: Any, chain_length: int) -> Sampler:
     """``sampler``, or that of a solver's name, with `DEFAULT_NUM_STEPS` on a chain of so many. Raises `ConfigError`."""
     if isinstance(sampler, str):
@@ -91,11 +111,11 @@ def check_sampler(sampler: Any, chain_length: int) -> Sampler:
     return sampler
 
 
-def check_has_likelihood(config: ModelConfig) -> None:
+def check_predicts_mean(config: ModelConfig, where: object = "this model") -> None:
     """Raises `ConfigError` for a consistency model; a flow map with s = t predicts means like its teacher."""
     if config.few_call_solver == "consistency":
-        cause = "it is distilled: its predictions are samples of the data, not means, and have no likelihood"
-        raise ConfigError("DISTILLED", "this model", cause, "Measure the model that it was distilled from")
+        cause = "it is a consistency model: its predictions are samples of the data, and this needs their means"
+        raise ConfigError("DISTILLED", where, cause, "Use the model that it was distilled from")
 
 
 def check_trainable(model: nn.Module, what: str) -> None:

@@ -227,6 +227,8 @@ class Diffusion(Pretrained, nn.Module):
         sampler = arguments.check_sampler(sampler or self.default_sampler, self.chain_length)
         solver, levels = self.build_solver(sampler), self.noise_levels(sampler)
         noise = ItemNoise(seed, items, self.x_shape, device=self.device)
+        arguments.check_small_image(cond, self.condition_sizes)
+        arguments.check_guide(guide, self.condition_sizes)
         denoise = self.sampling_denoiser(sampler, guide)
         if guide is not None and guide.log_prob is not None:
             arguments.check_trainable(self, "a classifier's guidance")
@@ -291,6 +293,7 @@ class Diffusion(Pretrained, nn.Module):
         a NaN or infinity.
         """
         arguments.check_counts(n=(n, 1), seed=(seed, 0), batch=(batch, 1), first=(first, 0))
+        arguments.check_guide(guide, self.condition_sizes)
         cond = None if cond is None else self._sampling_condition(cond, n, guide)  # all n, before it is sliced
         values = []
         for start in range(0, n, batch):

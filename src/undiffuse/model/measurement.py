@@ -42,10 +42,11 @@ def measure(
 
     Raises `ConfigError`, and `DataError` for values that are not among the model's levels, NaN or infinite.
     """
-    arguments.check_has_likelihood(model.config)
+    arguments.check_predicts_mean(model.config)
     estimator, parts = estimates.get(estimate), []
     arguments.check_counts(seed=(seed, 0), mc_samples=(mc_samples, 1), batch=(batch, 1), first=(first, 0))
     arguments.check_values(values, model.item_shape, model.transform)
+    arguments.check_small_image(cond, model.condition_sizes)
     cond = None if cond is None else model.prepare_condition(cond, len(values))
     if estimate == "ode":
         arguments.check_trainable(model, "the flow's likelihood")

@@ -16,7 +16,7 @@ from undiffuse.denoising.denoiser import ConditionedDenoiser, Denoiser
 from undiffuse.denoising.linear_operators import DecodedOperator, LinearOperator, blur, identity, mask, mean_pool
 from undiffuse.denoising.posterior_guidance import Observation
 from undiffuse.errors import ConfigError
-from undiffuse.model.arguments import check_counts, check_items
+from undiffuse.model.arguments import check_counts, check_items, check_predicts_mean
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.latent import LatentTransform
 from undiffuse.networks.condition import Condition
@@ -100,6 +100,22 @@ def degrade(degradation: Degradation, x: Tensor, seed: int, num_values: int) -> 
     return rounding.to_model(rounding.to_data(image + degradation.noise_std * noise))[0]
 
 
+def check_method(model: Diffusion, degradation: Degradation, method: str) -> None:
+    """Raise `ConfigError` unless ``method`` can restore this degradation with this model."""
+    if method not in RESTORATION_METHODS:
+        fix = f"Use one of {', '.join(RESTORATION_METHODS)}, or sdedit for variants"
+        raise ConfigError("METHOD", repr(method), "no such method", fix)
+    if method in SOLVER_METHODS and is_latent(model.transform):
+        cause = "it changes pixels at each step, and this is a model of latents"
+        raise ConfigError("METHOD", repr(method), cause, "Use 'mmps', 'pigdm' or 'dps'")
+    if method == "repaint" and not degradation.is_inpainting:
+        cause = "it fills in masked parts only, without blur, shrinking or noise"
+        raise ConfigError("METHOD", "'repaint'", cause, "Use 'mmps'")
+    if method == "product" and not degradation.is_elementwise:
+        cause = "it multiplies by a factor for each element, and blur and shrinking mix elements"
+        raise ConfigError("METHOD", "'product'", cause, "Use 'mmps' or 'pigdm'")
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def restore(
@@ -123,17 +139,7 @@ def restore(
     are those of the image. ``progress`` is called with the number of item-steps done. ``cond`` holds the condition of
     each of the n items. Raises `ConfigError` and `NonFiniteError`.
     """
-    if method not in RESTORATION_METHODS:
-        raise ConfigError("METHOD", repr(method), "no such method", f"Use one of {', '.join(RESTORATION_METHODS)}")
-    if method in SOLVER_METHODS and is_latent(model.transform):
-        cause = "it changes pixels at each step, and this is a model of latents"
-        raise ConfigError("METHOD", repr(method), cause, "Use 'mmps', 'pigdm' or 'dps'")
-    if method == "repaint" and not degradation.is_inpainting:
-        cause = "it fills in masked parts only, without blur, shrinking or noise"
-        raise ConfigError("METHOD", "'repaint'", cause, "Use 'mmps'")
-    if method == "product" and not degradation.is_elementwise:
-        cause = "it multiplies by a factor for each element, and blur and shrinking mix elements"
-        raise ConfigError("METHOD", "'product'", cause, "Use 'mmps' or 'pigdm'")
+    check_method(model, degradation, method)
     model.eval()
     check_counts(n=(n, 1), batch=(batch, 1), seed=(seed, 0))
     image = check_items("image", image[None], degradation.full_operator.out_shape).to(model.device, model.dtype)
@@ -229,4 +235,5 @@ def check_image_model(model: Diffusion, where: str | Path) -> IntegerLevels:
     if "image" in model.condition_sizes:
         cause = "it is a super-resolution model, whose images need smaller ones"
         raise ConfigError("CASCADE", where, cause, "Use a run that was trained without --from")
+    check_predicts_mean(model.config, where)
     return transform

@@ -30,15 +30,15 @@ def text_encoder_of(model: TextModel) -> dict[str, Any] | None:
     return recorded if is_embedded else None
 
 
-def text_condition(model: TextModel, prompts: Sequence[str], encoder: str | None = None) -> Condition:
+def text_condition(model: TextModel, prompts: str | Sequence[str], encoder: str | None = None) -> Condition:
     """The conditions of ``prompts``, one for each item, for `Diffusion.sample` and all that takes a condition.
 
-    An empty prompt is the null condition. A model that was trained with the embeddings of a folder needs it as
-    ``encoder``. Raises `ConfigError` for a model without text, prompts that are too long, and an encoder that is not
-    the one of training; `DataError` for one that cannot be loaded.
+    A string is one prompt, an empty one the null condition. A model that was trained with the embeddings of a folder
+    needs it as ``encoder``. Raises `ConfigError` for a model without text, prompts that are too long or not UTF-8, and
+    an encoder that is not the one of training; `DataError` for one that cannot be loaded.
     """
     recorded = text_encoder_of(model)
-    texts = [unicodedata.normalize("NFC", prompt).strip() for prompt in prompts]
+    texts = [_checked(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
     if recorded is None:
         fix = "Use a model that was trained with --captions"
         raise ConfigError("PROMPT", "the prompt", "the model was trained without captions", fix)
@@ -60,6 +60,17 @@ def text_condition(model: TextModel, prompts: Sequence[str], encoder: str | None
     if cut:
         raise ConfigError("PROMPT", repr(cut[0])[:80], "it has more tokens than the text encoder takes", "Shorten it")
     return embeddings.condition(texts)
+
+
+def _checked(prompt: Any) -> str:
+    """The prompt in Unicode's composed form, without white space around it. Raises `ConfigError`."""
+    if not isinstance(prompt, str):
+        raise ConfigError("PROMPT", repr(prompt)[:80], f"it is a {type(prompt).__name__}, not a string", "Give text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("PROMPT", repr(prompt)[:80], "it is not valid UTF-8", "Correct the text") from None
+    return unicodedata.normalize("NFC", prompt).strip()
 
 
 def _bytes_condition(model: TextModel, texts: Sequence[str]) -> Condition:

@@ -16,7 +16,7 @@ from undiffuse.errors import ConfigError, ResourceError
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
 from undiffuse.report.figures import image_grid
-from undiffuse.runtime.own_output import save_picture
+from undiffuse.runtime.own_output import refuse_other_file, save_picture
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.trajectory import frame_steps
 
@@ -33,6 +33,7 @@ def check_animation_path(path: Path) -> None:
         raise ConfigError("ANIMATE", path, "not an animation format", "Give a name that ends in .gif or .mp4")
     if path.suffix == ".mp4" and shutil.which("ffmpeg") is None:
         raise ConfigError("ANIMATE", path, "MP4 needs ffmpeg, which is not installed", "Give a .gif name")
+    refuse_other_file(path, "--animate")
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from undiffuse.errors import ConfigError
 from undiffuse.runtime.atomic_file import write_atomic
 from undiffuse.runtime.folder_lock import LOCK_FILES
 
@@ -85,6 +86,13 @@ def is_marked_picture(path: str | Path) -> bool:
             return PICTURE_MARK.encode() in start or PICTURE_MARK.encode() in file.read(SCANNED_BYTES)
     except OSError:
         return False
+
+
+def refuse_other_file(path: Path, flag: str = "--out") -> None:
+    """Raise `ConfigError` if there is a file at ``path`` that is no marked picture, which a command may write again."""
+    if os.path.lexists(path) and not is_marked_picture(path):
+        cause = "this file exists, and nothing in it says that undiffuse wrote it"
+        raise ConfigError("OUT", f"{flag} {path}", cause, "Give another name, or move the file away")
 
 
 def is_own_folder(folder: Path, names: Collection[str]) -> bool:

@@ -200,6 +200,9 @@ def load(source: str | Path, *, allocate: Allocator | None = None, **options: An
     """
     from undiffuse.data.dataset import with_observations
 
+    if not isinstance(source, str | os.PathLike):
+        cause = f"it is a {type(source).__name__}, neither a name nor a path"
+        raise ConfigError("UNKNOWN_DATA", "source", cause, "Give one; from_array is for arrays and tensors")
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     stage = {option.name: given.pop(option.name) for option in STAGE_OPTIONS if option.name in given}
     name = os.fspath(source)
