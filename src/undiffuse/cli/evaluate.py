@@ -62,7 +62,8 @@ def evaluate(
         bool,
         typer.Option(
             "--exact",
-            help="Measure every item with every step of the chain, and as many points of the continuous bound.",
+            help="Measure every item, or --items of them, with every step of the chain and as many points of the "
+            "continuous bound.",
         ),
     ] = False,
     iw_samples: Annotated[
