@@ -56,6 +56,14 @@ def report(folder):
     return json.loads((folder / "evaluation.json").read_text())
 
 
+def test_a_line_says_that_an_evaluation_is_replaced(evaluate):
+    options = (*QUICK, "--estimate", "discrete", "--part")
+    assert "replaced" not in evaluate(*options, "all").out
+    assert "replaced" not in evaluate(*options, "all", "--seed", 1).out
+    words = "replaced: the evaluation of data, all, including training items; --out keeps both\n"
+    assert words in evaluate(*options, "train").out
+
+
 def test_the_table_and_the_files(place, evaluate, tmp_path):
     code, out, err = evaluate(*QUICK, "--part", "all")
     assert (code, err) == (0, "")

@@ -40,7 +40,9 @@ def test_ffmpeg_gets_every_frame_of_an_mp4(tmp_path, monkeypatch):
     assert (tmp_path / "a.mp4").read_bytes() == b"".join(frame.tobytes() for frame in shown)
     encoder(tmp_path, monkeypatch, "open('arguments', 'w').write(json.dumps(sys.argv[1:]))")
     monkeypatch.chdir(tmp_path)
-    animate(tmp_path / "a.mp4", FRAMES, 17)
+    with pytest.raises(ConfigError, match=r"a.mp4: this file exists"):  # an MP4 has no mark
+        animate(tmp_path / "a.mp4", FRAMES, 17)
+    animate(tmp_path / "b.mp4", FRAMES, 17)
     height, width = shown[0].shape[:2]
     arguments = (tmp_path / "arguments").read_text()
     assert f'"-s", "{width}x{height}", "-r", "12.5"' in arguments

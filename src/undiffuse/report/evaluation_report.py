@@ -29,6 +29,8 @@ NAMES = {"continuous": "continuous bound", "ode": "probability flow"}
 """Estimates that are compared with the bound of the chain."""
 RECORD, BATCHES = "evaluation.json", "evaluation.partial"
 """In the folder of results: all numbers, with the names of the other files, and the folder of finished batches."""
+MEASURED = ("fingerprint", "part", "condition")
+"""The facts that say what an evaluation measured."""
 FILES = {RECORD, "evaluation-items.csv", "bits-per-step.png", "evaluation-skipped.json"}
 
 
@@ -105,8 +107,11 @@ def write_evaluation(
     ``skipped`` writes one more file with the path that it gets.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = FILES.intersection(listed_files(read_record(folder / RECORD)) or ())
+    before, summary = read_record(folder / RECORD) or {}, result.summary()
+    earlier = FILES.intersection(listed_files(before) or ())
     files, lines = ["evaluation-items.csv"], []
+    if before and any(before.get(fact) != summary[fact] for fact in MEASURED):
+        lines.append(f"replaced: the evaluation of {before.get('data')}, {before.get('part')}; --out keeps both")
     write_items(folder / files[0], result)
     # a cascade has no noise levels in common
     if isinstance(result.model, Diffusion) and ("discrete" in result.nll or "continuous" in result.nll):
@@ -123,8 +128,8 @@ def write_evaluation(
         files.append("evaluation-skipped.json")
     for name in earlier.difference(files):
         (folder / name).unlink(missing_ok=True)
-    meanings = [*result.explanations(), *describe_differences(result.summary()["minus_discrete"])]
-    write_record(folder / RECORD, {**result.summary(), "explanations": meanings, "files": files})
+    meanings = [*result.explanations(), *describe_differences(summary["minus_discrete"])]
+    write_record(folder / RECORD, {**summary, "explanations": meanings, "files": files})
     lines.append(f"all numbers: {folder / RECORD}, of each item: {folder / files[0]}")
     return lines
 
