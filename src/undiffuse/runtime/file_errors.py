@@ -17,7 +17,7 @@ FIXES = {
     "BAD_ARCHIVE": "Write the archive again with numpy.savez",
     "BAD_HEADER": "Write the file again",
     "BROKEN_LINK": "Repair or delete the link",
-    "CAPTIONS": "Give each image a row file_name,text of metadata.csv or a text file of its name, or on_bad=skip",
+    "CAPTIONS": "Give each image a row file_name,text of metadata.csv or a text file of its name",
     "CHANGED_DURING_RUN": "Do not change the data during a run, and start again",
     "CONDITION": "Give finite vectors (N, D) or tokens (N, L, D), and a bool mask (N, L) with tokens only",
     "CORRUPT": "Fetch or export the file again, or delete it",
@@ -113,7 +113,7 @@ class BadFilesError(DataError):
         fix = FIXES[code]
         if self.remedy:
             fix = f"Give {', '.join(f'{name}={value!r}' for name, value in self.remedy.items())}"
-        elif skippable and "on_bad" not in fix:
+        elif skippable:
             fix += f", or give on_bad=skip to leave {'it' if len(self.problems) == 1 else 'these files'} out"
         super().__init__(code, path, reason, fix)
 

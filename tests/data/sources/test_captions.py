@@ -87,6 +87,7 @@ def test_tables_of_nested_folders_name_images_relative_to_themselves(tmp_path):
 ROWS = "file_name,text\na.png,one\n"
 BAD = {
     "missing row": ({"metadata__csv": ROWS}, "b.png", "no row of metadata.csv names it", 1),
+    "null bytes": ({"metadata__csv": "file_name,text\na.png,\0\n"}, "b.png", "no row of metadata.csv names it", 1),
     "missing file": ({"a__txt": "one"}, "b.png", "no b.txt beside it, and no metadata.csv", 1),
     "empty text": ({"metadata__csv": ROWS + "b.png,\nc.png,three\n"}, "b.png", r"empty \(metadata.csv, line 3\)", 2),
     "empty file": ({"a__txt": "one", "b__txt": "\n \n", "c__txt": "three"}, "b.png", "its caption is empty", 2),
@@ -135,6 +136,7 @@ def test_a_bad_caption_is_one_line_or_skipped(case, tmp_path):
         load_data(root, captions=True)
     assert (error.value.code, error.value.where) == ("CAPTIONS", str(root / place))
     assert len(str(error.value).splitlines()) == 1
+    assert "on_bad=skip" in error.value.fix
     data = load_data(root, captions=True, on_bad="skip")
     assert len(data) == len(data.captions) == kept
     assert any(p.path == root / place and p.code == "CAPTIONS" for p in data.report.skipped)
@@ -143,20 +145,29 @@ def test_a_bad_caption_is_one_line_or_skipped(case, tmp_path):
 TABLES = {
     "no columns": ({"metadata__csv": "name,words\na.png,one\n"}, "does not name the columns file_name and text"),
     "cells": ({"metadata__csv": ROWS + "b.png,one,two\n"}, "line 3 has 3 cells, and there are 2 columns"),
+    "open quote": (
+        {"metadata__csv": ROWS + 'b.png,"a\nb"\n"c.png,one\nd.png,two\n'},
+        "the row of lines 5 to 6 has 1 cell, and there are 2 columns. Quote a cell",
+    ),
+    "long cell": (
+        {"metadata__csv": ROWS + '"b.png,' + "x\n" * 70_000},
+        r"row that begins in line 3 cannot be read \(field larger .*\). Close each quote",
+    ),
     "no UTF-8": ({"metadata__csv": b"file_name,text\na.png,caf\xe9\n"}, "not text in UTF-8"),
     "no JSON": ({"metadata__jsonl": "{}\n{"}, "line 1 has no file_name and text"),
     "half JSON": ({"metadata__jsonl": jsonl({"file_name": "a.png", "text": "x"}) + "{"}, "line 2 is not JSON"),
     "empty": ({"metadata__csv": ""}, "does not name the columns file_name and text"),
-    "null bytes": ({"metadata__csv": "file_name,text\na.png,\0\n"}, "CAPTIONS"),
+    "no rows": ({"metadata__csv": "file_name,text\n"}, "no row of metadata.csv names it"),
 }
 
 
 @pytest.mark.parametrize("case", TABLES)
-def test_a_table_that_cannot_be_read_is_an_error_of_the_table(case, tmp_path):
+def test_a_table_that_cannot_be_read_is_an_error_that_no_skipping_avoids(case, tmp_path):
     files, message = TABLES[case]
     with pytest.raises(DataError, match=message) as error:
-        load_data(folder(tmp_path, **files), captions=True)
+        load_data(folder(tmp_path, **files), captions=True, on_bad="skip")
     assert error.value.code == "CAPTIONS"
+    assert "on_bad" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "b.txt"])

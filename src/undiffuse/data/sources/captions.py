@@ -23,6 +23,7 @@ TEXT_COLUMNS = ("text", "caption", "captions", "texts")
 MAX_CAPTION_BYTES, MAX_CAPTIONS, MAX_TEXT_FILE_BYTES = 1024, 1000, 1 << 20
 """The longest caption in UTF-8, the most captions of an item, and the largest text file beside an image."""
 FIX = FIXES["CAPTIONS"]
+JSON_FIX = 'Write each line as one object, such as {"file_name": "a.png", "text": "a red disc"}'
 LABELS_LEFT_OUT = "left out: captions take their place, and with_labels=True keeps both"
 """The end of a note about labels of data that are read with captions."""
 
@@ -150,8 +151,6 @@ def _rows(table: Path) -> Iterator[tuple[int, str, Any]]:
             yield from (_csv_rows if table.suffix == ".csv" else _json_rows)(stream)
     except UnicodeError as error:
         raise FileError("CAPTIONS", encoding_error(error), "Save the table as UTF-8") from None
-    except csv.Error as error:
-        raise FileError("CAPTIONS", f"cannot be read as a table ({error})", FIX) from None
 
 
 def _csv_rows(stream: Any) -> Iterator[tuple[int, str, Any]]:
@@ -162,15 +161,22 @@ def _csv_rows(stream: Any) -> Iterator[tuple[int, str, Any]]:
     file = next((lower.index(name) for name in ("file_name", *FILE_COLUMNS) if name in lower), None)
     if file is None or text is None:
         found = printable(first.strip())[:80]
-        raise FileError("CAPTIONS", f"its first line does not name the columns file_name and text: {found!r}", FIX)
-    place, reader = header.index(text), csv.reader(stream, delimiter=separator)
-    for row in reader:
-        line = reader.line_num + 1
-        if len(row) not in (0, len(header)):
-            cause = f"line {line:,} has {len(row)} cells, and there are {len(header)} columns"
-            raise FileError("CAPTIONS", cause, f"{FIX}; quote a cell that contains a separator")
-        if row:
-            yield line, row[file], row[place]
+        cause = f"its first line does not name the columns file_name and text: {found!r}"
+        raise FileError("CAPTIONS", cause, "Write file_name,text in its first line, and below it a row for each image")
+    place, reader, line = header.index(text), csv.reader(stream, delimiter=separator), 2
+    try:
+        for row in reader:
+            if len(row) not in (0, len(header)):
+                last = reader.line_num + 1
+                rows = f"line {line:,}" if line == last else f"the row of lines {line:,} to {last:,}"
+                cause = f"{rows} has {counted(len(row), 'cell')}, and there are {counted(len(header), 'column')}"
+                raise FileError("CAPTIONS", cause, "Quote a cell that contains a separator, and close each quote")
+            if row:
+                yield line, row[file], row[place]
+            line = reader.line_num + 2
+    except csv.Error as error:
+        cause = f"the row that begins in line {line:,} cannot be read ({error})"
+        raise FileError("CAPTIONS", cause, "Close each quote, or shorten the cell") from None
 
 
 def _json_rows(stream: Any) -> Iterator[tuple[int, str, Any]]:
@@ -180,9 +186,9 @@ def _json_rows(stream: Any) -> Iterator[tuple[int, str, Any]]:
         try:
             row = json.loads(content)
         except (ValueError, RecursionError):
-            raise FileError("CAPTIONS", f"line {line:,} is not JSON", FIX) from None
+            raise FileError("CAPTIONS", f"line {line:,} is not JSON", JSON_FIX) from None
         keys = {str(key).lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
         name, text = next((keys[key] for key in ("file_name", *FILE_COLUMNS) if key in keys), None), column_of(keys)
         if not isinstance(name, str) or text is None:
-            raise FileError("CAPTIONS", f"line {line:,} has no file_name and text", FIX)
+            raise FileError("CAPTIONS", f"line {line:,} has no file_name and text", JSON_FIX)
         yield line, name, keys[text]
