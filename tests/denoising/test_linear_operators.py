@@ -105,11 +105,12 @@ def test_blur_by_hand():
     x = random(1, 2, 5, 5)
     expected = np.einsum("ih,jw,bchw->bcij", weights, weights, x.numpy())
     np.testing.assert_allclose(blur(1.5, (2, 5, 5))(x).numpy(), expected, rtol=1e-12)
-    torch.testing.assert_close(blur(9.0, (1, 4))(torch.ones(1, 1, 4)), torch.ones(1, 1, 4))  # grey stays grey
+    torch.testing.assert_close(blur(4.0, (1, 4))(torch.ones(1, 1, 4)), torch.ones(1, 1, 4))  # grey stays grey
     torch.testing.assert_close(blur(1e-3, (2, 5, 5))(x), x)
-    for std in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ConfigError, match=f"blur of std {std:g}: it must be above 0"):
-            blur(std, (1, 4))
+    out_of_range = dict.fromkeys((0.0, -1.0, math.inf, math.nan), "it must be finite and above 0")
+    for std, cause in (out_of_range | {5.5: "it is more than the largest side of an item, 5"}).items():
+        with pytest.raises(ConfigError, match=f"blur = {std:g}: {cause}"):
+            blur(std, (1, 5, 4))
 
 
 @pytest.mark.parametrize("linear", [True, False])

@@ -143,7 +143,7 @@ def test_degradation_errors():
         ({"noise_std": math.nan}, "it must not be below 0"),
         ({"known": torch.zeros(4, dtype=torch.bool)}, "it hides the whole image"),
         ({"shrink": 3}, "3 does not divide the sides of an item, 4 x 4"),
-        ({"blur": -1.0}, "blur of std -1: it must be above 0"),
+        ({"blur": -1.0}, "blur = -1: it must be finite and above 0"),
     ):
         with pytest.raises(ConfigError, match=said):
             Degradation((1, 4, 4), **settings)

@@ -128,10 +128,14 @@ def mean_pool(factor: int, shape: Sequence[int]) -> LinearOperator:
 def blur(std: float, shape: Sequence[int]) -> LinearOperator:
     """x ↦ its Gaussian blur along every axis but the channels: weights ∝ exp(−(i − j)²/(2 std²)), of sum 1.
 
-    ``std`` in pixels; at the edges the weights of the pixels inside are normalised to 1. Raises `ConfigError`.
+    ``std`` in pixels; at the edges the weights of the pixels inside are normalised to 1. Raises `ConfigError`
+    for a ``std`` above the largest side too.
     """
+    where, fix = f"blur = {std:g}", "Give the standard deviation in pixels"
     if not 0 < std < math.inf:
-        raise ConfigError("OPERATOR", f"blur of std {std:g}", "it must be above 0", "Give the width in pixels")
+        raise ConfigError("OPERATOR", where, "it must be finite and above 0", fix)
+    if std > (largest := max(shape[1:], default=math.inf)):
+        raise ConfigError("OPERATOR", where, f"it is more than the largest side of an item, {largest}", fix)
 
     def weights(n: int) -> Tensor:
         i = torch.arange(n, dtype=torch.float64)
