@@ -333,7 +333,7 @@ def test_bad_files_among_many(folder, capsys):
     assert main(train) == 3
     line = capsys.readouterr().err
     assert line.startswith(f"error[TRUNCATED] {images}/0100.png: ")
-    assert line.endswith("or delete it, or give --on-bad skip to leave it out.\n")
+    assert line.endswith("Fetch or export the file again, or give --on-bad skip to leave it out.\n")
     assert not (folder / "run").exists()
     for i in range(30):
         file(f"d/bad{i:02}.png", b"text", folder)

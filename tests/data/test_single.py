@@ -1,5 +1,6 @@
 """`load_image`: one image file, and every way in which it is refused."""
 
+import os
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -34,13 +35,18 @@ def test_refused_files(path, tmp_path, monkeypatch):
     def check(code: str, text: str, file: Path = path, size=None) -> None:
         with pytest.raises(DataError, match=text) as error:
             load_image(file, 1, size)
+        assert "delete" not in error.value.fix
         assert (error.value.code, error.value.where) == (code, str(file))
 
     check("NO_FILE", "no such file", tmp_path / "b.png")
-    check("NO_FILE", "no such file", tmp_path)
+    check("NO_FILE", "it is a folder", tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    check("NO_FILE", "it is a pipe, a socket or a device", tmp_path / "pipe.png")
     check("SIZE", "it has 5 x 4 pixels instead of 4 x 5", size=(5, 4))
     (tmp_path / "text.png").write_text("not an image")
     check("NOT_AN_IMAGE", "its first bytes are not those of an image", tmp_path / "text.png")
+    (tmp_path / "torn.png").write_bytes(path.read_bytes()[:-20])
+    check("TRUNCATED", "bytes are missing", tmp_path / "torn.png")
     monkeypatch.setattr(single, "MAX_FILE_BYTES", 10)
     check("TOO_LARGE", "it has more than 10 bytes")
     monkeypatch.setattr(single, "MAX_FILE_BYTES", path.stat().st_size)

@@ -27,7 +27,8 @@ def load_image(
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError("NO_FILE", path, "no such file", "Name an image file")
+        other = "it is a folder" if path.is_dir() else "it is a pipe, a socket or a device"
+        raise DataError("NO_FILE", path, other if path.exists() else "no such file", "Name an image file")
     with file_errors_at(path):
         if os.path.getsize(path) > MAX_FILE_BYTES:
             raise FileError("TOO_LARGE", f"it has more than {MAX_FILE_BYTES:,} bytes")
