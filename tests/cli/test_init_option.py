@@ -162,7 +162,7 @@ def test_a_stopped_run_resumes_to_the_bit_when_its_source_is_gone(place, train, 
 BAD = [
     (4, ("photos", "--init", "none"), "error[NOT_FOUND] none: no such file. Name a run folder or a .safetensors file."),
     (4, ("photos", "--init", "photos"), "error[NO_MODEL] photos: no model.safetensors in this folder."),
-    (4, ("photos", "--init", "recipe.toml"), "error[DAMAGED] recipe.toml: not a whole safetensors file"),
+    (4, ("photos", "--init", "recipe.toml"), "error[NOT_OURS] recipe.toml: it is not a safetensors file"),
     (
         4,
         ("photos", "--init", "other.safetensors"),

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from undiffuse import load_data
 from undiffuse.cli import main
 from undiffuse.data.transform import Identity, IntegerLevels, Standardized
-from undiffuse.errors import CheckpointError, ResourceError
+from undiffuse.errors import CheckpointError, DataError, ResourceError
 from undiffuse.model.checkpoint import describe, load, save
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
@@ -153,6 +154,11 @@ def test_the_sha256_covers_the_description(file):
     assert "its own sha256" in load_error(file, "DAMAGED")
 
 
+def test_a_model_is_no_data(file):
+    with pytest.raises(DataError, match=r"\[NO_ARRAY\].*is a model or another file of undiffuse, not data"):
+        load_data(file)
+
+
 def test_files_that_are_not_a_model(file):
     save_file({"weight": torch.ones(2)}, file)
     assert "not written by undiffuse" in load_error(file, "NOT_OURS")
@@ -166,6 +172,8 @@ def test_files_that_are_not_a_model(file):
     load_error(rewritten(file, undiffuse="state"), "NOT_OURS")
     file.write_bytes(b"GIF89a" + bytes(100))
     load_error(file, "DAMAGED")
+    other = "it is not a safetensors file. Name a run folder or a .safetensors file."
+    assert other in load_error(file.rename(file.with_suffix(".gif")), "NOT_OURS")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from undiffuse.runtime.file_errors import FileError
 FORMAT = 3
 """The version of files, the only one that is read. Format 1 hashed no metadata; format 2 had other tensor names."""
 OLDER = "Use an older checkpoint, or copy the file again"
+NAME_MODEL = "Name a run folder or a .safetensors file"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -35,7 +36,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file that `write_tensors` wrote. Raises `CheckpointError`."""
     if not path.is_file():
-        raise CheckpointError("NOT_FOUND", path, "no such file", "Name a run folder or a .safetensors file")
+        raise CheckpointError("NOT_FOUND", path, "no such file", NAME_MODEL)
     try:
         with path.open("rb") as stream:
             headers.read_safetensors_header(stream, os.fstat(stream.fileno()).st_size)
@@ -66,9 +67,11 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    """The error for a file that the system does not read, or that is not a whole safetensors file."""
+    """The error for a file that the system does not read, or that is no or no whole safetensors file."""
     if isinstance(error, OSError):
         return CheckpointError("UNREADABLE", path, f"cannot be read ({error.strerror or error})", remedy(error))
+    if path.suffix != ".safetensors":
+        return CheckpointError("NOT_OURS", path, "it is not a safetensors file", NAME_MODEL)
     return CheckpointError("DAMAGED", path, f"not a whole safetensors file ({error})"[:300], OLDER)
 
 

@@ -25,6 +25,7 @@ from undiffuse.data.source_report import FileStamp
 from undiffuse.runtime import file_headers as headers
 from undiffuse.runtime.file_errors import FileError, file_errors_at
 from undiffuse.runtime.machine import require_memory
+from undiffuse.runtime.own_output import is_own_tensor_file
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 PICKLE_SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
@@ -169,6 +170,9 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
 def _read_safetensors(path: Path, start: bytes) -> ReadArrays:
     if start[8:9] != b"{":
         raise _format_error(start, "a safetensors header")
+    if is_own_tensor_file(path):
+        fix = "Name the data, or use 'undiffuse inspect' for a model"
+        raise FileError("NO_ARRAY", "is a model or another file of undiffuse, not data", fix)
     with path.open("rb") as stream:
         tensors = headers.read_safetensors_header(stream, os.fstat(stream.fileno()).st_size)
     names = _pick(tensors)
