@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -155,8 +156,21 @@ def test_refusals(trained, tmp_path, capsys):
     for options in ([], [str(data)], ["--length", "0.1", "--length", "0.2"], ["--length", "0.4"]):
         assert main(["ema", str(run), *options]) == 2, options
         assert capsys.readouterr().err.count("\n") == 1
-    assert main(["ema", str(tmp_path), "--length", "0.1"]) == 4
-    assert "no snapshots of averages were stored" in capsys.readouterr().err
+    model = load(run)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "distilled").mkdir()
+    save(model, tmp_path / "plain" / "model.safetensors")
+    model.config = replace(model.config, calls=1)
+    save(model, tmp_path / "distilled" / "model.safetensors")
+    for place, said in (
+        (tmp_path / "plain", "no snapshots of averages were stored in training. Train with snapshots = 4"),
+        (tmp_path / "distilled", "it is a distilled run, and distillation stores no snapshots of averages"),
+        (run / "model.safetensors", "it is a file, and averages are stored in the folder of a run"),
+        (tmp_path, "no model.safetensors in this folder"),
+        (tmp_path / "nothing", "no such file"),
+    ):
+        assert main(["ema", str(place), "--length", "0.1"]) == 4
+        assert said in capsys.readouterr().err
     with pytest.raises(DataError, match="the run was trained on other data"):
         compare_lengths(Run(run), from_array(VALUES[:50]))
     with pytest.raises(ConfigError, match="none is given"):

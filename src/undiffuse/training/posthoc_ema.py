@@ -203,13 +203,25 @@ def reconstruct_average(folder: Path, length: float, run_id: str | None = None) 
     return {name: tensor.to(dtypes[name]) for name, tensor in total.items()}, last, error
 
 
+def _load(run: Run, device: str = "cpu") -> Diffusion:
+    """The run's model. Raises `CheckpointError`, also for a file, and for a distilled run without snapshots."""
+    model = load(run.folder, device)
+    if not run.folder.is_dir():
+        cause, fix = "it is a file, and averages are stored in the folder of a run", "Give the folder of its run"
+        raise CheckpointError("SNAPSHOTS", run.folder, cause, fix)
+    if model.config.calls and not run.snapshots.is_dir():
+        cause = "it is a distilled run, and distillation stores no snapshots of averages"
+        raise CheckpointError("SNAPSHOTS", run.folder, cause, "Give the run that it was distilled from")
+    return model
+
+
 def with_ema_length(run: Run, length: float, device: str = "cpu") -> tuple[Diffusion, float]:
     """The run's model with the average of ``length`` at the last snapshot, and the relative error of its profile.
 
     The last snapshot of a finished run is at its end. Raises `CheckpointError`, `ConfigError`.
     """
+    model = _load(run, device)
     tensors, step, error = reconstruct_average(run.snapshots, length, run.id)
-    model = load(run.folder, device)
     check_tensors(run.snapshots, model.state_dict(), tensors)
     model.load_state_dict(tensors)
     model.info |= {"steps": step, "ema": length, "ema_error": error}
@@ -252,7 +264,7 @@ def compare_lengths(
     """
     if lengths is not None and not lengths:
         raise ConfigError("LENGTH", "lengths", "none is given", "Give at least one")
-    measured, info = [], load(run.folder).info
+    measured, info = [], _load(run).info
     held_out = data.split(float(info.get("held_out", 0.1))).validation
     chosen = held_out[np.linspace(0, len(held_out) - 1, min(items, len(held_out))).round().astype(int)]
     if data.fingerprint != info.get("fingerprint"):
