@@ -82,6 +82,8 @@ def test_the_model_of_a_run_does_what_models_do(teacher, tmp_path, capsys, monke
     assert said in " ".join(capsys.readouterr().out.split())
     assert (model.config.calls, model.config.network["two_times"]) == (2, True)
     assert model.info["distilled"]["method"] == "lagrangian"
+    with pytest.raises(ConfigError, match=r"DISTILLED.*already: it is a flow map between two times"):
+        distill(model, tmp_path / "again")
     torch.nn.init.normal_(model.network.embed.end.fc2.weight)  # after four steps it is almost 0
     cond, sampler = Condition(label=torch.arange(4) % 3), few_call_sampler(model.schedule, 2, "flow_map")
     samples = model.sample(4, cond=cond)

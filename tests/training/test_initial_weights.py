@@ -287,10 +287,13 @@ def test_data_of_another_kind_are_refused():
         started(embedded, ADDED["vectors"])
 
 
-def test_a_distilled_model_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "said"), [("consistency", "samples of the data and not their mean"), ("lagrangian", "of one time")]
+)
+def test_a_distilled_model_is_refused(method, said, tmp_path, monkeypatch):
     monkeypatch.setattr(Monitor, "evaluate_now", save_only)
-    run = fit_distillation(build(), DATA, tmp_path / "run", TRAIN, device="cpu", quiet=True)
-    with pytest.raises(ConfigError, match=r"DISTILLED.*Give the model that it was distilled from"):
+    run = fit_distillation(build(), DATA, tmp_path / "run", TRAIN, device="cpu", quiet=True, method=method)
+    with pytest.raises(ConfigError, match=rf"DISTILLED.*{said}\. Give the model that it was distilled from"):
         fit_diffusion(Config(MODEL, TRAIN), DATA, tmp_path / "tuned", "cpu", init=run, quiet=True)
 
 

@@ -133,6 +133,8 @@ def distillation_task(
     """
     if teacher.config.calls:
         cause = "it is distilled already: its predictions are samples of the data, not means"
+        if teacher.config.few_call_solver == "flow_map":
+            cause = "it is distilled already: it is a flow map between two times, and a teacher has one time"
         raise ConfigError("DISTILLED", "the teacher", cause, "Give the model that it was distilled from")
     if "image" in teacher.condition_sizes:
         cause = "it is a super-resolution model, and only models without a conditioning image are distilled"

@@ -102,6 +102,8 @@ def check_not_distilled(start: Diffusion, path: Path) -> None:
     """Raise `ConfigError` for a distilled model."""
     if start.config.calls:
         cause = "it is a distilled model, whose predictions are samples of the data and not their mean"
+        if start.config.few_call_solver == "flow_map":
+            cause = "it is a flow map between two times, and fine-tuning trains a model of one time"
         raise ConfigError("DISTILLED", path, cause, "Give the model that it was distilled from")
 
 
