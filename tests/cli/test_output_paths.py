@@ -105,6 +105,31 @@ def test_outputs_inside_the_data_are_refused(command, place, call, monkeypatch):
     assert files(place) == before
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train photos --steps 1 --out NAME",
+        "train photos --steps 1 --init NAME",
+        "train-autoencoder photos --steps 1 --out NAME",
+        "sample RUN --out NAME",
+        "sample NAME",
+        "ema NAME --length 0.1",
+        "pack photos NAME.npy",
+        "import RUN NAME",
+        "export RUN NAME --format torch",
+    ],
+)
+def test_names_that_no_model_file_can_have_are_refused_at_the_start(command, place, call, monkeypatch):
+    monkeypatch.chdir(place)
+    before = files(place)
+    said = call(*command.replace("RUN", "runs/photos").replace("NAME", "run\udcff").split())
+    assert (said.code, said.err.count("\n")) == (2, 1), said
+    assert said.err.startswith("error[PATH] ")
+    assert "run\\udcff" in said.err
+    assert "is not valid UTF-8" in said.err
+    assert files(place) == before
+
+
 def test_a_link_into_the_data_is_inside_them(place, call, tmp_path):
     (tmp_path / "out").symlink_to(place / "photos")
     said = call("check", place / "photos", "--out", tmp_path / "out" / "sheet.bmp")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undiffuse.cli.options import console, in_flags, run_folder
+from undiffuse.cli.options import console, in_flags, require_utf8, run_folder
 from undiffuse.data.sources.registry import OPTIONS, Option, load, option_words
 from undiffuse.errors import CheckpointError, ConfigError, counted
 
@@ -79,10 +79,13 @@ def read_data(read: ReadData, data: str | None, run: Path) -> Dataset:
 def refuse_inside(out: Path | None, data: str | None, run: Path | None = None, flag: str = "--out") -> None:
     """Raise `ConfigError` if ``out`` lies inside the folder of DATA, or of the data of a ``run``.
 
-    What a command writes there would be read as data by the next one.
+    What a command writes there would be read as data by the next one. Raises what `require_utf8` raises too.
     """
     from undiffuse.data.sources.registry import path_of
 
+    for where, path in ((f"{flag} {out}", out), (str(run), run)):
+        if path is not None:
+            require_utf8(where, path)
     source = path_of(data) if data is not None else recorded_source(run) if run is not None else None
     if out is not None and lies_inside(out, source):
         cause = f"it lies inside the data ({source}) and would be read as data"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from undiffuse.cli.options import NetworkFile, RunArgument, console, register_network
+from undiffuse.cli.options import NetworkFile, RunArgument, console, register_network, require_utf8
 from undiffuse.cli.results import show, with_json
 
 FORMATS = ("diffusers", "onnx", "torch")
@@ -26,6 +26,7 @@ def export(
     """
     from undiffuse.interop import exporting
 
+    require_utf8(out, out)
     register_network(network)
     checks = exporting.export(run, out, kind)
     title = f"{run} as {out}"

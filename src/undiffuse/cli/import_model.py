@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from undiffuse.cli.data_options import lies_inside
-from undiffuse.cli.options import as_argument, console
+from undiffuse.cli.options import as_argument, console, require_utf8
 from undiffuse.cli.results import show, with_json
 from undiffuse.cli.sampler_options import parse_setting
 from undiffuse.errors import ConfigError
@@ -50,6 +50,7 @@ def import_model(
     """
     from undiffuse.interop import importing
 
+    require_utf8(out, out)
     if lies_inside(out, Path(source)):
         raise ConfigError("OUT", out, f"it lies inside of {source}", "Give a folder outside of it")
     imported = importing.import_model(

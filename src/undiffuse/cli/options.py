@@ -29,10 +29,20 @@ DataArgument = Annotated[
 ]
 
 
+def require_utf8(where: str | Path, path: str | Path) -> None:
+    """Raise `ConfigError` of ``where`` if a ``path`` of model files is not valid UTF-8: safetensors opens no other."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        cause = "its name is not valid UTF-8, and model files cannot be opened there"
+        raise ConfigError("PATH", where, cause, "Use a name in UTF-8") from None
+
+
 def at_hand(context: typer.Context, value: Any) -> Any:
     """The ``value`` of an argument or option that names models, where ``hf:OWNER/NAME`` becomes a downloaded folder.
 
-    It is the callback of all of them. Paths stay as they are. Raises what `undiffuse.runtime.hub.download` raises.
+    It is the callback of all of them. Paths stay as they are. Raises what `require_utf8` and
+    `undiffuse.runtime.hub.download` raise.
     """
     from undiffuse.runtime import hub
 
@@ -40,6 +50,7 @@ def at_hand(context: typer.Context, value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [at_hand(context, one) for one in value]
+    require_utf8(value, value)
     text = Path(value).as_posix()  # where a path has other separators, a name has these
     return hub.download(hub.parse_name(text)).parent if hub.is_hub_name(text) else value
 
