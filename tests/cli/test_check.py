@@ -107,6 +107,7 @@ def test_every_command_that_reads_data_has_all_options(command, call):
     assert code == 0
     for option in OPTIONS.values():
         assert (option.flag or f"--{option.name.replace('_', '-')}") in out
+    assert "--value-range LOW HIGH" in out
 
 
 def test_many_files_that_are_not_square_are_listed_in_part_with_the_option_that_keeps_them(folder, call):

@@ -419,8 +419,9 @@ def test_a_sampler_applies_its_guidance():
         (lambda d: ClassifierFree(d, 2.0, rescale=-0.1), "rescale = -0.1"),
         (
             lambda d: ClassifierFree(d, 2.0, 1.0, 1.0),
-            r"the interval 1.0 to 1.0: the interval is empty\. Give the lower",
+            r"the interval 1.0 to 1.0: the interval is empty\. Give two numbers, the lower",
         ),
+        (lambda d: ClassifierFree(d, 2.0, None, math.nan), "the interval None to nan: an end of it is NaN"),
         (lambda d: DynamicThreshold(d, 0.0), r"quantile = 0.0, limit = 1.0: these settings"),
         (lambda d: DynamicThreshold(d, 1.01), "quantile = 1.01"),
         (lambda d: DynamicThreshold(d, limit=0.0), "limit = 0.0"),

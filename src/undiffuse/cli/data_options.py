@@ -46,7 +46,8 @@ def with_data_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _parameter(option: Option) -> inspect.Parameter:
     flags = [option.flag] if option.flag else []
-    annotation = Annotated[option.type, typer.Option(*flags, help=option.help)]
+    metavar = "LOW HIGH" if option.type == tuple[float, float] | None else None
+    annotation = Annotated[option.type, typer.Option(*flags, help=option.help, metavar=metavar)]
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=annotation)
 
 

@@ -65,8 +65,10 @@ class ClassifierFree(DenoiserWrapper):
             fix = "Give a number from 0 to 1, such as 0.7"
             raise _guidance_error(f"rescale = {self.rescale}", "it is out of range", fix)
         if not self._low < self._high:
-            cause = "the interval is empty"
-            raise _guidance_error(f"the interval {self.low} to {self.high}", cause, "Give the lower log-SNR first")
+            is_nan = math.isnan(self._low) or math.isnan(self._high)
+            cause = "an end of it is NaN" if is_nan else "the interval is empty"
+            fix = "Give two numbers, the lower log-SNR first"
+            raise _guidance_error(f"the interval {self.low} to {self.high}", cause, fix)
 
     @property
     def _low(self) -> float:
