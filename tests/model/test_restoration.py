@@ -139,8 +139,8 @@ def test_a_model_of_latents_restores_images():
 
 def test_degradation_errors():
     for settings, said in (
-        ({"noise_std": -0.1}, "noise_std = -0.1: it must not be below 0"),
-        ({"noise_std": math.nan}, "it must not be below 0"),
+        ({"noise_std": -0.1}, "noise_std = -0.1: it must be finite and not below 0"),
+        ({"noise_std": math.nan}, "it must be finite and not below 0"),
         ({"known": torch.zeros(4, dtype=torch.bool)}, "it hides the whole image"),
         ({"shrink": 3}, "3 does not divide the sides of an item, 4 x 4"),
         ({"blur": -1.0}, "blur = -1: it must be finite and above 0"),

@@ -96,7 +96,8 @@ def sample(
     text_encoder: EncoderFolder = None,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 disables it.")] = 1.0,
     guidance_interval: Annotated[
-        tuple[float, float] | None, typer.Option(help="Lowest and highest log-SNR of the guidance.")
+        tuple[float, float] | None,
+        typer.Option(help="Lowest and highest log-SNR of the guidance.", metavar="LOW HIGH"),
     ] = None,
     guidance_rescale: Annotated[float, typer.Option(help="Guidance rescale phi [Lin23], 0 to 1.")] = 0.0,
     classifier: Annotated[

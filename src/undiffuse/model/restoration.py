@@ -55,7 +55,8 @@ class Degradation:
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise_std < math.inf:
-            raise ConfigError("NOISE", f"noise_std = {self.noise_std:g}", "it must not be below 0", "Give 0 or more")
+            cause = "it must be finite and not below 0"
+            raise ConfigError("NOISE", f"noise_std = {self.noise_std:g}", cause, "Give 0 or more")
         if self.known is not None and not bool(self.known.any()):
             raise ConfigError("MASK", "mask", "it hides the whole image", "Use 'sample'")
         _ = self.full_operator  # raises `ConfigError` for a blur or shrink that it cannot apply
