@@ -3,9 +3,9 @@
 Trains a teacher for so many steps, distills it for ``--share`` of the teacher's training time by each of ``--methods``,
 draws ``--n`` samples by each sampler, and writes and prints a table: Fréchet and kernel distance to as many held-out
 items, with 95 % intervals, their excess over the floor (real training items), and that excess over the teacher's by 50
-calls of Heun's method. OUT/samples.png has a row of samples of each. ``--chain`` adds the teacher's 1,000 steps,
-``--also NAME=FILE.npy`` samples of another model.
-All parts resume: the runs, the samples (in parts), and the measurement. On digits a try takes minutes:
+calls of Heun's method. OUT/samples.png has a row of samples of each. "teacher, default" is its default sampler, which
+adds noise. ``--chain`` adds the teacher's 1,000 steps, ``--also NAME=FILE.npy`` samples of another model. All parts
+resume: the runs, the samples (in parts), and the measurement. On digits a try takes minutes:
 ``--data digits --teacher-steps 60 --distill-steps 15 --n 300``.
 """
 
@@ -87,6 +87,7 @@ def samplers(runs: list[Path], chain: bool) -> Iterator[tuple[str, Path, Sampler
     """(name, run, sampler, network calls) of every row; the teacher's reference first."""
     teacher = checkpoint.load(runs[0])
     yield "teacher, heun", runs[0], TEACHER, 50
+    yield "teacher, default", runs[0], teacher.default_sampler, 25
     if chain:
         yield "teacher, ancestral", runs[0], Sampler("ancestral", teacher.chain_length), teacher.chain_length
     yield "teacher, ddim", runs[0], Sampler("ddim", 2), 2
