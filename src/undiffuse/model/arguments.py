@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def check_sampler(sampler: Any, chain_length: int) -> Sampler:
     return sampler
 
 
-def check_predicts_mean(config: ModelConfig, where: object = "this model") -> None:
+def check_predicts_mean(config: ModelConfig, where: str | Path = "this model") -> None:
     """Raises `ConfigError` for a consistency model; a flow map with s = t predicts means like its teacher."""
     if config.few_call_solver == "consistency":
         cause = "it is a consistency model: its predictions are samples of the data, and this needs their means"
