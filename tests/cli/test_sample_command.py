@@ -292,7 +292,7 @@ def test_animation(run, call, tmp_path):
     assert call("sample", run, *flags, "--animate", tmp_path / "way.gif").code == 0  # its own file
     (tmp_path / "holiday.gif").write_bytes(b"GIF89a")
     said = call("sample", run, *flags, "--animate", tmp_path / "holiday.gif")
-    assert (said.code, "nothing in it says that undiffuse wrote it" in said.err) == (2, True)
+    assert (said.code, "is not marked as a picture of undiffuse" in said.err) == (2, True)
     assert (tmp_path / "holiday.gif").read_bytes() == b"GIF89a"
 
 

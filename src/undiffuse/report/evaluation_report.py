@@ -30,7 +30,7 @@ NAMES = {"continuous": "continuous bound", "ode": "probability flow"}
 RECORD, BATCHES = "evaluation.json", "evaluation.partial"
 """In the folder of results: all numbers, with the names of the other files, and the folder of finished batches."""
 MEASURED = ("fingerprint", "part", "condition")
-"""The facts that say what an evaluation measured."""
+"""The facts that define the items and conditions of an evaluation."""
 FILES = {RECORD, "evaluation-items.csv", "bits-per-step.png", "evaluation-skipped.json"}
 
 

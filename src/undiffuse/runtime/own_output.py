@@ -91,7 +91,7 @@ def is_marked_picture(path: str | Path) -> bool:
 def refuse_other_file(path: Path, flag: str = "--out") -> None:
     """Raise `ConfigError` if there is a file at ``path`` that is no marked picture, which a command may write again."""
     if os.path.lexists(path) and not is_marked_picture(path):
-        cause = "this file exists, and nothing in it says that undiffuse wrote it"
+        cause = "this file exists and is not marked as a picture of undiffuse"
         raise ConfigError("OUT", f"{flag} {path}", cause, "Give another name, or move the file away")
 
 
