@@ -76,6 +76,16 @@ def test_the_default_run_folder(cwd, data, out, tmp_path, monkeypatch):
     assert str(open_run(None, data).folder) == out
 
 
+def assert_refused(command, start, words, place, call, monkeypatch):
+    """One line that starts with ``start`` and has the ``words``, and every file as it was."""
+    monkeypatch.chdir(place)
+    before = files(place)
+    said = call(*command.replace("RUN", "runs/photos").split())
+    assert (said.code, said.err.count("\n"), said.err.startswith(start)) == (2, 1, True), said
+    assert all(word in said.err for word in words), said
+    assert files(place) == before
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -96,13 +106,7 @@ def test_the_default_run_folder(cwd, data, out, tmp_path, monkeypatch):
     ],
 )
 def test_outputs_inside_the_data_are_refused(command, place, call, monkeypatch):
-    monkeypatch.chdir(place)
-    before = files(place)
-    said = call(*command.replace("RUN", "runs/photos").split())
-    assert (said.code, said.err.count("\n")) == (2, 1), said
-    assert said.err.startswith("error[OUT] ")
-    assert "inside the data" in said.err
-    assert files(place) == before
+    assert_refused(command, "error[OUT] ", ["inside the data"], place, call, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -120,14 +124,8 @@ def test_outputs_inside_the_data_are_refused(command, place, call, monkeypatch):
     ],
 )
 def test_names_that_no_model_file_can_have_are_refused_at_the_start(command, place, call, monkeypatch):
-    monkeypatch.chdir(place)
-    before = files(place)
-    said = call(*command.replace("RUN", "runs/photos").replace("NAME", "run\udcff").split())
-    assert (said.code, said.err.count("\n")) == (2, 1), said
-    assert said.err.startswith("error[PATH] ")
-    assert "run\\udcff" in said.err
-    assert "is not valid UTF-8" in said.err
-    assert files(place) == before
+    words = ["run\\udcff", "is not valid UTF-8"]
+    assert_refused(command.replace("NAME", "run\udcff"), "error[PATH] ", words, place, call, monkeypatch)
 
 
 def test_a_link_into_the_data_is_inside_them(place, call, tmp_path):
