@@ -104,12 +104,14 @@ def test_evaluate_restore_and_interpolate_take_captions(trained, call, tmp_path,
     strips = {}
     for prompt in ("a black square", "a white square"):
         out = tmp_path / prompt
-        flags = ["--noise", 0.3, "--n", 1, "--steps", 2, "--prompt", prompt]
-        assert call("restore", run, one, *flags, "--out", out).code == 0
-        assert json.loads((out / "manifest.json").read_text())["prompt"] == [prompt]
+        for kind, more in (("restored", ["--noise", 0.3]), ("variants", ["--method", "sdedit"])):
+            flags = [*more, "--n", 1, "--steps", 2, "--prompt", prompt, "--out", out / kind]
+            assert call("restore", run, one, *flags).code == 0
+            assert json.loads((out / kind / "manifest.json").read_text())["prompt"] == [prompt]
         strip = tmp_path / f"{prompt}.png"
         assert call("interpolate", run, one, two, "--n", 2, "--steps", 2, "--prompt", prompt, "--out", strip).code == 0
         strips[prompt] = strip.read_bytes()
+        assert not np.array_equal(values(out / "variants"), values(out / "restored"))
     assert call("check", trained / "data", "--captions").out.count("'a black square', 'a white square'") == 1
 
 

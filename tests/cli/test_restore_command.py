@@ -1,6 +1,7 @@
 """The commands restore and interpolate: their output and their errors."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -285,3 +286,21 @@ def test_variants_by_noise_and_back(place, call):
     for wrong, words in ((["--strength", 2, "--method", "sdedit"], "out of range"), (["--strength", 0.5], "'sdedit'")):
         said = call("restore", place / "run", place / "whole.png", *wrong)
         assert (said.code, said.err.count("\n"), words in said.err) == (2, 1, True), said.err
+
+
+def test_a_consistency_model_makes_variants_only(place, call):
+    """Restorations and interpolations need means of the data, which it does not predict."""
+    distilled = Diffusion(replace(CONFIG, calls=2), (1, 8, 8), IntegerLevels(256), {"num_values": 256})
+    save(distilled, place / "distilled.safetensors")
+    run, image = place / "distilled.safetensors", place / "whole.png"
+    said = call("restore", run, image, "--method", "sdedit", "--n", 2, "--out", place / "few")
+    assert (said.code, said.err) == (0, "")
+    assert "2 variants by sdedit from t = 0.6 in 2 steps" in said.out
+    x = IntegerLevels(256).to_model(torch.tensor(WHOLE)[None])
+    variants = np.stack([read(place / "few" / f"{i:06d}.png") for i in range(2)])
+    np.testing.assert_array_equal(variants, sdedit(load(run), x, 2, 0.6)[:, 0])
+    for command in (("restore", run, image, "--noise", 0.1), ("interpolate", run, image, image)):
+        refused = call(*command, "--out", place / "no.png")
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert refused.err.startswith(f"error[DISTILLED] {run}: it is a consistency model")
+        assert not (place / "no.png").exists()

@@ -34,6 +34,15 @@ precision = "float32"
 flip = true
 previews = 3
 """
+CLASSIFIER = """
+[model]
+network = {kind = "unet", widths = [8], blocks = 1, attention = []}
+[train]
+batch = 8
+warmup = 1
+precision = "float32"
+previews = 3
+"""
 STEPS, PREVIEWS = 6, 3
 """Of every run here: there is a checkpoint after every second step."""
 
@@ -63,9 +72,14 @@ SYSTEMS = {
         f"{TRAIN} --autoencoder {{place}}/autoencoder",
         (("undiffuse.training.latents.posteriors", 2), ("undiffuse.training.latents._moments", 1), (STEP, 3)),
     ),
+    "classifier": System(
+        f"train-classifier {{place}}/classes --steps {STEPS} --config {{place}}/classifier.toml",
+        ((STEP, 3), (EVALUATE, 2)),
+    ),
     "captions": System(f"{TRAIN} --captions", ((STEP, 3), (EVALUATE, 2))),
     "base": System(f"{TRAIN} --reduce 4", ((STEP, 3),)),
     "enlarged": System(f"{TRAIN} --from 4", ((STEP, 3), (EVALUATE, 2))),
+    "few-calls": System(f"distill {{place}}/base --steps {STEPS}", ((STEP, 3), (EVALUATE, 2))),
     "flow-map": System(
         f"distill {{place}}/base --method lagrangian --steps {STEPS}",
         ((STEP, 3), (EVALUATE, 2)),
@@ -78,15 +92,19 @@ SYSTEMS = {
 
 
 def prepare(place: Path) -> None:
-    """Write images with captions and recipes into ``place``."""
+    """Write images with captions, the same in classes, and recipes into ``place``."""
     folder, random = place / "photos", np.random.default_rng(0)
-    folder.mkdir()
+    for made in (folder, place / "classes" / "a", place / "classes" / "b"):
+        made.mkdir(parents=True)
     rows = [{"file_name": f"{i}.png", "text": ["a", "b"][i % 2] + " square"} for i in range(24)]
     for row in rows:
-        Image.fromarray(random.integers(256, size=(8, 8)).astype(np.uint8)).save(folder / row["file_name"])
+        picture = Image.fromarray(random.integers(256, size=(8, 8)).astype(np.uint8))
+        for made in (folder, place / "classes" / row["text"][0]):
+            picture.save(made / row["file_name"])
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (place / "recipe.toml").write_text(RECIPE)
     (place / "autoencoder.toml").write_text(AUTOENCODER)
+    (place / "classifier.toml").write_text(CLASSIFIER)
 
 
 def outcome(folder: Path) -> dict[str, str]:

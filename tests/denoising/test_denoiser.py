@@ -186,6 +186,19 @@ def test_learned_variance_is_the_second_half_of_the_channels():
     assert prediction.var_interp[..., 0].tolist() == [[0, 1, 0.5, 0.75], [-1, 2, 0.5, 0.5], [1, 1, 0, 1]]
 
 
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_the_slope_is_the_last_part_of_the_channels(learned_variance):
+    level = S.Flow()(torch.tensor(0.5, dtype=f64))
+    x, eps, x_t = batch(level)
+    slope, v = torch.full_like(x, 0.3), torch.full_like(x, -1.0)
+    said = Says(lambda *_: torch.cat([eps, *([v] if learned_variance else []), slope], 1))
+    denoise = NetworkDenoiser(said, S.Flow(), targets.build("eps"), PLAIN, learned_variance, divergence=True)
+    prediction, found = denoise.predict_with_slope(x_t, level)
+    torch.testing.assert_close(prediction.x, x)
+    assert torch.equal(found, slope)
+    assert (prediction.var_interp is None) is not learned_variance
+
+
 def test_autocast_surrounds_the_network_only():
     schedule = S.LinearLogSNR()
     linear = nn.Linear(1, 1)

@@ -22,7 +22,7 @@ from posterior_cases import (
     random,
 )
 
-from undiffuse.denoising.denoiser import Clipped, NetworkDenoiser, Preconditioning
+from undiffuse.denoising.denoiser import Clipped, NetworkDenoiser, Preconditioning, Prediction
 from undiffuse.denoising.linear_operators import mask
 from undiffuse.denoising.posterior_guidance import DPS, MMPS, Observation, PiGDM, PosteriorGuidance, conjugate_gradients
 from undiffuse.errors import ConfigError
@@ -149,6 +149,9 @@ def test_without_signal_the_prediction_is_unchanged(kind):
         torch.testing.assert_close([x, eps], [*DATA.predict(random(2, *SHAPE), schedule(1.0))[:2]])
         both = schedule(torch.tensor([1.0, 0.5], dtype=F64))
         assert torch.isfinite(guided(random(2, *SHAPE), both, next_level=schedule(0.2)).x).all()
+        learned = KINDS[kind](lambda x_t, *_: Prediction(0.5 * x_t, x_t), observation)  # its derivative is not 0 there
+        x_t = random(2, *SHAPE)
+        torch.testing.assert_close([*learned(x_t, schedule(1.0), next_level=schedule(0.9))[:2]], [0.5 * x_t, x_t])
 
 
 @pytest.mark.parametrize("target", ["v", "x", "eps"])

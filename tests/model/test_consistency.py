@@ -35,29 +35,45 @@ def ladder(gap, schedule=EXPLODING):
     return levels
 
 
-@pytest.mark.parametrize(("n", "bias"), [(2, 7.3e-2), (4, 1.2e-2), (8, 2.4e-3), (16, 5.3e-4), (64, 2.1e-5)])
-def test_the_spread_of_one_call_with_the_teachers_steps(n, bias):
-    """x_t times a product of factors, by hand from dx/dsigma = x sigma/(c + sigma²): too large by O(1/n²)."""
+def teacher_spread(n):
+    """The spread of one-call samples with the teacher's steps over that of the data, by `teacher_step` and by hand."""
     x, by_hand, denoise = torch.ones(1, 1, dtype=f64), 1.0, DATA.denoiser(EXPLODING)
-    levels = ladder(1 / n)
-    for t, r in pairwise(levels):
+    for t, r in pairwise(ladder(1 / n)):
         x = teacher_step(denoise, x, t, r)
-        high, low = float(t.sigma), float(r.sigma)
+        high, low = float(t.sigma), float(r.sigma)  # dx/dsigma = x sigma/(c + sigma²)
         first = high / (VARIANCE + high**2)
         euler = 1 + (low - high) * first
         by_hand *= 1 + (low - high) / 2 * (first + euler * low / (VARIANCE + low**2))
-    assert float(x) == pytest.approx(by_hand, rel=1e-10)
-    std = by_hand * 80 / VARIANCE**0.5
-    assert 0 < std - 1 < bias
+    return float(x) * 80 / VARIANCE**0.5, by_hand * 80 / VARIANCE**0.5
+
+
+def data_spread(n):
+    """The same with pairs from the data: E[f(x_r, r) given x_t] is a fixed point with k_t = k_r (c + r t)/(c + t²)."""
+    k = 1.0
+    for t, r in reversed(list(pairwise(ladder(1 / n)))):
+        k *= float((VARIANCE + r.sigma * t.sigma) / (VARIANCE + t.sigma**2))
+    return k * 80 / VARIANCE**0.5
+
+
+@pytest.mark.parametrize(("n", "bias"), [(2, 7.3e-2), (4, 1.2e-2), (8, 2.4e-3), (16, 5.3e-4), (64, 2.1e-5)])
+def test_the_spread_of_one_call_with_the_teachers_steps(n, bias):
+    spread, by_hand = teacher_spread(n)
+    assert spread == pytest.approx(by_hand, rel=1e-10)
+    assert 0 < spread - 1 < bias
 
 
 @pytest.mark.parametrize(("n", "spread"), [(2, 0.841), (4, 0.931), (8, 0.967), (16, 0.984), (64, 0.996)])
 def test_the_spread_of_one_call_with_pairs_from_the_data(n, spread):
-    """E[f(x_r, r) given x_t] is a fixed point with k_t = k_r (c + r t)/(c + t²), r and t the values of sigma."""
-    levels, k = ladder(1 / n), 1.0
-    for t, r in reversed(list(pairwise(levels))):
-        k *= float((VARIANCE + r.sigma * t.sigma) / (VARIANCE + t.sigma**2))
-    assert abs(k * 80 / VARIANCE**0.5 - spread) < 0.0006
+    assert abs(data_spread(n) - spread) < 0.0006
+
+
+def test_the_bias_is_of_second_order_with_the_teachers_steps_and_of_first_from_the_data():
+    """Twice as many levels divide the difference to the exact flow between the same ends by 4 and by 2."""
+    clean = float(EXPLODING(EXPLODING.t_min).sigma)
+    flow = ((VARIANCE + clean**2) / (VARIANCE + 80**2)) ** 0.5 * 80 / VARIANCE**0.5
+    for spread, ratio in ((lambda n: teacher_spread(n)[0], 4), (data_spread, 2)):
+        for coarse, fine in pairwise(spread(n) - flow for n in (64, 128, 256, 512)):
+            assert coarse / fine == pytest.approx(ratio, rel=0.03)
 
 
 class Linear:

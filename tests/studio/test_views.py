@@ -211,12 +211,15 @@ def test_inpainting_adds_the_rounding_of_the_file_to_the_noise(page, monkeypatch
 
 @pytest.fixture
 def other_page(tmp_path):
-    """A page of points and of a sequence, both without data."""
+    """A page of points, of a sequence and of a consistency model of images, all without data."""
     g = np.random.default_rng(0)
     points = from_array(g.normal(size=(8, 2)).astype(np.float32), name="points")
     sequence = from_array(g.integers(5, size=(8, 1, 6)), num_values=5, name="sequence", layout="NCL")
     folders = [make_model(tmp_path / "points", points, network={"kind": "mlp", "width": 8})]
     folders += [make_model(tmp_path / "sequence", sequence, network={"kind": "unet", "widths": (4,), "attention": ()})]
+    images = from_array(g.integers(256, size=(8, 1, 8, 8)), num_values=256, name="images", layout="NCHW")
+    unet = {"kind": "unet", "widths": (4,), "attention": ()}
+    folders += [make_model(tmp_path / "images", images, network=unet, calls=1)]
     made = Studio(open_runs(folders), page_files())
     app = build_app(made, PORT, TOKEN)
     with Page(app, base_url=f"http://127.0.0.1:{PORT}", headers={"X-Studio-Token": TOKEN}) as client:
@@ -236,6 +239,17 @@ def test_points_are_shown_and_other_shapes_refused(other_page):
         answer = other_page.post("/api/jobs", json={"view": view, "run": 0, "source": {"item": 0}})
         assert answer.json()["error"].startswith("error[NOT_IMAGES] ")
     assert other_page.get("/api/runs/0/training").json()["error"].startswith("error[NOT_FOUND] ")
+
+
+def test_a_consistency_model_makes_variants_and_no_view_that_needs_means(other_page):
+    content = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(content, "PNG")
+    source = {"image": upload(other_page, content.getvalue())}
+    events = other_page.job("variants", run=2, source=source, n=2)
+    assert pixels(events[-1]["images"]).shape == (2, 1, 8, 8)
+    for view in ("forward", "likelihood", "inpaint", "interpolate"):
+        answer = other_page.post("/api/jobs", json={"view": view, "run": 2, "source": source})
+        assert "error[DISTILLED]" in answer.json()["error"]
 
 
 def test_commands_are_quoted_for_a_shell():

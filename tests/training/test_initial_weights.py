@@ -403,3 +403,9 @@ def test_the_recipe_is_that_of_the_model_and_of_its_training(tmp_path):
     (run / "run.json").unlink()
     tuned = initial_weights.recipe_of(run, tiny_run.data(), fallback)
     assert tuned.train == replace(fallback, conditional=True)
+
+
+def test_a_note_lists_modules_with_their_tensors():
+    names = ["network.down.0.conv.weight", "network.down.1.conv.weight", "network.network.embed.label", "embed.time.w"]
+    assert initial_weights._list(names) == "down (2 tensors), embed.label (1 tensor), embed.time (1 tensor)"
+    assert initial_weights._list([]) == "nothing"

@@ -46,6 +46,7 @@ def interpolate(
     from undiffuse.data.single import load_image
     from undiffuse.data.transform import IntegerLevels
     from undiffuse.model import checkpoint, inversion
+    from undiffuse.model.arguments import check_predicts_mean
     from undiffuse.model.restoration import check_image_model
     from undiffuse.report import figures
     from undiffuse.runtime.own_output import refuse_other_file, save_picture
@@ -58,6 +59,7 @@ def interpolate(
     register_network(network)
     model = checkpoint.load(run, resolve_device(device))
     transform = check_image_model(model, run)
+    check_predicts_mean(model.config, run)
     channels, *sides = model.item_shape
     require_memory_for(f"--n {n}", 4 * n * model.dims)
     steps = limit_steps(steps, model.chain_length)

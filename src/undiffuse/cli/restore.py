@@ -90,6 +90,7 @@ def restore(
     from undiffuse.data.single import load_image
     from undiffuse.data.transform import IntegerLevels, is_latent
     from undiffuse.model import checkpoint, restoration
+    from undiffuse.model.arguments import check_predicts_mean
     from undiffuse.report.progress_bar import ProgressBar
     from undiffuse.report.sample_folder import SampleFolder
 
@@ -119,6 +120,7 @@ def restore(
     if strength is not None:
         fix = "Add --method sdedit, or omit it"
         raise ConfigError("USAGE", "--strength", "only the method 'sdedit' has a strength", fix)
+    check_predicts_mean(model.config, run)
     channels, *sides = model.item_shape
     if mask is None and upsample == 1 and not blur and not noise:
         fix = "Give --mask, --upsample, --blur or --noise"

@@ -103,6 +103,7 @@ def degrade(degradation: Degradation, x: Tensor, seed: int, num_values: int) -> 
 
 def check_method(model: Diffusion, degradation: Degradation, method: str) -> None:
     """Raise `ConfigError` unless ``method`` can restore this degradation with this model."""
+    check_predicts_mean(model.config)
     if method not in RESTORATION_METHODS:
         fix = f"Use one of {', '.join(RESTORATION_METHODS)}, or sdedit for variants"
         raise ConfigError("METHOD", repr(method), "no such method", fix)
@@ -236,5 +237,4 @@ def check_image_model(model: Diffusion, where: str | Path) -> IntegerLevels:
     if "image" in model.condition_sizes:
         cause = "it is a super-resolution model, whose images need smaller ones"
         raise ConfigError("CASCADE", where, cause, "Use a run that was trained without --from")
-    check_predicts_mean(model.config, where)
     return transform

@@ -17,6 +17,7 @@ from undiffuse.errors import ConfigError
 from undiffuse.evaluation.summary import bits_by_log_snr, mean_bits, parts
 from undiffuse.likelihood.nll import concatenate
 from undiffuse.model import inversion
+from undiffuse.model.arguments import check_predicts_mean
 from undiffuse.model.consistency import few_call_sampler
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.restoration import (
@@ -159,7 +160,7 @@ def picture(run: StudioRun, images: Images, fields: Fields) -> Work:
 
 def forward(run: StudioRun, images: Images, fields: Fields) -> Work:
     """The forward process of an image, and what the model predicts of the image at each level."""
-    model, seed = _image_model(run), fields.integer("seed", 0, MAX_SEED, 0)
+    model, seed = _mean_model(run), fields.integer("seed", 0, MAX_SEED, 0)
     source, (cond, _) = fields.object("source"), run.condition(fields, 1)
     fields.done()
     steps = min(FORWARD_STEPS, model.chain_length)
@@ -205,7 +206,7 @@ def variants(run: StudioRun, images: Images, fields: Fields) -> Work:
 
 def likelihood(run: StudioRun, images: Images, fields: Fields) -> Work:
     """The continuous bound of an image, with its error and where in log-SNR it is paid."""
-    model, seed = _image_model(run), fields.integer("seed", 0, MAX_SEED, 0)
+    model, seed = _mean_model(run), fields.integer("seed", 0, MAX_SEED, 0)
     draws, points = fields.integer("draws", 2, 256, 16), fields.integer("points", 4, 256, 32)
     source, label, prompt = fields.object("source"), None, ""
     cond, options = run.condition(fields, draws)
@@ -237,7 +238,7 @@ def likelihood(run: StudioRun, images: Images, fields: Fields) -> Work:
 
 def inpaint(run: StudioRun, images: Images, fields: Fields) -> Work:
     """Restorations of the part of an image that a mask hides."""
-    model, seed = _image_model(run), fields.integer("seed", 0, MAX_SEED, 0)
+    model, seed = _mean_model(run), fields.integer("seed", 0, MAX_SEED, 0)
     n, method = fields.integer("n", 1, MAX_ITEMS, 4), fields.choice("method", RESTORATION_METHODS, "mmps")
     steps = fields.integer("steps", 1, model.chain_length, min(100, model.chain_length))
     source, (cond, options) = fields.object("source"), run.condition(fields, n)
@@ -266,7 +267,7 @@ def inpaint(run: StudioRun, images: Images, fields: Fields) -> Work:
 
 def interpolate(run: StudioRun, images: Images, fields: Fields) -> Work:
     """Images between two images: their latents under the model's flow, interpolated on an arc."""
-    model, n = _image_model(run), fields.integer("n", 2, MAX_ITEMS, 9)
+    model, n = _mean_model(run), fields.integer("n", 2, MAX_ITEMS, 9)
     steps = fields.integer("steps", 1, model.chain_length, min(50, model.chain_length))
     sources = fields.object("source"), fields.object("other")
     cond, options = run.condition(fields, n)
@@ -316,6 +317,12 @@ def checked_calls(model: Diffusion, job: Job, expected: int = 0) -> Iterator[Non
 def _image_model(run: StudioRun) -> Diffusion:
     """The model of the run. Raises `ConfigError` if it is no model of images."""
     check_image_model(run.model, run.path)
+    return run.model
+
+
+def _mean_model(run: StudioRun) -> Diffusion:
+    """`_image_model` of a view that needs means. Raises `ConfigError` for a consistency model too."""
+    check_predicts_mean(_image_model(run).config, run.path)
     return run.model
 
 
