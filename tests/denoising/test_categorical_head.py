@@ -44,6 +44,11 @@ def test_what_the_head_declares():
     torch.testing.assert_close(torch.softmax(head.bias[:, 0], -1), expected)
 
 
+def test_the_last_features_of_a_new_head_are_the_first_and_the_last_value():
+    ends = CategoricalHead(nn.Linear(1, 1), 2, 16).weight.detach()[:, LOGIT_FEATURES - 2 :]
+    assert ends.tolist() == [[[1.0, *[0.0] * 15], [*[0.0] * 15, 1.0]]] * 2
+
+
 def test_the_waves_of_the_head_are_orthogonal():
     """Those of the discrete cosine transform of type II."""
     waves = CategoricalHead(nn.Linear(1, 1), 2, 16).weight.detach()[:, : LOGIT_FEATURES - 2][:, :16].double()

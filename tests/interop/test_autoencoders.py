@@ -15,8 +15,8 @@ from undiffuse.data.from_array import from_array
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.interop.autoencoders import load_autoencoder
 from undiffuse.model.autoencoder import Autoencoder
-from undiffuse.networks.autoencoder import KLAutoencoder, TinyAutoencoder, TinyBlock
-from undiffuse.networks.settings import MAX_LAYERS
+from undiffuse.networks.autoencoder import KLAutoencoder, PositionAttention, TinyAutoencoder, TinyBlock
+from undiffuse.networks.settings import MAX_DEPTH, MAX_LAYERS
 
 DATA = from_array(np.random.default_rng(0).integers(256, size=(6, 3, 16, 16)), num_values=256, name="pictures")
 X = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -185,6 +185,16 @@ def test_the_default_is_the_size_of_taesd_and_blocks_have_a_limit():
         assert len(blocks) == MAX_LAYERS
         with pytest.raises(ConfigError, match="Give fewer"):
             KLAutoencoder(1, widths=[4], blocks=MAX_LAYERS + 1)
+        assert KLAutoencoder(1, widths=[4] * MAX_DEPTH).factor == 2 ** (MAX_DEPTH - 1)
+        with pytest.raises(ConfigError, match=f"Give 1 to {MAX_DEPTH} widths"):
+            KLAutoencoder(1, widths=[4] * (MAX_DEPTH + 1))
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_both_parts_have_attention_or_neither(attention):
+    network = KLAutoencoder(1, widths=[4], attention=attention)
+    for part in (network.encoder, network.decoder):
+        assert any(isinstance(module, PositionAttention) for module in part.modules()) == attention
 
 
 def test_the_pooled_branch_by_hand():
