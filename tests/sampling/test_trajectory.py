@@ -148,6 +148,8 @@ def test_check_finite_names_the_item():
         x[2, 1, 0] = lost
         with pytest.raises(NonFiniteError, match="item 12: 1 of 4 samples became NaN or infinite"):
             check_finite(x, first=10)
+        with pytest.raises(NonFiniteError, match="item 2: 1 of 4"):
+            check_finite(x)
 
 
 @pytest.mark.parametrize("solver", [Ancestral(), DDIM(), DDIM(0.5)])

@@ -25,6 +25,7 @@ from undiffuse.training.batches import global_batch
 from undiffuse.training.diffusion_task import DiffusionTask, fit_diffusion
 from undiffuse.training.distillation_task import fit_distillation
 from undiffuse.training.monitor import Monitor
+from undiffuse.training.run_folder import Run
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(5, size=(40, 1, 4, 4))
@@ -403,6 +404,18 @@ def test_the_recipe_is_that_of_the_model_and_of_its_training(tmp_path):
     (run / "run.json").unlink()
     tuned = initial_weights.recipe_of(run, tiny_run.data(), fallback)
     assert tuned.train == replace(fallback, conditional=True)
+
+
+def test_the_recipe_of_a_run_whose_source_is_gone_is_that_which_it_began_with(tmp_path):
+    recipe = replace_train(tiny_run.recipe(2), lr=0.003, max_steps=2)
+    with quick_looks():
+        tiny_run.train(recipe, tmp_path / "run", tiny_run.data())
+    gone, begun = tmp_path / "gone.safetensors", Run(tmp_path / "run")
+    found = initial_weights.recipe_of(gone, tiny_run.data(), TrainConfig(), run=begun)
+    assert (found.train.lr, found.train.max_steps, found.train.seed) == (0.003, None, 0)
+    for run in (None, Run(tmp_path / "new")):
+        with pytest.raises(CheckpointError, match="NOT_FOUND"):
+            initial_weights.recipe_of(gone, tiny_run.data(), TrainConfig(), run=run)
 
 
 def test_a_note_lists_modules_with_their_tensors():
