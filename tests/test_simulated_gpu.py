@@ -112,7 +112,8 @@ def test_a_step_of_sampling_does_not_wait(solver):
     ("preset", "coefficients"), [("digits", 7), ("ddpm-cifar10", 6), ("sohl-dickstein", 8), ("adm", 8)]
 )
 def test_a_step_of_training_does_not_wait(preset, coefficients):
-    """The batch has three tensors; those of the noise levels are copied together, not one by one."""
+    """The values are copied, and once in a run the two constants of the noise; the numbers of the noise levels are
+    copied together, not one by one. The noise is made on the GPU."""
     recipe = PRESETS[preset]
     train = replace(recipe.train, max_steps=1, batch=8, precision="float32")
     task, split = DiffusionTask(replace(recipe, train=train)).adapt(DATA, train), DATA.split(0.1)
@@ -122,7 +123,7 @@ def test_a_step_of_training_does_not_wait(preset, coefficients):
         counts.clear()
         task.loss(model, batch.take(slice(8), GPU), model.network).mean().backward()
     assert (counts["waiting copy"], counts["read"]) == (0, 0)
-    assert 0 < counts["copy"] <= 3 + coefficients
+    assert 0 < counts["copy"] <= 1 + 2 + coefficients
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])

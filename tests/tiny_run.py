@@ -201,3 +201,8 @@ class Trained:
 def equal_states(one: Trained, other: Trained) -> bool:
     a, b = one.tensors(), other.tensors()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def equal_numbers(one, other):
+    """Whether two batches have the same values, uniform numbers u and r, and noises eps and z."""
+    return [torch.equal(getattr(one, name), getattr(other, name)) for name in ("values", "u", "r", "eps", "z")]

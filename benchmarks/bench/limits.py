@@ -71,8 +71,8 @@ def operations(step: Step) -> int:
     return counter.get_total_flops()
 
 
-def matrix_product(dtype: torch.dtype) -> Step:
-    a, b = torch.randn(MATRIX, MATRIX, dtype=dtype), torch.randn(MATRIX, MATRIX, dtype=dtype)
+def matrix_product(dtype: torch.dtype, side: int = MATRIX, device: torch.device | None = None) -> Step:
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     return lambda: a @ b
 
 

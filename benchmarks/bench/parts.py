@@ -17,4 +17,6 @@ PARTS: dict[str, Part] = {
     "limits": Part("Operations of a training step, and the fraction of this machine's rate", "limits"),
     "growth": Part("How times grow: exponents", "growth"),
     "clock": Part("Fashion-MNIST after some minutes of training", "clock"),
+    "gpu": Part("Training on a GPU: fraction of its rate, profile, diffusers' example, a training", "gpu"),
 }
+"""All but ``gpu`` run without a name."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 import tempfile
 import warnings
@@ -31,12 +32,30 @@ from undiffuse.runtime.precision import cpu_multiplies_bfloat16
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.training.distributed import clip_gradient
 from undiffuse.training.ema import PowerEMA
-from undiffuse.training.nonfinite import find_nonfinite, require_finite
+from undiffuse.training.nonfinite import find_nonfinite, reading_waits, weights_norm
 
-BATCH, SIDE, CHAIN = 32, 28, 1000
+CPU, CHAIN = torch.device("cpu"), 1000
 ROUNDS = 9
-WIDTHS = (32, 64, 96)
-"""Of the levels of both networks, 1.2 to 1.6 M parameters, as many as the preset ``cpu-small`` (1.7 M)."""
+
+
+class Size(NamedTuple):
+    """Batches of ``channels`` × ``side`` × ``side``; a U-Net's ``widths``, ``layers`` a level, levels of attention."""
+
+    batch: int
+    channels: int
+    side: int
+    widths: tuple[int, ...]
+    layers: int
+    attention: tuple[int, ...]
+    groups: int = 32
+
+
+SMALL = Size(32, 1, 28, (32, 64, 96), 1, (2,), 16)
+"""1.2 to 1.6 M parameters, as many as the preset ``cpu-small`` (1.7 M)."""
+EXAMPLE = Size(16, 3, 64, (128, 128, 256, 256, 512, 512), 2, (4,))
+"""The example of unconditional generation of diffusers."""
+TINY = Size(4, 3, 8, (8, 16), 1, (1,), 8)
+BATCH, SIDE, WIDTHS = SMALL.batch, SMALL.side, SMALL.widths
 BF16 = torch.bfloat16
 Step = Callable[[], object]
 DEFAULTS = "theirs in float32, ours in bfloat16 (the defaults)"
@@ -44,17 +63,23 @@ WHO = ("theirs", "ours")
 
 
 class Pair(NamedTuple):
-    """Steps of another ``package`` and of ours by name, with the ``difference`` of the networks' outputs."""
+    """Steps of another ``package`` and of ours, whose ``model`` it is, with the ``difference`` of the outputs."""
 
     package: str
+    model: Diffusion
     parameters: int
     difference: float
     training: dict[str, tuple[Step, Step]]
     sampling: dict[str, tuple[Step, Step]]
 
 
-def our_training_step(model: Diffusion, values: Tensor, autocast: torch.dtype | None) -> Step:
-    """A step as `undiffuse.training` takes it: loss, gradient's norm, checks, AdamW, one average of the weights."""
+def our_training_step(
+    model: Diffusion, values: Tensor, autocast: torch.dtype | None, network: nn.Module | None = None
+) -> Step:
+    """A step as `undiffuse.training` takes it: loss, gradient's norm, checks, AdamW, one average of the weights.
+
+    On a GPU nothing is read, as between the records of a run. ``network``: a compiled form of the model's.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), fused=True)
     average, count = PowerEMA(model, 0.05), itertools.count(1)
     generator = torch.Generator().manual_seed(0)
@@ -63,12 +88,15 @@ def our_training_step(model: Diffusion, values: Tensor, autocast: torch.dtype | 
         model.autocast = autocast
         model.train()
         u = torch.rand(len(values), dtype=torch.float64, generator=generator)
-        losses = model.loss(values, u, torch.randn(values.shape, generator=generator))
-        losses.mean().backward()
-        assert find_nonfinite(losses.detach(), [clip_gradient(model.parameters(), 1.0)]) is None
-        optimizer.step()
         number = next(count)
-        require_finite(model, number, Path())
+        items = range(number * len(values), (number + 1) * len(values))
+        eps = ItemNoise(0, items, model.x_shape, "train", values.device)(1)[0]
+        losses = model.loss(values, u, eps, network=network)
+        losses.mean().backward()
+        norm = clip_gradient(model.parameters(), 1.0)
+        assert reading_waits(values.device) or find_nonfinite(losses.detach(), [norm]) is None
+        optimizer.step()
+        assert reading_waits(values.device) or math.isfinite(float(weights_norm(model)))
         average.update(model, number)
         optimizer.zero_grad()
 
@@ -93,28 +121,31 @@ def our_sampling_step(model: Diffusion, solver: str, autocast: torch.dtype | Non
     return step
 
 
-def of_diffusers() -> Pair:
+def of_diffusers(size: Size = SMALL, device: torch.device = CPU) -> Pair:
     """UNet2DModel with the loop of diffusers' example of unconditional generation: EMAModel, AdamW, a norm of 1."""
     hide_operators()
     from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 
     torch.manual_seed(0)
+    down = ["AttnDownBlock2D" if level in size.attention else "DownBlock2D" for level in range(len(size.widths))]
     network = UNet2DModel(
-        sample_size=SIDE,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        norm_num_groups=16,
-        block_out_channels=WIDTHS,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        sample_size=size.side,
+        in_channels=size.channels,
+        out_channels=size.channels,
+        layers_per_block=size.layers,
+        norm_num_groups=size.groups,
+        block_out_channels=size.widths,
+        down_block_types=tuple(down),
+        up_block_types=tuple(kind.replace("Down", "Up") for kind in reversed(down)),
     )
     chain = DDPMScheduler(num_train_timesteps=CHAIN)
     with tempfile.TemporaryDirectory() as folder:
         DDPMPipeline(network, chain).save_pretrained(folder)
         imported = import_diffusers(folder)
-    values = random_values()
+    network.to(device)
+    imported.model.to(device)
+    values = random_values(size).to(device)
     clean = values.float() / 127.5 - 1
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
@@ -122,8 +153,8 @@ def of_diffusers() -> Pair:
     def train(autocast: bool = False) -> Step:
         def step() -> None:
             network.train()
-            noise, at = torch.randn_like(clean), torch.randint(CHAIN, (BATCH,))
-            with torch.autocast("cpu", BF16, enabled=autocast):
+            noise, at = torch.randn_like(clean), torch.randint(CHAIN, (size.batch,), device=device)
+            with torch.autocast(device.type, BF16, enabled=autocast):
                 output = network(chain.add_noise(clean, noise, at), at).sample
             nn.functional.mse_loss(output.float(), noise).backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -136,7 +167,7 @@ def of_diffusers() -> Pair:
     def sample(kind: Any) -> Step:
         scheduler = kind(num_train_timesteps=CHAIN)
         scheduler.set_timesteps(CHAIN)
-        state, place = [torch.randn(BATCH, 1, SIDE, SIDE)], itertools.count(CHAIN // 2)
+        state, place = [torch.randn(clean.shape, device=device)], itertools.count(CHAIN // 2)
 
         @torch.no_grad()
         def step() -> None:
@@ -150,7 +181,7 @@ def of_diffusers() -> Pair:
         "diffusers",
         imported,
         values,
-        {"float32": train(), **({"bfloat16": train(True)} if cpu_multiplies_bfloat16() else {})},
+        {"float32": train(), **({"bfloat16": train(True)} if multiplies_bfloat16(device) else {})},
         {"ancestral": sample(DDPMScheduler), "ddim": sample(DDIMScheduler)},
     )
 
@@ -216,6 +247,7 @@ def pair(package: str, imported: Any, values: Tensor, training: dict[str, Step],
         walks[f"ancestral, {DEFAULTS}"] = sampling["ancestral"], our_sampling_step(model, "ancestral", BF16)
     return Pair(
         package,
+        model,
         sum(p.numel() for p in model.network.parameters()),
         check.difference,
         {
@@ -233,8 +265,13 @@ def measure(steps: dict[str, tuple[Step, Step]], rounds: int) -> dict[str, dict[
     return {what: {who: seconds[what, who] for who in WHO} for what in steps}
 
 
-def random_values() -> Tensor:
-    return torch.randint(256, (BATCH, 1, SIDE, SIDE), generator=torch.Generator().manual_seed(1))
+def multiplies_bfloat16(device: torch.device) -> bool:
+    return device.type != "cpu" or cpu_multiplies_bfloat16()
+
+
+def random_values(size: Size = SMALL) -> Tensor:
+    shape = (size.batch, size.channels, size.side, size.side)
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(1))
 
 
 PACKAGES: dict[str, Callable[[], Pair]] = {

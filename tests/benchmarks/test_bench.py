@@ -6,10 +6,11 @@ The clock is run with packages of numbers; nothing is trained, and no other pack
 from __future__ import annotations
 
 import argparse
-import ast
+import importlib
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +27,27 @@ from bench.clock_packages import PACKAGES, SETTINGS, Job  # noqa: E402
 sys.path.remove(str(ROOT / "benchmarks"))
 
 
-def test_each_part_is_a_module_with_a_function_run():
+def test_each_part_is_a_module_with_a_function_run(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     for part in parts.PARTS.values():
-        tree = ast.parse((ROOT / f"benchmarks/bench/{part.module}.py").read_text())
-        assert "run" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert callable(importlib.import_module(f"bench.{part.module}").run)
+
+
+@pytest.mark.release
+def test_the_dry_run_of_the_part_for_a_gpu():
+    pytest.importorskip("diffusers", reason="the extra `peers` is not installed")
+    command = [sys.executable, "benchmarks/bench/run", "gpu", "--dry-run", "--rounds", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "src"})
+    assert done.returncode == 0, done.stderr
+    for said in ("fraction of the matrix product's rate", "convolution", "diffusers' example", "bits/dim, chain"):
+        assert said in done.stdout
+
+
+def test_without_a_gpu_the_part_says_what_to_do(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"No GPU is at hand\. --dry-run does the same on the processor"):
+        importlib.import_module("bench.gpu").run(argparse.Namespace(dry_run=False))
 
 
 def test_spread_and_ratio_by_hand():

@@ -94,7 +94,7 @@ def first_loss(model, folder, **options):
     other.load_state_dict(model.state_dict())
     batch = global_batch(data, data.split(config.train.held_out).train, config.train, 0)
     with torch.no_grad():
-        return float(other.loss(batch.values, batch.u, batch.eps, batch.z).mean()), config
+        return float(other.loss(batch.values, batch.u, batch.eps).mean()), config
 
 
 @pytest.mark.parametrize("source", ["photos", "others"])

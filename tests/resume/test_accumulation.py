@@ -13,7 +13,7 @@ from undiffuse.model.config import replace_train
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.presets import adapt_to_data
 from undiffuse.training import fit as loop
-from undiffuse.training.batches import global_batch
+from undiffuse.training.batches import Batch, global_batch
 from undiffuse.training.diffusion_task import DiffusionTask
 from undiffuse.training.progress import Progress
 
@@ -37,14 +37,15 @@ def step(accumulate, clip=1e-3, accelerator=None, dropout=False):
     model = Diffusion(config.model, ITEM_SHAPE, IntegerLevels(5)).double().train(dropout)
 
     batch = global_batch(items, items.split(0.2).train, config.train, 3)
-    batch = batch._replace(eps=batch.eps.double(), z=batch.z.double())
     real = model.transform.to_model
     object.__setattr__(model.transform, "to_model", lambda values, dtype=None: real(values).double())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     state = SimpleNamespace(task=DiffusionTask(config), model=model, optimizer=optimizer)
-    losses, norms = loop.compute_gradient(
-        accelerator or Accelerator(cpu=True), state, model.network, batch, Progress(step=3)
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batch, "eps", property(lambda part, real=Batch.eps.func: real(part).double()))
+        losses, norms = loop.compute_gradient(
+            accelerator or Accelerator(cpu=True), state, model.network, batch, Progress(step=3)
+        )
     return losses, torch.tensor(norms, dtype=torch.float64), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_run import equal_numbers
 
 from undiffuse.data.from_array import from_array
 from undiffuse.errors import ConfigError
@@ -29,22 +30,31 @@ DATA = from_array(np.arange(40 * 16, dtype=np.uint16).reshape(40, 1, 4, 4), num_
 def test_a_batch_is_a_function_of_seed_and_step():
     settings, items = TrainConfig(batch=12, seed=3), np.arange(5, 38)
     torch.manual_seed(0)
-    values, u, eps, z, cond, _ = global_batch(DATA, items, settings, 7)
-    assert cond is None
+    batch = global_batch(DATA, items, settings, 7)
+    assert batch.cond is None
     torch.manual_seed(1)
-    for a, b in zip((values, u, eps, z), global_batch(DATA, items, settings, 7)[:4], strict=True):
-        assert torch.equal(a, b)
-    others = [
-        global_batch(DATA, items, settings, 8),
-        global_batch(DATA, items, TrainConfig(batch=12, seed=4), 7),
-    ]
-    for other in others:
-        assert not any(torch.equal(a, b) for a, b in zip((values, u, eps, z), other[:4], strict=True))
-    chosen = values[:, 0, 0, 0].int() // 16
+    assert equal_numbers(batch, global_batch(DATA, items, settings, 7)) == [True] * 5
+    for other in (global_batch(DATA, items, settings, 8), global_batch(DATA, items, replace(settings, seed=4), 7)):
+        assert equal_numbers(batch, other) == [False] * 5
+    chosen = batch.values[:, 0, 0, 0].int() // 16
     assert chosen.tolist() == sorted(items[batch_order(33, 12, 3, 7)].tolist())  # in the order of the data
-    assert values.dtype == torch.uint16
-    assert not torch.equal(eps, z)
-    assert eps.dtype == torch.float32
+    assert batch.values.dtype == torch.uint16
+    assert not torch.equal(batch.eps, batch.z)
+    assert (batch.eps.dtype, batch.eps.shape) == (torch.float32, (12, 1, 4, 4))
+    assert not torch.equal(batch.u, batch.r)
+
+
+def test_the_noise_of_an_item_is_a_function_of_its_number_in_the_run():
+    """Whatever part of the batch a process takes, and however large the batch is."""
+    settings, cpu = TrainConfig(batch=12, seed=3), torch.device("cpu")
+    whole = global_batch(DATA, np.arange(40), settings, 2)
+    assert whole.numbers == range(24, 36)
+    parts = [whole.take(part, cpu) for part in micro_batches(replace(settings, accumulate=3), 1, 0)]
+    half = [global_batch(DATA, np.arange(40), replace(settings, batch=6), step) for step in (4, 5)]
+    for name in ("eps", "z"):
+        noise = getattr(whole, name)
+        assert all(torch.equal(torch.cat([getattr(part, name) for part in them]), noise) for them in (parts, half))
+        assert torch.equal(getattr(whole, name), noise)
 
 
 LABELLED = from_array(DATA.values, np.arange(40) % 4, num_values=1000, cond=np.arange(120.0).reshape(40, 3))
@@ -53,8 +63,8 @@ CERTAIN = TrainConfig(batch=12, seed=3, conditional=True, condition_dropout=0.0)
 
 def test_each_item_has_its_own_condition():
     for step in (0, 3, 7):  # one across two epochs
-        values, *_, cond, _ = global_batch(LABELLED, np.arange(5, 38), CERTAIN, step)
-        chosen = values[:, 0, 0, 0].int() // 16
+        batch = global_batch(LABELLED, np.arange(5, 38), CERTAIN, step)
+        chosen, cond = batch.values[:, 0, 0, 0].int() // 16, batch.cond
         assert torch.equal(cond.label, chosen % 4)
         assert torch.equal(cond.vector, torch.arange(120.0).view(40, 3)[chosen])
         assert cond.tokens is None
@@ -64,8 +74,8 @@ def test_conditions_do_not_change_the_noise():
     for settings in (CERTAIN, replace(CERTAIN, condition_dropout=0.5, flip=True)):
         plain = global_batch(LABELLED, np.arange(40), replace(settings, conditional=False), 7)
         conditional = global_batch(LABELLED, np.arange(40), settings, 7)
-        assert all(torch.equal(a, b) for a, b in zip(plain[:4], conditional[:4], strict=True))
-        assert (plain[4], conditional[4] is None) == (None, False)
+        assert equal_numbers(plain, conditional) == [True] * 5
+        assert (plain.cond, conditional.cond is None) == (None, False)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5])
@@ -77,7 +87,7 @@ def test_conditions_are_dropped_for_a_fraction_of_the_items(fraction):
     settings = TrainConfig(batch=40, conditional=True, condition_dropout=fraction)
     dropped = []
     for step in range(400):
-        cond = global_batch(LABELLED, np.arange(40), settings, step)[4]
+        cond = global_batch(LABELLED, np.arange(40), settings, step).cond
         dropped.append(cond.label < 0)
         others = (torch.rand(40, generator=generator(0, name, step)) < fraction for name in ("train", "dropout"))
         assert not any(torch.equal(other, dropped[-1]) for other in others if fraction == 0.5)
@@ -89,8 +99,8 @@ def test_conditions_are_dropped_for_a_fraction_of_the_items(fraction):
         assert (other - fraction).abs().max() < 6.5 * math.sqrt(
             fraction * (1 - fraction) / (dropped.numel() / len(other))
         )
-    assert global_batch(LABELLED, np.arange(40), replace(settings, condition_dropout=1.0), 0)[4].label.max() == -1
-    assert global_batch(LABELLED, np.arange(40), replace(settings, condition_dropout=0.0), 0)[4].label.min() == 0
+    assert global_batch(LABELLED, np.arange(40), replace(settings, condition_dropout=1.0), 0).cond.label.max() == -1
+    assert global_batch(LABELLED, np.arange(40), replace(settings, condition_dropout=0.0), 0).cond.label.min() == 0
 
 
 def test_of_labels_and_captions_each_is_dropped_alone_too():
@@ -98,12 +108,12 @@ def test_of_labels_and_captions_each_is_dropped_alone_too():
     data, p = replace(DATA, labels=np.arange(40) % 3, classes=("a", "b", "c"), captions=(("x",),) * 40), 0.25
     settings, seen = TrainConfig(batch=40, conditional=True, condition_dropout=p), []
     for step in range(150):
-        cond = global_batch(data, np.arange(40), settings, step)[4]
+        cond = global_batch(data, np.arange(40), settings, step).cond
         seen.append(2 * (cond.label < 0) + (cond.text == 0).all(1))
     counts, share = torch.bincount(torch.cat(seen), minlength=4).tolist(), (1 - p) * p
     for count, expected in zip(counts, [(1 - p) * (1 - 2 * p), share, share, p], strict=True):
         assert abs(count / 6000 - expected) < 5.5 * math.sqrt(expected * (1 - expected) / 6000)
-    kept = global_batch(data, np.arange(40), replace(settings, condition_dropout=0.0), 0)[4]
+    kept = global_batch(data, np.arange(40), replace(settings, condition_dropout=0.0), 0).cond
     assert (int(kept.label.min()), bool((kept.text == 0).all(1).any())) == (0, False)
 
 
@@ -111,23 +121,22 @@ def test_times_are_evenly_spaced_and_independent_of_the_items():
     settings = TrainConfig(batch=12)
     ranks = []
     for step in range(20):
-        u = global_batch(DATA, np.arange(40), settings, step)[1]
+        u = global_batch(DATA, np.arange(40), settings, step).u
         assert u.dtype == torch.float64
         assert ((u >= 0) & (u < 1)).all()
         gaps = u.sort().values.diff()
         torch.testing.assert_close(gaps, torch.full((11,), 1 / 12, dtype=torch.float64), rtol=0, atol=1e-12)
         ranks.append(u.argsort().tolist())
     assert len({tuple(r) for r in ranks}) == 20
-    offsets = torch.stack([global_batch(DATA, np.arange(40), settings, s)[1].min() * 12 for s in range(60)])
+    offsets = torch.stack([global_batch(DATA, np.arange(40), settings, s).u.min() * 12 for s in range(60)])
     assert abs(float(offsets.mean()) - 0.5) < 4.9 * math.sqrt(1 / 12 / 60)
 
 
 def test_flips_do_not_change_the_noise():
     plain, flipped = (global_batch(DATA, np.arange(40), TrainConfig(batch=40, flip=flip), 0) for flip in (False, True))
-    for a, b in zip(plain[1:4], flipped[1:4], strict=True):
-        assert torch.equal(a, b)
-    same = (plain[0] == flipped[0]).flatten(1).all(1)
-    mirrored = (plain[0].int().flip(-1) == flipped[0].int()).flatten(1).all(1)
+    assert equal_numbers(plain, flipped) == [False, *[True] * 4]
+    same = (plain.values == flipped.values).flatten(1).all(1)
+    mirrored = (plain.values.int().flip(-1) == flipped.values.int()).flatten(1).all(1)
     assert (same ^ mirrored).all()
     assert 5 < int(mirrored.sum()) < 35
 

@@ -22,10 +22,9 @@ from undiffuse.networks.condition import Condition
 from undiffuse.runtime.signals import Interrupted, StoppedImmediately, collect_stop_signals
 from undiffuse.runtime.tensor_file import read_tensors
 from undiffuse.sampling.sampler import Sampler
-from undiffuse.training import batches as batches_of
 from undiffuse.training import distributed
 from undiffuse.training import fit as loop
-from undiffuse.training.batches import global_batch
+from undiffuse.training.batches import Batch, global_batch
 from undiffuse.training.diffusion_task import SCHEDULE_LR_FACTOR, DiffusionTask, fit_diffusion
 from undiffuse.training.distributed import average_other_gradients
 from undiffuse.training.monitor import Monitor
@@ -303,7 +302,8 @@ def test_one_step_by_hand(tmp_path, monkeypatch, clip):
     trained = load(train(config, tmp_path / "run"))
     torch.manual_seed(4)
     model = Diffusion(config.model, DATA.item_shape, IntegerLevels(5)).train()
-    model.loss(*global_batch(DATA, DATA.split(0.2).train, config.train, 0)[:5]).mean().backward()
+    batch = global_batch(DATA, DATA.split(0.2).train, config.train, 0)
+    model.loss(batch.values, batch.u, batch.eps, cond=batch.cond).mean().backward()
     gradients = {name: p.grad for name, p in model.network.named_parameters()}
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     assert steps == [(pytest.approx(steps[0][0]), pytest.approx(float(norm), rel=1e-5), 0.5)]
@@ -319,7 +319,8 @@ def test_one_step_of_a_learned_schedule_by_hand(tmp_path, monkeypatch):
     trained = load(train(config, tmp_path / "run"))
     torch.manual_seed(4)
     model = Diffusion(config.model, DATA.item_shape, IntegerLevels(5)).train()
-    model.loss(*global_batch(DATA, DATA.split(0.2).train, config.train, 0)[:5]).mean().backward()
+    batch = global_batch(DATA, DATA.split(0.2).train, config.train, 0)
+    model.loss(batch.values, batch.u, batch.eps, cond=batch.cond).mean().backward()
     for part, lr_factor in (("network", 1.0), ("schedule", SCHEDULE_LR_FACTOR)):
         gradients = {name: p.grad for name, p in getattr(model, part).named_parameters()}
         norm = float(torch.stack([g.norm().double() for g in gradients.values()]).norm())
@@ -379,21 +380,21 @@ def straight(tmp_path_factory):
 
 @pytest.mark.parametrize(("at", "bad"), [(1, float("nan")), (5, float("inf")), (STEPS, float("nan"))])
 def test_a_nan_or_infinity_stops_the_run(tmp_path, monkeypatch, straight, bad, at):
-    config, real = replace_train(CONFIG, previews=4), batches_of.global_batch
+    config, real = replace_train(CONFIG, previews=4), Batch.eps
 
-    def poisoned(data, items, settings, step, read):
-        batch = real(data, items, settings, step, read)
-        if step + 1 == at:
-            batch[2][3, 0, 1, 2] = bad
-        return batch
+    def poisoned(batch):
+        eps = real.func(batch)
+        if batch.numbers == range(12 * (at - 1), 12 * at):  # not the items that measure the memory
+            eps[3, 0, 1, 2] = bad
+        return eps
 
-    monkeypatch.setattr(batches_of, "global_batch", poisoned)
+    monkeypatch.setattr(Batch, "eps", property(poisoned))
     with pytest.raises(
         NonFiniteError, match=rf"the loss of step {at} is not finite, for 1 of its 12 items: \d+\. "
     ) as caught:
         train(config, tmp_path / "run")
     assert caught.value.exit_code == 5
-    monkeypatch.setattr(batches_of, "global_batch", real)
+    monkeypatch.setattr(Batch, "eps", real)
     written = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [int(c.name[5:]) for c in written] == [k for k in (2, 4, 6) if k < at][-2:]
     for place in written:

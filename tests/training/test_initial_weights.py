@@ -388,7 +388,7 @@ def test_the_first_step_of_a_run_has_the_loss_of_the_model(tmp_path, monkeypatch
         )
     batch = global_batch(DATA, DATA.split(0.2).train, TRAIN, 0)
     with torch.no_grad():
-        assert first[0] == float(start.loss(batch.values, batch.u, batch.eps, batch.z).mean())
+        assert first[0] == float(start.loss(batch.values, batch.u, batch.eps).mean())
 
 
 def test_the_recipe_is_that_of_the_model_and_of_its_training(tmp_path):

@@ -12,11 +12,13 @@ from undiffuse.errors import ConfigError, NonFiniteError
 from undiffuse.runtime.tensor_file import read_tensors
 from undiffuse.training import fit as loop
 from undiffuse.training import train_state as state
-from undiffuse.training.batches import batch_items
+from undiffuse.training.batches import Batch, batch_items
 from undiffuse.training.diffusion_task import fit_diffusion
 from undiffuse.training.nonfinite import UnreadSteps
 
 ITEMS, STEPS = data(), 8
+PLACE = tuple(map(torch.tensor, (3, 0, 1, 2)))
+"""Item 3, channel 0, row 1, column 2 of the noise."""
 PLACES = ("batch", "loss", "gradient", "weight")
 
 
@@ -29,7 +31,8 @@ def poison(patch, place, bad, at):
         with pytest.MonkeyPatch.context() as only:
             hook = None
             if progress.step + 1 == at and place == "batch":
-                batch.eps[3, 0, 1, 2] = bad
+                noise = Batch.eps.func
+                only.setattr(Batch, "eps", property(lambda part: noise(part).index_put(PLACE, torch.tensor(bad))))
             elif progress.step + 1 == at and place == "loss":
                 loss = state.model.loss_of_x
                 only.setattr(state.model, "loss_of_x", lambda *a, **k: loss(*a, **k) * torch.tensor([1.0] * 11 + [bad]))

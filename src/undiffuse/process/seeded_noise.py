@@ -1,8 +1,8 @@
 """Random numbers as functions of a key (seed, purpose, index).
 
-Sampling and evaluation use `ItemNoise`: the noise of an item depends on (seed, purpose, item) alone, so it is the same
-in any batch, on any number of processes and, before the normal transform, on any device. Training draws from one
-`generator` per step, by (seed, purpose, step).
+The noise of an item is `ItemNoise`: it depends on (seed, purpose, item) alone, so it is the same in any batch, on any
+number of processes and, before the normal transform, on any device. What else training draws is of one `generator` per
+step, by (seed, purpose, step).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from undiffuse.runtime.device import to_device
 
 Noise = Callable[[int], Tensor]
 """noise(n) returns the next n standard normal tensors of a batch, (n, B, ...)."""
@@ -51,7 +53,8 @@ def _constants(key: int, ndim: int, device: torch.device) -> tuple[Tensor, Tenso
         [(part + r * step) & WORD for part, step in zip((key, key >> 32), KEY_STEPS, strict=True)] for r in range(10)
     ]
     ones = (1,) * ndim
-    return torch.tensor(MULTIPLIERS, device=device).view(2, *ones), torch.tensor(keys, device=device).view(10, 2, *ones)
+    multipliers, keys = to_device(torch.tensor(MULTIPLIERS), device), to_device(torch.tensor(keys), device)
+    return multipliers.view(2, *ones), keys.view(10, 2, *ones)
 
 
 class ItemNoise:
@@ -71,7 +74,10 @@ class ItemNoise:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.key = _digest(f"{seed}/{purpose}")
-        self.items = torch.tensor([int(item) for item in items], dtype=torch.int64, device=device)
+        if isinstance(items, range):  # made on a GPU without a copy, for which the host would wait
+            self.items = torch.arange(items.start, items.stop, items.step, device=device)
+        else:
+            self.items = torch.tensor([int(item) for item in items], dtype=torch.int64, device=device)
         self.shape, self.dtype, self.position = tuple(shape), dtype, 0
 
     def __call__(self, n: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The batch of a step: items, noise and conditions, all of them functions of (seed, purpose, step)."""
+"""The batch of a step: items, noise and conditions, all of them functions of (seed, purpose, step or item)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -20,11 +21,12 @@ from undiffuse.data.stage_data import StageData, add_image
 from undiffuse.errors import ConfigError
 from undiffuse.model.config import TrainConfig
 from undiffuse.networks.condition import Condition
-from undiffuse.process.seeded_noise import generator
+from undiffuse.process.seeded_noise import ItemNoise, generator
 from undiffuse.process.time_sampling import low_discrepancy
 from undiffuse.runtime.device import to_device
 from undiffuse.training.augmentation import augment
 
+CPU = torch.device("cpu")
 CLEAN_IMAGES = 0.1
 """Fraction of the items of super-resolution that get the low resolution without noise, as likelihoods do."""
 
@@ -46,24 +48,42 @@ def values_of(data: Dataset) -> Reader:
     return Reader(lambda items, settings, step: augment(source.values[items], settings, step))
 
 
-class Batch(NamedTuple):
-    """``values`` (B, ...) of the task's `Reader`, ``u`` (B,) uniform in [0, 1), noises ``eps`` and ``z``.
+@dataclass(frozen=True)
+class Batch:
+    """``values`` (B, ...) of the task's `Reader`, and uniform numbers ``u`` and ``r`` (B,) in [0, 1).
 
-    ``fraction``: how much of the run was done before this step, in [0, 1).
+    Those of ``u`` are evenly spaced in a global batch, those of ``r`` independent. The noises ``eps`` and ``z``, of
+    ``noise_shape`` for each item, are functions of ``seed`` and the item's number in the run, one of ``numbers``; they
+    are made on ``device`` when they are used. ``fraction``: how much of the run was done before this step, in [0, 1).
     """
 
     values: Tensor
     u: Tensor
-    eps: Tensor
-    z: Tensor
+    r: Tensor
     cond: Condition | None
+    numbers: range
+    noise_shape: tuple[int, ...]
+    seed: int
+    device: torch.device = CPU
     fraction: float = 0.0
 
+    @cached_property
+    def eps(self) -> Tensor:
+        return self._noise("train")
+
+    @cached_property
+    def z(self) -> Tensor:
+        return self._noise("train, further noise")
+
+    def _noise(self, purpose: str) -> Tensor:
+        return ItemNoise(self.seed, self.numbers, self.noise_shape, purpose, self.device)(1)[0]
+
     def take(self, part: slice, device: torch.device) -> Batch:
-        """The items ``part`` on ``device``, except for u, which stays on the CPU."""
-        cond = self.cond and self.cond.take(part).to(device)
-        values, eps, z = (to_device(tensor[part], device) for tensor in (self.values, self.eps, self.z))
-        return Batch(values, self.u[part], eps, z, cond, self.fraction)
+        """The items ``part`` on ``device``, except for u and r, which stay on the CPU."""
+        cond, values = self.cond and self.cond.take(part).to(device), to_device(self.values[part], device)
+        return replace(
+            self, values=values, u=self.u[part], r=self.r[part], cond=cond, numbers=self.numbers[part], device=device
+        )
 
 
 class Batches:
@@ -109,7 +129,7 @@ class Batches:
 def global_batch(
     data: Dataset, items: np.ndarray, settings: TrainConfig, step: int, read: Reader | None = None
 ) -> Batch:
-    """The whole batch of a step, over all processes: a function of (seed, step) alone.
+    """The whole batch of a step, over all processes: a function of (seed, step) alone, as are its noises.
 
     Dropped conditions, and the caption of an item with several, are drawn with keys of their own, so that values and
     noise are those of unconditional training, and so is the noise of conditioning images (`image_noise_std`).
@@ -133,9 +153,10 @@ def global_batch(
     g = generator(settings.seed, "train", step)
     u = low_discrepancy(torch.rand((), generator=g, dtype=torch.float64), settings.batch)
     u = u[torch.randperm(settings.batch, generator=g)]
-    shape = values.shape if read.noise_shape is None else (len(values), *read.noise_shape)
-    eps, z = torch.randn(2, *shape, generator=g)
-    return Batch(torch.from_numpy(np.ascontiguousarray(values)), u, eps, z, cond)
+    r = torch.rand(settings.batch, generator=g, dtype=torch.float64)
+    numbers = range(step * settings.batch, (step + 1) * settings.batch)
+    shape = tuple(values.shape[1:]) if read.noise_shape is None else read.noise_shape
+    return Batch(torch.from_numpy(np.ascontiguousarray(values)), u, r, cond, numbers, shape, settings.seed)
 
 
 def drop_label_or_caption(cond: Condition, u: Tensor, fraction: float) -> Condition:

@@ -90,7 +90,7 @@ class ClassifierTask(Task):
         """−log p(label|x_t) of each item, nats, (B,); its log-SNR is ``batch.u`` of the way through the range."""
         assert batch.cond is not None
         assert batch.cond.label is not None
-        level, x = model.schedule(batch.u), model.transform.to_model(batch.values).to(batch.eps.device)
+        level, x = model.schedule(batch.u), model.transform.to_model(batch.values).to(batch.device)
         log_p = model(diffuse(x, level, batch.eps), level, network)
         return F.nll_loss(log_p, batch.cond.label, reduction="none")
 

@@ -158,7 +158,8 @@ class DiffusionTask(Task):
         return optimizer_groups(self.config.train, model.network, schedule, SCHEDULE_LR_FACTOR)
 
     def loss(self, model: Diffusion, batch: Batch, network: nn.Module) -> Tensor:
-        return model.loss_of_x(latents.batch_x(model, batch), batch.u, batch.eps, batch.z, batch.cond, network)
+        z = batch.z if model.target.needs_next_level else None  # other targets have no fresh noise
+        return model.loss_of_x(latents.batch_x(model, batch), batch.u, batch.eps, z, batch.cond, network)
 
     def reader(self, model: Diffusion, data: Dataset, split: Split, folder: Path | None) -> Reader:
         return latents.reader_of(model, self.autoencoder, data, split.train, self.config.train, folder)

@@ -198,7 +198,7 @@ class DistillationTask(Task):
         """
         if self.config.method in OBJECTIVES:
             return self._flow_map_loss(model, batch, network)
-        schedule, device = model.schedule, batch.eps.device
+        schedule, device = model.schedule, batch.device
         x = batch_x(model, batch).to(device)
         times = LogNormalSigma(schedule, LOG_RATIO_MEAN, LOG_RATIO_STD)
         t = schedule(times.sample(batch.u))
@@ -216,10 +216,9 @@ class DistillationTask(Task):
 
         A map both ways learns its slope beside it, from x̂ of the same flow with one probe of random signs.
         """
-        config, device = self.config, batch.eps.device
+        config, device = self.config, batch.device
         x, denoise = batch_x(model, batch).to(device), model.denoiser(network)
-        r = torch.special.ndtr(batch.z.flatten(1)[:, 0].double().cpu())  # the part of the noise that is not used yet
-        t, s = map_levels(model.schedule, batch.u, r, config.both_ways)
+        t, s = map_levels(model.schedule, batch.u, batch.r, config.both_ways)
         x_t = diffuse(x, t, batch.eps)
         from_data = config.pairs == "data"
         flow = denoise if from_data else self._teacher_denoiser(device)

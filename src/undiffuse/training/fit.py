@@ -19,6 +19,7 @@ from undiffuse.networks.norm import to_fast_layout
 from undiffuse.process.seeded_noise import generator
 from undiffuse.runtime.precision import resolve_precision
 from undiffuse.runtime.signals import Interrupted, StopRequests, collect_stop_signals
+from undiffuse.training import compiled
 from undiffuse.training.augmentation import check_augmentation
 from undiffuse.training.batches import Batch, Batches, Reader, batch_items, global_batch, micro_batches
 from undiffuse.training.distributed import (
@@ -83,8 +84,8 @@ def fit(
         if resumed is None:  # finished by another process, since the check above
             return run.folder
         progress, warnings = resumed
-        network = prepare_network(accelerator, model.network, settings)
         saved_at, read = progress.seconds, prepare_reader(accelerator, task, model, data, split, run)
+        network = choose_network(accelerator, state, data, split, read, progress, notes)
         progress.seconds += clock() - began  # setting up is part of the run
         unread = UnreadSteps(task, model, run.folder, reading_waits(accelerator.device))
         with (
@@ -198,6 +199,34 @@ def prepare_reader(accelerator: Accelerator, task: Task, model: Any, data: Datas
     return reads[0]
 
 
+def choose_network(
+    accelerator: Accelerator,
+    state: TrainState,
+    data: Dataset,
+    split: Split,
+    read: Reader,
+    progress: Progress,
+    notes: list[str],
+) -> nn.Module:
+    """`prepare_network`; compiled if the recipe leaves it open and gradients are faster so, with a line in ``notes``.
+
+    The choice of the first start is kept in ``progress``, so that a resumed run computes as it did before.
+    """
+    settings = state.task.config.train
+    network = prepare_network(accelerator, state.model.network, settings)
+    if progress.compiled is None and compiled.is_tried(settings, accelerator.device):
+        batch = global_batch(data, split.train, settings, progress.step, read)
+
+        def gradient(form: nn.Module) -> None:
+            compute_gradient(accelerator, state, form, batch, progress)
+            state.optimizer.zero_grad()
+
+        faster, line = compiled.choose(network, gradient, torch.accelerator.synchronize)
+        progress.compiled = from_main_process(accelerator, faster)
+        notes.append(line)
+    return torch.compile(network) if progress.compiled else network  # pyright: ignore[reportReturnType]
+
+
 def evaluate_saved(accelerator: Accelerator, monitor: Monitor, stop_requests: StopRequests) -> None:
     """The evaluation that the checkpoint of this step lacks, if one is due.
 
@@ -287,7 +316,7 @@ def compute_gradient(
     is called in place of ``model.network``.
     """
     settings = state.task.config.train
-    batch = batch._replace(fraction=progress.fraction(settings))
+    batch = replace(batch, fraction=progress.fraction(settings))
     seed = generator(settings.seed, "dropout", progress.step).initial_seed()
     parts = micro_batches(settings, accelerator.num_processes, accelerator.process_index)
     losses = []
