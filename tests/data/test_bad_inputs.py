@@ -224,7 +224,7 @@ def test_arrays_that_change_during_training(folder, monkeypatch, order, dtype):
         """The errors of a batch and of a slice after a ``change``; a batch before it succeeds."""
         np.save(path, values)
         data = load(path)
-        assert len(global_batch(data, np.arange(64), settings, 0)[0]) == 8
+        assert len(global_batch(data, np.arange(64), settings, 0).values) == 8
         with monkeypatch.context() as patch:
             change(patch)
             errors = []

@@ -116,7 +116,8 @@ def test_final_log_var_is_used_only_where_sigma_is_zero():
 def test_values_reach_a_gpu_in_one_copy_and_have_the_shape_of_x():
     values, x = [torch.tensor([0.25, 0.5, 0.75]), torch.tensor(3.0, dtype=torch.float64)], torch.zeros(3, 2, 4)
     on_cpu = broadcast_together(values, x)
-    assert [tuple(value.shape) for value in on_cpu] == [(3, 1, 1), (1, 1, 1)]
+    assert [value.flatten().tolist() for value in on_cpu] == [[0.25, 0.5, 0.75], [3.0, 3.0, 3.0]]
+    assert [(tuple(value.shape), value.dtype) for value in on_cpu] == [((3, 1, 1), torch.float32)] * 2
     with simulated_gpu() as counts:
         x = x.to(GPU)
         counts.clear()
@@ -125,4 +126,4 @@ def test_values_reach_a_gpu_in_one_copy_and_have_the_shape_of_x():
         assert all((value.device, value.dtype, value.ndim) == (GPU, torch.float32, 3) for value in on_gpu)
         moved = [value.cpu() for value in on_gpu]
     for found, expected in zip(moved, on_cpu, strict=True):
-        torch.testing.assert_close(found, expected.float().expand_as(found))
+        torch.testing.assert_close(found, expected)

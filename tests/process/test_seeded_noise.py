@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
+from undiffuse.process import seeded_noise
 from undiffuse.process.seeded_noise import ItemNoise, generator, philox
 
 WORD = 2**32 - 1
@@ -137,3 +138,24 @@ def test_dtype_and_device_of_the_noise():
         assert ItemNoise(0, [0, 1], ())(n).shape == (n, 2)
     single, double = (ItemNoise(0, range(9), (99,), dtype=dtype)(3) for dtype in (torch.float32, torch.float64))
     torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 12, [1, 1, 2, 2, 1, 1, 3, 0, 1, 2], [2] * 9])
+def test_numbers_that_are_made_ahead_are_those_of_their_calls(sizes, monkeypatch):
+    """Whatever the calls are, and for as many calls as there are numbers made at once."""
+    noise = ItemNoise(1, range(3), (5,))
+    made = [noise(n) for n in sizes]
+    monkeypatch.setattr(seeded_noise, "CALL_VALUES", 0)
+    alone = ItemNoise(1, range(3), (5,))
+    assert all(torch.equal(alone(n), numbers) for n, numbers in zip(sizes, made, strict=True))
+    assert alone.position == noise.position
+    assert len(alone.ahead) == 0
+
+
+def test_small_calls_are_made_together_from_the_second_on(monkeypatch):
+    lengths, real = [], seeded_noise.philox
+    monkeypatch.setattr(seeded_noise, "philox", lambda *given: lengths.append(given[1].numel()) or real(*given))
+    noise = ItemNoise(1, range(64), (1, 8, 8))
+    for _ in range(10):
+        noise(1)
+    assert lengths == [16, 8 * 16, 8 * 16]

@@ -3,7 +3,7 @@
 A dequantizer draws z near x from q(z given x) and returns z and log q(z given x) − log P(v given z), where
 P(v given z) is the probability that the value v is decoded from z: 1 within v's bin, or that of a noisy decoder.
 z has x's units. The outermost bins of a data transform are infinite; dequantizers that stay within the bin (uniform,
-variational) replace the infinite edge by the mirror image of the finite one about x.
+truncated, variational) replace the infinite edge by the mirror image of the finite one about x.
 """
 
 from __future__ import annotations
@@ -82,6 +82,25 @@ class ForwardNoise:
         q = Gaussian(data, log_var)
         z = q.sample(_draw(x, noise))
         return z, item_sum(q.log_prob(z) - self.decode(x, broadcast_like(self.level.alpha, z) * z, self.level))
+
+
+@dataclass(frozen=True)
+class TruncatedNormal:
+    """q(z given x) = N(x, s²) within the bin of x, s = sigma_0/alpha_0 of the clean end ``level`` [Zheng23 §4.1].
+
+    log q = Σ log N(z; x, s²) − log(Φ((high − x)/s) − Φ((low − x)/s)).
+    """
+
+    edges: EdgesOf
+    level: NoiseLevel
+
+    def __call__(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
+        (low, high), data = finite_bins(self.edges, x), x.double()
+        std = broadcast_like(self.level.sigma / self.level.alpha, data)
+        below, above = torch.special.ndtr((low - data) / std), torch.special.ndtr((high - data) / std)
+        z = data + std * torch.special.ndtri(below + (above - below) * torch.special.ndtr(_draw(x, noise)))
+        log_q = Gaussian(data, 2 * torch.log(std)).log_prob(z) - torch.log(above - below)
+        return z, item_sum(log_q)
 
 
 class VariationalDequantizer(nn.Module):

@@ -76,11 +76,10 @@ def broadcast_like(value: Tensor, x: Tensor) -> Tensor:
 
 
 def broadcast_together(values: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-    """`broadcast_like` of each of the ``values``, which are on the CPU; another device gets them in one copy."""
-    if x.device.type != "cpu":
-        stacked = torch.stack(torch.broadcast_tensors(*values))
-        values = to_device(stacked, x.device, torch.promote_types(x.dtype, torch.float32)).unbind()
-    return [broadcast_like(value, x) for value in values]
+    """`broadcast_like` of each of the ``values``, which are on the CPU, with one conversion and one copy for all."""
+    stacked = torch.stack(torch.broadcast_tensors(*values))
+    stacked = to_device(stacked, x.device, torch.promote_types(x.dtype, torch.float32))
+    return list(stacked.reshape(stacked.shape + (1,) * (x.ndim + 1 - stacked.ndim)).unbind())
 
 
 def transition_frac(t: NoiseLevel, s: NoiseLevel) -> Tensor:

@@ -23,6 +23,8 @@ Noise = Callable[[int], Tensor]
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+CALL_VALUES = 2**15
+"""Numbers that `ItemNoise` makes at once for several calls, if a call is smaller: its operations cost more than they."""
 
 
 def generator(seed: int, purpose: str, index: int) -> torch.Generator:
@@ -79,20 +81,31 @@ class ItemNoise:
         else:
             self.items = torch.tensor([int(item) for item in items], dtype=torch.int64, device=device)
         self.shape, self.dtype, self.position = tuple(shape), dtype, 0
+        self.ahead: list[Tensor] = []
+        """What calls with the last n return next, in reverse order."""
 
     def __call__(self, n: int) -> Tensor:
-        shape, size = (len(self.items), n, *self.shape), n * math.prod(self.shape)
+        size = n * math.prod(self.shape)
         if size == 0:  # a deterministic step
-            return torch.empty(shape, device=self.items.device, dtype=self.dtype).transpose(0, 1)
-        end = self.position + -(-size // 4)
-        even, odd = philox(self.key, torch.arange(self.position, end, device=self.items.device), self.items[:, None])
-        self.position = end
+            return torch.empty(n, len(self.items), *self.shape, device=self.items.device, dtype=self.dtype)
+        if not self.ahead or len(self.ahead[-1]) != n:
+            again = self.position > 0  # the first call is often the only one
+            self.ahead = self._draw(n, max(1, CALL_VALUES // (size * len(self.items))) if again else 1)
+        self.position += -(-size // 4)
+        return self.ahead.pop()
+
+    def _draw(self, n: int, calls: int) -> list[Tensor]:
+        """What so many calls with ``n`` return, the last one first. Each begins with a block of four numbers."""
+        items, size, device = len(self.items), n * math.prod(self.shape), self.items.device
+        length = -(-size // 4)
+        counter = torch.arange(self.position, self.position + length * calls, device=device)
+        even, odd = philox(self.key, counter, self.items[:, None])
         real = torch.float64 if self.dtype == torch.float64 else torch.float32
         radius = even.to(real).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
         angle = odd.to(real).mul_(2 * math.pi * 2.0**-32)
-        normal = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
-        by_item = normal.transpose(0, 1).flatten(1)[:, :size].to(self.dtype)
-        return by_item.reshape(shape).transpose(0, 1).contiguous()
+        normal = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)]).to(self.dtype)
+        by_call = normal.view(4, items, calls, length).permute(2, 1, 0, 3).flatten(2)[:, :, :size]
+        return list(by_call.reshape(calls, items, n, *self.shape).transpose(1, 2).contiguous())[::-1]
 
 
 def _digest(text: str) -> int:

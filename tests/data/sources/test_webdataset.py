@@ -80,11 +80,11 @@ def test_images_of_shards_in_order(shards):
 def test_batches_of_shards_are_reproducible(shards):
     data, settings = load(shards), TrainConfig(batch=3, seed=1)
     with Batches(data, np.arange(7), settings) as batch:
-        tensors = [batch(step)[0] for step in range(5)]
+        tensors = [batch(step).values for step in range(5)]
         assert batch.pending == {}  # decoding is not thread-safe
     with Batches(data, np.arange(7), settings) as batch:
-        assert torch.equal(batch(3)[0], tensors[3])
-    again = global_batch(load(shards), np.arange(7), settings, 4)[0]
+        assert torch.equal(batch(3).values, tensors[3])
+    again = global_batch(load(shards), np.arange(7), settings, 4).values
     assert torch.equal(again, tensors[4])
 
 
