@@ -24,7 +24,7 @@ WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 CALL_VALUES = 2**15
-"""Numbers that `ItemNoise` makes at once for several calls, if a call is smaller: its operations cost more than they."""
+"""Numbers that `ItemNoise` makes at once, for several calls, if a call is smaller: each operation has a fixed cost."""
 
 
 def generator(seed: int, purpose: str, index: int) -> torch.Generator:
