@@ -5,11 +5,14 @@ from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from undiffuse.model.config import to_dict
+from undiffuse.data.from_array import from_array
+from undiffuse.model.config import TrainConfig, to_dict
 from undiffuse.networks.registry import build
+from undiffuse.training.batches import global_batch
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "recipes"
 
@@ -38,3 +41,24 @@ def test_every_recipe_is_another_one_with_a_network_that_exists(recipes):
 def test_later_changes_replace_earlier_ones(recipes):
     changes = {"train": {"lr": 1.0, "batch": 2}}, {"model": {"output": "values"}}, {"train": {"lr": 3.0}}
     assert recipes.merged(*changes) == {"train": {"lr": 3.0, "batch": 2}, "model": {"output": "values"}}
+
+
+def test_patches_change_the_times_and_the_noise_of_a_batch(recipes):
+    data = from_array(np.random.default_rng(0).integers(256, size=(40, 1, 4, 4)).astype(np.uint8), num_values=256)
+    settings = TrainConfig(batch=16, seed=1)
+
+    def batch():
+        return global_batch(data, np.arange(40), settings, 3)
+
+    plain = batch()
+    with recipes.independent_times():
+        other = batch()
+    assert torch.equal(other.u, batch().u) is False
+    assert float(other.u.sort().values.diff().std()) > 10 * float(plain.u.sort().values.diff().std())
+    with recipes.immiscible_noise():
+        near = batch()
+        noise = near.eps
+    assert sorted(noise.flatten(1).tolist()) == sorted(plain.eps.flatten(1).tolist())
+    x = 2 * plain.values.float() / 255 - 1
+    assert float((x - noise).square().sum()) < 0.95 * float((x - plain.eps).square().sum())
+    assert torch.equal(batch().eps, plain.eps)
