@@ -14,6 +14,7 @@ class Part(NamedTuple):
 
 PARTS: dict[str, Part] = {
     "same-network": Part("The same network in other packages: a training step, a sampling step", "same_network"),
+    "same-calls": Part("The same network and calls: our solvers and those of other packages", "same_calls"),
     "limits": Part("Operations of a training step, and the fraction of this machine's rate", "limits"),
     "growth": Part("How times grow: exponents", "growth"),
     "clock": Part("Fashion-MNIST after some minutes of training", "clock"),

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from oracles import GaussianData, MixtureData
+from peer_packages import import_k_diffusion
 
 from undiffuse.denoising.denoiser import NetworkDenoiser, Preconditioning
 from undiffuse.process import schedule as S
@@ -37,28 +39,6 @@ def diffusers() -> types.ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module("diffusers.schedulers")
-
-
-def k_diffusion() -> types.ModuleType:
-    """Its sampling functions, without the rest of the package. Raises ModuleNotFoundError."""
-    found = importlib.util.find_spec("k_diffusion")
-    if found is None or not found.submodule_search_locations:
-        raise ModuleNotFoundError("No module named 'k_diffusion'")
-    hidden = {name: types.ModuleType(name) for name in ("torchsde", "torchdiffeq", "torchvision")}
-    hidden["torchvision.transforms"] = types.ModuleType("torchvision.transforms")
-    hidden["torchdiffeq"].odeint = hidden["torchvision.transforms"].functional = None  # type: ignore[attr-defined]
-    package = types.ModuleType("k_diffusion")
-    package.__path__ = list(found.submodule_search_locations)
-    before = {name: sys.modules.get(name) for name in hidden}
-    sys.modules.update(hidden, k_diffusion=package)
-    try:
-        return importlib.import_module("k_diffusion.sampling")
-    finally:
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
 
 
 # --- the same network, noise and table in both ---------------------------------------------------------------------
@@ -227,7 +207,7 @@ def main() -> None:
 
     from undiffuse.sampling.solvers.dpm_multistep import Multistep
 
-    K = k_diffusion()
+    K = import_k_diffusion()
     flow, sde = "DPM-Solver++ 3M, the flow", "DPM-Solver++ 3M, the SDE"
     rows = [
         (flow, "ours", strong, by_ours(Multistep(3))),

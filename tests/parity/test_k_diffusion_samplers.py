@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import peers
+import peer_packages
 import pytest
 import torch
 from mistakes import OtherThird
@@ -51,7 +51,7 @@ ROWS = {
 @pytest.fixture(scope="module")
 def theirs() -> ModuleType:
     try:
-        return peers.k_diffusion()
+        return peer_packages.import_k_diffusion()
     except ModuleNotFoundError as error:
         pytest.skip(f"{error}. Install it: .venv/bin/python -m pip install --no-deps k-diffusion tqdm scipy")
 
