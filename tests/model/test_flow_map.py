@@ -40,7 +40,7 @@ from undiffuse.networks.mlp import MLP
 from undiffuse.networks.unet import UNet
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian
-from undiffuse.process.prior import prior_sample
+from undiffuse.process.prior import prior_sample, prior_scale
 from undiffuse.process.target import TARGETS
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers.flow_map import FlowMapSampling
@@ -417,6 +417,10 @@ def test_few_calls_give_the_exact_likelihood_of_gaussian_data(schedule, calls):
     exact = Gaussian(GAUSSIAN.m.expand(2, 2), torch.log(GAUSSIAN.cov + (bottom.sigma / bottom.alpha) ** 2).expand(2, 2))
     torch.testing.assert_close(found.total, -exact.log_prob(x).sum(1), rtol=1e-7, atol=1e-7)
     assert found.calls == calls
+    default = Gaussian(torch.zeros_like(x), torch.full_like(x, 2 * math.log(prior_scale(top))))
+    by_default = few_call_nll(ExactMap(GAUSSIAN, schedule), x, levels)
+    expected = few_call_nll(ExactMap(GAUSSIAN, schedule), x, levels, prior=default)
+    torch.testing.assert_close(by_default.total, expected.total)
     seen, cond = [], Condition(label=torch.tensor([0, 1]))
 
     class Recorded(ExactMap):
