@@ -36,7 +36,7 @@ def import_k_diffusion() -> types.ModuleType:
     hidden["torchvision.transforms"] = types.ModuleType("torchvision.transforms")
     hidden["torchdiffeq"].odeint = hidden["torchvision.transforms"].functional = None  # type: ignore[attr-defined]
     package = types.ModuleType("k_diffusion")
-    package.__path__ = list(found.submodule_search_locations)
+    package.__path__, package.__spec__ = list(found.submodule_search_locations), found
     before = {name: sys.modules.get(name) for name in hidden}
     sys.modules.update(hidden, k_diffusion=package)
     try:

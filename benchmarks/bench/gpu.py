@@ -174,7 +174,7 @@ def loop(size: Size, device: torch.device, place: Path) -> Table:
         finally:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-        seen = [warning for warning in caught if "synchroniz" in str(warning.message)]
+        seen = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
     measured = [line["items_per_second"] for line in Run(place / "loop").read_metrics() if "items_per_second" in line]
     rate = (
         f"{spread(measured).median:,.0f}" if measured else f"{size.steps * size.batch / seconds:,.0f} with setting up"
@@ -186,7 +186,7 @@ def loop(size: Size, device: torch.device, place: Path) -> Table:
         if device.type == "cuda"
         else "not counted on a processor",
     }
-    return Table("The whole loop, data on the host as uint8, in the precision and form that it chooses", [row])
+    return Table("The whole loop in bfloat16, not compiled, with data on the host as uint8", [row])
 
 
 def peer(size: Size, device: torch.device, rounds: int) -> tuple[Table, dict[str, Any]]:

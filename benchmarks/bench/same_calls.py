@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,9 +95,11 @@ def rows_of(model: Diffusion) -> tuple[dict[tuple[str, str], More], list[str]]:
 
 def run(options: argparse.Namespace) -> Result:
     torch.set_num_threads(options.threads or 1)
-    data, place = load_data("digits"), Run(options.out / "same-calls")
+    data = load_data("digits")
     config = replace_train(preset("digits"), max_steps=None, minutes=MINUTES)
-    model = load(fit(DiffusionTask(config), data, place, "cpu", quiet=True, clock=time.process_time))
+    with tempfile.TemporaryDirectory() as place:
+        run = fit(DiffusionTask(config), data, Run(Path(place) / "run"), "cpu", quiet=True, clock=time.process_time)
+        model = load(run)
     split = data.split(model.info["held_out"])
 
     def x_of(values: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def test_the_check_refuses_exactly_what_does_not_fit(monkeypatch):
         (TrainConfig(batch=600, accumulate=3), 200, 1),
         (TrainConfig(batch=600, accumulate=3), 100, 2),
     ):
-        need = weights + 16 * 1000 * settings.batch + 12_000 * items
+        need = weights + 1000 * settings.batch + (8000 + 12_000) * items
         monkeypatch.setattr(memory_estimate, "available_memory", lambda need=need: need)
         check_memory(model, model.loss, settings, processes)
         monkeypatch.setattr(memory_estimate, "available_memory", lambda need=need: need - 1)

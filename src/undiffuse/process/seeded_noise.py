@@ -90,10 +90,11 @@ class ItemNoise:
             return torch.empty(n, len(self.items), *self.shape, device=self.items.device, dtype=self.dtype)
         if not self.ahead or len(self.ahead[-1]) != n:
             again = self.position > 0  # the first call is often the only one
-            self.ahead = self._draw(n, max(1, CALL_VALUES // (size * len(self.items))) if again else 1)
+            self.ahead = self._draw(n, max(1, CALL_VALUES // max(1, size * len(self.items))) if again else 1)
         self.position += -(-size // 4)
         return self.ahead.pop()
 
+    @torch.inference_mode(False)  # a later call may be outside of it
     def _draw(self, n: int, calls: int) -> list[Tensor]:
         """What so many calls with ``n`` return, the last one first. Each begins with a block of four numbers."""
         items, size, device = len(self.items), n * math.prod(self.shape), self.items.device

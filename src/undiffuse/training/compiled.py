@@ -16,10 +16,24 @@ REPEATS = 5
 """Gradients in each measured time; the first of each form is not measured."""
 
 
-def is_tried(settings: TrainConfig, device: torch.device) -> bool:
-    """Whether a run of ``settings`` on ``device`` compares both forms before its first step."""
+def is_open(settings: TrainConfig, device: torch.device, processes: int) -> bool:
+    """Whether a run of ``settings`` may take either form: one process on a GPU, and long enough."""
     long = (settings.minutes or 0) >= MIN_MINUTES or (settings.max_steps or 0) >= MIN_STEPS
-    return settings.compile is None and device.type == "cuda" and long
+    return settings.compile is None and device.type == "cuda" and processes == 1 and long
+
+
+def compile_network(eager: Any, gradient: Callable[[Any], object]) -> tuple[Any, str]:
+    """(the compiled form of ``eager``, "") after one gradient; (None, a line for the log) if that fails.
+
+    It fails, for example, without a compiler on the machine. ``gradient(network)`` computes the gradient of a batch.
+    """
+    try:
+        form = torch.compile(eager)
+        gradient(form)
+    except Exception as error:  # dynamo, inductor and triton raise errors of many classes, all of them without effect
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return None, f"note: the network is not compiled, because that failed: {reason[0][:200]}"
+    return form, ""
 
 
 def choose(
@@ -27,29 +41,27 @@ def choose(
     gradient: Callable[[Any], object],
     synchronize: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[bool, str]:
-    """(whether the compiled form of ``eager`` computes gradients in less time, a line for the log about both).
+) -> tuple[Any, str]:
+    """(the compiled form of ``eager`` if gradients take less time with it, else None; a line for the log).
 
-    ``gradient(network)`` computes the gradient of a batch with a form of the network, ``synchronize()`` waits until it
-    is done. A form that fails, for example without a compiler on the machine, is not chosen.
+    ``gradient(network)`` computes the gradient of a batch, ``synchronize()`` waits until it is done.
     """
 
-    def seconds(network: Any, repeats: int) -> float:
+    def seconds(network: Any) -> float:
         synchronize()
         began = clock()
-        for _ in range(repeats):
+        for _ in range(REPEATS):
             gradient(network)
         synchronize()
-        return (clock() - began) / repeats
+        return (clock() - began) / REPEATS
 
-    seconds(eager, 1)
-    plain = seconds(eager, REPEATS)
-    try:
-        form = torch.compile(eager)
-        first = seconds(form, 1)
-        compiled = seconds(form, REPEATS)
-    except Exception as error:  # dynamo, inductor and triton raise errors of many classes, all of them without effect
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        return False, f"note: the network is not compiled, because that failed: {reason[0][:200]}"
+    gradient(eager)
+    plain, began = seconds(eager), clock()
+    form, failure = compile_network(eager, gradient)
+    if failure:
+        return None, failure
+    synchronize()
+    first, compiled = clock() - began, seconds(form)
     measured = f"a gradient takes {1e3 * compiled:.3g} ms compiled ({first:.0f} s to compile), {1e3 * plain:.3g} ms not"
-    return compiled < plain, f"note: the network is {'' if compiled < plain else 'not '}compiled: {measured}"
+    faster = compiled < plain
+    return form if faster else None, f"note: the network is {'' if faster else 'not '}compiled: {measured}"

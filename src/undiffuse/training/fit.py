@@ -59,8 +59,8 @@ def fit(
     although recipe, data or torch have changed, with a new plan for the end; not for a finished run. ``clock``:
     seconds, as of `time.perf_counter`, for ``minutes`` and for rates.
 
-    Every random number is a function of (seed, purpose, step). With ``max_steps``, evaluating and saving do not change
-    what is trained, and a resumed run is bit-identical to an uninterrupted one; with ``minutes`` their time counts, and
+    Every random number is a function of (seed, purpose, step or item). With ``max_steps``, evaluating and saving do not
+    change what is trained, and a resumed run is bit-identical to an uninterrupted one; with ``minutes`` their time counts, and
     they get as little of it as `progress.measuring_allowance` says.
     Raises `ConfigError` (also for a finished run of another recipe, data or ``init``), `DataError`, `CheckpointError`,
     `NonFiniteError`, `ResourceError` (disk full, or another process trains into the folder), and `Interrupted` after a
@@ -208,23 +208,30 @@ def choose_network(
     progress: Progress,
     notes: list[str],
 ) -> nn.Module:
-    """`prepare_network`; compiled if the recipe leaves it open and gradients are faster so, with a line in ``notes``.
+    """`prepare_network`; compiled if the recipe leaves it open and gradients take less time, with a line in ``notes``.
 
-    The choice of the first start is kept in ``progress``, so that a resumed run computes as it did before.
+    The choice is made before the first step and kept in ``progress``, so that a resumed run computes as it did before.
     """
-    settings = state.task.config.train
+    settings, device = state.task.config.train, accelerator.device
     network = prepare_network(accelerator, state.model.network, settings)
-    if progress.compiled is None and compiled.is_tried(settings, accelerator.device):
-        batch = global_batch(data, split.train, settings, progress.step, read)
+    is_first = progress.step == 0 and progress.compiled is None
+    if not compiled.is_open(settings, device, accelerator.num_processes) or not (is_first or progress.compiled):
+        return network
+    batch = global_batch(data, split.train, settings, progress.step, read)
 
-        def gradient(form: nn.Module) -> None:
+    def gradient(form: nn.Module) -> None:
+        try:
             compute_gradient(accelerator, state, form, batch, progress)
+        finally:
             state.optimizer.zero_grad()
 
-        faster, line = compiled.choose(network, gradient, torch.accelerator.synchronize)
-        progress.compiled = from_main_process(accelerator, faster)
-        notes.append(line)
-    return torch.compile(network) if progress.compiled else network  # pyright: ignore[reportReturnType]
+    if is_first:
+        form, line = compiled.choose(network, gradient, lambda: torch.accelerator.synchronize(device))
+    else:
+        form, line = compiled.compile_network(network, gradient)
+    progress.compiled = form is not None
+    notes += [line] if line else []
+    return network if form is None else form
 
 
 def evaluate_saved(accelerator: Accelerator, monitor: Monitor, stop_requests: StopRequests) -> None:

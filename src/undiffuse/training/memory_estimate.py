@@ -16,23 +16,23 @@ from undiffuse.training.optimizer import block_matrices
 
 FLOAT_BYTES = 4
 """Bytes of a float32."""
-BATCH_BYTES = 4 * FLOAT_BYTES
-"""Bytes for each number in a batch: its value, two noises and the network's output."""
+VALUE_BYTES, PASS_BYTES = 1, 2 * FLOAT_BYTES
+"""Bytes of a value in a batch, at least, and of its noise and the network's output, which a pass has for its items."""
 
 
 def check_memory(model: Any, loss: Callable[[int], Tensor], settings: TrainConfig, processes: int = 1) -> None:
     """Raise `ConfigError` if weights, batch and activations need more memory than is available.
 
-    ``loss`` computes the losses of so many items. On other devices than the CPU only the batch is checked.
+    ``loss`` computes the losses of so many items. On other devices than the CPU only the values are checked.
     """
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())  # a learned schedule is there in any case
     one_moment = sum(p.numel() for p in block_matrices(model.network)) if settings.optimizer == "muon" else 0
     parameters = sum(p.numel() for p in model.parameters())
     weights = memory_per_process(parameters, one_moment=one_moment) if on_cpu else 0
-    batch = BATCH_BYTES * settings.batch * math.prod(model.item_shape)
+    dims, items = math.prod(model.item_shape), -(-settings.batch // processes // settings.accumulate)
+    batch = dims * (VALUE_BYTES * settings.batch + PASS_BYTES * items * on_cpu)
     _require(settings, weights, batch, "Give a smaller batch")
     if on_cpu:
-        items = -(-settings.batch // processes // settings.accumulate)
         activations = measure_activations(model, loss, items, available_memory() - weights)
         fix = "Give a smaller batch, a larger train.accumulate or a smaller network"
         _require(settings, weights, batch + activations, fix)

@@ -51,7 +51,7 @@ class Progress:
     measuring_seconds: float = 0.0
     """The part of ``seconds`` that evaluations, pictures, and saving for them have taken."""
     compiled: bool | None = None
-    """Whether the network is compiled, where the recipe leaves it open and `compiled.choose` has measured it."""
+    """Whether the network is compiled, where the recipe leaves it open and `compiled.choose` has measured both."""
     evaluation_missing: bool = False
     """Whether an evaluation is due at this step and comes after the checkpoint."""
 

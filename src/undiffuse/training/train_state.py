@@ -1,6 +1,6 @@
 """The state of training, in memory and on disk: a folder for each checkpoint, complete or absent.
 
-Random numbers are functions of (seed, purpose, step), so there are no generators to store.
+Random numbers are functions of (seed, purpose, step or item), so there are no generators to store.
 """
 
 from __future__ import annotations
