@@ -15,7 +15,7 @@ from undiffuse.data.from_array import from_array
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.interop.autoencoders import load_autoencoder
 from undiffuse.model.autoencoder import Autoencoder
-from undiffuse.networks.autoencoder import KLAutoencoder, PositionAttention, TinyAutoencoder, TinyBlock
+from undiffuse.networks.autoencoder import KLAutoencoder, PositionAttention, ResidualBlock, TinyAutoencoder, TinyBlock
 from undiffuse.networks.settings import MAX_DEPTH, MAX_LAYERS
 
 DATA = from_array(np.random.default_rng(0).integers(256, size=(6, 3, 16, 16)), num_values=256, name="pictures")
@@ -206,3 +206,22 @@ def test_the_pooled_branch_by_hand():
     normed = (grouped - grouped.mean(2, True)) / (grouped.var(2, correction=0, keepdim=True) + norm.eps).sqrt()
     pooled = h + wide(torch.relu(normed.reshape(2, 20, 4, 4)))
     torch.testing.assert_close(block(h), torch.relu(block.conv(pooled) + pooled))
+
+
+@pytest.mark.parametrize(("in_width", "out_width"), [(4, 4), (4, 8)])
+def test_the_residual_block_by_hand(in_width, out_width):
+    """h, or its 1×1 convolution where the width changes, + conv₂(SiLU(norm₂(conv₁(SiLU(norm₁(h))))))."""
+    torch.manual_seed(0)
+    block, h = ResidualBlock(2, in_width, out_width, 2), torch.randn(2, in_width, 4, 4)
+    y = block.conv1(F.silu(F.group_norm(h, 2, block.norm1.weight, block.norm1.bias, block.norm1.eps)))
+    y = block.conv2(F.silu(F.group_norm(y, 2, block.norm2.weight, block.norm2.bias, block.norm2.eps)))
+    shortcut = h if in_width == out_width else F.conv2d(h, block.conv_shortcut.weight, block.conv_shortcut.bias)
+    torch.testing.assert_close(block(h), shortcut + y)
+
+
+def test_all_stages_but_the_last_change_the_size():
+    """With the names of diffusers, the encoder's from the finest stage on and the decoder's from the coarsest."""
+    names = KLAutoencoder(1, widths=[4, 4, 4]).state_dict()
+    for part, kind in (("encoder.down_blocks", "downsamplers"), ("decoder.up_blocks", "upsamplers")):
+        changing = {name.split(".")[2] for name in names if name.startswith(part) and kind in name}
+        assert changing == {"0", "1"}

@@ -236,6 +236,7 @@ def test_samples_depend_on_seed_and_item_alone(stages, tmp_path):
     assert (x.shape, x.dtype, int(x.max()) < 5) == ((5, 1, 8, 8), torch.uint8, True)
     assert steps == [(stage, n) for n in (3, 2) for stage in range(3) for _ in range(4)]
     assert torch.equal(x, cascade.sample(5, 3))
+    assert torch.equal(x[:1], cascade.sample(1, 3, batch=1))
     assert torch.equal(cascade.sample(2), cascade.sample(2, 0))
     assert torch.equal(x[2:], cascade.sample(3, 3, first=2))
     assert not torch.equal(x, cascade.sample(5, 3, augmentation=0.9))
