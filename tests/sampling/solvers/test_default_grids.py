@@ -123,3 +123,4 @@ def test_end_power():
     assert end_power(S.LearnedSchedule()) == math.inf
     assert [end_power(s) for s in TABLES.values()] == [1] * len(TABLES)
     assert end_power(S.Sigmoid(min_signal=0.0)) == 1
+    assert end_power(S.Sigmoid(min_signal=0.01)) == 1  # by the end at data alone
