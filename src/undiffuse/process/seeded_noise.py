@@ -1,8 +1,8 @@
 """Random numbers as functions of a key (seed, purpose, index).
 
 The noise of an item is `ItemNoise`: it depends on (seed, purpose, item) alone, so it is the same in any batch, on any
-number of processes and, before the normal transform, on any device. What else training draws is of one `generator` per
-step, by (seed, purpose, step).
+number of processes and, before the normal transform, on any device. Training draws its other numbers from one
+`generator` per step, by (seed, purpose, step).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether the network of a training is compiled where the recipe leaves it open: on a GPU, if steps become faster."""
+"""The choice between a compiled and a plain network for a long run on a GPU whose recipe does not make it."""
 
 from __future__ import annotations
 
