@@ -2,6 +2,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -120,6 +121,15 @@ def test_vdm_trains_network_and_schedule_from_the_clean_end_of_the_data():
     data, u, eps = values((1, 8, 8), 17), torch.tensor([0.1, 0.9]), torch.randn(2, 1, 8, 8)
     model.loss(data, u, eps).mean().backward()
     assert all(bool(p.grad.abs().sum() > 0) for p in (model.network.conv_out.bias, *model.schedule.parameters()))
+
+
+@pytest.mark.parametrize(("name", "mean", "std"), [("cpu-small", -0.5, 1.5), ("likelihood", -1.2, 1.8)])
+def test_the_training_noise_levels_of_images_are_those_of_a_truncated_normal(name, mean, std):
+    model = Diffusion(presets.adapt_to_data(presets.get(name), 256).model, (1, 28, 28), IntegerLevels(256))
+    normal = NormalDist(mean, std)
+    low, high = (normal.cdf(-0.5 * float(model.schedule(torch.tensor([t])).log_snr)) for t in (0.0, 1.0))
+    t = model.schedule(model.times.sample(torch.tensor([0.5])))
+    assert float(-0.5 * t.log_snr) == pytest.approx(normal.inv_cdf((low + high) / 2), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,14 @@ PRESETS: dict[str, Config] = {
         ),
         TrainConfig(batch=128, lr=2e-3, ema=0.05),
     ),
-    # 8-bit images of 28 to 64 pixels on two CPU cores, in minutes; the Fourier features as for digits
+    # 8-bit images of 28 to 64 pixels on two CPU cores, in minutes; the Fourier features as for digits. Middle noise
+    # levels are drawn more often: on Fashion-MNIST the Fréchet distance is lower after five minutes with 3 of 3 seeds
     "cpu-small": Config(
-        ModelConfig(network=_CPU_SMALL, output="categorical"),
+        ModelConfig(
+            network=_CPU_SMALL,
+            times={"name": "log_normal_sigma", "mean": -0.5, "std": 1.5},
+            output="categorical",
+        ),
         TrainConfig(batch=64, lr=3e-3, optimizer="muon", ema=0.05),
     ),
     # the bound as loss: where log-SNR is linear in t, its weight on eps is 1. Middle noise levels are drawn more
