@@ -94,6 +94,15 @@ def test_files_that_are_named_exist(path: Path) -> None:
         assert (ROOT / file).exists(), file
 
 
+def test_cited_papers_are_listed() -> None:
+    listed = set(re.findall(r"^- \[(\w+)\]", (ROOT / "docs/notation.md").read_text(), re.M))
+    for path in [*PAGES, *sorted((ROOT / "src").rglob("*.py"))]:
+        for brackets in re.findall(r"\[([^\[\]]+)\]", path.read_text()):
+            for paper in brackets.split(";"):
+                if cited := re.match(r"\s*([^\W\d_]{2,}\d\d[a-z]?)\b", paper):
+                    assert cited[1] in listed or cited[1].islower(), f"{path.name}: [{cited[1]}]"
+
+
 def test_every_number_of_the_mathematics_is_there_once_and_tested() -> None:
     text = (ROOT / "docs/maths.md").read_text()
     numbers = [int(n) for n in re.findall(r"^\*\*\((\d+)\)\*\*", text, re.M)]

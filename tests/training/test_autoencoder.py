@@ -103,6 +103,9 @@ def test_the_numbers_of_an_evaluation():
     assert numbers["items"] == len(x)
     assert 0 < numbers["l1"] < 2
     assert 2 < numbers["reconstruction"] < 40
+    model.decode = lambda z: torch.full_like(x[: len(z)], 9.0)  # shown as the largest value, which is x = 1
+    shown = task.evaluate(model, IMAGES, IMAGES.split(0.2), False, TimeLimit()).numbers["l1"]
+    assert shown == pytest.approx(float((1 - x).mean()), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ PRESETS: dict[str, Config] = {
         ModelConfig(network=_CPU_SMALL, times={"name": "steps"}, loss="bound", variance="learned"),
         TrainConfig(batch=64, lr=1e-3, ema=0.05),
     ),
-    # Song et al. 2019 in units of [−1, 1]: ten levels from 2 to 0.02 below the prior's, for "annealed_langevin"
+    # Song and Ermon 2019 in units of [−1, 1]: ten levels from 2 to 0.02 below the prior's, for "annealed_langevin"
     "ncsn": Config(
         ModelConfig(
             network=_CPU_SMALL,

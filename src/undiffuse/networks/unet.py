@@ -149,7 +149,7 @@ class UNet(nn.Module):
     ``scale_shift``: the embedding scales and shifts the inner norm rather than being added; ``learned_resampling``:
     convolutions between levels (Ho) rather than means and repeats; ``residual_resampling``: residual blocks between
     levels, with means and repeats inside [Dhariwal21], instead of both; ``fourier``: powers n for which sin and cos
-    of 2^n π x are further inputs [Kingma21]; ``norm``: ``group`` (Ho) or ``layer`` (faster on a CPU). Sizes of the
+    of 2^n π x are further inputs [VDM21]; ``norm``: ``group`` (Ho) or ``layer`` (faster on a CPU). Sizes of the
     conditions, 0 for one that it does not accept: ``classes`` (labels 0 … classes − 1, −1 is null); ``vector``;
     ``tokens``, to which it attends wherever it attends to itself, without regard to their order; ``text``, prompts of
     up to so many bytes, by `TextEncoder`, pooled and as tokens; ``image``, the channels of an image that is brought to

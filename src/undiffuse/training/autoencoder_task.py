@@ -91,6 +91,9 @@ class AutoencoderTask(Task):
     def evaluate(self, model: Autoencoder, data: Dataset, split: Split, final: bool, limit: TimeLimit) -> Evaluation:
         """Of held-out items: the mean of |x − x̂| in x, −log p(x given z) and the KL to N(0, I) in bits per dimension.
 
+        The first is that of x̂ as values of the data: outside their range an x̂ may lie far away at no loss of
+        likelihood, and no picture shows it.
+
         z ~ q(z given x) from fixed noise; of fewer items where ``limit`` is short. The sum of both is the bound of the
         autoencoder alone, with the prior N(0, I).
         """
@@ -136,7 +139,7 @@ class AutoencoderTask(Task):
         return autoencoders.load(path)
 
     def _measure(self, model: Autoencoder, data: Dataset, items: np.ndarray, first: int) -> Tensor:
-        """(n, 3): |x − x̂|, −log p(x given z) and KL, the last two in bits per dimension."""
+        """(n, 3): |x − x̂| with x̂ as values of the data, −log p(x given z) and KL, these two in bits per dimension."""
         values = torch.from_numpy(np.ascontiguousarray(data.values[items]))
         x = model.transform.to_model(values).to(model.log_scale.device)
         mean, log_var = model.encode(x)
@@ -146,4 +149,5 @@ class AutoencoderTask(Task):
         x_hat = model.decode(q.sample(noise(1)[0].double()))
         bits = x[0].numel() * float(np.log(2))
         kl = item_sum(q.kl(Gaussian(torch.zeros_like(q.mean), torch.zeros_like(q.mean)))) / bits
-        return torch.stack([item_mean((x - x_hat).abs()).double(), -model.log_prob(values, x_hat) / bits, kl], 1).cpu()
+        shown = model.transform.to_model(model.transform.to_data(x_hat))
+        return torch.stack([item_mean((x - shown).abs()).double(), -model.log_prob(values, x_hat) / bits, kl], 1).cpu()
