@@ -7,6 +7,7 @@ mirror images and dropped labels. For every step to stop at: `pytest -m release 
 
 import functools
 import random
+from dataclasses import replace
 
 import pytest
 from tiny_run import STEPS, checkpoint_hashes, data, model_hashes, quick_looks, recipe, stopping_at, train
@@ -62,6 +63,19 @@ def test_a_stopped_run_resumes_to_the_bit(case, tmp_path, place):
     """Other steps for each setting, so that together they are spread over the run."""
     i = CASES.index(case)
     assert mismatches(case, [(5 * i) % 19, 19 + (3 * i) % 22], tmp_path, place) == []
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_with_channels_last_weights_resumes_to_the_bit(optimizer, tmp_path):
+    """Layer norms make the weights of convolutions channels-last, and so their averages and moments."""
+    config, items = recipe(max_steps=6, optimizer=optimizer), data(40)
+    network = {"kind": "unet", "widths": (8,), "blocks": 1, "attention": (), "patch": 2, "norm": "layer"}
+    config = replace(config, model=replace(config.model, network=network))
+    with quick_looks():
+        straight = checkpoint_hashes(train(config, tmp_path / "straight", items), 6)
+        with stopping_at(3):
+            train(config, tmp_path / "stopped", items)
+        assert checkpoint_hashes(train(config, tmp_path / "stopped", items), 6) == straight
 
 
 @pytest.mark.release

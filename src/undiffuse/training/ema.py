@@ -44,9 +44,11 @@ class PowerEMA:
         """Load the average into ``model``, in the model's dtypes. All processes must call it at the same time."""
         model.load_state_dict({name: full_tensor(tensor) for name, tensor in self.mean.items()})
 
+    @torch.no_grad()
     def load(self, mean: dict[str, Tensor]) -> None:
-        """Replace the average."""
-        self.mean = {name: _at_least_float32(tensor) for name, tensor in mean.items()}
+        """Replace the numbers of the average; its device and its layout of memory stay."""
+        for name, tensor in self.mean.items():
+            tensor.copy_(mean[name])
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -284,7 +284,9 @@ def _load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) 
         parameter = parameters[int(i)]
         if not has_moment(optimizer, parameter, key):
             continue
-        tensor = distribute_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
+        if tensor.shape == parameter.shape:  # in its layout of memory too, which the fused AdamW takes for granted
+            like = torch.empty_like(parameter, dtype=tensor.dtype)
+            tensor = like.copy_(distribute_like(tensor, parameter))
         state.setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
