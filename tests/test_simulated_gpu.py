@@ -279,6 +279,7 @@ previews = 1
 """
 COMMANDS = (
     "train data.npz --config tiny.toml --conditional --steps 2 --out RUN",
+    "train data.npz --extend --steps 2 --out RUN",
     "sample RUN --n 4 --steps 3 --guidance 2 --label 1 --out SAMPLES",
     "evaluate RUN --estimate discrete --mc-samples 2 --items 4",
     "restore RUN image.png --blur 1 --steps 3 --out RESTORED",

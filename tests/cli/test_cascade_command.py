@@ -106,7 +106,7 @@ def test_the_sum_of_the_bounds_is_evaluated(place, call):
     assert numbers["part"] == "held out for testing"  # of the full resolution, by the run of the last stage
     own = call("evaluate", BASE, "--then", MIDDLE, "--then", TOP, *options)
     assert own.code == 0, own.err
-    again = json.loads((place / BASE / "cascade-photos-from-8" / "evaluation.json").read_text())
+    again = json.loads((place / BASE / "cascade-photos-8-from-4-photos-from-8" / "evaluation.json").read_text())
     assert again["estimates"]["discrete"]["bits_per_dim"] == numbers["estimates"]["discrete"]["bits_per_dim"]
     alone = call("evaluate", TOP, *options)
     assert "given the low resolution" in alone.out

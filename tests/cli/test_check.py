@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from undiffuse.cli import check
 from undiffuse.cli.check import data_facts, describe_facts
 from undiffuse.data.from_array import from_array
 from undiffuse.data.sources.registry import OPTIONS, load
@@ -75,6 +76,15 @@ def test_text(folder, call):
     before = image.read_bytes()
     code, _, err = call("check", folder, "--on-bad", "skip", "--out", image)
     assert (code, "Give another name, or move the file away" in err, image.read_bytes() == before) == (2, True, True)
+
+
+def test_a_contact_sheet_of_large_items_has_fewer_and_is_square(tmp_path, monkeypatch):
+    data = from_array(np.zeros((9, 1, 700, 700), np.uint8), num_values=256)
+    for values, count in ((4 * 700**2, 4), (700**2 - 1, 1)):
+        monkeypatch.setattr(check, "MAX_SHEET_VALUES", values)
+        assert check.write_contact_sheet(data, tmp_path / "sheet.png") == count
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            assert sheet.width == sheet.height < 710 * count**0.5
 
 
 def test_facts_of_arrays():

@@ -62,6 +62,22 @@ def test_metrics_and_features_by_name(place, call):
         assert ", ".join(names) in " ".join(call("compare", "--help").out.replace("│", " ").split())
 
 
+def test_a_run_that_is_not_there(place, call):
+    said = call("compare", place / "samples", place / "data.npy", "--num-values", 17, "--run", place / "none")
+    fix = "Name a run folder or a model file"
+    assert (said.code, said.err) == (2, f"error[NOT_FOUND] --run {place}/none: no such run. {fix}.\n")
+
+
+def test_an_image_of_an_earlier_comparison_is_removed(place, call):
+    np.save(place / "vectors.npy", RNG.normal(size=(300, 2)).astype(np.float32))
+    options = ["--metric", "kernel", "--out", place / "out"]
+    assert call("compare", place / "samples", place / "data.npy", "--num-values", 17, *options).code == 0
+    (place / "out" / "notes.txt").write_text("mine")
+    for _ in range(2):  # the second time into what the first one left
+        assert call("compare", place / "vectors.npy", place / "vectors.npy", *options).code == 0
+        assert sorted(f.name for f in (place / "out").iterdir()) == ["compare.json", "notes.txt"]
+
+
 def test_vectors_and_samples_of_another_kind(place, call):
     np.save(place / "vectors.npy", RNG.normal(size=(300, 2)).astype(np.float32))
     command = ["compare", place / "vectors.npy", place / "vectors.npy", "--out", place / "out", "--metric", "kernel"]

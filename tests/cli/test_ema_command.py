@@ -192,6 +192,20 @@ def test_no_items_to_compare_with(tmp_path, monkeypatch):
     )
 
 
+def test_the_folder_of_out_is_made(trained, tmp_path, call):
+    out = tmp_path / "new" / "folder" / "m.safetensors"
+    assert call("ema", trained[0], "--length", "0.08", "--out", out).code == 0
+    assert load(out).info["ema"] == 0.08
+
+
+def test_a_length_takes_no_data(trained, call):
+    run, data = trained
+    for options, named in (([data], data), (["--num-values", 5], "--num-values 5")):
+        said = call("ema", run, *options, "--length", "0.08")
+        cause = "with --length nothing is measured on data. Leave it out, or give --best"
+        assert (said.code, said.err) == (2, f"error[USAGE] {named}: {cause}.\n")
+
+
 def test_a_file_that_exists_is_never_replaced(trained, tmp_path, call):
     run, _ = trained
     (tmp_path / "notes.txt").write_text("mine")

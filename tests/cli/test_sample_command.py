@@ -130,6 +130,18 @@ def test_labels_guidance_and_thresholds(tmp_path, call):
     assert (said.code, "Did you mean square" in said.err) == (2, True)
 
 
+@pytest.mark.parametrize("characters", [60, 200])
+def test_the_name_of_a_folder_is_short_in_every_script(tmp_path, call, characters):
+    own = model(classes=3)
+    own.info["classes"] = ["红" * characters, "b", "c"]
+    checkpoint.save(own, tmp_path / "model.safetensors")
+    said = call("sample", tmp_path, "--n", 1, "--quality", "draft", "--label", 0, "--label", "红" * characters)
+    assert (said.code, said.err) == (0, "")
+    (folder,) = (tmp_path / "samples").iterdir()
+    assert 110 < len(folder.name.encode()) <= 120
+    assert folder.name.endswith("红-seed-0")
+
+
 def test_resume_after_an_interrupt(run, call, monkeypatch, tmp_path):
     flags = ["--n", 11, "--solver", "ancestral", "--steps", 6]
     assert call("sample", run, *flags, "--batch", 4, "--out", tmp_path / "straight").code == 0
@@ -429,6 +441,13 @@ def test_advice_names_its_label(call, tmp_path, few_solvers):
     )
 
 
+@pytest.mark.parametrize("option", [("--label", 0), ("--prompt", "a star")])
+def test_advice_for_a_condition_takes_no_data(run, call, option):
+    said = call("advise", run, "x.npy", *option)
+    cause = "with labels or prompts samples are not compared with data"
+    assert (said.code, said.err) == (2, f"error[USAGE] x.npy: {cause}. Leave DATA out.\n")
+
+
 def test_advice_by_distance_to_held_out_data(run, call, tmp_path, few_solvers):
     few_solvers("unipc", "dpm++2m_sde", "ancestral")
     path, quick = tmp_path / "some.npy", ("--calls", 3, "--items", 8, "--fine", 12, "--samples", 40)
@@ -473,6 +492,12 @@ def test_advice_is_stored_and_read(tmp_path):
     write_advice(tmp_path, "b", 4, first, {})
     assert read_advice(tmp_path, "b", 3, lines.append) is None
     assert read_advice(tmp_path, "b", 4, lines.append) == first
+
+
+def test_advice_is_stored_in_a_folder_that_is_not_there(tmp_path):
+    folder = tmp_path / "runs" / "me--x"
+    write_advice(folder, "a", 3, Sampler("ddim", 3), {})
+    assert read_advice(folder, "a", 3, print) == Sampler("ddim", 3)
 
 
 def test_advice_replaces_no_file_of_the_user(tmp_path):

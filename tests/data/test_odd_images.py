@@ -122,6 +122,12 @@ def test_bytes_after_a_jpeg_are_ignored(data, after):
     assert image.changes == ("bytes after its end ignored",)
 
 
+def test_an_image_without_a_suffix_has_no_other_file_extension():
+    """As in a table, whose rows have no names of files."""
+    assert decode(encoded(RGB, "PNG"), "").changes == ()
+    assert decode(encoded(RGB, "PNG"), ".jpg").changes == ("PNG with another file extension",)
+
+
 def test_bytes_after_a_png_are_noted():
     assert decode(encoded(RGB, "PNG") + b"more", ".png").changes == ("bytes after its end ignored",)
 

@@ -63,6 +63,13 @@ def test_the_fields_of_an_imported_model_are_written_again(tmp_path):
     assert written["_diffusers_version"] == diffusers_export.VERSION
 
 
+@pytest.mark.parametrize("imported", ["x", {}, None])
+def test_an_imported_model_without_a_scheduler_has_the_defaults(imported):
+    before = model()
+    before.info["imported"] = imported
+    assert diffusers_export.chain_fields(before) == diffusers_export.chain_fields(model())
+
+
 def test_the_numbers_of_a_table_without_a_name_are_written(tmp_path):
     export_diffusers(
         model(schedule={"name": "tabulated", "beta": [0.05 * (k + 1) for k in range(19)] + [0.96]}), tmp_path

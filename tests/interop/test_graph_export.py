@@ -93,6 +93,16 @@ def test_models_without_such_a_graph_are_refused(diffusion, cause, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_network_that_cannot_be_traced_is_one_line(tmp_path):
+    diffusion = vectors()
+    diffusion.network.forward = lambda x, *_: x if float(x.sum()) > 0 else -x
+    with pytest.raises(ConfigError, match=r"^error\[EXPORT\] model.network: its graph cannot be written \(") as error:
+        export_torch(diffusion, tmp_path / "out")
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 500
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_missing_package_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     checkpoint.save(vectors(), tmp_path / "model.safetensors")

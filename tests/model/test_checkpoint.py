@@ -253,6 +253,8 @@ def test_no_code_in_a_file_is_run(tmp_path, kind):
     [
         (7, {}),
         ({"num_values": "5", "notes": 3, "classes": "ab", "steps": 3, "own": [1]}, {"steps": 3, "own": [1]}),
+        ({"distilled": True, "imported": "x"}, {"imported": "x"}),
+        ({"distilled": {"guidance": "2"}, "imported": {"scheduler": 3}}, {}),
         ({"columns": 7, "held_out": "most", "accuracy": [[]]}, {}),
     ],
 )

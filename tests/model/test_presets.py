@@ -182,6 +182,14 @@ def test_a_conditional_recipe_accepts_the_conditions_of_the_data():
         presets.adapt_to_data(other, None, sizes)
 
 
+@pytest.mark.parametrize("size", ["64", 64.0, True])
+@pytest.mark.parametrize("name", ["text", "classes"])
+def test_the_size_of_a_condition_is_a_whole_number(name, size):
+    recipe = Config(ModelConfig(network={"kind": "unet", name: size}), TrainConfig(conditional=True))
+    with pytest.raises(ConfigError, match=rf"model.network.{name} = {size!r}: the data make it 1. Leave it out"):
+        presets.adapt_to_data(recipe, None, {name: 1})
+
+
 def test_the_table_is_read_without_torch():
     code = "import sys; from undiffuse.model.presets import PRESETS; print(*PRESETS); assert 'torch' not in sys.modules"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

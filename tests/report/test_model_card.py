@@ -36,6 +36,11 @@ def test_the_metadata_and_the_numbers() -> None:
     assert described_model(text) == "12ab"
 
 
+def test_results_are_of_the_data_that_were_evaluated() -> None:
+    text = card(content(evaluation=EVALUATION | {"data": "other"}), "12ab", "hf:me/x")
+    assert {(r.dataset_name, r.dataset_type) for r in ModelCard(text).data.eval_results} == {("other", "other")}
+
+
 @pytest.mark.parametrize("more", [{}, {"evaluation": EVALUATION, "comparison": COMPARISON}], ids=["few", "all"])
 def test_names_are_text_in_every_place(more) -> None:
     text = card(content(**more), "12ab", "hf:me/x")

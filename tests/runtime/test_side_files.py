@@ -85,7 +85,9 @@ def test_facts_of_another_form_are_left_out():
     }
     facts |= {"columns": [], "notes": ["n"], "steps": 4, "seconds": 1.5, "ema": 0.05, "own": {"anything": [None]}}
     facts["accuracy"] = [{"log_snr": 1.0, "items": 5, "accuracy": 0.5, "stderr": 0.1}]
+    facts |= {"distilled": {"guidance": 2.0, "method": "map"}, "imported": {"from": "edm", "scheduler": {}}}
     assert check_info(facts) == facts
+    assert check_info({"imported": "TAESD"}) == {"imported": "TAESD"}
     odd = {
         "name": 3,
         "items": "9",
@@ -96,6 +98,7 @@ def test_facts_of_another_form_are_left_out():
         "columns": 7,
     }
     odd |= {"notes": [3], "steps": -1, "seconds": "1", "ema": None, "accuracy": [{"accuracy": "high"}]}
+    odd |= {"distilled": True, "imported": 3}
     assert check_info({**facts, **odd}) == {"own": facts["own"]}
     for info in (None, [], "x", 3):
         assert check_info(info) == {}

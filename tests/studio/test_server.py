@@ -16,7 +16,7 @@ from undiffuse.errors import ConfigError, ResourceError
 from undiffuse.studio import server
 from undiffuse.studio.runs import MAX_IMAGES, MAX_IMAGES_BYTES, Images, open_runs
 from undiffuse.studio.server import Studio, build_app, listen, read_files
-from undiffuse.studio.training import pictures_of, read_picture
+from undiffuse.studio.training import pictures_of, read_picture, training_state
 from undiffuse.training.run_folder import Run
 
 SECRET = "the content of a file outside"
@@ -248,6 +248,8 @@ MISTAKES = [
     ({"view": "sample", "run": 0, "panels": panels(prompt="a cat")}, "PROMPT"),
     ({"view": "sample", "run": 0, "panels": panels(guidance=2)}, "GUIDANCE"),
     ({"view": "sample", "run": 0, "panels": panels(guidance=float("nan"), label=1)}, "REQUEST"),
+    ({"view": "sample", "run": 0, "panels": panels(guidance=10**400, label=1)}, "REQUEST"),
+    ({"view": "sample", "run": 0, "panels": panels(guidance=-(10**400), label=1)}, "REQUEST"),
     ({"view": "sample", "run": 0, "panels": panels(classifier="/etc/passwd")}, "REQUEST"),
     ({"view": "forward", "run": 0}, "REQUEST"),
     ({"view": "forward", "run": 0, "source": "/etc/passwd"}, "REQUEST"),
@@ -402,6 +404,13 @@ def test_a_run_without_a_model_is_shown_with_its_error(tmp_path):
         make_run(tmp_path / "other").joinpath("model.safetensors").rename(folder / "model.safetensors")
         assert "error" not in client.get("/api/runs/0").json()
     studio.queue.close()
+
+
+def test_metrics_that_are_no_finite_numbers_are_null(tmp_path):
+    run = Run(make_run(tmp_path / "run"))
+    run.append_metrics({"step": 6, "loss": float("nan"), "gradient_norm": float("inf"), "lr": 0.5})
+    records = json.loads(json.dumps(training_state(run), allow_nan=False))["records"]
+    assert records[-1] == {"step": 6, "loss": None, "gradient_norm": None, "lr": 0.5}
 
 
 def test_runs_that_are_not_there(tmp_path):

@@ -14,13 +14,14 @@ from PIL import Image
 from studio_page import PORT, TOKEN, Page, make_model, page_files
 
 from undiffuse.cli import main
+from undiffuse.data.caption_embeddings import text_rows
 from undiffuse.data.from_array import from_array
 from undiffuse.data.sources.registry import load
 from undiffuse.data.transform import IntegerLevels
 from undiffuse.model import checkpoint
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.studio import views
-from undiffuse.studio.commands import command
+from undiffuse.studio.commands import command, likelihood
 from undiffuse.studio.jobs import Cancelled, Job
 from undiffuse.studio.pictures import decode_upload, encode, from_values
 from undiffuse.studio.runs import open_runs
@@ -146,6 +147,19 @@ def test_the_lines_of_python_compute_what_is_shown(page, tmp_path, monkeypatch, 
     assert np.array_equal(from_values(last, 17), pixels(of(events, "frame")[-1]["x"]))
 
 
+def test_the_lines_of_python_have_label_and_prompt(tmp_path, monkeypatch):
+    data = from_array(np.zeros((8, 1, 8, 8), np.uint8), num_values=256, name="images", layout="NCHW")
+    network = {"kind": "unet", "widths": (4,), "attention": (), "classes": 3, "text": 32}
+    folder = make_model(tmp_path / "model", data, network=network)
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(likelihood(folder, 1, 2, 0, 4, 1, "it's a \"box\""), "likelihood.py", "exec"), names)
+    assert names["cond"].label.tolist() == [1, 1]
+    assert torch.equal(names["cond"].text, text_rows(["it's a \"box\""] * 2))
+    assert names["bits"].shape == (2,)
+
+
 def bits(mask):
     return base64.b64encode(np.packbits(mask)).decode()
 
@@ -264,7 +278,11 @@ def test_commands_are_quoted_for_a_shell():
         "--label=-1",
         "--n",
         "2",
+        "--precision",
+        "float32",
     ]
+    assert command("restore", Path("run"), ("a.png",)) == "undiffuse restore run a.png --precision float32"
+    assert command("interpolate", Path("run"), ("a.png",)) == "undiffuse interpolate run a.png"
 
 
 def test_pictures_keep_their_values():

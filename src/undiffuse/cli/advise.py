@@ -94,6 +94,9 @@ def advise_command(
     require_then(model, run)
     check_predicts_mean(model.config, run)
     texts, real, reason = read_prompts(prompt, prompts), None, "they are compared without labels and prompts only"
+    if data is not None and (label or texts):
+        cause = "with labels or prompts samples are not compared with data"
+        raise ConfigError("USAGE", data, cause, "Leave DATA out")
     if not label and not texts:
         real, reason = _real_items(model, run, data, read)
     require_memory_for(f"--items {items}", 4 * items * model.dims)

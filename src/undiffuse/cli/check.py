@@ -22,6 +22,8 @@ MAX_LISTED = 12
 MAX_SKIPPED = 20
 """Skipped files that are printed one by one."""
 SHEET_ITEMS, MAX_EXAMPLE = 64, 60
+MAX_SHEET_VALUES = 1 << 26
+"""Values of the items in a contact sheet; of large images it has fewer."""
 
 
 @with_json
@@ -65,8 +67,10 @@ def write_contact_sheet(dataset: Dataset, out: Path) -> int:
     from undiffuse.report.figures import image_grid
     from undiffuse.runtime.own_output import save_picture
 
-    items = np.linspace(0, len(dataset) - 1, min(SHEET_ITEMS, len(dataset))).astype(np.int64)
-    save_picture(image_grid(dataset.values[items], dataset.num_values, names=dataset.columns), out)
+    most = max(1, min(SHEET_ITEMS, MAX_SHEET_VALUES // math.prod(dataset.item_shape)))
+    items = np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(np.int64)
+    columns = math.ceil(len(items) ** 0.5) if len(dataset.item_shape) > 2 else None
+    save_picture(image_grid(dataset.values[items], dataset.num_values, columns, names=dataset.columns), out)
     return len(items)
 
 

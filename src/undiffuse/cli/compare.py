@@ -71,6 +71,8 @@ def compare(
     from undiffuse.runtime.side_files import read_record, write_record
 
     of_cascade = run is None and bool(_manifest(samples).get("then"))
+    if run is not None and not run.exists():
+        raise ConfigError("NOT_FOUND", f"--run {run}", "no such run", "Name a run folder or a model file")
     run = run or _run_of(samples)
     if run is None and data is None:
         cause = "neither DATA nor a run of these samples is known"
@@ -79,6 +81,7 @@ def compare(
         refuse_inside(out, source, run)
     if out is not None:
         record = out / RECORD
+        written_before = listed_files(read_record(record)) or ()
         check_output_folder(out, record, listed_files(read_record(record)), [IMAGE])
     dataset = read_data(read, data, run or Path())
     held_out = _held_out(held_out, run, dataset)
@@ -113,6 +116,8 @@ def compare(
         if picture:
             save_picture(picture, out / IMAGE)
             written.append(str(out / IMAGE))
+        elif IMAGE in written_before:
+            (out / IMAGE).unlink(missing_ok=True)
         console.print(f"written: {', '.join(written)}")
 
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from undiffuse.cli.data_options import OwnDataArgument, ReadData, read_data, refuse_inside, with_data_options
+from undiffuse.cli.data_options import (
+    OwnDataArgument,
+    ReadData,
+    given_options,
+    read_data,
+    refuse_inside,
+    with_data_options,
+)
 from undiffuse.cli.options import MAX_COUNT, Device, NetworkFile, console, register_network, resolve_device
 from undiffuse.cli.results import add, show, with_json
 from undiffuse.errors import ConfigError
@@ -47,9 +54,12 @@ def ema(
     from undiffuse.training.posthoc_ema import MAX_PROFILE_ERROR, compare_lengths, with_ema_length
     from undiffuse.training.run_folder import Run
 
-    if not best and (data is not None or len(length or ()) != 1):
+    if not best and len(length or ()) != 1:
         cause = "it needs one --length, or --best"
         raise ConfigError("USAGE", "undiffuse ema", cause, "See 'undiffuse ema --help'")
+    if not best and (data is not None or given_options(read)):
+        cause = "with --length nothing is measured on data"
+        raise ConfigError("USAGE", data or given_options(read).strip(), cause, "Leave it out, or give --best")
     refuse_inside(out, data, run)
     if out is not None and os.path.lexists(out):
         raise ConfigError("OUT", f"--out {out}", "exists already", "Give another name, or delete it")
@@ -70,6 +80,7 @@ def ema(
         chosen = lowest.length
     model, error = with_ema_length(source, chosen)
     path = out or run / f"model-ema-{chosen:g}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(model, path)
     add(out=path, length=chosen, profile_error=error)
     console.print(f"average of length {chosen:g}, {error:.2%} error of its profile: {path}")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from undiffuse.cli.cascade_options import Then, full_resolution, load_model, refuse_with_then
+from undiffuse.cli.cascade_options import Then, full_resolution, load_model, refuse_with_then, stage_words
 from undiffuse.cli.data_options import (
     OwnDataArgument,
     ReadData,
@@ -102,7 +102,7 @@ def evaluate(
     model = load_model(run, then, group.device, log_of(group), precision)
     dataset = read_data(read, data, then[-1] if then else run)
     dataset = full_resolution(dataset) if then else dataset
-    folder = out or run_folder(run).joinpath(*([f"cascade-{then[-1].stem}"] if then else []))
+    folder = out or run_folder(run).joinpath(*([f"cascade-{'-'.join(stage_words(then, None))}"] if then else []))
     batches = folder / evaluation_report.BATCHES
     first = group.rank == 0
     if first:

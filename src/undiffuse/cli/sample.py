@@ -40,7 +40,15 @@ from undiffuse.cli.options import (
     resolve_device,
     run_folder,
 )
-from undiffuse.cli.prompt_options import EncoderFolder, Prompt, Prompts, prompt_condition, read_prompts, slug
+from undiffuse.cli.prompt_options import (
+    EncoderFolder,
+    Prompt,
+    Prompts,
+    check_negative,
+    prompt_condition,
+    read_prompts,
+    slug,
+)
 from undiffuse.cli.sampler_options import (
     DEFAULT_QUALITY,
     QUALITIES,
@@ -62,6 +70,7 @@ if TYPE_CHECKING:
 MIN_FILE_BYTES = 4096
 """What an image file takes on a disk at least."""
 MAX_ANIMATED = 16
+MAX_NAME_BYTES = 120
 """The most samples in an animation."""
 
 
@@ -167,6 +176,7 @@ def sample(
 
     # What is drawn: conditions, sampler, guidance
     labels, names, texts = label or [], class_names(model, classifier), read_prompts(prompt, prompts)
+    check_negative(negative, texts)
     condition = make_condition(names, labels, cond, prompt_condition(model, run, texts, text_encoder))
     avoided = None if negative is None else prompt_condition(model, run, [negative], text_encoder)
     guidance_fields = {
@@ -293,7 +303,8 @@ def _folder_name(sampler: Sampler, labels: list[str], files: list[Path], seed: i
     words = [*str(sampler).split(), str(sampler.given_steps), *spacing, *labels]
     words += [f"{name}-{value}" for name, value in guidance_changes(sampler).items()]
     words += [path.stem for path in files]
-    return re.sub(r"[^\w.+-]+", "-", "-".join([*words, f"seed-{seed}"]))[-120:].strip("-.")
+    name = re.sub(r"[^\w.+-]+", "-", "-".join([*words, f"seed-{seed}"]))
+    return name.encode()[-MAX_NAME_BYTES:].decode(errors="ignore").strip("-.")
 
 
 def _sha256(path: Path) -> str:

@@ -183,6 +183,7 @@ def write_advice(folder: Path, weights: str, calls: int, sampler: Sampler, measu
 
     A file of its name that is damaged or not ours is renamed to advice.json.damaged.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / ADVICE_FILE
     stored = read_record(path)
     if stored is None and path.exists():

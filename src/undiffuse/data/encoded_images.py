@@ -19,7 +19,7 @@ from undiffuse.data.sources.captions import Captions, captions_note
 from undiffuse.data.sources.csv_table import label_classes
 from undiffuse.data.sources.image_folder import ImageKind, check_on_bad, image_notes, mixed_kinds_error
 from undiffuse.errors import ConfigError, DataError
-from undiffuse.runtime.file_errors import BadFilesError, FileError, FileProblem, os_error
+from undiffuse.runtime.file_errors import BadFilesError, FileError, FileProblem, file_errors_at, os_error
 
 ReadBytes = Callable[[int], bytes]
 """The bytes of the encoded image at an index."""
@@ -115,4 +115,5 @@ def _labels(name: str, texts: list[str | None]) -> tuple[tuple[str, ...], np.nda
     if missing := len(texts) - len(labelled):
         fix = "Give every image a label, or none"
         raise DataError("LABELS", name, f"{missing} of {len(texts)} images have no label", fix)
-    return label_classes(labelled)
+    with file_errors_at(name):
+        return label_classes(labelled)

@@ -89,7 +89,8 @@ def decode_image(data: bytes, suffix: str, options: ImageOptions) -> DecodedImag
 def decode_frames(data: bytes, suffix: str, options: ImageOptions) -> list[DecodedImage]:
     """The images in ``data`` as `decode_image` returns them: one, or every frame or page with ``frames="all"``."""
     file_format = detect_format(data)
-    changes = [] if suffix.lower() in FORMATS[file_format].split() else [f"{file_format} with another file extension"]
+    known = not suffix or suffix.lower() in FORMATS[file_format].split()
+    changes = [] if known else [f"{file_format} with another file extension"]
     try:
         return _decode(data, file_format, changes, options)
     except (FileError, MemoryError):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def export_onnx(model: Diffusion, folder: Path) -> list[Check]:
         raise ConfigError("EXPORT", "--format onnx", cause, "Use the format torch")
     program = _program(model)
     folder.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _one_error():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it lists operators of torchvision that are missing
         graph = torch.onnx.export(program, (), dynamo=True, verbose=False, external_data=False)
@@ -116,9 +117,20 @@ def _program(model: Diffusion) -> torch.export.ExportedProgram:
             raise ConfigError("EXPORT", f"model.{name}", f"it is {cause}", fix)
     inputs, batch = _inputs(model, EXPORTED_BATCH), torch.export.Dim("batch", min=1, max=1 << 20)
     graph = DenoiserGraph(model.eval())
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _one_error():
         warnings.simplefilter("ignore")
         return torch.export.export(graph, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """Makes a `ConfigError` of the exceptions of many types that torch's exporters raise."""
+    try:
+        yield
+    except Exception as error:
+        cause = " ".join(f"its graph cannot be written ({type(error).__name__}: {error})".split())
+        fix = "docs/formats.md lists the models that can be exported"
+        raise ConfigError("EXPORT", "model.network", f"{cause[:300]}", fix) from error
 
 
 def _inputs(model: Diffusion, n: int) -> tuple[Tensor, ...]:

@@ -202,8 +202,9 @@ def adapt_to_data(config: Config, num_values: int | None, condition_sizes: Mappi
     for name, size in (condition_sizes or {}).items():
         if name != "image" and not config.train.conditional:
             continue
-        if (model.network.get(name, size) < size) if name == "text" else (model.network.get(name, size) != size):
-            where = f"model.network.{name} = {model.network[name]!r}"
+        own = model.network.get(name, size)
+        if type(own) is not int or (own < size if name == "text" else own != size):
+            where = f"model.network.{name} = {own!r}"
             raise ConfigError("CONFIG", where, f"the data make it {size}", "Leave it out")
-        model = replace(model, network={**model.network, name: model.network.get(name, size)})
+        model = replace(model, network={**model.network, name: own})
     return replace(config, model=model)

@@ -84,15 +84,15 @@ def _metadata(content: RunContent, task: str, license: str | None) -> str:
     """The metadata in YAML, written by huggingface_hub, with the likelihood of held-out items as results."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    results = []
+    results, measured = [], str((content.evaluation or {}).get("data") or content.name)
     for name, numbers in _estimates(content).items():
         value, stderr = numbers["bits_per_dim"]["total"]
         if math.isfinite(value) and math.isfinite(stderr):
             results.append(
                 EvalResult(
                     task_type=task or "other",
-                    dataset_type=content.name,
-                    dataset_name=content.name,
+                    dataset_type=measured,
+                    dataset_name=measured,
                     dataset_split=str((content.evaluation or {}).get("part", "")),
                     metric_type="bits_per_dim",
                     metric_name=f"{numbers.get('title', name)}: ± {stderr:.2g}, n = {numbers['items']:,}",

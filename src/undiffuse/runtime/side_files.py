@@ -110,6 +110,10 @@ FACTS: dict[str, Callable[[Any], bool]] = {
     "ema": _is_fraction,
     "ema_error": _is_number,
     "accuracy": _is_table,
+    "distilled": lambda value: isinstance(value, dict) and _is_number(value.get("guidance", 1)),
+    "imported": lambda value: (
+        isinstance(value.get("scheduler", {}), dict) if isinstance(value, dict) else _is_text(value)
+    ),
     "init": lambda value: isinstance(value, dict) and check_info(value) == value and _is_text(value.get("weights")),
     "text_encoder": lambda value: isinstance(value, dict) and all(map(_is_text, (value.get("name"), *value.values()))),
 }

@@ -7,16 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from undiffuse.runtime.precision import resolve_precision
 from undiffuse.runtime.terminal import as_argument
 
 
 def command(name: str, run: Path, arguments: tuple[str, ...] = (), options: Mapping[str, Any] | None = None) -> str:
     """``undiffuse name RUN ...`` as one line for a shell, options in their order, in the float32 of the page."""
     words = list(arguments)
-    if name in ("sample", "restore") and resolve_precision("auto", torch.device("cpu")) != "float32":
+    if name in ("sample", "restore"):
         options = {**(options or {}), "--precision": "float32"}
     for flag, value in (options or {}).items():
         words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
@@ -37,6 +34,7 @@ values = model.transform.to_data(IntegerLevels(256).to_model(pixels))
 CONDITION = {
     "label": "cond = undiffuse.Condition(label=torch.full(({n},), {label}))\n",
     "prompt": "cond = model.text_condition([{prompt!r}] * {n})\n",
+    "both": "cond = dataclasses.replace(model.text_condition([{prompt!r}] * {n}), label=torch.full(({n},), {label}))\n",
 }
 
 LIKELIHOOD = """nll = model.nll(values.expand({n}, *values.shape[1:]), {seed}, {points}, estimate="continuous"{cond})
@@ -53,8 +51,8 @@ for state in undiffuse.forward_trajectory(model.transform.to_model(values), leve
 
 def likelihood(run: Path, channels: int, n: int, seed: int, points: int, label: int | None, prompt: str) -> str:
     """Python for the bound of the saved image."""
-    head = LOAD.format(run=str(run), channels=channels, more="")
-    given = "prompt" if prompt else "label" if label is not None else None
+    given = "both" if prompt and label is not None else "prompt" if prompt else "label" if label is not None else None
+    head = ("import dataclasses\n\n" if given == "both" else "") + LOAD.format(run=str(run), channels=channels, more="")
     cond = CONDITION[given].format(n=n, label=label, prompt=prompt) if given else ""
     body = LIKELIHOOD.format(n=n, seed=seed, points=points, cond=", cond=cond" if given else "")
     return head + cond + body

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection
 from typing import Any
 
@@ -36,7 +35,7 @@ class Fields:
 
     def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
         value = self._take(name, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+        if type(value) not in (int, float) or not low <= value <= high:
             raise self._error(name, value, f"it is not a number from {low:g} to {high:g}")
         return float(value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ def training_state(run: Run) -> dict[str, Any]:
         "items": record["data"].get("items"),
         "max_steps": settings.get("max_steps"),
         "minutes": settings.get("minutes"),
-        "records": records[::-1][::stride][::-1],
+        "records": [
+            {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
+            for record in records[::-1][::stride][::-1]
+        ],
         "pictures": [path.name for path in pictures_of(run)],
         "command": command("watch", run.folder),
     }

@@ -84,6 +84,28 @@ def test_tables_of_nested_folders_name_images_relative_to_themselves(tmp_path):
     assert any("metadata.csv and metadata.jsonl ignored" in note for note in plain.notes)
 
 
+def test_tables_of_several_folders_name_images_below_themselves(tmp_path):
+    """Images of one name, and folders of which one's name begins with the other's."""
+    table = "file_name,text\na.png,{0}\nz/a.png,{0} z\n"
+    root = folder(
+        tmp_path,
+        ("x/a", "x/z/a", "xy/a", "xy/z/a"),
+        x___metadata__csv=table.format("x"),
+        xy___metadata__csv=table.format("xy"),
+    )
+    assert load_data(root, captions=True).captions == (("x",), ("x z",), ("xy",), ("xy z",))
+
+
+def test_files_of_captions_are_not_counted_as_ignored(tmp_path):
+    """A name that is there several times counts as often as it is read."""
+    root = folder(tmp_path, ("x/a", "y/a", "z/b"), x___a__txt="one", y___a__txt="two", z___b__txt="three")
+    (root / "z" / "a.txt").write_text("no image")
+    data = load_data(root, captions=True)
+    assert data.captions == (("one",), ("two",), ("three",))
+    assert data.report.ignored == 1
+    assert "1 file ignored (no image file extension): a.txt" in data.notes
+
+
 ROWS = "file_name,text\na.png,one\n"
 BAD = {
     "missing row": ({"metadata__csv": ROWS}, "b.png", "no row of metadata.csv names it", 1),
@@ -153,6 +175,7 @@ TABLES = {
         {"metadata__csv": ROWS + '"b.png,' + "x\n" * 70_000},
         r"row that begins in line 3 cannot be read \(field larger .*\). Close each quote",
     ),
+    "long column": ({"metadata__csv": "x" * 140_000 + ",text\n"}, r"cannot be read as a table \(field larger .*\)"),
     "no UTF-8": ({"metadata__csv": b"file_name,text\na.png,caf\xe9\n"}, "not text in UTF-8"),
     "no JSON": ({"metadata__jsonl": "{}\n{"}, "line 1 has no file_name and text"),
     "half JSON": ({"metadata__jsonl": jsonl({"file_name": "a.png", "text": "x"}) + "{"}, "line 2 is not JSON"),

@@ -183,6 +183,13 @@ def test_images_that_are_in_no_part(parts):
         load(alone, split_folders=True)
 
 
+def test_parts_without_a_usable_training_image(parts):
+    for path in (parts / "train").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"^error\[NO_IMAGES\] .*: no image in the folder of training images can be"):
+        load(parts, split_folders=True, on_bad="skip")
+
+
 def test_shards_called_train_and_test_are_noted(tmp_path):
     for name in ("x-train-0.tar", "x-test-0.tar"):
         tar(tmp_path / name, [("0.png", png(PIXELS[0]))])

@@ -271,6 +271,20 @@ def test_mixed_images(tmp_path, second, code):
     assert "in 2, such as a.png" in str(caught.value)
 
 
+def test_images_of_several_kinds_keep_the_majority_of_each_property(tmp_path):
+    for name in "abcd":
+        save(tmp_path / f"{name}.png", GREY)
+    for name, pixels in (("channels", RGB), ("depth", GREY.astype(np.uint16)), ("size", GREY[:3])):
+        save(tmp_path / f"{name}.png", pixels)
+    data = load(tmp_path, on_bad="skip")
+    assert data.names == ("a.png", "b.png", "c.png", "d.png")
+    assert [(problem.path.stem, problem.code) for problem in data.report.skipped] == [
+        ("size", "MIXED_SIZES"),
+        ("channels", "MIXED_CHANNELS"),
+        ("depth", "MIXED_DEPTH"),
+    ]
+
+
 def test_very_large_files_are_not_read(tmp_path):
     with (tmp_path / "a.png").open("wb") as stream:
         stream.truncate(513 << 20)

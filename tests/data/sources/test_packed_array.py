@@ -14,7 +14,7 @@ from undiffuse.cli import main
 from undiffuse.data import from_array as arrays
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.lazy_array import LazyArray
-from undiffuse.data.sources import image_folder
+from undiffuse.data.sources import image_folder, packed_array
 from undiffuse.data.sources.packed_array import METADATA_KEY, pack_writer, sidecar_path
 from undiffuse.data.sources.registry import load
 from undiffuse.errors import ConfigError, DataError, ResourceError
@@ -116,6 +116,25 @@ def test_packing_errors(tmp_path, monkeypatch):
     with pytest.raises(ResourceError, match=r"error\[DISK\] .*: 152 bytes are not available \(No space left"):
         pack(tmp_path / "x.npy", tmp_path / "out.npy")
     assert os.listdir(tmp_path) == ["x.npy"]
+
+
+def test_packing_on_a_system_without_preallocation(images, tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    pack(images, tmp_path / "out.npy")
+    assert_same(load(images), load(tmp_path / "out.npy"))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(packed_array, "bytes", Mock(side_effect=full), raising=False)
+    with pytest.raises(ResourceError, match=r"error\[DISK\] .* bytes are not available \(No space left"):
+        pack(images, tmp_path / "other.npy")
+    assert sorted(os.listdir(tmp_path)) == ["in", "out.meta.safetensors", "out.npy"]
+
+
+def test_a_second_file_that_exists_is_not_replaced(images, tmp_path):
+    sidecar_path(tmp_path / "out.npy").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"error\[OPTION\] .*out.meta.safetensors: exists already"):
+        pack(images, tmp_path / "out.npy")
+    assert sidecar_path(tmp_path / "out.npy").read_bytes() == b"mine"
+    assert sorted(os.listdir(tmp_path)) == ["in", "out.meta.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from PIL import Image
 from undiffuse.data import encoded_images
 from undiffuse.data.image_decoding import decode_image
 from undiffuse.data.lazy_array import LazyArray
-from undiffuse.data.sources import image_folder
+from undiffuse.data.sources import image_folder, webdataset
 from undiffuse.data.sources.registry import load
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.model.config import TrainConfig
@@ -93,6 +93,7 @@ def test_batches_of_shards_are_reproducible(shards):
     [
         ([("{}.cls", b"cat\n"), ("{}.cls", b"dog")], ("cat", "dog")),
         ([("{}.json", b'{"label": 3}'), ("{}.json", b'{"label": 12}')], ("3", "12")),
+        ([("{}.json", b'{"label": 3, "text": "' + b"x" * 70_000 + b'"}')] * 2, ("3",)),
         ([("{}.json", b'{"label": 3.5}'), ("{}.json", b"[1]")], ()),
         ([("{}.seg.png.txt", b"x"), ("{}.txt", b"x")], ()),
     ],
@@ -122,6 +123,7 @@ def test_classes(tmp_path, label_members, classes):
             "LABELS",
             "1 of 2 images have no label",
         ),
+        ([("a.png", png(PIXELS[0])), ("a.cls", b"\n")], "LABELS", "1 labels are empty, the first that of item 0"),
         ([("a.png", b"no image")], "NOT_AN_IMAGE", ""),
         ([("a.png", png(PIXELS[0])), ("b.png", png(PIXELS[0][:3]))], "MIXED_SIZES", "from 5 x 3 to 5 x 6 pixels"),
     ],
@@ -192,6 +194,17 @@ def test_shards_that_change_while_they_are_read(shards, monkeypatch):
 def test_the_first_label_of_an_item_counts(tmp_path):
     members = [("a.png", png(PIXELS[0])), ("a.cls", b"first"), ("a.json", b'{"label": "second"}')]
     assert load(tar(tmp_path / "x.tar", members)).classes == ("first",)
+
+
+@pytest.mark.parametrize("content", [b'{"label": "long"}', b"{"])
+def test_a_bad_label_is_an_error_where_labels_are_wanted(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(webdataset, "MAX_LABEL_BYTES", 9)
+    path = tar(tmp_path / "x.tar", [("a.png", png(PIXELS[0])), ("a.txt", b"one"), ("a.json", content)])
+    for options in ({}, {"captions": True, "with_labels": True}):
+        with pytest.raises(DataError, match=r"^error\[LABELS\] .*a.json (is larger than 9 bytes|cannot be read)"):
+            load(path, **options)
+    data = load(path, captions=True)
+    assert (data.captions, data.labels) == ((("one",),), None)
 
 
 def test_a_folder_of_the_library_datasets(tmp_path, monkeypatch):

@@ -82,9 +82,13 @@ def captions_of_folder(root: Path, images: Iterable[Path]) -> tuple[dict[Path, C
                 problems.append(FileProblem(image, error.code, error.reason))
         read = {file for file in files.values() if file.is_file()}
         return {image: tuple(texts) for image, texts in captions.items()}, problems, read
+    below: dict[Path, list[Path]] = {table.parent: [] for table in tables}
+    for image in images:
+        for folder in image.parents:
+            if folder in below:
+                below[folder].append(image)
     for table in tables:
-        below = [image for image in images if image.is_relative_to(table.parent)]
-        meant = {path_key(image.relative_to(table.parent).as_posix()): image for image in below}
+        meant = {path_key(image.relative_to(table.parent).as_posix()): image for image in below[table.parent]}
         with file_errors_at(table):
             rows = list(_rows(table))
         for line, name, texts in rows:
@@ -151,6 +155,8 @@ def _rows(table: Path) -> Iterator[tuple[int, str, Any]]:
             yield from (_csv_rows if table.suffix == ".csv" else _json_rows)(stream)
     except UnicodeError as error:
         raise FileError("CAPTIONS", encoding_error(error), "Save the table as UTF-8") from None
+    except csv.Error as error:
+        raise FileError("CAPTIONS", f"cannot be read as a table ({error})", FIX) from None
 
 
 def _csv_rows(stream: Any) -> Iterator[tuple[int, str, Any]]:

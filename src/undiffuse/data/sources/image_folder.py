@@ -102,6 +102,9 @@ def load(
         label_notes.append(f"{' and '.join(found)} ignored; captions=True reads captions from it")
     notes = [*scan.notes, *label_notes, *([] if split_folders else parts_note(root, images.paths))]
     counts = Counter(part_of(root, path) for path in images.paths if split_folders)
+    if split_folders and not counts["train"]:
+        cause = "no image in the folder of training images can be used"
+        raise DataError("NO_IMAGES", root, cause, FIXES["NO_IMAGES"])
     if split_folders:
         notes.append(f"parts from folders: {', '.join(f'{part} ({counts[part]})' for part in PARTS if counts[part])}")
     notes += image_notes(
@@ -129,9 +132,7 @@ def _read_captions(root: Path, scan: FolderScan) -> tuple[dict[Path, Captions], 
     captions, problems, read = captions_of_folder(root, scan.images)
     scan.images = {path: stamp for path, stamp in scan.images.items() if path in captions}
     scan.problems += problems
-    for path in read:
-        if path.name in scan.ignored:
-            scan.ignored.remove(path.name)
+    scan.ignored = list((Counter(scan.ignored) - Counter(path.name for path in read)).elements())
     tables = sorted({path.name for path in read if path.name in TABLES})
     return captions, " and ".join(tables) or "files beside the images"
 
@@ -227,7 +228,7 @@ def _read_all(root: Path, scan: FolderScan, options: ImageOptions, skip: bool, a
         return images
 
     images = attempt(list(scan.images), list(scan.problems))
-    if skip and len(images.kinds) > 1:
+    while skip and len(images.kinds) > 1:  # sizes, then channels, then depths
         mixed = mixed_kinds_error(images.kinds, root)
         if mixed.of_whole:
             raise mixed

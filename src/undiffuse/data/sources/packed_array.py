@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -53,6 +53,16 @@ def sniff(source: str | Path) -> bool:
     return path.suffix.lower() == ".npy" and array_files.sniff(source) and sidecar_path(path).is_file()
 
 
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Zeros up to ``size`` bytes: a full disk fails here, not later with a signal. Raises `OSError`."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:  # macOS
+        while (start := file.tell()) < size:
+            file.write(bytes(min(1 << 20, size - start)))
+        file.flush()
+
+
 class PackWriter:
     """Arrays in files of a ``folder``, for data sets that do not fit into memory."""
 
@@ -67,7 +77,7 @@ class PackWriter:
             with path.open("wb") as file:
                 file.write(header)
                 file.flush()
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk fails here, not later with a signal
+                _reserve(file, size)
         except OSError as error:
             cause = f"{size:,} bytes are not available ({error.strerror})"
             raise ResourceError("DISK", self.folder.parent, cause, "Free some space, or pack somewhere else") from None
@@ -111,8 +121,9 @@ def pack_writer(out: Path) -> Iterator[PackWriter]:
     """A `PackWriter` in a temporary folder next to ``out``. Raises `ConfigError` or `ResourceError` if that fails."""
     if out.suffix != ".npy":
         raise ConfigError("OPTION", out, "packed data are .npy files", "Give a name that ends in .npy")
-    if os.path.lexists(out):
-        raise ConfigError("OPTION", out, "exists already", "Give another name, or delete it")
+    for path in (out, sidecar_path(out)):
+        if os.path.lexists(path):
+            raise ConfigError("OPTION", path, "exists already", "Give another name, or delete it")
     try:
         folder = tempfile.TemporaryDirectory(prefix=f".{out.stem}-", dir=out.parent)
     except OSError as error:

@@ -22,7 +22,7 @@ from undiffuse.errors import counted
 from undiffuse.runtime.file_errors import FileError, file_errors_at
 
 FIX = "Write the shards again, uncompressed, with the members of each item adjacent and under one key"
-MAX_LABEL_BYTES = 1 << 16
+MAX_LABEL_BYTES = 1 << 20
 
 
 class ShardImage(NamedTuple):
@@ -67,7 +67,7 @@ def load(
                 raise FileError("NOT_A_REGULAR_FILE", "is a pipe, a socket or a device")
             files[shard] = FileStamp.of(status)
             try:
-                images += _index(shard, captions)
+                images += _index(shard, captions, with_labels or not captions)
             except tarfile.TarError as error:
                 raise FileError("BAD_ARCHIVE", f"is not an uncompressed tar file ({error})", FIX) from None
     if not images:
@@ -97,8 +97,8 @@ def load(
     return data.with_notes(counted(len(files), "shard"), *unused_note, *mixed, *others)
 
 
-def _index(shard: Path, with_captions: bool) -> list[ShardImage]:
-    """The images of a shard with their offsets, labels and captions."""
+def _index(shard: Path, with_captions: bool, with_labels: bool) -> list[ShardImage]:
+    """The images of a shard with their offsets, labels and captions; only ``with_labels`` a bad label is an error."""
     images: dict[str, ShardImage] = {}
     labels: dict[str, str] = {}
     captions: dict[str, Captions | FileError] = {}
@@ -126,20 +126,29 @@ def _index(shard: Path, with_captions: bool) -> list[ShardImage]:
                 except FileError as error:
                     captions[key] = error
             elif suffix in (".cls", ".json"):
-                file = archive.extractfile(member)
-                assert file is not None
-                if (label := _parse_label(file.read(MAX_LABEL_BYTES), suffix, member.name)) is not None:
+                try:
+                    label = _read_label(archive, member, suffix)
+                except FileError:
+                    if with_labels:
+                        raise
+                    continue
+                if label is not None:
                     labels.setdefault(key, label)
     return [image._replace(label=labels.get(key), captions=captions.get(key, missing)) for key, image in images.items()]
 
 
-def _parse_label(text: bytes, suffix: str, name: str) -> str | None:
-    """The label in a member; None for JSON without a label."""
+def _read_label(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> str | None:
+    """The label in a member; None for JSON without a label. Raises `FileError` (LABELS)."""
+    if member.size > MAX_LABEL_BYTES:
+        raise FileError("LABELS", f"{member.name} is larger than {MAX_LABEL_BYTES:,} bytes", FIX)
+    file = archive.extractfile(member)
+    assert file is not None
+    text = file.read()
     try:
         if suffix == ".cls":
             return text.decode().strip()
         content = json.loads(text)
     except (ValueError, RecursionError):
-        raise FileError("LABELS", f"{name} cannot be read", FIX) from None
+        raise FileError("LABELS", f"{member.name} cannot be read", FIX) from None
     label = content.get("label") if isinstance(content, dict) else None
     return str(label) if isinstance(label, str | int) else None

@@ -46,11 +46,11 @@ export function Training({ index, active }) {
   const last = state.records.at(-1);
   const steps = state.max_steps ? ` of ${state.max_steps.toLocaleString("en")}` : "";
   const minutes = state.minutes ? ` of ${counted(state.minutes, "minute")}` : "";
-  const final = state.records.findLast((record) => "final_bits_per_dim" in record);
+  const final = state.records.findLast((record) => record.final_bits_per_dim != null);
   return html`<div>
     <p class="result" role="status" aria-live="polite"><strong>${state.state}</strong> on ${state.data}</p>
     <p>${last ? `step ${last.step.toLocaleString("en")}${steps} after ${duration(last.seconds ?? 0)}${minutes}` : "no record yet"}${
-      final ? ` · final bound ${format(final.final_bits_per_dim)} ± ${format(final.final_stderr)} bits per dimension` : ""}</p>
+      final ? ` · final bound ${format(final.final_bits_per_dim)}${final.final_stderr == null ? "" : ` ± ${format(final.final_stderr)}`} bits per dimension` : ""}</p>
     <div class="charts">
       ${CURVES.map(([key, name]) => html`<${Curve} key=${key} records=${state.records} name=${name} field=${key} />`)}
     </div>
@@ -65,7 +65,7 @@ const duration = (seconds) => (
 
 function Curve({ records, name, field }) {
   const data = useMemo(() => {
-    const rows = records.filter((record) => field in record);
+    const rows = records.filter((record) => record[field] != null);
     return [rows.map((record) => record.step), rows.map((record) => record[field])];
   }, [records, field]);
   if (!data[0].length) return null;
