@@ -58,6 +58,25 @@ def numbers(result):
     return summary, {name: nll.total.tolist() for name, nll in result.nll.items()}
 
 
+def test_batches_are_halved_where_the_memory_of_a_gpu_is_too_small(model, monkeypatch):
+    expected, nll, tried, said = numbers(evaluate(model, DATA, part="all", items=24, mc_samples=2)), model.nll, [], []
+
+    def small_gpu(values, seed, mc_samples, batch, **options):
+        tried.append(batch)
+        if batch > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return nll(values, seed, mc_samples, batch, **options)
+
+    monkeypatch.setattr(planning, "batch_size", lambda *_: 12)
+    monkeypatch.setattr(planning, "calls_per_second", lambda *_: 1000.0)
+    monkeypatch.setattr(model, "nll", small_gpu)
+    found = numbers(evaluate(model, DATA, part="all", items=24, mc_samples=2, on_message=said.append))
+    assert tried == [12, 6, 6] * 3
+    assert sum("too little memory" in line for line in said) == 3
+    for name, total in found[1].items():
+        assert total == pytest.approx(expected[1][name], rel=1e-5)
+
+
 def test_all_estimates_of_the_same_items(model, capfd):
     assert undiffuse.evaluate is evaluate
     result = evaluate(model, DATA, part="all", **QUICK)

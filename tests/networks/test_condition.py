@@ -5,6 +5,7 @@ import torch
 
 from undiffuse.errors import ConfigError
 from undiffuse.networks.condition import Condition
+from undiffuse.networks.embedding import VectorEmbedding
 
 NAMES = [f.name for f in fields(Condition)]
 
@@ -43,6 +44,15 @@ def test_null_has_the_same_shapes():
     assert null.vector.isnan().all()
     assert Condition(vector=torch.ones(2, 3)).null().label is None
     assert same(Condition().null(), Condition())
+
+
+def test_without_a_vector_every_weight_gets_a_gradient():
+    """Several processes exchange the gradients of all weights, and wait for one that is missing."""
+    embedding = VectorEmbedding(3, 4)
+    assert torch.equal(embedding(None), embedding.null)
+    embedding(None).sum().backward()
+    assert [parameter.grad is not None for parameter in embedding.parameters()] == [True] * 5
+    assert torch.equal(embedding.null.grad, torch.ones(1, 4))
 
 
 def test_drop_is_null_where_the_mask_is_true():

@@ -21,6 +21,22 @@ def test_the_cpu(name):
     assert start_accelerator(name).device == torch.device("cpu")
 
 
+def test_float32_is_float32_in_convolutions_too(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    resolve_device("cpu")
+    assert torch.backends.cudnn.allow_tf32 is False
+
+
+def test_a_process_of_a_launcher_computes_on_its_own_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    resolve_device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    resolve_device("cpu")
+    assert chosen == [3]
+
+
 @pytest.mark.parametrize("name", ABSENT)
 @pytest.mark.parametrize("use", [resolve_device, start_accelerator, lambda name: load("nothing", name)])
 def test_a_device_that_is_not_here_is_refused(use, name):

@@ -154,9 +154,9 @@ def test_the_lines_of_python_have_label_and_prompt(tmp_path, monkeypatch):
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(compile(likelihood(folder, 1, 2, 0, 4, 1, "it's a \"box\""), "likelihood.py", "exec"), names)
+    exec(compile(likelihood(folder, 1, 2, 0, 4, 1, 'it\'s a "box"'), "likelihood.py", "exec"), names)
     assert names["cond"].label.tolist() == [1, 1]
-    assert torch.equal(names["cond"].text, text_rows(["it's a \"box\""] * 2))
+    assert torch.equal(names["cond"].text, text_rows(['it\'s a "box"'] * 2))
     assert names["bits"].shape == (2,)
 
 

@@ -79,6 +79,21 @@ def test_the_first_weights_are_those_of_the_teacher(teacher):
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in teacher.state_dict().items())
 
 
+def test_a_learned_schedule_of_the_teacher_is_not_trained(tmp_path):
+    config = tiny_run.recipe()
+    model = replace(
+        config.model, schedule={"name": "learned"}, times={"name": "uniform", "low": 0.0}, loss="continuous"
+    )
+    task = DiffusionTask(replace(config, model=model)).adapt(DATA, config.train)
+    teacher = task.build_model(DATA, DATA.split(0.2)).eval()
+    learned = DistillationTask(DistillationConfig(replace(teacher.config, calls=1), SETTINGS), teacher)
+    schedule = learned.build_model(DATA, DATA.split(0.2)).schedule
+    assert not any(parameter.requires_grad for parameter in schedule.parameters())
+    run = distill(teacher, tmp_path / "run")
+    for name, tensor in checkpoint.load(run).schedule.state_dict().items():
+        assert torch.equal(tensor, teacher.schedule.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("pairs", ["teacher", "data"])
 def test_the_loss_has_the_gap_of_the_part_of_the_run(pairs, teacher, monkeypatch):
     """The pairs of a batch are on trajectories of the teacher or of the data; each third of the run has its gap."""

@@ -69,8 +69,7 @@ def write_contact_sheet(dataset: Dataset, out: Path) -> int:
 
     most = max(1, min(SHEET_ITEMS, MAX_SHEET_VALUES // math.prod(dataset.item_shape)))
     items = np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(np.int64)
-    columns = math.ceil(len(items) ** 0.5) if len(dataset.item_shape) > 2 else None
-    save_picture(image_grid(dataset.values[items], dataset.num_values, columns, names=dataset.columns), out)
+    save_picture(image_grid(dataset.values[items], dataset.num_values, names=dataset.columns), out)
     return len(items)
 
 

@@ -111,13 +111,13 @@ def compare(
             picture = comparison_report.neighbours_image(result, values, dataset)
         except DataError as error:
             console.print(f"no image of nearest items: {error.cause}")
+        if picture is None and IMAGE in written_before:
+            (out / IMAGE).unlink(missing_ok=True)
         write_record(out / RECORD, {**summary, "files": [IMAGE] if picture else []})
         written = [str(out / RECORD)]
         if picture:
             save_picture(picture, out / IMAGE)
             written.append(str(out / IMAGE))
-        elif IMAGE in written_before:
-            (out / IMAGE).unlink(missing_ok=True)
         console.print(f"written: {', '.join(written)}")
 
 

@@ -69,9 +69,8 @@ if TYPE_CHECKING:
 
 MIN_FILE_BYTES = 4096
 """What an image file takes on a disk at least."""
-MAX_ANIMATED = 16
-MAX_NAME_BYTES = 120
-"""The most samples in an animation."""
+MAX_ANIMATED, MAX_NAME_BYTES = 16, 120
+"""The most samples in an animation, and the longest default name of a folder in UTF-8."""
 
 
 def sample(

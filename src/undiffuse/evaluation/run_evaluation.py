@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from undiffuse.likelihood.nll import NLL, concatenate
 from undiffuse.model.cascade import AnyModel, Cascade, stage_lines, weights_of
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
+from undiffuse.runtime.device import halve_while_out_of_memory
 from undiffuse.runtime.distributed_group import ProcessGroup, single_process
 from undiffuse.runtime.part_store import Log, PartStore
 
@@ -240,6 +242,7 @@ def _compute(
     fails, raise when ``strict``, otherwise log a line and go on.
     """
     computed: dict[str, FinishedBatch] = {}
+    sizes: dict[str, int] = {}  # of the parts of a batch for which the memory of the GPU is large enough
     later = sum(job["expected"] for job in plan.values())
     for name, job in plan.items():
         later -= job["expected"]
@@ -256,7 +259,8 @@ def _compute(
         def compute(start: int, name: str = name, job: dict[str, Any] = job) -> FinishedBatch:
             here, began = slice(start, min(start + job["batch"], job["items"])), time.perf_counter()
             chosen = {"first": start, "estimate": name, "cond": condition_of(here)}
-            result = model.nll(values[here], seed, job["mc_samples"], job["batch"], **chosen)
+            nll = partial(model.nll, values[here], seed, job["mc_samples"], **chosen)
+            result, sizes[name] = halve_while_out_of_memory(nll, sizes.get(name, job["batch"]), log)
             seconds = time.perf_counter() - began
             if store is not None:
                 resumable.write(store, f"{name}-{start:08d}", result, seconds)

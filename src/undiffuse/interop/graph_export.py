@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from undiffuse.data import transform as transforms
 from undiffuse.denoising.denoiser import Preconditioning
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, UndiffuseError
 from undiffuse.interop.parity import Check
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
@@ -127,10 +127,12 @@ def _one_error() -> Iterator[None]:
     """Makes a `ConfigError` of the exceptions of many types that torch's exporters raise."""
     try:
         yield
+    except (UndiffuseError, MemoryError):
+        raise
     except Exception as error:
         cause = " ".join(f"its graph cannot be written ({type(error).__name__}: {error})".split())
         fix = "docs/formats.md lists the models that can be exported"
-        raise ConfigError("EXPORT", "model.network", f"{cause[:300]}", fix) from error
+        raise ConfigError("EXPORT", "model.network", cause[:300], fix) from error
 
 
 def _inputs(model: Diffusion, n: int) -> tuple[Tensor, ...]:

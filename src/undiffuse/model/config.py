@@ -97,7 +97,8 @@ class TrainConfig:
     With several processes ``shard`` splits weights, averages and moments among them (FSDP2); otherwise every process
     holds all (DDP). ``checkpointing`` recomputes the blocks of the network in the backward pass to save memory,
     ``compile`` compiles the network; if it is not given, a long run on one GPU measures both forms and takes the faster
-    (`undiffuse.training.compiled`). None of the three changes the results except for rounding.
+    (`undiffuse.training.compiled`). None of the three changes the results except for rounding
+    and, in a compiled network, for the random numbers of dropout.
     """
 
     batch: int = 128

@@ -58,8 +58,8 @@ class VectorEmbedding(nn.Module):
             self.init_moments(*moments)
 
     def forward(self, vector: Tensor | None) -> Tensor:
-        if vector is None:
-            return self.null
+        if vector is None:  # through the same operations, because DDP expects a gradient of every weight
+            vector = self.mean.new_full((1, len(self.mean)), math.nan)
         given = ~vector.isnan().any(1, keepdim=True)
         h = torch.where(given, (vector.to(self.mean.dtype) - self.mean) / self.std, 0.0)
         return torch.where(given, self.fc2(F.silu(self.fc1(h))), self.null)

@@ -54,8 +54,8 @@ def image_grid(
         return lines(values, columns, names)
     tiles, gap = _tiles(values, num_values, columns or 1, scale)
     n, height, width = tiles.shape[:3]
-    fitting = max(1, (WIDTH - gap) // (width + gap))
-    return Image.fromarray(_mosaic(tiles, columns or min(fitting, math.ceil(math.sqrt(n * height / width))), gap, gap))
+    fitting, square = max(1, (WIDTH - gap) // (width + gap)), math.ceil(math.sqrt(n * height / width))
+    return Image.fromarray(_mosaic(tiles, columns or max(min(fitting, square), math.ceil(square / 1.5)), gap, gap))
 
 
 def image_strip(

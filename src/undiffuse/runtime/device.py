@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -26,6 +27,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """
     import torch
 
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32, as matrix products
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # else every process opens a context on the first GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found is not None and _problem(found) is None else torch.device("cpu")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from functools import partial
+from datetime import timedelta
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from accelerate import PartialState
 from accelerate.utils import gather, pad_across_processes
 
 from undiffuse.errors import ConfigError
+
+PATIENCE = timedelta(days=1)
+"""How long a process waits for the others, for instance while the first one encodes the data into latents."""
 
 
 class ProcessGroup(NamedTuple):
@@ -53,7 +57,17 @@ def init_gloo(device: str) -> None:
         store, rank, size = next(dist.rendezvous("env://"))  # pyright: ignore[reportPrivateImportUsage]
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         own = dist.PrefixStore(f"attempt {attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=PATIENCE)
+
+
+def host_group() -> dist.ProcessGroup:
+    """A group of all processes for numbers on the host, so that no process waits for its GPU."""
+    return _gloo_group(dist.group.WORLD)
+
+
+@cache
+def _gloo_group(world: object) -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=PATIENCE)  # pyright: ignore
 
 
 def check_own_device(device: str, own: torch.device) -> None:

@@ -185,6 +185,8 @@ class DistillationTask(Task):
         own = model.state_dict()
         model.load_state_dict(own | {name: _extended(w, own[name]) for name, w in teacher.state_dict().items()})
         model.autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
+        if isinstance(model.schedule, nn.Module):  # it is not trained
+            model.schedule.requires_grad_(False)
         return model
 
     def parameter_groups(self, model: Diffusion) -> list[dict[str, Any]]:
@@ -307,5 +309,5 @@ class DistillationTask(Task):
 
 def _extended(weights: Tensor, own: Tensor) -> Tensor:
     """``weights`` with as many rows as ``own``, of which the new ones are 0."""
-    new = own.new_zeros(len(own) - len(weights), *own.shape[1:]) if own.ndim else own[:0]
-    return torch.cat([weights, new]) if len(new) else weights
+    missing = len(own) - len(weights) if own.ndim else 0
+    return torch.cat([weights, own.new_zeros(missing, *own.shape[1:])]) if missing else weights

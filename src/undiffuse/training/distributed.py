@@ -13,14 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from undiffuse.model.config import TrainConfig
 from undiffuse.networks import protocol
 from undiffuse.runtime.device import resolve_device
-from undiffuse.runtime.distributed_group import check_own_device, init_gloo, world_size
+from undiffuse.runtime.distributed_group import PATIENCE, check_own_device, host_group, init_gloo, world_size
 from undiffuse.training.progress import Progress
 
 
@@ -30,7 +30,8 @@ def start_accelerator(device: str | torch.device) -> Accelerator:
     init_gloo(place.type)
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # otherwise gradients are stored twice
     on_cpu = place.type == "cpu" and world_size() > 1
-    accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=1, kwargs_handlers=[views])
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=1, kwargs_handlers=[views, patience])
     if accelerator.num_processes > 1:
         check_own_device(str(place), accelerator.device)
     else:
@@ -91,25 +92,26 @@ def broadcast_progress(accelerator: Accelerator, progress: Progress) -> None:
     """Copy the clock and the plan of the first process to all others."""
     if accelerator.num_processes > 1:
         plan = [math.nan if step is None else step for step in (progress.decay_from, progress.last_step)]
-        numbers = torch.tensor([progress.seconds, *plan], dtype=torch.float64, device=accelerator.device)
-        progress.seconds, *plan = broadcast(numbers).tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        numbers = torch.tensor([progress.seconds, *plan], dtype=torch.float64)
+        dist.broadcast(numbers, 0, host_group())
+        progress.seconds, *plan = numbers.tolist()
         progress.decay_from, progress.last_step = (None if math.isnan(step) else int(step) for step in plan)
 
 
 def reduce_signal(accelerator: Accelerator, received: Sequence[int]) -> int:
     """The number of a stop signal that any process has received, the same in all of them; 0 for none."""
-    signal = received[0] if received else 0
-    if accelerator.num_processes == 1:
-        return signal
-    signals = accelerator.gather(torch.tensor([signal], device=accelerator.device))
-    return int(signals.max())  # pyright: ignore[reportAttributeAccessIssue]
+    signal = torch.tensor(received[0] if received else 0)
+    if accelerator.num_processes > 1:
+        dist.all_reduce(signal, dist.ReduceOp.MAX, host_group())
+    return int(signal)
 
 
 def from_main_process(accelerator: Accelerator, decision: bool) -> bool:
     """The ``decision`` of the first process, which may depend on its clock, in all processes."""
-    if accelerator.num_processes == 1:
-        return decision
-    return bool(broadcast(torch.tensor([int(decision)], device=accelerator.device)).item())  # pyright: ignore[reportAttributeAccessIssue]
+    decided = torch.tensor(decision)
+    if accelerator.num_processes > 1:
+        dist.broadcast(decided, 0, host_group())
+    return bool(decided)
 
 
 def is_sharded(tensor: Tensor) -> bool:

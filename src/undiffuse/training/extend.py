@@ -1,4 +1,4 @@
-"""Extend a run: it becomes, to the bit, the run that would have started with the longer recipe."""
+"""Extend a run: on a CPU it becomes, to the bit, the run that would have started with the longer recipe."""
 
 from __future__ import annotations
 

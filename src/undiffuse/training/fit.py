@@ -60,8 +60,8 @@ def fit(
     seconds, as of `time.perf_counter`, for ``minutes`` and for rates.
 
     Every random number is a function of (seed, purpose, step or item). With ``max_steps``, evaluating and saving do not
-    change what is trained, and a resumed run is bit-identical to an uninterrupted one; with ``minutes`` their time
-    counts, and they get as little of it as `progress.measuring_allowance` says.
+    change what is trained, and on a CPU a resumed run is bit-identical to an uninterrupted one; with ``minutes`` their
+    time counts, and they get as little of it as `progress.measuring_allowance` says.
     Raises `ConfigError` (also for a finished run of another recipe, data or ``init``), `DataError`, `CheckpointError`,
     `NonFiniteError`, `ResourceError` (disk full, or another process trains into the folder), and `Interrupted` after a
     signal, when everything is saved.

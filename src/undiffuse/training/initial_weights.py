@@ -245,6 +245,7 @@ def _difference(model: Diffusion, start: Diffusion) -> list[str]:
     one, other = (m.eval().to(model.device).denoiser()(x_t, level, None).x for m in (model, start))
     model.train(training)
     model.autocast = autocast
+    start.to("cpu")
     if float((one - other).abs().max()) <= MAX_DIFFERENCE:
         return []
     rms = float((one - other).square().mean().sqrt())

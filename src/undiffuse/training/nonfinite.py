@@ -128,7 +128,8 @@ def skip_step(problem: NonFinite, names: np.ndarray, progress: Progress, setting
 
 def weights_norm(model: nn.Module) -> Tensor:
     """The norm of all weights, over all shards."""
-    return full_tensor(nn.utils.get_total_norm(model.parameters()))
+    on_cpu_last = sorted(model.parameters(), key=lambda p: p.device.type == "cpu")  # norms are brought to the first's
+    return full_tensor(nn.utils.get_total_norm(on_cpu_last))
 
 
 def _weights_error(model: nn.Module, step: int, folder: Path) -> NonFiniteError:

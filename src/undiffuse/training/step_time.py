@@ -44,6 +44,6 @@ def seconds_per_step(
             optimizer.step()
             optimizer.zero_grad()
             if device.type != "cpu":
-                torch.accelerator.synchronize()
+                torch.accelerator.synchronize(device)
             seconds.append(clock() - began)
     return statistics.median(seconds[1:])
