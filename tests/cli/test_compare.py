@@ -72,6 +72,7 @@ def test_an_image_of_an_earlier_comparison_is_removed(place, call):
     np.save(place / "vectors.npy", RNG.normal(size=(300, 2)).astype(np.float32))
     options = ["--metric", "kernel", "--out", place / "out"]
     assert call("compare", place / "samples", place / "data.npy", "--num-values", 17, *options).code == 0
+    assert (place / "out" / "nearest.png").is_file()
     (place / "out" / "notes.txt").write_text("mine")
     for _ in range(2):  # the second time into what the first one left
         assert call("compare", place / "vectors.npy", place / "vectors.npy", *options).code == 0

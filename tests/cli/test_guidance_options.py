@@ -1,6 +1,7 @@
 """The command train-classifier, and the guide of sample from its runs and from weaker models."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def runs(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("runs")
     checkpoint.save(model(3), tmp_path / "itself")
     checkpoint.save(model(3, seed=1), tmp_path / "weak")
+    checkpoint.save(model(5, seed=1), tmp_path / "five")
     checkpoint.save(model(3, codec=Identity()), tmp_path / "other")
     checkpoint.save(model(3, schedule={"name": "flow"}), tmp_path / "flow")
     for name, classes in {"classifier": ("a", "b", "c"), "strange": ("a", "c", "b")}.items():
@@ -127,6 +129,7 @@ def test_models_that_do_not_fit_together(runs):
         (other_codec, {}, "classifier", None, r"--classifier: .*classifier was trained on other data"),
         (other_shape, {}, "classifier", None, r"items \(1, 4, 4\), IntegerLevels\(num_values=5\)\. Use one"),
         (model(3), {}, None, "other", r"--autoguide: .*other was trained on other data: items .* Identity\(\)\. Use"),
+        (model(3), {}, None, "five", r"--autoguide: .*five has other conditions than the model\. Use a model of the"),
         (model(3), {}, None, "flow", r"the weak model: the two models have different noise processes"),
         (model(3), {}, None, "itself", r"--autoguide: .*itself is the model itself\. Use an earlier"),
         (model(3), {"autoguidance_scale": math.inf}, None, "weak", "scale = inf: it is not finite"),
@@ -175,6 +178,21 @@ def test_another_solver_of_a_consistency_model():
         SamplerOptions(None, None, solver, [], steps, None, {}).choose(model(calls=calls), said.append, lambda *_: None)
         assert len(said) == lines
         assert all("predicts a sample" in line for line in said)
+
+
+def test_advice_is_used_for_a_flow_map_and_not_for_a_consistency_model():
+    advice = Sampler("unipc", 4)
+    flow_map, consistency = model(calls=1), model(calls=1)
+    flow_map.config = replace(flow_map.config, network={**UNET, "two_times": True})
+    for made, calls, expected in (
+        (flow_map, 4, "unipc"),
+        (flow_map, None, "flow_map"),
+        (consistency, 4, "consistency"),
+    ):
+        options = SamplerOptions(None, calls, None, [], None, None, {})
+        assert options.choose(made, print, lambda *_: advice).solver == expected
+    without = SamplerOptions(None, 4, None, [], None, None, {}).choose(flow_map, print, lambda *_: None)
+    assert (without.solver, without.num_steps) == ("flow_map", 4)
 
 
 def test_a_consistency_model_cannot_be_the_weaker_one(tmp_path):

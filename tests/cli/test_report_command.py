@@ -8,7 +8,7 @@ from page_checks import check_page
 from tiny_run import NET
 
 from undiffuse.evaluation import plan
-from undiffuse.model import presets
+from undiffuse.model import checkpoint, presets
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.report.table import cell
 from undiffuse.training import diffusion_task
@@ -81,6 +81,15 @@ def test_files_of_the_user_and_data_that_are_not_those_of_the_run(place, call):
     assert "Without the data" not in (place / "new.html").read_text()
     code, _, err = call("report", "run", "moved.npz", "--num-values", 6, "--minutes", 0)
     assert (code, err.count("\n"), "not the data that the run was trained on" in err) == (3, 1, True)
+
+
+def test_data_of_another_shape_than_those_of_a_model_without_facts(place, call):
+    model = checkpoint.load(place / "run")
+    model.info = {"num_values": 5}
+    checkpoint.save(model, place / "bare.safetensors")
+    np.save(place / "wide.npy", np.zeros((30, 1, 9, 9), np.uint8))
+    said = call("report", "bare.safetensors", "wide.npy", "--num-values", 5, "--minutes", 0)
+    assert (said.code, said.err.count("\n"), "its items are 1×9×9" in said.err) == (3, 1, True)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,8 @@ def test_the_parts_of_a_latent_model_keep_their_names_and_order(tmp_path):
     computed = make_nll(nats, 2 * nats, 3 * nats, 4, nats[:, None] + 1, extra)
     store = resumable.batch_store(tmp_path, "key")
     resumable.write(store, "discrete-00000000", computed, 1.0)
+    resumable.write(store, "flow_map-00000000", computed, 1.0)
+    assert store.names() == ["discrete-00000000", "flow_map-00000000"]
     found, _ = resumable.read(store, "discrete-00000000", print)
     assert list(found.extra) == list(computed.extra) == ["posterior", "reconstruction"]
     assert torch.equal(found.total, computed.total)

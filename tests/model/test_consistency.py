@@ -169,6 +169,10 @@ def test_the_calls_are_at_quantiles_of_the_ratio():
     spread = 1.2 * 0.6744897501960817  # the third quartile of N(0, 1)
     assert ratios == pytest.approx([0.8 * math.exp(spread), 0.8, 0.8 * math.exp(-spread)])
     assert (sampler.num_steps, sampler.times[0], sampler.times[-1]) == (4, 1.0, 0.0)
+    few = S.SCHEDULES["variance_exploding"](sigma_min=0.02, sigma_max=3.0)  # ends below the largest of many ratios
+    for calls in (9, 16):
+        times = few_call_sampler(few, calls).times
+        assert all(later < time for time, later in pairwise(times)), times
     start = few_call_sampler(S.Flow(), 2).times[0]
     assert float(noise_to_signal(S.Flow()(start))) == pytest.approx(80)  # the paper's sigma_max
 

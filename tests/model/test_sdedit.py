@@ -93,6 +93,10 @@ def test_times_of_tables_and_of_distilled_models():
     distilled = Diffusion(config, (1, 4, 4), Identity())
     times = [float(level.t) for level in variant_levels(distilled, 0.5)]
     assert times == pytest.approx([t / 2 for t in distilled.default_sampler.times])
+    config = ModelConfig(network=NETWORK, schedule={"name": "linear", "T": 20}, chain_length=20, calls=3)
+    distilled = Diffusion(config, (1, 4, 4), Identity())
+    times = [float(level.t) for level in variant_levels(distilled, 0.5, 20)]
+    assert times == pytest.approx([t / 2 for t in distilled.default_sampler.times])
     for strength in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ConfigError, match="STRENGTH"):
             variant_levels(table, strength)

@@ -87,6 +87,11 @@ def test_images_fit_the_width(shape):
     assert image_grid(values[:4], 256, columns=1).width <= WIDTH
 
 
+def test_a_mosaic_of_many_large_images_is_wider_but_not_much_higher_than_wide():
+    grid = image_grid(np.zeros((64, 1, 512, 512)), 256)
+    assert WIDTH < grid.width < grid.height < 2 * grid.width
+
+
 def test_a_strip_has_a_row_for_each_item_and_a_captioned_column_for_each_frame():
     frames = RNG.integers(0, 256, (5, 3, 1, 8, 8))
     shown = pixels(image_strip(frames, ["∞", "4.0", "0.0", "−4.0", "−9.0"], 256))

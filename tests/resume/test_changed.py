@@ -111,6 +111,15 @@ def test_force_resumes_with_the_new_recipe(tmp_path):
     assert [what for what, _, _ in Run(tmp_path).record["changed"][0]] == ["train.lr", "train.max_steps"]
 
 
+@pytest.mark.parametrize(("before", "after"), [({}, {"ema": 0.08}), ({"snapshots": 0}, {"snapshots": 2})])
+def test_force_begins_averages_that_the_checkpoint_lacks(before, after, tmp_path):
+    with quick_looks():
+        with stopping_at(5):
+            train(training(**before)[0], tmp_path, ITEMS)
+        train(training(**after)[0], tmp_path, ITEMS, force=True)
+    assert {"average", "extra"} <= checkpoint_hashes(tmp_path, 8).keys()
+
+
 def finished_run(folder):
     with quick_looks():
         train(RECIPE, folder, ITEMS)

@@ -30,11 +30,15 @@ def test_float32_is_float32_in_convolutions_too(monkeypatch):
 def test_a_process_of_a_launcher_computes_on_its_own_gpu(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    resolve_device("cpu")
+    monkeypatch.setattr("undiffuse.runtime.device._problem", lambda device: None)
+    resolve_device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "3")
     resolve_device("cpu")
-    assert chosen == [3]
+    assert chosen == []
+    resolve_device("cuda")
+    assert chosen == [1]
 
 
 @pytest.mark.parametrize("name", ABSENT)

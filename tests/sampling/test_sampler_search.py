@@ -219,6 +219,11 @@ def test_the_ranking_is_right(name):
     assert sum(ticks) > 150 + 10 * len(result.ranking)
 
 
+def test_no_sampler_has_more_steps_than_the_chain():
+    result = search_sampler(CLUSTERS.denoiser(LINE), starts(LINE), 8, names=["ddim", "dpm++2m"], fine=20, max_steps=3)
+    assert {one.sampler.given_steps for one in result.ranking} == {3}
+
+
 def test_every_item_has_its_condition():
     """Also in the half that fits times: the result is that of the data of each label alone."""
     labels = torch.tensor([0, 0, 1])

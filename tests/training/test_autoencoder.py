@@ -44,6 +44,13 @@ def test_a_stopped_run_resumes_to_the_bit(tmp_path):
         checkpoint.load(tmp_path / "straight")
 
 
+def test_images_of_more_than_256_values(tmp_path):
+    """They are uint16, which torch does not join with other types."""
+    deep = from_array(np.random.default_rng(0).integers(1000, size=(40, 1, 8, 8)), num_values=1000, name="deep")
+    assert deep.values.dtype == np.uint16
+    assert (fit(tmp_path / "run", deep) / "pictures" / "reconstructions.png").is_file()
+
+
 def test_the_loss_is_the_bound_of_the_autoencoder_with_weight_1():
     """(−log p(x given z) + w KL)/dims, by hand; with l1, Σ |x − x̂| in place of the first term."""
     autoencoder = tiny_autoencoder(reconstruction="nll", kl_weight=0.7)

@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny_run
 import torch
 from tiny_run import checkpoint_hashes, stopping_at
 
+from undiffuse.cli.distill import _settings_of
+from undiffuse.data.from_array import from_array
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.model import checkpoint
 from undiffuse.model.config import ModelConfig, TrainConfig
@@ -17,6 +20,7 @@ from undiffuse.training import distillation_task
 from undiffuse.training.batches import global_batch
 from undiffuse.training.diffusion_task import DiffusionTask
 from undiffuse.training.distillation_task import GAPS, DistillationConfig, DistillationTask, fit_distillation
+from undiffuse.training.run_folder import Run
 
 DATA = tiny_run.data()
 SETTINGS = TrainConfig(
@@ -51,6 +55,13 @@ def test_a_stopped_run_resumes_to_the_bit(pairs, teacher, tmp_path):
     distill(teacher, tmp_path / "stopped", pairs=pairs)
     distill(teacher, tmp_path / "straight", pairs=pairs)
     assert checkpoint_hashes(tmp_path / "stopped", 6) == checkpoint_hashes(tmp_path / "straight", 6)
+
+
+def test_the_warmup_of_the_teacher_is_cut_to_that_of_a_short_run(tmp_path):
+    for warmup, expected in ((5000, TrainConfig().warmup), (3, 3)):
+        folder = tmp_path / str(warmup)
+        Run(folder).open(tiny_run.recipe(warmup=warmup), DATA)
+        assert _settings_of(folder, max_steps=9).warmup == expected
 
 
 def test_the_model_of_a_run(teacher, tmp_path):
@@ -120,9 +131,27 @@ def test_the_loss_has_the_gap_of_the_part_of_the_run(pairs, teacher, monkeypatch
         assert torch.allclose(x_r, on_data, rtol=0, atol=1e-5) == (pairs == "data")
 
 
+def test_the_facts_about_the_data_are_those_of_the_distillation(teacher, tmp_path, monkeypatch):
+    """Those of a teacher from another library say nothing of the data."""
+    monkeypatch.setattr(teacher, "info", {"num_values": 5})
+    info = checkpoint.load(distill(teacher, tmp_path / "run")).info
+    assert (info["fingerprint"], info["classes"], info["held_out"]) == (DATA.fingerprint, list(DATA.classes), 0.2)
+
+
+def test_conditions_that_the_teacher_does_not_accept_are_left_out(teacher, tmp_path):
+    vectors = np.zeros((len(DATA), 2), np.float32)
+    more = from_array(DATA.values, DATA.labels, num_values=5, cond=vectors)
+    assert checkpoint.load(distill(teacher, tmp_path / "run", more)).condition_sizes == {"classes": 3}
+
+
 def test_what_does_not_fit_is_refused(teacher, tmp_path):
     with pytest.raises(DataError, match=r"SHAPE.*the items are 1×4×2, those of the teacher 1×4×4"):
         distill(teacher, tmp_path, replace(DATA, values=DATA.values[..., :2]))
+    with pytest.raises(DataError, match=r"RANGE.*the items have 7 values, those of the teacher 5 values"):
+        distill(teacher, tmp_path, replace(DATA, num_values=7))
+    four = from_array(DATA.values, np.arange(len(DATA)) % 4, num_values=5)
+    with pytest.raises(DataError, match=r"CONDITION.*their labels have the size 4, those of the teacher 3"):
+        distill(teacher, tmp_path, four)
     with pytest.raises(DataError, match=r"NO_CONDITIONS"):
         distill(teacher, tmp_path, replace(DATA, labels=None, classes=()))
     with pytest.raises(ConfigError, match=r"pairs = 'clouds'"):

@@ -14,6 +14,7 @@ from undiffuse.data.from_array import from_array
 from undiffuse.data.stage_data import split_data
 from undiffuse.data.transform import Standardized, transform_for
 from undiffuse.errors import CheckpointError, ConfigError, DataError
+from undiffuse.evaluation.plan import shared_condition
 from undiffuse.model import checkpoint
 from undiffuse.model.autoencoder import fingerprint
 from undiffuse.model.config import Config, ModelConfig, TrainConfig, replace_train
@@ -422,3 +423,26 @@ def test_a_note_lists_modules_with_their_tensors():
     names = ["network.down.0.conv.weight", "network.down.1.conv.weight", "network.network.embed.label", "embed.time.w"]
     assert initial_weights._list(names) == "down (2 tensors), embed.label (1 tensor), embed.time (1 tensor)"
     assert initial_weights._list([]) == "nothing"
+
+
+def test_a_condition_that_training_did_not_give_is_not_given_later(tmp_path):
+    """The network still accepts labels; `evaluate`, `ema`, `report` and `distill` do not give them."""
+    start = build(LABELLED, conditional=True)
+    model, _ = started(start, DATA, conditional=False)
+    assert (model.condition_sizes, model.info["conditional"]) == ({"classes": 3}, False)
+    assert shared_condition(model, DATA) == ("none", None)
+    model, _ = started(start, LABELLED, conditional=False)
+    assert shared_condition(model, LABELLED) == ("none", None)
+    distilled = checkpoint.load(
+        fit_distillation(model, LABELLED, tmp_path / "distilled", TRAIN, device="cpu", quiet=True)
+    )
+    assert distilled.info["conditional"] is False
+
+
+def test_the_conditions_of_the_data_of_a_run_are_given_where_the_network_accepts_more():
+    start = build(LABELLED, conditional=True)
+    model, _ = started(start, TEXTS)
+    assert model.condition_sizes.keys() == {"classes", "text"}
+    assert shared_condition(model, TEXTS) == ("captions", None)
+    other = replace(TEXTS, values=TEXTS.values[::-1].copy())
+    assert shared_condition(model, other)[0] == "none"

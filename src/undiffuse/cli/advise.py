@@ -112,7 +112,9 @@ def advise_command(
         torch.no_grad(),
         ProgressBar(console, f"flow, {counted(calls, 'call')}", 1.5 * fine + calls * (rows + 60)) as bar,
     ):
-        result = search_sampler(model.sampling_denoiser(), start, calls, bar.advance, fine=fine, cond=cond)
+        result = search_sampler(
+            model.sampling_denoiser(), start, calls, bar.advance, fine=fine, cond=cond, max_steps=model.chain_length
+        )
         best, scores, floor = result.ranking[0].sampler, [], None
         if real is not None:
             samplers = [best, *stochastic_samplers(model, result.reference, calls)]

@@ -75,10 +75,14 @@ def image_noise(then: list[Path] | None, augmentation: float | None) -> float:
 
 
 def stage_words(then: list[Path] | None, augmentation: float | None) -> list[str]:
-    """What the name of a folder of samples lists of a cascade: its runs, and the noise if it is given."""
+    """What the name of a folder of samples or numbers lists of a cascade: its models, and the noise if it is given."""
     from undiffuse.cli.options import run_folder
 
-    runs = [run_folder(path).name for path in then or ()]
+    def name(path: Path) -> str:
+        folder = run_folder(path).resolve().name
+        return folder if path.is_dir() or path.stem == "model" else f"{folder}-{path.stem}"
+
+    runs = [name(path) for path in then or ()]
     return runs if augmentation is None else [*runs, f"augmentation-{augmentation:g}"]
 
 

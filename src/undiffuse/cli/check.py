@@ -23,7 +23,7 @@ MAX_SKIPPED = 20
 """Skipped files that are printed one by one."""
 SHEET_ITEMS, MAX_EXAMPLE = 64, 60
 MAX_SHEET_VALUES = 1 << 26
-"""Values of the items in a contact sheet; of large images it has fewer."""
+"""The most values in a contact sheet, which shows fewer items if they are large."""
 
 
 @with_json

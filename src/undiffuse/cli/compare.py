@@ -79,10 +79,10 @@ def compare(
         raise ConfigError("USAGE", "undiffuse compare", cause, "Name DATA after SAMPLES, or give --run")
     for source in (data, samples):
         refuse_inside(out, source, run)
+    before = None
     if out is not None:
-        record = out / RECORD
-        written_before = listed_files(read_record(record)) or ()
-        check_output_folder(out, record, listed_files(read_record(record)), [IMAGE])
+        before = listed_files(read_record(out / RECORD))
+        check_output_folder(out, out / RECORD, before, [IMAGE])
     dataset = read_data(read, data, run or Path())
     held_out = _held_out(held_out, run, dataset)
     dataset = full_resolution(dataset) if of_cascade else dataset
@@ -111,7 +111,7 @@ def compare(
             picture = comparison_report.neighbours_image(result, values, dataset)
         except DataError as error:
             console.print(f"no image of nearest items: {error.cause}")
-        if picture is None and IMAGE in written_before:
+        if picture is None and IMAGE in (before or ()):
             (out / IMAGE).unlink(missing_ok=True)
         write_record(out / RECORD, {**summary, "files": [IMAGE] if picture else []})
         written = [str(out / RECORD)]

@@ -123,10 +123,11 @@ def distill(
 
 
 def _settings_of(run: Path, **settings: Any) -> TrainConfig:
-    """The training settings of the ``run``, with a smaller learning rate and no snapshots, and with ``settings``."""
+    """Training settings of the ``run``, with ``settings``, a smaller learning rate, a short warmup, no snapshots."""
     from undiffuse.model.config import TrainConfig, from_dict
     from undiffuse.training.run_folder import Run
 
     record = Run(run_folder(run)).record
     own = from_dict(TrainConfig, record["config"]["train"], "run.json: train") if record else TrainConfig()
-    return replace(own, lr=LR_FACTOR * own.lr, snapshots=0, **settings)
+    warmup = min(own.warmup, TrainConfig().warmup)  # a distillation is short
+    return replace(own, lr=LR_FACTOR * own.lr, warmup=warmup, snapshots=0, **settings)

@@ -89,6 +89,10 @@ def _load_weak_model(model: AnyModel, path: Path) -> Diffusion:
     weak = checkpoint.load(path, model.device, precision=model.precision)
     check_predicts_mean(weak.config, path)
     _check_same_data(model, weak, "--autoguide", path)
+    for name, size in weak.condition_sizes.items():
+        if name == "image" or (name != "text" and model.condition_sizes.get(name, size) != size):
+            cause = f"{path} has other conditions than the model"
+            raise ConfigError("GUIDANCE", "--autoguide", cause, "Use a model of the same data")
     if checkpoint.fingerprint(weak) == weights_of(model):
         fix = "Use an earlier or a smaller model of the same data"
         raise ConfigError("GUIDANCE", "--autoguide", f"{path} is the model itself", fix)

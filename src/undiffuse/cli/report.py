@@ -107,6 +107,9 @@ def _model(path: Path, run: Run, device: str) -> Any:
 
 def _data(read: ReadData, data: str | None, path: Path, run: Run, model: Any) -> tuple[Dataset | None, list[str]]:
     """The data of the run, and a note if they are not there. Raises `DataError` if DATA names others."""
+    from undiffuse.evaluation.plan import check_data
+    from undiffuse.model.diffusion import Diffusion
+
     try:
         dataset = read_data(read, data, path)
     except UndiffuseError as error:
@@ -120,6 +123,8 @@ def _data(read: ReadData, data: str | None, path: Path, run: Run, model: Any) ->
         cause = "these are not the data that the run was trained on"
         raise DataError("CHANGED", data or dataset.name, cause, "Name those, or leave DATA out")
     notes = []
+    if isinstance(model, Diffusion):
+        check_data(model, dataset)
     if not facts.get("fingerprint"):
         notes.append(f"The model does not record its training data: no item of {dataset.name} is known to be held out.")
     return dataset, notes
@@ -168,7 +173,8 @@ class _Measuring:
         from undiffuse.cli.sample import sample
         from undiffuse.training import run_report
 
-        labels = ["all"] if model.condition_sizes.keys() == {"classes"} else None
+        labelled = model.condition_sizes.keys() == {"classes"} and model.info.get("conditional", True)
+        labels = ["all"] if labelled else None
         folder = self.run.folder / run_report.SAMPLES
         n = run_report.number_of_samples(folder, model, [n for n in SAMPLE_COUNTS if n * _steps(model) <= calls])
         if n is None:

@@ -78,9 +78,9 @@ class SamplerOptions:
         if self._few_call_solver(model) == "consistency" != sampler.solver:
             cause = f"a consistency model predicts a sample, and {sampler.solver} needs the mean of the data"
             log(f"note: {cause}. --calls K alone draws as the model was distilled")
-        if distilled or self.calls is None:
+        if self.calls is None or (distilled and self._few_call_solver(model) == "consistency"):
             return sampler
-        return advised(sampler, self.calls) or within_calls(model, sampler, self.calls)
+        return advised(sampler, self.calls) or (sampler if distilled else within_calls(model, sampler, self.calls))
 
     def _few_call_solver(self, model: AnyModel) -> str:
         """The solver of a distilled model, else ""."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -52,19 +52,25 @@ def shared_condition(model: AnyModel, data: Dataset) -> tuple[str, str | None]:
     The image of a super-resolution model is none of these: it is always given.
     """
     accepted = {name: size for name, size in model.condition_sizes.items() if name != "image"}
-    if not accepted:
+    if not accepted or not model.info.get("conditional", True):
         return "none", None
-    names = " and ".join(CONDITION_NAMES[name] for name in accepted)
-    names = "captions" if model.info.get("text_encoder") and "classes" not in accepted else names
+
+    def in_words(names: Collection[str]) -> str:
+        words = " and ".join(CONDITION_NAMES[name] for name in names)
+        return "captions" if model.info.get("text_encoder") and "classes" not in names else words
+
     encoder = model.info.get("text_encoder") if data.embeddings is not None else None
     if data.embeddings is not None and data.embeddings.encoder != encoder:
         return "none", "the captions of these data were embedded by another text encoder: no condition is used"
     sizes = {name: size for name, size in data.condition_sizes.items() if name != "image"}
-    fits = sizes.keys() == accepted.keys() and all(size <= accepted[name] for name, size in sizes.items())
+    own = data.fingerprint == model.info.get("fingerprint")  # training gave null for a condition that they lack
+    fits = bool(sizes) and (sizes.keys() <= accepted.keys() if own else sizes.keys() == accepted.keys())
+    fits = fits and all(size <= accepted[name] for name, size in sizes.items())
     fits = fits and all(size == accepted[name] for name, size in sizes.items() if name != "text")
     if fits and list(data.classes) == list(model.info.get("classes", [])):
-        return names, None
-    return "none", f"the model accepts {names}, which these data lack or define differently: no condition is used"
+        return in_words(sizes), None
+    cause = f"the model accepts {in_words(accepted)}, which these data lack or define differently"
+    return "none", f"{cause}: no condition is used"
 
 
 def bit_reversed_order(n: int) -> np.ndarray:

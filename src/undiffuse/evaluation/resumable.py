@@ -73,7 +73,7 @@ def check_plan(folder: Path, key: str) -> None:
 
 def batch_store(folder: Path, key: str) -> PartStore:
     """The store of the batches of the plan with this ``key``."""
-    return PartStore(folder, "evaluation", key, r"[a-z]+-\d{8,}")
+    return PartStore(folder, "evaluation", key, r"[a-z_]+-\d{8,}")
 
 
 def write(store: PartStore, batch: str, result: NLL, seconds: float) -> None:

@@ -2,7 +2,8 @@
 
 A batch is a function of the plan, the seed and its first item, whichever process computes it, and which batches count
 is a function of the batches that are finished. So results are the same for any number of processes, also where that
-number changes when an evaluation is resumed.
+number changes when an evaluation is resumed. A GPU with too little memory computes a batch in parts, which changes
+rounding.
 """
 
 from __future__ import annotations

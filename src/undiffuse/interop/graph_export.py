@@ -72,12 +72,12 @@ def export_onnx(model: Diffusion, folder: Path) -> list[Check]:
         cause = f"its weights have {size:,} bytes, and one ONNX file holds 2 GB"
         raise ConfigError("EXPORT", "--format onnx", cause, "Use the format torch")
     program = _program(model)
-    folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), _one_error():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it lists operators of torchvision that are missing
         graph = torch.onnx.export(program, (), dynamo=True, verbose=False, external_data=False)
     assert graph is not None
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / ONNX, graph.model_proto.SerializeToString())
     _write_levels(model, folder)
     try:

@@ -88,6 +88,9 @@ def few_call_sampler(schedule: Schedule, calls: int, solver: str = "consistency"
     log-normal distribution with median `MIDDLE_RATIO`, which is that of the second of two calls [Geng24 app. D].
     """
     normal = NormalDist(math.log(MIDDLE_RATIO), RATIO_SPREAD)
-    ratios = [math.exp(normal.inv_cdf(1 - i / calls)) for i in range(1, calls)]
-    inner = [float(schedule.inverse(-2 * math.log(ratio))) for ratio in ratios]
-    return Sampler(solver, calls, times=(float(noisiest_level(schedule).t), *inner, 0.0))
+    first = noisiest_level(schedule)
+    share, log_ratio = 1.0, -float(first.log_snr) / 2
+    if calls > 1 and normal.inv_cdf(1 - 1 / calls) >= log_ratio:  # the distribution is cut off at the first level
+        share = normal.cdf(log_ratio)
+    inner = [float(schedule.inverse(-2 * normal.inv_cdf(share * (1 - i / calls)))) for i in range(1, calls)]
+    return Sampler(solver, calls, times=(float(first.t), *inner, 0.0))

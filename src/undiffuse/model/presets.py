@@ -45,7 +45,7 @@ PRESETS: dict[str, Config] = {
         ),
         TrainConfig(batch=64, lr=3e-3, optimizer="muon", ema=0.05),
     ),
-    # the bound as loss: where log-SNR is linear in t, its weight on eps is 1. Middle noise levels are drawn more
+    # the bound as loss: where log-SNR is linear in t, its weight on eps is 1. Low noise levels are drawn more
     # often than others: on Fashion-MNIST the bound is 0.08 bits/dim lower after five minutes of processor time. The
     # chain's bound is above the continuous one by 0.025 bits/dim with 1,000 steps, by 0.005 with 4,000
     "likelihood": Config(

@@ -86,8 +86,8 @@ def variant_levels(model: Diffusion, strength: float, num_steps: int | None = No
     last = strength if T is None else max(1, round(strength * T))  # in units of 1/T on a table
     steps = steps if T is None else min(steps, int(last))
     times = [last * (steps - i) / steps for i in range(steps + 1)]
-    if T is not None:
-        times = [int(k + 0.5) / T for k in times]
-    elif sampler.times is not None:
+    if sampler.times is not None:  # a distilled model's
         times = [strength * t for t in sampler.times]
+    elif T is not None:
+        times = [int(k + 0.5) / T for k in times]
     return model.noise_levels(replace(sampler, times=tuple(times)))

@@ -19,7 +19,7 @@ from undiffuse.report.item_plots import lines, pairs, scatter
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH = 1200  # of a mosaic at most, in pixels
+WIDTH = 1200  # of a mosaic, in pixels; wider where it would be more than about twice as high as wide
 TILE = 64  # height to which smaller images are enlarged, in pixels
 GAP = 2  # least distance of tiles, in pixels
 PAPER, INK = (255, 255, 255), (64, 64, 64)

@@ -24,12 +24,15 @@ def resolve_device(device: str | torch.device) -> torch.device:
     ``auto`` is the accelerator that torch finds (a GPU) if it computes in float64, else the CPU; other names are
     torch's: ``cpu``, ``cuda``, ``cuda:1``, ``xpu``. Likelihoods are summed in float64, which Apple's ``mps`` does not
     have: it is refused. Raises `ConfigError`.
+
+    From then on convolutions in float32 are not in TF32, and the current GPU is that of this process of a launcher.
     """
     import torch
 
-    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32, as matrix products
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # else every process opens a context on the first GPU
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.backends.cudnn.allow_tf32 = False
+    if "LOCAL_RANK" in os.environ and not str(device).startswith("cpu") and torch.cuda.is_available():
+        # else every process opens a context on the first GPU; processes get GPUs as from accelerate
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found is not None and _problem(found) is None else torch.device("cpu")

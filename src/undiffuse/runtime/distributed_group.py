@@ -42,7 +42,7 @@ def init_process_group(device: str) -> ProcessGroup:
     if world_size() == 1:
         return single_process(device)
     init_gloo(device)
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
     own = str(state.device)
     check_own_device(device, torch.device(own))
     return ProcessGroup(state.process_index, state.num_processes, own, partial(_gather_json, own))

@@ -110,6 +110,7 @@ FACTS: dict[str, Callable[[Any], bool]] = {
     "ema": _is_fraction,
     "ema_error": _is_number,
     "accuracy": _is_table,
+    "conditional": lambda value: isinstance(value, bool),
     "distilled": lambda value: isinstance(value, dict) and _is_number(value.get("guidance", 1)),
     "imported": lambda value: (
         isinstance(value.get("scheduler", {}), dict) if isinstance(value, dict) else _is_text(value)

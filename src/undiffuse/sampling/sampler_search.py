@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -90,13 +91,15 @@ def search_sampler(
     names: Sequence[str] | None = None,
     fine: int = 200,
     cond: Condition | None = None,
+    max_steps: int | None = None,
 ) -> SearchResult:
     """Samplers of at most ``calls`` network calls, ranked by their error from ``start`` (n, ...) at t = 1.
 
-    Measured are the solvers (of ``names``) that draw no noise and have an order, with each of `SEARCH_SPACINGS`. For
-    the best few, the times are also refined, from their best spacing or from `fitted_times`. The first half of the
-    items serves for refinement, the other half for the ranking. ``fine`` is the number of steps of the reference,
-    ``cond`` the condition of each item of ``start``. ``progress`` is called with the number of network calls made.
+    Measured are the solvers (of ``names``) that draw no noise and have an order, with each of `SEARCH_SPACINGS`, in at
+    most ``max_steps`` steps. For the best few, the times are also refined, from their best spacing or from
+    `fitted_times`. The first half of the items serves for refinement, the other half for the ranking. ``fine`` is the
+    number of steps of the reference, ``cond`` the condition of each item of ``start``. ``progress`` is called with the
+    number of network calls made.
     Raises `ConfigError`.
     """
     if calls < 1 or fine < 4:
@@ -118,7 +121,7 @@ def search_sampler(
     for name, settings, order in candidates:
         distinct: dict[tuple[float, ...], Sampler] = {}
         for spacing in SEARCH_SPACINGS:
-            if sampler := fit_to_budget(Sampler(name, 1, spacing, settings), schedule, calls):
+            if sampler := fit_to_budget(Sampler(name, 1, spacing, settings), schedule, calls, max_steps=max_steps):
                 times = tuple(round(float(level.t), 9) for level in sampler.noise_levels(schedule))
                 distinct.setdefault(times, sampler)
         if distinct:
@@ -126,9 +129,8 @@ def search_sampler(
     ranking = [one for _, of_solver in measured for one in of_solver]
     for order, (best, *_) in sorted(measured, key=lambda row: _sort_key(row[1][0]))[:NUM_REFINED]:
         template = replace(best.sampler, spacing="fitted")
-        fitted = fit_to_budget(
-            template, schedule, calls, lambda n, order=order: fitted_times(reference, schedule, n, 1 / (order + 1))
-        )
+        times = partial(fitted_times, reference, schedule, power=1 / (order + 1))
+        fitted = fit_to_budget(template, schedule, calls, times, max_steps)
         starts = [best.sampler, *([fitted] if fitted else [])]
         refined = refine_times(starts, half_conditioned, start[first], reference.endpoint[first], progress)
         ranking += [] if refined == best.sampler else [measure(refined)]

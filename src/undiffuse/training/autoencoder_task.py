@@ -91,11 +91,9 @@ class AutoencoderTask(Task):
     def evaluate(self, model: Autoencoder, data: Dataset, split: Split, final: bool, limit: TimeLimit) -> Evaluation:
         """Of held-out items: the mean of |x − x̂| in x, −log p(x given z) and the KL to N(0, I) in bits per dimension.
 
-        The first is that of x̂ as values of the data: outside their range an x̂ may lie far away at no loss of
-        likelihood, and no picture shows it.
-
-        z ~ q(z given x) from fixed noise; of fewer items where ``limit`` is short. The sum of both is the bound of the
-        autoencoder alone, with the prior N(0, I).
+        z ~ q(z given x) from fixed noise; of fewer items where ``limit`` is short. The sum of the last two is the bound
+        of the autoencoder alone, with the prior N(0, I). The first is that of x̂ as values of the data: an x̂ far outside
+        their range may cost no likelihood, and a picture does not show it.
         """
         items = split.validation[bit_reversed_order(len(split.validation))][:MEASURED_ITEMS]
         if len(items) == 0:
@@ -121,7 +119,8 @@ class AutoencoderTask(Task):
         def reconstruct(here: slice) -> tuple[Tensor, Tensor]:
             values = torch.from_numpy(np.ascontiguousarray(data.values[items[here]]))
             x = model.transform.to_model(values).to(model.log_scale.device)
-            return values, model.transform.to_data(model.decode(model.encode(x)[0])).cpu()
+            decoded = model.transform.to_data(model.decode(model.encode(x)[0])).cpu()
+            return values.to(decoded.dtype), decoded  # torch does not join uint16 with other types
 
         if not (parts := limit.in_parts(reconstruct, len(items), 1)):
             return

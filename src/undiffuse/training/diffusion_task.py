@@ -147,7 +147,10 @@ class DiffusionTask(Task):
             transform = LatentTransform(latents.with_scale(self.autoencoder, data, split.train))
         else:
             transform = fitted_transform(data, split)
-        model = Diffusion(self.config.model, data.item_shape, transform, data_facts(data, settings), self.network)
+        facts = data_facts(data, settings)
+        model = Diffusion(self.config.model, data.item_shape, transform, facts, self.network)
+        if model.condition_sizes.keys() - {"image"} and not settings.conditional:
+            model.info["conditional"] = False  # a network that started from another model's may accept conditions
         init_statistics(model.network, TrainingStatistics(data, split.train, settings.conditional))
         model.autocast = autocast_dtype(settings.precision)
         return model

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from undiffuse.data.dataset import Dataset, Split
+from undiffuse.data.transform import IntegerLevels, values_transform
 from undiffuse.denoising.denoiser import Denoiser, Prediction
 from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.evaluation.time_limit import TimeLimit
@@ -34,7 +35,7 @@ from undiffuse.model.flow_map import (
     slope_estimate,
 )
 from undiffuse.networks import registry
-from undiffuse.networks.condition import Condition
+from undiffuse.networks.condition import CONDITION_NAMES, FIELD_TO_SETTING, Condition
 from undiffuse.process.gaussian import diffuse
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.statistics import item_mean
@@ -48,7 +49,7 @@ from undiffuse.training.fit import fit
 from undiffuse.training.latents import batch_x, reader_of
 from undiffuse.training.run_folder import Run
 from undiffuse.training.task import Evaluation, Task
-from undiffuse.training.task_parts import optimizer_groups, picture_condition, picture_path
+from undiffuse.training.task_parts import data_facts, optimizer_groups, picture_condition, picture_path
 
 METHODS = ("consistency", *OBJECTIVES)
 """Consistency training, and the objectives of a flow map."""
@@ -162,14 +163,25 @@ class DistillationTask(Task):
             expected, got = ("×".join(map(str, shape)) for shape in (self.teacher.item_shape, data.item_shape))
             cause = f"the items are {got}, those of the teacher {expected}"
             raise DataError("SHAPE", data.name, cause, "Give the data that the teacher was trained on")
+        transform = values_transform(self.teacher.transform)
+        num_values = transform.num_values if isinstance(transform, IntegerLevels) else None
+        if data.num_values != num_values:
+            expected, got = (f"{n} values" if n else "continuous values" for n in (num_values, data.num_values))
+            cause = f"the items have {got}, those of the teacher {expected}"
+            raise DataError("RANGE", data.name, cause, "Give the data that the teacher was trained on")
         sizes = self.teacher.condition_sizes
-        conditional = any(sizes.values())
+        conditional = any(sizes.values()) and self.teacher.info.get("conditional", True)
         if self.config.guidance != 1 and not conditional:
             cause = "the teacher has no conditions"
             raise ConfigError("GUIDANCE", f"guidance = {self.config.guidance:g}", cause, "Leave it out")
         if conditional and not data.condition_sizes:
             cause = "these data have no labels, vectors, tokens or captions, on which the teacher was trained"
             raise DataError("NO_CONDITIONS", data.name, cause, "Give the data that the teacher was trained on")
+        for name, size in (sizes if conditional else {}).items():
+            own = data.condition_sizes.get(name, size)
+            if own > size if name == "text" else own != size:
+                cause = f"their {CONDITION_NAMES[name]} have the size {own}, those of the teacher {size}"
+                raise DataError("CONDITION", data.name, cause, "Give the data that the teacher was trained on")
         precision = "float32" if self.config.method in OBJECTIVES else settings.precision
         settings = replace(settings, conditional=conditional, precision=precision)
         return replace(self, config=replace(self.config, train=settings))
@@ -180,7 +192,8 @@ class DistillationTask(Task):
         The outputs for the slope of a map both ways follow the teacher's, with weights 0.
         """
         teacher, config, given = self.teacher, self.config, ("teacher", "guidance", "pairs", "method", "both_ways")
-        info = teacher.info | {"distilled": {name: getattr(config, name) for name in given}}
+        info = teacher.info | data_facts(data, config.train)
+        info |= {"distilled": {name: getattr(config, name) for name in given}}
         model = Diffusion(config.model, teacher.item_shape, teacher.transform, info)
         own = model.state_dict()
         model.load_state_dict(own | {name: _extended(w, own[name]) for name, w in teacher.state_dict().items()})
@@ -303,8 +316,11 @@ class DistillationTask(Task):
         return Sampler("heun", TEACHER_STEPS, times=tuple(times), guidance=self.config.guidance)
 
     def _condition(self, data: Dataset, split: Split) -> Condition | None:
-        """The `picture_condition` of the first training items."""
-        return picture_condition(data, np.resize(split.train, EVALUATED_ITEMS), self.config.train.conditional)
+        """The `picture_condition` of the first training items, as far as the teacher accepts it."""
+        cond = picture_condition(data, np.resize(split.train, EVALUATED_ITEMS), self.config.train.conditional)
+        given, sizes = {} if cond is None else cond.given(), self.teacher.condition_sizes
+        kept = {name: value for name, value in given.items() if FIELD_TO_SETTING.get(name) in sizes}
+        return Condition(**kept) if kept else None
 
 
 def _extended(weights: Tensor, own: Tensor) -> Tensor:

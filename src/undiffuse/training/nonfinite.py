@@ -128,7 +128,7 @@ def skip_step(problem: NonFinite, names: np.ndarray, progress: Progress, setting
 
 def weights_norm(model: nn.Module) -> Tensor:
     """The norm of all weights, over all shards."""
-    on_cpu_last = sorted(model.parameters(), key=lambda p: p.device.type == "cpu")  # norms are brought to the first's
+    on_cpu_last = sorted(model.parameters(), key=lambda p: p.device.type == "cpu")  # all norms go to the first device
     return full_tensor(nn.utils.get_total_norm(on_cpu_last))
 
 

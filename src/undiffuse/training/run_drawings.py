@@ -167,7 +167,7 @@ class ModelPictures:
     def _condition(self, n: int) -> Shown:
         """The conditions of ``n`` samples: each label in turn, or those of held-out items."""
         sizes, data, split = self.model.condition_sizes, self.data, self.split
-        if sizes.keys() == {"classes"}:
+        if sizes.keys() == {"classes"} and self.model.info.get("conditional", True):
             names = self.model.info.get("classes") or [str(i) for i in range(sizes["classes"])]
             label = torch.arange(n) % sizes["classes"]
             return Shown(None, Condition(label=label), [names[i] for i in label.tolist() if i < len(names)])

@@ -222,14 +222,23 @@ def _read(
     stored: dict[str, dict[str, Tensor]] = {}
     for part, wanted in _parts(model, ema, optimizer, extra).items():
         path = folder / f"{part}.safetensors"
+        if part == "extra" and not path.exists():
+            stored[part] = {}
+            continue
         tensors, _ = read_tensors(path)
+        if part == "extra":  # without those of settings that `force` accepted a change of
+            tensors = {name: t for name, t in tensors.items() if name in wanted and t.shape == wanted[name].shape}
+            wanted = {name: wanted[name] for name in tensors}
         check_tensors(path, tensors if part == "optimizer" else wanted, tensors)
         stored[part] = {name: distribute_like(t, wanted.get(name, t)) for name, t in tensors.items()}
     model.load_state_dict(stored["network"])
     ema.load(stored["average"])
     _load_moments(optimizer, stored["optimizer"])
     for name, tensor in extra.items():
-        tensor.copy_(stored["extra"][name])
+        if name in stored["extra"]:
+            tensor.copy_(stored["extra"][name])
+        elif (average := name.partition("/")[2]) in ema.mean:  # a new average of the weights begins at the model's
+            tensor.copy_(ema.mean[average])
     return progress
 
 
