@@ -6,20 +6,18 @@ import datetime
 import functools
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from undiffuse.runtime.atomic_file import write_atomic
-from undiffuse.runtime.environment import processor, usable_cores
+from undiffuse.runtime.environment import package_versions, processor, usable_cores
 from undiffuse.runtime.precision import cpu_multiplies_bfloat16
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,13 +60,7 @@ def machine() -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that are compared."""
-    found = {"Python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return package_versions(PACKAGES)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ def no_previews(monkeypatch):
     monkeypatch.setattr(Monitor, "_draw", lambda *_: None)
 
 
-def example(name):
+def load_example(name):
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -44,7 +44,7 @@ def test_examples_are_short(path):
 
 def test_series(tmp_path, capsys):
     pytest.importorskip("statsmodels", reason="needs the extra `examples`")
-    series = example("series")
+    series = load_example("series")
     data = series.windows()
     assert data.item_shape == (1, 104)
     np.testing.assert_allclose(data.values.mean(-1), 0, atol=1e-3)
@@ -61,7 +61,7 @@ def test_series(tmp_path, capsys):
 
 
 def test_tables(tmp_path, capsys):
-    assert image_size(example("tables").main(tmp_path, MLP_RECIPE))[0] > 1000
+    assert image_size(load_example("tables").main(tmp_path, MLP_RECIPE))[0] > 1000
     data, generated = load_data(tmp_path / "wine.csv"), load_data(tmp_path / "generated.csv")
     assert (data.columns, data.classes) == (generated.columns, generated.classes)
     assert data.values.shape == generated.values.shape == (178, 13)
@@ -72,7 +72,7 @@ def test_tables(tmp_path, capsys):
 
 
 def test_volumes(tmp_path, capsys):
-    volumes = example("volumes")
+    volumes = load_example("volumes")
     balls = volumes.balls(20)
     assert (balls.shape, balls.dtype, balls.min(), balls.max()) == ((20, 1, 16, 16, 16), np.uint8, 0, 255)
     statistics = volumes.statistics(balls)
@@ -93,7 +93,7 @@ def test_transparent(tmp_path):
         pixels[:12, :, 3] = 0
         pixels[12:, :, :3] = (200, 100, i)
         Image.fromarray(pixels).save(tmp_path / f"{i:02d}.png")
-    picture = example("transparent").main(tmp_path, tmp_path / "out", UNET_RECIPE, n=9)
+    picture = load_example("transparent").main(tmp_path, tmp_path / "out", UNET_RECIPE, n=9)
     assert image_size(picture) == (4 * 8 * 18, 4 * 2 * 18)
     assert len(list((tmp_path / "out" / "generated").glob("*.png"))) == 9
     with Image.open(tmp_path / "out" / "generated" / "000.png") as image:

@@ -1,10 +1,8 @@
 """The example that distills a run, on a run of two steps."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
+from test_any_data import load_example
 
 from undiffuse.data.sources import array_files
 from undiffuse.model.checkpoint import load, save
@@ -12,7 +10,6 @@ from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.training.diffusion_task import fit_diffusion
 from undiffuse.training.monitor import Monitor
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "few_calls.py"
 CONFIG = Config(
     ModelConfig(network={"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()}, chain_length=50),
     TrainConfig(batch=8, max_steps=2, warmup=1, precision="float32", held_out=0.2, previews=0),
@@ -20,11 +17,7 @@ CONFIG = Config(
 
 
 def test_the_example_writes_the_model_and_the_picture(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("few_calls", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = load_example("few_calls")
     monkeypatch.setattr(Monitor, "finish", lambda monitor: save(monitor.ema_model, monitor.run.model))
     values = np.random.default_rng(0).integers(256, size=(40, 8, 8)).astype(np.uint8)
     np.save(tmp_path / "data.npy", values)
@@ -35,4 +28,3 @@ def test_the_example_writes_the_model_and_the_picture(tmp_path, monkeypatch):
     with Image.open(path) as picture:
         assert picture.size[0] < picture.size[1]  # four rows of three
     assert load(tmp_path / "run-1-call").config.calls == 1
-    assert len(EXAMPLE.read_text().splitlines()) <= 60

@@ -1,13 +1,12 @@
 """The example of fine-tuning, on a tiny network."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
+
+from test_any_data import load_example
 
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.training.monitor import Monitor
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "fine_tune.py"
 NETWORK = {"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()}
 RECIPE = Config(
     ModelConfig(network=NETWORK, schedule={"name": "linear_log_snr", "high": 6.0}, chain_length=5),
@@ -16,11 +15,7 @@ RECIPE = Config(
 
 
 def test_the_example_prints_the_bound_of_three_models(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("fine_tune", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = load_example("fine_tune")
     monkeypatch.setattr(Monitor, "_draw", lambda *_: None)
     monkeypatch.setattr(example.undiffuse, "preset", lambda name: replace(RECIPE))
     bounds = example.main(tmp_path, max_steps=2)
@@ -28,4 +23,3 @@ def test_the_example_prints_the_bound_of_three_models(tmp_path, monkeypatch, cap
     assert "note: starts from" in output
     assert all(f"{name:22} at most {bound:.3f} bits" in output for name, bound in bounds.items())
     assert list(bounds) == ["trained on 0 to 7", "fine-tuned on 8 and 9", "trained on 8 and 9"]
-    assert len(EXAMPLE.read_text().splitlines()) <= 60

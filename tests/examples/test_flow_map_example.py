@@ -1,21 +1,15 @@
 """The example of a flow map, with two steps of training: what it prints and writes."""
 
-import importlib.util
 import math
-from pathlib import Path
+
+from test_any_data import load_example
 
 from undiffuse.model.checkpoint import load, save
 from undiffuse.training.monitor import Monitor
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "flow_map.py"
-
 
 def test_the_example_prints_errors_and_draws_samples(tmp_path, capsys, monkeypatch):
-    spec = importlib.util.spec_from_file_location("flow_map", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = load_example("flow_map")
     monkeypatch.setattr(Monitor, "finish", lambda monitor: save(monitor.ema_model, monitor.run.model))
     found = example.main(str(tmp_path), steps=2, points=8)
     assert list(found) == [1, 2, 4]
@@ -23,4 +17,3 @@ def test_the_example_prints_errors_and_draws_samples(tmp_path, capsys, monkeypat
     assert "4 calls: samples off by" in capsys.readouterr().out
     assert (tmp_path / "flow-map.png").is_file()
     assert load(tmp_path / "flow-map").config.network["two_times"]
-    assert len(EXAMPLE.read_text().splitlines()) <= 60

@@ -1,21 +1,13 @@
 """The example of guidance, with two steps of training each and two of sampling."""
 
-import importlib.util
-from pathlib import Path
-
 from PIL import Image
+from test_any_data import load_example
 
 from undiffuse.training.monitor import Monitor
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "guidance.py"
-
 
 def test_the_example_draws_a_row_for_each_kind_of_guidance(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("guidance", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = load_example("guidance")
     monkeypatch.setattr(Monitor, "finish", lambda monitor: monitor.task.save(monitor.ema_model, monitor.run.model))
     path = example.main("digits", str(tmp_path), each=1, steps=2, max_steps=2, batch=8, previews=0)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("row ")]
@@ -29,4 +21,3 @@ def test_the_example_draws_a_row_for_each_kind_of_guidance(tmp_path, monkeypatch
     with Image.open(path) as picture:
         assert picture.size[0] > 10 * 8
         assert picture.size[1] > 5 * 8
-    assert len(EXAMPLE.read_text().splitlines()) <= 60

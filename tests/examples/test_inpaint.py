@@ -1,12 +1,10 @@
 """The example that fills in half of an image, on a run of two steps."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_any_data import load_example
 
 from undiffuse.data.sources import array_files
 from undiffuse.model.checkpoint import save
@@ -14,7 +12,6 @@ from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.training.diffusion_task import fit_diffusion as fit
 from undiffuse.training.monitor import Monitor
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "inpaint.py"
 CONFIG = Config(
     ModelConfig(network={"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()}, chain_length=5),
     TrainConfig(batch=8, max_steps=2, warmup=1, precision="float32", held_out=0.2, previews=0),
@@ -23,12 +20,7 @@ CONFIG = Config(
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("inpaint", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("inpaint")
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +34,6 @@ def place(tmp_path_factory):
         patch.setattr(Monitor, "finish", lambda watch: save(watch.ema_model, watch.run.model))  # without its last look
         fit(CONFIG, array_files.load(folder / "data.npy"), folder / "run", device="cpu", quiet=True)
     return folder
-
-
-def test_the_example_is_short():
-    assert len(EXAMPLE.read_text().splitlines()) <= 60
 
 
 def test_known_pixels_stay_and_the_others_are_new(example, place):

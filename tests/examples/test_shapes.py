@@ -1,25 +1,20 @@
 """The example of image folders, and train, sample and evaluate on them without flags."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from test_any_data import load_example
 
 from undiffuse import load_data
 from undiffuse.cli import main
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "shapes.py"
 SHAPES = {"square": (1, 32, 32), "wide": (1, 24, 40), "colour": (3, 32, 32)}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = importlib.util.spec_from_file_location("shapes", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    shapes = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(shapes)
+    shapes = load_example("shapes")
     out = tmp_path_factory.mktemp("shapes")
     shapes.main(out)
     return out

@@ -1,7 +1,7 @@
 """The example of text: its captions, its held-out pair, and a run of two steps from captions to a grid of prompts."""
 
 from PIL import Image
-from test_any_data import TRAIN, example
+from test_any_data import TRAIN, load_example
 
 from undiffuse import Config, ModelConfig, Sampler, load_data
 from undiffuse.training.monitor import Monitor
@@ -11,7 +11,7 @@ RECIPE = Config(ModelConfig(network=NETWORK, chain_length=3), TRAIN)
 
 
 def test_text_to_image(tmp_path, monkeypatch):
-    text = example("text_to_image")
+    text = load_example("text_to_image")
     text.write(tmp_path / "shapes", 22)
     data = load_data(tmp_path / "shapes", captions=True)
     assert len({captions[0] for captions in data.captions}) == 11

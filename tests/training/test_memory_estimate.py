@@ -9,9 +9,9 @@ from undiffuse.errors import ConfigError
 from undiffuse.model.config import ModelConfig, TrainConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
+from undiffuse.networks.protocol import set_checkpointing
 from undiffuse.networks.registry import build
 from undiffuse.training import memory_estimate
-from undiffuse.training.distributed import set_checkpointing
 from undiffuse.training.ema import PowerEMA
 from undiffuse.training.memory_estimate import check_memory, measure_activations, memory_per_process
 from undiffuse.training.optimizer import make_optimizer
@@ -102,7 +102,7 @@ def test_checkpointing_and_bfloat16_take_less():
     model.autocast = torch.bfloat16
     assert measure_activations(model, loss_of(model), 8) < 0.9 * whole
     model.autocast = None
-    set_checkpointing(model.network, TrainConfig(checkpointing=True))
+    set_checkpointing(model.network, True)
     assert measure_activations(model, loss_of(model), 8) < 0.8 * whole
 
 

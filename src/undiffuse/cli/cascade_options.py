@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,12 +12,8 @@ from undiffuse.cli.options import at_hand
 from undiffuse.errors import ConfigError
 
 if TYPE_CHECKING:
-    from undiffuse.cli.label_options import ConditionFn
     from undiffuse.data.dataset import Dataset
-    from undiffuse.model.cascade import AnyModel, Cascade
-    from undiffuse.networks.condition import Condition
-    from undiffuse.report.sample_folder import SampleFolder
-    from undiffuse.sampling.sampler import Sampler
+    from undiffuse.model.cascade import AnyModel
 
 Then = Annotated[
     list[Path] | None,
@@ -105,42 +99,3 @@ def require_then(model: AnyModel, run: Path) -> None:
     if not isinstance(model, Cascade) and "image" in model.condition_sizes:
         cause = "it enlarges images, and there are none"
         raise ConfigError("CASCADE", run, cause, f"Name the model of the small images: sample BASE --then {run}")
-
-
-def draw_cascade(
-    folder: SampleFolder,
-    cascade: Cascade,
-    seed: int,
-    parts: list[range],
-    batch: int,
-    sampler: Sampler | None,
-    condition: ConditionFn | None,
-    negative: Condition | None,
-    augmentation: float,
-    log: Callable[[str], None],
-) -> None:
-    """Add the samples of ``parts``, at most ``batch`` at once, with a progress bar and a line for each stage."""
-    from undiffuse.cli.options import console
-    from undiffuse.report.progress_bar import ProgressBar
-    from undiffuse.runtime.device import halve_while_out_of_memory
-
-    items, seconds = sum(map(len, parts)), [0.0] * len(cascade.models)
-    titles = [f"stage {i} of {len(cascade.models)}, {shape}" for i, shape in enumerate(cascade.shapes, 1)]
-    steps = [cascade.num_steps(stage, sampler) for stage in range(len(titles))]
-    with ProgressBar(console, titles[0], items * sum(steps)) as bar, folder.adding_in_background() as write:
-        began = time.perf_counter()
-
-        def advance(stage: int, count: int) -> None:
-            nonlocal began
-            now = time.perf_counter()
-            seconds[stage], began = seconds[stage] + now - began, now
-            bar.title = titles[stage]
-            bar.advance(count)
-
-        for part in parts:
-            options = {"negative": negative, "augmentation": augmentation, "first": part.start, "progress": advance}
-            draw = partial(cascade.sample, len(part), seed, sampler, condition and condition(part), **options)
-            values, batch = halve_while_out_of_memory(draw, batch, log)
-            write(part.start, values.numpy())
-    for stage, title in enumerate(titles if parts else ()):
-        log(f"{title}: {cascade.stage_sampler(stage, sampler)} in {steps[stage]} steps, {seconds[stage]:.1f} s")

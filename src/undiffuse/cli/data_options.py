@@ -51,11 +51,6 @@ def _parameter(option: Option) -> inspect.Parameter:
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=annotation)
 
 
-def flag_of(option: Option) -> str:
-    """The option as on the command line, such as --on-bad."""
-    return option.spelling
-
-
 def given_options(read: ReadData) -> str:
     """The options of data that were given, as on the command line, each after a space."""
     return "".join(f" {shlex.quote(word)}" for word in option_words(read.keywords))
@@ -70,7 +65,7 @@ def read_data(read: ReadData, data: str | None, run: Path) -> Dataset:
 
     if data is not None:
         return read(data)
-    given = [flag_of(OPTIONS[name]) for name, value in read.keywords.items() if value != OPTIONS[name].default]
+    given = [OPTIONS[name].spelling for name, value in read.keywords.items() if value != OPTIONS[name].default]
     if given:
         cause = "it is an option of DATA, and without DATA those of the run are read with the options of training"
         raise ConfigError("USAGE", given[0], cause, "Leave it out, or name DATA")
@@ -122,7 +117,7 @@ def _recorded_data(run: Path) -> dict[str, Any]:
 
 def print_notes(dataset: Dataset) -> None:
     """Print what was noticed and changed when the data were read."""
-    flags = {name: flag_of(option) for name, option in OPTIONS.items()}
+    flags = {name: option.spelling for name, option in OPTIONS.items()}
     for note in dataset.notes:
         console.print(f"note: {in_flags(note, flags)}")
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from undiffuse.cli.cascade_options import (
     Augmentation,
     Then,
-    draw_cascade,
     image_noise,
     load_model,
     refuse_with_then,
@@ -63,8 +62,7 @@ from undiffuse.sampling.solvers import SOLVERS
 from undiffuse.sampling.tables import SPACINGS
 
 if TYPE_CHECKING:
-    from undiffuse.denoising.guidance import Guide
-    from undiffuse.model.diffusion import Diffusion
+    from undiffuse.model.cascade import AnyModel
     from undiffuse.report.sample_folder import SampleFolder
 
 MIN_FILE_BYTES = 4096
@@ -233,10 +231,8 @@ def sample(
     with interruptible(), folder.open(range(n), log) if group.rank == 0 else nullcontext([]) as gaps:
         missing = [range(*gap) for gap in group.gather([[gap.start, gap.stop] for gap in gaps])[0]]
         parts = _missing_parts(range(n), batch, missing, group.rank, group.world_size)
-        if isinstance(model, Cascade):
-            draw_cascade(folder, model, seed, parts, batch, sampler, condition, avoided, noise, log)
-        else:
-            _draw(folder, model, seed, parts, batch, sampler, condition, guide, log)
+        further = {"negative": avoided, "augmentation": noise} if isinstance(model, Cascade) else {"guide": guide}
+        _draw(folder, model, seed, parts, batch, sampler, condition, further, log)
         group.gather(None)
         if group.rank:
             return
@@ -272,28 +268,44 @@ def _missing_parts(items: range, batch: int, missing: list[range], rank: int, pr
 
 def _draw(
     folder: SampleFolder,
-    model: Diffusion,
+    model: AnyModel,
     seed: int,
     parts: list[range],
     batch: int,
     sampler: Sampler,
     condition: ConditionFn | None,
-    guide: Guide | None,
+    options: Mapping[str, Any],
     log: Callable[[str], None],
 ) -> None:
-    """Adds the samples of ``parts`` to ``folder``, at most ``batch`` at once, with a progress bar."""
+    """Add the samples of ``parts``, at most ``batch`` at once, with a progress bar; of a cascade a line for each stage.
+
+    ``options`` are further arguments of the model's ``sample``.
+    """
+    from undiffuse.model.cascade import Cascade
     from undiffuse.report.progress_bar import ProgressBar
 
-    num_steps = model.num_steps(sampler)
-    with (
-        ProgressBar(console, "sampling", sum(map(len, parts)) * num_steps) as bar,
-        folder.adding_in_background() as write,
-    ):
+    cascade = model if isinstance(model, Cascade) else None
+    titles, steps = ["sampling"], [0 if cascade else model.num_steps(sampler)]
+    if cascade:
+        titles = [f"stage {i} of {len(cascade.models)}, {shape}" for i, shape in enumerate(cascade.shapes, 1)]
+        steps = [cascade.num_steps(stage, sampler) for stage in range(len(titles))]
+    items, seconds, began = sum(map(len, parts)), [0.0] * len(titles), time.perf_counter()
+    with ProgressBar(console, titles[0], items * sum(steps)) as bar, folder.adding_in_background() as write:
+
+        def advance_stage(stage: int, count: int) -> None:
+            nonlocal began
+            now = time.perf_counter()
+            seconds[stage], began = seconds[stage] + now - began, now
+            bar.title = titles[stage]
+            bar.advance(count)
+
         for part in parts:
-            options = {"guide": guide, "first": part.start, "progress": bar.advance}
-            draw = partial(model.sample, len(part), seed, sampler, condition and condition(part), **options)
+            given = {**options, "first": part.start, "progress": advance_stage if cascade else bar.advance}
+            draw = partial(model.sample, len(part), seed, sampler, condition and condition(part), **given)
             values, batch = halve_while_out_of_memory(draw, batch, log)
             write(part.start, values.numpy())
+    for stage, title in enumerate(titles if cascade and parts else ()):
+        log(f"{title}: {cascade.stage_sampler(stage, sampler)} in {steps[stage]} steps, {seconds[stage]:.1f} s")
 
 
 def _folder_name(sampler: Sampler, labels: list[str], files: list[Path], seed: int) -> str:

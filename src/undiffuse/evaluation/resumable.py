@@ -11,8 +11,9 @@ from typing import Any
 
 from undiffuse.errors import CheckpointError
 from undiffuse.likelihood.nll import NLL, make_nll
+from undiffuse.runtime.atomic_file import json_digest
 from undiffuse.runtime.folder_lock import lock_folder
-from undiffuse.runtime.part_store import OTHER_JOB, Log, PartStore, plan_key
+from undiffuse.runtime.part_store import OTHER_JOB, Log, PartStore
 from undiffuse.runtime.side_files import read_record, write_record
 
 Plan = dict[str, Any]
@@ -36,7 +37,7 @@ def open_plan(folder: Path, request: dict[str, Any], choose: Callable[[], Plan],
     begun = read_record(path) or {}
     if begun.keys() == {"request", "plan"}:
         if begun["request"] == request:
-            store = batch_store(folder, plan_key([request, begun["plan"]]))
+            store = batch_store(folder, json_digest([request, begun["plan"]]))
             log(f"resuming an interrupted evaluation; batches in {folder}: {len(store.names())}")
             return begun["plan"], store
         changed = [name for name, value in request.items() if begun["request"].get(name) != value]
@@ -48,7 +49,7 @@ def open_plan(folder: Path, request: dict[str, Any], choose: Callable[[], Plan],
     plan = json.loads(json.dumps(choose()))
     folder.mkdir(parents=True, exist_ok=True)
     write_record(path, {"request": request, "plan": plan})
-    return plan, batch_store(folder, plan_key([request, plan]))
+    return plan, batch_store(folder, json_digest([request, plan]))
 
 
 @contextmanager
@@ -66,7 +67,7 @@ def locked(folder: Path) -> Iterator[None]:
 def check_plan(folder: Path, key: str) -> None:
     """Raise `CheckpointError` if the plan in ``folder`` is not the one with this ``key`` any more."""
     begun = read_record(folder / PLAN) or {}
-    if plan_key([begun.get("request"), begun.get("plan")]) != key:
+    if json_digest([begun.get("request"), begun.get("plan")]) != key:
         cause = "another evaluation has written into this folder since this one began"
         raise CheckpointError(OTHER_JOB, folder, cause, "Run the same command again with another --out")
 

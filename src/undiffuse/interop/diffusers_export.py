@@ -149,8 +149,8 @@ def _fields_of_unet(own: dict[str, Any], network: UNet) -> dict[str, Any]:
 def chain_fields(model: Diffusion) -> dict[str, Any]:
     """The fields of ``scheduler/scheduler_config.json``; those of sampling are the imported ones, or the defaults."""
     imported = model.info.get("imported")
-    scheduler = imported.get("scheduler", {}) if isinstance(imported, dict) else {}
-    fields = {**CHAIN, **{name: value for name, value in scheduler.items() if name in CHAIN}}
+    of_sampling = imported.get("scheduler", {}) if isinstance(imported, dict) else {}
+    fields = {**CHAIN, **{name: value for name, value in of_sampling.items() if name in CHAIN}}
     settings = {key: value for key, value in model.config.schedule.items() if key not in ("name", "T")}
     name = model.config.schedule["name"]
     if name in TABLES or (name == "cosine" and not settings):

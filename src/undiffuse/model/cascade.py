@@ -25,7 +25,7 @@ from undiffuse.errors import ConfigError
 from undiffuse.likelihood.nll import NLL, make_nll
 from undiffuse.model import arguments, checkpoint
 from undiffuse.model.diffusion import Diffusion
-from undiffuse.networks.condition import FIELD_TO_SETTING, Condition
+from undiffuse.networks.condition import Condition
 from undiffuse.process.schedule import Schedule
 from undiffuse.process.seeded_noise import ItemNoise, generator
 from undiffuse.runtime.atomic_file import json_digest
@@ -161,11 +161,6 @@ class Cascade:
         return [checkpoint.fingerprint(model) for model in self.models]
 
     @property
-    def fingerprint(self) -> str:
-        """sha256 of all models."""
-        return json_digest({"models": self.fingerprints})
-
-    @property
     def schedule(self) -> Schedule:
         """That of the base, from which the steps for a number of network calls follow."""
         return self.models[0].schedule
@@ -284,10 +279,7 @@ class Cascade:
 
     def _accepted(self, stage: int, cond: Condition | None) -> Condition | None:
         """The fields of ``cond`` that a stage accepts, None if there are none."""
-        sizes = _sizes(self.models[stage])
-        given = {} if cond is None else cond.given()
-        kept = {name: value for name, value in given.items() if FIELD_TO_SETTING.get(name) in sizes}
-        return Condition(**kept) if kept else None
+        return None if cond is None else cond.accepted_by(_sizes(self.models[stage]))
 
     def _with_image(
         self, stage: int, cond: Condition | None, low: Tensor, items: range, seed: int, augmentation: float

@@ -1,13 +1,13 @@
 """Autoencoders: convolutional encoders and decoders of sequences, images and volumes.
 
-A network has ``encode``, ``decode`` and ``latent_shape``, and ``is_deterministic`` where its encoder has no variance.
-It contains no distribution: that is `undiffuse.model.autoencoder`.
+A network has ``encode(x)``, the mean and the log-variance of q(z given x) (None for a deterministic encoder),
+``decode(z)``, x̂, ``latent_shape(item_shape)`` and ``is_deterministic``. It contains no distribution: that is
+`undiffuse.model.autoencoder`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +21,6 @@ from undiffuse.networks.unet import conv
 
 LOG_VAR_RANGE = (-30.0, 20.0)
 """The log-variance of an encoder is clamped to this range, as in [Rombach22]'s code."""
-
-
-class AutoencoderNetwork(Protocol):
-    """Encoder and decoder of x, (B, *item_shape), in the units of a data transform."""
-
-    @property
-    def is_deterministic(self) -> bool: ...
-    def latent_shape(self, item_shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of z for items of ``item_shape``. Raises `ConfigError` for items that cannot be encoded."""
-        ...
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean and log-variance of q(z given x), (B, *latent_shape) each; None for a deterministic encoder."""
-        ...
-
-    def decode(self, z: Tensor) -> Tensor:
-        """x̂(z), (B, *item_shape)."""
-        ...
 
 
 class ResidualBlock(nn.Module):

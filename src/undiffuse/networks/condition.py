@@ -66,7 +66,7 @@ class Condition:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
         """The same with ``function`` of each field."""
-        return replace(self, **{f.name: function(v) for f in fields(self) if (v := getattr(self, f.name)) is not None})
+        return replace(self, **{name: function(value) for name, value in self.given().items()})
 
     def given(self) -> dict[str, Tensor]:
         """The fields that are not None, by name."""
@@ -85,13 +85,14 @@ class Condition:
 
     def drop(self, mask: Tensor) -> Condition:
         """This condition, null where ``mask`` (B,) is True, for condition dropout."""
-        null = self.null()
-        kept = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value is not None:
-                kept[f.name] = torch.where(mask.view(-1, *[1] * (value.ndim - 1)), getattr(null, f.name), value)
-        return replace(self, **kept)
+        null = self.null().given()
+        masks = {name: mask.view(-1, *[1] * (value.ndim - 1)) for name, value in null.items()}
+        return replace(self, **{name: torch.where(masks[name], null[name], v) for name, v in self.given().items()})
+
+    def accepted_by(self, sizes: Mapping[str, int]) -> Condition | None:
+        """The fields that a network of these ``sizes`` accepts, None if there are none."""
+        kept = {name: value for name, value in self.given().items() if FIELD_TO_SETTING.get(name) in sizes}
+        return Condition(**kept) if kept else None
 
     def with_image_noise(self, std: Tensor, eps: Tensor) -> Condition:
         """The image √(1 − std²) image + std eps, at the log-SNR log((1 − std²)/std²); of an image without noise.

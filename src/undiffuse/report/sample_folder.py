@@ -23,11 +23,11 @@ from PIL import Image
 
 from undiffuse.errors import CheckpointError, ConfigError, counted
 from undiffuse.report.figures import image_grid, prompt_grid
-from undiffuse.runtime.atomic_file import atomic_file, file_digest, write_csv, write_error
+from undiffuse.runtime.atomic_file import atomic_file, file_digest, json_digest, write_csv, write_error
 from undiffuse.runtime.folder_lock import lock_folder
 from undiffuse.runtime.output_folder import check_output_folder, listed_files
 from undiffuse.runtime.own_output import mark_options
-from undiffuse.runtime.part_store import OTHER_JOB, PartStore, plan_key
+from undiffuse.runtime.part_store import OTHER_JOB, PartStore
 from undiffuse.runtime.side_files import read_record, write_record
 from undiffuse.sampling.sampler import Sampler
 
@@ -58,7 +58,7 @@ class SampleFolder:
         more: Sequence[str] = (),
     ) -> None:
         self.folder, self.plan, self.num_values = folder, json.loads(json.dumps(plan)), num_values
-        self.columns, self.more, self.key, self.finished = tuple(columns), tuple(more), plan_key(self.plan), False
+        self.columns, self.more, self.key, self.finished = tuple(columns), tuple(more), json_digest(self.plan), False
         self.is_image = len(item_shape) == 3 and item_shape[0] in (1, 3, 4) and num_values is not None
         self.array, self.manifest = folder / "samples.npz", folder / "manifest.json"
         self.parts, self.table, self.grid = folder / "parts", folder / "samples.csv", folder / "grid.png"

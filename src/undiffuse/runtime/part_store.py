@@ -6,12 +6,10 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from undiffuse.errors import CheckpointError
-from undiffuse.runtime.atomic_file import json_digest
 from undiffuse.runtime.tensor_file import read_tensors, write_tensors
 
 Log = Callable[[str], None]
@@ -22,15 +20,10 @@ OTHER_JOB = "OTHER_JOB"
 """The code of the error for a part that another job wrote."""
 
 
-def plan_key(plan: Any) -> str:
-    """sha256 in hex of ``plan``, plain data, with sorted keys: equal for equal plans only."""
-    return json_digest(plan)
-
-
 class PartStore:
     """The parts of one job in ``folder``: a safetensors file each, whole or absent, with the sha256 of its contents.
 
-    ``kind`` names the sort of job and ``key`` its plan (see `plan_key`). Both stand in every part, so that a part of
+    ``kind`` names the sort of job and ``key`` is the sha256 of its plan. Both stand in every part, so that a part of
     another job is recognised when it is read. The names of all parts match ``pattern``, a regular expression; files of
     other names are not ours and are left alone.
     """

@@ -51,7 +51,7 @@ def encode(pixels: np.ndarray) -> dict[str, Any]:
     return {"n": n, "channels": channels, "height": height, "width": width, "data": data}
 
 
-def decode_upload(content: bytes, channels: int, sides: Sequence[int], crop: bool = True) -> Picture:
+def decode_upload(content: bytes, channels: int, sides: Sequence[int]) -> Picture:
     """The image of an uploaded file with these ``channels`` and ``sides``; resized if the sides are equal.
 
     Raises `DataError` for content that is no image of an allowed format, and `ConfigError` for one that does not fit.
@@ -60,7 +60,7 @@ def decode_upload(content: bytes, channels: int, sides: Sequence[int], crop: boo
         suffix = FORMATS[detect_format(content)].split()[0]
         image = decode_image(content, suffix, ImageOptions(channels=channels))
         if tuple(sides) != image.pixels.shape[1:] and sides[0] == sides[1]:
-            options = ImageOptions(channels=channels, size=sides[0], crop=crop, upscale=True)
+            options = ImageOptions(channels=channels, size=sides[0], crop=True, upscale=True)
             image = decode_image(content, suffix, options)
     height, width = image.pixels.shape[1:]
     if (height, width) != tuple(sides):

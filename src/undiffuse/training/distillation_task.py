@@ -35,7 +35,7 @@ from undiffuse.model.flow_map import (
     slope_estimate,
 )
 from undiffuse.networks import registry
-from undiffuse.networks.condition import CONDITION_NAMES, FIELD_TO_SETTING, Condition
+from undiffuse.networks.condition import CONDITION_NAMES, Condition
 from undiffuse.process.gaussian import diffuse
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.statistics import item_mean
@@ -43,6 +43,7 @@ from undiffuse.process.time_sampling import LogNormalSigma
 from undiffuse.report.figures import image_grid
 from undiffuse.runtime.device import to_device
 from undiffuse.runtime.own_output import save_described
+from undiffuse.runtime.precision import autocast_dtype
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.training.batches import Batch, Reader
 from undiffuse.training.fit import fit
@@ -197,7 +198,7 @@ class DistillationTask(Task):
         model = Diffusion(config.model, teacher.item_shape, teacher.transform, info)
         own = model.state_dict()
         model.load_state_dict(own | {name: _extended(w, own[name]) for name, w in teacher.state_dict().items()})
-        model.autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
+        model.autocast = autocast_dtype(config.train.precision)
         if isinstance(model.schedule, nn.Module):  # it is not trained
             model.schedule.requires_grad_(False)
         return model
@@ -318,9 +319,7 @@ class DistillationTask(Task):
     def _condition(self, data: Dataset, split: Split) -> Condition | None:
         """The `picture_condition` of the first training items, as far as the teacher accepts it."""
         cond = picture_condition(data, np.resize(split.train, EVALUATED_ITEMS), self.config.train.conditional)
-        given, sizes = {} if cond is None else cond.given(), self.teacher.condition_sizes
-        kept = {name: value for name, value in given.items() if FIELD_TO_SETTING.get(name) in sizes}
-        return Condition(**kept) if kept else None
+        return None if cond is None else cond.accepted_by(self.teacher.condition_sizes)
 
 
 def _extended(weights: Tensor, own: Tensor) -> Tensor:

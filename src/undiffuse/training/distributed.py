@@ -54,12 +54,6 @@ def shard_network(network: nn.Module, settings: TrainConfig, processes: int, dev
     return network
 
 
-def set_checkpointing(network: nn.Module, settings: TrainConfig) -> nn.Module:
-    """``network``, whose blocks are recomputed in the backward pass if ``settings.checkpointing`` is true."""
-    protocol.set_checkpointing(network, settings.checkpointing)
-    return network
-
-
 def prepare_network(accelerator: Accelerator, network: nn.Module, settings: TrainConfig) -> Any:
     """The module to call in place of ``network``: wrapped by DDP, compiled, or itself. ``network`` keeps its names."""
     # the gradient of a categorical head's weight is a part of a larger one, which DDP copies

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.errors import ConfigError
 from undiffuse.networks.norm import to_fast_layout
+from undiffuse.networks.protocol import set_checkpointing
 from undiffuse.process.seeded_noise import generator
 from undiffuse.runtime.precision import resolve_precision
 from undiffuse.runtime.signals import Interrupted, StopRequests, collect_stop_signals
@@ -29,7 +30,6 @@ from undiffuse.training.distributed import (
     from_main_process,
     prepare_network,
     reduce_signal,
-    set_checkpointing,
     start_accelerator,
 )
 from undiffuse.training.initial_weights import find_initial_weights
@@ -270,7 +270,7 @@ def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator)
     settings, device = task.config.train, accelerator.device
     torch.manual_seed(settings.seed)
     model = task.build_model(data, split).to(device)
-    set_checkpointing(to_fast_layout(model.network), settings)
+    set_checkpointing(to_fast_layout(model.network), settings.checkpointing)
 
     read = task.reader(model, data, split, None)
 

@@ -123,10 +123,11 @@ class Monitor:
             self.losses.append(loss)
             self.norm = norm
         last = self.progress.step == self.progress.last_step
-        if isinstance(loss, float) or (self.losses and (last or len(self.losses) >= STEPS_PER_RECORD)):
+        due = bool(self.losses) and (last or len(self.losses) >= STEPS_PER_RECORD)
+        if due or isinstance(loss, float):
             self.mean_loss = _mean(self.losses)
         self._show()
-        if not self.losses or (len(self.losses) < STEPS_PER_RECORD and not last):
+        if not due:
             return
         duration = max(self.step_seconds, 1e-9)
         record = {

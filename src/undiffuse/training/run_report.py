@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from undiffuse.data.dataset import Dataset, Split
-from undiffuse.errors import CheckpointError, ConfigError, UndiffuseError, counted
+from undiffuse.errors import CheckpointError, ConfigError, counted
 from undiffuse.model import checkpoint
 from undiffuse.model.autoencoder import Autoencoder
 from undiffuse.model.diffusion import Diffusion
@@ -215,14 +215,9 @@ def no_likelihood(model: Diffusion) -> str | None:
     """Why the model has no likelihood; None if it has."""
     if model.config.few_call_solver == "consistency":
         return "a consistency model has none, because every bound needs the mean of the data, and it predicts samples"
-    if _encoder_is_deterministic(model):
+    if getattr(getattr(model.transform, "autoencoder", None), "is_deterministic", False):
         return "the encoder of this latent model is deterministic, so that there is no bound"
     return None
-
-
-def _encoder_is_deterministic(model: Diffusion) -> bool:
-    autoencoder = getattr(model.transform, "autoencoder", None)
-    return autoencoder is not None and autoencoder.is_deterministic
 
 
 def _add_reasons(model: Diffusion, why: dict[str, str]) -> None:
@@ -338,8 +333,3 @@ def data_facts(
         rows["captions"] = f"by the text encoder {encoder.get('name', 'unknown')}"
     rows["fingerprint"] = str(facts.get("fingerprint", "unknown"))
     return list(rows.items())
-
-
-def page_error(error: Exception) -> str:
-    """Why a page was not written, for a line of the log."""
-    return f"no report: {error.cause if isinstance(error, UndiffuseError) else error}"

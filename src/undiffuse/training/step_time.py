@@ -12,7 +12,7 @@ from undiffuse.data.transform import IntegerLevels
 from undiffuse.model.config import Config
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.runtime.device import kept_random_state
-from undiffuse.runtime.precision import resolve_precision
+from undiffuse.runtime.precision import autocast_dtype, resolve_precision
 from undiffuse.training.optimizer import make_optimizer
 
 
@@ -31,8 +31,7 @@ def seconds_per_step(
     settings, dims = recipe.train, len(item_shape) - 1
     with kept_random_state():
         model = Diffusion(recipe.model, item_shape, IntegerLevels(num_values)).to(device)
-        precision = resolve_precision(settings.precision, device, dims)
-        model.autocast = torch.bfloat16 if precision == "bfloat16" else None
+        model.autocast = autocast_dtype(resolve_precision(settings.precision, device, dims))
         group = {"params": list(model.parameters()), "weight_decay": settings.weight_decay}
         optimizer = make_optimizer([group], model.network, settings)
         values = torch.randint(num_values, (settings.batch, *item_shape), dtype=torch.int32)
