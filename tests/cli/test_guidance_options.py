@@ -195,6 +195,13 @@ def test_advice_is_used_for_a_flow_map_and_not_for_a_consistency_model():
     assert (without.solver, without.num_steps) == ("flow_map", 4)
 
 
+def test_a_distilled_model_makes_at_most_the_calls_of_its_chain():
+    said: list[str] = []
+    options = SamplerOptions(None, 10**17, None, [], None, None, {})
+    assert options.choose(model(calls=2), said.append, lambda *_: None).num_steps == 5
+    assert said == [f"--calls {10**17:,} exceeds the model's chain: 5 steps are used"]
+
+
 def test_a_consistency_model_cannot_be_the_weaker_one(tmp_path):
     checkpoint.save(model(3, calls=1), tmp_path / "distilled")
     with pytest.raises(ConfigError, match=r"distilled: it is a consistency model"):

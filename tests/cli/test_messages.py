@@ -138,7 +138,7 @@ def test_batch_learning_rate_and_epochs(options, settings, length, tmp_path, cal
         (("--epochs", 0), "error[USAGE] --epochs 0: not a length"),
         (("--lr", -1, "--steps", 1), "error[CONFIG] --lr -1.0: must be above 0 and finite. Change it."),
         (("--batch", 0), "error[CONFIG] --batch 0: must be at least 1. Change it."),
-        (("--steps", 0), "error[CONFIG] --steps 0: must be above 0 and finite. Change it."),
+        (("--steps", 0), "error[CONFIG] --steps 0: must be above 0 and below 2^63. Change it."),
         (("--seed", -1), "error[CONFIG] --seed -1: must be a whole number from 0"),
         (("--size", 9000), "error[OPTION] --size: 9000 is not a side in pixels"),
         (("--on-bad", "keep"), "error[OPTION] --on-bad: 'keep' is unknown. Give stop or skip."),

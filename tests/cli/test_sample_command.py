@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from undiffuse.cli.sample import _folder_name
 from undiffuse.cli.sampler_options import QUALITIES, parse_sampler, read_advice, write_advice
 from undiffuse.data.transform import Identity, IntegerLevels, Standardized
 from undiffuse.errors import ConfigError
@@ -139,7 +141,21 @@ def test_the_name_of_a_folder_is_short_in_every_script(tmp_path, call, character
     assert (said.code, said.err) == (0, "")
     (folder,) = (tmp_path / "samples").iterdir()
     assert 110 < len(folder.name.encode()) <= 120
-    assert folder.name.endswith("红-seed-0")
+    assert folder.name.startswith("dpm++2m_sde-10-0-红")
+    assert folder.name.endswith("-seed-0")
+
+
+def test_other_labels_and_files_have_folders_of_their_own():
+    cases = ["红" * 80], ["红" * 81], ["a b"], ["a/b"]
+    files = (
+        [Path("runs/one-0.1")],
+        [Path("runs/one-0.2")],
+        [Path("c1/model.safetensors")],
+        [Path("c2/model.safetensors")],
+    )
+    names = [_folder_name(Sampler(), labels, [], 0) for labels in cases]
+    names += [_folder_name(Sampler(), [], paths, 0) for paths in files]
+    assert len(set(names)) == len(names)
 
 
 def test_resume_after_an_interrupt(run, call, monkeypatch, tmp_path):

@@ -153,6 +153,7 @@ def test_the_display_ends_with_the_run_or_ctrl_c(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(command.time, "sleep", sleep)
     assert main(["watch", str(run.folder), "--every", "7"]) == 0
+    assert main(["watch", str(run.folder), "--every", "nan"]) == 2
     assert naps == [7.0] * 3
     assert "step 120" in capsys.readouterr().out
 

@@ -22,6 +22,7 @@ SMALL = np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2)
     [
         (SMALL, {}, (2, 3, 2, 2), "uint8", 256),
         (SMALL, {"num_values": 24}, (2, 3, 2, 2), "uint8", 24),
+        (np.zeros((8, 1, 4, 4), np.int64), {"num_values": 2}, (8, 1, 4, 4), "uint8", 2),
         (SMALL.astype(np.int64), {}, (2, 3, 2, 2), "uint8", 24),
         (SMALL.astype(">i4") * 100, {}, (2, 3, 2, 2), "uint16", 2301),
         (SMALL.astype(">u2"), {}, (2, 3, 2, 2), "uint16", 65536),

@@ -14,7 +14,7 @@ import pytest
 
 from undiffuse.data.image_decoding import ImageOptions
 from undiffuse.data.sources.builtin import BUILTIN, FASHION_FILES, FASHION_FOLDER, TOYS
-from undiffuse.data.sources.registry import OPTIONS, SOURCES, load
+from undiffuse.data.sources.registry import OPTIONS, SOURCES, load, option_words
 from undiffuse.data.transform import IntegerLevels, transform_for
 from undiffuse.errors import ConfigError, DataError
 
@@ -186,3 +186,8 @@ def test_a_folder_without_read_permission_is_reported_by_the_last_source(tmp_pat
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match=r"PERMISSION"):
         load(tmp_path)
+
+
+def test_an_option_of_two_numbers_is_two_words():
+    for pair in ((0.0, 1.0), [0.0, 1.0]):
+        assert option_words({"value_range": pair, "crop": True}) == ["--value-range", "0.0", "1.0", "--crop"]

@@ -9,7 +9,9 @@ from evaluation_models import SCHEDULE, model_of
 from latent_models import tiny_latent_model
 
 from undiffuse.data.transform import Identity, IntegerLevels
+from undiffuse.errors import ConfigError
 from undiffuse.evaluation import summary
+from undiffuse.report.evaluation_report import bits_figure
 
 WIDE, NARROW = model_of((20,), IntegerLevels(256)), model_of((16,), IntegerLevels(256))
 VECTORS, LATENTS = model_of((2,), Identity()), tiny_latent_model()
@@ -47,6 +49,14 @@ def test_titles_name_the_samples():
     assert summary.title(WIDE, "discrete", 2) == "bound of the chain, 2 of 5 steps"
     assert summary.title(WIDE, "ode", 1) == "probability flow"
     assert summary.title(WIDE, "ode", 3) == "probability flow, 3 importance samples"
+
+
+def test_a_chain_of_one_step_has_no_curve():
+    model = model_of((20,), IntegerLevels(256), steps=1, schedule={"name": "linear", "T": 1})
+    nll = {"discrete": model.nll(torch.zeros(3, 20, dtype=torch.uint8))}
+    assert summary.bits_by_log_snr(model, nll) == {}
+    with pytest.raises(ConfigError, match=r"FIGURE.*no step between two finite noise levels"):
+        bits_figure(model, nll)
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, {"name": "linear", "T": 100}, {"name": "cosine", "T": 100}])

@@ -292,6 +292,12 @@ def test_the_weight_of_a_trajectory_has_the_same_decoder():
     assert (run.calls, again.calls) == (4, 2)
 
 
+def test_the_decoder_of_a_level_with_almost_no_noise_is_certain():
+    level, x = S.LinearLogSNR(high=720.0)(0.0), torch.tensor([[-1.0, 0.0, 1.0]], dtype=torch.float64)
+    nats = ValueSoftmax(IntegerLevels(17))(x, level.alpha * x, level)
+    assert torch.equal(nats, torch.zeros(1, 3, dtype=torch.float64))
+
+
 def test_discrete_data_need_a_decoder_where_the_chain_stays_finite():
     schedule = S.LinearLogSNR()
     chain, noise = ReverseChain(Wrong(schedule), time_grid(schedule, 2)), lambda n: torch.zeros(n, 3, 1)

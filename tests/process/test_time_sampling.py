@@ -266,6 +266,20 @@ def test_low_discrepancy_has_one_number_per_interval(n, u):
     assert sorted((v * n).floor().int().tolist()) == list(range(n)) or bool(((v * n) % 1 > 1 - 1e-9).any())
 
 
+def test_settings_that_are_no_distribution_are_refused():
+    for name, settings in (
+        ("uniform", {"low": 0.9, "high": 0.5}),
+        ("uniform", {"low": 0.5, "high": 0.5}),
+        ("uniform", {"low": -0.1}),
+        ("logit_normal", {"std": 0.0}),
+        ("log_normal_sigma", {"std": -1.0}),
+        ("log_normal_sigma", {"std": math.inf}),
+    ):
+        with pytest.raises(ConfigError, match=r"error\[TIMES\] times"):
+            build(name, S.Flow(), 10, **settings)
+    assert float(build("uniform", S.Flow(), 1).log_prob(torch.tensor([0.5]))) == 0  # a chain of one step
+
+
 def test_build():
     schedule = S.linear(10)
     assert build("steps", schedule, 10) == UniformSteps(10)

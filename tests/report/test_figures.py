@@ -87,6 +87,13 @@ def test_images_fit_the_width(shape):
     assert image_grid(values[:4], 256, columns=1).width <= WIDTH
 
 
+@pytest.mark.parametrize("n", [30, 1200])
+@pytest.mark.parametrize("value", [0.0, 1.7e18, -1e30])
+def test_a_constant_column_is_drawn(value, n):
+    points = np.stack([np.full(n, value), np.arange(n), np.arange(n) % 7], 1).astype(np.float64)
+    assert image_grid(points, names=("time", "x", "y")).width > 100
+
+
 def test_a_mosaic_of_many_large_images_is_wider_but_not_much_higher_than_wide():
     grid = image_grid(np.zeros((64, 1, 512, 512)), 256)
     assert WIDTH < grid.width < grid.height < 2 * grid.width

@@ -105,9 +105,15 @@ def check_length(minutes: float | None, steps: int | None, epochs: float | None 
 
 
 def steps_of_epochs(epochs: float, data: Dataset, settings: TrainConfig) -> int:
-    """The steps in which each training item occurs ``epochs`` times, rounded up: ⌈epochs · items / batch⌉."""
+    """The steps in which each training item occurs ``epochs`` times, rounded up: ⌈epochs · items / batch⌉.
+
+    Raises `ConfigError`.
+    """
     held_out, _ = data.held_out_fraction(settings.held_out)
-    return math.ceil(epochs * len(data.split(held_out).train) / settings.batch)
+    steps = epochs * len(data.split(held_out).train) / settings.batch
+    if not steps < 2**63:
+        raise ConfigError("USAGE", f"--epochs {epochs:g}", "the steps are too many", "Give fewer")
+    return math.ceil(steps)
 
 
 def format_length(settings: TrainConfig) -> str:

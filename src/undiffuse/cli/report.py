@@ -183,7 +183,7 @@ class _Measuring:
         command = run_report.sample_command(self.run, n, labels)
         if self._call("comparison", command, sample, run=self.path, n=n, label=labels, out=folder):
             out = self.run.folder / run_report.COMPARISON
-            command = f"undiffuse compare {folder}{self.words} --out {out}"
+            command = f"undiffuse compare {as_argument(folder)}{self.words} --out {as_argument(out)}"
             samples = {"samples": str(folder), "run": self.run.folder, "out": out}
             self._call("comparison", command, compare, **samples, **self.of_data)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -309,13 +311,22 @@ def _draw(
 
 
 def _folder_name(sampler: Sampler, labels: list[str], files: list[Path], seed: int) -> str:
-    """A name that lists the sampler, labels and files, leaving out what has its default."""
+    """A name that lists the sampler, labels and files, leaving out what has its default, at most `MAX_NAME_BYTES` long.
+
+    A digest tells apart what else would have the same name.
+    """
     spacing = [] if sampler.spacing == "uniform" else [sampler.spacing]
     words = [*str(sampler).split(), str(sampler.given_steps), *spacing, *labels]
     words += [f"{name}-{value}" for name, value in guidance_changes(sampler).items()]
     words += [path.stem for path in files]
-    name = re.sub(r"[^\w.+-]+", "-", "-".join([*words, f"seed-{seed}"]))
-    return name.encode()[-MAX_NAME_BYTES:].decode(errors="ignore").strip("-.")
+    text, end = "-".join(words), f"-seed-{seed}"
+    name = re.sub(r"[^\w.+-]+", "-", text)
+    room = MAX_NAME_BYTES - len(end)
+    if files or len(name.encode()) > room or any(re.search(r"[^\w.+-]", label) for label in labels):
+        digest = hashlib.sha256("\0".join([text, *map(os.path.abspath, files)]).encode()).hexdigest()[:6]
+        kept = name.encode()[: room - 7].decode(errors="ignore")
+        name = f"{kept}-{digest}"
+    return (name + end).strip("-.")
 
 
 def _sha256(path: Path) -> str:

@@ -71,7 +71,7 @@ class SamplerOptions:
         that sampler in fewer steps. A distilled model has its own sampler unless other options than ``calls`` are
         given. ``log`` gets a line about steps that the chain does not have.
         """
-        distilled = self._distilled_sampler(model)
+        distilled = self._distilled_sampler(model, log)
         sampler = distilled or self._parse(model, log)
         sampler = replace(sampler, num_steps=min(sampler.num_steps or model.chain_length, model.chain_length))
         model.build_solver(sampler)  # raises before any work if a setting is wrong
@@ -88,7 +88,7 @@ class SamplerOptions:
 
         return "" if isinstance(model, Cascade) else model.config.few_call_solver
 
-    def _distilled_sampler(self, model: AnyModel) -> Sampler | None:
+    def _distilled_sampler(self, model: AnyModel, log: Callable[[str], None]) -> Sampler | None:
         from undiffuse.model.cascade import Cascade
         from undiffuse.model.consistency import few_call_sampler
 
@@ -96,7 +96,7 @@ class SamplerOptions:
             return None
         if self.quality or self.solver or self.settings or self.steps or self.spacing:
             return None
-        calls = self.calls or model.config.calls
+        calls = limit_steps(self.calls or model.config.calls, model.chain_length, log, "--calls")
         return replace(few_call_sampler(model.schedule, calls, model.config.few_call_solver), **self.guidance)
 
     def _parse(self, model: AnyModel, log: Callable[[str], None]) -> Sampler:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from undiffuse.cli.options import console
 from undiffuse.cli.results import add, with_json
-from undiffuse.errors import CheckpointError
+from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.report.progress_bar import format_clock
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ CURVES = {
     "gradient_norm": "gradient norm",
 }
 """Names of records, in the order shown, and what they are called."""
+MAX_WAIT = 86_400
+"""Seconds between two updates at most."""
 
 
 @with_json
@@ -45,6 +47,10 @@ def watch(
     """Show the curves of a run while it trains, and the time left. Ctrl-C ends the display, not the run."""
     from undiffuse.training.run_folder import Run
 
+    if not every <= MAX_WAIT:
+        raise ConfigError(
+            "USAGE", f"--every {every:g}", f"not a number up to {MAX_WAIT:,} seconds", "Give such a number"
+        )
     watched = Run(run)
     shown = summary(watched)
     board = None

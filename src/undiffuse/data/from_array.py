@@ -174,6 +174,7 @@ def _integers(values: np.ndarray, num_values: int | None, notes: list[str]) -> t
             notes.append(f"{extent}: num_values is {num_values}")
         if low < 0 or high >= num_values or not 2 <= num_values <= 65536:
             cause = f"{extent}; integers must lie in 0 .. N - 1 for N values, at most 65536"
+            cause = "all values are 0, and num_values is not given" if low == high == 0 else cause
             raise FileError("RANGE", cause)
     num_values = num_values or of_dtype
     assert num_values is not None

@@ -20,6 +20,8 @@ from undiffuse.networks.condition import CONDITION_NAMES, Condition
 TIME_SHARES = {"discrete": 5, "openai": 5, "continuous": 4, "ode": 4, "flow_map": 4}
 """The order of the estimates, and the shares in which they divide the time."""
 ESTIMATES = ("discrete", "continuous", "ode")
+MAX_MINUTES = 1e9
+"""Longer times are planned like this one, whose numbers of calls do not overflow."""
 PLANNED_FRACTION = 0.85
 """The fraction of the time that is planned; loading, the measurement of speed and figures take the rest."""
 MIN_ITEMS = 16
@@ -102,7 +104,7 @@ def plan_evaluation(
     batch, which always counts.
     """
     rate = calls_per_second(model, values[:SPEED_ITEMS], cond)
-    total = PLANNED_FRACTION * 60 * minutes
+    total = PLANNED_FRACTION * 60 * min(minutes, MAX_MINUTES)
     seconds = {n: total * TIME_SHARES[n] / sum(TIME_SHARES[n] for n in names) for n in names}
     if len(names) > 1 and "ode" in names:  # its first items may take longer than its share
         flow = min(total / 2, max(seconds["ode"], MIN_ITEMS * ODE_COST_GUESS * iw_samples / rate))

@@ -148,7 +148,8 @@ def bits_by_log_snr(model: Diffusion, nll: Mapping[str, NLL]) -> dict[str, tuple
     Prior and decoder are not included, nor a step from pure noise.
     """
     curves = {"discrete": _chain_bits, "continuous": _continuous_bits}
-    return {name: _merge_intervals(*bits(model, nll[name])) for name, bits in curves.items() if name in nll}
+    found = {name: bits(model, nll[name]) for name, bits in curves.items() if name in nll}
+    return {name: _merge_intervals(*curve) for name, curve in found.items() if len(curve[1])}
 
 
 def _chain_bits(model: Diffusion, nll: NLL) -> tuple[np.ndarray, np.ndarray]:

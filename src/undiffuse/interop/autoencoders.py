@@ -87,7 +87,7 @@ def _from_diffusers(folder: Path, data: Dataset) -> Autoencoder:
     """
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())
         if config.get("_class_name") != "AutoencoderKL":
             raise ValueError(f"it is a {config.get('_class_name')!r}, not an AutoencoderKL")
         for name, value in EXPECTED.items():

@@ -25,6 +25,8 @@ EdgesOf = Callable[[Tensor], Edges | None]
 
 TAIL = 40.0
 """The sum of a `ValueSoftmax` lacks at most e^−40 = 4e-18 of itself; float64 rounds it to 1.1e-16."""
+MAX_LOG_SNR = 700.0
+"""exp of larger numbers overflows; there a value is certain anyway."""
 CHUNK_TERMS = 2**20
 """Elements times values that a `ValueSoftmax` holds at once."""
 
@@ -64,9 +66,10 @@ class ValueSoftmax:
 
     def __call__(self, x: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         count = self.transform.num_values
-        precision = broadcast_like(torch.exp(level.log_snr), z).expand_as(z)
+        precision = broadcast_like(torch.exp(level.log_snr.clamp(max=MAX_LOG_SNR)), z).expand_as(z)
         position = z / broadcast_like(level.alpha, z)
-        reach = math.ceil(math.sqrt(2 * TAIL / math.exp(float(level.log_snr.detach()))) * (count - 1) / 2)
+        spread = math.exp(min(-0.5 * float(level.log_snr.detach()), MAX_LOG_SNR))  # sigma/alpha
+        reach = math.ceil(min(math.sqrt(2 * TAIL) * spread * (count - 1) / 2, count))
         terms = min(2 * reach + 1, count)
         first = (self.transform.to_data(position).long() - reach).clamp(0, count - terms)
         own = self.transform.to_model(self.transform.to_data(x).long(), torch.float64)

@@ -147,11 +147,11 @@ class TrainConfig:
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be a whole number from 0 to 2^63 - 1")
         _require(0 <= self.decay <= 1, "decay", self.decay, "must be a fraction of the run, in [0, 1]")
         _require(0 < self.ema < 0.28, "ema", self.ema, "must be a fraction of the run, between 0 and 0.28")
-        _require(self.clip > 0, "clip", self.clip, "must be above 0")
-        _require(self.save_minutes > 0, "save_minutes", self.save_minutes, "must be above 0")
+        _require(0 < self.clip < math.inf, "clip", self.clip, "must be above 0 and finite")
+        _require(0 < self.save_minutes < math.inf, "save_minutes", self.save_minutes, "must be above 0 and finite")
         for name in LENGTHS:
             value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, name, value, "must be above 0 and finite")
+            _require(value is None or 0 < value < 2**63, name, value, "must be above 0 and below 2^63")
         both = self.max_steps is not None and self.minutes is not None
         _require(not both, "max_steps", self.max_steps, f"minutes = {self.minutes} is the length of the run too")
         _require(self.precision in ("auto", "float32", "bfloat16"), "precision", self.precision, "unknown")

@@ -183,7 +183,7 @@ class LogNormalSigma:
 TIME_DISTRIBUTIONS: dict[str, Callable[..., TimeDistribution]] = {  # (schedule, T, settings)
     "steps": lambda schedule, T, **settings: UniformSteps(T, **settings),
     "loss_aware": lambda schedule, T, **settings: loss_aware(T, **settings),
-    "uniform": lambda schedule, T, **settings: UniformTime(**{"low": 1.0 / T} | settings),
+    "uniform": lambda schedule, T, **settings: UniformTime(**{"low": 1.0 / T if T > 1 else 0.0} | settings),
     "logit_normal": lambda schedule, T, **settings: LogitNormal(**settings),
     "log_normal_sigma": lambda schedule, T, **settings: LogNormalSigma(schedule, **settings),
 }
@@ -194,9 +194,14 @@ def build(name: str, schedule: Schedule, T: int, **settings: float) -> TimeDistr
     if name not in TIME_DISTRIBUTIONS:
         fix = f"Use one of {', '.join(TIME_DISTRIBUTIONS)}"
         raise ConfigError("TIMES", repr(name), "no such distribution of times", fix)
+    fix = "See the documentation of undiffuse.process.time_sampling"
     try:
-        return TIME_DISTRIBUTIONS[name](schedule, T, **settings)
+        times = TIME_DISTRIBUTIONS[name](schedule, T, **settings)
     except TypeError:
         cause = f"no such setting among {', '.join(settings)}"
-        fix = "See the documentation of undiffuse.process.time_sampling"
         raise ConfigError("TIMES", f"times {name!r}", cause, fix) from None
+    if isinstance(times, UniformTime) and not 0 <= times.low < times.high <= 1:
+        raise ConfigError("TIMES", f"times {name!r}", "low and high are not 0 <= low < high <= 1", fix)
+    if isinstance(times, LogitNormal | LogNormalSigma) and not 0 < times.std < math.inf:
+        raise ConfigError("TIMES", f"times {name!r}", f"std = {times.std} is not above 0 and finite", fix)
+    return times

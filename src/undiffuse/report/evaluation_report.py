@@ -71,7 +71,10 @@ def describe_differences(differences: Mapping[str, Mapping[str, list[float]]]) -
 
 
 def bits_figure(model: Diffusion, nll: Mapping[str, NLL]) -> Figure:
-    """A figure of the bits that each interval of log-SNR adds to the bounds among ``nll``."""
+    """A figure of the bits that each interval of log-SNR adds to the bounds among ``nll``.
+
+    Raises `ConfigError` for a chain without an interval, and without matplotlib.
+    """
     curves, totals = {}, []
     for name, curve in summary.bits_by_log_snr(model, nll).items():
         bits = {part: summary.mean_bits(model, nats)[0] for part, nats in summary.parts(nll[name]).items()}
@@ -80,6 +83,10 @@ def bits_figure(model: Diffusion, nll: Mapping[str, NLL]) -> Figure:
         label = f"{'chain' if name == 'discrete' else name}: {total:.3f} = {' + '.join(terms)}"
         curves[label] = curve
         totals.append(total)
+    if not curves:
+        raise ConfigError(
+            "FIGURE", "the chain", "it has no step between two finite noise levels", "Give a longer chain"
+        )
     return bits_per_step(curves, f"at most {totals[0]:.3f} bits per dimension")
 
 

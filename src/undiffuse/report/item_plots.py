@@ -38,7 +38,10 @@ def pairs(points: np.ndarray, names: Sequence[str]) -> Image.Image:
         if i < j:
             axes.set_axis_off()
         elif i == j:
-            axes.hist(points[:, i], bins="auto" if len(points) < 1000 else 50, color=COLOURS[0])
+            low, high = float(points[:, i].min()), float(points[:, i].max())
+            pad = max(0.5, 1e-6 * abs(low)) * (low == high)  # numpy has no bins for a range without a length
+            bins = min(50, 1 + math.ceil(2 * len(points) ** 0.5))
+            axes.hist(points[:, i], bins=bins, range=(low - pad, high + pad), color=COLOURS[0])
             whole_ticks(axes.xaxis, points[:, j], 4)
             axes.set_yticks([])
         else:

@@ -183,7 +183,8 @@ def likelihood(evaluation: Record) -> list[object]:
     """The table of estimates of an evaluation, the bits over log-SNR, and what they mean."""
     rows, caption = likelihood_rows(evaluation)
     shown: list[object] = [table(rows, caption)]
-    curves = evaluation.get("bits_by_log_snr") or {}
+    stored = evaluation.get("bits_by_log_snr") or {}
+    curves = {name: curve for name, curve in stored.items() if curve["bits"] and all(map(math.isfinite, curve["bits"]))}
     if curves:
         names = {"discrete": "chain", "continuous": "continuous bound"}
         lines = [

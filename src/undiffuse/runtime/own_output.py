@@ -26,7 +26,7 @@ MARKABLE_SUFFIXES = frozenset([".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif"
 SCANNED_BYTES = 1 << 12
 """Bytes at the beginning and at the end of a picture in which the mark may stand."""
 
-MAX_RECORD_BYTES = 1 << 26
+MAX_RECORD_BYTES = 1 << 30
 RECORD_KEYS = {
     "run.json": {"config", "data", "finished"},
     "manifest.json": {"key", "sha256", "first", "n", "files"},

@@ -109,6 +109,7 @@ def posteriors(transform: LatentTransform, values: Tensor, settings: TrainConfig
     of a deterministic encoder are −inf.
     """
     copies = []
+    values = values.to(torch.int32) if values.dtype == torch.uint16 else values  # torch does not flip uint16
     for axes in _mirror_axes(settings):
         mean, log_var = transform.posterior(values.flip(axes) if axes else values, device)
         log_var = torch.full_like(mean, -math.inf) if log_var is None else log_var

@@ -270,8 +270,8 @@ class Monitor:
         try:
             with self._tolerate_write_errors():
                 self.task.draw(self.ema_model, self.data, self.split, self.run.pictures, step, limit)
-        except (ConfigError, NonFiniteError) as error:
-            self.log(f"no picture of the model: {error.cause}")
+        except (ConfigError, DataError, NonFiniteError, ArithmeticError, ValueError) as error:
+            self.log(f"no picture of the model: {getattr(error, 'cause', error)}")
 
     @contextmanager
     def _tolerate_write_errors(self) -> Iterator[None]:

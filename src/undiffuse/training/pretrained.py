@@ -138,7 +138,7 @@ def _check_folder(model: Diffusion, folder: Path) -> None:
 
 def _described_model(card: Path) -> str | None:
     try:
-        return model_card.described_model(card.read_text())
+        return model_card.described_model(card.read_text("utf-8"))
     except (OSError, ValueError):
         return None
 

@@ -267,7 +267,8 @@ def option_words(options: Mapping[str, Any]) -> list[str]:
     words = []
     for name, value in options.items():
         if value != OPTIONS[name].default:
-            words += [OPTIONS[name].spelling] if value is True else [OPTIONS[name].spelling, str(value)]
+            given = list(value) if isinstance(value, (tuple, list)) else [] if value is True else [value]
+            words += [OPTIONS[name].spelling, *map(str, given)]
     return words
 
 
