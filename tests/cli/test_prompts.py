@@ -138,11 +138,7 @@ ERRORS = [
     (["--prompt", "x" * 65], "[PROMPT] --prompt xxx", "it has 65 bytes"),
     (["--prompt", "a\udcff"], "[PROMPT] 'a\\udcff'", "it is not valid UTF-8"),
     (["--prompt", "a", "--negative", "b"], "[GUIDANCE] --negative", "no effect without --guidance"),
-    (
-        ["--negative", "b", "--guidance", "3"],
-        "[USAGE] --negative",
-        "no prompt is given. Give --prompt too, or leave it out",
-    ),
+    (["--negative", "b", "--guidance", "3"], "[GUIDANCE] --guidance", "it needs a condition. Give --prompt."),
     (["--prompt", "", "--guidance", "3"], "[GUIDANCE] --guidance", "it needs a condition"),
     (["--prompts", "none.txt"], "[PROMPT] none.txt", "cannot be read (No such file or directory)"),
     (["--text-encoder", "bytes"], "[USAGE] --text-encoder", "no effect without a prompt"),

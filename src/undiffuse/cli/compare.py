@@ -70,7 +70,7 @@ def compare(
     from undiffuse.runtime.own_output import save_picture
     from undiffuse.runtime.side_files import read_record, write_record
 
-    of_cascade = run is None and bool(_manifest(samples).get("then"))
+    of_cascade = bool(_manifest(samples).get("then"))
     if run is not None and not run.exists():
         raise ConfigError("NOT_FOUND", f"--run {run}", "no such run", "Name a run folder or a model file")
     run = run or _run_of(samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from undiffuse.errors import ConfigError
 from undiffuse.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
+    from undiffuse.data.transform import DataTransform
     from undiffuse.denoising.guidance import Guide
     from undiffuse.model.cascade import AnyModel
     from undiffuse.model.diffusion import Diffusion
@@ -114,6 +116,18 @@ def _check_options_have_effect(sampler: Sampler, classifier: Path | None, autogu
 
 
 def _check_same_data(model: AnyModel, other: Diffusion | NoisyClassifier, flag: str, path: Path) -> None:
-    if (other.item_shape, other.transform) != (model.item_shape, model.transform):
+    if other.item_shape != model.item_shape or not _are_alike(other.transform, model.transform):
         cause = f"{path} was trained on other data: items {other.item_shape}, {other.transform}"
         raise ConfigError("GUIDANCE", flag, cause[:300], "Use one that was trained on the data of the model")
+
+
+def _are_alike(one: DataTransform, other: DataTransform) -> bool:
+    """Whether two transforms are equal, those of latents up to the rounding of their moments."""
+    from undiffuse.model.autoencoder import fingerprint
+    from undiffuse.model.latent import LatentTransform
+
+    if not (isinstance(one, LatentTransform) and isinstance(other, LatentTransform)):
+        return one == other
+    moments = zip((*one.mean, *one.std), (*other.mean, *other.std), strict=True)
+    same = fingerprint(one.autoencoder) == fingerprint(other.autoencoder)
+    return same and all(math.isclose(a, b, rel_tol=0.01, abs_tol=0.01) for a, b in moments)

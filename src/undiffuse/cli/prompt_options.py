@@ -49,13 +49,6 @@ def read_prompts(prompt: Sequence[str] | None, file: Path | None) -> list[str]:
     return [*prompts, *filter(None, lines)]
 
 
-def check_negative(negative: str | None, prompts: Sequence[str]) -> None:
-    """Raise `ConfigError` for a negative prompt without a prompt."""
-    if negative is not None and not prompts:
-        cause = "it takes the place of the empty prompt, and no prompt is given"
-        raise ConfigError("USAGE", "--negative", cause, "Give --prompt too, or leave it out")
-
-
 def prompt_condition(
     model: TextModel, run: Path, prompts: Sequence[str], encoder: str | None = None
 ) -> Condition | None:

@@ -45,7 +45,6 @@ from undiffuse.cli.prompt_options import (
     EncoderFolder,
     Prompt,
     Prompts,
-    check_negative,
     prompt_condition,
     read_prompts,
     slug,
@@ -175,7 +174,6 @@ def sample(
 
     # What is drawn: conditions, sampler, guidance
     labels, names, texts = label or [], class_names(model, classifier), read_prompts(prompt, prompts)
-    check_negative(negative, texts)
     condition = make_condition(names, labels, cond, prompt_condition(model, run, texts, text_encoder))
     avoided = None if negative is None else prompt_condition(model, run, [negative], text_encoder)
     guidance_fields = {
@@ -212,7 +210,7 @@ def sample(
     plan = {"weights": weights, "seed": seed, "sampler": sampler.to_dict(), "label": label}
     plan |= {"precision": model.precision}
     plan |= {name: None if path is None else _sha256(path) for name, path in files.items()}
-    plan |= {"prompt": texts, "negative": negative} if texts else {}
+    plan |= {"prompt": texts, "negative": negative} if texts or negative is not None else {}
     plan |= {"augmentation": noise} if then else {}
     if out is None:
         words = [*labels, *slug(texts), *slug([negative] if negative else []), *stage_words(then, augmentation)]

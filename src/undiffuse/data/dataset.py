@@ -79,6 +79,8 @@ class Dataset:
             )
         if self.labels is not None and (self.labels.shape != (len(self),) or self.labels.dtype != np.int64):
             raise ValueError(f"labels must be ({len(self)},) int64, not {self.labels.shape} {self.labels.dtype}")
+        if self.labels is not None and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise ValueError(f"labels {self.labels.min()} to {self.labels.max()} of {len(self.classes)} classes")
         starts = [start for start in (0, self.validation_from, self.test_from, len(self)) if start is not None]
         if not all(type(start) is int for start in starts) or starts != sorted(set(starts)):
             raise ValueError(f"{len(self)} items with official parts from {starts[1:-1]}")

@@ -84,10 +84,11 @@ class ClassifierFree(DenoiserWrapper):
         inside = (level.log_snr >= self._low) & (level.log_snr < self._high)
         if cond is None or self.scale == 1 or not bool(inside.any()):
             return self.denoise(x_t, level, cond, next_level)
-        next_twice = None if next_level is None else _twice(next_level)
-        both = self.denoise(torch.cat([x_t, x_t]), _twice(level), cond.cat(self._null(cond, len(x_t))), next_twice)
-        with_cond, null = (Prediction(*(None if v is None else v.chunk(2)[i] for v in both)) for i in range(2))  # type: ignore[arg-type]
-        guided = extrapolate(with_cond, null, broadcast_like(torch.where(inside, self.scale, 1.0), x_t))
+        next_twice, null = None if next_level is None else _twice(next_level), self._null(cond, len(x_t))
+        cond = replace(cond, **{name: value for name, value in null.null().given().items() if name not in cond.given()})
+        both = self.denoise(torch.cat([x_t, x_t]), _twice(level), cond.cat(null), next_twice)
+        with_cond, without = (Prediction(*(None if v is None else v.chunk(2)[i] for v in both)) for i in range(2))  # type: ignore[arg-type]
+        guided = extrapolate(with_cond, without, broadcast_like(torch.where(inside, self.scale, 1.0), x_t))
         if self.rescale == 0:
             return guided
         std = _item_std(guided.x)

@@ -15,6 +15,7 @@ from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.evaluation.resumable import Plan
 from undiffuse.evaluation.summary import flow_map_calls
 from undiffuse.model.cascade import AnyModel
+from undiffuse.model.text_conditions import encoder_identity
 from undiffuse.networks.condition import CONDITION_NAMES, Condition
 
 TIME_SHARES = {"discrete": 5, "openai": 5, "continuous": 4, "ode": 4, "flow_map": 4}
@@ -61,8 +62,8 @@ def shared_condition(model: AnyModel, data: Dataset) -> tuple[str, str | None]:
         words = " and ".join(CONDITION_NAMES[name] for name in names)
         return "captions" if model.info.get("text_encoder") and "classes" not in names else words
 
-    encoder = model.info.get("text_encoder") if data.embeddings is not None else None
-    if data.embeddings is not None and data.embeddings.encoder != encoder:
+    encoder = encoder_identity(model.info.get("text_encoder"))
+    if data.embeddings is not None and encoder_identity(data.embeddings.encoder) != encoder:
         return "none", "the captions of these data were embedded by another text encoder: no condition is used"
     sizes = {name: size for name, size in data.condition_sizes.items() if name != "image"}
     own = data.fingerprint == model.info.get("fingerprint")  # training gave null for a condition that they lack

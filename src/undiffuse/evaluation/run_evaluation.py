@@ -135,6 +135,7 @@ def evaluate(
     Raises `ConfigError` for arguments that do not fit, `DataError` for data that do not fit the model.
     """
     group = group or single_process()
+    folder = None if folder is None else Path(folder)
     if group.world_size > 1 and folder is None:
         raise ConfigError("FOLDER", "evaluate", "several processes need a folder in common", "Give folder")
     log: Log = on_message if on_message and group.rank == 0 else lambda message: None

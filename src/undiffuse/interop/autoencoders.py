@@ -22,6 +22,7 @@ from undiffuse.interop.foreign_files import read_weights
 from undiffuse.model import autoencoder as autoencoders
 from undiffuse.model.autoencoder import Autoencoder, AutoencoderConfig
 from undiffuse.runtime.device import kept_random_state
+from undiffuse.runtime.own_output import is_own_tensor_file
 from undiffuse.runtime.tensor_file import check_tensors
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -55,7 +56,7 @@ def load_autoencoder(path: str | Path, data: Dataset) -> Autoencoder:
             cause = f"this folder has {len(pairs)} pairs of an encoder's and a decoder's file, and is no run"
             raise CheckpointError("NO_MODEL", path, cause, SUPPORTED)
         return _from_pair(pairs[0], data)
-    if path.is_file() and "encoder" in path.name:
+    if path.is_file() and "encoder" in path.name and not is_own_tensor_file(path):
         return _from_pair(path, data)
     return autoencoders.load(path)
 

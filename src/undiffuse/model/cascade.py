@@ -25,6 +25,7 @@ from undiffuse.errors import ConfigError
 from undiffuse.likelihood.nll import NLL, make_nll
 from undiffuse.model import arguments, checkpoint
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.text_conditions import encoder_identity
 from undiffuse.networks.condition import Condition
 from undiffuse.process.schedule import Schedule
 from undiffuse.process.seeded_noise import ItemNoise, generator
@@ -113,7 +114,8 @@ class Cascade:
         for below, split in enumerate(self.splits):
             expected = json_digest(stage_facts(split, self._facts(below + 1).get("fingerprint", ""), True))
             trained = self._facts(below).get("fingerprint") if below else self.models[0].info.get("fingerprint")
-            if trained != expected:
+            of_same_images = self._facts(below).get("fingerprint") == self._facts(-1).get("fingerprint")
+            if trained != expected and not of_same_images:
                 lines.append(
                     f"{self.names[below]} was not trained on the images that {self.names[below + 1]} reduces (by "
                     f"--reduce {min(split.low_shape[1:])} --map {split.map}): items that are held out here may be "
@@ -318,11 +320,14 @@ def stage_lines(cascade: Cascade, nll: NLL) -> str:
 
 
 def _sizes(model: Diffusion) -> dict[str, int]:
+    """The sizes of the conditions that the model was trained with, without the image."""
+    if not model.info.get("conditional", True):
+        return {}
     return {name: size for name, size in model.condition_sizes.items() if name != "image"}
 
 
 def _conditions(model: Diffusion) -> tuple[Any, ...]:
-    return _sizes(model), model.info.get("classes"), model.info.get("text_encoder")
+    return _sizes(model), model.info.get("classes"), encoder_identity(model.info.get("text_encoder"))
 
 
 def _by(shape: Sequence[int]) -> str:

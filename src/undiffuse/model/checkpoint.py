@@ -22,7 +22,7 @@ from undiffuse.model.latent import LatentTransform
 from undiffuse.networks.norm import to_fast_layout
 from undiffuse.networks.registry import NETWORKS, kind_of, names_of
 from undiffuse.networks.tables import INSTALLED_NETWORKS
-from undiffuse.runtime.device import kept_random_state, resolve_device
+from undiffuse.runtime.device import float32_by_default, kept_random_state, resolve_device
 from undiffuse.runtime.precision import autocast_dtype, resolve_precision
 from undiffuse.runtime.side_files import check_info
 from undiffuse.runtime.tensor_file import FORMAT, check_tensors, digest, read_tensors, write_tensors
@@ -72,7 +72,7 @@ def load(
             raise CheckpointError("NO_MODEL", path, "no model.safetensors in this folder", fix)
         path = path / "model.safetensors"
     tensors, metadata = read_tensors(path)
-    with kept_random_state():
+    with kept_random_state(), float32_by_default():
         diffusion = _from_description(path, metadata, network)
     own = weights(diffusion)
     check_tensors(path, own, tensors)

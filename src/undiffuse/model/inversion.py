@@ -43,6 +43,7 @@ def interpolate(
 
 
 def _levels(model: Any, num_steps: int | None) -> list[NoiseLevel]:
+    model.eval()
     arguments.check_predicts_mean(model.config)
     sampler = arguments.check_sampler("ddim", model.chain_length)
     sampler = sampler if num_steps is None else replace(sampler, num_steps=num_steps)

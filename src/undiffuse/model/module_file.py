@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from undiffuse.errors import CheckpointError, ConfigError
-from undiffuse.runtime.device import kept_random_state, resolve_device
+from undiffuse.runtime.device import float32_by_default, kept_random_state, resolve_device
 from undiffuse.runtime.tensor_file import FORMAT, check_tensors, read_tensors, write_tensors
 
 
@@ -49,7 +49,7 @@ def load_module(path: str | Path, kind: str, build: Callable[[Any], M], device: 
     if kind not in metadata:
         raise CheckpointError("KIND", path, f"this is not {'an' if kind[0] in 'aeio' else 'a'} {kind}", source)
     try:
-        with kept_random_state():
+        with kept_random_state(), float32_by_default():
             module = build(json.loads(metadata[kind]))
     except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         cause = f"this version cannot read its description ({error})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from undiffuse.data.caption_embeddings import distinct, text_rows
@@ -19,6 +19,11 @@ class TextModel(Protocol):
 
     @property
     def condition_sizes(self) -> dict[str, int]: ...
+
+
+def encoder_identity(encoder: Mapping[str, str] | None) -> str | None:
+    """The digest of a text encoder, whatever its folder is called, or the name of one without a digest."""
+    return None if encoder is None else encoder.get("digest", encoder.get("name"))
 
 
 def text_encoder_of(model: TextModel) -> dict[str, Any] | None:

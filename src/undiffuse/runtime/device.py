@@ -97,6 +97,19 @@ def kept_random_state() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """A block in which new tensors of floats are float32, whatever the program has set."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _problem(device: torch.device) -> str | None:
     """Why this device cannot be used; None if it can."""
     import torch

@@ -24,11 +24,11 @@ LOAD = """import torch
 
 import undiffuse
 from undiffuse.data.single import load_image
-from undiffuse.data.transform import IntegerLevels
+from undiffuse.data.transform import IntegerLevels, values_transform
 {more}
 model = undiffuse.load({run!r})
 pixels = torch.tensor(load_image("image.png", {channels}).pixels)[None]
-values = model.transform.to_data(IntegerLevels(256).to_model(pixels))
+values = values_transform(model.transform).to_data(IntegerLevels(256).to_model(pixels))
 """
 
 CONDITION = {

@@ -53,7 +53,8 @@ class StudioRun:
     @property
     def data(self) -> Dataset:
         """The data that the run was trained on. Raises `ConfigError` and `DataError`."""
-        if self._data is None:
+        trained_on = ((self.run.record or {}).get("data") or {}).get("fingerprint")
+        if self._data is None or self._data.fingerprint != trained_on:  # the run may be another one by now
             try:
                 self._data = self.run.load_data()
             except ConfigError as error:  # the page has no place for the name of DATA

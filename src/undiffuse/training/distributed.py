@@ -32,6 +32,8 @@ def start_accelerator(device: str | torch.device) -> Accelerator:
     on_cpu = place.type == "cpu" and world_size() > 1
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
     accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=1, kwargs_handlers=[views, patience])
+    accelerator.native_amp, accelerator.scaler = False, None  # the recipe has the precision, not the launcher
+    accelerator.gradient_accumulation_steps = 1
     if accelerator.num_processes > 1:
         check_own_device(str(place), accelerator.device)
     else:

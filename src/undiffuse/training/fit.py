@@ -56,8 +56,7 @@ def fit(
     """Train ``task`` on ``data`` into the folder of ``run``, which is returned; an unfinished run is resumed.
 
     ``init``: file or run whose weights a new run starts from, and keeps. ``quiet``: print nothing. ``force``: resume
-    although recipe, data or torch have changed, with a new plan for the end; not for a finished run. ``clock``:
-    seconds, as of `time.perf_counter`, for ``minutes`` and for rates.
+    although recipe, data or torch have changed, with a new plan for the end. ``clock``: seconds for ``minutes``.
 
     Every random number is a function of (seed, purpose, step or item). With ``max_steps``, evaluating and saving do not
     change what is trained, and on a CPU a resumed run is bit-identical to an uninterrupted one; with ``minutes`` their
@@ -142,6 +141,7 @@ def fit(
             if main:
                 with stop_requests.safe_to_exit():
                     monitor.finish()
+            accelerator.wait_for_everyone()  # for the model's file
     return run.folder
 
 

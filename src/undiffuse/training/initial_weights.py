@@ -21,7 +21,7 @@ from undiffuse.model.checkpoint import load
 from undiffuse.model.config import Config, TrainConfig, from_dict
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.latent import LatentTransform
-from undiffuse.model.text_conditions import text_encoder_of
+from undiffuse.model.text_conditions import encoder_identity, text_encoder_of
 from undiffuse.networks.condition import CONDITION_SETTINGS
 from undiffuse.networks.protocol import adapt_weights, zero_new_ends
 from undiffuse.networks.registry import with_defaults
@@ -82,6 +82,7 @@ def recipe_of(
     stays so if the data have such conditions; all of theirs are used if ``conditional``. If the model is no longer
     there, the settings are those that ``run`` began with. Raises `CheckpointError`.
     """
+    init = Path(init)
     try:
         model = load(init, network=network)
     except CheckpointError:
@@ -94,7 +95,8 @@ def recipe_of(
         old = from_dict(TrainConfig, settings, "run.json")
     except (KeyError, ConfigError):  # a file, or a run of another kind
         old = replace(train, conditional=bool(model.condition_sizes.keys() - {"image"}))
-    conditional = conditional or (old.conditional and bool(model.condition_sizes.keys() & data.condition_sizes.keys()))
+    shared = model.condition_sizes.keys() & data.condition_sizes.keys()
+    conditional = conditional or (old.conditional and bool(shared - {"image"}))
     return Config(model.config, replace(old, max_steps=None, minutes=None, seed=0, conditional=conditional))
 
 
@@ -133,7 +135,7 @@ def check_start(config: Config, data: Dataset, start: Diffusion, path: Path) -> 
     encoders = text_encoder_of(start), data.text_encoder
     embedded = any(encoder is not None and "digest" in encoder for encoder in encoders)
     shared = {"vector", "tokens"} & start.condition_sizes.keys() & data.condition_sizes.keys()
-    if config.train.conditional and embedded and shared and encoders[0] != encoders[1]:
+    if config.train.conditional and embedded and shared and len({*map(encoder_identity, encoders)}) > 1:
         ours, theirs = (encoder["name"] if encoder else "none" for encoder in reversed(encoders))
         cause = f"the text encoder of these data is {ours}, and that of {path} is {theirs} or another version"
         raise DataError("TEXT_ENCODER", data.name, cause, "Give --text-encoder as for that model")
