@@ -17,9 +17,12 @@ from simulated_gpu import GPU, GpuTensor, simulated_gpu
 from undiffuse.cli import main
 from undiffuse.data.from_array import from_array
 from undiffuse.data.stage_data import split_data
+from undiffuse.data.transform import IntegerLevels
+from undiffuse.denoising.guidance import Guide
 from undiffuse.model import likelihood_estimators
 from undiffuse.model.autoencoder import AutoencoderConfig
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
+from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.noisy_classifier import NoisyClassifierConfig
 from undiffuse.model.presets import PRESETS
 from undiffuse.model.restoration import SOLVER_METHODS, Degradation, restore
@@ -95,6 +98,22 @@ def test_samples(solver, name):
 
     (expected,), (samples,) = on_both(sample)
     torch.testing.assert_close(samples.double(), expected.double(), rtol=1e-5, atol=1e-5 if name == "flow" else 1.0)
+
+
+def test_a_negative_condition_may_have_other_fields():
+    network = {"kind": "unet", "widths": (4,), "blocks": 1, "attention": (), "classes": 3, "vector": 2}
+    torch.manual_seed(0)
+    model = Diffusion(ModelConfig(network, chain_length=5), (1, 4, 4), IntegerLevels(5)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    guide = Guide(negative=Condition(vector=torch.ones(1, 2)))
+
+    def sample(device):
+        model.to(device)
+        return [model.sample(4, 1, Sampler("ddim", 3, guidance=3.0), LABEL, guide=guide)]
+
+    (expected,), (samples,) = on_both(sample)
+    torch.testing.assert_close(samples, expected)
 
 
 @pytest.mark.parametrize("solver", FIXED_STEPS)

@@ -78,7 +78,8 @@ def test_all_stages_are_drawn_with_a_line_for_each_and_one_manifest(place, call,
     with Image.open(place / "samples" / "000004.png") as picture:
         assert picture.size == (16, 16)
     assert "these 5 samples exist already" in call(*arguments).out
-    assert call("compare", "samples").err.startswith("error[FEW] photos: 5 samples, ")  # with the full resolution
+    for run in ([], ["--run", TOP]):  # with the full resolution
+        assert call("compare", "samples", *run).err.startswith("error[FEW] photos: 5 samples, ")
     assert "enlarges 3×8×8 to 3×16×16, map haar" in call("inspect", TOP).out
     assert "base, 3×4×4 of 3×16×16, map mean" in call("inspect", BASE).out
     other = call(*arguments, "--augmentation", 0.5).out

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from latent_models import tiny_autoencoder
 
-from undiffuse.cli.guidance_options import class_names, load_guide, report_guidance_twice
+from undiffuse.cli.guidance_options import _are_alike, class_names, load_guide, report_guidance_twice
 from undiffuse.cli.sampler_options import SamplerOptions
 from undiffuse.data.transform import Identity, IntegerLevels
 from undiffuse.denoising.denoiser import NetworkDenoiser
@@ -16,6 +17,7 @@ from undiffuse.model import checkpoint
 from undiffuse.model import noisy_classifier as classifiers
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.latent import LatentTransform
 from undiffuse.model.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
 from undiffuse.networks.condition import Condition
 from undiffuse.sampling.sampler import Sampler
@@ -152,6 +154,15 @@ def test_models_that_do_not_fit_together(runs):
     with pytest.raises(CheckpointError, match="this is a classifier"):
         load_guide(model(3), Sampler(), autoguide=runs / "classifier")
     assert load_guide(model(), Sampler(), runs / "strange") is not None  # the model has no classes to differ from
+
+
+def test_latents_are_alike_up_to_the_rounding_of_their_moments():
+    def latents(factor=1.0, seed=0):
+        mean, std = ((factor * a, factor * b) for a, b in ((0.6, -0.3), (0.8, 1.2)))
+        return LatentTransform(tiny_autoencoder(seed=seed), mean, std)
+
+    others = [latents(1.001), latents(1.1), latents(0.9), latents(seed=1), IntegerLevels(17)]
+    assert [_are_alike(latents(), other) for other in others] == [True, False, False, False, False]
 
 
 def test_guidance_of_a_model_that_was_distilled_with_guidance():

@@ -13,9 +13,14 @@ from tiny_run import checkpoint_hashes, quick_looks, recipe, stopping_at, train
 from undiffuse.cli.prompt_options import read_prompts, slug
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.from_array import from_array
+from undiffuse.data.transform import IntegerLevels
+from undiffuse.denoising.guidance import Guide
 from undiffuse.errors import ConfigError
 from undiffuse.evaluation import plan as planning
 from undiffuse.model import checkpoint
+from undiffuse.model.config import ModelConfig
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.networks.condition import Condition
 from undiffuse.report.figures import image_strip, prompt_grid
 from undiffuse.sampling import sampler_search
 from undiffuse.sampling.sampler import Sampler
@@ -89,6 +94,25 @@ def test_a_run_with_captions_draws_prompts(trained, call, tmp_path):
     assert call("sample", run, "--prompt", "a white square", *flags).code == 0
     assert json.loads((tmp_path / "n" / "manifest.json").read_text())["negative"] == "a grey square"
     assert call("sample", run, "--prompt", "a white square", *flags).out.startswith("these 5 samples exist already")
+
+
+def test_a_negative_prompt_beside_a_label_needs_no_prompt(call, tmp_path):
+    network = {"kind": "unet", "widths": (8,), "blocks": 1, "attention": (0,), "classes": 2, "text": 64}
+    config = ModelConfig(network, {"name": "linear_log_snr", "high": 6.0}, chain_length=5)
+    torch.manual_seed(0)
+    model = Diffusion(config, (1, 4, 4), IntegerLevels(256), {"classes": ["cat", "dog"], "num_values": 256}).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    checkpoint.save(model, tmp_path / "model.safetensors")
+    flags = ["--label", "dog", "--negative", "a box", "--guidance", 3, "--solver", "ddim", "--steps", 3, "--n", 2]
+    flags += ["--text-encoder", "bytes"]
+    done = call("sample", tmp_path / "model.safetensors", *flags, "--out", tmp_path / "out")
+    assert (done.code, done.err) == (0, "")
+    sampler, cond = Sampler("ddim", 3, guidance=3.0), Condition(label=torch.tensor([1, 1]))
+    expected = model.sample(2, sampler=sampler, cond=cond, guide=Guide(negative=model.text_condition(["a box"])))
+    np.testing.assert_array_equal(values(tmp_path / "out"), expected.numpy())
+    assert not torch.equal(expected, model.sample(2, sampler=sampler, cond=cond))
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["negative"] == "a box"
 
 
 def test_evaluate_restore_and_interpolate_take_captions(trained, call, tmp_path, monkeypatch):

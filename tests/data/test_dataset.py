@@ -144,3 +144,6 @@ def test_contradictory_fields_are_refused():
             Dataset("x", np.zeros((2, 2), np.uint8), 256, **starts)
     with pytest.raises(ValueError, match="labels must be"):
         Dataset("x", np.zeros((2, 2), np.uint8), 256, labels=np.zeros(3, np.int64))
+    for labels in ([0, 2], [-1, 0]):
+        with pytest.raises(ValueError, match=f"labels {labels[0]} to {labels[1]} of 2 classes"):
+            Dataset("x", np.zeros((2, 2), np.uint8), 256, np.array(labels, np.int64), ("a", "b"))

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from latent_models import tiny_autoencoder
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from undiffuse.data.from_array import from_array
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.interop.autoencoders import load_autoencoder
+from undiffuse.model import autoencoder as autoencoders
 from undiffuse.model.autoencoder import Autoencoder
 from undiffuse.networks.autoencoder import KLAutoencoder, PositionAttention, ResidualBlock, TinyAutoencoder, TinyBlock
 from undiffuse.networks.settings import MAX_DEPTH, MAX_LAYERS
@@ -170,6 +172,13 @@ def test_a_pair_like_that_of_taesd(pooled, tmp_path):
     (tmp_path / "tiny_decoder.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"NOT_FOUND.*tiny_decoder"):
         load_autoencoder(tmp_path / "tiny_encoder.safetensors", DATA)
+
+
+def test_an_own_file_may_have_encoder_in_its_name(tmp_path):
+    """Its content says that it is a whole autoencoder: no decoder's file is looked for beside it."""
+    autoencoders.save(tiny_autoencoder(), tmp_path / "digits-autoencoder.safetensors")
+    loaded = load_autoencoder(tmp_path / "digits-autoencoder.safetensors", DATA)
+    assert autoencoders.fingerprint(loaded) == autoencoders.fingerprint(tiny_autoencoder())
 
 
 def test_the_default_is_the_size_of_taesd_and_blocks_have_a_limit():

@@ -304,6 +304,28 @@ def test_labels_reach_the_stages_that_accept_them(stages):
         Cascade(stages).sample(2, cond=cond)
 
 
+def test_a_stage_that_was_trained_without_its_conditions_is_given_none():
+    """Its network still accepts the labels of the model that it started from, which need not be those of the base."""
+    base, top = tiny(reduce_data(DATA, 4), classes=2), tiny(split_data(DATA, 4), classes=3)
+    top.info |= {"conditional": False, "classes": ["a", "b", "c"]}
+    cascade, cond = Cascade([base, top]), Condition(label=torch.tensor([0, 1]))
+    assert (cascade.condition_sizes, cascade.info["classes"]) == ({"classes": 2}, ["0", "1"])
+    assert [cascade._accepted(stage, cond) is None for stage in range(2)] == [False, True]
+    assert cascade.stage_sampler(1, Sampler(num_steps=4, guidance=3.0)) == Sampler(num_steps=4)
+    guided = {"sampler": Sampler(num_steps=4, guidance=3.0), "negative": cond.take(slice(1))}
+    assert cascade.sample(2, cond=cond, **guided).shape == (2, 1, 8, 8)
+    base.info["conditional"] = False
+    with pytest.raises(ConfigError, match=r"label: the model was trained without it"):
+        Cascade([base, top]).sample(2, cond=cond)
+
+
+def test_stages_of_the_same_images_have_no_note():
+    """The base reduces the images of the last stage in one step; those of the stage between are of another map."""
+    stages = [reduce_data(DATA, 2), split_data(reduce_data(DATA, 4), 2), split_data(DATA, 4, "haar")]
+    (note,) = Cascade([tiny(data) for data in stages], ["base", "middle", "top"]).notes
+    assert note.startswith("middle was not trained on the images that top reduces (by --reduce 4 --map haar): ")
+
+
 def test_stages_that_do_not_fit_are_refused(stages):
     base, middle, top = stages
     named = {"names": ["small", "large"]}
@@ -329,8 +351,10 @@ def test_stages_that_do_not_fit_are_refused(stages):
     with pytest.raises(ConfigError, match="text encoder are not those of large"):
         Cascade(classes, **named)
     embedded = [tiny(reduce_data(DATA, 4), tokens=2, vector=2), tiny(split_data(DATA, 4), tokens=2, vector=2)]
-    embedded[0].info["text_encoder"] = embedded[1].info["text_encoder"] = {"name": "enc", "digest": "1"}
-    Cascade(embedded, **named)
+    embedded[0].info["text_encoder"] = {"name": "enc", "digest": "1"}
+    for name in ("enc", "moved"):
+        embedded[1].info["text_encoder"] = {"name": name, "digest": "1"}
+        Cascade(embedded, **named)
     embedded[1].info["text_encoder"] = {"name": "enc", "digest": "2"}
     with pytest.raises(ConfigError, match="text encoder are not those of large"):
         Cascade(embedded, **named)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from latent_models import tiny_latent_model
 from safetensors.torch import save_file
 
 from undiffuse import load_data
@@ -87,6 +88,22 @@ def test_round_trip(diffusion, tmp_path):
     by_folder = load(str(tmp_path))
     assert by_folder.dims == diffusion.dims
     assert all(torch.equal(one, two) for one, two in zip(by_folder.parameters(), again.parameters(), strict=True))
+
+
+def test_a_program_of_float64_by_default_loads_float32(file):
+    """A network, and an autoencoder in a model of latents; the default of the program stays, also after an error."""
+    save(tiny_latent_model(), file.parent / "latent.safetensors")
+    save(model(), file.parent / "bad.safetensors")
+    rewritten(file.parent / "bad.safetensors", model="{}")
+    torch.set_default_dtype(torch.float64)
+    try:
+        loaded = [load(file.parent / name) for name in ("model.safetensors", "latent.safetensors")]
+        load_error(file.parent / "bad.safetensors", "DESCRIPTION")
+        assert torch.get_default_dtype() is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [again.dtype for again in loaded] == [torch.float32] * 2
+    assert loaded[1].transform.autoencoder.dtype == torch.float32
 
 
 def test_saving_again_replaces_and_a_failure_leaves_the_old_one(file, monkeypatch):

@@ -250,6 +250,14 @@ def test_a_trajectory_records_no_gradients_and_needs_no_eval():
     assert torch.equal(diffusion.sample(2, sampler=Sampler(num_steps=3)), diffusion.transform.to_data(states[-1]))
 
 
+def test_latents_need_no_eval():
+    diffusion, (values, *_) = model(network={**NET, "dropout": 0.5}, codec=Identity(), scale=0.1), numbers()
+    latents, *again = (diffusion.train(mode).to_latent(values / 2 - 1, 3) for mode in (False, True, True))
+    assert all(torch.equal(latents, other) for other in again)
+    items = [diffusion.train(mode).from_latent(latents, 3) for mode in (False, True)]
+    assert torch.equal(*items)
+
+
 def test_no_steps_are_an_error():
     with pytest.raises(ConfigError):
         model().sample(1, sampler=Sampler(num_steps=0))

@@ -99,6 +99,22 @@ def test_a_negative_prompt_leaves_other_conditions_null():
     assert torch.equal(null.text, text_rows(["longer"]))
 
 
+@pytest.mark.parametrize("sizes", [{"text": 64}, {"vector": 2, "tokens": 3}])
+def test_a_negative_prompt_beside_a_label_alone(sizes):
+    """(label, no prompt) is led away from (null label, negative prompt): null + scale (conditional − null), by hand."""
+    both = model(classes=3, **sizes)
+    denoise, x, t = both.denoiser(), torch.randn(2, 1, 4, 4), both.schedule(torch.full((2,), 0.5))
+    label, null = torch.tensor([1, 2]), torch.tensor([-1, -1])
+    embedded = Condition(vector=torch.tensor([[0.5, -1.0]]), tokens=torch.tensor([[[1.0, 2.0, -1.0]]]))
+    negative = both.text_condition(["no"]) if "text" in sizes else embedded
+    with torch.no_grad():
+        good = denoise(x, t, Condition(label=label))
+        poor = denoise(x, t, replace(negative.take(torch.zeros(2, dtype=torch.int64)), label=null))
+        guided = ClassifierFree(denoise, 3.0, negative=negative)(x, t, Condition(label=label))
+        torch.testing.assert_close(guided.x, poor.x + 3 * (good.x - poor.x), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(guided.x, ClassifierFree(denoise, 3.0)(x, t, Condition(label=label)).x, atol=1e-2)
+
+
 class Encoder(FrozenEncoder):
     def embed(self, texts):
         lengths = np.array([[len(text)] for text in texts], np.float32)
@@ -137,6 +153,8 @@ def test_a_model_of_embeddings_needs_its_own_encoder(encoders, tmp_path):
     assert shared_condition(embedded, data) == ("captions", None)
     assert shared_condition(embedded, text_encoders.with_encoder(captioned(), "two"))[0] == "none"
     assert shared_condition(embedded, captioned())[0] == "none"
+    embedded.info["text_encoder"] = {"name": "moved", "digest": "one" * 20}
+    assert shared_condition(embedded, data) == ("captions", None)
 
 
 def test_the_bound_is_given_the_captions_that_fit():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from undiffuse.cli import main
 from undiffuse.errors import ConfigError
@@ -87,6 +88,18 @@ def test_a_launcher_gives_each_process_its_device(monkeypatch):
     for name in ("cuda:1", "xpu"):
         with pytest.raises(ConfigError, match=f"device '{name}': a launcher gives each of its 2 processes a device of"):
             check_own_device(name, torch.device("cuda:1"))
+
+
+def test_precision_and_accumulation_are_those_of_the_recipe_and_not_of_the_launcher(monkeypatch):
+    """accelerate reads both variables into a state of the whole process, which is built again here and afterwards."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    AcceleratorState._reset_state(True)
+    try:
+        accelerator = start_accelerator("cpu")
+    finally:
+        AcceleratorState._reset_state(True)
+    assert (accelerator.native_amp, accelerator.scaler, accelerator.gradient_accumulation_steps) == (False, None, 1)
 
 
 def test_the_command_line_names_its_flag(capsys, tmp_path):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from latent_models import tiny_latent_model
 from PIL import Image
-from studio_page import PORT, TOKEN, Page, make_model, page_files
+from studio_page import CONFIG, PORT, TOKEN, Page, make_model, page_files
 
 from undiffuse.cli import main
 from undiffuse.data.caption_embeddings import text_rows
@@ -21,12 +23,13 @@ from undiffuse.data.transform import IntegerLevels
 from undiffuse.model import checkpoint
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.studio import views
-from undiffuse.studio.commands import command, likelihood
+from undiffuse.studio.commands import command, forward, likelihood
 from undiffuse.studio.jobs import Cancelled, Job
 from undiffuse.studio.pictures import decode_upload, encode, from_values
 from undiffuse.studio.runs import open_runs
 from undiffuse.studio.server import Studio, build_app
 from undiffuse.studio.views import checked_calls
+from undiffuse.training.run_folder import Run
 
 HALF = np.tile(np.arange(8) >= 4, (8, 1))
 
@@ -105,6 +108,19 @@ def test_an_item_is_that_of_the_data(page):
     assert np.array_equal(pixels(event)[0], from_values(load("digits").values[7], 17))
 
 
+def test_the_data_are_those_of_the_run_that_is_in_the_folder_now(tmp_path):
+    """They are read once, and again when another run has taken its place."""
+    folder, runs = tmp_path / "run", []
+    for seed in range(2):
+        array = np.random.default_rng(seed).integers(17, size=(8, 1, 8, 8), dtype=np.uint8)
+        np.save(tmp_path / f"{seed}.npy", array)
+        shutil.rmtree(folder, ignore_errors=True)
+        Run(folder).open(CONFIG, load(str(tmp_path / f"{seed}.npy"), num_values=17))
+        runs = runs or open_runs([folder])
+        assert np.array_equal(runs[0].data.values, array)
+        assert runs[0].data is runs[0].data
+
+
 def upload(page, content):
     return page.post("/api/images", content=content, headers={"content-type": "image/png"}).json()["image"]
 
@@ -158,6 +174,20 @@ def test_the_lines_of_python_have_label_and_prompt(tmp_path, monkeypatch):
     assert names["cond"].label.tolist() == [1, 1]
     assert torch.equal(names["cond"].text, text_rows(['it\'s a "box"'] * 2))
     assert names["bits"].shape == (2,)
+
+
+def test_the_lines_of_python_of_a_latent_model_have_the_values_of_the_image(tmp_path, monkeypatch):
+    """Its transform maps them to latents; the image holds them in 256 levels."""
+    checkpoint.save(tiny_latent_model(), tmp_path / "model.safetensors")
+    values = np.random.default_rng(0).integers(17, size=(1, 1, 8, 8), dtype=np.uint8)
+    save(tmp_path / "image.png", from_values(values, 17)[0])
+    monkeypatch.chdir(tmp_path)
+    folder = Path("model.safetensors")
+    for lines, given in ((likelihood(folder, 1, 2, 0, 4, None, ""), "bits"), (forward(folder, 1, 0, 3), "state")):
+        names = {}
+        exec(compile(lines, "lines.py", "exec"), names)
+        assert np.array_equal(names["values"].numpy(), values)
+        assert given in names
 
 
 def bits(mask):

@@ -139,6 +139,18 @@ def test_vectors_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_program_of_float64_by_default_loads_float32(tmp_path):
+    autoencoders.save(tiny_autoencoder(), tmp_path / "ae.safetensors")
+    torch.set_default_dtype(torch.float64)
+    try:
+        loaded = autoencoders.load(tmp_path / "ae.safetensors")
+        assert torch.get_default_dtype() is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loaded.dtype == torch.float32
+    assert autoencoders.fingerprint(loaded) == autoencoders.fingerprint(tiny_autoencoder())
+
+
 def test_a_file_that_is_damaged_or_something_else(tmp_path):
     path = tmp_path / "ae.safetensors"
     autoencoders.save(tiny_autoencoder(), path)

@@ -10,6 +10,7 @@ import torch
 from latent_models import tiny_autoencoder
 from tiny_run import checkpoint_hashes, quick_looks, save_only, stopping_at
 
+from undiffuse.data.caption_embeddings import CaptionEmbeddings
 from undiffuse.data.from_array import from_array
 from undiffuse.data.stage_data import split_data
 from undiffuse.data.transform import Standardized, transform_for
@@ -289,6 +290,19 @@ def test_data_of_another_kind_are_refused():
         started(embedded, ADDED["vectors"])
 
 
+def test_a_text_encoder_is_known_by_its_digest_and_not_by_its_name():
+    vectors, tokens = RNG.normal(size=(3, 2)).astype(np.float32), RNG.normal(size=(3, 1, 2)).astype(np.float16)
+    encoder = {"name": "here", "digest": "1"}
+    embeddings = CaptionEmbeddings(encoder, ("red", "green", "blue"), vectors, tokens, np.ones((3, 1), bool))
+    data = replace(TEXTS, embeddings=embeddings)
+    start = build(data, conditional=True)
+    start.info["text_encoder"] = {"name": "there", "digest": "1"}
+    assert started(start, data)[0].info["text_encoder"] == encoder
+    start.info["text_encoder"] = {"name": "here", "digest": "2"}
+    with pytest.raises(DataError, match="that of start is here or another version"):
+        started(start, data)
+
+
 @pytest.mark.parametrize(
     ("method", "said"), [("consistency", "samples of the data and not their mean"), ("lagrangian", "of one time")]
 )
@@ -407,6 +421,14 @@ def test_the_recipe_is_that_of_the_model_and_of_its_training(tmp_path):
     assert tuned.train == replace(fallback, conditional=True)
 
 
+def test_an_image_that_data_and_model_share_makes_no_recipe_conditional(tmp_path):
+    """The model of a stage has labels too, and is named by a string."""
+    stage, init = split_data(LABELLED, 2), str(tmp_path / "start.safetensors")
+    checkpoint.save(build(stage, conditional=True), init)
+    for data, conditional in ((stage, True), (ADDED["an image"], False)):
+        assert initial_weights.recipe_of(init, data, TrainConfig()).train.conditional == conditional
+
+
 def test_the_recipe_of_a_run_whose_source_is_gone_is_that_which_it_began_with(tmp_path):
     recipe = replace_train(tiny_run.recipe(2), lr=0.003, max_steps=2)
     with quick_looks():
@@ -439,6 +461,16 @@ def test_a_condition_that_training_did_not_give_is_not_given_later(tmp_path):
     assert distilled.info["conditional"] is False
 
 
+def test_the_names_of_classes_are_those_of_the_labels_that_the_network_knows():
+    """After training without labels on data with other classes or none: its rows are still those of the start."""
+    start = build(replace(LABELLED, classes=("cat", "dog", "emu")), conditional=True)
+    for data in (DATA, from_array(IMAGES, np.arange(40) % 2, num_values=5)):
+        model, _ = started(start, data, conditional=False)
+        assert model.info["classes"] == ["cat", "dog", "emu"]
+        label = Condition(label=torch.arange(12) % 3)
+        assert torch.equal(losses(model, data, label), losses(start, data, label))
+
+
 def test_the_conditions_of_the_data_of_a_run_are_given_where_the_network_accepts_more():
     start = build(LABELLED, conditional=True)
     model, _ = started(start, TEXTS)
@@ -446,3 +478,15 @@ def test_the_conditions_of_the_data_of_a_run_are_given_where_the_network_accepts
     assert shared_condition(model, TEXTS) == ("captions", None)
     other = replace(TEXTS, values=TEXTS.values[::-1].copy())
     assert shared_condition(model, other)[0] == "none"
+
+
+def test_a_model_that_was_trained_without_its_conditions_starts_none(tmp_path):
+    """Its file says so, and its labels keep their rows and names, whatever the data call them."""
+    start = build(replace(LABELLED, classes=("cat", "dog", "emu")), conditional=True)
+    model, _ = started(start, LABELLED, conditional=False)
+    assert model.info["classes"] == ["cat", "dog", "emu"]
+    label = Condition(label=torch.arange(12) % 3)
+    assert torch.equal(losses(model, LABELLED, label), losses(start, LABELLED, label))
+    checkpoint.save(model, tmp_path / "model.safetensors")
+    recipe = initial_weights.recipe_of(tmp_path / "model.safetensors", LABELLED, TrainConfig())
+    assert not recipe.train.conditional

@@ -174,7 +174,8 @@ def sample(
 
     # What is drawn: conditions, sampler, guidance
     labels, names, texts = label or [], class_names(model, classifier), read_prompts(prompt, prompts)
-    condition = make_condition(names, labels, cond, prompt_condition(model, run, texts, text_encoder))
+    encoder = text_encoder if texts or negative is None else None  # it may be that of the negative prompt alone
+    condition = make_condition(names, labels, cond, prompt_condition(model, run, texts, encoder))
     avoided = None if negative is None else prompt_condition(model, run, [negative], text_encoder)
     guidance_fields = {
         "guidance": guidance,

@@ -84,7 +84,8 @@ class ClassifierFree(DenoiserWrapper):
         inside = (level.log_snr >= self._low) & (level.log_snr < self._high)
         if cond is None or self.scale == 1 or not bool(inside.any()):
             return self.denoise(x_t, level, cond, next_level)
-        next_twice, null = None if next_level is None else _twice(next_level), self._null(cond, len(x_t))
+        next_twice = None if next_level is None else _twice(next_level)
+        null = self._null(cond, len(x_t)).to(x_t.device)  # ``cond`` may lack fields of the negative one
         cond = replace(cond, **{name: value for name, value in null.null().given().items() if name not in cond.given()})
         both = self.denoise(torch.cat([x_t, x_t]), _twice(level), cond.cat(null), next_twice)
         with_cond, without = (Prediction(*(None if v is None else v.chunk(2)[i] for v in both)) for i in range(2))  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from undiffuse.interop.diffusers_names import renamed_attention
 from undiffuse.interop.foreign_files import read_weights
 from undiffuse.model import autoencoder as autoencoders
 from undiffuse.model.autoencoder import Autoencoder, AutoencoderConfig
-from undiffuse.runtime.device import kept_random_state
+from undiffuse.runtime.device import float32_by_default, kept_random_state
 from undiffuse.runtime.own_output import is_own_tensor_file
 from undiffuse.runtime.tensor_file import check_tensors
 
@@ -72,7 +72,7 @@ def _build(
     """The autoencoder of network ``settings`` for items of ``data`` with the weights ``tensors``."""
     items = torch.arange(len(data)).numpy()
     transform = transform_for(data, None if data.num_values is not None else data.moments(items))
-    with kept_random_state():
+    with kept_random_state(), float32_by_default():
         config = AutoencoderConfig(settings, distribution="none")
         autoencoder = Autoencoder(config, data.item_shape, transform, info)
     fix = "The file is damaged, or its layers are not those of its configuration"

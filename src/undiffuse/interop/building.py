@@ -12,7 +12,7 @@ from undiffuse.data.transform import IntegerLevels
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
-from undiffuse.runtime.device import kept_random_state
+from undiffuse.runtime.device import float32_by_default, kept_random_state
 from undiffuse.runtime.tensor_file import check_tensors
 
 
@@ -24,7 +24,7 @@ def build_model(
     Raises `CheckpointError` with the remedy ``fix`` where no model has these settings.
     """
     try:
-        with kept_random_state():
+        with kept_random_state(), float32_by_default():
             return Diffusion(ModelConfig(**settings), shape, IntegerLevels(values), info)
     except ConfigError as error:
         cause = f"not a model that is supported ({error.where}: {error.cause})"[:400]

@@ -23,7 +23,7 @@ from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.diffusers_unet import DiffusersUNet
 from undiffuse.runtime.atomic_file import file_digest
-from undiffuse.runtime.device import kept_random_state
+from undiffuse.runtime.device import float32_by_default, kept_random_state
 from undiffuse.runtime.tensor_file import check_tensors
 
 VERSION = "0.42.1"
@@ -141,7 +141,7 @@ def import_diffusers(
     info = {"name": source.resolve().name, "num_values": values, "imported": imported}
     item_shape = (unet["in_channels"], *_size(unet_file, unet["sample_size"], size))
     try:
-        with kept_random_state():
+        with kept_random_state(), float32_by_default():
             model = Diffusion(model_config(unet, noise), item_shape, IntegerLevels(values), info)
     except (ConfigError, TypeError, ValueError, OverflowError) as error:
         reason = f"{error.where}: {error.cause}" if isinstance(error, ConfigError) else str(error)

@@ -151,7 +151,7 @@ class DiffusionTask(Task):
         model = Diffusion(self.config.model, data.item_shape, transform, facts, self.network)
         if model.condition_sizes.keys() - {"image"} and not settings.conditional:
             model.info["conditional"] = False  # a network that started from another model's may accept conditions
-            if self.start is not None and model.condition_sizes.get("classes", 0) != len(data.classes):
+            if self.start is not None and "classes" in model.condition_sizes:
                 model.info["classes"] = list(self.start[0].info.get("classes", []))  # of the network's rows
         init_statistics(model.network, TrainingStatistics(data, split.train, settings.conditional))
         model.autocast = autocast_dtype(settings.precision)

@@ -94,7 +94,8 @@ def recipe_of(
         settings: Any = ((Run(init).record if init.is_dir() else None) or {})["config"]["train"]
         old = from_dict(TrainConfig, settings, "run.json")
     except (KeyError, ConfigError):  # a file, or a run of another kind
-        old = replace(train, conditional=bool(model.condition_sizes.keys() - {"image"}))
+        accepts = bool(model.condition_sizes.keys() - {"image"})
+        old = replace(train, conditional=accepts and model.info.get("conditional", True))
     shared = model.condition_sizes.keys() & data.condition_sizes.keys()
     conditional = conditional or (old.conditional and bool(shared - {"image"}))
     return Config(model.config, replace(old, max_steps=None, minutes=None, seed=0, conditional=conditional))
