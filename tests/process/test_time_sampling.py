@@ -269,7 +269,6 @@ def test_low_discrepancy_has_one_number_per_interval(n, u):
 def test_settings_that_are_no_distribution_are_refused():
     for name, settings in (
         ("uniform", {"low": 0.9, "high": 0.5}),
-        ("uniform", {"low": 0.5, "high": 0.5}),
         ("uniform", {"low": -0.1}),
         ("logit_normal", {"std": 0.0}),
         ("log_normal_sigma", {"std": -1.0}),
@@ -277,7 +276,8 @@ def test_settings_that_are_no_distribution_are_refused():
     ):
         with pytest.raises(ConfigError, match=r"error\[TIMES\] times"):
             build(name, S.Flow(), 10, **settings)
-    assert float(build("uniform", S.Flow(), 1).log_prob(torch.tensor([0.5]))) == 0  # a chain of one step
+    one = build("uniform", S.Flow(), 1)  # the times of a chain of one step
+    assert (float(one.sample(torch.tensor(0.3))), float(one.log_prob(torch.tensor([1.0])))) == (1.0, 0.0)
 
 
 def test_build():

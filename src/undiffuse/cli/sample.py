@@ -286,7 +286,7 @@ def _draw(
     from undiffuse.report.progress_bar import ProgressBar
 
     cascade = model if isinstance(model, Cascade) else None
-    titles, steps = ["sampling"], [0 if cascade else model.num_steps(sampler)]
+    titles, steps = ["sampling"], [0 if isinstance(model, Cascade) else model.num_steps(sampler)]
     if cascade:
         titles = [f"stage {i} of {len(cascade.models)}, {shape}" for i, shape in enumerate(cascade.shapes, 1)]
         steps = [cascade.num_steps(stage, sampler) for stage in range(len(titles))]
@@ -305,8 +305,9 @@ def _draw(
             draw = partial(model.sample, len(part), seed, sampler, condition and condition(part), **given)
             values, batch = halve_while_out_of_memory(draw, batch, log)
             write(part.start, values.numpy())
-    for stage, title in enumerate(titles if cascade and parts else ()):
-        log(f"{title}: {cascade.stage_sampler(stage, sampler)} in {steps[stage]} steps, {seconds[stage]:.1f} s")
+    if cascade and parts:
+        for stage, title in enumerate(titles):
+            log(f"{title}: {cascade.stage_sampler(stage, sampler)} in {steps[stage]} steps, {seconds[stage]:.1f} s")
 
 
 def _folder_name(sampler: Sampler, labels: list[str], files: list[Path], seed: int) -> str:
@@ -322,7 +323,8 @@ def _folder_name(sampler: Sampler, labels: list[str], files: list[Path], seed: i
     name = re.sub(r"[^\w.+-]+", "-", text)
     room = MAX_NAME_BYTES - len(end)
     if files or len(name.encode()) > room or any(re.search(r"[^\w.+-]", label) for label in labels):
-        digest = hashlib.sha256("\0".join([text, *map(os.path.abspath, files)]).encode()).hexdigest()[:6]
+        full = "\0".join([text, *map(os.path.abspath, files)]).encode(errors="backslashreplace")
+        digest = hashlib.sha256(full).hexdigest()[:6]
         kept = name.encode()[: room - 7].decode(errors="ignore")
         name = f"{kept}-{digest}"
     return (name + end).strip("-.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,9 @@ def load(
             raise CheckpointError("NO_MODEL", path, "no model.safetensors in this folder", fix)
         path = path / "model.safetensors"
     tensors, metadata = read_tensors(path)
-    with kept_random_state(), float32_by_default():
+    # a file of float64 is one of a program whose default that is; a learned schedule is float64 always
+    wide = any(t.dtype == torch.float64 for name, t in tensors.items() if not name.startswith("schedule."))
+    with kept_random_state(), nullcontext() if wide else float32_by_default():
         diffusion = _from_description(path, metadata, network)
     own = weights(diffusion)
     check_tensors(path, own, tensors)

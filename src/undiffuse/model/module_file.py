@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -49,7 +50,8 @@ def load_module(path: str | Path, kind: str, build: Callable[[Any], M], device: 
     if kind not in metadata:
         raise CheckpointError("KIND", path, f"this is not {'an' if kind[0] in 'aeio' else 'a'} {kind}", source)
     try:
-        with kept_random_state(), float32_by_default():
+        wide = any(t.dtype == torch.float64 for t in tensors.values())  # of a program whose default that is
+        with kept_random_state(), nullcontext() if wide else float32_by_default():
             module = build(json.loads(metadata[kind]))
     except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         cause = f"this version cannot read its description ({error})"

@@ -43,7 +43,7 @@ def _constant(log_prob: float, inside: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class UniformTime:
-    """t uniform on [low, high]."""
+    """t uniform on [low, high], or t = low where they are equal."""
 
     low: float = 0.0
     high: float = 1.0
@@ -53,7 +53,7 @@ class UniformTime:
 
     def log_prob(self, t: Tensor) -> Tensor:
         inside = (t >= self.low) & (t <= self.high)
-        return _constant(-math.log(self.high - self.low), inside)
+        return _constant(-math.log(self.high - self.low) if self.low < self.high else 0.0, inside)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class LogNormalSigma:
 TIME_DISTRIBUTIONS: dict[str, Callable[..., TimeDistribution]] = {  # (schedule, T, settings)
     "steps": lambda schedule, T, **settings: UniformSteps(T, **settings),
     "loss_aware": lambda schedule, T, **settings: loss_aware(T, **settings),
-    "uniform": lambda schedule, T, **settings: UniformTime(**{"low": 1.0 / T if T > 1 else 0.0} | settings),
+    "uniform": lambda schedule, T, **settings: UniformTime(**{"low": 1.0 / T} | settings),
     "logit_normal": lambda schedule, T, **settings: LogitNormal(**settings),
     "log_normal_sigma": lambda schedule, T, **settings: LogNormalSigma(schedule, **settings),
 }
@@ -200,8 +200,8 @@ def build(name: str, schedule: Schedule, T: int, **settings: float) -> TimeDistr
     except TypeError:
         cause = f"no such setting among {', '.join(settings)}"
         raise ConfigError("TIMES", f"times {name!r}", cause, fix) from None
-    if isinstance(times, UniformTime) and not 0 <= times.low < times.high <= 1:
-        raise ConfigError("TIMES", f"times {name!r}", "low and high are not 0 <= low < high <= 1", fix)
+    if isinstance(times, UniformTime) and not 0 <= times.low <= times.high <= 1:
+        raise ConfigError("TIMES", f"times {name!r}", "low and high are not 0 <= low <= high <= 1", fix)
     if isinstance(times, LogitNormal | LogNormalSigma) and not 0 < times.std < math.inf:
         raise ConfigError("TIMES", f"times {name!r}", f"std = {times.std} is not above 0 and finite", fix)
     return times

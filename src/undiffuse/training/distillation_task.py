@@ -194,6 +194,7 @@ class DistillationTask(Task):
         """
         teacher, config, given = self.teacher, self.config, ("teacher", "guidance", "pairs", "method", "both_ways")
         info = teacher.info | data_facts(data, config.train)
+        info |= {name: teacher.info[name] for name in ("classes", "text_encoder") if teacher.info.get(name)}
         info |= {"distilled": {name: getattr(config, name) for name in given}}
         model = Diffusion(config.model, teacher.item_shape, teacher.transform, info)
         own = model.state_dict()

@@ -227,7 +227,7 @@ def _read(
             continue
         tensors, _ = read_tensors(path)
         if part == "extra":  # without those of settings that `force` accepted a change of
-            tensors = {name: t for name, t in tensors.items() if name in wanted and t.shape == wanted[name].shape}
+            tensors = {name: t for name, t in tensors.items() if name in wanted}
             wanted = {name: wanted[name] for name in tensors}
         check_tensors(path, tensors if part == "optimizer" else wanted, tensors)
         stored[part] = {name: distribute_like(t, wanted.get(name, t)) for name, t in tensors.items()}
