@@ -244,7 +244,7 @@ def _compute(
     fails, raise when ``strict``, otherwise log a line and go on.
     """
     computed: dict[str, FinishedBatch] = {}
-    sizes: dict[str, int] = {}  # of the parts of a batch for which the memory of the GPU is large enough
+    sizes: dict[str, Any] = {name: job["batch"] for name, job in plan.items()}  # halved where a GPU has too little memory
     later = sum(job["expected"] for job in plan.values())
     for name, job in plan.items():
         later -= job["expected"]
@@ -262,7 +262,7 @@ def _compute(
             here, began = slice(start, min(start + job["batch"], job["items"])), time.perf_counter()
             chosen = {"first": start, "estimate": name, "cond": condition_of(here)}
             nll = partial(model.nll, values[here], seed, job["mc_samples"], **chosen)
-            result, sizes[name] = halve_while_out_of_memory(nll, sizes.get(name, job["batch"]), log)
+            result, sizes[name] = halve_while_out_of_memory(nll, sizes[name], log)
             seconds = time.perf_counter() - began
             if store is not None:
                 resumable.write(store, f"{name}-{start:08d}", result, seconds)
