@@ -244,7 +244,7 @@ def _compute(
     fails, raise when ``strict``, otherwise log a line and go on.
     """
     computed: dict[str, FinishedBatch] = {}
-    sizes: dict[str, Any] = {name: job["batch"] for name, job in plan.items()}  # halved where a GPU has too little memory
+    sizes: dict[str, Any] = {name: job["batch"] for name, job in plan.items()}  # halved if GPU memory is short
     later = sum(job["expected"] for job in plan.values())
     for name, job in plan.items():
         later -= job["expected"]
