@@ -64,7 +64,9 @@ def write_idx(folder, name, array):
 
 def fake_fashion(folder):
     rng = np.random.default_rng(0)
-    arrays = [rng.integers(0, 256, s, np.uint8) for s in ((30, 4, 5), (30,), (10, 4, 5), (10,))]
+    arrays = [
+        rng.integers(0, n, s, np.uint8) for s, n in (((30, 4, 5), 256), ((30,), 10), ((10, 4, 5), 256), ((10,), 10))
+    ]
     for name, array in zip(FASHION_FILES, arrays, strict=True):
         write_idx(folder, name, array)
     return arrays

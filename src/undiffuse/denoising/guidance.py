@@ -85,8 +85,10 @@ class ClassifierFree(DenoiserWrapper):
         if cond is None or self.scale == 1 or not bool(inside.any()):
             return self.denoise(x_t, level, cond, next_level)
         next_twice = None if next_level is None else _twice(next_level)
-        null = self._null(cond, len(x_t)).to(x_t.device)  # ``cond`` may lack fields of the negative one
-        cond = replace(cond, **{name: value for name, value in null.null().given().items() if name not in cond.given()})
+        null, given = self._null(cond, len(x_t)), cond.given()
+        added = {name: value.to(x_t.device) for name, value in null.given().items() if name not in given}
+        null, none = replace(null, **added), null.null().given()  # ``cond`` may lack fields of the negative one
+        cond = replace(cond, **{name: none[name].to(x_t.device) for name in added})
         both = self.denoise(torch.cat([x_t, x_t]), _twice(level), cond.cat(null), next_twice)
         with_cond, without = (Prediction(*(None if v is None else v.chunk(2)[i] for v in both)) for i in range(2))  # type: ignore[arg-type]
         guided = extrapolate(with_cond, without, broadcast_like(torch.where(inside, self.scale, 1.0), x_t))
