@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -173,6 +174,9 @@ def test_the_calls_are_at_quantiles_of_the_ratio():
     for calls in (9, 16):
         times = few_call_sampler(few, calls).times
         assert all(later < time for time, later in pairwise(times)), times
+        normal = NormalDist(math.log(0.8), 1.2)  # cut off at the first level
+        shares = [normal.cdf(-0.5 * float(few(t).log_snr)) for t in times[:-1]]
+        assert [share / shares[0] for share in shares] == pytest.approx([1 - i / calls for i in range(calls)])
     start = few_call_sampler(S.Flow(), 2).times[0]
     assert float(noise_to_signal(S.Flow()(start))) == pytest.approx(80)  # the paper's sigma_max
 

@@ -73,7 +73,7 @@ def load(
             raise CheckpointError("NO_MODEL", path, "no model.safetensors in this folder", fix)
         path = path / "model.safetensors"
     tensors, metadata = read_tensors(path)
-    # a file of float64 is one of a program whose default that is; a learned schedule is float64 always
+    # a program whose default type is float64 writes such files; a learned schedule is always float64
     wide = any(t.dtype == torch.float64 for name, t in tensors.items() if not name.startswith("schedule."))
     with kept_random_state(), nullcontext() if wide else float32_by_default():
         diffusion = _from_description(path, metadata, network)

@@ -50,7 +50,7 @@ def load_module(path: str | Path, kind: str, build: Callable[[Any], M], device: 
     if kind not in metadata:
         raise CheckpointError("KIND", path, f"this is not {'an' if kind[0] in 'aeio' else 'a'} {kind}", source)
     try:
-        wide = any(t.dtype == torch.float64 for t in tensors.values())  # of a program whose default that is
+        wide = any(t.dtype == torch.float64 for t in tensors.values())  # written where float64 is the default
         with kept_random_state(), nullcontext() if wide else float32_by_default():
             module = build(json.loads(metadata[kind]))
     except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
