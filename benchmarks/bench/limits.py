@@ -22,6 +22,8 @@ from undiffuse.model import presets
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.norm import to_fast_layout
 from undiffuse.training.ema import PowerEMA
+from undiffuse.training.optimizer import make_optimizer
+from undiffuse.training.posthoc_ema import SNAPSHOT_LENGTHS
 
 ROUNDS = 5
 REPEATS = 4
@@ -42,22 +44,23 @@ Step = Callable[[], object]
 
 
 def training_step(preset: str, shape: tuple[int, ...], num_values: int | None, dtype: torch.dtype) -> Step:
-    """Loss, backward, AdamW and the average of weights of one batch."""
+    """Loss, backward, the preset's optimizer and the two averages of the weights for one batch."""
     torch.manual_seed(0)
     recipe = presets.adapt_to_data(presets.get(preset), num_values)
     transform = IntegerLevels(num_values) if num_values else Identity()
     model = Diffusion(recipe.model, shape, transform)
     to_fast_layout(model.network)
     model.autocast = torch.bfloat16 if dtype == torch.bfloat16 else None
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    average, batch = PowerEMA(model, 0.05), recipe.train.batch
+    optimizer = make_optimizer([{"params": list(model.parameters())}], model.network, recipe.train)
+    averages, batch = [PowerEMA(model, length) for length in SNAPSHOT_LENGTHS], recipe.train.batch
     values = torch.randint(num_values, (batch, *shape)) if num_values else torch.randn(batch, *shape)
     u, eps = torch.rand(batch, dtype=torch.float64), torch.randn(batch, *shape)
 
     def step() -> None:
         model.loss(values, u, eps).mean().backward()
         optimizer.step()
-        average.update(model, 10)
+        for average in averages:
+            average.update(model, 10)
         optimizer.zero_grad()
 
     return step

@@ -33,6 +33,7 @@ from undiffuse.sampling.sampler import Sampler
 from undiffuse.training.distributed import clip_gradient
 from undiffuse.training.ema import PowerEMA
 from undiffuse.training.nonfinite import find_nonfinite, reading_waits, weights_norm
+from undiffuse.training.posthoc_ema import SNAPSHOT_LENGTHS
 
 CPU, CHAIN = torch.device("cpu"), 1000
 ROUNDS = 9
@@ -76,12 +77,12 @@ class Pair(NamedTuple):
 def our_training_step(
     model: Diffusion, values: Tensor, autocast: torch.dtype | None, network: nn.Module | None = None
 ) -> Step:
-    """A step as `undiffuse.training` takes it: loss, gradient's norm, checks, AdamW, one average of the weights.
+    """A step as `undiffuse.training` takes it: loss, gradient's norm, checks, AdamW, the two averages of the weights.
 
     On a GPU nothing is read, as between the records of a run. ``network``: a compiled form of the model's.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), fused=True)
-    average, count = PowerEMA(model, 0.05), itertools.count(1)
+    averages, count = [PowerEMA(model, length) for length in SNAPSHOT_LENGTHS], itertools.count(1)
     generator = torch.Generator().manual_seed(0)
 
     def step() -> None:
@@ -97,7 +98,8 @@ def our_training_step(
         assert reading_waits(values.device) or find_nonfinite(losses.detach(), [norm]) is None
         optimizer.step()
         assert reading_waits(values.device) or math.isfinite(float(weights_norm(model)))
-        average.update(model, number)
+        for average in averages:
+            average.update(model, number)
         optimizer.zero_grad()
 
     return step

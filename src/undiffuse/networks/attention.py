@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,16 +12,26 @@ from undiffuse.networks.condition import Condition
 from undiffuse.networks.norm import GroupNorm
 
 
+EXPLICIT_POSITIONS = 200
+"""Up to so many keys an explicit softmax is faster than the fused kernel in float32 (docs/networks-notes.md)."""
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ/√d) v for (B, heads, N, d), over the keys whose ``mask`` (..., keys) is True.
 
-    ``mask`` broadcasts to (B, heads, N, keys). On a CPU it is computed in float32, because the backward pass of the
-    fused kernel takes six times as long in bfloat16 (docs/networks-notes.md); on an accelerator in the dtype of q.
+    ``mask`` broadcasts to (B, heads, N, keys). On an accelerator it is computed in the dtype of q. On a CPU the softmax
+    is computed in float32, and so is all of it for many keys, because the backward pass of the fused kernel takes six
+    times as long in bfloat16.
     """
     if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
         return F.scaled_dot_product_attention(q, k, v, mask)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
+        if k.shape[-2] > EXPLICIT_POSITIONS:
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
+        logits = (q.float() / math.sqrt(q.shape[-1])) @ k.float().mT
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -math.inf)
+        return logits.softmax(-1).to(v.dtype) @ v
 
 
 class Attention(nn.Module):

@@ -93,18 +93,17 @@ class Residual(nn.Module):
 
 
 class Down(nn.Module):
-    """(B, width, ...) at half the size: a convolution of stride 2 from the first cell on [Ho20], or a mean of cells.
-
-    The convolution begins ``before`` cells before the first one.
-    """
+    """(B, width, ...) at half the size: a mean of cells, or a convolution [Ho20] that begins ``before``, 0 or 1, cells
+    before the first one."""
 
     def __init__(self, dims: int, width: int, learned: bool, before: int = 0) -> None:
         super().__init__()
-        self.pad = [before, 1] * dims if learned else []
-        self.layer = conv(dims, width, width, stride=2, padding=0) if learned else getattr(nn, f"AvgPool{dims}d")(2)
+        self.pad = [0, 1] * dims if learned and not before else []  # a convolution pads both ends alone, and faster
+        mean = getattr(nn, f"AvgPool{dims}d")(2)
+        self.layer = conv(dims, width, width, stride=2, padding=before) if learned else mean
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.layer(F.pad(h, self.pad))
+        return self.layer(F.pad(h, self.pad) if self.pad else h)
 
 
 class Up(nn.Module):
