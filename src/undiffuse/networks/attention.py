@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.norm import GroupNorm
 
-
 EXPLICIT_POSITIONS = 200
 """Up to so many keys an explicit softmax is faster than the fused kernel in float32 (docs/networks-notes.md)."""
 
