@@ -111,6 +111,7 @@ def test_the_sum_of_the_bounds_is_evaluated(place, call):
     assert again["estimates"]["discrete"]["bits_per_dim"] == numbers["estimates"]["discrete"]["bits_per_dim"]
     alone = call("evaluate", TOP, *options)
     assert "given the low resolution" in alone.out
+    assert json.loads((place / TOP / "evaluation.json").read_text())["condition"] == "the low resolution"
 
 
 @pytest.mark.parametrize(

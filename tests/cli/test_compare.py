@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from evaluation_models import model_for
 
+from undiffuse import load_data
 from undiffuse.evaluation.features import EXTRACTORS
 from undiffuse.evaluation.metrics import METRICS
+from undiffuse.model import checkpoint
 from undiffuse.report.sample_folder import write_samples
 
 RNG = np.random.default_rng(0)
@@ -66,6 +69,39 @@ def test_a_run_that_is_not_there(place, call):
     said = call("compare", place / "samples", place / "data.npy", "--num-values", 17, "--run", place / "none")
     fix = "Name a run folder or a model file"
     assert (said.code, said.err) == (2, f"error[NOT_FOUND] --run {place}/none: no such run. {fix}.\n")
+
+
+def test_the_fraction_that_the_model_of_the_samples_held_out(place, call):
+    """A lone model file has no run.json, but says what was held out; a cascade holds out what all its stages do."""
+    data = load_data(place / "data.npy", num_values=17)
+    for name, held_out in (("one", 0.2), ("two", 0.3)):
+        (place / name).mkdir()
+        model = model_for(data, name=data.name, fingerprint=data.fingerprint, held_out=held_out)
+        checkpoint.save(model, place / name / "model.safetensors")
+
+    def held_out(**manifest):
+        folder = place / str(len(list(place.iterdir())))
+        write_samples(folder, VALUES[:60], 17, {"seed": 1, **manifest})
+        said = call("compare", folder, place / "data.npy", "--num-values", 17, "--metric", "kernel", "--json")
+        return json.loads(said.out)["held_out"]
+
+    one, two = (str(place / name / "model.safetensors") for name in ("one", "two"))
+    assert (held_out(), held_out(model=one), held_out(model=two, then=[one])) == (0.1, 0.2, 0.2)
+    said = call("compare", place / "samples", place / "data.npy", "--num-values", 17, "--run", place)
+    assert (said.code, said.err[:16]) == (4, "error[NO_MODEL] ")
+
+
+def test_options_of_data_for_samples(place, call):
+    """--layout is for both; what labels, captions and parts are called is not for samples."""
+    for name in ("d", "s"):
+        np.save(place / f"{name}.npy", VALUES.transpose(0, 2, 3, 1))
+    command = ("compare", place / "s.npy", place / "d.npy", "--num-values", 17, "--layout", "NHWC")
+    assert call(*command, "--metric", "kernel").code == 0
+    rows = "".join(f"{a},{b},{i % 2}\n" for i, (a, b) in enumerate(RNG.normal(size=(300, 2))))
+    (place / "d.csv").write_text(f"u,v,group\n{rows}")
+    (place / "s.csv").write_text("u,v\n" + "".join(f"{a},{b}\n" for a, b in RNG.normal(size=(60, 2))))
+    command = ("compare", place / "s.csv", place / "d.csv", "--label-column", "group")
+    assert call(*command, "--metric", "kernel").code == 0
 
 
 def test_an_image_of_an_earlier_comparison_is_removed(place, call):

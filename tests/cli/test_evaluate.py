@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from evaluation_models import model_for, model_of
 
 from undiffuse.data.sources import registry as datasets
@@ -62,6 +63,31 @@ def test_a_line_says_that_an_evaluation_is_replaced(evaluate):
     assert "replaced" not in evaluate(*options, "all", "--seed", 1).out
     words = "replaced: the evaluation of data, all, including training items; --out keeps both\n"
     assert words in evaluate(*options, "train").out
+
+
+def test_a_model_that_shares_its_folder_with_a_file_of_this_name(place, call, tmp_path, monkeypatch):
+    """The file of the user is kept under another name; numbers of other weights are not replaced without a line."""
+    monkeypatch.setattr(planning, "calls_per_second", lambda *_: 1000.0)
+    data = datasets.load(str(place / "data.npz"))
+    for seed, name in enumerate(("model", "other")):
+        torch.manual_seed(seed)
+        model = model_for(data, network={"classes": 2}, classes=list(data.classes))
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 0.1 * seed
+        checkpoint.save(model, tmp_path / f"{name}.safetensors")
+    for name in ("evaluation.json", "evaluation.json.damaged"):
+        (tmp_path / name).write_text("mine")
+    arguments = (place / "data.npz", "--device", "cpu", *QUICK, "--estimate", "discrete", "--part", "all")
+    said = call("evaluate", tmp_path / "model.safetensors", *arguments)
+    renamed = "renamed to evaluation.json.damaged-2\n"
+    assert f"damaged, edited or not ours: {tmp_path}/evaluation.json, {renamed}" in said.out
+    for name in ("evaluation.json.damaged", "evaluation.json.damaged-2"):
+        assert (tmp_path / name).read_text() == "mine"
+    said = call("evaluate", tmp_path / "other.safetensors", *arguments)
+    assert "replaced: the evaluation of other weights on data, all, including training items; --out" in said.out
+    said = call("evaluate", tmp_path / "other.safetensors", *arguments, "--exact")
+    assert (said.code, said.err[:13]) == (2, "error[USAGE] ")
 
 
 def test_the_table_and_the_files(place, evaluate, tmp_path):

@@ -66,6 +66,16 @@ def test_it_measures_what_the_run_lacks_and_shows_it(place, call):
     assert (place / "run" / "report.html").read_bytes() == written
 
 
+def test_samples_have_no_label_where_classes_are_of_unequal_frequency(place, call):
+    """Samples with each label in turn are as far from such data as their frequencies are."""
+    values = np.load(place / "items.npz")["x"]
+    np.savez(place / "items.npz", x=values, y=np.arange(100) % 10 == 0)
+    command = ("train", "items.npz", "--num-values", 5, "--steps", 3, "--out", "uneven", "--conditional")
+    assert call(*command).code == 0
+    commands = [line for line in call("report", "uneven", "--minutes", 0.1).out.splitlines() if line[:2] == "$ "]
+    assert ["--label" in line for line in commands] == [False] * 3
+
+
 def test_files_of_the_user_and_data_that_are_not_those_of_the_run(place, call):
     (place / "mine.html").write_text("mine")
     code, _, err = call("report", "run", "--minutes", 0, "--out", "mine.html")

@@ -461,7 +461,9 @@ def test_advice_names_its_label(call, tmp_path, few_solvers):
 def test_advice_for_a_condition_takes_no_data(run, call, option):
     said = call("advise", run, "x.npy", *option)
     cause = "with labels or prompts samples are not compared with data"
-    assert (said.code, said.err) == (2, f"error[USAGE] x.npy: {cause}. Leave DATA out.\n")
+    assert (said.code, said.err) == (2, f"error[USAGE] x.npy: {cause}. Leave DATA and its options out.\n")
+    said = call("advise", run, *option, "--size", 16)
+    assert (said.code, said.err[:20]) == (2, "error[USAGE] --size:")
 
 
 def test_advice_by_distance_to_held_out_data(run, call, tmp_path, few_solvers):

@@ -1,6 +1,7 @@
 """`Dataset`: the split, the fingerprint, moments and counts."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,6 +102,7 @@ def test_fingerprints_differ_between_data_sets():
     a = np.arange(12, dtype=np.uint8).reshape(3, 4)
     sets = [from_array(a), from_array(a.reshape(2, 6)), from_array(a, num_values=17), from_array(a[::-1])]
     sets += [from_array(a, labels=[0, 1, 0]), from_array(a, labels=[0, 1, 1]), from_array(a.astype(np.uint16))]
+    sets += [replace(sets[0], **parts) for parts in ({"test_from": 2}, {"validation_from": 2}, {"test_from": 1})]
     assert len({data.fingerprint for data in sets}) == len(sets)
     assert from_array(a.copy(order="F")).with_notes("a note").fingerprint == sets[0].fingerprint
 

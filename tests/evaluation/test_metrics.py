@@ -67,9 +67,10 @@ def test_recall_is_precision_with_the_sets_exchanged():
 
 
 def test_intervals():
-    assert METRICS["kernel"].interval(Value(1.0, 0.5)) == pytest.approx((0.02, 1.98))
-    assert METRICS["precision"].interval(Value(0.99, 0.1)) == (0.99 - 0.196, 1.0)
+    assert METRICS["kernel"].interval(Value(1.0, 0.5)) == pytest.approx((-0.131, 2.131))
+    assert METRICS["precision"].interval(Value(0.99, 0.1)) == (pytest.approx(0.99 - 0.2262), 1.0)
     assert METRICS["frechet"].interval(Value(0.1, 0.1))[0] == 0
+    assert METRICS["nearest"].interval(Value(1.0, 0.5)) == pytest.approx((0.02, 1.98))
     assert METRICS["kernel"].interval(Value(0.0, math.inf)) == (-math.inf, math.inf)
 
 

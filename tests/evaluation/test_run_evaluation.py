@@ -215,7 +215,7 @@ def test_the_pace_of_batches_decides_how_many_items_fit(model, monkeypatch, smal
     assert len(result.nll[name].total) == 4
     seconds[0] = 1
     result = evaluate(model, DATA, mc_samples=2, part="all", minutes=4.1 * 13 / 4 / 51)
-    assert [len(result.nll[n].total) for n in ESTIMATES] == [24, 24, 8]
+    assert [len(result.nll[n].total) for n in ESTIMATES] == [10, 8, 8]
     assert result.summary()["minus_discrete"]["ode"]["total"] == [0, 0]
 
 

@@ -228,6 +228,15 @@ def stages():
     return [tiny(reduce_data(middle, 2)), tiny(split_data(middle, 2)), tiny(split_data(DATA, 4, "haar"))]
 
 
+def test_items_are_held_out_that_every_stage_held_out():
+    base, top = tiny(reduce_data(DATA, 4)), tiny(split_data(DATA, 4))
+    for of_base, of_top, both in ((0.1, 0.1, 0.1), (0.0, 0.2, 0.0), (0.2, 0.1, 0.1)):
+        base.info["held_out"], top.info["held_out"] = of_base, of_top
+        assert Cascade([base, top]).info["held_out"] == both
+    del base.info["held_out"]
+    assert "held_out" not in Cascade([base, top]).info
+
+
 def test_samples_depend_on_seed_and_item_alone(stages, tmp_path):
     cascade = Cascade(stages)
     assert (cascade.item_shape, cascade.notes, cascade.chain_length) == ((1, 8, 8), [], 4)

@@ -21,12 +21,12 @@ def test_rows():
     assert precision == {
         "metric": "precision",
         "value": (0.95, 0.05),
-        "95 %": "0.852 to 1.000",
+        "95 %": "0.837 to 1.000",
         "floor": (0.9, 0.01),
         "better": "higher",
         "error by": "jackknife of 10 groups",
     }
-    assert frechet["95 %"] == "12.10 to 12.59"
+    assert frechet["95 %"] == "12.07 to 12.62"
 
 
 def test_samples_beside_their_nearest_training_items():

@@ -29,6 +29,7 @@ from undiffuse.cli.options import (
 from undiffuse.cli.prompt_options import Prompt, Prompts, prompt_condition, read_prompts
 from undiffuse.cli.results import add, show, with_json
 from undiffuse.cli.sampler_options import write_advice
+from undiffuse.data.sources.registry import option_words
 from undiffuse.errors import ConfigError, DataError, counted
 
 if TYPE_CHECKING:
@@ -94,9 +95,10 @@ def advise_command(
     require_then(model, run)
     check_predicts_mean(model.config, run)
     texts, real, reason = read_prompts(prompt, prompts), None, "they are compared without labels and prompts only"
-    if data is not None and (label or texts):
+    of_data = option_words({name: value for name, value in read.keywords.items() if name != "text_encoder"})
+    if (label or texts) and (data is not None or of_data):
         cause = "with labels or prompts samples are not compared with data"
-        raise ConfigError("USAGE", data, cause, "Leave DATA out")
+        raise ConfigError("USAGE", of_data[0] if data is None else data, cause, "Leave DATA and its options out")
     if not label and not texts:
         real, reason = _real_items(model, run, data, read)
     require_memory_for(f"--items {items}", 4 * items * model.dims)

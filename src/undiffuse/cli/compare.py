@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +27,8 @@ from undiffuse.evaluation.metrics import METRICS
 if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
 
+OPTIONS_OF_LABELS = ("captions", "text_encoder", "with_labels", "label_column", "split_folders")
+"""Options of DATA that say nothing about samples, which need no labels, captions or parts."""
 RECORD, IMAGE = "compare.json", "nearest.png"
 """All numbers, which is also the record of what is written, and the image of the nearest training items."""
 
@@ -73,7 +76,8 @@ def compare(
     of_cascade = bool(_manifest(samples).get("then"))
     if run is not None and not run.exists():
         raise ConfigError("NOT_FOUND", f"--run {run}", "no such run", "Name a run folder or a model file")
-    run = run or _run_of(samples)
+    runs = [run] if run else _runs_of(samples)
+    run = runs[-1] if runs else None
     if run is None and data is None:
         cause = "neither DATA nor a run of these samples is known"
         raise ConfigError("USAGE", "undiffuse compare", cause, "Name DATA after SAMPLES, or give --run")
@@ -84,10 +88,12 @@ def compare(
         before = listed_files(read_record(out / RECORD))
         check_output_folder(out, out / RECORD, before, [IMAGE])
     dataset = read_data(read, data, run or Path())
-    held_out = _held_out(held_out, run, dataset)
+    held_out = _held_out(held_out, runs, dataset)
     dataset = full_resolution(dataset) if of_cascade else dataset
     print_notes(dataset)
-    values = comparison.load_samples(samples, dataset, read)
+    options = {name: value for name, value in read.keywords.items() if name not in OPTIONS_OF_LABELS}
+    of_samples = functools.partial(read.func, **options)
+    values = comparison.load_samples(samples, dataset, of_samples, read.keywords.get("layout"))
     result = comparison.compare(
         values, dataset, metrics=metric or (), extractor=features, items=items, held_out=held_out, seed=seed
     )
@@ -121,11 +127,11 @@ def compare(
         console.print(f"written: {', '.join(written)}")
 
 
-def _run_of(samples: str) -> Path | None:
-    """The run that the manifest of a sample folder names, of a cascade the last one, if it is there."""
+def _runs_of(samples: str) -> list[Path]:
+    """The runs that the manifest of a sample folder names, of a cascade those of all stages, if they are there."""
     manifest = _manifest(samples)
-    model = [manifest.get("model"), *manifest.get("then", ())][-1]
-    return Path(model) if model and Path(model).exists() else None
+    models = [manifest.get("model"), *manifest.get("then", ())]
+    return [Path(model) for model in models] if all(model and Path(model).exists() for model in models) else []
 
 
 def _manifest(samples: str) -> dict[str, Any]:
@@ -137,18 +143,28 @@ def _manifest(samples: str) -> dict[str, Any]:
     return {}
 
 
-def _held_out(held_out: float | None, run: Path | None, dataset: Dataset) -> float:
-    """The fraction that the ``run`` held out of these data if it was trained on them, else ``held_out``, else 0.1.
+def _held_out(held_out: float | None, runs: list[Path], dataset: Dataset) -> float:
+    """The smallest fraction that the ``runs`` held out of these data, if they were trained on them.
 
-    Raises `ConfigError` if ``held_out`` is given and differs from that of the run.
+    Else ``held_out``, else 0.1. Raises `ConfigError` if ``held_out`` is given and differs from that of the runs.
     """
+    known = {dataset.fingerprint, full_resolution(dataset).fingerprint}
+    shares = [share for run in runs if (share := _share(run, known)) is not None]
+    if not shares:
+        return 0.1 if held_out is None else held_out
+    if held_out not in (None, min(shares)):
+        cause = f"{' and '.join(map(str, runs))} held out {min(shares):g} of these data"
+        raise ConfigError("HELD_OUT", f"--held-out {held_out:g}", cause, "Leave it out")
+    return min(shares)
+
+
+def _share(run: Path, fingerprints: set[str]) -> float | None:
+    """The fraction that a run or a model file held out of the data with one of the ``fingerprints``; None of others."""
+    from undiffuse.model.checkpoint import read_info
     from undiffuse.training.run_folder import Run
 
-    record = None if run is None else Run(run_folder(run)).record
-    if record is None or record["data"]["fingerprint"] != dataset.fingerprint:
-        return 0.1 if held_out is None else held_out
-    share = float(record["config"]["train"]["held_out"])
-    if held_out not in (None, share):
-        cause = f"{run} held out {share:g} of these data"
-        raise ConfigError("HELD_OUT", f"--held-out {held_out:g}", cause, "Leave it out")
-    return share
+    record = Run(run_folder(run)).record
+    facts = read_info(run) if record is None else record["data"]
+    if not fingerprints & {facts.get("fingerprint"), facts.get("stage", {}).get("fingerprint")}:
+        return None
+    return float(facts.get("held_out", 0.1) if record is None else record["config"]["train"]["held_out"])

@@ -31,6 +31,7 @@ from undiffuse.cli.options import (
     run_folder,
 )
 from undiffuse.cli.results import show, with_json
+from undiffuse.errors import ConfigError
 
 
 @with_json
@@ -97,6 +98,9 @@ def evaluate(
 
     refuse_inside(out, data, run)
     refuse_with_then(then, compat=compat)
+    if exact and mc_samples is not None:
+        cause = "--exact takes every step of the chain, and as many points"
+        raise ConfigError("USAGE", f"--mc-samples {mc_samples}", cause, "Give one of the two")
     register_network(network)
     group = init_process_group(resolve_device(device))
     model = load_model(run, then, group.device, log_of(group), precision)

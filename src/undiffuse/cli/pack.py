@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -27,11 +28,14 @@ def pack(
         if read.keywords.get(name) is not None:
             cause = "one array does not hold a stage of a cascade"
             raise ConfigError("PACK", flag, cause, "Pack the images without it, and give it to train")
+    skipped = out.with_name(f"{out.stem}.skipped.json")
+    if read.keywords.get("on_bad") == "skip" and os.path.lexists(skipped):
+        raise ConfigError("OPTION", skipped, "exists already", "Give OUT.npy another name, or move this file away")
     with pack_writer(out) as writer:
         dataset = read(data, allocate=writer.allocate)
         writer.write(dataset, out)
     print_notes(dataset)
-    record_skipped(dataset, out.with_name(out.stem + ".skipped.json"))
+    record_skipped(dataset, skipped)
     size = f"{out.stat().st_size / 1e9:,.2f} GB"
     console.print(f"packed: {counted(len(dataset), 'item')}, {size}, in {out} and {sidecar_path(out).name}")
     console.print(f"next: undiffuse train {as_argument(out)}{' --captions' if dataset.captions else ''}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from undiffuse.cli.options import limit_steps
 from undiffuse.errors import ConfigError, counted
-from undiffuse.runtime.side_files import read_record, write_record
+from undiffuse.runtime.side_files import read_record, set_aside, write_record
 from undiffuse.sampling.sampler import DEFAULT_NUM_STEPS, DEFAULT_SAMPLER, Sampler, guidance_changes
 
 if TYPE_CHECKING:
@@ -181,13 +181,13 @@ def read_advice(
 def write_advice(folder: Path, weights: str, calls: int, sampler: Sampler, measured: dict[str, Any]) -> Path:
     """Adds the ``sampler`` for ``calls`` to the folder's advice, dropping advice for other ``weights``.
 
-    A file of its name that is damaged or not ours is renamed to advice.json.damaged.
+    A file of its name that is damaged or not ours is renamed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ADVICE_FILE
     stored = read_record(path)
     if stored is None and path.exists():
-        path.replace(folder / f"{ADVICE_FILE}.damaged")
+        set_aside(path)
     stored = stored or {}
     advice = stored["advice"] if stored.get("weights") == weights else {}
     advice[str(calls)] = {"sampler": sampler.to_dict(), **measured}

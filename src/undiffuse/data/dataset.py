@@ -171,7 +171,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 in hex over dtype, shape, num_values, value_range, labels, conditions, captions and values."""
+        """sha256 in hex over dtype, shape, num_values, value_range, labels, conditions, captions, parts and values."""
         return self._scan[1]
 
     @property
@@ -191,6 +191,8 @@ class Dataset:
                 digest.update(json.dumps(array.shape).encode() + _bytes(array))
         if self.captions:
             digest.update(json.dumps([self.captions, self.embeddings and self.embeddings.encoder["digest"]]).encode())
+        if (parts := (self.validation_from, self.test_from)) != (None, None):
+            digest.update(json.dumps({"official parts from": parts}).encode())
         size = self.values.dtype.itemsize * math.prod(self.item_shape)
         item_digests, first, is_constant = bytearray(), self._first, np.ones(self.item_shape[0], bool)
         for chunk in chunks(self.values):

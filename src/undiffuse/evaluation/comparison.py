@@ -90,15 +90,18 @@ def describe_copying(test: Copying | None) -> str:
     )
 
 
-def load_samples(source: str, data: Dataset, read: Callable[[str], Dataset] = load) -> np.ndarray:
+def load_samples(
+    source: str, data: Dataset, read: Callable[[str], Dataset] = load, layout: str | None = None
+) -> np.ndarray:
     """The samples (N, *item_shape) in a sample folder, an array file, or any source that ``read`` accepts.
 
-    Raises `DataError` if they are not items like those of ``data``.
+    ``layout`` is the order of the dimensions of an array file, as for `undiffuse.load_data`. Raises `DataError` if they
+    are not items like those of ``data``.
     """
     path = Path(source)
     array = path / "samples.npz" if (path / "samples.npz").is_file() else path
     if array.suffix.lower() in SUFFIXES and array.is_file():
-        layout = CHANNELS_FIRST[data.values.ndim] if array != path else None  # as `sample` has written them
+        layout = CHANNELS_FIRST[data.values.ndim] if array != path else layout  # as `sample` has written them
         samples = load(array, num_values=data.num_values, layout=layout)
     else:
         samples = read(source)

@@ -16,8 +16,9 @@ from undiffuse.runtime.plugins import WithPlugins
 if TYPE_CHECKING:
     from torch import Tensor
 
-INTERVAL_STDERRS = 1.96
-"""Standard errors to either side of a value in its interval: 95 % where the error is normal."""
+NORMAL, TEN_GROUPS = 1.96, 2.262
+"""Standard errors to either side of a value in its interval of 95 %: for an error of many items, and for one estimated
+from ten groups, by Student's t with nine degrees of freedom."""
 
 
 class Value(NamedTuple):
@@ -32,7 +33,7 @@ class Metric(NamedTuple):
 
     ``better`` is "lower", "higher" or "at the floor", ``error`` the method of the standard error, ``bounds`` the least
     and the greatest possible value, ``reference`` the part that samples are compared with: as many "held-out" items as
-    samples, or all "training" items.
+    samples, or all "training" items; ``stderrs`` is the half-width of the interval of 95 % in standard errors.
     """
 
     title: str
@@ -42,11 +43,12 @@ class Metric(NamedTuple):
     error: str
     bounds: tuple[float, float]
     reference: str = "held-out"
+    stderrs: float = NORMAL
 
     def interval(self, value: Value) -> tuple[float, float]:
-        """value ± 1.96 standard errors, within the bounds."""
+        """value ± ``stderrs`` standard errors, within the bounds: 95 % where the error is normal."""
         (mean, stderr), (least, greatest) = value, self.bounds
-        return max(least, mean - INTERVAL_STDERRS * stderr), min(greatest, mean + INTERVAL_STDERRS * stderr)
+        return max(least, mean - self.stderrs * stderr), min(greatest, mean + self.stderrs * stderr)
 
 
 def frechet(samples: Tensor, reference: Tensor) -> Value:
@@ -88,10 +90,12 @@ def nearest(samples: Tensor, reference: Tensor) -> Value:
 POSITIVE, SHARE, REAL = (0.0, math.inf), (0.0, 1.0), (-math.inf, math.inf)
 JACKKNIFE = "jackknife of 10 groups"
 BUILT_IN_METRICS: Mapping[str, Metric] = {
-    "frechet": Metric("Fréchet distance", frechet, "squared feature units", "lower", JACKKNIFE, POSITIVE),
-    "kernel": Metric("kernel distance", kernel, "none", "lower", "10 blocks", REAL),
-    "precision": Metric("precision", precision, "share", "higher", JACKKNIFE, SHARE),
-    "recall": Metric("recall", recall, "share", "higher", JACKKNIFE, SHARE),
+    "frechet": Metric(
+        "Fréchet distance", frechet, "squared feature units", "lower", JACKKNIFE, POSITIVE, stderrs=TEN_GROUPS
+    ),
+    "kernel": Metric("kernel distance", kernel, "none", "lower", "10 blocks", REAL, stderrs=TEN_GROUPS),
+    "precision": Metric("precision", precision, "share", "higher", JACKKNIFE, SHARE, stderrs=TEN_GROUPS),
+    "recall": Metric("recall", recall, "share", "higher", JACKKNIFE, SHARE, stderrs=TEN_GROUPS),
     "nearest": Metric(
         "distance to training", nearest, "feature units", "at the floor", "spread over samples", POSITIVE, "training"
     ),

@@ -133,7 +133,7 @@ def plan_evaluation(
         else:
             most = model.chain_length if name == "discrete" else MAX_POINTS
             each = mc_samples or max(MIN_ITEMS, min(most, calls[name] // n))
-            fit = not fixed_items and mc_samples is None
+            fit = not fixed_items
         if name == "discrete" and each is not None and each >= model.chain_length:
             each = None
         calls_each = {"ode": ODE_COST_GUESS * iw_samples, "flow_map": flow_map_calls(model)}

@@ -153,11 +153,13 @@ def evaluate(
     def condition_of(here: slice) -> Condition | None:  # of a batch: token embeddings of all items are large
         return data.given_condition(chosen[here], condition != "none")
 
+    has_image = isinstance(model, Diffusion) and "image" in model.condition_sizes
+    words = [*([condition] * (condition != "none")), *(["the low resolution"] * has_image)]
     facts = {
         "data": data.name,
         "fingerprint": data.fingerprint,
         "part": description,
-        "condition": condition,
+        "condition": " and ".join(words) or "none",
         "seed": seed,
         "precision": model.precision,
         "digest": weights_of(model),

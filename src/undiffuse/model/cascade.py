@@ -59,9 +59,10 @@ class Cascade:
             self._check_pair(below)
         self.item_shape, self.num_values = self.splits[-1].item_shape, self.splits[-1].num_values
         self.transform = IntegerLevels(self.num_values)
-        self.info: dict[str, Any] = {
-            name: value for name, value in self.models[-1].info.items() if name in ("name", "held_out")
-        }
+        last, shares = self.models[-1].info, [m.info["held_out"] for m in self.models if "held_out" in m.info]
+        self.info: dict[str, Any] = {"name": last["name"]} if "name" in last else {}
+        if len(shares) == len(self.models):
+            self.info["held_out"] = min(shares)  # the part of a smaller share is within that of a larger one
         self.info |= {"num_values": self.num_values, "fingerprint": self._facts(-1).get("fingerprint")}
         conditioned = next((model for model in self.models if _sizes(model)), self.models[0])
         self.info["classes"] = conditioned.info.get("classes", [])

@@ -26,7 +26,7 @@ from undiffuse.networks.tables import INSTALLED_NETWORKS
 from undiffuse.runtime.device import float32_by_default, kept_random_state, resolve_device
 from undiffuse.runtime.precision import autocast_dtype, resolve_precision
 from undiffuse.runtime.side_files import check_info
-from undiffuse.runtime.tensor_file import FORMAT, check_tensors, digest, read_tensors, write_tensors
+from undiffuse.runtime.tensor_file import FORMAT, check_tensors, digest, read_metadata, read_tensors, write_tensors
 
 MAX_DESCRIPTION = 4 << 20
 """The longest description in characters: half of the longest header of a file that is read."""
@@ -63,15 +63,7 @@ def load(
     A model with a network of your own needs its class, or an instance that the weights are written into, as
     ``network`` (or `undiffuse.register`): a checkpoint holds the name of the class and its settings, never its code.
     """
-    path, device = Path(path), resolve_device(device)
-    if path.is_dir():
-        if not (path / "model.safetensors").is_file():
-            unfinished = (path / "checkpoints").is_dir()
-            fix = (
-                "Its training has not finished: resume it" if unfinished else "Name a run folder or a .safetensors file"
-            )
-            raise CheckpointError("NO_MODEL", path, "no model.safetensors in this folder", fix)
-        path = path / "model.safetensors"
+    path, device = _model_file(Path(path)), resolve_device(device)
     tensors, metadata = read_tensors(path)
     # a program whose default type is float64 writes such files; a learned schedule is always float64
     wide = any(t.dtype == torch.float64 for name, t in tensors.items() if not name.startswith("schedule."))
@@ -85,6 +77,16 @@ def load(
     diffusion.autocast = autocast_dtype(resolve_precision(precision, device, len(diffusion.x_shape) - 1))
     diffusion.read_from = path
     return diffusion.eval()
+
+
+def read_info(path: str | Path) -> dict[str, Any]:
+    """The `Diffusion.info` of a checkpoint file or of a run folder, without its weights. Raises `CheckpointError`."""
+    path = _model_file(Path(path))
+    plain = _read_description(path, read_metadata(path))[2]
+    try:
+        return check_info(plain.get("info"))
+    except ConfigError as error:
+        raise _not_understood(path, error) from None
 
 
 def describe(diffusion: Diffusion) -> dict[str, Any]:
@@ -136,6 +138,19 @@ def by_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def unwrapped_name(name: str) -> str:
     """The name of a tensor without the prefixes of torch.compile and DistributedDataParallel."""
     return re.sub(r"(?<![^.])(_orig_mod|module)\.", "", name)
+
+
+def _model_file(path: Path) -> Path:
+    """``path``, or the model of the run folder ``path``. Raises `CheckpointError` if there is none."""
+    if path.is_dir():
+        if not (path / "model.safetensors").is_file():
+            unfinished = (path / "checkpoints").is_dir()
+            fix = (
+                "Its training has not finished: resume it" if unfinished else "Name a run folder or a .safetensors file"
+            )
+            raise CheckpointError("NO_MODEL", path, "no model.safetensors in this folder", fix)
+        return path / "model.safetensors"
+    return path
 
 
 def _metadata(path: Path, diffusion: Diffusion) -> dict[str, str]:

@@ -20,7 +20,7 @@ from undiffuse.report.table import cell
 from undiffuse.runtime.atomic_file import write_atomic, write_csv
 from undiffuse.runtime.output_folder import check_output_folder, listed_files
 from undiffuse.runtime.own_output import PICTURE_MARK
-from undiffuse.runtime.side_files import read_record, write_record
+from undiffuse.runtime.side_files import read_record, set_aside, write_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,8 +29,8 @@ NAMES = {"continuous": "continuous bound", "ode": "probability flow"}
 """Estimates that are compared with the bound of the chain."""
 RECORD, BATCHES = "evaluation.json", "evaluation.partial"
 """In the folder of results: all numbers, with the names of the other files, and the folder of finished batches."""
-MEASURED = ("fingerprint", "part", "condition")
-"""The facts that define the items and conditions of an evaluation."""
+MEASURED = ("digest", "fingerprint", "part", "condition")
+"""The facts that define the weights, items and conditions of an evaluation."""
 FILES = {RECORD, "evaluation-items.csv", "bits-per-step.png", "evaluation-skipped.json"}
 
 
@@ -49,10 +49,7 @@ def evaluation_rows(result: EvaluationResult) -> list[dict[str, Any]]:
 
 def table_title(result: EvaluationResult) -> str:
     """What was measured, as the title of the table."""
-    condition = result.facts["condition"]
-    image = isinstance(result.model, Diffusion) and "image" in result.model.condition_sizes
-    words = [*([] if condition == "none" else [condition]), *(["the low resolution"] if image else [])]
-    given = f", given {' and '.join(words)}" if words else ""
+    given = "" if result.facts["condition"] == "none" else f", given {result.facts['condition']}"
     return f"{result.facts['data']}, {result.facts['part']}: bits per dimension{given} ± standard error"
 
 
@@ -114,11 +111,15 @@ def write_evaluation(
     ``skipped`` writes one more file with the path that it gets.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before, summary = read_record(folder / RECORD) or {}, result.summary()
+    before, summary = read_record(folder / RECORD), result.summary()
     earlier = FILES.intersection(listed_files(before) or ())
     files, lines = ["evaluation-items.csv"], []
+    if before is None and (folder / RECORD).exists():
+        lines.append(f"damaged, edited or not ours: {folder / RECORD}, renamed to {set_aside(folder / RECORD).name}")
     if before and any(before.get(fact) != summary[fact] for fact in MEASURED):
-        lines.append(f"replaced: the evaluation of {before.get('data')}, {before.get('part')}; --out keeps both")
+        weights = "" if before.get("digest") == summary["digest"] else "other weights on "
+        what = f"{weights}{before.get('data')}, {before.get('part')}"
+        lines.append(f"replaced: the evaluation of {what}; --out keeps both")
     write_items(folder / files[0], result)
     # a cascade has no noise levels in common
     if isinstance(result.model, Diffusion) and ("discrete" in result.nll or "continuous" in result.nll):

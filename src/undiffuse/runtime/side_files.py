@@ -6,8 +6,10 @@ facts in a model's file are data of anybody; both are checked field by field.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,16 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content``, plain data, as a record. Raises `ResourceError`."""
     plain = json.loads(json.dumps(content))
     write_atomic(path, json.dumps({**plain, "sha256": json_digest(plain)}, indent=1).encode())
+
+
+def set_aside(path: Path) -> Path:
+    """The new path of the file ``path``, which is renamed: the first of NAME.damaged, NAME.damaged-2 ... that is free.
+
+    Raises `OSError`.
+    """
+    names = itertools.chain(["damaged"], (f"damaged-{i}" for i in itertools.count(2)))
+    free = next(other for name in names if not os.path.lexists(other := path.with_name(f"{path.name}.{name}")))
+    return path.rename(free)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.errors import CheckpointError, ConfigError, counted
+from undiffuse.evaluation.plan import PARTS
 from undiffuse.model import checkpoint
 from undiffuse.model.autoencoder import Autoencoder
 from undiffuse.model.diffusion import Diffusion
@@ -88,6 +89,8 @@ def collect(
     if data is None or not own_data.get("source"):
         of_data = of_data or " DATA"
     commands = measuring_commands(run, model, data, own, of_data)
+    if content.evaluation is not None:
+        commands["evaluation"] += _options_of(content.evaluation, commands["evaluation"])
     drawings: dict[str, Drawing] = {}
     if data is not None and split is not None:
         drawings["data"] = data_picture(data, split)
@@ -252,6 +255,14 @@ def _current(
     else:
         return record
     return None
+
+
+def _options_of(evaluation: Mapping[str, Any], command: str) -> str:
+    """The part and the seed of an ``evaluation`` as options, where the ``command`` has others."""
+    described, seed = str(evaluation["part"]), evaluation.get("seed", 0)
+    part = next((part for part, words in PARTS.items() if words == described), "all")
+    is_other = part != "test" and "--part" not in command
+    return f"{f' --part {part}' * is_other}{f' --seed {seed}' * bool(seed)}"
 
 
 def _commands_of(run: Run, comparison: Mapping[str, Any], own: str, of_data: str) -> dict[str, str]:

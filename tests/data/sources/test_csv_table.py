@@ -50,7 +50,7 @@ def test_separators_quotes_and_byte_order_marks(file, text, name):
         (["10", "9", "x"], ("10", "9", "x"), [0, 1, 2]),
     ],
 )
-@pytest.mark.parametrize("name", ["label", "labels", "y"])
+@pytest.mark.parametrize("name", ["label", "labels"])
 def test_label_column(file, cells, classes, labels, name):
     data = load(file(f"a,{name},b\n" + "".join(f"{i},{cell},7\n" for i, cell in enumerate(cells))))
     assert (data.columns, data.classes, data.labels.tolist()) == (("a", "b"), classes, labels)
@@ -60,6 +60,22 @@ def test_label_column(file, cells, classes, labels, name):
         f"{len(classes)} classes from the column {name}: {', '.join(classes)}",
         "the same value everywhere in channel b; a density has no upper bound there: leave it out to measure one",
     )
+
+
+def test_a_column_y_of_numbers_is_a_coordinate(file):
+    """It was taken for classes, one for each number."""
+    path = file("x,y\n1,0.5\n2,0.25\n3,0.125\n")
+    data = load(path)
+    assert (data.columns, data.labels, data.values.tolist()) == (("x", "y"), None, [[1, 0.5], [2, 0.25], [3, 0.125]])
+    assert data.notes[1] == "no classes; the column y may hold them: label_column=y takes it so"
+    assert load(path, label_column="y").classes == ("0.125", "0.25", "0.5")
+
+
+def test_a_column_that_float32_rounds_coarsely_gets_a_note(file):
+    seconds = "".join(f"{1_700_000_000 + i},{i}\n" for i in range(300))
+    note = "stored as float32, which rounds t to steps of 2e+02 over a range of 3e+02: subtract a constant first"
+    assert note in load(file(f"t,i\n{seconds}")).notes
+    assert not any("rounds" in note for note in load(file("t\n0.1\n0.2\n0.3\n", "fine.csv")).notes)
 
 
 @pytest.mark.parametrize(

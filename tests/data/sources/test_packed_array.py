@@ -192,5 +192,9 @@ def test_pack_command(images, tmp_path, capsys, monkeypatch):
     assert "2 classes from sub-folders" in output
     assert json.loads((tmp_path / "x.skipped.json").read_text())[0]["code"] == "NOT_AN_IMAGE"
     assert_same(load(images, channels=1, on_bad="skip"), load(out))
+    (tmp_path / "y.skipped.json").write_text("mine")
+    assert main(["pack", str(images), str(tmp_path / "y.npy"), "--on-bad", "skip", "--channels", "1"]) == 2
+    assert (tmp_path / "y.skipped.json").read_text() == "mine"
+    assert "y.skipped.json: exists already. Give OUT.npy another name" in capsys.readouterr().err
     assert main(["check", str(out), "--num-values", "4"]) == 2
     assert "a packed array does not take this option" in capsys.readouterr().err

@@ -20,8 +20,8 @@ from undiffuse.errors import ConfigError, counted, printable
 from undiffuse.runtime.file_errors import FileError, file_errors_at
 
 SUFFIXES = (".csv", ".tsv")
-LABEL_COLUMNS = ("label", "labels", "y")
-LABEL_WORDS = frozenset({*LABEL_COLUMNS, "class", "classes", "target", "targets", "category"})
+LABEL_COLUMNS = ("label", "labels")
+LABEL_WORDS = frozenset({*LABEL_COLUMNS, "y", "class", "classes", "target", "targets", "category"})
 """Names, in small letters, of columns that may hold classes: offered unless one of LABEL_COLUMNS is there."""
 INDEX_NAME = re.compile(r"(Unnamed: \d+)?")
 """Names of the column in which pandas writes the index of a row: none, or after it was read again, Unnamed: 0."""
@@ -29,6 +29,8 @@ FIX = (
     "Give a line of names, and below it one number per column in every line; the column called label, or that of "
     "label_column=NAME, may hold text"
 )
+MIN_LEVELS = 4096
+"""A column whose range has fewer rounding steps of float32 than this gets a note."""
 MAX_LINE_LENGTH = 1 << 20
 """In characters."""
 
@@ -42,7 +44,7 @@ def load(source: str | Path, *, label_column: str | None = None) -> Dataset:
     """One item per row: continuous vectors (N, D) with the names of their columns.
 
     The first line names the columns; they are separated by commas, semicolons or tabs. ``label_column``, or else a
-    column called label, labels or y, holds the classes, as numbers or text. Leading columns without a name that count
+    column called label or labels, holds the classes, as numbers or text. Leading columns without a name that count
     the lines, as pandas writes them, are left out. Raises `DataError` (BAD_HEADER, TABLE, NON_FINITE, LABELS, or the
     file system's) and `ConfigError` (OPTION) for a ``label_column`` that is not there.
     """
@@ -88,6 +90,13 @@ def _dataset(name: str, lines: Iterator[str], label_column: str | None) -> Datas
         row, column = map(int, bad[0])
         cause = f"item {row}, column {columns[column]}: {values[row, column]:g} (and {len(bad) - 1} more)"
         raise FileError("NON_FINITE", cause)
+    spread, step = values.max(0) - values.min(0), np.abs(values).max(0) * 2.0**-24
+    if len(coarse := np.flatnonzero((spread > 0) & (spread < MIN_LEVELS * step))):
+        rounded = f"column {columns[coarse[0]]} and {len(coarse) - 1} more" if len(coarse) > 1 else columns[coarse[0]]
+        notes.append(
+            f"stored as float32, which rounds {rounded} to steps of {2 * step[coarse[0]]:.2g} over a range of "
+            f"{spread[coarse[0]]:.2g}: subtract a constant first"
+        )
     classes, labels = label_classes(label_texts) if label_index is not None else ((), None)
     notes.insert(0, f"{counted(len(columns), 'column')}: {', '.join(columns[:6])}{', ...' * (len(columns) > 6)}")
     if label_index is not None:

@@ -173,7 +173,7 @@ _BUILT_IN = (
     Source(
         "a table",
         _csv_table,
-        (Option("label_column", str | None, "Column of a table that holds the classes (default label, labels or y)."),),
+        (Option("label_column", str | None, "Column of a table that holds the classes (default label or labels)."),),
     ),
     Source("a folder of the library datasets", _hf_datasets, (*IMAGE_OPTIONS, *CAPTION_OPTIONS, LABELS_OPTION)),
     Source("a WebDataset", _webdataset, (*IMAGE_OPTIONS, *CAPTION_OPTIONS, LABELS_OPTION)),
