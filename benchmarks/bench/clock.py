@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import record
 from bench.clock_packages import HELD_OUT, PACKAGES, SETTINGS, TRIED, Job, data_options, undiffuse
 from bench.record import Result, Table
 from undiffuse.runtime.atomic_file import write_atomic
@@ -93,8 +94,10 @@ def stage_files(job: Job, n: int) -> dict[str, str]:
     }
 
 
-def run_job(job: Job, n: int, stages: Mapping[str, Stage], say: Callable[[str], None]) -> dict[str, Any]:
-    """The content of all stages of ``job``; those that are done are not repeated."""
+def run_job(
+    job: Job, n: int, stages: Mapping[str, Stage], say: Callable[[str], None], where: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of all stages of ``job``; those that are done are not repeated. ``where`` is kept with a training."""
     job.folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for name, file in stage_files(job, n).items():
@@ -102,7 +105,8 @@ def run_job(job: Job, n: int, stages: Mapping[str, Stage], say: Callable[[str], 
         found = read_stage(path)
         if found is None:
             say(f"{job.folder.name}: {name}")
-            write_atomic(path, json.dumps(stages[name](job, n), indent=1).encode())
+            content = {**stages[name](job, n), **({"where": where} if where and name == "train" else {})}
+            write_atomic(path, json.dumps(content, indent=1).encode())
             found = read_stage(path)
         results[name] = found
     return results
@@ -272,9 +276,13 @@ def run(options: argparse.Namespace) -> Result:
         "likelihood": likelihood_stage,
     }
     todo, n = jobs(options, installed_packages()), options.n
-    found = [
-        (job, run_job(job, n, stages, lambda line: print(f"  {line}", file=sys.stderr, flush=True))) for job in todo
-    ]
+    machine = record.machine() | {"threads": str(options.threads or "as torch chooses")}
+    here = {"commit": record.commit(), "machine": machine}
+
+    def say(line: str) -> None:
+        print(f"  {line}", file=sys.stderr, flush=True)
+
+    found = [(job, run_job(job, n, stages, say, here)) for job in todo]
     longest = max(options.minutes)
     files = {"curves.png": curves(found)} if len({job.minutes for job, _ in found}) > 1 else {}
     for job, _ in found:
@@ -290,4 +298,8 @@ def run(options: argparse.Namespace) -> Result:
     used = dict.fromkeys(job.package for job in todo)
     notes = [*excess(found), *(f"{name}: {json.dumps(settings[name])}" for name in used), *TRIED]
     raw = {"jobs": [{"folder": job.folder.name, **asdict(job), **stages} for job, stages in found]}
-    return Result("The same minutes on Fashion-MNIST", [Table(title, rows(found, n))], raw, options.seeds, notes, files)
+    trained = [stages["train"].get("where", here) for _, stages in found]
+    commits = dict.fromkeys(where["commit"] for where in trained)
+    where = {"commit": " and ".join(commits), "machine": trained[0]["machine"]}
+    tables = [Table(title, rows(found, n))]
+    return Result("The same minutes on Fashion-MNIST", tables, raw, options.seeds, notes, files, where)

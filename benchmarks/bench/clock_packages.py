@@ -38,10 +38,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # The default recipe and sampler. ``options`` are more options of `undiffuse train`.
     "undiffuse": {"options": "", "sampler": "dpm++2m_sde", "calls": 25},
     # Its Trainer with the defaults of the process (pred_v, sigmoid schedule), Adam, EMA. dim 64 with the multiples
-    # 1, 2, 4, 8 of the README has 36 M parameters and is too slow for minutes of a processor. DDIM in 250 calls is that
-    # of the README; `make bench` takes 50, because 1,000 images in 250 calls are 50
-    # minutes of a core. bf16: Trainer's ``amp``, where the processor multiplies in it. ema_decay: with its default,
-    # 0.995 for each tenth step, the average would be over most of a run of minutes; with 0.9 it is over some 100 steps.
+    # 1, 2, 4, 8 of the README has 36 M parameters and is too slow for minutes of a processor. DDIM as in the README, in
+    # 50 calls and not in its 250, because 1,000 images in 250 calls are 50 minutes of a core. bf16: Trainer's ``amp``,
+    # where the processor multiplies in it. ema_decay: with its default, 0.995 for each tenth step, the average would be
+    # over most of a run of minutes; with 0.9 it is over some 100 steps.
     "denoising-diffusion-pytorch": {
         "dim": 32,
         "dim_mults": [1, 2, 4],
@@ -49,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lr": 3e-4,
         "ema_decay": 0.9,
         "sampler": "ddim",
-        "calls": 250,
+        "calls": 50,
         "bf16": True,
     },
     # The loop of examples/unconditional_image_generation: AdamW, EMAModel, cosine decay, 500 warm-up steps, eps. Its

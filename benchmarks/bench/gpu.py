@@ -1,7 +1,10 @@
 """Training on a GPU: the fraction of the card's rate, what stands between, diffusers' example, and a training.
 
-    benchmarks/bench/run gpu             # on the GPU that torch finds: half an hour, 20 minutes of it a training
-    benchmarks/bench/run gpu --dry-run   # the same on a processor with tiny networks, in a minute
+    benchmarks/bench/run gpu                    # on the GPU that torch finds: half an hour, 20 minutes a training
+    benchmarks/bench/run gpu --gpu rates loop   # some of it: rates, profile, loop, diffusers, training
+    benchmarks/bench/run gpu --dry-run          # the same on a processor with tiny networks, in a minute
+
+A training that was stopped goes on in the same folder (``--out``).
 
 The network of CIFAR-10's size is that of the preset ``ddpm-cifar10``. Times are by the clock, after the device has
 done its work, and the forms alternate. Counted operations are those of `limits`.
@@ -128,7 +131,7 @@ def rates(size: Size, device: torch.device, rounds: int) -> tuple[Table, dict[st
     return Table(title, rows), {"operations": per_step, "seconds": times}
 
 
-def profile(size: Size, device: torch.device) -> Table:
+def profile(size: Size, device: torch.device) -> tuple[Table, dict[str, Any]]:
     """The operations of a step in bfloat16 that take most of the device's time."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record_of
@@ -151,42 +154,44 @@ def profile(size: Size, device: torch.device) -> Table:
         }
         for event in events[:12]
     ]
-    return Table("Where the time of a step in bfloat16 goes: the twelve operations that take most", rows)
+    return Table("Where the time of a step in bfloat16 goes: the twelve operations that take most", rows), {}
 
 
-def loop(size: Size, device: torch.device, place: Path) -> Table:
-    """The whole loop of `fit` on uint8 images: images per second, and reads for which the host waited in a step."""
+def loop(size: Size, device: torch.device, place: Path) -> tuple[Table, dict[str, Any]]:
+    """The whole loop of `fit` on uint8 images: images per second, and reads for which the host waited.
+
+    Of two lengths, so that their difference leaves out the setting up and the last evaluation.
+    """
+    short, long = (one_loop(size, device, place, steps) for steps in (size.steps, 2 * size.steps))
+    waits = f"{(long[1] - short[1]) / size.steps:.3f} ({short[1]} in the shorter run)"
+    row = {
+        "steps": f"{size.steps:,} and {2 * size.steps:,}",
+        "images/s": f"{size.steps * size.batch / (long[0] - short[0]):,.0f}",
+        "waits of the host for each further step": waits if device.type == "cuda" else "not counted on a processor",
+    }
+    return Table("The whole loop in bfloat16, not compiled, with data on the host as uint8", [row]), {}
+
+
+def one_loop(size: Size, device: torch.device, place: Path, steps: int) -> tuple[float, int]:
+    """Seconds of a training of so many ``steps``, and the reads for which the host waited."""
     values = torch.randint(256, (16 * size.batch, 3, size.side, size.side), dtype=torch.uint8).numpy()
     data = from_array(values, num_values=256, layout="NCHW", name="random images")
     recipe = preset("ddpm-cifar10")
     config = replace(recipe, model=replace(recipe.model, network={**recipe.model.network, **size.network}))
-    settings = {"minutes": None, "max_steps": size.steps, "batch": size.batch, "previews": 0, "snapshots": 0}
+    settings = {"minutes": None, "max_steps": steps, "batch": size.batch, "previews": 0, "snapshots": 0}
     config = replace(config, train=replace(config.train, **settings))
-    seen = []
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, tempfile.TemporaryDirectory(dir=place) as folder:
         warnings.simplefilter("always")
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
         try:
             began = time.perf_counter()
-            fit(config, data, place / "loop", device=str(device), quiet=True)
+            fit(config, data, Path(folder) / "run", device=str(device), quiet=True)
             seconds = time.perf_counter() - began
         finally:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-        seen = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
-    measured = [line["items_per_second"] for line in Run(place / "loop").read_metrics() if "items_per_second" in line]
-    rate = (
-        f"{spread(measured).median:,.0f}" if measured else f"{size.steps * size.batch / seconds:,.0f} with setting up"
-    )
-    row = {
-        "steps": f"{size.steps:,}",
-        "images/s": rate,
-        "waits of the host, in the whole run": str(len(seen))
-        if device.type == "cuda"
-        else "not counted on a processor",
-    }
-    return Table("The whole loop in bfloat16, not compiled, with data on the host as uint8", [row])
+    return seconds, sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def peer(size: Size, device: torch.device, rounds: int) -> tuple[Table, dict[str, Any]]:
@@ -212,7 +217,7 @@ def peer(size: Size, device: torch.device, rounds: int) -> tuple[Table, dict[str
     return Table(title, rows), {"seconds": times}
 
 
-def training(size: Size, device: torch.device, place: Path, folder: Path | None) -> Table:
+def training(size: Size, device: torch.device, place: Path, folder: Path | None) -> tuple[Table, dict[str, Any]]:
     """`ddpm-cifar10`'s network trained on Fashion-MNIST (a dry run: digits), its bound, distances of its samples."""
     data = load_data(size.data, **({} if folder is None else {"folder": folder}))
     recipe = preset("ddpm-cifar10")
@@ -238,7 +243,8 @@ def training(size: Size, device: torch.device, place: Path, folder: Path | None)
         "precision, recall": f"{metrics['precision']['value'][0]:.2f}, {metrics['recall']['value'][0]:.2f}",
         "samples/s": f"{size.n / seconds:,.0f}",
     }
-    return Table(f"The network of `ddpm-cifar10` on {data.name}, {size.n:,} samples by the default sampler", [row])
+    title = f"The network of `ddpm-cifar10` on {data.name}, {size.n:,} samples by the default sampler"
+    return Table(title, [row]), {}
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -247,19 +253,23 @@ def run(options: argparse.Namespace) -> Result:
         raise SystemExit("No GPU is at hand. --dry-run does the same on the processor, with tiny networks")
     device = torch.device("cpu" if options.dry_run else "cuda")
     rounds = options.rounds or (2 if options.dry_run else ROUNDS)
+    data = None if options.dry_run else options.data
+    parts: dict[str, Callable[[Path], tuple[Table, dict[str, Any]]]] = {
+        "rates": lambda place: rates(size, device, rounds),
+        "profile": lambda place: profile(size, device),
+        "loop": lambda place: loop(size, device, place),
+        "diffusers": lambda place: peer(size, device, rounds),
+        "training": lambda place: training(size, device, place, data),
+    }
     tables, raw = [], {}
-
-    def done(name: str, table: Table, numbers: dict[str, Any] | None = None) -> None:
-        tables.append(table)
-        raw[name] = numbers or {"rows": list(table.rows)}
-        print(f"  {name}", file=sys.stderr, flush=True)
-
-    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        done("rates", *rates(size, device, rounds))
-        done("profile", profile(size, device))
-        done("loop", loop(size, device, Path(place)))
-        done("diffusers", *peer(size, device, rounds))
-        done("training", training(size, device, Path(place), None if options.dry_run else options.data))
+        place = Path(temporary) if options.dry_run else options.out / "gpu"
+        place.mkdir(parents=True, exist_ok=True)
+        for name in options.gpu or parts:
+            table, numbers = parts[name](place)
+            tables.append(table)
+            raw[name] = numbers or {"rows": list(table.rows)}
+            print(f"  {name}", file=sys.stderr, flush=True)
     notes = ["A dry run: nothing here says anything about a GPU."] if options.dry_run else []
     return Result("Training on a GPU", tables, raw, notes=notes)

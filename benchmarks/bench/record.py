@@ -34,7 +34,10 @@ class Table:
 
 @dataclass
 class Result:
-    """What a part found. ``raw`` are all numbers, ``files`` pictures by name, ``seeds`` those that it used."""
+    """What a part found. ``raw`` are all numbers, ``files`` pictures by name, ``seeds`` those that it used.
+
+    ``where``: commit and machine of what was measured before this process began.
+    """
 
     title: str
     tables: Sequence[Table]
@@ -42,6 +45,7 @@ class Result:
     seeds: Sequence[int] = (0,)
     notes: Sequence[str] = ()
     files: Mapping[str, bytes] = field(default_factory=dict)
+    where: Mapping[str, Any] = field(default_factory=dict)
 
 
 def machine() -> dict[str, str]:
@@ -107,6 +111,7 @@ def append(name: str, result: Result, benchmarks: Path = ROOT / "benchmarks") ->
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "versions": versions(),
+        **result.where,
     }
     base = f"{where['date']}-bench-{name}"
     folder, number = benchmarks / "records" / base, 1

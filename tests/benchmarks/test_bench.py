@@ -13,6 +13,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,17 @@ def test_a_stopped_clock_goes_on_where_it_stopped(tmp_path):
     again = []
     assert run_all(jobs, fake_stages(again)) == found
     assert not again
+
+
+def test_a_clock_records_the_machine_and_commit_of_its_trainings(tmp_path):
+    """They were those of the process that wrote the record, which may be another day's."""
+    job = clock.jobs(options(tmp_path))[0]
+    for where in ("then", "now"):
+        found = clock.run_job(job, 8, fake_stages([]), lambda line: None, {"commit": where})
+    assert found["train"]["where"] == {"commit": "then"}
+    assert "where" not in found["sample"]
+    section = record.append("part", replace(a_result(), where={"commit": "then"}), tmp_path)
+    assert "commit then;" in section
 
 
 def test_the_table_has_medians_with_ranges_and_the_excess_is_a_fraction(tmp_path):
