@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from undiffuse.model.config import TrainConfig
 from undiffuse.networks import protocol
+from undiffuse.runtime.precision import autocast_dtype
 from undiffuse.training.distributed import distribute_like, full_tensor
 
 MOMENTUM = 0.95
@@ -28,11 +29,14 @@ the best rate of Muon for the presets is at least twice that of AdamW (benchmark
 def make_optimizer(groups: list[dict[str, Any]], network: nn.Module, settings: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of parameter ``groups``, see `Task.parameter_groups`, after the ``network`` has been sharded.
 
-    With "muon" a network whose blocks have no matrices is left to AdamW.
+    With "muon" a network whose blocks have no matrices is left to AdamW. A ``precision`` of bfloat16 is also that of the
+    products of Muon.
     """
     options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "fused": True}
     matrices = block_matrices(network) if settings.optimizer == "muon" else []
-    return Muon(groups, matrices, **options) if matrices else torch.optim.AdamW(groups, **options)
+    if not matrices:
+        return torch.optim.AdamW(groups, **options)
+    return Muon(groups, matrices, autocast_dtype(settings.precision), **options)
 
 
 def block_matrices(network: nn.Module) -> list[nn.Parameter]:
@@ -46,20 +50,22 @@ def block_matrices(network: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in weights if isinstance(weight, nn.Parameter) and weight.requires_grad]
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
+def orthogonalise(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """U diag(p(s/‖s‖)) Vᵀ for ``matrix`` = U diag(s) Vᵀ, p five times the polynomial `NEWTON_SCHULZ` [Jordan24].
 
     Near the polar factor U Vᵀ: singular values above 0.01 ‖s‖ end between 0.68 and 1.14. A norm ‖s‖ below `SMALLEST`
-    is taken for it, so that rounding errors of a gradient that is 0 do not become a step.
+    is taken for it, so that rounding errors of a gradient that is 0 do not become a step. The products are in ``dtype``,
+    by default that of ``matrix``; those in bfloat16 turn the result by about 1°, in half the time where the device
+    multiplies in it.
     """
     a, b, c = NEWTON_SCHULZ
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T
-    x = x / x.norm().clamp(min=SMALLEST)
+    x = (x / x.norm().clamp(min=SMALLEST)).to(dtype or matrix.dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
         square = x @ x.T
         x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x if wide else x.T
+    return (x if wide else x.T).to(matrix.dtype)
 
 
 class Muon(torch.optim.AdamW):
@@ -68,12 +74,18 @@ class Muon(torch.optim.AdamW):
     m ← μ m + (1 − μ) g; w ← w − lr (weight_decay w + 0.4 √max(n, k) O), O = `orthogonalise` of
     (1 − μ) g + μ m, a matrix (n, k): a convolution's weight (n, in, …) has k = in · kernel size. √max(n, k) O has a
     root mean square of 1, see `MUON_RMS`. A gradient is used up by the step. Of a sharded matrix every process
-    computes the whole O, and keeps its shard.
+    computes the whole O, and keeps its shard. The products of O are in ``dtype``, by default that of the weights.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], matrices: Iterable[nn.Parameter], **options: Any) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        matrices: Iterable[nn.Parameter],
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(groups, **options)
-        self.matrices = set(matrices)
+        self.matrices, self.dtype = set(matrices), dtype
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # AdamW's expects AdamW's moments for every parameter
@@ -95,7 +107,7 @@ class Muon(torch.optim.AdamW):
         momentum: Tensor = state["momentum"].lerp_(grad, 1 - MOMENTUM)
         matrix = full_tensor(grad.lerp(momentum, MOMENTUM)).flatten(1)
         scale = MUON_RMS * math.sqrt(max(matrix.shape))
-        move = distribute_like(orthogonalise(matrix).reshape(weight.shape), weight)
+        move = distribute_like(orthogonalise(matrix, self.dtype).reshape(weight.shape), weight)
         weight.mul_(1 - lr * weight_decay).sub_(move, alpha=lr * scale)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -31,7 +32,8 @@ def seconds_per_step(
     settings, dims = recipe.train, len(item_shape) - 1
     with kept_random_state():
         model = Diffusion(recipe.model, item_shape, IntegerLevels(num_values)).to(device)
-        model.autocast = autocast_dtype(resolve_precision(settings.precision, device, dims))
+        settings = replace(settings, precision=resolve_precision(settings.precision, device, dims))
+        model.autocast = autocast_dtype(settings.precision)
         group = {"params": list(model.parameters()), "weight_decay": settings.weight_decay}
         optimizer = make_optimizer([group], model.network, settings)
         values = torch.randint(num_values, (settings.batch, *item_shape), dtype=torch.int32)
