@@ -29,8 +29,8 @@ the best rate of Muon for the presets is at least twice that of AdamW (benchmark
 def make_optimizer(groups: list[dict[str, Any]], network: nn.Module, settings: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of parameter ``groups``, see `Task.parameter_groups`, after the ``network`` has been sharded.
 
-    With "muon" a network whose blocks have no matrices is left to AdamW. A ``precision`` of bfloat16 is also that of the
-    products of Muon.
+    With "muon" a network whose blocks have no matrices is left to AdamW. The products of Muon are in bfloat16 where
+    ``precision`` is.
     """
     options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "fused": True}
     matrices = block_matrices(network) if settings.optimizer == "muon" else []
@@ -54,9 +54,9 @@ def orthogonalise(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """U diag(p(s/‖s‖)) Vᵀ for ``matrix`` = U diag(s) Vᵀ, p five times the polynomial `NEWTON_SCHULZ` [Jordan24].
 
     Near the polar factor U Vᵀ: singular values above 0.01 ‖s‖ end between 0.68 and 1.14. A norm ‖s‖ below `SMALLEST`
-    is taken for it, so that rounding errors of a gradient that is 0 do not become a step. The products are in ``dtype``,
-    by default that of ``matrix``; those in bfloat16 turn the result by about 1°, in half the time where the device
-    multiplies in it.
+    is taken for it, so that rounding errors of a gradient that is 0 do not become a step. The products are in
+    ``dtype``, by default that of ``matrix``; those in bfloat16 turn the result by about 1°, in half the time where the
+    device multiplies in it.
     """
     a, b, c = NEWTON_SCHULZ
     wide = matrix.shape[0] <= matrix.shape[1]
