@@ -219,9 +219,7 @@ def test_a_grid_has_a_column_for_each_prompt():
 def test_the_name_of_a_folder_says_the_prompts():
     assert slug(["a red apple"]) == ["a-red-apple"]
     assert slug([]) == []
-    one, other = slug(["x" * 50, "y"]), slug(["x" * 50, "z"])
-    assert one[0] == other[0] == "x" * 40
-    assert one != other
+    assert slug(["x" * 50, "y"]) == ["x" * 40]
 
 
 def captioned():

@@ -4,14 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from undiffuse.cli.sample import _folder_name
 from undiffuse.cli.sampler_options import QUALITIES, parse_sampler, read_advice, write_advice
 from undiffuse.data.transform import Identity, IntegerLevels, Standardized
 from undiffuse.errors import ConfigError
@@ -145,17 +143,14 @@ def test_the_name_of_a_folder_is_short_in_every_script(tmp_path, call, character
     assert folder.name.endswith("-seed-0")
 
 
-def test_other_labels_and_files_have_folders_of_their_own():
-    cases = ["红" * 80], ["红" * 81], ["a b"], ["a/b"]
-    files = (
-        [Path("runs/one-0.1")],
-        [Path("runs/one-0.2")],
-        [Path("c1/model.safetensors")],
-        [Path("c2/model.safetensors")],
-    )
-    names = [_folder_name(Sampler(), labels, [], 0) for labels in cases]
-    names += [_folder_name(Sampler(), [], paths, 0) for paths in files]
-    assert len(set(names)) == len(names)
+def test_other_weights_and_precisions_have_folders_of_their_own(run, call):
+    checkpoint.save(model(seed=1), run / "model-ema-0.1.safetensors")
+    flags = ["--n", 1, "--solver", "ddim", "--steps", 2]
+    for path, more in ((run, []), (run / "model-ema-0.1.safetensors", []), (run, ["--precision", "float32"])):
+        said = call("sample", path, *flags, *more)
+        assert (said.code, said.err, "starting over" in said.out) == (0, "", False)
+    names = {folder.name for folder in (run / "samples").iterdir()}
+    assert names == {"ddim-2-seed-0", "ddim-2-model-ema-0.1-seed-0", "ddim-2-float32-seed-0"}
 
 
 def test_resume_after_an_interrupt(run, call, monkeypatch, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shlex
@@ -78,8 +77,6 @@ def example_prompt(data: Dataset) -> str:
 
 
 def slug(prompts: Sequence[str]) -> list[str]:
-    """Words for the name of a folder: the prompts, shortened and with a digest where they do not fit."""
-    text = re.sub(r"[^\w]+", "-", "-".join(prompt or "none" for prompt in prompts)).strip("-")
-    if not prompts or (len(prompts) == 1 and len(text) <= MAX_SLUG):
-        return [text] if text else []
-    return [text[:MAX_SLUG].strip("-"), hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:6]]
+    """A word for the name of a folder, none without prompts: the prompts, shortened and without punctuation."""
+    text = re.sub(r"[^\w]+", "-", "-".join(prompt or "none" for prompt in prompts))
+    return [word] if (word := text.strip("-")[:MAX_SLUG].strip("-")) else []

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -47,8 +44,8 @@ from undiffuse.cli.prompt_options import (
     Prompts,
     prompt_condition,
     read_prompts,
-    slug,
 )
+from undiffuse.cli.sample_names import folder_name, model_words
 from undiffuse.cli.sampler_options import (
     DEFAULT_QUALITY,
     QUALITIES,
@@ -58,7 +55,7 @@ from undiffuse.cli.sampler_options import (
 )
 from undiffuse.errors import counted
 from undiffuse.runtime.device import CPU_BATCH, MAX_GPU_BATCH, default_batch, halve_while_out_of_memory
-from undiffuse.sampling.sampler import CLASSIFIER_FORMS, THRESHOLDS, Sampler, guidance_changes
+from undiffuse.sampling.sampler import CLASSIFIER_FORMS, THRESHOLDS, Sampler
 from undiffuse.sampling.solvers import SOLVERS
 from undiffuse.sampling.tables import SPACINGS
 
@@ -68,8 +65,8 @@ if TYPE_CHECKING:
 
 MIN_FILE_BYTES = 4096
 """What an image file takes on a disk at least."""
-MAX_ANIMATED, MAX_NAME_BYTES = 16, 120
-"""The most samples in an animation, and the longest default name of a folder in UTF-8."""
+MAX_ANIMATED = 16
+"""The most samples in an animation."""
 
 
 def sample(
@@ -214,9 +211,10 @@ def sample(
     plan |= {"prompt": texts, "negative": negative} if texts or negative is not None else {}
     plan |= {"augmentation": noise} if then else {}
     if out is None:
-        words = [*labels, *slug(texts), *slug([negative] if negative else []), *stage_words(then, augmentation)]
+        others = [*stage_words(then, augmentation), *model_words(run, precision)]
         used = [path for path in files.values() if path]
-        out = run_folder(run) / "samples" / _folder_name(sampler, words, used, seed)
+        name = folder_name(sampler, seed, labels, texts, negative, others, used, then or ())
+        out = run_folder(run) / "samples" / name
     num_values, columns = model.info.get("num_values"), model.info.get("columns", ())
     folder = SampleFolder(out, plan, model.item_shape, num_values, columns)
     sample_bytes = model.dims * bytes_per_value(num_values) + MIN_FILE_BYTES * folder.is_image
@@ -308,26 +306,6 @@ def _draw(
     if cascade and parts:
         for stage, title in enumerate(titles):
             log(f"{title}: {cascade.stage_sampler(stage, sampler)} in {steps[stage]} steps, {seconds[stage]:.1f} s")
-
-
-def _folder_name(sampler: Sampler, labels: list[str], files: list[Path], seed: int) -> str:
-    """A name that lists the sampler, labels and files, leaving out what has its default, at most `MAX_NAME_BYTES` long.
-
-    A digest tells apart what else would have the same name.
-    """
-    spacing = [] if sampler.spacing == "uniform" else [sampler.spacing]
-    words = [*str(sampler).split(), str(sampler.given_steps), *spacing, *labels]
-    words += [f"{name}-{value}" for name, value in guidance_changes(sampler).items()]
-    words += [path.stem for path in files]
-    text, end = "-".join(words), f"-seed-{seed}"
-    name = re.sub(r"[^\w.+-]+", "-", text)
-    room = MAX_NAME_BYTES - len(end)
-    if files or len(name.encode()) > room or any(re.search(r"[^\w.+-]", label) for label in labels):
-        full = "\0".join([text, *map(os.path.abspath, files)]).encode(errors="backslashreplace")
-        digest = hashlib.sha256(full).hexdigest()[:6]
-        kept = name.encode()[: room - 7].decode(errors="ignore")
-        name = f"{kept}-{digest}"
-    return (name + end).strip("-.")
 
 
 def _sha256(path: Path) -> str:
