@@ -152,6 +152,22 @@ def test_a_third_kind_has_checkpointing_and_a_classifier(tmp_path, kinds):
     torch.testing.assert_close(log_p.exp().sum(1), torch.ones(2))
 
 
+class Tied(Own):
+    """Two layers with the same weights."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels)
+        self.layers[1].weight = self.layers[0].weight
+
+
+def test_tied_weights_are_trained_and_stay_tied(tmp_path):
+    run = train(CONFIG, DATA, tmp_path / "run", network=Tied)
+    network = undiffuse.load(run, network=Tied).network
+    assert torch.equal(network.layers[0].weight, network.layers[1].weight)
+    assert network.layers[0].weight is network.layers[1].weight
+    train(replace(CONFIG, train=replace(CONFIG.train, max_steps=4)), DATA, run, network=Tied, force=True)  # resumes
+
+
 def test_a_categorical_output_and_a_learned_variance_set_the_output_channels():
     config = ModelConfig(output="categorical", loss="hybrid", variance="learned", chain_length=5)
     model = Diffusion(config, (1, 4, 4), IntegerLevels(5), network=Own)

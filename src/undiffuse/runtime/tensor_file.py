@@ -27,7 +27,12 @@ NAME_MODEL = "Name a run folder or a .safetensors file"
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """The sha256 of the safetensors file that it writes, whose metadata also hold the `digest`. See `write_atomic`."""
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored, seen = {}, set()
+    for name, tensor in tensors.items():
+        stored[name] = tensor.detach().cpu().contiguous()
+        if (place := stored[name].untyped_storage().data_ptr()) in seen:  # tied weights; safetensors stores none
+            stored[name] = stored[name].clone()
+        seen.add(place)
     content = save(stored, {**metadata, "sha256": digest(stored, metadata)})
     write_atomic(path, content)
     return hashlib.sha256(content).hexdigest()
