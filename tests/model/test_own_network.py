@@ -18,6 +18,7 @@ from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
 from undiffuse.networks import registry
 from undiffuse.networks.condition import Condition
+from undiffuse.runtime.tensor_file import read_tensors
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.training.diffusion_task import fit_diffusion as fit
 
@@ -166,6 +167,27 @@ def test_tied_weights_are_trained_and_stay_tied(tmp_path):
     assert torch.equal(network.layers[0].weight, network.layers[1].weight)
     assert network.layers[0].weight is network.layers[1].weight
     train(replace(CONFIG, train=replace(CONFIG.train, max_steps=4)), DATA, run, network=Tied, force=True)  # resumes
+
+
+class Normed(nn.Module):
+    """A batch norm, and features that it keeps, to look at them."""
+
+    def __init__(self, channels: int, out_channels: int, dims: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(channels, 4) if dims == 0 else nn.Conv2d(channels, 4, 1)
+        self.norm = nn.BatchNorm1d(4) if dims == 0 else nn.BatchNorm2d(4)
+        self.last = nn.Linear(4, out_channels) if dims == 0 else nn.Conv2d(4, out_channels, 1)
+
+    def forward(self, x, time, cond=None):
+        self.features = torch.tanh(self.norm(self.first(x)))
+        return self.last(self.features)
+
+
+@pytest.mark.parametrize("data", [DATA, from_array(VALUES[:, 0, 0, :2] / 5, name="table")], ids=["images", "table"])
+def test_a_batch_norm_counts_the_steps_alone(tmp_path, data):
+    run = train(CONFIG, data, tmp_path / "run", network=Normed)
+    tensors, _ = read_tensors(run / "checkpoints" / "step-00000003" / "network.safetensors")
+    assert int(tensors["network.norm.num_batches_tracked"]) == 3
 
 
 def test_a_categorical_output_and_a_learned_variance_set_the_output_channels():

@@ -97,8 +97,8 @@ def error_of(path: Path) -> str:
     """The error of reading the recipe and building its model."""
     try:
         recipe = read(path, presets.get("digits"))
-        model, x = Diffusion(recipe.model, (1, 8, 8), IntegerLevels(256)), torch.zeros(2, 1, 8, 8)
-        check_memory(model, lambda n: model.loss(x[:n].byte(), torch.full((n,), 0.5), x[:n], x[:n]), recipe.train)
+        model, x = Diffusion(recipe.model, (1, 8, 8), IntegerLevels(256)), torch.zeros(3, 1, 8, 8)
+        check_memory(model, lambda m, n: m.loss(x[:n].byte(), torch.full((n,), 0.5), x[:n], x[:n]), recipe.train)
     except ConfigError as error:
         return str(error)
     pytest.fail("this recipe would have been trained")

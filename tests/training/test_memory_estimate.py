@@ -85,7 +85,7 @@ def saved_bytes(loss, model, items):
         ({"kind": "mlp", "width": 16, "depth": 2}, (3,), Identity()),
     ],
 )
-def test_two_items_predict_the_activations_of_a_batch(network, shape, transform):
+def test_three_items_predict_the_activations_of_a_batch(network, shape, transform):
     model = Diffusion(ModelConfig(network=network), shape, transform)
     loss = loss_of(model, network)
     state, weights = torch.random.get_rng_state(), [p.clone() for p in model.parameters()]
@@ -116,10 +116,10 @@ def test_the_check_refuses_exactly_what_does_not_fit(monkeypatch):
     ):
         need = weights + 1000 * settings.batch + (8000 + 12_000) * items
         monkeypatch.setattr(memory_estimate, "available_memory", lambda need=need: need)
-        check_memory(model, model.loss, settings, processes)
+        check_memory(model, Tanh.loss, settings, processes)
         monkeypatch.setattr(memory_estimate, "available_memory", lambda need=need: need - 1)
         with pytest.raises(ConfigError, match=r"needs at least .* may be used here\. Give a smaller") as caught:
-            check_memory(model, model.loss, settings, processes)
+            check_memory(model, Tanh.loss, settings, processes)
         assert caught.value.where == ("model.network" if items == 1 else f"train.batch = {settings.batch:,}")
 
 
@@ -151,7 +151,7 @@ def test_memory_with_muon_is_that_of_its_moments(monkeypatch):
     n = sum(p.numel() for p in network.parameters())
     monkeypatch.setattr(memory_estimate, "measure_activations", lambda *arguments: items.append(arguments[-1]) or 0)
     monkeypatch.setattr(memory_estimate, "available_memory", lambda: 10**9)
-    check_memory(model, lambda n: torch.zeros(n), settings)
+    check_memory(model, lambda m, n: torch.zeros(n), settings)
     assert items == [10**9 - (4 * n * 5 + moments)]
 
 

@@ -274,9 +274,9 @@ def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator)
 
     read = task.reader(model, data, split, None)
 
-    def loss(items: int) -> Tensor:
+    def loss(trial: Any, items: int) -> Tensor:
         batch = global_batch(data, split.train, replace(settings, batch=items, accumulate=1), 0, read)
-        return task.loss(model, batch.take(slice(items), device), model.network)
+        return task.loss(trial, batch.take(slice(items), device), trial.network)
 
     check_memory(model, loss, settings, accelerator.num_processes)
     return model

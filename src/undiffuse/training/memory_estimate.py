@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +22,11 @@ VALUE_BYTES, PASS_BYTES = 1, 2 * FLOAT_BYTES
 """Bytes of a value in a batch, at least, and of its noise and the network's output, which a pass has for its items."""
 
 
-def check_memory(model: Any, loss: Callable[[int], Tensor], settings: TrainConfig, processes: int = 1) -> None:
+def check_memory(model: Any, loss: Callable[[Any, int], Tensor], settings: TrainConfig, processes: int = 1) -> None:
     """Raise `ConfigError` if weights, batch and activations need more memory than is available.
 
-    ``loss`` computes the losses of so many items. On other devices than the CPU only the values are checked.
+    ``loss`` computes the losses of a model, a copy of ``model``, and so many items: a pass may move the buffers of a
+    network, such as those of a batch norm. On other devices than the CPU only the values are checked.
     """
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())  # a learned schedule is there in any case
     one_moment = sum(p.numel() for p in block_matrices(model.network)) if settings.optimizer == "muon" else 0
@@ -33,19 +36,21 @@ def check_memory(model: Any, loss: Callable[[int], Tensor], settings: TrainConfi
     batch = dims * (VALUE_BYTES * settings.batch + PASS_BYTES * items * on_cpu)
     _require(settings, weights, batch, "Give a smaller batch")
     if on_cpu:
-        activations = measure_activations(model, loss, items, available_memory() - weights)
+        trial = deepcopy(model)
+        activations = measure_activations(trial, partial(loss, trial), items, available_memory() - weights)
         fix = "Give a smaller batch, a larger train.accumulate or a smaller network"
         _require(settings, weights, batch + activations, fix)
 
 
 def measure_activations(model: nn.Module, loss: Callable[[int], Tensor], items: int, limit: float = math.inf) -> float:
-    """Bytes that a forward pass of ``items`` keeps for the backward pass, extrapolated from one item and two.
+    """Bytes that a forward pass of ``items`` keeps for the backward pass, extrapolated from two items and three.
 
+    A pass of one item is made only where ``items`` is 1: a batch norm of vectors needs two.
     More than ``limit`` is reported as ``limit`` + 1 without finishing the pass. Global random numbers are not touched.
     """
     try:
-        one = _saved_bytes(model, loss, 1, limit)
-        return one if items == 1 else one + (items - 1) * (_saved_bytes(model, loss, 2, limit) - one)
+        few = _saved_bytes(model, loss, min(items, 2), limit)
+        return few if items <= 2 else few + (items - 2) * (_saved_bytes(model, loss, 3, limit) - few)
     except MemoryError:
         return limit + 1
 
