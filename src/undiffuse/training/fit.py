@@ -219,11 +219,14 @@ def choose_network(
         return network
     batch = global_batch(data, split.train, settings, progress.step, read)
 
-    def gradient(form: nn.Module) -> None:
+    def gradient(form: nn.Module) -> None:  # leaves the model as it is, the statistics of a batch norm too
+        buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
         try:
             compute_gradient(accelerator, state, form, batch, progress)
         finally:
             state.optimizer.zero_grad()
+            for buffer, was in buffers:
+                buffer.copy_(was)
 
     if is_first:
         form, line = compiled.choose(network, gradient, lambda: torch.accelerator.synchronize(device))
