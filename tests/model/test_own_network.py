@@ -194,6 +194,30 @@ def test_a_batch_norm_counts_the_steps_alone(tmp_path, monkeypatch, data):
     assert int(tensors["network.norm.num_batches_tracked"]) == 3
 
 
+class Masked(Own):
+    """A causal mask, and weights that start at a number."""
+
+    def __init__(self, start: float, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((2, 2), -torch.inf), persistent)
+        nn.init.constant_(self.last.weight, start)
+
+
+def test_infinite_buffers_and_weights_are_refused_before_training(tmp_path):
+    cases = (
+        (Masked(0.1, True), r"network.mask: this buffer .* register_buffer\(..., persistent=False\)"),
+        (
+            Masked(torch.nan, False),
+            "network.last.weight: this weight is NaN or infinite before the first step",
+        ),
+    )
+    for network, words in cases:
+        with pytest.raises(ConfigError, match=words):
+            train(CONFIG, DATA, tmp_path / "run", network=network)
+    assert not (tmp_path / "run").exists()
+    train(CONFIG, DATA, tmp_path / "run", network=Masked(0.1, False))
+
+
 def test_a_categorical_output_and_a_learned_variance_set_the_output_channels():
     config = ModelConfig(output="categorical", loss="hybrid", variance="learned", chain_length=5)
     model = Diffusion(config, (1, 4, 4), IntegerLevels(5), network=Own)

@@ -5,10 +5,11 @@ import random
 import shutil
 
 import pytest
+import torch
 from tiny_run import Trained, equal_states
 from torch import nn
 
-from undiffuse.errors import CheckpointError, ResourceError
+from undiffuse.errors import CheckpointError, NonFiniteError, ResourceError
 from undiffuse.training import train_state as state
 from undiffuse.training.progress import Progress
 
@@ -65,6 +66,16 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     trained.train().write(tmp_path, keep=4)
     trained.write(tmp_path)  # the same step again
     assert sorted(f.name for f in tmp_path.iterdir()) == ["step-00000006", "step-00000007"]
+
+
+def test_an_infinite_weight_is_not_written(tmp_path):
+    trained = Trained().train()
+    with torch.no_grad():
+        trained.network[0].bias[0] = torch.inf
+    for status in ("there is no checkpoint yet", "the last checkpoint is good"):
+        with pytest.raises(NonFiniteError, match=f"'0.bias' of its network is not finite.* Lower train.lr; {status}"):
+            trained.write(tmp_path)
+        Trained().train(2).write(tmp_path)
 
 
 def flip(path):

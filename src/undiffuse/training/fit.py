@@ -36,7 +36,7 @@ from undiffuse.training.initial_weights import find_initial_weights
 from undiffuse.training.lr_schedule import decay_begins, lr_factor, plan_lr_decay
 from undiffuse.training.memory_estimate import check_memory
 from undiffuse.training.monitor import Monitor
-from undiffuse.training.nonfinite import UnreadSteps, find_nonfinite, reading_waits, skip_step
+from undiffuse.training.nonfinite import UnreadSteps, find_nonfinite, reading_waits, require_finite_state, skip_step
 from undiffuse.training.progress import Progress
 from undiffuse.training.run_folder import InitialWeights, Run
 from undiffuse.training.task import Task
@@ -269,10 +269,11 @@ def adapt_task(task: Task, data: Dataset, device: torch.device) -> tuple[Task, D
 
 
 def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator) -> Any:
-    """The model on its device with random weights, checked to fit into memory. Raises `ConfigError`."""
+    """The model on its device with random weights, finite and small enough for the memory. Raises `ConfigError`."""
     settings, device = task.config.train, accelerator.device
     torch.manual_seed(settings.seed)
     model = task.build_model(data, split).to(device)
+    require_finite_state(model)
     set_checkpointing(to_fast_layout(model.network), settings.checkpointing)
 
     read = task.reader(model, data, split, None)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from undiffuse.data.dataset import Dataset
-from undiffuse.errors import NonFiniteError, counted, printable
+from undiffuse.errors import ConfigError, NonFiniteError, counted, printable
 from undiffuse.model.config import TrainConfig
 from undiffuse.training.batches import batch_items
 from undiffuse.training.distributed import full_tensor, local_shard
@@ -121,7 +121,7 @@ def skip_step(problem: NonFinite, names: np.ndarray, progress: Progress, setting
     progress.skipped_in_a_row += 1
     if settings.on_nonfinite == "stop" or progress.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
         retry = "skip such steps (--on-nonfinite skip)" if progress.skipped_in_a_row == 1 else "train in float32"
-        fix = f"Look at these items, lower train.lr or {retry}; {_checkpoint_status(folder)}"
+        fix = f"Look at these items, lower train.lr or {retry}; {checkpoint_status(folder / 'checkpoints')}"
         raise NonFiniteError("NON_FINITE", folder, f"{cause}: {listed}", fix)
     return f"step skipped: {cause}: {listed}"
 
@@ -136,9 +136,22 @@ def _weights_error(model: nn.Module, step: int, folder: Path) -> NonFiniteError:
     weights = model.named_parameters()
     name = next((n for n, weight in weights if not bool(torch.isfinite(local_shard(weight)).all())), None)
     cause = f"weights are not finite after step {step}: {name or 'their norm overflows'}"
-    return NonFiniteError("NON_FINITE", folder, cause, f"Lower train.lr; {_checkpoint_status(folder)}")
+    return NonFiniteError("NON_FINITE", folder, cause, f"Lower train.lr; {checkpoint_status(folder / 'checkpoints')}")
 
 
-def _checkpoint_status(folder: Path) -> str:
-    """Whether the run can be resumed, as a clause."""
-    return "the last checkpoint is good" if checkpoint_folders(folder / "checkpoints") else "there is no checkpoint yet"
+def checkpoint_status(checkpoints: Path) -> str:
+    """Whether the run of the folder ``checkpoints`` can be resumed, as a clause."""
+    return "the last checkpoint is good" if checkpoint_folders(checkpoints) else "there is no checkpoint yet"
+
+
+def require_finite_state(model: nn.Module) -> None:
+    """Raise `ConfigError` for the first weight or buffer that is NaN or infinite: no checkpoint stores it."""
+    weights = dict(model.named_parameters())
+    for name, tensor in model.state_dict().items():
+        if torch.isfinite(tensor).all():
+            continue
+        cause, fix = "this weight is NaN or infinite before the first step", "Correct how the network initializes it"
+        if name not in weights:
+            cause = "this buffer of the network holds NaN or infinite values, and checkpoints store none"
+            fix = "Leave it out of checkpoints: register_buffer(..., persistent=False)"
+        raise ConfigError("NETWORK", name, cause, fix)

@@ -26,6 +26,7 @@ from undiffuse.runtime.atomic_file import file_digest, fsync_folder, write_atomi
 from undiffuse.runtime.tensor_file import check_tensors, read_tensors, write_tensors
 from undiffuse.training.distributed import distribute_like, gather_full, shard_network
 from undiffuse.training.ema import PowerEMA
+from undiffuse.training.nonfinite import checkpoint_status
 from undiffuse.training.optimizer import has_moment, make_optimizer
 from undiffuse.training.posthoc_ema import EMASnapshots
 from undiffuse.training.progress import Progress
@@ -104,7 +105,7 @@ def write_checkpoint(
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 cause = f"{name!r} of its {part} is not finite, so it is not written"
-                fix = "Lower train.lr; the last checkpoint is good"
+                fix = f"Lower train.lr; {checkpoint_status(folder)}"
                 raise NonFiniteError("NON_FINITE", final, cause, fix)
     try:
         _discard(partial)
