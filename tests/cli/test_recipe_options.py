@@ -20,7 +20,7 @@ KINDS = {"diffusion": (Config, Config), "autoencoder": (AutoencoderRecipe, lambd
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "recipe.toml"
-    path.write_text("[train]\nlr = 0.002\nbatch = 4\nmax_steps = 7\n")
+    path.write_text("[train]\nlr = 0.002\nbatch = 4\nmax_steps = 7\nseed = 5\n")
     return path
 
 
@@ -28,14 +28,16 @@ def file(tmp_path):
 def test_an_option_comes_before_the_file_and_the_file_before_the_preset(kind, base, file):
     recipe, as_begun = RecipeOptions(lr=0.01, config=file).recipe(NEW, DATA, kind, base)
     train = recipe.train
-    assert (as_begun, train.lr, train.batch, train.max_steps, train.minutes, train.seed) == (False, 0.01, 4, 7, None, 0)
+    assert (as_begun, train.lr, train.batch, train.max_steps, train.minutes, train.seed) == (False, 0.01, 4, 7, None, 5)
     assert RecipeOptions(minutes=3.0, config=file).recipe(NEW, DATA, kind, base)[0].train.minutes == 3
     assert RecipeOptions(minutes=3.0, config=file).recipe(NEW, DATA, kind, base)[0].train.max_steps is None
     items = len(DATA.split(train.held_out).train)
     of_epochs = RecipeOptions(epochs=2.0, config=file).recipe(NEW, DATA, kind, base)[0].train.max_steps
     assert of_epochs == -(-2 * items // 4)
+    assert RecipeOptions(seed=0, config=file).recipe(NEW, DATA, kind, base)[0].train.seed == 0
     plain = RecipeOptions().recipe(NEW, DATA, kind, base, default_minutes=5.0, on_nonfinite="skip")[0].train
     assert (plain.minutes, plain.max_steps, plain.on_nonfinite, plain.lr) == (5, None, "skip", base().train.lr)
+    assert plain.seed == 0
 
 
 @pytest.mark.parametrize(("kind", "base"), KINDS.values(), ids=KINDS)

@@ -77,7 +77,7 @@ class RecipeOptions:
         else:
             recipe = base() if self.config is None else configs.read(self.config, base())
             given = {name: value for name in ("batch", "lr", "seed") if (value := getattr(self, name)) is not None}
-            recipe = configs.replace_train(recipe, **{"seed": 0, **given})
+            recipe = configs.replace_train(recipe, **given)
             recipe = self._with_length(recipe, dataset, default_minutes)
         if on_nonfinite is not None:
             recipe = configs.replace_train(recipe, on_nonfinite=on_nonfinite)

@@ -80,7 +80,7 @@ def train(
     epochs: Epochs = None,
     batch: Batch = None,
     lr: LearningRate = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; 0 if not given.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; default that of --config or 0.")] = None,
     device: Device = "auto",
     preset: Annotated[
         str | None,

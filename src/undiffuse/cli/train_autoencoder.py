@@ -60,7 +60,7 @@ def train_autoencoder(
     epochs: Epochs = None,
     batch: Batch = None,
     lr: LearningRate = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; 0 if not given.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; default that of --config or 0.")] = None,
     device: Device = "auto",
     config: Annotated[
         Path | None, typer.Option(help="A TOML file with tables [model] and [train], which override the recipe.")

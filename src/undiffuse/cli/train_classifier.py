@@ -47,7 +47,7 @@ def train_classifier(
     epochs: Epochs = None,
     batch: Batch = None,
     lr: LearningRate = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; 0 if not given.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; default that of --config or 0.")] = None,
     device: Device = "auto",
     preset: Annotated[
         str | None,
