@@ -14,9 +14,9 @@ NET = """
 from torch import nn
 
 class Net(nn.Module):
-    def __init__(self, channels, out_channels, classes=0):
+    def __init__(self, channels, out_channels, classes=0, side=3):
         super().__init__()
-        self.layer = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.layer = nn.Conv2d(channels, out_channels, side, padding=side // 2)
 
     def forward(self, x, time, cond=None):
         return self.layer(x) + time[:, None, None, None] / 100
@@ -51,6 +51,16 @@ def test_a_class_in_a_file_is_trained_and_inspected(folder, capsys):
     assert "Give the class: load(path, network=Net), or --network FILE.py:Net" in capsys.readouterr().err
     assert main(["inspect", "run", "--network", "net.py:Net"]) == 0
     assert re.search(r"network +Net", capsys.readouterr().out)
+
+
+def test_a_table_without_a_kind_sets_the_settings_of_the_class(folder, capsys):
+    train = "train data.npy --num-values 5 --out run --steps 1 --device cpu --network net.py:Net --config my.toml"
+    (folder / "my.toml").write_text("[train]\npreviews = 0\n[model.network]\nsid = 5")
+    assert main(train.split()) == 2
+    assert "network.sid: a network of kind 'Net' has no such setting" in capsys.readouterr().err
+    (folder / "my.toml").write_text("[train]\npreviews = 0\n[model.network]\nside = 5")
+    assert main(train.split()) == 0
+    assert checkpoint.load("run").config.network == {"kind": "Net", "side": 5}
 
 
 READING = ["sample run", "evaluate run data.npy", "inspect run"]

@@ -119,8 +119,10 @@ def test_settings_of_a_configuration_are_kept_for_their_own_kind():
     settings = {"kind": "Plain", "width": 7}
     assert network_settings(Plain, settings) == settings
     assert network_settings(Declaring, settings) == {"kind": "Declaring"}
+    assert network_settings(Plain, {"width": 7}) == {"width": 7, "kind": "Plain"}
     assert network_settings(Plain(1), {"kind": "unet", "widths": [8]}) == {"kind": "Plain"}
     assert network_settings(Declaring(1, 5, 4), settings) == {"kind": "Declaring", "width": 5, "classes": 4}
+    assert network_settings(Declaring(1, 5), {"width": 5}) == {"kind": "Declaring", "width": 5}
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,7 @@ def test_settings_of_a_configuration_are_kept_for_their_own_kind():
     [
         (Plain(1), {"kind": "Plain", "classes": 3}, "the condition 'classes' of size 3"),
         (Declaring(classes=4), {"kind": "Declaring", "classes": 3}, "the condition 'classes' of size 3"),
+        (Declaring(width=4), {"width": 3}, "the setting 'width' is for a class, and this network is built already"),
         (Declaring(width=torch.tensor(3)), {}, "its settings are not plain data"),  # type: ignore[arg-type]
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,6 +125,7 @@ def train(
     from undiffuse.interop.autoencoders import load_autoencoder
     from undiffuse.model import presets
     from undiffuse.model.config import Config, replace_train
+    from undiffuse.networks.registry import network_settings
     from undiffuse.training import initial_weights
     from undiffuse.training.diffusion_task import fit_diffusion
 
@@ -146,6 +148,9 @@ def train(
 
     def base() -> Config:
         chosen = presets.get(name) if loaded is None else presets.of_latents(presets.get(name))
+        if network_class is not None:  # so that the file's [model.network] sets its settings
+            own = network_settings(network_class, chosen.model.network)
+            chosen = replace(chosen, model=replace(chosen.model, network=own))
         if init is None or preset is not None:
             return chosen
         return initial_weights.recipe_of(init, dataset, chosen.train, conditional, network_class, run)

@@ -58,16 +58,20 @@ def names_of(network: nn.Module | type[nn.Module]) -> list[str]:
 
 
 def network_settings(network: nn.Module | type[nn.Module], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``settings`` of a configuration, if they are of the kind of ``network``, else its kind alone.
+    """``settings`` of a configuration, if they are of the kind of ``network`` or name none, else its kind alone.
 
     An instance adds what it declares. Raises `ConfigError` where this is no plain data, or where ``settings`` contain
-    a condition that the instance does not declare.
+    a condition that the instance does not declare, or name no kind and are not those of the instance.
     """
     kind = kind_of(network)
-    chosen = dict(settings) if settings.get("kind") == kind else {"kind": kind}
+    chosen = {"kind": kind, **settings} if settings.get("kind", kind) == kind else {"kind": kind}
     if isinstance(network, type):
         return chosen
     declared = dict(getattr(network, "settings", None) or {})
+    for name in settings if "kind" not in settings else ():
+        if name not in CONDITION_SETTINGS and settings[name] != declared.get(name):
+            cause = f"the setting {name!r} is for a class, and this network is built already"
+            raise ConfigError("NETWORK", kind, cause, "Give the class, or leave the setting out")
     declared |= {name: size for name, size in (getattr(network, "condition_sizes", None) or {}).items() if size}
     for name in CONDITION_SETTINGS:
         if chosen.get(name, 0) != declared.get(name, 0) and name in chosen:
