@@ -1,5 +1,6 @@
 """A network of the user's own: trained, saved, loaded and sampled, as an instance, a class and a registered kind."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -83,10 +84,13 @@ def samples(model, **settings):
 def test_an_instance_is_trained_saved_loaded_and_sampled(tmp_path):
     torch.manual_seed(0)
     network = Own(width=5)
-    before = network.first.weight.detach().clone()
+    before = deepcopy(network.state_dict())
     run = train(CONFIG, DATA, tmp_path / "run", network=network)
-    assert not torch.equal(network.first.weight, before)
+    started = train(CONFIG, DATA, tmp_path / "started", network=network, init=run)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     model = undiffuse.load(run, network=Own(width=5))
+    assert not torch.equal(model.network.first.weight, before["first.weight"])
+    assert not torch.equal(undiffuse.load(started, network=Own(width=5)).network.first.weight, before["first.weight"])
     assert model.config.network == {"kind": "Own"}
     assert samples(model).shape == (3, 1, 4, 4)
     undiffuse.save(model, tmp_path / "again.safetensors")
@@ -203,7 +207,7 @@ class Masked(Own):
         nn.init.constant_(self.last.weight, start)
 
 
-def test_infinite_buffers_and_weights_are_refused_before_training(tmp_path):
+def test_what_cannot_be_stored_or_copied_is_refused_before_training(tmp_path):
     cases = (
         (Masked(0.1, True), r"network.mask: this buffer .* register_buffer\(..., persistent=False\)"),
         (
@@ -211,7 +215,9 @@ def test_infinite_buffers_and_weights_are_refused_before_training(tmp_path):
             "network.last.weight: this weight is NaN or infinite before the first step",
         ),
     )
-    for network, words in cases:
+    kept = Normed(1, 1, 2)
+    kept(torch.zeros(2, 1, 4, 4), torch.zeros(2))
+    for network, words in (*cases, (kept, "Normed: it cannot be copied.*Give its class")):
         with pytest.raises(ConfigError, match=words):
             train(CONFIG, DATA, tmp_path / "run", network=network)
     assert not (tmp_path / "run").exists()

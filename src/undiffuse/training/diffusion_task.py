@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,10 @@ def fit_diffusion(
 ) -> Path:
     """Train a diffusion model on ``data`` into the run folder ``out``, which is returned; `undiffuse.fit`.
 
-    An unfinished run in ``out`` is resumed. ``network`` is a network of your own, or its class, in place of the one
-    that ``config`` describes (`undiffuse.networks.protocol`). With an ``autoencoder`` the model is one of its latents;
-    a resumed run finds the one that it began with. ``loggers`` are names of `undiffuse.training.loggers.LOGGERS`, which
-    get the records too. The rest as in `undiffuse.training.fit.fit`.
+    An unfinished run in ``out`` is resumed. ``network`` is a network of your own, which is copied, or its class, in
+    place of the one that ``config`` describes (`undiffuse.networks.protocol`). With an ``autoencoder`` the model is one
+    of its latents; a resumed run finds the one that it began with. ``loggers`` are names of
+    `undiffuse.training.loggers.LOGGERS`, which get the records too. The rest as in `undiffuse.training.fit.fit`.
     """
     if autoencoder is None and config.model.autoencoder:
         autoencoder = stored_autoencoder(Path(out))
@@ -87,7 +88,7 @@ def fit_diffusion(
 
 @dataclass
 class DiffusionTask(Task):
-    """Train the recipe ``config``, with ``network`` in place of the one that it describes if given.
+    """Train the recipe ``config``, with a copy of ``network`` in place of the one that it describes if given.
 
     With an ``autoencoder`` the model is one of its latents. ``start`` is the model whose weights a run starts from
     (`undiffuse.training.initial_weights`), with its path.
@@ -148,7 +149,7 @@ class DiffusionTask(Task):
         else:
             transform = fitted_transform(data, split)
         facts = data_facts(data, settings)
-        model = Diffusion(self.config.model, data.item_shape, transform, facts, self.network)
+        model = Diffusion(self.config.model, data.item_shape, transform, facts, self._copied_network())
         if model.condition_sizes.keys() - {"image"} and not settings.conditional:
             model.info["conditional"] = False  # a network that started from another model's may accept conditions
             if self.start is not None and "classes" in model.condition_sizes:
@@ -245,7 +246,16 @@ class DiffusionTask(Task):
         checkpoint.save(model, path)
 
     def load(self, path: Path) -> Diffusion:
-        return checkpoint.load(path, network=self.network)
+        return checkpoint.load(path, network=self._copied_network())
+
+    def _copied_network(self) -> nn.Module | type[nn.Module] | None:
+        """A copy of a network of the user's own, which training leaves as it is. Raises `ConfigError`."""
+        try:
+            return deepcopy(self.network)
+        except (RuntimeError, TypeError) as error:
+            cause = f"it cannot be copied, and a copy is trained ({error})"
+            fix = "Give its class, or a network that keeps no tensor of a forward pass"
+            raise ConfigError("NETWORK", type(self.network).__name__, cause[:300], fix) from None
 
     def _bounds(
         self, model: Diffusion, data: Dataset, parts: Sequence[np.ndarray], mc_samples: int, limit: TimeLimit
