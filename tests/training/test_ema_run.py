@@ -1,19 +1,23 @@
 """Snapshots of averages during a run, also one that is stopped and resumed."""
 
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from undiffuse.data.from_array import from_array
 from undiffuse.model.checkpoint import load, save
 from undiffuse.model.config import Config, ModelConfig, TrainConfig, replace_train
+from undiffuse.networks import registry
 from undiffuse.runtime.signals import Interrupted
 from undiffuse.runtime.tensor_file import read_tensors
 from undiffuse.training import posthoc_ema as profiles
 from undiffuse.training.diffusion_task import fit_diffusion
 from undiffuse.training.monitor import Monitor
+from undiffuse.training.run_folder import Run
 
 DATA = from_array(np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32), name="vectors")
 CONFIG = Config(
@@ -55,6 +59,32 @@ def test_snapshots_are_evenly_spaced_and_the_last_is_the_model(tmp_path):
     none = train(replace_train(CONFIG, snapshots=0), tmp_path / "none")
     assert not (none / "snapshots").exists()
     assert same({"": load(none).state_dict()}, {"": model.state_dict()})
+
+
+class Counting(nn.Module):
+    """Weights in bfloat16, and buffers that are no real numbers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(channels, channels, dtype=torch.bfloat16)
+        self.register_buffer("calls", torch.tensor(0))
+        self.register_buffer("order", torch.tensor([2, 0, 1]))
+        self.register_buffer("mask", torch.tensor([True, False]))
+
+    def forward(self, x, time, cond=None):
+        self.calls += self.training
+        return self.layer(x[:, self.order])
+
+
+def test_averages_of_integers_and_bools_are_rounded(tmp_path, monkeypatch):
+    monkeypatch.setitem(registry.NETWORKS, "counting", Counting)
+    config = replace(CONFIG, model=replace(CONFIG.model, network={"kind": "counting"}))
+    run = Run(train(config, tmp_path / "run"))
+    for length in (0.05, 0.08, 0.12):
+        network = profiles.with_ema_length(run, length)[0].network
+        assert (network.order.tolist(), network.mask.tolist()) == ([2, 0, 1], [True, False])
+        assert (network.calls.dtype, network.layer.weight.dtype) == (torch.int64, torch.bfloat16)
+        assert 9 <= int(network.calls) <= 12
 
 
 def test_a_stopped_run_has_the_same_snapshots(tmp_path, monkeypatch):

@@ -222,10 +222,17 @@ def with_ema_length(run: Run, length: float, device: str = "cpu") -> tuple[Diffu
     """
     model = _load(run, device)
     tensors, step, error = reconstruct_average(run.snapshots, length, run.id)
-    check_tensors(run.snapshots, model.state_dict(), tensors)
+    own = model.state_dict()
+    tensors = {name: _in_dtype(t, own[name].dtype if name in own else t.dtype) for name, t in tensors.items()}
+    check_tensors(run.snapshots, own, tensors)
     model.load_state_dict(tensors)
     model.info |= {"steps": step, "ema": length, "ema_error": error}
     return model, error
+
+
+def _in_dtype(average: Tensor, dtype: torch.dtype) -> Tensor:
+    """``average`` in the type of the tensor that it is of; that of integers or bools, such as counts, is rounded."""
+    return average.to(dtype) if dtype.is_floating_point or dtype.is_complex else average.round().to(dtype)
 
 
 def reachable_lengths(run: Run) -> list[float]:
