@@ -1,5 +1,6 @@
 """Distillation of tiny models: the run stops and resumes like any other, and its model samples with few calls."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -129,6 +130,14 @@ def test_the_loss_has_the_gap_of_the_part_of_the_run(pairs, teacher, monkeypatch
         on_data = r.broadcast_like(x_t).alpha * teacher.transform.to_model(batch.values)
         on_data = on_data + r.broadcast_like(x_t).sigma * batch.eps
         assert torch.allclose(x_r, on_data, rtol=0, atol=1e-5) == (pairs == "data")
+
+
+def test_the_dropout_of_the_teacher_is_not_used(teacher):
+    """A teacher that was trained in the same program is in training mode."""
+    task = distillation_task.distillation_task(deepcopy(teacher).train(), SETTINGS).adapt(DATA, SETTINGS)
+    batch = global_batch(DATA, DATA.split(0.2).train, task.config.train, 0)
+    student = task.build_model(DATA, DATA.split(0.2)).eval()
+    assert torch.equal(*(task.loss(student, batch, student.network) for _ in range(2)))
 
 
 def test_the_facts_about_the_data_are_those_of_the_distillation(teacher, tmp_path, monkeypatch):

@@ -262,7 +262,8 @@ class DistillationTask(Task):
         return flow_map_loss(error) + item_mean(slope_error**2)
 
     def _teacher_denoiser(self, device: torch.device) -> Denoiser:
-        return self.teacher.to(device).sampling_denoiser(Sampler(guidance=self.config.guidance))
+        """That of the teacher in evaluation mode: its dropout would be noise in what the student learns."""
+        return self.teacher.to(device).eval().sampling_denoiser(Sampler(guidance=self.config.guidance))
 
     def reader(self, model: Diffusion, data: Dataset, split: Split, folder: Path | None) -> Reader:
         return reader_of(model, None, data, split.train, self.config.train, folder)
