@@ -15,6 +15,7 @@ from undiffuse.denoising.guidance import Autoguided, ClassifierFree, ClassifierG
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.model import checkpoint
 from undiffuse.model import noisy_classifier as classifiers
+from undiffuse.model.cascade import Cascade
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.latent import LatentTransform
@@ -167,12 +168,14 @@ def test_latents_are_alike_up_to_the_rounding_of_their_moments():
 
 def test_guidance_of_a_model_that_was_distilled_with_guidance():
     """A line if both scales differ from 1, else none: `distill --guidance` has made the first part of the weights."""
-    distilled = model(3)
+    distilled, cascade = model(3), object.__new__(Cascade)
+    cascade.models = [distilled, model(3)]
     for baked, scale, lines in ((3.0, 2.0, 1), (3.0, 1.0, 0), (1.0, 2.0, 0), (None, 2.0, 0)):
         distilled.info["distilled"] = {} if baked is None else {"guidance": baked}
         said: list[str] = []
-        report_guidance_twice(distilled, Sampler(guidance=scale), said.append)
-        assert len(said) == lines
+        for whole in (distilled, cascade):
+            report_guidance_twice(whole, Sampler(guidance=scale), said.append)
+        assert len(said) == 2 * lines
         assert all("guidance 3" in line and "--guidance 2" in line for line in said)
 
 

@@ -313,6 +313,21 @@ def test_labels_reach_the_stages_that_accept_them(stages):
         Cascade(stages).sample(2, cond=cond)
 
 
+def test_a_distilled_base_has_its_own_sampler_with_the_guidance():
+    like = tiny(reduce_data(DATA, 4), classes=2)
+    base = Diffusion(replace(like.config, calls=2), like.item_shape, like.transform, like.info)
+    base.load_state_dict(like.state_dict())
+    cascade, guided = Cascade([base, tiny(split_data(DATA, 4))]), Sampler(guidance=3.0, threshold="dynamic")
+    own, cond = replace(base.default_sampler, guidance=3.0, threshold="dynamic"), Condition(label=torch.tensor([0, 1]))
+    assert [cascade.stage_sampler(0, sampler) for sampler in (None, "ddim", guided)] == [base.default_sampler] * 2 + [
+        own
+    ]
+    assert not torch.equal(cascade.sample(2, cond=cond, sampler=guided), cascade.sample(2, cond=cond))
+    plain = tiny(split_data(DATA, 4), classes=2)
+    base.info |= {"conditional": False}
+    assert Cascade([base, plain]).stage_sampler(0, Sampler(guidance=3.0)) == base.default_sampler
+
+
 def test_a_stage_that_was_trained_without_its_conditions_is_given_none():
     """Its network still accepts the labels of the model that it started from, which need not be those of the base."""
     base, top = tiny(reduce_data(DATA, 4), classes=2), tiny(split_data(DATA, 4), classes=3)

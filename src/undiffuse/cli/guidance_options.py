@@ -66,8 +66,11 @@ def class_names(model: AnyModel, classifier: Path | None = None) -> list[str]:
 
 
 def report_guidance_twice(model: AnyModel, sampler: Sampler, log: Callable[[str], None]) -> None:
-    """A line about guidance of a model that was distilled from a guided one."""
-    scale = model.info.get("distilled", {}).get("guidance", 1)
+    """A line about guidance of a model, or of the base of a cascade, that was distilled from a guided one."""
+    from undiffuse.model.cascade import Cascade
+
+    base = model.models[0] if isinstance(model, Cascade) else model
+    scale = base.info.get("distilled", {}).get("guidance", 1)
     if scale != 1 and sampler.guidance != 1:
         log(f"note: the model was distilled with guidance {scale:g}; --guidance {sampler.guidance:g} adds to it")
 

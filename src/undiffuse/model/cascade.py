@@ -30,7 +30,7 @@ from undiffuse.networks.condition import Condition
 from undiffuse.process.schedule import Schedule
 from undiffuse.process.seeded_noise import ItemNoise, generator
 from undiffuse.runtime.atomic_file import json_digest
-from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.sampler import Sampler, guidance_changes
 from undiffuse.sampling.solvers.solver import Solver
 
 DEFAULT_AUGMENTATION = 0.2
@@ -177,12 +177,17 @@ class Cascade:
         return [model.build_solver(sampler) for model in self.models][-1]
 
     def stage_sampler(self, stage: int, sampler: Sampler | str | None) -> Sampler:
-        """``sampler`` for a stage: at most the steps of its chain, without guidance if it has no condition for it."""
+        """``sampler`` for a stage: at most the steps of its chain, without guidance if it has no condition for it.
+
+        A distilled model has a sampler of its own, which gets the guidance of ``sampler``.
+        """
         model = self.models[stage]
-        if sampler is None or model.config.calls:  # a distilled model has a sampler of its own
+        if sampler is None:
             return model.default_sampler
         sampler = arguments.check_sampler(sampler, model.chain_length)
-        if sampler.times is None:
+        if model.config.calls:
+            sampler = replace(model.default_sampler, **guidance_changes(sampler))
+        elif sampler.times is None:
             num_steps = min(sampler.num_steps or model.chain_length, model.chain_length)
             sampler = replace(sampler, num_steps=num_steps)
         return sampler if _sizes(model) else replace(sampler, guidance=1.0, guidance_interval=None)
