@@ -17,7 +17,7 @@ from undiffuse.errors import CheckpointError, ConfigError, DataError, NonFiniteE
 from undiffuse.model.checkpoint import load
 from undiffuse.model.config import Config, ModelConfig, TrainConfig, replace_train
 from undiffuse.model.diffusion import Diffusion
-from undiffuse.model.presets import adapt_to_data
+from undiffuse.model.presets import PRESETS, adapt_to_data
 from undiffuse.networks.condition import Condition
 from undiffuse.runtime.signals import Interrupted, StoppedImmediately, collect_stop_signals
 from undiffuse.runtime.tensor_file import read_tensors
@@ -525,3 +525,16 @@ def test_a_table_of_beta_that_falls_is_noted_in_the_log_and_the_model():
     assert lines == [f"note: {note}"]
     assert task.build_model(data, data.split(0.2)).info["notes"][-1] == note
     assert loop.adapt_task(DiffusionTask(CONFIG), DATA, torch.device("cpu"))[2] == []
+
+
+def test_a_weight_that_the_loss_does_not_take_is_noted():
+    def notes(**model):
+        return list(DiffusionTask(replace(CONFIG, model=ModelConfig(**model))).notes())
+
+    weight = {"name": "min_snr", "limit": 1.0}
+    for loss, own in (("hybrid", "simple"), ("bound", "bound"), ("full_bound", "bound"), ("continuous", "bound")):
+        line = f"the weight 'min_snr' has no effect: the loss {loss!r} has its own, {own!r}"
+        assert notes(loss=loss, weight=weight) == [line]
+        assert notes(loss=loss) == notes(loss=loss, weight={"name": own}) == []
+    assert notes(weight=weight) == []
+    assert not any(DiffusionTask(preset).notes() for preset in PRESETS.values())

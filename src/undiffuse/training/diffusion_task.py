@@ -23,7 +23,7 @@ from undiffuse.evaluation.time_limit import TimeLimit
 from undiffuse.model import checkpoint
 from undiffuse.model.autoencoder import Autoencoder
 from undiffuse.model.build import build_part
-from undiffuse.model.config import Config, TrainConfig
+from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.latent import LatentTransform
 from undiffuse.model.presets import adapt_to_data
@@ -137,8 +137,13 @@ class DiffusionTask(Task):
         return replace(self, config=config)
 
     def notes(self) -> Sequence[str]:
-        schedule = build_part("schedule", schedules.build, self.config.model.schedule)
-        return schedule.notes if isinstance(schedule, schedules.Tabulated) else ()
+        model = self.config.model
+        schedule = build_part("schedule", schedules.build, model.schedule)
+        notes = list(schedule.notes) if isinstance(schedule, schedules.Tabulated) else []
+        chosen, own = model.weight.get("name"), "simple" if model.loss == "hybrid" else "bound"
+        if model.loss != "weighted_mse" and chosen != own and model.weight != ModelConfig().weight:
+            notes.append(f"the weight {chosen!r} has no effect: the loss {model.loss!r} has its own, {own!r}")
+        return notes
 
     def build_model(self, data: Dataset, split: Split) -> Diffusion:
         settings = self.config.train
