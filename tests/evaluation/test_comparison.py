@@ -32,6 +32,13 @@ def test_fresh_samples_reach_the_floor():
     assert "no evidence that training items are copied" in result.explanations()[-1]
 
 
+def test_other_samples_are_above_the_floor():
+    result = compare(np.minimum(FRESH + 5, 16).astype(np.uint8), DATA, metrics=["frechet", "kernel"])
+    for name, value in result.values.items():
+        assert value.value > result.floors[name].value + 8 * value.stderr
+    assert result.values["frechet"].value > result.floors["frechet"].value + 1
+
+
 def test_copies_are_detected():
     copied = RNG.choice(SPLIT.train, 150, replace=False)
     result = compare(DATA.values[copied], DATA, held_out=0.2, metrics=["nearest"])

@@ -40,11 +40,12 @@ def demo(folder: Path, minutes: float | None, console: Console) -> None:
 
     from undiffuse.data.sources.registry import load
     from undiffuse.evaluation.baselines import gaussian_mixtures, independent_pixels
-    from undiffuse.evaluation.distances import with_floor
+    from undiffuse.evaluation.comparison import compare
     from undiffuse.evaluation.process_states import forward_states, reverse_states
     from undiffuse.model import checkpoint
     from undiffuse.report import figures as pictures
     from undiffuse.report import table
+    from undiffuse.report.comparison_report import comparison_rows
     from undiffuse.report.evaluation_report import bits_figure
     from undiffuse.report.progress_bar import ProgressBar
     from undiffuse.report.sample_folder import write_samples
@@ -104,13 +105,10 @@ def demo(folder: Path, minutes: float | None, console: Console) -> None:
     table.render(rows, f"{len(held_out)} held-out digits, all {model.chain_length} steps of the chain")
     console.print("ahead: how much lower our bound is, item by item; baselines are exact, tuned on validation data")
 
-    drawn, trained, unseen = (pixels(a) for a in (samples, parts[0], parts[2]))
-    ours_apart, floor = with_floor(drawn, trained, unseen)
-    rows = [
-        {"on the raw 64 pixels": name, "Fréchet": d.frechet, "kernel": (d.kernel, d.kernel_stderr)}
-        for name, d in (("samples to held-out", ours_apart), ("training to held-out: the floor", floor))
-    ]
-    table.render(rows, f"distances at n = {floor.n}")
+    compared = compare(samples, data, metrics=("frechet", "kernel"))
+    table.render(comparison_rows(compared), f"samples and digits: n = {compared.n}, features {compared.extractor}")
+    for line in compared.explanations():
+        console.print(line)
 
     console.rule("4. look")
     for name, what in (
@@ -155,14 +153,6 @@ def extend_to_floor(data: Dataset, run: Any, console: Console) -> None:
     )
     extend(run.folder, data, minutes=longer - minutes)
     train(data, run, longer, console)
-
-
-def pixels(values: np.ndarray) -> torch.Tensor:
-    """Digits as rows of 64 numbers in [0, 1]."""
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(values.reshape(len(values), -1).astype(np.float64)) / 16
 
 
 def with_error(bits: np.ndarray) -> tuple[float, float]:

@@ -2,13 +2,12 @@
 
 Features are rows of real numbers from any extractor (an Inception network, principal components, the raw values). All
 of these numbers depend on the number of rows, the Fréchet distance strongly: a number means something only beside that
-of two sets of real items of the same size, the floor (see `with_floor`).
+of two sets of real items of the same size, the floor (see `comparison.compare`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +23,6 @@ ROUNDING = 1e-6
 """Tolerance of distances relative to the spread of the data, so that equal rows are within each other's balls."""
 CHUNK_DISTANCES = 1 << 24
 """Distances that are in memory at a time."""
-
-
-class Distances(NamedTuple):
-    """Fréchet and kernel distance of two sets of ``n`` rows each; ``kernel_stderr`` is one standard error."""
-
-    n: int
-    frechet: float
-    kernel: float
-    kernel_stderr: float
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
@@ -69,26 +59,6 @@ def kernel(a: Tensor, b: Tensor, blocks: int = 10, seed: int = 0) -> tuple[float
     pairs = zip(_blocks(a, blocks, seed), _blocks(b, blocks, seed), strict=True)
     values = torch.stack([_mmd2(x, y) for x, y in pairs])
     return mean_with_stderr(values)
-
-
-def distances(a: Tensor, b: Tensor, n: int | None = None, seed: int = 0) -> Distances:
-    """Fréchet and kernel distance of ``n`` rows of each set, chosen by ``seed``; by default all of the smaller set."""
-    n = min(len(a), len(b)) if n is None else n
-    if not 2 <= n <= min(len(a), len(b)):
-        cause = f"cannot draw {n} rows from sets of {len(a)} and {len(b)}"
-        raise DataError("FEW", "features", cause, "Give at least 2 and at most the size of the smaller set")
-    a, b = (rows[_order(len(rows), seed)[:n].to(rows.device)] for rows in (a, b))
-    return Distances(n, frechet(a, b), *kernel(a, b, blocks=min(10, n // 2), seed=seed))
-
-
-def with_floor(samples: Tensor, train: Tensor, held_out: Tensor, seed: int = 0) -> tuple[Distances, Distances]:
-    """The distances of samples from held-out rows, and the floor: those of as many training rows.
-
-    All sets (·, D) are cut to the size of the smallest. A model with the data's distribution reaches the floor, if the
-    features were not computed from these rows.
-    """
-    n = min(len(samples), len(train), len(held_out))
-    return distances(samples, held_out, n, seed), distances(train, held_out, n, seed)
 
 
 def precision(a: Tensor, b: Tensor, k: int = NEIGHBOURS) -> float:
