@@ -17,7 +17,9 @@ DATA = from_array(RNG.integers(0, 256, size=(300, 1, 8, 8)).astype(np.uint8), nu
 def test_rows():
     values = {"precision": Value(0.95, 0.05), "frechet": Value(12.3456, 0.1234)}
     floors = {"precision": Value(0.9, 0.01), "frechet": Value(1.0, 0.1)}
-    precision, frechet = comparison_rows(Comparison({}, 100, "raw", values, floors, *[None] * 4))
+    precision, frechet = comparison_rows(
+        Comparison({"data": "images"}, 100, "raw", values, floors, *[None] * 4).summary()
+    )
     assert precision == {
         "metric": "precision",
         "value": (0.95, 0.05),

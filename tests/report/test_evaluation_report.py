@@ -37,7 +37,7 @@ RESULT = EvaluationResult(
 
 
 def test_rows():
-    chain, flow, script = report.evaluation_rows(RESULT)
+    chain, flow, script = report.evaluation_rows(RESULT.summary())
     assert chain == {
         "estimate": "bound of the chain, 2 of 5 steps",
         "prior": (pytest.approx(1), pytest.approx(0)),

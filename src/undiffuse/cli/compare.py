@@ -107,7 +107,7 @@ def compare(
     }
     summary["explanations"] = result.explanations()
     title = f"{samples} and {dataset.name}: n = {result.n:,}, features {result.extractor}, ± standard error"
-    show(comparison_report.comparison_rows(result), title, **summary)
+    show(comparison_report.comparison_rows(summary), title, **summary)
     for line in result.explanations():
         console.print(line)
     if out is not None:

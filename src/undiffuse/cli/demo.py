@@ -15,7 +15,6 @@ from undiffuse.errors import counted
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from PIL.Image import Image
     from rich.console import Console
 
@@ -106,7 +105,8 @@ def demo(folder: Path, minutes: float | None, console: Console) -> None:
     console.print("ahead: how much lower our bound is, item by item; baselines are exact, tuned on validation data")
 
     compared = compare(samples, data, metrics=("frechet", "kernel"))
-    table.render(comparison_rows(compared), f"samples and digits: n = {compared.n}, features {compared.extractor}")
+    title = f"samples and digits: n = {compared.n}, features {compared.extractor}, ± standard error"
+    table.render(comparison_rows(compared.summary()), title)
     for line in compared.explanations():
         console.print(line)
 

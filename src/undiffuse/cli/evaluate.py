@@ -133,9 +133,10 @@ def evaluate(
             )
         if not first:
             return
-        rows, title = evaluation_report.evaluation_rows(result), evaluation_report.table_title(result)
-        show(rows, title, **result.summary(), explanations=result.explanations())
-        differences = evaluation_report.describe_differences(result.summary()["minus_discrete"])
+        numbers = result.summary()
+        rows, title = evaluation_report.evaluation_rows(numbers), evaluation_report.table_title(result)
+        show(rows, title, **numbers, explanations=result.explanations())
+        differences = evaluation_report.describe_differences(numbers["minus_discrete"])
         skipped = functools.partial(record_skipped, dataset) if dataset.report.skipped else None
         written = evaluation_report.write_evaluation(result, folder, skipped)
         for line in [*result.explanations(), *differences, *written]:

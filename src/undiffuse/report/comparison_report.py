@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,27 +10,17 @@ from PIL import Image
 
 from undiffuse.data.dataset import Dataset
 from undiffuse.evaluation.comparison import NEIGHBOURS, Comparison
-from undiffuse.evaluation.metrics import METRICS, Value
 from undiffuse.report.figures import image_strip
-from undiffuse.report.table import cell
+from undiffuse.report.run_sections import distance_rows
 
 MAX_ROWS = 8
 """Samples in the image of nearest neighbours."""
 
 
-def comparison_rows(result: Comparison) -> list[dict[str, Any]]:
-    """A table row for each metric: its value with error and interval, and the floor."""
-    return [
-        {
-            "metric": METRICS[name].title,
-            "value": tuple(value),
-            "95 %": _interval(name, value),
-            "floor": tuple(result.floors[name]),
-            "better": METRICS[name].better,
-            "error by": METRICS[name].error,
-        }
-        for name, value in result.values.items()
-    ]
+def comparison_rows(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A table row for each metric of a comparison as plain data, without what the table's title has: n and features."""
+    rows, _ = distance_rows(comparison)
+    return [{name: row[name] for name in row if name not in ("n", "features")} for row in rows]
 
 
 def neighbours_image(result: Comparison, samples: np.ndarray, data: Dataset) -> Image.Image:
@@ -56,10 +47,3 @@ def nearest_rows(result: Comparison, data: Dataset) -> list[dict[str, Any]]:
         }
         for i in closest
     ]
-
-
-def _interval(name: str, value: Value) -> str:
-    """The interval with as many digits as the value has in the table."""
-    digits = len(cell(tuple(value)).split(" ")[0].partition(".")[2])
-    low, high = METRICS[name].interval(value)
-    return f"{low:.{digits}f} to {high:.{digits}f}"

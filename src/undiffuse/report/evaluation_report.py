@@ -16,6 +16,7 @@ from undiffuse.evaluation.run_evaluation import EvaluationResult
 from undiffuse.likelihood.nll import NLL
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.report.figures import bits_per_step
+from undiffuse.report.run_sections import likelihood_rows
 from undiffuse.report.table import cell
 from undiffuse.runtime.atomic_file import write_atomic, write_csv
 from undiffuse.runtime.output_folder import check_output_folder, listed_files
@@ -34,17 +35,11 @@ MEASURED = ("digest", "fingerprint", "part", "condition")
 FILES = {RECORD, "evaluation-items.csv", "bits-per-step.png", "evaluation-skipped.json"}
 
 
-def evaluation_rows(result: EvaluationResult) -> list[dict[str, Any]]:
-    """A table row for each estimate, with "≤" where its expectation is an upper bound."""
-    rows = []
-    for name, numbers in result.summary()["estimates"].items():
-        mc_samples = result.mc_samples[name]
-        parts = {part: tuple(bits) for part, bits in numbers["bits_per_dim"].items()}
-        bound = "≤ " if summary.is_bound(result.model, name, mc_samples) else "  "
-        cost = {"items": numbers["items"], "calls per item": numbers["calls"], "time": f"{numbers['seconds']:,.0f} s"}
-        total = {"total": f"{bound}{cell(parts['total'])}"}
-        rows.append({"estimate": summary.title(result.model, name, mc_samples)} | parts | total | cost)
-    return rows
+def evaluation_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A table row for each estimate of an evaluation as plain data, with the time that it took."""
+    rows, _ = likelihood_rows(evaluation)
+    seconds = (numbers["seconds"] for numbers in evaluation["estimates"].values())
+    return [{**row, "time": f"{took:,.0f} s"} for row, took in zip(rows, seconds, strict=True)]
 
 
 def table_title(result: EvaluationResult) -> str:

@@ -165,11 +165,11 @@ def accuracy(rows: Sequence[Record]) -> list[object]:
 
 
 def likelihood_rows(evaluation: Record) -> tuple[list[dict[str, Any]], str]:
-    """The estimates of an evaluation as rows of a table, and its caption."""
+    """The estimates of an evaluation as rows of a table, "≤" where the expectation is an upper bound; its caption."""
     rows = []
     for name, numbers in evaluation["estimates"].items():
         parts = {part: tuple(map(float, bits)) for part, bits in numbers["bits_per_dim"].items()}
-        total = f"{_bound(numbers)}{cell(parts.pop('total'))}"
+        total = f"{_bound(numbers) or '  '}{cell(parts.pop('total'))}"
         title = numbers.get("title", name)
         rows.append(
             {"estimate": title, **parts, "total": total, "items": numbers["items"]}
@@ -219,11 +219,11 @@ def distance_rows(comparison: Record) -> tuple[list[dict[str, Any]], str]:
     """The metrics of a comparison as rows of a table with intervals and floors, and its caption."""
     rows = []
     for name, metric in comparison["metrics"].items():
-        value, stderr, low, high = metric["value"]
-        text = with_error(value, stderr)
-        digits = len(text.split(" ")[0].partition(".")[2])
-        row = {"metric": metric.get("title", name), "value": text, "95 %": f"{low:.{digits}f} to {high:.{digits}f}"}
-        row |= {"floor": with_error(*metric["floor"][:2]), "better": metric["better"], "n": metric["n"]}
+        *value, low, high = metric["value"]
+        digits = len(cell(tuple(value)).split(" ")[0].partition(".")[2])
+        interval = f"{low:.{digits}f} to {high:.{digits}f}"
+        row = {"metric": metric.get("title", name), "value": tuple(value), "95 %": interval}
+        row |= {"floor": tuple(metric["floor"][:2]), "better": metric["better"], "n": metric["n"]}
         rows.append(row | {"features": metric["features"], "error by": metric["error"]})
     sampler = f", drawn by {comparison['sampler']}" if comparison.get("sampler") else ""
     return rows, f"Samples{sampler} and {comparison['data']}: ± standard error, with 95 % interval"
