@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from undiffuse.cli.data_options import recorded_options, refuse_inside
 from undiffuse.cli.guidance_options import class_names
-from undiffuse.cli.label_options import ConditionFn, make_condition
+from undiffuse.cli.label_options import make_condition
 from undiffuse.cli.options import (
     Device,
     NetworkFile,
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
     from undiffuse.model.diffusion import Diffusion
     from undiffuse.model.restoration import Degradation
+    from undiffuse.networks.condition import Condition
+
+    Drawn = tuple[Tensor, dict[str, Any], Image]
+    Draw = Callable[[Callable[[int], None]], Drawn]
 
 MAX_IN_STRIP = 6
 """The most restorations in the strip."""
@@ -91,8 +95,6 @@ def restore(
     from undiffuse.data.transform import IntegerLevels, is_latent
     from undiffuse.model import checkpoint, restoration
     from undiffuse.model.arguments import check_predicts_mean
-    from undiffuse.report.progress_bar import ProgressBar
-    from undiffuse.report.sample_folder import SampleFolder
 
     if out is not None and _is_finished(out):
         raise ConfigError(
@@ -114,8 +116,8 @@ def restore(
                 "Omit --mask, --upsample, --blur, --noise and --degrade",
             )
             raise ConfigError("METHOD", "--method sdedit", cause, fix)
-        edit = _Edit(DEFAULT_STRENGTH if strength is None else strength, steps, seed, n, batch)
-        make_variants(model, run, image, edit, common, condition, out)
+        strength = DEFAULT_STRENGTH if strength is None else strength
+        make_variants(model, run, image, strength, n, batch, common, condition and condition(range(n)), out)
         return
     if strength is not None:
         fix = "Add --method sdedit, or omit it"
@@ -156,36 +158,31 @@ def restore(
         "degrade": degrade,
         "method": method,
     }
-    plan |= {"weights": checkpoint.fingerprint(model), "observed": hashlib.sha256(observed.numpy().data).hexdigest()}
-    folder = out or _unused_folder(run_folder(run) / "restored" / f"{image.stem}-{method}")
-    samples = SampleFolder(folder, plan, model.item_shape, model.info.get("num_values"), more=["strip.png"])
-    require_memory_for(f"--n {n}", 4 * n * model.dims)
-    began = time.perf_counter()
-    with samples.open(range(n), console.print) as missing:
-        with ProgressBar(console, "restoring", n * restoration.num_steps_of(model, method, steps)) as bar:
-            values = restoration.restore(
-                model,
-                degradation,
-                observed,
-                n,
-                method=method,
-                seed=seed,
-                num_steps=steps,
-                batch=batch,
-                floor=rounding,
-                progress=bar.advance,
-                cond=condition and condition(range(n)),
-            )
-        seconds = time.perf_counter() - began
+
+    def draw(progress: Callable[[int], None]) -> Drawn:
+        values = restoration.restore(
+            model,
+            degradation,
+            observed,
+            n,
+            method=method,
+            seed=seed,
+            num_steps=steps,
+            batch=batch,
+            floor=rounding,
+            progress=progress,
+            cond=condition and condition(range(n)),
+        )
         residual = restoration.data_residual(model, degradation, observed, values)
-        for gap in missing:
-            samples.add(gap.start, values.numpy()[gap.start : gap.stop])
         picture = strip(model, degradation, x if degrade else None, observed, values)
-        samples.finish(range(n), {"residual": [float(r) / 2 for r in residual]}, {"strip.png": picture})
+        return values, {"residual": [float(r) / 2 for r in residual]}, picture
+
+    work = n * restoration.num_steps_of(model, method, steps)
+    folder, values, facts, seconds = _write(model, run, out, plan, observed, n, work, draw)
     expected = float((degradation.noise_std**2 + rounding**2) ** 0.5)
     console.print(f"{counted(n, 'restoration')} by {method} in {counted(steps, 'step')}, {seconds:.1f} s")
     console.print(
-        f"residual between restorations and IMAGE: {_percent(float(residual.mean()))} of black to white; "
+        f"residual between restorations and IMAGE: {_percent(2 * fmean(facts['residual']))} of black to white; "
         f"expected from noise and rounding: {_percent(expected)}",
     )
     if degrade:
@@ -194,22 +191,15 @@ def restore(
     console.print(f"strip: {folder}/strip.png, single restorations: {folder}/000000.png ...")
 
 
-@dataclass(frozen=True)
-class _Edit:
-    strength: float
-    steps: int
-    seed: int
-    n: int
-    batch: int
-
-
 def make_variants(
     model: Diffusion,
     run: Path,
     image: Path,
-    edit: _Edit,
+    strength: float,
+    n: int,
+    batch: int,
     common: dict[str, Any],
-    condition: ConditionFn | None,
+    cond: Condition | None,
     out: Path | None,
 ) -> None:
     """Write variants of IMAGE by noise and back, and a strip of IMAGE and the variants."""
@@ -217,38 +207,55 @@ def make_variants(
 
     from undiffuse.data.single import load_image
     from undiffuse.data.transform import IntegerLevels, values_transform
-    from undiffuse.model import checkpoint
     from undiffuse.model.sdedit import sdedit, variant_levels
-    from undiffuse.report.progress_bar import ProgressBar
-    from undiffuse.report.sample_folder import SampleFolder
 
-    strength, n = edit.strength, edit.n
-    steps = len(variant_levels(model, strength, edit.steps)) - 1
+    seed, num_steps = common["seed"], common["steps"]
+    steps = len(variant_levels(model, strength, num_steps)) - 1
     channels, *sides = model.item_shape
     loaded = load_image(image, channels, sides, recorded_options(run))
     if loaded.changes:
         console.print(f"note: {image}: {', '.join(loaded.changes)}")
     x = IntegerLevels(loaded.num_values).to_model(torch.tensor(loaded.pixels)[None])[0]
     plan = common | {"steps": steps, "method": "sdedit", "strength": strength}
-    plan |= {"weights": checkpoint.fingerprint(model), "observed": hashlib.sha256(x.numpy().data).hexdigest()}
-    folder = out or _unused_folder(run_folder(run) / "restored" / f"{image.stem}-sdedit")
-    samples = SampleFolder(folder, plan, model.item_shape, model.info.get("num_values"), more=["strip.png"])
-    require_memory_for(f"--n {n}", 4 * n * model.dims)
-    began = time.perf_counter()
-    with samples.open(range(n), console.print) as missing:
-        with ProgressBar(console, "making variants", n * steps) as bar:
-            cond = condition and condition(range(n))
-            values = sdedit(model, x, n, strength, edit.seed, edit.steps, edit.batch, bar.advance, cond)
-        seconds = time.perf_counter() - began
-        for gap in missing:
-            samples.add(gap.start, values.numpy()[gap.start : gap.stop])
+
+    def draw(progress: Callable[[int], None]) -> Drawn:
+        values = sdedit(model, x, n, strength, seed, num_steps, batch, progress, cond)
         shown = values_transform(model.transform).to_model(values)[:MAX_IN_STRIP]
         columns = [("input", x), *((f"variant {i}", item) for i, item in enumerate(shown))]
-        samples.finish(range(n), {}, {"strip.png": _image_strip(model, columns)})
+        return values, {}, _image_strip(model, columns)
+
+    folder, *_, seconds = _write(model, run, out, plan, x, n, n * steps, draw)
     console.print(
         f"{counted(n, 'variant')} by sdedit from t = {strength:g} in {counted(steps, 'step')}, {seconds:.1f} s"
     )
     console.print(f"strip: {folder}/strip.png, single variants: {folder}/000000.png ...")
+
+
+def _write(
+    model: Diffusion, run: Path, out: Path | None, plan: dict[str, Any], observed: Tensor, n: int, work: int, draw: Draw
+) -> tuple[Path, Tensor, dict[str, Any], float]:
+    """The folder that n results were written to, their values, their facts, and the seconds that it took.
+
+    ``draw`` returns the values, facts for the manifest and the strip; it reports its progress, ``work`` in all.
+    """
+    from undiffuse.model import checkpoint
+    from undiffuse.report.progress_bar import ProgressBar
+    from undiffuse.report.sample_folder import SampleFolder
+
+    digest = hashlib.sha256(observed.numpy().data).hexdigest()
+    plan = plan | {"weights": checkpoint.fingerprint(model), "observed": digest}
+    folder = out or _unused_folder(run_folder(run) / "restored" / f"{Path(plan['image']).stem}-{plan['method']}")
+    samples = SampleFolder(folder, plan, model.item_shape, model.info.get("num_values"), more=["strip.png"])
+    require_memory_for(f"--n {n}", 4 * n * model.dims)
+    began = time.perf_counter()
+    with samples.open(range(n), console.print) as missing:
+        with ProgressBar(console, "making variants" if plan["method"] == "sdedit" else "restoring", work) as bar:
+            values, facts, picture = draw(bar.advance)
+        seconds = time.perf_counter() - began
+        for gap in missing:
+            samples.add(gap.start, values.numpy()[gap.start : gap.stop])
+        samples.finish(range(n), facts, {"strip.png": picture})
+    return folder, values, facts, seconds
 
 
 def _sides(image: Path) -> tuple[int, ...]:
