@@ -51,5 +51,4 @@ def _levels(model: Any, num_steps: int | None) -> list[NoiseLevel]:
 
 
 def _conditioned(model: Any, cond: Condition | None, items: int) -> Denoiser:
-    denoise = model.denoiser()
-    return denoise if cond is None else ConditionedDenoiser(denoise, model.prepare_condition(cond, items))
+    return ConditionedDenoiser(model.denoiser(), cond and model.prepare_condition(cond, items))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.data.transform import IntegerLevels, is_latent, values_transform
-from undiffuse.denoising.denoiser import ConditionedDenoiser, Denoiser
+from undiffuse.denoising.denoiser import ConditionedDenoiser
 from undiffuse.denoising.linear_operators import DecodedOperator, LinearOperator, blur, identity, mask, mean_pool
 from undiffuse.denoising.posterior_guidance import Observation
 from undiffuse.errors import ConfigError
@@ -150,7 +150,7 @@ def restore(
     parts = []
     for start in range(0, n, batch):
         items = range(start, min(start + batch, n))
-        denoise = _conditioned(model, cond and cond.take(slice(items.start, items.stop)))
+        denoise = ConditionedDenoiser(model.denoiser(), cond and cond.take(slice(items.start, items.stop)))
         if method not in SOLVER_METHODS:
             denoise = RESTORATION_METHODS[method](denoise, _observation(model, degradation, image, floor))
         noise = ItemNoise(seed, items, model.x_shape, device=model.device)
@@ -192,10 +192,6 @@ def element_factor(degradation: Degradation, image: Tensor, floor: float = 0.0) 
     std = 0.0 if degradation.is_inpainting else math.hypot(degradation.noise_std, floor)
     log_var = torch.where(known.to(image.device), 2 * math.log(std) if std else -math.inf, math.inf)
     return observation_factor(image, log_var.to(image).expand(image.shape))
-
-
-def _conditioned(model: Diffusion, cond: Condition | None) -> Denoiser:
-    return model.denoiser() if cond is None else ConditionedDenoiser(model.denoiser(), cond)
 
 
 def _observation(model: Diffusion, degradation: Degradation, image: Tensor, floor: float) -> Observation:

@@ -54,9 +54,8 @@ def sdedit(
     sampler, parts = flow_sampler(model), []
     for first in range(0, n, batch):
         items = range(first, min(first + batch, n))
-        denoise = model.sampling_denoiser(sampler)
-        if cond is not None:
-            denoise = ConditionedDenoiser(denoise, cond.take(slice(items.start, items.stop)))
+        own = cond and cond.take(slice(items.start, items.stop))
+        denoise = ConditionedDenoiser(model.sampling_denoiser(sampler), own)
         noise = ItemNoise(seed, items, model.x_shape, device=model.device)
         start = diffuse(x, levels[0], noise(1)[0].to(model.dtype))
         steps = trajectory(denoise, model.build_solver(sampler), levels, start, noise)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -113,7 +113,7 @@ def _panel(run: StudioRun, fields: Fields, seed: int, n: int) -> Panel:
     if guidance != 1:
         if cond is None:
             raise ConfigError("GUIDANCE", "guidance", "it needs a label or a prompt", "Give one, or guidance 1")
-        sampler = Sampler(sampler.solver, sampler.num_steps, sampler.spacing, times=sampler.times, guidance=guidance)
+        sampler = replace(sampler, guidance=guidance)
         options |= {"--guidance": f"{guidance:g}"}
     model.build_solver(sampler)
     line = commands.command("sample", run.path, options={"--n": n, "--seed": seed, **length, **options})
@@ -125,9 +125,8 @@ def _frame(model: Diffusion, panel: Panel, state: Step, n: int, last: bool) -> d
     if last:
         x = prediction = check_finite(rescale(state.x, state.level))
     else:
-        denoise = model.sampling_denoiser(panel.sampler)
-        if panel.cond is not None:
-            denoise = ConditionedDenoiser(denoise, model.prepare_condition(panel.cond, n))
+        cond = panel.cond and model.prepare_condition(panel.cond, n)
+        denoise = ConditionedDenoiser(model.sampling_denoiser(panel.sampler), cond)
         x, prediction = state.x, denoise(state.x, state.level).x
     return {"step": state.done, **_level(state), "x": _shown(model, x), "prediction": _shown(model, prediction)}
 
