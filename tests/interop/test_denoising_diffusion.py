@@ -21,7 +21,7 @@ from undiffuse.cli import main
 from undiffuse.data.from_array import from_array
 from undiffuse.errors import UndiffuseError
 from undiffuse.interop import foreign_files
-from undiffuse.interop.denoising_diffusion import import_denoising_diffusion, own_name, their_name
+from undiffuse.interop.denoising_diffusion import NAMES, import_denoising_diffusion, own_name
 from undiffuse.interop.unpickle import convert, flatten
 from undiffuse.model.config import Config, from_dict
 from undiffuse.sampling.sampler import Sampler
@@ -65,6 +65,13 @@ def place(folder, reference: Reference | None = None, tables: dict | None = None
 
 def model_of(path, **setting):
     return import_denoising_diffusion(path, size=SIDE, setting=setting)
+
+
+def their_name(name: str) -> str:
+    """Their name of a weight, of ours."""
+    for own, theirs in NAMES.items():
+        name = name.replace(own, theirs)
+    return name
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from undiffuse.errors import UndiffuseError
-from undiffuse.interop.edm import import_edm, to_own_names, to_their_names
+from undiffuse.interop.edm import LABEL, MAP_LABEL, import_edm, tensor_names, to_own_names
 from undiffuse.interop.importing import import_model
 from undiffuse.networks.condition import Condition
 from undiffuse.process.noise_level import NoiseLevel
@@ -256,6 +256,24 @@ def test_it_draws_as_the_sampler_of_edm_does(tmp_path):
         d.append((moved - denoise(reference, moved.float(), torch.full((4,), then))) / then)
         x = x + (then - now) * (d[0] + d[1]) / 2
     torch.testing.assert_close(drawn.double(), x, rtol=0, atol=1e-4 * float(x.abs().max()))
+
+
+def to_their_names(network, tensors, size):
+    """The weights ``tensors`` of ``network`` under EDM's names: the inverse of `to_own_names`."""
+    named = {}
+    for own, theirs, heads in tensor_names(network, size):
+        tensor = tensors[own]
+        if heads:
+            if own.split(".")[-2] == "qkv":
+                tensor = tensor.unflatten(0, (3, heads, -1)).movedim(0, 2).flatten(0, 2)
+            tensor = tensor[..., None, None] if tensor.ndim > 1 else tensor
+        named[theirs] = tensor
+    if LABEL in tensors:
+        null, rows = tensors[LABEL][0], tensors[LABEL][1:] - tensors[LABEL][0]
+        first = network.embed.label_first
+        named[MAP_LABEL] = rows.T / (len(rows) ** 0.5 if first else 1)
+        named |= {"map_label.bias": null} if first else {}
+    return {name: tensor.detach().contiguous() for name, tensor in named.items()}
 
 
 def test_names_go_both_ways(tmp_path):

@@ -115,13 +115,6 @@ def own_name(name: str) -> str:
     return name
 
 
-def their_name(name: str) -> str:
-    """Their name of a weight, of ours."""
-    for own, theirs in NAMES.items():
-        name = name.replace(own, theirs)
-    return name
-
-
 def select(path: Path, tensors: Mapping[str, Tensor], averaged: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(weights of the Unet, tables of the GaussianDiffusion) in a file: ``averaged``, or the last ones.
 

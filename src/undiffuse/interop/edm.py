@@ -178,24 +178,6 @@ def to_own_names(network: EDMUNet, tensors: Mapping[str, Tensor], size: int) -> 
     return rest | named
 
 
-def to_their_names(network: EDMUNet, tensors: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    """The weights ``tensors`` of ``network`` under EDM's names: the inverse of `to_own_names`."""
-    named = {}
-    for own, theirs, heads in tensor_names(network, size):
-        tensor = tensors[own]
-        if heads:
-            if own.split(".")[-2] == "qkv":
-                tensor = tensor.unflatten(0, (3, heads, -1)).movedim(0, 2).flatten(0, 2)
-            tensor = tensor[..., None, None] if tensor.ndim > 1 else tensor
-        named[theirs] = tensor
-    if LABEL in tensors:
-        null, rows = tensors[LABEL][0], tensors[LABEL][1:] - tensors[LABEL][0]
-        first = network.embed.label_first
-        named[MAP_LABEL] = rows.T / (len(rows) ** 0.5 if first else 1)
-        named |= {"map_label.bias": null} if first else {}
-    return {name: tensor.detach().contiguous() for name, tensor in named.items()}
-
-
 def tensor_names(network: EDMUNet, size: int) -> Iterator[tuple[str, str, int]]:
     """(our name, their name, heads of a layer with attention, else 0) of every tensor but the labels' rows."""
     is_adm = not network.embed.label_first
