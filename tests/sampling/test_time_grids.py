@@ -8,6 +8,7 @@ import torch
 
 from undiffuse.errors import ConfigError
 from undiffuse.process import schedule as S
+from undiffuse.sampling import time_grids
 from undiffuse.sampling.tables import SPACINGS
 from undiffuse.sampling.time_grids import time_grid
 
@@ -42,17 +43,16 @@ def test_every_spacing_falls_from_noise_to_data(name, spacing):
             time_grid(schedule, 5, spacing)
         return
     for steps in (1, 2, 3, 5):
-        for rounded in (False, True):
-            t = times(time_grid(schedule, steps, spacing, rounded=rounded))
-            assert len(t) == steps + 1
-            assert (np.diff(t) < 0).all()
-            assert t[-1] == 0
-            assert t[0] == 1 or spacing == "leading"
-            T = schedule.chain_length
-            if T and (rounded or spacing not in ("log_snr", "karras")):
-                np.testing.assert_array_equal(t, np.round(t * T) / T)
-            if T:
-                assert t[-2] >= 1 / T
+        t = times(time_grid(schedule, steps, spacing))
+        assert len(t) == steps + 1
+        assert (np.diff(t) < 0).all()
+        assert t[-1] == 0
+        assert t[0] == 1 or spacing == "leading"
+        T = schedule.chain_length
+        if T and spacing not in ("log_snr", "karras"):
+            np.testing.assert_array_equal(t, np.round(t * T) / T)
+        if T:
+            assert t[-2] >= 1 / T
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 50])
@@ -99,22 +99,21 @@ def test_quadratic():
     assert (times(time_grid(S.linear(10), 9, "quadratic")) * 10).round().tolist() == [10, 8, 7, 6, 5, 4, 3, 2, 1, 0]
 
 
-def karras(low, high, n, rho):
-    """The sigmas of Karras 2022, eq. 5, from the noisiest."""
+def karras(low, high, n):
+    """The sigmas of Karras 2022, eq. 5, from the noisiest, with rho = 7."""
     i = np.arange(n)
-    return (high ** (1 / rho) + i / (n - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    return (high ** (1 / 7) + i / (n - 1) * (low ** (1 / 7) - high ** (1 / 7))) ** 7
 
 
-@pytest.mark.parametrize("rho", [3.0, 7.0])
-def test_karras(rho):
-    exploding = time_grid(S.VarianceExploding(0.002, 80.0), 9, "karras", rho=rho)
-    np.testing.assert_allclose(ratios(exploding), karras(0.002, 80, 10, rho), rtol=1e-10)
+def test_karras():
+    exploding = time_grid(S.VarianceExploding(0.002, 80.0), 9, "karras")
+    np.testing.assert_allclose(ratios(exploding), karras(0.002, 80, 10), rtol=1e-10)
     table = S.linear()
     low, high = ratios([table(1e-3), table(1.0)])
-    levels = time_grid(table, 10, "karras", rho=rho)
-    np.testing.assert_allclose(ratios(levels), [*karras(low, high, 10, rho), 0], rtol=1e-9)
-    preserving = time_grid(S.LinearLogSNR(), 10, "karras", rho=rho)
-    np.testing.assert_allclose(ratios(preserving), karras(math.exp(-6.65), math.exp(2.5), 11, rho), rtol=1e-9)
+    levels = time_grid(table, 10, "karras")
+    np.testing.assert_allclose(ratios(levels), [*karras(low, high, 10), 0], rtol=1e-9)
+    preserving = time_grid(S.LinearLogSNR(), 10, "karras")
+    np.testing.assert_allclose(ratios(preserving), karras(math.exp(-6.65), math.exp(2.5), 11), rtol=1e-9)
 
 
 def test_log_snr():
@@ -130,18 +129,18 @@ def test_log_snr():
     assert float(flow[0].alpha) == float(flow[-1].sigma) == 0
 
 
-def test_rounded_times_are_distinct_times_of_the_table():
+def test_times_between_those_of_a_table_and_rounded_ones():
     table = S.cosine(50)
     for spacing in ("log_snr", "karras"):
-        between, rounded = (times(time_grid(table, 9, spacing, rounded=r)) * 50 for r in (False, True))
+        between = times(time_grid(table, 9, spacing)) * 50
         assert np.abs(between - between.round()).max() > 0.1
-        np.testing.assert_allclose(rounded, rounded.round(), atol=1e-12)
-    # from 50, 49.63, 49.27, 48.52, 45.10, 34.06, 15.04, 4.30, 1 and 0, of which the first four crowd
-    rounded = times(time_grid(table, 9, "log_snr", rounded=True)) * 50
-    np.testing.assert_allclose(rounded, [50, 49, 48, 47, 45, 34, 15, 4, 1, 0])
+    # 50, 49.63, 49.27, 48.52, 45.10, 34.06, 15.04, 4.30, 1 and 0, of which the first four crowd
+    rounded = time_grids._round_to_table(time_grids.log_snr(table, 9), 50) * 50
+    np.testing.assert_allclose(rounded.flip(0), [50, 49, 48, 47, 45, 34, 15, 4, 1, 0])
     # with all fifty steps, and all but one, rounding loses no time at either end
-    assert (times(time_grid(table, 50, "karras", rounded=True)) * 50).round().tolist() == list(range(50, -1, -1))
-    assert len(time_grid(table, 49, "log_snr", rounded=True)) == 50
+    every = time_grids._round_to_table(time_grids.karras(table, 50), 50) * 50
+    assert every.round().tolist() == list(range(51))
+    assert (time_grids._round_to_table(time_grids.log_snr(table, 49), 50).diff() > 0).all()
     assert len(time_grid(table, 80, "karras")) == 81
 
 
@@ -149,7 +148,7 @@ def test_rounded_times_are_distinct_times_of_the_table():
     ("schedule", "settings", "words"),
     [
         (S.linear(10), {"num_steps": 11}, "steps = 11: the number must be from 1 to 10"),
-        (S.linear(10), {"num_steps": 11, "spacing": "karras", "rounded": True}, "must be from 1 to 10"),
+        (S.linear(10), {"num_steps": 11, "spacing": "quadratic"}, "must be from 1 to 10"),
         (S.linear(10), {"num_steps": 0}, "steps = 0: the number must be from 1 to 10"),
         (S.linear(10), {"num_steps": 0, "spacing": "log_snr"}, "must be at least 1"),
         (S.Flow(), {"num_steps": 0}, "must be at least 1"),
@@ -161,8 +160,6 @@ def test_rounded_times_are_distinct_times_of_the_table():
             {"num_steps": 3, "spacing": "cubic"},
             "spacing 'cubic': no such spacing of noise levels. Use one of uniform",
         ),
-        (S.Flow(), {"num_steps": 3, "spacing": "karras", "rho": 0.0}, "rho = 0: the levels do not fall"),
-        (S.Flow(), {"num_steps": 3, "spacing": "karras", "rho": math.nan}, "rho = nan: the levels do not fall"),
     ],
 )
 def test_grid_errors(schedule, settings, words):

@@ -14,7 +14,7 @@ SPACINGS = LazyTable(
         "karras": row("sampling.time_grids", "karras"),
     }
 )
-"""Spacings of noise levels: (schedule, num_steps, rho) -> rising times (num_steps + 1,) from 0."""
+"""Spacings of noise levels: (schedule, num_steps) -> rising times (num_steps + 1,) from 0."""
 
 RESTORATION_METHODS = LazyTable(
     {

@@ -13,6 +13,8 @@ from undiffuse.process.schedule import Schedule, chain, finite_ends
 from undiffuse.sampling.tables import SPACINGS
 
 F64 = torch.float64
+RHO = 7.0
+"""The exponent of the spacing "karras" [Karras22 table 1]."""
 
 
 def time_grid(
@@ -21,16 +23,13 @@ def time_grid(
     spacing: str = "uniform",
     *,
     times: Sequence[float] | Tensor | None = None,
-    rho: float = 7.0,
-    rounded: bool = False,
 ) -> list[NoiseLevel]:
     """The ``num_steps`` + 1 levels of a chain, with a ``spacing`` of `SPACINGS` or at explicit falling ``times``.
 
     ``num_steps`` is T by default (1000 on functions of time). All spacings end at t = 0, and all but ``"leading"``
     begin at t = 1. On a table their times are k/T, rounded and kept distinct, so that the network gets only levels it
     was trained on, and ``num_steps`` is at most T. Those of ``"log_snr"`` and ``"karras"`` lie between the table's
-    times, for networks whose time input is log_snr, unless ``rounded``; ``rho`` is that of ``"karras"``. Raises
-    `ConfigError`.
+    times, for networks whose time input is log_snr. Raises `ConfigError`.
     """
     if times is not None:
         return _chain(schedule, torch.as_tensor(times, dtype=F64), f"times = {[float(t) for t in times][:8]}")
@@ -39,11 +38,11 @@ def time_grid(
         raise ConfigError("GRID", f"spacing {spacing!r}", "no such spacing of noise levels", fix)
     num_steps = (schedule.chain_length or 1000) if num_steps is None else num_steps
     times_of = SPACINGS[spacing]
-    T = schedule.chain_length if rounded or times_of not in INTERPOLATED else None
+    T = None if times_of in INTERPOLATED else schedule.chain_length
     if num_steps < 1 or (T is not None and num_steps > T):
         limits = "at least 1" if T is None else f"from 1 to {T}"
         raise ConfigError("GRID", f"num_steps = {num_steps}", f"the number must be {limits}", "Choose such a number")
-    t = times_of(schedule, num_steps, rho)
+    t = times_of(schedule, num_steps)
     t = t if T is None else _round_to_table(t, T)
     return _chain(schedule, t.flip(0), f"{num_steps} steps, spacing {spacing!r}")
 
@@ -62,17 +61,17 @@ def _round_to_table(t: Tensor, T: int) -> Tensor:
     return (offset + n) / torch.tensor(T, dtype=F64)
 
 
-def uniform(schedule: Schedule, num_steps: int, rho: float) -> Tensor:
+def uniform(schedule: Schedule, num_steps: int) -> Tensor:
     """t_i = i/num_steps. Rounded on a table it is the spacing that others call trailing [Lin23 table 2]."""
     return torch.arange(num_steps + 1, dtype=F64) / num_steps
 
 
-def quadratic(schedule: Schedule, num_steps: int, rho: float) -> Tensor:
+def quadratic(schedule: Schedule, num_steps: int) -> Tensor:
     """t_i = (i/num_steps)², denser near data [DDIM app. D.2, who stop at t = 0.8]."""
-    return uniform(schedule, num_steps, rho) ** 2
+    return uniform(schedule, num_steps) ** 2
 
 
-def leading(schedule: Schedule, num_steps: int, rho: float) -> Tensor:
+def leading(schedule: Schedule, num_steps: int) -> Tensor:
     """t_i = (1 + (i − 1) ⌊T/num_steps⌋)/T and 0, without t = 1 [Lin23 table 2]: for models that were tuned with it."""
     T = schedule.chain_length
     if T is None:
@@ -82,20 +81,15 @@ def leading(schedule: Schedule, num_steps: int, rho: float) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=F64), k / T])
 
 
-def log_snr(schedule: Schedule, num_steps: int, rho: float) -> Tensor:
+def log_snr(schedule: Schedule, num_steps: int) -> Tensor:
     """Times whose log_snr is linear in i between its finite ends [Lu22 §4.1]; see `_interpolate`."""
     return _interpolate(schedule, num_steps, lambda value: value, lambda line: line)
 
 
-def karras(schedule: Schedule, num_steps: int, rho: float) -> Tensor:
-    """Times whose (sigma/alpha)^(1/rho) is linear in i between its finite ends [Karras22 eq. 5]; see `_interpolate`."""
-    if not rho > 0:
-        raise ConfigError("GRID", f"rho = {rho:g}", "the levels do not fall", "Give a rho above 0, such as 7")
+def karras(schedule: Schedule, num_steps: int) -> Tensor:
+    """Times whose (sigma/alpha)^(1/RHO) is linear in i between its finite ends [Karras22 eq. 5]; see `_interpolate`."""
     return _interpolate(
-        schedule,
-        num_steps,
-        lambda value: torch.exp(-0.5 * value / rho),
-        lambda line: -2 * rho * torch.log(line),
+        schedule, num_steps, lambda value: torch.exp(-0.5 * value / RHO), lambda line: -2 * RHO * torch.log(line)
     )
 
 
