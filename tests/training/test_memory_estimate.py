@@ -108,18 +108,21 @@ def test_checkpointing_and_bfloat16_take_less():
 
 def test_the_check_refuses_exactly_what_does_not_fit(monkeypatch):
     model = Tanh()
-    weights = memory_per_process(1000)
-    for settings, items, processes in (
-        (TrainConfig(batch=1), 1, 1),
-        (TrainConfig(batch=600, accumulate=3), 200, 1),
-        (TrainConfig(batch=600, accumulate=3), 100, 2),
+    for settings, weights, items, processes, start in (
+        (TrainConfig(batch=1), 7, 1, 1, None),
+        (TrainConfig(batch=1, ema=0.1), 7, 1, 1, None),
+        (TrainConfig(batch=1, ema=0.07), 8, 1, 1, None),
+        (TrainConfig(batch=1, snapshots=0), 6, 1, 1, None),
+        (TrainConfig(batch=1), 8, 1, 1, Tanh()),
+        (TrainConfig(batch=600, accumulate=3), 7, 200, 1, None),
+        (TrainConfig(batch=600, accumulate=3), 7, 100, 2, None),
     ):
-        need = weights + 1000 * settings.batch + (8000 + 12_000) * items
+        need = 4000 * weights + 1000 * settings.batch + (8000 + 12_000) * items
         monkeypatch.setattr(memory_estimate, "available_memory", lambda need=need: need)
-        check_memory(model, Tanh.loss, settings, processes)
+        check_memory(model, Tanh.loss, settings, processes, start)
         monkeypatch.setattr(memory_estimate, "available_memory", lambda need=need: need - 1)
         with pytest.raises(ConfigError, match=r"needs at least .* may be used here\. Give a smaller") as caught:
-            check_memory(model, Tanh.loss, settings, processes)
+            check_memory(model, Tanh.loss, settings, processes, start)
         assert caught.value.where == ("model.network" if items == 1 else f"train.batch = {settings.batch:,}")
 
 
@@ -153,9 +156,3 @@ def test_memory_with_muon_is_that_of_its_moments(monkeypatch):
     monkeypatch.setattr(memory_estimate, "available_memory", lambda: 10**9)
     check_memory(model, lambda m, n: torch.zeros(n), settings)
     assert items == [10**9 - (4 * n * 5 + moments)]
-
-
-def test_shards_divide_all_but_the_averaged_model():
-    assert memory_per_process(1_000_000) == memory_per_process(1_000_000, 8) == 28_000_000
-    assert memory_per_process(1_000_000, 8, shard=True) == 4_000_000 + 24_000_000 // 8
-    assert memory_per_process(1, 8, shard=True) == 4 + 3

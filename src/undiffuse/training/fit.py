@@ -74,7 +74,7 @@ def fit(
     if run.check_finished(task.config, data, start.init_fingerprint):
         return run.folder
     settings, split = task.config.train, data.split(task.config.train.held_out)
-    model = build_model(task, data, split, accelerator)
+    model = build_model(task, data, split, accelerator, start)
     notes += start_model(task, model, start, is_new=not run.has_checkpoint())
     state = TrainState(task, model, run.snapshots, accelerator)
 
@@ -268,7 +268,7 @@ def adapt_task(task: Task, data: Dataset, device: torch.device) -> tuple[Task, D
     return task, data.with_notes(*notes), [f"note: {note}" for note in notes]
 
 
-def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator) -> Any:
+def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator, start: Start) -> Any:
     """The model on its device with random weights, finite and small enough for the memory. Raises `ConfigError`."""
     settings, device = task.config.train, accelerator.device
     torch.manual_seed(settings.seed)
@@ -282,7 +282,7 @@ def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator)
         batch = global_batch(data, split.train, replace(settings, batch=items, accumulate=1), 0, read)
         return task.loss(trial, batch.take(slice(items), device), trial.network)
 
-    check_memory(model, loss, settings, accelerator.num_processes)
+    check_memory(model, loss, settings, accelerator.num_processes, start.model)
     return model
 
 

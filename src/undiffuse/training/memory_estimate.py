@@ -15,6 +15,7 @@ from undiffuse.errors import ConfigError
 from undiffuse.model.config import TrainConfig
 from undiffuse.runtime.machine import available_memory
 from undiffuse.training.optimizer import block_matrices
+from undiffuse.training.posthoc_ema import SNAPSHOT_LENGTHS
 
 FLOAT_BYTES = 4
 """Bytes of a float32."""
@@ -22,16 +23,25 @@ VALUE_BYTES, PASS_BYTES = 1, 2 * FLOAT_BYTES
 """Bytes of a value in a batch, at least, and of its noise and the network's output, which a pass has for its items."""
 
 
-def check_memory(model: Any, loss: Callable[[Any, int], Tensor], settings: TrainConfig, processes: int = 1) -> None:
+def check_memory(
+    model: Any,
+    loss: Callable[[Any, int], Tensor],
+    settings: TrainConfig,
+    processes: int = 1,
+    start: nn.Module | None = None,
+) -> None:
     """Raise `ConfigError` if weights, batch and activations need more memory than is available.
 
     ``loss`` computes the losses of a model, a copy of ``model``, and so many items: a pass may move the buffers of a
-    network, such as those of a batch norm. On other devices than the CPU only the values are checked.
+    network, such as those of a batch norm. ``start`` is the model whose weights the run starts from, which stays in
+    memory. On other devices than the CPU only the values are checked.
     """
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())  # a learned schedule is there in any case
     one_moment = sum(p.numel() for p in block_matrices(model.network)) if settings.optimizer == "muon" else 0
     parameters = sum(p.numel() for p in model.parameters())
-    weights = memory_per_process(parameters, one_moment=one_moment) if on_cpu else 0
+    averages = len({settings.ema, *SNAPSHOT_LENGTHS}) if settings.snapshots else 1
+    weights = memory_per_process(parameters, averages, one_moment) if on_cpu else 0
+    weights += sum(p.nbytes for p in start.parameters()) if on_cpu and start is not None else 0
     dims, items = math.prod(model.item_shape), -(-settings.batch // processes // settings.accumulate)
     batch = dims * (VALUE_BYTES * settings.batch + PASS_BYTES * items * on_cpu)
     _require(settings, weights, batch, "Give a smaller batch")
@@ -82,15 +92,11 @@ def _require(settings: TrainConfig, weights: float, items: float, fix: str) -> N
         raise ConfigError("CONFIG", where, cause, fix if items > weights else "Give a smaller network")
 
 
-def memory_per_process(
-    parameters: int, processes: int = 1, shard: bool = False, averages: int = 2, one_moment: int = 0
-) -> int:
-    """Bytes that one process holds throughout: 4 n (4 + ``averages``) + 4 n for n float32 ``parameters``.
+def memory_per_process(parameters: int, averages: int = 2, one_moment: int = 0) -> int:
+    """Bytes that one process holds throughout, 4 (n (5 + ``averages``) − ``one_moment``) for n float32 ``parameters``.
 
-    These are weights, gradient, two moments, averages, and the averaged model; ``one_moment`` of the parameters, those
-    that Muon updates, have one moment. With ``shard`` all but the last are
-    divided by ``processes``. ``averages``: the model's own and that of length 0.1; 3 if the model's is neither 0.05 nor
-    0.1, 1 without snapshots. Activations are not included, see `measure_activations`.
+    These are weights, gradient, two moments, ``averages`` and the averaged model; ``one_moment`` of the parameters,
+    those that Muon updates, have one moment. Averages are the model's own and those of snapshots. Activations are not
+    included, see `measure_activations`.
     """
-    divided = FLOAT_BYTES * (parameters * (4 + averages) - one_moment)
-    return FLOAT_BYTES * parameters + (-(-divided // processes) if shard else divided)
+    return FLOAT_BYTES * (parameters * (5 + averages) - one_moment)
