@@ -214,7 +214,7 @@ def run(out: Path, data: str, minutes: float | None, steps: int | None, seed: in
     dataset = load_data(data)
     split = dataset.split(0.1)
     transform = transform_for(dataset, None)
-    x = transform.to_model(torch.from_numpy(np.ascontiguousarray(dataset.values[split.train])))
+    x = transform.to_model(dataset.tensor(split.train))
     training = Training(settings["parameters"], dataset.item_shape, seed, settings["lr"], settings["gamma"])
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"

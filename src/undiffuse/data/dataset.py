@@ -31,6 +31,11 @@ class Split:
     validation: np.ndarray
     test: np.ndarray
 
+    @property
+    def shown(self) -> np.ndarray:
+        """Validation items, or training items where none are held out: those that pictures are drawn of."""
+        return self.validation if len(self.validation) else self.train
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -115,6 +120,10 @@ class Dataset:
     def longest_caption(self) -> int:
         """The bytes of the longest caption; 0 without captions."""
         return prompt_bytes(self.captions)
+
+    def tensor(self, indices: np.ndarray) -> torch.Tensor:
+        """The values of the items ``indices``, (n, *item_shape), in the type in which they are stored."""
+        return torch.from_numpy(np.ascontiguousarray(self.values[indices]))
 
     def condition(self, indices: np.ndarray, u: np.ndarray | None = None) -> Condition:
         """The labels, vectors or tokens, and a caption each, of the items ``indices``.

@@ -147,7 +147,7 @@ def evaluate(
             cause, fix = "nothing was held out when the model was trained", "Use --part train, or other data"
         raise DataError("EMPTY", data.name, cause, fix)
     chosen = chosen[planning.bit_reversed_order(len(chosen))][:items]
-    values = torch.from_numpy(np.ascontiguousarray(data.values[chosen]))
+    values = data.tensor(chosen)
     condition, reason = ("none", None) if unconditional else planning.shared_condition(model, data)
 
     def condition_of(here: slice) -> Condition | None:  # of a batch: token embeddings of all items are large

@@ -67,7 +67,7 @@ def compared_items(model: Diffusion, data: Dataset) -> tuple[Tensor, Tensor]:
         parts = [shuffled(select_items(model, data, part)[0]) for part in ("validation", "train")]
     else:
         parts = np.array_split(shuffled(len(data)), 2)
-    held_out, train = (torch.from_numpy(data.values[part[:MAX_ITEMS]]) for part in parts)
+    held_out, train = (data.tensor(part[:MAX_ITEMS]) for part in parts)
     if min(len(held_out), len(train)) < MIN_ITEMS:
         cause = f"it has {len(held_out)} items to compare with, and {len(train)} others"
         raise DataError("FEW", data.name, cause, f"Give at least {MIN_ITEMS} of each")

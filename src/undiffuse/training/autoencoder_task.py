@@ -113,11 +113,10 @@ class AutoencoderTask(Task):
         self, model: Autoencoder, data: Dataset, split: Split, folder: Path, step: int | None, limit: TimeLimit
     ) -> None:
         """Items beside x̂(mean of q), ``reconstructions-STEP.png``, and ``reconstructions.png`` at the end."""
-        held_out = split.validation if len(split.validation) else split.train
-        items = held_out[bit_reversed_order(len(held_out))][:DRAWN_ITEMS]
+        items = split.shown[bit_reversed_order(len(split.shown))][:DRAWN_ITEMS]
 
         def reconstruct(here: slice) -> tuple[Tensor, Tensor]:
-            values = torch.from_numpy(np.ascontiguousarray(data.values[items[here]]))
+            values = data.tensor(items[here])
             x = model.transform.to_model(values).to(model.log_scale.device)
             decoded = model.transform.to_data(model.decode(model.encode(x)[0])).cpu()
             return values.to(decoded.dtype), decoded  # torch does not join uint16 with other types
@@ -139,7 +138,7 @@ class AutoencoderTask(Task):
 
     def _measure(self, model: Autoencoder, data: Dataset, items: np.ndarray, first: int) -> Tensor:
         """(n, 3): |x − x̂| with x̂ as values of the data, −log p(x given z) and KL, these two in bits per dimension."""
-        values = torch.from_numpy(np.ascontiguousarray(data.values[items]))
+        values = data.tensor(items)
         x = model.transform.to_model(values).to(model.log_scale.device)
         mean, log_var = model.encode(x)
         assert log_var is not None

@@ -162,7 +162,7 @@ def measure_accuracy(
         nonlocal done
         for start in range(here.start, here.stop, batch):
             part = items[start : min(start + batch, here.stop)]
-            values, label = torch.from_numpy(data.values[part]), torch.from_numpy(labels[part])
+            values, label = data.tensor(part), torch.from_numpy(labels[part])
             for k, noise in enumerate(noises):
                 level = model.schedule(1 - k / (num_levels - 1))
                 eps = torch.randn(len(part), *model.item_shape, generator=noise)

@@ -275,7 +275,7 @@ class DiffusionTask(Task):
         def measure(here: slice) -> list[Tensor]:
             bits = []
             for part in parts:
-                values = torch.from_numpy(data.values[part[here]])
+                values = data.tensor(part[here])
                 cond = data.given_condition(part[here], self.config.train.conditional)
                 nll = model.nll(values, seed=0, mc_samples=draws, batch=HELD_OUT_ITEMS, cond=cond, first=here.start)
                 bits.append(nll.bits_per_dim(model.dims))
@@ -297,7 +297,7 @@ class DiffusionTask(Task):
 
 def preview_items(split: Split, n: int) -> np.ndarray:
     """Held-out items, or without any training items, (n,), whose conditions pictures are drawn with."""
-    return np.resize(split.validation if len(split.validation) else split.train, n)
+    return np.resize(split.shown, n)
 
 
 def _numbers(bits: Tensor, draws: int, prefix: str = "") -> dict[str, Any]:

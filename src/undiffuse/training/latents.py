@@ -62,7 +62,7 @@ def with_scale(autoencoder: autoencoders.Autoencoder, data: Dataset, items: np.n
     if autoencoder.config.distribution != "none":
         return autoencoder
     chosen = items[np.linspace(0, len(items) - 1, min(len(items), SCALE_ITEMS)).round().astype(int)]
-    return autoencoder.with_fitted_scale(torch.from_numpy(np.ascontiguousarray(data.values[chosen])))
+    return autoencoder.with_fitted_scale(data.tensor(chosen))
 
 
 def check_data(autoencoder: autoencoders.Autoencoder, data: Dataset, settings: TrainConfig) -> None:
@@ -148,7 +148,7 @@ def trial_reader(transform: LatentTransform, data: Dataset, settings: TrainConfi
 
     def rows(items: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return posteriors(transform, torch.from_numpy(data.values[items]), settings, device)
+            return posteriors(transform, data.tensor(items), settings, device)
 
     return latent_reader(transform, rows)
 
@@ -200,7 +200,7 @@ def _write_posteriors(
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         npy.write_array_header_1_0(file, header)
         for start in range(0, len(items), ENCODE_BATCH):
-            values = torch.from_numpy(np.ascontiguousarray(data.values[items[start : start + ENCODE_BATCH]]))
+            values = data.tensor(items[start : start + ENCODE_BATCH])
             file.write(posteriors(transform, values, settings, device).astype("<f4").tobytes())
 
 

@@ -280,7 +280,7 @@ def compare_lengths(
         raise DataError("OTHER_DATA", data.name, cause, fix)
     if len(chosen) < 2:
         raise DataError("EMPTY", data.name, "fewer than two items are held out", "Train with a larger held_out")
-    values = torch.from_numpy(np.ascontiguousarray(data.values[chosen]))
+    values = data.tensor(chosen)
     for length in reachable_lengths(run) if lengths is None else lengths:
         model, error = with_ema_length(run, length, device)
         conditional = bool(model.condition_sizes.keys() - {"image"}) and model.info.get("conditional", True)

@@ -73,7 +73,7 @@ class ModelPictures:
         if self.data is None or self.split is None:
             return Drawing(caption=caption, reason="it needs the data of the run", command=self.command)
         items = self._held_out(self._strip_items)
-        values = torch.from_numpy(np.ascontiguousarray(self.data.values[items]))
+        values = self.data.tensor(items)
         try:
             levels, frames = process_states.forward_states(self.model, values, self._columns)
             words = f"Forward process, from data to noise: {self._rows(len(items), self._noun)}, at log-SNR "
@@ -181,8 +181,7 @@ class ModelPictures:
     def _held_out(self, n: int) -> np.ndarray:
         """``n`` held-out items, or without any training items."""
         assert self.split is not None
-        items = self.split.validation if len(self.split.validation) else self.split.train
-        return np.resize(items, n)
+        return np.resize(self.split.shown, n)
 
     @property
     def _noun(self) -> str:
