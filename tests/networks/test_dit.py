@@ -12,9 +12,9 @@ from undiffuse.errors import ConfigError
 from undiffuse.networks import dit
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.dit import DiT, SelfAttention, SwiGLU, normed, positions
+from undiffuse.networks.patches import fold, unfold
 from undiffuse.networks.protocol import adapt_weights, blocks
 from undiffuse.networks.registry import build
-from undiffuse.networks.unet import fold, unfold
 
 f64 = torch.float64
 ONE = torch.tensor(1.0)

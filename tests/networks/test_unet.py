@@ -6,8 +6,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from undiffuse.errors import ConfigError
 from undiffuse.model.presets import PRESETS
 from undiffuse.networks.condition import Condition
+from undiffuse.networks.patches import fold, unfold
 from undiffuse.networks.registry import build
-from undiffuse.networks.unet import UNet, fold, unfold
+from undiffuse.networks.unet import UNet
 
 SIZES = [(1,), (7,), (16,), (1, 1), (3, 5), (8, 8), (9, 4), (1, 1, 1), (3, 2, 5), (4, 4, 4)]
 OTHER = {"learned_resampling": False, "scale_shift": True, "fourier": (1,)}

@@ -13,7 +13,8 @@ from undiffuse.networks.attention import attend
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.embedding import ConditionEmbedding, sinusoids
 from undiffuse.networks.norm import GroupNorm
-from undiffuse.networks.settings import check_depth, check_fraction, check_int, check_ints, require
+from undiffuse.networks.patches import pad_to_multiple
+from undiffuse.networks.settings import check_depth, check_dropout, check_int, check_ints, check_out_channels, require
 
 THETA = 10_000.0
 """The longest wavelength of the time embedding, over 2π."""
@@ -170,9 +171,9 @@ class DenoisingDiffusionUNet(nn.Module):
         require(wrong is None, "resnet_block_groups", cause, "Give a divisor")
         theta = float(sinusoidal_pos_emb_theta)
         require(1 < theta < float("inf"), "sinusoidal_pos_emb_theta", f"{theta} is not above 1", "Give a larger number")
-        dropout, classes = check_fraction("dropout", dropout), check_int("classes", classes, 0)
+        dropout, classes = check_dropout(dropout), check_int("classes", classes, 0)
         channels = check_int("channels", channels)
-        out_channels = channels if out_channels is None else check_int("out_channels", out_channels)
+        out_channels = check_out_channels(out_channels, channels)
         self.condition_sizes, self.self_condition, self.multiple = {"classes": classes}, bool(self_condition), 2**top
         time_width = 4 * dim
         norm: Callable[[int], nn.Module] = partial(GroupNorm, groups=groups, eps=1e-5) if groups else RMSNorm
@@ -212,8 +213,7 @@ class DenoisingDiffusionUNet(nn.Module):
         nn.init.zeros_(self.final_conv.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Tensor, time: Tensor, cond: Condition | None = None) -> Tensor:
-        pad = [end for n in reversed(x.shape[2:]) for end in (0, -n % self.multiple)]
-        h = F.pad(x, pad, mode="replicate") if any(pad) else x
+        h = pad_to_multiple(x, self.multiple)
         if self.self_condition:
             h = torch.cat([torch.zeros_like(h), h], 1)
         embedding = self.embed(time, cond)

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from undiffuse.networks.attention import Attention
 from undiffuse.networks.embedding import ConditionEmbedding
 from undiffuse.networks.norm import GroupNorm
-from undiffuse.networks.settings import check_depth, check_fraction, check_int, check_ints, check_layers, require
+from undiffuse.networks.settings import (
+    check_depth,
+    check_dropout,
+    check_int,
+    check_ints,
+    check_layers,
+    check_out_channels,
+    require,
+)
 from undiffuse.networks.unet import Down, Residual, Stage, UNet, Up, conv
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
@@ -114,8 +122,8 @@ class DiffusersUNet(UNet):
         for name, number in (("norm_eps", norm_eps), ("mid_block_scale_factor", mid_block_scale_factor)):
             holds = isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
             require(holds, name, f"{number!r} is not a finite number above 0", "Give such a number")
-        channels, dropout = check_int("channels", channels), check_fraction("dropout", dropout)
-        out_channels = channels if out_channels is None else check_int("out_channels", out_channels)
+        channels, dropout = check_int("channels", channels), check_dropout(dropout)
+        out_channels = check_out_channels(out_channels, channels)
         default_width = 4 * widths[0]
         time_width = (
             default_width if time_embedding_dim is None else check_int("time_embedding_dim", time_embedding_dim)

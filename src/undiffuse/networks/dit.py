@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from undiffuse.networks.attention import CrossAttention, TokenEmbedding, attend
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.embedding import ConditionEmbedding, sinusoids
-from undiffuse.networks.settings import check_fraction, check_int, check_layers, check_sizes, require
+from undiffuse.networks.patches import fold, pad_to_multiple, unfold
+from undiffuse.networks.settings import check_dropout, check_int, check_layers, check_out_channels, check_sizes, require
 from undiffuse.networks.text_encoder import TEXT_WIDTH, TextEncoder, embed_condition
-from undiffuse.networks.unet import conditioning_image, fold, unfold
+from undiffuse.networks.unet import conditioning_image
 
 TIME_FEATURES = 64
 """Sinusoids of the time."""
@@ -156,10 +157,10 @@ class DiT(nn.Module):
         require(width % heads == 0, "heads", f"{heads} does not divide the width {width}", "Give a divisor")
         cause = f"{width} numbers cannot hold the position along {dims} axes"
         require(width >= 2 * dims, "width", cause, f"Give at least {2 * dims}")
-        out_channels = channels if out_channels is None else check_int("out_channels", out_channels)
+        out_channels = check_out_channels(out_channels, channels)
         hidden = 8 * math.ceil(width / 3) if hidden is None else check_int("hidden", hidden)
         time_width = width if time_width is None else check_int("time_width", time_width)
-        bottleneck, dropout = check_int("bottleneck", bottleneck, 0), check_fraction("dropout", dropout)
+        bottleneck, dropout = check_int("bottleneck", bottleneck, 0), check_dropout(dropout)
         self.condition_sizes = check_sizes(classes=classes, vector=vector, tokens=tokens, image=image, text=text)
         token_width = tokens or (TEXT_WIDTH if text else 0)
         self.width, self.dims, self.image = width, dims, image
@@ -197,8 +198,7 @@ class DiT(nn.Module):
         size, (embedding, tokens) = x.shape[2:], embed_condition(self, x, time, cond)
         if self.image:
             x = torch.cat([x, conditioning_image(x, cond, self.image)], 1)
-        pad = [end for n in reversed(size) for end in (0, -n % self.patch)]
-        patches = fold(F.pad(x, pad, mode="replicate") if any(pad) else x, self.patch)
+        patches = fold(pad_to_multiple(x, self.patch), self.patch)
         grid = patches.shape[2:]
         h = self.proj_in(self.reduce(patches.flatten(2).transpose(1, 2))) + positions(grid, self.width, x)
         for layer in self.layers:

@@ -17,7 +17,16 @@ from undiffuse.networks.condition import Condition
 from undiffuse.networks.diffusers_unet import Divided, waves
 from undiffuse.networks.embedding import ConditionEmbedding
 from undiffuse.networks.norm import GroupNorm
-from undiffuse.networks.settings import check_depth, check_fraction, check_int, check_ints, check_layers, require
+from undiffuse.networks.patches import pad_to_multiple
+from undiffuse.networks.settings import (
+    check_depth,
+    check_dropout,
+    check_int,
+    check_ints,
+    check_layers,
+    check_out_channels,
+    require,
+)
 from undiffuse.networks.unet import Down, Residual, Stage, UNet, Up, conv
 
 
@@ -135,8 +144,8 @@ class EDMUNet(UNet):
         require(last <= top, "attention", f"level {last} is not one of 0 to {top}", "Name levels of widths")
         check_layers("blocks", blocks * len(widths))
         channels, classes = check_int("channels", channels), check_int("classes", classes, 0)
-        dropout = check_fraction("dropout", dropout)
-        out_channels = channels if out_channels is None else check_int("out_channels", out_channels)
+        dropout = check_dropout(dropout)
+        out_channels = check_out_channels(out_channels, channels)
         start = widths[0] if start_width is None else check_int("start_width", start_width)
         features = start * (2 if kind.ncsn else 1) if features is None else check_int("features", features)
         require(features % 2 == 0 and features >= 4, "features", f"{features}", "Give an even number from 4")
@@ -205,8 +214,7 @@ class EDMUNet(UNet):
     def forward(self, x: Tensor, time: Tensor, cond: Condition | None = None) -> Tensor:
         if self.inputs is None:
             return super().forward(x, time, cond)
-        pad = [end for n in reversed(x.shape[2:]) for end in (0, -n % self.multiple)]
-        inner = F.pad(x, pad, mode="replicate") if any(pad) else x
+        inner = pad_to_multiple(x, self.multiple)
         embedding, inputs = self.embed(time, cond), iter(self.inputs)
         skips = [self.conv_in(inner)]
         for stage in self.down:

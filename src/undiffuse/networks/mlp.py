@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from undiffuse.networks.attention import CrossAttention, TokenEmbedding
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.embedding import ConditionEmbedding
-from undiffuse.networks.settings import check_fraction, check_int, check_layers, check_sizes
+from undiffuse.networks.settings import check_dropout, check_int, check_layers, check_out_channels, check_sizes
 from undiffuse.networks.text_encoder import TEXT_WIDTH, TextEncoder, embed_condition
 
 
@@ -62,7 +62,7 @@ class MLP(nn.Module):
         super().__init__()
         channels, width, depth = check_int("channels", channels), check_int("width", width), check_int("depth", depth)
         check_layers("depth", depth)
-        out_channels = channels if out_channels is None else check_int("out_channels", out_channels)
+        out_channels = check_out_channels(out_channels, channels)
         time_width = width if time_width is None else check_int("time_width", time_width)
         self.condition_sizes = check_sizes(classes=classes, vector=vector, tokens=tokens, text=text)
         self.embed = ConditionEmbedding(64, time_width, classes, vector, two_times=two_times)
@@ -71,9 +71,7 @@ class MLP(nn.Module):
         self.text = TextEncoder(time_width, token_width) if text else None
         self.attend = nn.ModuleList(CrossAttention(width, token_width) for _ in range(depth if token_width else 0))
         self.proj_in = nn.Linear(channels, width)
-        self.layers = nn.ModuleList(
-            ResidualLayer(width, time_width, check_fraction("dropout", dropout)) for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(ResidualLayer(width, time_width, check_dropout(dropout)) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.proj_out = nn.Linear(width, out_channels)
         nn.init.zeros_(self.proj_out.weight)

@@ -46,8 +46,13 @@ def check_sizes(**sizes: object) -> dict[str, int]:
     return {name: check_int(name, size, 0) for name, size in sizes.items()}
 
 
-def check_fraction(name: str, value: object) -> float:
+def check_out_channels(value: object, channels: int) -> int:
+    """The number of output channels: ``value``, or as many as the input has if it is None."""
+    return channels if value is None else check_int("out_channels", value)
+
+
+def check_dropout(value: object) -> float:
     """``value``, if it is a number in [0, 1)."""
     holds = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-    require(holds, name, f"{value!r} is not a number in [0, 1)", "Give such a number")
+    require(holds, "dropout", f"{value!r} is not a number in [0, 1)", "Give such a number")
     return float(value)  # pyright: ignore[reportArgumentType]

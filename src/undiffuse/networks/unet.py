@@ -14,12 +14,14 @@ from undiffuse.networks.attention import Attention, CrossAttention, TokenEmbeddi
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.embedding import ConditionEmbedding
 from undiffuse.networks.norm import NORMS
+from undiffuse.networks.patches import fold, pad_to_multiple, unfold
 from undiffuse.networks.settings import (
     check_depth,
-    check_fraction,
+    check_dropout,
     check_int,
     check_ints,
     check_layers,
+    check_out_channels,
     check_sizes,
     require,
 )
@@ -29,26 +31,6 @@ from undiffuse.networks.text_encoder import TEXT_WIDTH, TextEncoder, embed_condi
 def conv(dims: int, in_width: int, out_width: int, kernel: int = 3, **settings) -> nn.Module:
     """A convolution of 1, 2 or 3 dimensions, which keeps the size unless ``settings`` change the padding."""
     return getattr(nn, f"Conv{dims}d")(in_width, out_width, kernel, **{"padding": kernel // 2, **settings})
-
-
-def fold(x: Tensor, patch: int) -> Tensor:
-    """Space to depth: (B, C, *size) to (B, C patch^dims, *size/patch); ``unfold`` is its inverse."""
-    dims = x.ndim - 2
-    for axis in range(2, 2 * dims + 2, 2):
-        x = x.unflatten(axis, (-1, patch))
-    order = [0, 1, *range(3, 2 * dims + 2, 2), *range(2, 2 * dims + 2, 2)]
-    return x.permute(order).flatten(1, dims + 1)
-
-
-def unfold(y: Tensor, patch: int) -> Tensor:
-    """Depth to space: (B, C patch^dims, *size) to (B, C, *size patch)."""
-    dims = y.ndim - 2
-    y = y.unflatten(1, (-1, *[patch] * dims))
-    order = [0, 1, *(axis for d in range(dims) for axis in (2 + dims + d, 2 + d))]
-    y = y.permute(order)
-    for axis in range(2, dims + 2):
-        y = y.flatten(axis, axis + 1)
-    return y
 
 
 class Residual(nn.Module):
@@ -201,13 +183,13 @@ class UNet(nn.Module):
         require(norm in NORMS, "norm", f"there is no norm {norm!r}", f"Choose {' or '.join(NORMS)}")
         channels, patch = check_int("channels", channels), check_int("patch", patch)
         check_layers("blocks", check_int("blocks", blocks) * len(widths))
-        out_channels = channels if out_channels is None else check_int("out_channels", out_channels)
+        out_channels = check_out_channels(out_channels, channels)
 
         def num_heads(width: int) -> int:
             return width // head_width if head_width else heads
 
         time_width = 4 * widths[0] if time_width is None else check_int("time_width", time_width)
-        dropout, self.image = check_fraction("dropout", dropout), image
+        dropout, self.image = check_dropout(dropout), image
         self.condition_sizes = check_sizes(classes=classes, vector=vector, tokens=tokens, image=image, text=text)
         token_width = tokens or (TEXT_WIDTH if text else 0)
         self.patch, self.feature_channels, self.feature_norm = patch, widths[-1], norm
@@ -337,8 +319,7 @@ def encode(
     """(outputs of conv_in and of every stage down, output of the middle, embedding, tokens)."""
     if network.image:
         x = torch.cat([x, conditioning_image(x, cond, network.image)], 1)
-    pad = [end for n in reversed(x.shape[2:]) for end in (0, -n % network.multiple)]
-    h = F.pad(x, pad, mode="replicate") if any(pad) else x
+    h = pad_to_multiple(x, network.multiple)
     if network.fourier:
         waves = [wave(2**n * math.pi * h) for n in network.fourier for wave in (torch.sin, torch.cos)]
         h = torch.cat([h, *waves], 1)
