@@ -57,12 +57,12 @@ def load_guide(
 
 
 def class_names(model: AnyModel, classifier: Path | None = None) -> list[str]:
-    """The names of the labels: those of the model (numbers if they are not recorded), else of the classifier."""
-    from undiffuse.model import noisy_classifier
+    """The names of the labels of the model, or of the classifier for a model without labels."""
+    from undiffuse.model import noisy_classifier, text_conditions
 
-    if "classes" in model.condition_sizes:
-        return list(model.info.get("classes") or map(str, range(model.condition_sizes["classes"])))
-    return [] if classifier is None else list(noisy_classifier.load(classifier).classes)
+    if classifier is None or "classes" in model.condition_sizes:
+        return text_conditions.class_names(model)
+    return list(noisy_classifier.load(classifier).classes)
 
 
 def report_guidance_twice(model: AnyModel, sampler: Sampler, log: Callable[[str], None]) -> None:

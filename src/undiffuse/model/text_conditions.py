@@ -1,4 +1,4 @@
-"""Prompts as conditions of a model that was trained with captions."""
+"""Conditions in words: the names of a model's labels, and prompts for one that was trained with captions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from undiffuse.networks.condition import Condition
 
 
 class TextModel(Protocol):
-    """A model of images: the sizes of the conditions that it accepts, and what its file records."""
+    """A model: the sizes of the conditions that it accepts, and what its file records."""
 
     info: dict[str, Any]
 
     @property
     def condition_sizes(self) -> dict[str, int]: ...
+
+
+def class_names(model: TextModel) -> list[str]:
+    """The names of the labels, numbers if they are not recorded; empty for a model without labels."""
+    if "classes" not in model.condition_sizes:
+        return []
+    return list(map(str, model.info.get("classes") or range(model.condition_sizes["classes"])))
 
 
 def encoder_identity(encoder: Mapping[str, str] | None) -> str | None:

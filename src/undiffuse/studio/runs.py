@@ -17,7 +17,7 @@ from undiffuse.data.transform import IntegerLevels, values_transform
 from undiffuse.errors import ConfigError, ResourceError, UndiffuseError
 from undiffuse.model import checkpoint
 from undiffuse.model.diffusion import Diffusion
-from undiffuse.model.text_conditions import text_encoder_of
+from undiffuse.model.text_conditions import class_names, text_encoder_of
 from undiffuse.networks.condition import Condition
 from undiffuse.studio.fields import Fields
 from undiffuse.studio.pictures import Picture, decode_upload, from_values
@@ -126,13 +126,6 @@ def kind_of(model: Diffusion) -> str:
     if isinstance(values_transform(model.transform), IntegerLevels) and len(sides) == 2 and channels in (1, 3):
         return "images"
     return "points" if model.item_shape == (2,) else "other"
-
-
-def class_names(model: Diffusion) -> list[str]:
-    """The names of the labels, numbers if they are not recorded; empty for a model without labels."""
-    if "classes" not in model.condition_sizes:
-        return []
-    return list(map(str, model.info.get("classes") or range(model.condition_sizes["classes"])))
 
 
 class Images:

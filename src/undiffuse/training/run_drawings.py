@@ -18,6 +18,7 @@ from undiffuse.errors import ConfigError, NonFiniteError, UndiffuseError, counte
 from undiffuse.evaluation import process_states
 from undiffuse.evaluation.plan import bit_reversed_order, shared_condition
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.text_conditions import class_names
 from undiffuse.networks.condition import Condition
 from undiffuse.report.figures import image_grid
 from undiffuse.report.html import code, join
@@ -168,8 +169,7 @@ class ModelPictures:
         """The conditions of ``n`` samples: each label in turn, or those of held-out items."""
         sizes, data, split = self.model.condition_sizes, self.data, self.split
         if sizes.keys() == {"classes"} and self.model.info.get("conditional", True):
-            names = self.model.info.get("classes") or [str(i) for i in range(sizes["classes"])]
-            label = torch.arange(n) % sizes["classes"]
+            names, label = class_names(self.model), torch.arange(n) % sizes["classes"]
             return Shown(None, Condition(label=label), [names[i] for i in label.tolist() if i < len(names)])
         if not sizes or data is None or split is None:
             return Shown(None, None, ())
