@@ -36,6 +36,7 @@ class Table:
     def __init__(self, split: ResolutionSplit, cost, *, base: bool) -> None:
         self.cost, self.chain_length, self.device = cost, 10, torch.device("cpu")
         self.condition_sizes = {} if base else {"image": 1}
+        self.trained_condition_sizes: dict[str, int] = {}
         self.item_shape, levels = (split.low_shape, 3) if base else (split.rest_shape, split.rest_num_values)
         self.transform = IntegerLevels(levels)
         self.info = {"name": "all", "stage": split.to_dict() | {"is_base": base, "fingerprint": ""}}

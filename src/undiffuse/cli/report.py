@@ -143,7 +143,7 @@ def _labels_in_turn(model: Diffusion, dataset: Dataset) -> bool:
     """
     import numpy as np
 
-    if model.condition_sizes.keys() != {"classes"} or not model.info.get("conditional", True):
+    if model.trained_condition_sizes.keys() != {"classes"}:
         return False
     if dataset.labels is None:
         return True

@@ -54,8 +54,7 @@ def shared_condition(model: AnyModel, data: Dataset) -> tuple[str, str | None]:
 
     The image of a super-resolution model is none of these: it is always given.
     """
-    accepted = {name: size for name, size in model.condition_sizes.items() if name != "image"}
-    if not accepted or not model.info.get("conditional", True):
+    if not (accepted := model.trained_condition_sizes):
         return "none", None
 
     def in_words(names: Collection[str]) -> str:

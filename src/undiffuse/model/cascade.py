@@ -64,7 +64,7 @@ class Cascade:
         if len(shares) == len(self.models):
             self.info["held_out"] = min(shares)  # the part of a smaller share is within that of a larger one
         self.info |= {"num_values": self.num_values, "fingerprint": self._facts(-1).get("fingerprint")}
-        conditioned = next((model for model in self.models if _sizes(model)), self.models[0])
+        conditioned = next((model for model in self.models if model.trained_condition_sizes), self.models[0])
         self.info["classes"] = conditioned.info.get("classes", [])
         if "text_encoder" in conditioned.info:
             self.info["text_encoder"] = conditioned.info["text_encoder"]
@@ -103,7 +103,7 @@ class Cascade:
             cause = f"its images are {_by(shape)} with {levels} values, and {above} enlarges {theirs}"
         elif model.info.get("name") != other.info.get("name"):
             cause = f"it was trained on {model.info.get('name')!r}, and {above} on {other.info.get('name')!r}"
-        elif _sizes(model) and _sizes(other) and _conditions(model) != _conditions(other):
+        elif all(one.trained_condition_sizes for one in (model, other)) and _conditions(model) != _conditions(other):
             cause = f"its labels, vectors, tokens or text encoder are not those of {above}"
         if cause:
             raise ConfigError("CASCADE", self.names[below], cause, "Name models that fit together")
@@ -156,7 +156,9 @@ class Cascade:
     @property
     def condition_sizes(self) -> dict[str, int]:
         """The sizes of the conditions that any stage accepts, without images, which come from the stage before."""
-        return {name: size for model in self.models for name, size in _sizes(model).items()}
+        return {name: size for model in self.models for name, size in model.trained_condition_sizes.items()}
+
+    trained_condition_sizes = condition_sizes
 
     @property
     def fingerprints(self) -> list[str]:
@@ -190,7 +192,7 @@ class Cascade:
         elif sampler.times is None:
             num_steps = min(sampler.num_steps or model.chain_length, model.chain_length)
             sampler = replace(sampler, num_steps=num_steps)
-        return sampler if _sizes(model) else replace(sampler, guidance=1.0, guidance_interval=None)
+        return sampler if model.trained_condition_sizes else replace(sampler, guidance=1.0, guidance_interval=None)
 
     def num_steps(self, stage: int, sampler: Sampler | str | None) -> int:
         """The steps of a stage in sampling."""
@@ -287,7 +289,7 @@ class Cascade:
 
     def _accepted(self, stage: int, cond: Condition | None) -> Condition | None:
         """The fields of ``cond`` that a stage accepts, None if there are none."""
-        return None if cond is None else cond.accepted_by(_sizes(self.models[stage]))
+        return None if cond is None else cond.accepted_by(self.models[stage].trained_condition_sizes)
 
     def _with_image(
         self, stage: int, cond: Condition | None, low: Tensor, items: range, seed: int, augmentation: float
@@ -325,15 +327,8 @@ def stage_lines(cascade: Cascade, nll: NLL) -> str:
     return f"{', '.join(lines)} bits per dimension of x"
 
 
-def _sizes(model: Diffusion) -> dict[str, int]:
-    """The sizes of the conditions that the model was trained with, without the image."""
-    if not model.info.get("conditional", True):
-        return {}
-    return {name: size for name, size in model.condition_sizes.items() if name != "image"}
-
-
 def _conditions(model: Diffusion) -> tuple[Any, ...]:
-    return _sizes(model), model.info.get("classes"), encoder_identity(model.info.get("text_encoder"))
+    return model.trained_condition_sizes, model.info.get("classes"), encoder_identity(model.info.get("text_encoder"))
 
 
 def _by(shape: Sequence[int]) -> str:

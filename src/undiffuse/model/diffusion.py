@@ -131,6 +131,12 @@ class Diffusion(Pretrained, nn.Module):
         """The sizes of the conditions that the network accepts: classes, vector, tokens; empty if it accepts none."""
         return condition_sizes(self.config.network)
 
+    @property
+    def trained_condition_sizes(self) -> dict[str, int]:
+        """`condition_sizes` without the image; empty for a model that was trained without what its network accepts."""
+        sizes = self.condition_sizes if self.info.get("conditional", True) else {}
+        return {name: size for name, size in sizes.items() if name != "image"}
+
     text_condition = text_condition
 
     def prepare_condition(self, cond: Condition, items: int) -> Condition:

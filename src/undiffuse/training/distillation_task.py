@@ -170,21 +170,20 @@ class DistillationTask(Task):
             expected, got = (f"{n} values" if n else "continuous values" for n in (num_values, data.num_values))
             cause = f"the items have {got}, those of the teacher {expected}"
             raise DataError("RANGE", data.name, cause, "Give the data that the teacher was trained on")
-        sizes = self.teacher.condition_sizes
-        conditional = any(sizes.values()) and self.teacher.info.get("conditional", True)
-        if self.config.guidance != 1 and not conditional:
+        sizes = self.teacher.trained_condition_sizes
+        if self.config.guidance != 1 and not sizes:
             cause = "the teacher has no conditions"
             raise ConfigError("GUIDANCE", f"guidance = {self.config.guidance:g}", cause, "Leave it out")
-        if conditional and not data.condition_sizes:
+        if sizes and not data.condition_sizes:
             cause = "these data have no labels, vectors, tokens or captions, on which the teacher was trained"
             raise DataError("NO_CONDITIONS", data.name, cause, "Give the data that the teacher was trained on")
-        for name, size in (sizes if conditional else {}).items():
+        for name, size in sizes.items():
             own = data.condition_sizes.get(name, size)
             if own > size if name == "text" else own != size:
                 cause = f"their {CONDITION_NAMES[name]} have the size {own}, those of the teacher {size}"
                 raise DataError("CONDITION", data.name, cause, "Give the data that the teacher was trained on")
         precision = "float32" if self.config.method in OBJECTIVES else settings.precision
-        settings = replace(settings, conditional=conditional, precision=precision)
+        settings = replace(settings, conditional=bool(sizes), precision=precision)
         return replace(self, config=replace(self.config, train=settings))
 
     def build_model(self, data: Dataset, split: Split) -> Diffusion:

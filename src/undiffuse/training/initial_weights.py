@@ -94,8 +94,7 @@ def recipe_of(
         settings: Any = ((Run(init).record if init.is_dir() else None) or {})["config"]["train"]
         old = from_dict(TrainConfig, settings, "run.json")
     except (KeyError, ConfigError):  # a file, or a run of another kind
-        accepts = bool(model.condition_sizes.keys() - {"image"})
-        old = replace(train, conditional=accepts and model.info.get("conditional", True))
+        old = replace(train, conditional=bool(model.trained_condition_sizes))
     shared = model.condition_sizes.keys() & data.condition_sizes.keys()
     conditional = conditional or (old.conditional and bool(shared - {"image"}))
     return Config(model.config, replace(old, max_steps=None, minutes=None, seed=0, conditional=conditional))

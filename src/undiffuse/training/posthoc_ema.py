@@ -283,8 +283,7 @@ def compare_lengths(
     values = data.tensor(chosen)
     for length in reachable_lengths(run) if lengths is None else lengths:
         model, error = with_ema_length(run, length, device)
-        conditional = bool(model.condition_sizes.keys() - {"image"}) and model.info.get("conditional", True)
-        cond = data.given_condition(chosen, conditional)
+        cond = data.given_condition(chosen, bool(model.trained_condition_sizes))
         measured.append((length, error, model.nll(values, mc_samples=mc_samples, cond=cond).bits_per_dim(model.dims)))
         progress(length)
     best = min((bits for *_, bits in measured), key=lambda bits: float(bits.mean()))

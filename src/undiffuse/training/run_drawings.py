@@ -168,7 +168,7 @@ class ModelPictures:
     def _condition(self, n: int) -> Shown:
         """The conditions of ``n`` samples: each label in turn, or those of held-out items."""
         sizes, data, split = self.model.condition_sizes, self.data, self.split
-        if sizes.keys() == {"classes"} and self.model.info.get("conditional", True):
+        if sizes.keys() == {"classes"} and self.model.trained_condition_sizes:
             names, label = class_names(self.model), torch.arange(n) % sizes["classes"]
             return Shown(None, Condition(label=label), [names[i] for i in label.tolist() if i < len(names)])
         if not sizes or data is None or split is None:
