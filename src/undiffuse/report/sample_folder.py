@@ -24,6 +24,7 @@ from PIL import Image
 from undiffuse.errors import CheckpointError, ConfigError, counted
 from undiffuse.report.figures import image_grid, prompt_grid
 from undiffuse.runtime.atomic_file import atomic_file, file_digest, json_digest, write_csv, write_error
+from undiffuse.runtime.file_headers import npy_header
 from undiffuse.runtime.folder_lock import lock_folder
 from undiffuse.runtime.output_folder import check_output_folder, listed_files
 from undiffuse.runtime.own_output import mark_options
@@ -293,11 +294,10 @@ def sampler_in_words(manifest: Mapping[str, Any]) -> str | None:
 def _write_array(file: IO[bytes], parts: Iterator[np.ndarray], n: int) -> None:
     """Writes ``parts`` as an npz file with one array x of ``n`` items, compressed as a stream."""
     first = next(parts)
-    header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False}
     entry = zipfile.ZipInfo("x.npy")  # dated 1980: the same samples give the same bytes
     entry.compress_type = zipfile.ZIP_DEFLATED
     with zipfile.ZipFile(file, "w") as archive, archive.open(entry, "w", force_zip64=True) as stream:
-        np.lib.format.write_array_header_1_0(stream, {**header, "shape": (n, *first.shape[1:])})
+        stream.write(npy_header((n, *first.shape[1:]), first.dtype))
         for part in itertools.chain([first], parts):
             stream.write(np.ascontiguousarray(part).data)
 

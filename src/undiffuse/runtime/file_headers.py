@@ -6,6 +6,7 @@ import io
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import IO, Any, Literal, NamedTuple
 
@@ -68,6 +69,14 @@ def read_npy_header(stream: IO[bytes], size: int) -> NpyHeader:
         raise FileError("BAD_HEADER", f"its header gives the shape {shape}"[:200])
     stream.seek(header.offset)
     return header
+
+
+def npy_header(shape: Sequence[int], dtype: np.dtype) -> bytes:
+    """The header of a ``.npy`` file in C order; its length does not depend on the number of items."""
+    stream = io.BytesIO()
+    entries = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(shape)}
+    npy.write_array_header_1_0(stream, entries)
+    return stream.getvalue()
 
 
 def read_safetensors_header(stream: IO[bytes], size: int) -> dict[str, TensorHeader]:

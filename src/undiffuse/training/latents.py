@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from torch import Tensor
 
 from undiffuse.data.dataset import Dataset
@@ -26,7 +25,7 @@ from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.latent import LatentTransform
 from undiffuse.process.seeded_noise import generator
 from undiffuse.runtime.atomic_file import atomic_file, file_digest, json_digest
-from undiffuse.runtime.file_headers import read_npy_header
+from undiffuse.runtime.file_headers import npy_header, read_npy_header
 from undiffuse.runtime.side_files import read_record, write_record
 from undiffuse.training.augmentation import mirrored
 from undiffuse.training.batches import Batch, Reader, values_of
@@ -197,8 +196,7 @@ def _write_posteriors(
 ) -> None:
     shape = (len(items), len(_mirror_axes(settings)), 2, *transform.x_shape)
     with atomic_file(path, 4 * math.prod(shape)) as file:
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        npy.write_array_header_1_0(file, header)
+        file.write(npy_header(shape, np.dtype("<f4")))
         for start in range(0, len(items), ENCODE_BATCH):
             values = data.tensor(items[start : start + ENCODE_BATCH])
             file.write(posteriors(transform, values, settings, device).astype("<f4").tobytes())

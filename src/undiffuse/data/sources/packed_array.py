@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.lib import format as npy
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -26,6 +24,7 @@ from undiffuse.data.text_encoders import EMBEDDING_ARRAYS, arrays_of
 from undiffuse.errors import ConfigError, ResourceError
 from undiffuse.runtime.atomic_file import fsync_folder, write_atomic, write_error
 from undiffuse.runtime.file_errors import FileError, file_errors_at
+from undiffuse.runtime.file_headers import npy_header
 
 METADATA_FIELDS = (
     "name",
@@ -71,7 +70,7 @@ class PackWriter:
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An array of zeros in a file, with its disk space reserved. Raises `ResourceError`."""
-        path, header = self.folder / f"{next(self.counter)}.npy", _header(shape, dtype)
+        path, header = self.folder / f"{next(self.counter)}.npy", npy_header(shape, dtype)
         size = len(header) + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         try:
             with path.open("wb") as file:
@@ -93,7 +92,7 @@ class PackWriter:
                 start += len(chunk)
         assert isinstance(values, np.memmap)
         values.flush()
-        path, header = Path(str(values.filename)), _header(values.shape, values.dtype)
+        path, header = Path(str(values.filename)), npy_header(values.shape, values.dtype)
         size = len(header) + values.nbytes
         try:
             with path.open("r+b") as file:
@@ -181,11 +180,3 @@ def _load(path: Path, sidecar: Path) -> Dataset:
     if (labels := arrays.get("labels")) is not None and not 0 <= labels.min() <= labels.max() < len(fields["classes"]):
         raise ValueError("labels without a class")
     return replace(data, name=metadata["name"], **parts, **fields, **arrays)
-
-
-def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """The header of a .npy file; its length does not depend on the number of items."""
-    buffer = io.BytesIO()
-    entries = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(shape)}
-    npy.write_array_header_1_0(buffer, entries)
-    return buffer.getvalue()
