@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from undiffuse.errors import ConfigError
+from undiffuse.runtime.side_files import unique_keys
 
 MAX_FILE_BYTES, MAX_TEXT_LENGTH = 1 << 20, 1000
 """The most bytes of a recipe file, and the most characters of a string in it."""
@@ -236,7 +237,7 @@ def read(path: Path, base: T) -> T:
         if len(content) > MAX_FILE_BYTES:
             raise ValueError(f"it is longer than {MAX_FILE_BYTES:,} bytes")
         text = content.decode("utf-8")
-        data = json.loads(text, object_pairs_hook=_unique_keys) if path.suffix == ".json" else tomllib.loads(text)
+        data = json.loads(text, object_pairs_hook=unique_keys) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ConfigError("CONFIG", path, f"cannot be read as a recipe ({error})"[:300], "Give a TOML file") from None
     if not isinstance(data, dict):
@@ -254,14 +255,6 @@ def _changed(base: object, given: object) -> object:
     if not isinstance(base, dict) or not isinstance(given, dict) or "kind" in given or "name" in given:
         return given
     return {**base, **{key: _changed(base.get(key), value) for key, value in given.items()}}
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> Settings:
-    """A table of JSON. Raises ValueError where a key occurs twice."""
-    if len(table := dict(pairs)) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in table if keys.count(k) > 1)[:80]!r} occurs twice")
-    return table
 
 
 def replace_train(config: T, **settings: Any) -> T:

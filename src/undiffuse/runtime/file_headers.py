@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from undiffuse.runtime.file_errors import FileError
+from undiffuse.runtime.side_files import unique_keys
 
 MAGIC = npy.MAGIC_PREFIX
 MAX_NPY_HEADER_BYTES = 10_000
@@ -94,7 +95,7 @@ def read_safetensors_header(stream: IO[bytes], size: int) -> dict[str, TensorHea
     if text.count(b"data_offsets") > MAX_TENSORS:
         raise FileError("BAD_HEADER", f"it names more than {MAX_TENSORS:,} tensors")
     try:
-        table = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        table = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise FileError("BAD_HEADER", f"its safetensors header cannot be read ({error})"[:200]) from None
     if not isinstance(table, dict):
@@ -134,14 +135,6 @@ def _tensor(name: str, entry: Any) -> tuple[TensorHeader, tuple[int, int]]:
 
 def _is_list_of_counts(values: Any) -> bool:
     return isinstance(values, list) and len(values) <= 64 and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        twice = next(name for i, (name, _) in enumerate(pairs) if any(name == other for other, _ in pairs[:i]))
-        raise ValueError(f"{twice[:80]!r} occurs twice")
-    return table
 
 
 def _refuse_constant(text: str) -> None:

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,14 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of JSON, for ``object_pairs_hook``. Raises ValueError where a key occurs twice."""
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"the key {key[:80]!r} occurs twice")
+    return dict(pairs)
 
 
 def parse_metrics(content: bytes) -> tuple[list[dict[str, Any]], int]:
