@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -17,6 +16,7 @@ from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.schedule import Schedule
 from undiffuse.process.target import Target
 from undiffuse.runtime.device import to_device
+from undiffuse.runtime.precision import autocast
 
 
 class Prediction(NamedTuple):
@@ -155,11 +155,8 @@ class NetworkDenoiser:
         if cond is not None and cond.end_time is not None:
             end = self.schedule(cond.end_time.clamp(min=self.schedule.t_min))
             cond = replace(cond, end_time=self._time_input(end, scaled))
-        precision = contextlib.nullcontext()
-        if self.autocast is not None:
-            precision = torch.autocast(x_t.device.type, dtype=self.autocast)
         inputs = scaled.to(weight_dtype(self.network, scaled.dtype))
-        with precision:
+        with autocast(x_t.device, self.autocast):
             return self.network(inputs, time, cond, *more)
 
     def _time_input(self, level: NoiseLevel, x: Tensor) -> Tensor:

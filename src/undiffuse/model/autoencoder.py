@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +22,7 @@ from undiffuse.networks.registry import accepted, construct
 from undiffuse.process.gaussian import Gaussian
 from undiffuse.process.laplace import Laplace
 from undiffuse.process.statistics import item_sum
+from undiffuse.runtime.precision import autocast
 from undiffuse.runtime.side_files import check_info
 from undiffuse.runtime.tensor_file import FORMAT, digest
 
@@ -126,7 +126,7 @@ class Autoencoder(nn.Module):
         the bound −log p(x) ≤ ... with the prior N(0, I).
         """
         x = self.transform.to_model(values, self.dtype).to(eps.device)
-        with torch.autocast(x.device.type, self.autocast) if self.autocast else contextlib.nullcontext():
+        with autocast(x.device, self.autocast):
             x_hat, mean, log_var = (self.network if network is None else network)(x, eps)
         x_hat, mean, log_var = (part.to(x.dtype) for part in (x_hat, mean, log_var))
         kl = item_sum(Gaussian(mean, log_var).kl(Gaussian(torch.zeros_like(mean), torch.zeros_like(log_var))))

@@ -6,7 +6,6 @@ of any schedule. It is trained with log-SNR uniform over a range [Dhariwal21 §4
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from undiffuse.networks.protocol import weight_dtype
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.schedule import LinearLogSNR
 from undiffuse.runtime.device import to_device
+from undiffuse.runtime.precision import autocast
 from undiffuse.runtime.side_files import check_info
 
 
@@ -74,8 +74,7 @@ class NoisyClassifier(nn.Module):
         network = self.network if network is None else network
         scaled = broadcast_like(self.preconditioning.input_scale(level), x_t) * x_t
         time = to_device(self.preconditioning.time_input(level), x_t.device, scaled.dtype).expand(len(x_t))
-        autocast = torch.autocast(x_t.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
-        with autocast:
+        with autocast(x_t.device, self.autocast):
             logits = network(scaled.to(weight_dtype(network, scaled.dtype)), time)
         return torch.log_softmax(logits.to(scaled.dtype), 1)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 from undiffuse.errors import ConfigError
@@ -27,6 +30,11 @@ def resolve_precision(precision: str, device: torch.device, dims: int = 2) -> st
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """The dtype of matrix products in the network, None if it is that of the weights."""
     return torch.bfloat16 if precision == "bfloat16" else None
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """A block with matrix products in ``dtype``; None changes nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def cpu_multiplies_bfloat16() -> bool:
