@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from undiffuse.data.transform import IntegerLevels
 from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.interop.building import load_weights
 from undiffuse.interop.diffusers_names import from_diffusers, renamed_attention
 from undiffuse.interop.foreign_files import read_config, read_weights
 from undiffuse.interop.parity import LIMIT, Check, Imported, network_difference, steps_of
@@ -24,7 +25,6 @@ from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.diffusers_unet import DiffusersUNet
 from undiffuse.runtime.atomic_file import file_digest
 from undiffuse.runtime.device import float32_by_default, kept_random_state
-from undiffuse.runtime.tensor_file import check_tensors
 
 VERSION = "0.42.1"
 """The version of diffusers whose formats these are."""
@@ -149,11 +149,7 @@ def import_diffusers(
         raise CheckpointError("DESCRIPTION", source, f"not a model that is supported ({reason})"[:400], fix) from None
     network = model.network
     assert isinstance(network, DiffusersUNet)
-    named = from_diffusers(network, tensors)
-    fix = "The file is damaged, or its layers are not those of its configuration"
-    check_tensors(weights_file, network.state_dict(), named, fix)
-    network.load_state_dict(named)
-    model.eval()
+    load_weights(weights_file, model, from_diffusers(network, tensors))
     checks, notes = compare_with_diffusers(model, unet, noise, tensors), sampling_notes(kind, noise)
     if checks[0].difference is None:
         notes.insert(0, f"the weights are those of {weights_file.name}, sha256 {digest}")
@@ -230,21 +226,23 @@ def compare_with_diffusers(
     except RuntimeError as error:  # what diffusers raises where a package that it imports does not work
         against = f"nothing: diffusers does not work here ({' '.join(str(error).split())})"
         return [Check("outputs of the network", against[:200], None, LIMIT)]
-    against = f"diffusers {__version__}"
     theirs.load_state_dict(dict(tensors))
     theirs_chain = DDPMScheduler(**{name: noise[name] for name in CHAIN})
     levels = model.schedule((torch.arange(model.chain_length, dtype=torch.float64) + 1) / model.chain_length)
     of_table = float((levels.alpha**2 - theirs_chain.alphas_cumprod.double()).abs().max())
+    table = Check("alphas_cumprod", f"diffusers {__version__}", of_table, 1e-12)
+    return [check_unet(model, theirs, __version__), table]
+
+
+def check_unet(model: Diffusion, theirs: nn.Module, version: str) -> Check:
+    """The difference of the network of ``model`` from ``theirs``, a UNet2DModel of this ``version`` of diffusers."""
 
     def outputs(x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
         return theirs(x, time, class_labels=label).sample
 
     classes, steps = model.condition_sizes.get("classes", 0), steps_of(model.chain_length)
-    of_network = network_difference(model.network, outputs, model.x_shape, steps, classes)
-    return [
-        Check("outputs of the network", against, of_network, LIMIT),
-        Check("alphas_cumprod", against, of_table, 1e-12),
-    ]
+    difference = network_difference(model.network, outputs, model.x_shape, steps, classes)
+    return Check("outputs of the network", f"diffusers {version}", difference, LIMIT)
 
 
 def sampling_options(kind: str, noise: Mapping[str, Any]) -> str:

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from undiffuse.data.transform import BOUNDED
 from undiffuse.errors import ConfigError
-from undiffuse.interop.diffusers import CHAIN, CHAIN_CONFIGS, TARGETS, UNET, UNET_CONFIGS, VERSION, WEIGHTS
+from undiffuse.interop.diffusers import (
+    CHAIN,
+    CHAIN_CONFIGS,
+    TARGETS,
+    UNET,
+    UNET_CONFIGS,
+    VERSION,
+    WEIGHTS,
+    check_unet,
+)
 from undiffuse.interop.diffusers_names import from_diffusers, to_diffusers
 from undiffuse.interop.parity import LIMIT, Check, network_difference, steps_of
 from undiffuse.model.diffusion import Diffusion
@@ -216,10 +225,4 @@ def check_with_diffusers(model: Diffusion, folder: Path) -> list[Check]:
             theirs = UNet2DModel.from_pretrained(folder / "unet").eval()
     except (ImportError, RuntimeError):
         return [Check("outputs of the network", "diffusers itself, which is not installed", None, LIMIT)]
-
-    def outputs(x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
-        return theirs(x, time, class_labels=label).sample
-
-    classes, steps = model.condition_sizes.get("classes", 0), steps_of(model.chain_length)
-    difference = network_difference(model.network, outputs, model.x_shape, steps, classes)
-    return [Check("outputs of the network", f"diffusers {__version__}", difference, LIMIT)]
+    return [check_unet(model, theirs, __version__)]
