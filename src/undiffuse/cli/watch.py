@@ -14,7 +14,7 @@ from rich.text import Text
 
 from undiffuse.cli.options import console
 from undiffuse.cli.results import add, with_json
-from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.errors import ConfigError
 from undiffuse.report.progress_bar import format_clock
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def summary(run: Run) -> Group:
     from undiffuse.report.table import spark
     from undiffuse.training.run_folder import checkpoint_folders, step_of
 
-    record, records = _record(run), run.read_metrics()
+    record, records = run.require_record(), run.read_metrics()
     step, seconds = (max((r[key] for r in records if key in r), default=0) for key in ("step", "seconds"))
     now = seconds + _since_record(run)
     saved = [step_of(folder) for folder in checkpoint_folders(run.checkpoints)]
@@ -113,14 +113,8 @@ def summary(run: Run) -> Group:
 def state(run: Run) -> dict[str, Any]:
     """The run as plain data: whether it is finished, the process that trains it, and its records."""
     pid = run.training_pid
-    facts = {"run": run.folder, "data": _record(run)["data"]["name"], "finished": run.finished}
+    facts = {"run": run.folder, "data": run.require_record()["data"]["name"], "finished": run.finished}
     return facts | {"process": pid, "records": run.read_metrics()}
-
-
-def _record(run: Run) -> Record:
-    if (record := run.record) is None:
-        raise CheckpointError("NOT_FOUND", run.folder, "there is no run in this folder", "Give the folder of a run")
-    return record
 
 
 def _state(run: Run, record: Record) -> str:

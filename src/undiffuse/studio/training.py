@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from undiffuse.errors import CheckpointError, ResourceError
+from undiffuse.errors import ResourceError
 from undiffuse.studio.commands import command
 from undiffuse.training.run_folder import Run
 
@@ -18,9 +18,7 @@ MAX_PICTURE_BYTES = 64 << 20
 
 def training_state(run: Run) -> dict[str, Any]:
     """State, length, records and pictures of ``run``. Raises `CheckpointError` if its folder holds no run."""
-    record, records = run.record, run.read_metrics()
-    if record is None:
-        raise CheckpointError("NOT_FOUND", run.folder, "there is no run in this folder", "Give the folder of a run")
+    record, records = run.require_record(), run.read_metrics()
     pid = run.training_pid
     settings = record["config"]["train"]
     stride = -(-len(records) // MAX_RECORDS) or 1

@@ -39,8 +39,7 @@ def extend(
     if run.record is None:
         raise ConfigError("EXTEND", run.folder, "there is no run to extend", "Train without --extend")
     with run.exclusive():
-        record = run.record
-        assert record is not None
+        record = run.require_record()
         if record["data"]["fingerprint"] != data.fingerprint:
             cause = f"this run began with other data ({record['data']['name']}, {record['data']['items']} items)"
             raise ConfigError("EXTEND", run.folder, cause, "Give the data that it began with")

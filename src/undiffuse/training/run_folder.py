@@ -95,6 +95,12 @@ class Run:
             raise CheckpointError("RUN", path, "not the record of a run, or damaged", fix) from None
         return record
 
+    def require_record(self) -> dict[str, Any]:
+        """`record`. Raises `CheckpointError` also where there is none."""
+        if (record := self.record) is not None:
+            return record
+        raise CheckpointError("NOT_FOUND", self.folder, "there is no run in this folder", "Give the folder of a run")
+
     @property
     def id(self) -> str:
         """A digest of the recipe and the data that the run began with; it is in each of its checkpoints and snapshots.
@@ -105,8 +111,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        record = self.record
-        return bool(record and record["finished"])
+        return (self.record or {}).get("finished", False)
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint of training to resume from."""
@@ -209,24 +214,19 @@ class Run:
             raise DataError("NOT_FOUND", path, "the data that the run was trained on are not there", f"{fix} after RUN")
         data = load(began["source"], **began.get("options", {}))
         if data.fingerprint != began["fingerprint"]:
-            counts = (
-                f": {counted(began['items'], 'item')} then, {len(data):,} now" if len(data) != began["items"] else ""
-            )
-            cause = f"these data have changed since the run began{counts}"
+            counts = f": {counted(began['items'], 'item')} then, {len(data):,} now"
+            cause = f"these data have changed since the run began{counts * (len(data) != began['items'])}"
             fix = "Restore them, or name DATA to use them as they are"
             raise DataError("CHANGED", began["source"], cause, fix)
         return data
 
     def finish(self) -> None:
         """Mark the run as finished."""
-        record = self.record
-        assert record is not None
-        self._write({**record, "finished": True})
+        self._write({**self.require_record(), "finished": True})
 
     def extend(self, config: Any, step: int) -> None:
         """Replace the recipe by a longer one that resumes from ``step``; note it, and mark the run unfinished."""
-        record = self.record
-        assert record is not None
+        record = self.require_record()
         new = to_dict(config)
         was, now = ({key: c["train"][key] for key in ("max_steps", "minutes")} for c in (record["config"], new))
         note = {"from_step": step, "was": was, "now": now}
