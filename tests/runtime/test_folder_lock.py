@@ -19,21 +19,22 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from undiffuse.runtime.folder_lock import lock_folder
-with lock_folder(Path(sys.argv[1]), "writing into", "Wait"):
+with lock_folder(Path(sys.argv[1]), "writing into"):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
 def lock(folder):
-    return lock_folder(folder, "writing into", "Wait for it")
+    return lock_folder(folder, "writing into")
 
 
 def test_one_process_holds_it(tmp_path):
     assert lock_holder(tmp_path) is None
     with lock(tmp_path):
         assert lock_holder(tmp_path) == str(os.getpid())
-        message = rf"^error\[BUSY\] {tmp_path}: process {os.getpid()} is writing into this folder\. Wait for it\.$"
+        cause, fix = f"process {os.getpid()} is writing into this folder", "Wait for it, stop it, or give another --out"
+        message = rf"^error\[BUSY\] {tmp_path}: {cause}\. {fix}\.$"
         with pytest.raises(ResourceError, match=message), lock(tmp_path):
             raise AssertionError("two holders")
         assert lock_holder(tmp_path) == str(os.getpid())

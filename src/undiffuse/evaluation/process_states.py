@@ -28,24 +28,22 @@ FEW_CALLS = (1, 2, 4, 8)
 
 
 @torch.no_grad()
-def forward_states(model: Diffusion, values: torch.Tensor, columns: int, seed: int = 0) -> States:
+def forward_states(model: Diffusion, values: torch.Tensor, columns: int) -> States:
     """``values`` (n, *item_shape) on one chain q(x_1..x_T given x) over ``columns`` levels of the model's chain.
 
     No network is called, but for the autoencoder of a latent model. Each state is divided by √(alpha² + sigma²) where
     that is above 1, so that it is in the range of the data.
     """
     levels = _evenly(model.chain, columns)
-    noise = ItemNoise(seed, range(len(values)), model.x_shape, "forward", model.device)
+    noise = ItemNoise(0, range(len(values)), model.x_shape, "forward", model.device)
     x = model.transform.to_model(values).to(model.device)
     states = [(s.level, s.x) for s in forward_trajectory(x * float(levels[-1].alpha), levels, noise)]
     return _frames(model, states)
 
 
-def reverse_states(
-    model: Diffusion, items: range, columns: int, cond: Condition | None = None, seed: int = 0
-) -> States:
+def reverse_states(model: Diffusion, items: range, columns: int, cond: Condition | None = None) -> States:
     """The samples numbered ``items`` on their way from noise, by the model's default sampler, at ``columns`` states."""
-    states = [(state.level, state.x) for state in model.trajectory(items, seed, cond=cond)]
+    states = [(state.level, state.x) for state in model.trajectory(items, cond=cond)]
     level, x = states[-1]
     states[-1] = level, rescale(x, level)
     return _frames(model, _evenly(states, columns))

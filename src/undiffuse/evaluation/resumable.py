@@ -57,7 +57,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold ``folder``, which is made, for one evaluation until its results are written. Raises `ResourceError`."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with lock_folder(folder, "evaluating into", "Wait for it, stop it, or give another --out"):
+        with lock_folder(folder, "evaluating into"):
             yield
     finally:
         with suppress(OSError):

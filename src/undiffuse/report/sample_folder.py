@@ -77,7 +77,7 @@ class SampleFolder:
         names = self._names(items)
         self._own_record(names)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with lock_folder(self.folder, "writing samples into", "Wait for it, stop it, or give another --out"):
+        with lock_folder(self.folder, "writing samples into"):
             record = self._own_record(names)
             if record is not None:
                 record = self._reuse(record, items, log)

@@ -20,7 +20,7 @@ PATIENCE, INTERVAL = 0.1, 0.01
 
 
 @contextmanager
-def lock_folder(folder: Path, activity: str, fix: str) -> Iterator[None]:
+def lock_folder(folder: Path, activity: str) -> Iterator[None]:
     """Hold the lock of ``folder``, which exists, as a block that ends it; a killed process releases it.
 
     Raises `ResourceError`, with the code BUSY if another process holds it: "process N is ``activity`` this folder".
@@ -29,7 +29,8 @@ def lock_folder(folder: Path, activity: str, fix: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=PATIENCE, poll_interval=INTERVAL)
     except Timeout:
-        raise ResourceError("BUSY", folder, f"process {_read_pid(pid)} is {activity} this folder", fix) from None
+        cause = f"process {_read_pid(pid)} is {activity} this folder"
+        raise ResourceError("BUSY", folder, cause, "Wait for it, stop it, or give another --out") from None
     except OSError as error:
         raise write_error(folder / "lock", 0, error) from None
     try:

@@ -260,14 +260,12 @@ def compare_lengths(
     items: int = 256,
     mc_samples: int = 16,
     device: str = "cpu",
-    progress: Callable[[float], None] = lambda length: None,
 ) -> list[EMAScore]:
     """The bound of held-out items for each length, bits per dimension, in order, on the same noise.
 
     ``lengths`` default to `reachable_lengths`. ``regret`` is the mean over items of the difference to the best length;
     being paired, its standard error is smaller than that of the bounds. Items are spread over the validation part, so
-    that the test part stays unused. ``progress`` is called with each finished length. Raises `ConfigError`,
-    `DataError`, `CheckpointError`.
+    that the test part stays unused. Raises `ConfigError`, `DataError`, `CheckpointError`.
     """
     if lengths is not None and not lengths:
         raise ConfigError("LENGTH", "lengths", "none is given", "Give at least one")
@@ -285,7 +283,6 @@ def compare_lengths(
         model, error = with_ema_length(run, length, device)
         cond = data.given_condition(chosen, bool(model.trained_condition_sizes))
         measured.append((length, error, model.nll(values, mc_samples=mc_samples, cond=cond).bits_per_dim(model.dims)))
-        progress(length)
     best = min((bits for *_, bits in measured), key=lambda bits: float(bits.mean()))
     return [
         EMAScore(length, error, *mean_with_stderr(bits), *mean_with_stderr(bits - best))

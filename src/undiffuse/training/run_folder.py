@@ -124,7 +124,7 @@ class Run:
         Raises `ResourceError` naming the process that holds the lock. A killed process releases it.
         """
         self._claim()
-        with lock_folder(self.folder, "training into", "Wait for it, stop it, or give another --out"):
+        with lock_folder(self.folder, "training into"):
             yield
 
     @property
