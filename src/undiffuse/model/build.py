@@ -20,7 +20,7 @@ from undiffuse.networks.protocol import check_output, condition_sizes
 from undiffuse.process import time_sampling as times
 from undiffuse.process.discrete_schedule import LearnedChain
 from undiffuse.process.learned_schedule import LearnedSchedule
-from undiffuse.process.noise_level import NoiseLevel
+from undiffuse.process.noise_level import NoiseLevel, stack
 from undiffuse.process.schedule import Schedule
 from undiffuse.process.target import Target
 from undiffuse.process.weighting import Weight
@@ -151,8 +151,7 @@ def check_process(
             cause = f"{name} is not finite at every time of {config.times['name']!r}"
             raise ConfigError("CONFIG", "model.weight", cause, "Use the times 'uniform', or the weight 'simple'")
         if not target.needs_next_level:  # all levels at once: one by one they take most of the time of a small model
-            t, alpha, sigma, log_snr = map(torch.stack, zip(*(level[:4] for level in chain[:-1]), strict=True))
-            target.check(NoiseLevel(t, alpha, sigma, log_snr))
+            target.check(stack(chain[:-1]))
             return
         for t, s in itertools.pairwise(chain):
             target.check(t, s)

@@ -63,16 +63,19 @@ class Gaussian(NamedTuple):
         ``edges`` = (low, high), low < high, each of ``mean``'s shape, possibly infinite. A bin above the mean is
         mirrored, so that log Φ is evaluated where it is accurate: log(e^b − e^a) = b + log(−expm1(a − b)).
         """
-        mean = self.mean.double()
-        scale = torch.exp(-0.5 * self.log_var.double())
-        low, high = (standard_edge(edge.to(mean), mean, scale) for edge in edges)
-        above = low > 0
-        low, high = torch.where(above, -high, low), torch.where(above, -low, high)
+        low, high = mirrored_edges(edges, self.mean.double(), torch.exp(-0.5 * self.log_var.double()))
         a, b = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
         return b + torch.log(-torch.expm1(a - b))
 
 
-def standard_edge(edge: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+def mirrored_edges(edges: tuple[Tensor, Tensor], mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(low, high) of bins in units of 1/``scale`` from the ``mean``, those of a bin above it mirrored to below."""
+    low, high = (_standard_edge(edge.to(mean), mean, scale) for edge in edges)
+    above = low > 0
+    return torch.where(above, -high, low), torch.where(above, -low, high)
+
+
+def _standard_edge(edge: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     """(edge − mean) scale; an infinite edge becomes ±1e15, so that its gradient is 0 and not NaN."""
     finite = torch.isfinite(edge)
     inside = (torch.where(finite, edge, torch.zeros_like(edge)) - mean) * scale

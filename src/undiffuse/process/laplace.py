@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from undiffuse.process.gaussian import standard_edge
+from undiffuse.process.gaussian import mirrored_edges
 
 
 class Laplace(NamedTuple):
@@ -27,11 +27,7 @@ class Laplace(NamedTuple):
         ``edges`` = (low, high), low < high, each of ``mean``'s shape, possibly infinite. A bin above the mean is
         mirrored: below it the logarithm is high − log 2 + log(1 − e^(low − high)), without cancellation.
         """
-        mean = self.mean.double()
-        scale = torch.exp(-self.log_scale.double())
-        low, high = (standard_edge(edge.to(mean), mean, scale) for edge in edges)
-        above = low > 0
-        low, high = torch.where(above, -high, low), torch.where(above, -low, high)
+        low, high = mirrored_edges(edges, self.mean.double(), torch.exp(-self.log_scale.double()))
         below = torch.clamp(high, max=0) - math.log(2) + torch.log(-torch.expm1(low - high))
         around = torch.log(-0.5 * (torch.expm1(torch.clamp(low, max=0)) + torch.expm1(-torch.clamp(high, min=0))))
         return torch.where(high > 0, around, below)
