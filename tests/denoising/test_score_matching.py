@@ -173,7 +173,7 @@ def test_one_over_sigma_squared_is_the_weight_of_the_noise(t):
     wanted = gradient(q @ score.explicit(model, x_t, LINE.score(x_t, level)), model)
     noisy = diffuse(x, level, eps)
     prediction = Prediction(x, -float(level.sigma) * model(noisy))
-    misprinted = gradient(joint @ (0.5 * loss.weighted_eps_mse(prediction, eps, 1 / level.sigma)), model)
+    misprinted = gradient(joint @ (0.5 * loss.eps_mse(prediction, eps) / level.sigma), model)
     right = gradient(joint @ score.noise_form(prediction, eps, level), model)
     scale = float(wanted.norm())
     torch.testing.assert_close(right, wanted, rtol=0, atol=1e-9 * max(scale, 1))

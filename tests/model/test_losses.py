@@ -56,7 +56,7 @@ def test_weighted_mse_is_the_noise_loss_in_any_frame(name):
     y_hat = target.combine(*WRONG[:2], T_LEVEL, S_LEVEL)  # the output of a network that predicts WRONG
     a, b, c = target.frame(T_LEVEL, S_LEVEL)
     expected = W * by_item((EPS - Y_HAT) ** 2)
-    torch.testing.assert_close(loss.weighted_eps_mse(WRONG, EPS, W), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(W * loss.eps_mse(WRONG, EPS), expected, rtol=1e-12, atol=0)
     if name == "previous":  # in expectation over z = ±1, up to the constant w_y c²
         losses = [
             loss.weighted_mse(y_hat, target, X, EPS, W, T_LEVEL, S_LEVEL, z * torch.ones_like(X)) for z in (1, -1)
@@ -75,9 +75,8 @@ def test_weighted_mse_is_the_noise_loss_in_any_frame(name):
 
 def test_simple_loss():
     torch.testing.assert_close(loss.eps_mse(WRONG, EPS), by_item((EPS - Y_HAT) ** 2), rtol=1e-12, atol=0)
-    assert torch.equal(loss.weighted_eps_mse(WRONG, EPS, torch.tensor(1.0)), loss.eps_mse(WRONG, EPS))
     single = Prediction(*(v.float() for v in WRONG[:2]))
-    assert loss.weighted_eps_mse(single, EPS.float(), W).dtype == torch.float32
+    assert loss.eps_mse(single, EPS.float()).dtype == torch.float32
     assert (
         loss.weighted_mse(Y_HAT.float(), targets.build("x"), X.float(), EPS.float(), W, T_LEVEL).dtype == torch.float32
     )
@@ -93,7 +92,7 @@ def test_mean_matching_and_the_bound_in_the_notation_of_ho():
     term = bound_term(WRONG, X, X_T, T_LEVEL, S_LEVEL)
     torch.testing.assert_close(term, means / (2 * small), rtol=1e-9, atol=0)
     w = weighting.build("bound")(T_LEVEL, S_LEVEL)
-    torch.testing.assert_close(loss.weighted_eps_mse(WRONG, EPS, w), term, rtol=1e-9, atol=0)
+    torch.testing.assert_close(w * loss.eps_mse(WRONG, EPS), term, rtol=1e-9, atol=0)
     large = bound_term(WRONG, X, X_T, T_LEVEL, S_LEVEL, "large")
     constant = 0.5 * (torch.log(BETA / small) - 1 + small / BETA)
     torch.testing.assert_close(large, constant + means / (2 * BETA), rtol=1e-9, atol=0)

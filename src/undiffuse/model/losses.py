@@ -44,12 +44,6 @@ def eps_mse(prediction: Prediction, eps: Tensor) -> Tensor:
     return item_mean((eps - prediction.eps) ** 2)
 
 
-def weighted_eps_mse(prediction: Prediction, eps: Tensor, w_eps: Tensor) -> Tensor:
-    """w_eps ‖eps − ε̂‖², for any denoiser; `weighted_mse` is the same in the frame of a network's output."""
-    error = eps_mse(prediction, eps)
-    return broadcast_like(w_eps, error) * error
-
-
 def mean_matching(prediction: Prediction, x: Tensor, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
     """‖μ̃(x_t, x) − μ(x_t)‖², the means of posterior and reverse step [Ho20 eq. 8]."""
     return item_mean((posterior(x_t, x, t, s).mean - reverse(prediction, x_t, t, s).mean) ** 2)
