@@ -79,10 +79,12 @@ def test_share(hub, call, tmp_path, model):
 
 
 def test_errors_are_one_line(hub, call):
+    hub.put("me/empty", **{"README.md": b""})
     for name, code, words in (
         ("hf:me/none", 4, "error[HUB] hf:me/none: the hub has no such repository"),
         ("hf:me", 2, "error[HUB_NAME] hf:me: this is not the name of a model on the hub"),
         ("hf:me/tiny@v3", 4, "error[HUB] hf:me/tiny@v3: its repository has no revision 'v3'"),
+        ("hf:me/empty", 4, "error[HUB] hf:me/empty: its repository has no model.safetensors"),
         ("me/tiny", 4, "error[NOT_FOUND] me/tiny: no such file"),
     ):
         hub.requests.clear()

@@ -210,6 +210,12 @@ def test_a_hub_that_is_not_there_is_one_line(model, hub, monkeypatch):
     assert lines == []
 
 
+def test_a_file_that_a_repository_lacks_is_named(hub, model):
+    model.push_to_hub("me/digits")
+    with pytest.raises(CheckpointError, match=r"hf:me/digits: its repository has no other\.json"):
+        names.download(names.parse_name("hf:me/digits"), "other.json")
+
+
 def test_the_name_of_a_folder_in_the_cache(hub, model):
     model.push_to_hub("me/digits")
     folder = names.download(names.parse_name("hf:me/digits")).parent

@@ -133,7 +133,7 @@ class Integrator:
             if len(slow):
                 log_snr = float(log_snr_at_flow_time(-u[slow[0]].abs()))
                 cause = f"item {int(slow[0])} has only reached log_snr = {log_snr:.4g}"
-                fix = "Allow more calls, a larger rtol and atol, or use method 'rk4'"
+                fix = "Allow more calls, or larger rtol and atol"
                 raise ConfigError("ODE_CALLS", f"max_calls = {self.max_calls}", cause, fix)
         return y, calls
 

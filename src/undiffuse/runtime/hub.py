@@ -60,13 +60,16 @@ def download(name: HubName, file: str = MODEL_FILE) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    with hub_errors(name):
+    with hub_errors(name, file):
         return Path(hf_hub_download(name.repo, file, revision=name.revision))
 
 
 @contextmanager
-def hub_errors(name: HubName) -> Iterator[None]:
-    """Turn the errors of huggingface_hub in the block into a `CheckpointError` or a `ResourceError` of ``name``."""
+def hub_errors(name: HubName, file: str = MODEL_FILE) -> Iterator[None]:
+    """Turn the errors of huggingface_hub in the block into a `CheckpointError` or a `ResourceError` of ``name``.
+
+    ``file`` is the one that the block asks for.
+    """
     from huggingface_hub import constants, errors
 
     # the errors of whichever HTTP library huggingface_hub uses are a base of its own
@@ -93,7 +96,7 @@ def hub_errors(name: HubName) -> Iterator[None]:
         raise ResourceError("HUB", str(name), cause, fix) from None
     except errors.EntryNotFoundError:
         fix = "Name the repository of a model that undiffuse wrote"
-        raise CheckpointError("HUB", str(name), f"its repository has no {MODEL_FILE}", fix) from None
+        raise CheckpointError("HUB", str(name), f"its repository has no {file}", fix) from None
     except errors.OfflineModeIsEnabled:
         cause = "it needs the hub, and HF_HUB_OFFLINE is set"
         raise ResourceError("HUB", str(name), cause, "Unset HF_HUB_OFFLINE") from None
