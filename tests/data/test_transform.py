@@ -121,7 +121,7 @@ def test_standardized_checks_the_number_of_channels():
     ],
 )
 def test_invalid_moments(mean, std):
-    with pytest.raises(ConfigError, match=r"^error\[CODEC\]"):
+    with pytest.raises(ConfigError, match=r"^error\[TRANSFORM\]"):
         Standardized(mean, std)
 
 
@@ -145,7 +145,7 @@ def test_json_round_trip(transform):
     ],
 )
 def test_invalid_descriptions(description):
-    with pytest.raises(ConfigError, match=r"^error\[CODEC\]"):
+    with pytest.raises(ConfigError, match=r"^error\[TRANSFORM\]"):
         from_dict(description)
 
 
@@ -174,5 +174,5 @@ def test_min_max_maps_to_minus_one_and_one():
 
 @pytest.mark.parametrize("ends", [(1.0, 1.0), (2.0, 1.0), (0.0, math.inf), (0, 10**400), (math.nan, 1.0), ("0", 1.0)])
 def test_invalid_ranges(ends):
-    with pytest.raises(ConfigError, match=r"^error\[CODEC\] transform.low, transform.high"):
+    with pytest.raises(ConfigError, match=r"^error\[TRANSFORM\] transform.low, transform.high"):
         MinMax(*ends)

@@ -8,7 +8,7 @@ from undiffuse.data.from_array import from_array
 from undiffuse.data.stage_data import split_data
 from undiffuse.data.transform import transform_for
 from undiffuse.report.run_report import Drawing
-from undiffuse.training.run_drawings import ModelPictures, calls_per_second, data_picture, nearest_picture
+from undiffuse.training.run_drawings import ModelPictures, data_picture, nearest_picture, sampling_speed
 
 RNG = np.random.default_rng(0)
 
@@ -53,10 +53,10 @@ def test_super_resolution_needs_the_images_that_it_enlarges():
     pictures = pictures_of(data, image=1)
     reverse = pictures.reverse()
     assert reverse.images[0].size == pictures.forward().images[0].size  # whole images, not what is learned
-    assert calls_per_second(pictures.model, data, data.split(0.2)) > 0
+    assert sampling_speed(pictures.model, data, data.split(0.2)) > 0
     without = ModelPictures(pictures.model, None, None, 1e9, "undiffuse report run")
     assert "in the data of the run" in without.solvers().reason
-    assert calls_per_second(pictures.model, None, None) == 0
+    assert sampling_speed(pictures.model, None, None) == 0
 
 
 def test_labels_that_training_did_not_give_are_not_drawn():

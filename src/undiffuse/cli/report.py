@@ -67,7 +67,7 @@ def report(
     """
     from undiffuse.model.diffusion import Diffusion
     from undiffuse.training import run_report
-    from undiffuse.training.run_drawings import calls_per_second
+    from undiffuse.training.run_drawings import sampling_speed
     from undiffuse.training.run_folder import Run
 
     folder = run_folder(run)
@@ -84,7 +84,7 @@ def report(
     measuring = _Measuring(of, run, data, read, {"network": network, "device": device})
     minutes_per_call = 0.0
     if minutes and isinstance(model, Diffusion):
-        rate = calls_per_second(model, dataset, split)
+        rate = sampling_speed(model, dataset, split)
         minutes_per_call = 1 / (60 * SHARES["pictures"] * rate) if rate else 0.0
         measuring.measure(model, dataset, minutes, rate)
     calls = minutes / minutes_per_call if minutes_per_call else 0.0

@@ -29,7 +29,7 @@ from undiffuse.cli.options import (
 )
 from undiffuse.cli.prompt_options import EncoderFolder, Prompt, prompt_condition
 from undiffuse.errors import ConfigError, DataError, counted
-from undiffuse.sampling.tables import RESTORATION_METHODS
+from undiffuse.sampling.tables import RESTORATION_METHODS, RESTORATION_STEPS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,7 +81,9 @@ def restore(
         int, typer.Option(help="Number of restorations: different images that are all consistent with IMAGE.", min=1)
     ] = 4,
     seed: Annotated[int, typer.Option(help="Restoration i depends on (seed, i) alone.", min=0)] = 0,
-    steps: Annotated[int, typer.Option(help="Steps of the solver, at most those of the chain.", min=1)] = 100,
+    steps: Annotated[
+        int, typer.Option(help="Steps of the solver, at most those of the chain.", min=1)
+    ] = RESTORATION_STEPS,
     batch: Annotated[int, typer.Option(help="Restorations per batch; does not change the results.", min=1)] = 16,
     out: Annotated[Path | None, typer.Option(help="A new output folder; default is one in the run.")] = None,
     network: NetworkFile = None,

@@ -100,11 +100,11 @@ class Standardized:
             numbers = getattr(self, name)
             if not isinstance(numbers, tuple | list) or not all(_is_finite_number(n) for n in numbers):
                 cause = f"{numbers!r} is not a list of finite numbers"
-                raise ConfigError("CODEC", f"transform.{name}", cause, "Give one number per channel")
+                raise ConfigError("TRANSFORM", f"transform.{name}", cause, "Give one number per channel")
             object.__setattr__(self, name, tuple(float(n) for n in numbers))
         if len(self.mean) != len(self.std) or not self.std or min(self.std) <= 0:
             cause = "mean and std differ in length, or a std is not positive"
-            raise ConfigError("CODEC", "transform.std", cause, "Give one of each per channel")
+            raise ConfigError("TRANSFORM", "transform.std", cause, "Give one of each per channel")
 
     def _broadcast_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.ndim < 2 or x.shape[1] != len(self.mean):
@@ -149,7 +149,7 @@ class MinMax:
         if not (_is_finite_number(self.low) and _is_finite_number(self.high) and self.low < self.high):
             cause = f"{self.low!r} to {self.high!r} is not a range"
             raise ConfigError(
-                "CODEC", "transform.low, transform.high", cause, "Give two finite numbers, the smaller first"
+                "TRANSFORM", "transform.low, transform.high", cause, "Give two finite numbers, the smaller first"
             )
 
     def to_model(self, values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -246,12 +246,12 @@ def from_dict(plain: Mapping[str, Any]) -> DataTransform:
     kind = plain.get("kind")
     if not isinstance(kind, str) or kind not in TRANSFORMS:
         fix = f"Give one of {', '.join(TRANSFORMS)}"
-        raise ConfigError("CODEC", "transform.kind", f"{kind!r} is not a data transform", fix)
+        raise ConfigError("TRANSFORM", "transform.kind", f"{kind!r} is not a data transform", fix)
     expected = {"kind", *(f.name for f in fields(TRANSFORMS[kind]))}
     if wrong := sorted(set(plain) ^ expected, key=str):
         cause = "this key is missing" if wrong[0] in expected else "this key is unknown"
         fix = f"A transform of kind {kind} has the keys {', '.join(sorted(expected))}"
-        raise ConfigError("CODEC", f"transform.{wrong[0]}", cause, fix)
+        raise ConfigError("TRANSFORM", f"transform.{wrong[0]}", cause, fix)
     return TRANSFORMS[kind](**{name: value for name, value in plain.items() if name != "kind"})
 
 

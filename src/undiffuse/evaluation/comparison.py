@@ -26,7 +26,7 @@ MIN_ITEMS = 2 * distances.JACKKNIFE_GROUPS
 """Fewest samples and items of each part."""
 CHUNK_ITEMS = 4096
 """Items whose values are in memory at a time."""
-NEIGHBOURS = 3
+SHOWN_NEIGHBOURS = 3
 """Nearest training items that are listed for a sample."""
 
 
@@ -175,7 +175,7 @@ def compare(
             extract = fit(g.permutation(np.concatenate([train, drawn])))
             generated, trained = rows(extract, samples, chosen), rows(extract, data.values, train)
         copying = copying_test(generated, trained, rows(extract, data.values, drawn))
-    neighbour_distances, neighbours = distances.nearest(generated, trained, NEIGHBOURS)
+    neighbour_distances, neighbours = distances.nearest(generated, trained, SHOWN_NEIGHBOURS)
     return Comparison(
         {"data": data.name, "fingerprint": data.fingerprint, "held_out": held_out, "seed": seed},
         n,

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from undiffuse.data import transform as codecs
-from undiffuse.data.transform import DataTransform
+from undiffuse.data.transform import BOUNDED, DataTransform, IntegerLevels, x_shape
 from undiffuse.denoising.categorical_head import LOGIT_FEATURES, CategoricalHead
 from undiffuse.denoising.denoiser import Clipped, ConditionedDenoiser, Denoiser, NetworkDenoiser, Preconditioning
 from undiffuse.denoising.guidance import Guide
@@ -71,7 +70,7 @@ class Diffusion(Pretrained, nn.Module):
             config = replace(config, network=network_settings(network, config.network))
         self.config, self.transform, self.info = config, transform, dict(info or {})
         self.item_shape: tuple[int, ...] = tuple(item_shape)
-        self.x_shape = codecs.x_shape(transform, self.item_shape)
+        self.x_shape = x_shape(transform, self.item_shape)
         self.chain_length = config.chain_length
         self.schedule = build_part("schedule", schedules.build, config.schedule)
         self.target = build_part("target", targets.build, config.target)
@@ -88,7 +87,7 @@ class Diffusion(Pretrained, nn.Module):
         further = self.learned_variance + config.divergence
         out_channels = channels * ((LOGIT_FEATURES if categorical else 1) + further)
         self.network = build_network(config.network, self.x_shape, out_channels, network)
-        if isinstance(transform, codecs.IntegerLevels) and categorical:
+        if isinstance(transform, IntegerLevels) and categorical:
             self.network = CategoricalHead(self.network, channels, transform.num_values)
         self.denoiser()
         self.initial_tensors = {name: tensor.to("meta") for name, tensor in self.state_dict().items()}
@@ -269,7 +268,7 @@ class Diffusion(Pretrained, nn.Module):
 
     def clip(self, denoise: Denoiser, clip: bool | None = None) -> Denoiser:
         """``denoise`` with x̂ clamped to [−1, 1]; by default (None) only if the data are bounded."""
-        return Clipped(denoise) if (isinstance(self.transform, codecs.BOUNDED) if clip is None else clip) else denoise
+        return Clipped(denoise) if (isinstance(self.transform, BOUNDED) if clip is None else clip) else denoise
 
     def _sampling_condition(self, cond: Condition, items: int, guide: Guide | None) -> Condition:
         """`prepare_condition`; the classifier of ``guide`` may need a label that the network does not accept."""

@@ -27,13 +27,11 @@ from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers.product import Factor, observation_factor
 from undiffuse.sampling.solvers.repaint import resampling_levels
 from undiffuse.sampling.solvers.solver import Solver
-from undiffuse.sampling.tables import RESTORATION_METHODS
+from undiffuse.sampling.tables import RESTORATION_METHODS, RESTORATION_STEPS
 from undiffuse.sampling.trajectory import check_finite, last_step, rescale, trajectory
 
 SOLVER_METHODS = ("repaint", "product")
 """The rows of `RESTORATION_METHODS` that are solvers; the others are denoisers."""
-DEFAULT_NUM_STEPS = 100
-"""Steps of a restoration; all steps of a shorter chain."""
 JUMP_LENGTH, JUMP_REPEATS = 10, 4
 """RePaint's jumps back (`resampling_levels`), as measured in docs/inverse.md."""
 
@@ -136,10 +134,10 @@ def restore(
     """n samples of x given y, as data values (n, *item_shape); the noise of item i depends on (seed, i) alone.
 
     ``image`` (*S B shape) in the units of x; the part that the mask hides is not read. ``method`` is one of
-    `RESTORATION_METHODS`; ``num_steps`` is by default 100, or the length of a shorter chain. ``floor`` is added to the
-    noise in quadrature, such as that of rounding. If the degradation is inpainting, the known values of the samples
-    are those of the image. ``progress`` is called with the number of item-steps done. ``cond`` holds the condition of
-    each of the n items. Raises `ConfigError` and `NonFiniteError`.
+    `RESTORATION_METHODS`; ``num_steps`` is by default `RESTORATION_STEPS`, or the length of a shorter chain. ``floor``
+    is added to the noise in quadrature, such as that of rounding. If the degradation is inpainting, the known values
+    of the samples are those of the image. ``progress`` is called with the number of item-steps done. ``cond`` holds
+    the condition of each of the n items. Raises `ConfigError` and `NonFiniteError`.
     """
     check_method(model, degradation, method)
     model.eval()
@@ -213,7 +211,7 @@ def default_method(degradation: Degradation, latent: bool = False) -> str:
 
 
 def _default_steps(model: Diffusion) -> int:
-    return min(DEFAULT_NUM_STEPS, model.chain_length)
+    return min(RESTORATION_STEPS, model.chain_length)
 
 
 def num_steps_of(model: Diffusion, method: str, num_steps: int | None = None) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from undiffuse.data.dataset import Dataset
-from undiffuse.evaluation.comparison import NEIGHBOURS, Comparison
+from undiffuse.evaluation.comparison import SHOWN_NEIGHBOURS, Comparison
 from undiffuse.report.figures import image_strip
 from undiffuse.report.run_sections import distance_rows
 
@@ -31,7 +31,7 @@ def neighbours_image(result: Comparison, samples: np.ndarray, data: Dataset) -> 
     closest = np.argsort(result.neighbour_distances[:, 0], kind="stable")[:MAX_ROWS]
     columns = [samples[result.samples[closest]]]
     columns += [data.values[result.neighbours[closest, k]] for k in range(result.neighbours.shape[1])]
-    labels = ["sample", *(f"training {k + 1}" for k in range(NEIGHBOURS))][: len(columns)]
+    labels = ["sample", *(f"training {k + 1}" for k in range(SHOWN_NEIGHBOURS))][: len(columns)]
     return image_strip(np.stack(columns), labels, data.num_values)
 
 

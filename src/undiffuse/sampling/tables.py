@@ -27,3 +27,5 @@ RESTORATION_METHODS = LazyTable(
 )
 """Methods of `undiffuse.model.restoration`, with settings as measured in docs/inverse.md. ``repaint`` and ``product``
 are solvers, the others are denoisers: (denoise, observation) -> denoiser."""
+RESTORATION_STEPS = 100
+"""Their steps, unless the model's chain is shorter or another number is given."""

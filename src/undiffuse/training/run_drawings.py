@@ -207,7 +207,7 @@ class ModelPictures:
         return counted(n, noun) + (", a row each" if self.dims > 1 else "")
 
 
-def calls_per_second(model: Diffusion, data: Dataset | None, split: Split | None) -> float:
+def sampling_speed(model: Diffusion, data: Dataset | None, split: Split | None) -> float:
     """Network calls for single items per second, measured by a few samples; 0 where none can be drawn."""
     pictures = ModelPictures(model, data, split, math.inf, "")
     if pictures._undrawn("", 0) is not None:
