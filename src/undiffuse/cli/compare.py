@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 OPTIONS_OF_LABELS = ("captions", "text_encoder", "with_labels", "label_column", "split_folders")
 """Options of DATA that say nothing about samples, which need no labels, captions or parts."""
-RECORD, IMAGE = "compare.json", "nearest.png"
-"""All numbers, which is also the record of what is written, and the image of the nearest training items."""
-
 
 @with_json
 @with_data_options
@@ -68,6 +65,7 @@ def compare(
     from undiffuse.errors import DataError
     from undiffuse.evaluation import comparison
     from undiffuse.report import comparison_report
+    from undiffuse.report.comparison_report import IMAGE, RECORD
     from undiffuse.report.sample_folder import sampler_in_words
     from undiffuse.runtime.output_folder import check_output_folder, listed_files
     from undiffuse.runtime.own_output import save_picture

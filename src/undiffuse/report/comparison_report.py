@@ -13,6 +13,8 @@ from undiffuse.evaluation.comparison import SHOWN_NEIGHBOURS, Comparison
 from undiffuse.report.figures import image_strip
 from undiffuse.report.run_sections import distance_rows
 
+RECORD, IMAGE = "compare.json", "nearest.png"
+"""All numbers, which is also the record of what is written, and the image of the nearest training items."""
 MAX_ROWS = 8
 """Samples in the image of nearest neighbours."""
 

@@ -18,7 +18,7 @@ from undiffuse.model import checkpoint
 from undiffuse.model.autoencoder import Autoencoder
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.noisy_classifier import NoisyClassifier
-from undiffuse.report import evaluation_report, run_report, run_sections
+from undiffuse.report import comparison_report, evaluation_report, run_report, run_sections
 from undiffuse.report.html import MARK, minus
 from undiffuse.report.model_facts import model_facts
 from undiffuse.report.run_report import Drawing, RunContent
@@ -40,7 +40,6 @@ NAME = "report.html"
 """The file in the folder of a run."""
 SAMPLES, COMPARISON = "samples/report", "comparison"
 """Folders in that of a run: the samples that are compared with the data, and the comparison."""
-COMPARE_RECORD = "compare.json"
 KINDS = {Diffusion: "diffusion model", NoisyClassifier: "classifier", Autoencoder: "autoencoder"}
 
 
@@ -155,10 +154,7 @@ def _collect_records(
         why=reasons,
     )
     if isinstance(model, Diffusion):
-        weights, comparison = checkpoint.fingerprint(model), run.folder / COMPARISON / COMPARE_RECORD
-        evaluation = run.folder / evaluation_report.RECORD
-        content.evaluation = _current(_read(evaluation), "digest", weights, "evaluation", reasons)
-        content.comparison = _current(_read(comparison), "weights", weights, "comparison", reasons)
+        content.evaluation, content.comparison = _measured(run, model, reasons).values()
         _add_reasons(model, reasons)
     content.repeat, content.recipe = repeat(record, kind)
     return content, facts
@@ -197,13 +193,9 @@ def measuring_commands(run: Run, model: Any, data: Dataset | None, own: str = ""
 
 def missing_parts(run: Run, model: Diffusion) -> tuple[set[str], dict[str, str]]:
     """The measured parts that the page lacks and that can be measured, and reasons why others cannot."""
-    weights, why = checkpoint.fingerprint(model), dict[str, str]()
-    found = {
-        "evaluation": _current(_read(run.folder / evaluation_report.RECORD), "digest", weights, "evaluation", {}),
-        "comparison": _current(_read(run.folder / COMPARISON / COMPARE_RECORD), "weights", weights, "comparison", {}),
-    }
+    why: dict[str, str] = {}
     _add_reasons(model, why)
-    return {part for part, record in found.items() if record is None and part not in why}, why
+    return {part for part, record in _measured(run, model, {}).items() if record is None and part not in why}, why
 
 
 def number_of_samples(folder: Path, model: Diffusion, fitting: Sequence[int]) -> int | None:
@@ -231,6 +223,16 @@ def _add_reasons(model: Diffusion, why: dict[str, str]) -> None:
             "it enlarges images of another model, and the samples of both together are compared: "
             "undiffuse sample BASE --then RUN, then undiffuse compare"
         )
+
+
+def _measured(run: Run, model: Diffusion, why: dict[str, str]) -> dict[str, dict[str, Any] | None]:
+    """The evaluation and the comparison of the weights of ``model`` in ``run``; else None, and in ``why`` a reason."""
+    records = {
+        "evaluation": (run.folder / evaluation_report.RECORD, "digest"),
+        "comparison": (run.folder / COMPARISON / comparison_report.RECORD, "weights"),
+    }
+    weights = checkpoint.fingerprint(model)
+    return {part: _current(_read(path), key, weights, part, why) for part, (path, key) in records.items()}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
