@@ -92,14 +92,13 @@ class TrainConfig:
     get the null condition. Super-resolution gets the low resolution of an item with noise of a standard deviation
     uniform from 0 to ``image_noise`` in units of x, for a tenth of the items 0; it is never dropped. ``previews`` is
     how often the run is evaluated; a checkpoint is written then, and every ``save_minutes``. A step with a NaN or
-    infinite loss or gradient stops the run; with ``on_nonfinite`` "skip" it is
-    skipped, at most five in a row.
+    infinite loss or gradient stops the run; with ``on_nonfinite`` "skip" it is skipped, at most five in a row.
 
     With several processes ``shard`` splits weights, averages and moments among them (FSDP2); otherwise every process
     holds all (DDP). ``checkpointing`` recomputes the blocks of the network in the backward pass to save memory,
     ``compile`` compiles the network; if it is not given, a long run on one GPU measures both forms and takes the faster
-    (`undiffuse.training.compiled`). None of the three changes the results except for rounding
-    and, in a compiled network, for the random numbers of dropout.
+    (`undiffuse.training.compiled`). None of the three changes the results except for rounding and, in a compiled
+    network, for the random numbers of dropout.
     """
 
     batch: int = 128

@@ -24,9 +24,8 @@ class LatentTransform:
     """Values of the data ↔ standardized latents, by an ``autoencoder`` whose weights do not learn.
 
     ``x_shape`` is the shape of z, and ``values`` the transform of the data themselves. ``mean`` and ``std`` are those
-    of z ~ q(z given x) over the training part, one number a channel; given
-    (``has_moments``), or 0 and 1 until `standardize` sets them. Copies of a
-    model share it, and it moves to the device of what it is given.
+    of z ~ q(z given x) over the training part, one number a channel: those that are given (``has_moments``), or 0 and 1
+    until `standardize` sets them. Copies of a model share it, and it moves to the device of what it is given.
     """
 
     def __init__(self, autoencoder: Autoencoder, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> None:

@@ -99,8 +99,7 @@ def search_sampler(
     most ``max_steps`` steps. For the best few, the times are also refined, from their best spacing or from
     `fitted_times`. The first half of the items serves for refinement, the other half for the ranking. ``fine`` is the
     number of steps of the reference, ``cond`` the condition of each item of ``start``. ``progress`` is called with the
-    number of network calls made.
-    Raises `ConfigError`.
+    number of network calls made. Raises `ConfigError`.
     """
     if calls < 1 or fine < 4:
         where = f"calls = {calls}, fine = {fine}"
