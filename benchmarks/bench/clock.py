@@ -50,7 +50,9 @@ def jobs(options: argparse.Namespace, installed: Collection[str] = tuple(PACKAGE
         if name not in PACKAGES:
             raise SystemExit(f"No such package: {name}. Use {', '.join(PACKAGES)}")
         if name not in installed:
-            raise SystemExit(f"{name} is not installed. Run: scripts/venv report,data,peers; or leave it out by --packages")
+            raise SystemExit(
+                f"{name} is not installed. Run: scripts/venv report,data,peers; or leave it out by --packages"
+            )
     settings, data = overridden(options.set), str(options.data.resolve()) if options.data else ""
     found = []
     for number, seed in enumerate(options.seeds):

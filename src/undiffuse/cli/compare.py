@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 OPTIONS_OF_LABELS = ("captions", "text_encoder", "with_labels", "label_column", "split_folders")
 """Options of DATA that say nothing about samples, which need no labels, captions or parts."""
 
+
 @with_json
 @with_data_options
 def compare(
