@@ -37,7 +37,7 @@ RESULT = EvaluationResult(
 
 
 def test_rows():
-    chain, flow, script = report.evaluation_rows(RESULT.summary())
+    (chain, flow, script), title = report.evaluation_rows(RESULT.summary())
     assert chain == {
         "estimate": "bound of the chain, 2 of 5 steps",
         "prior": (pytest.approx(1), pytest.approx(0)),
@@ -50,7 +50,7 @@ def test_rows():
     }
     assert flow["total"] == "  4.00 ± 0.50"  # several importance samples with an estimated divergence are no bound
     assert script["total"].startswith("  4.10")
-    assert report.table_title(RESULT) == "d, held out: bits per dimension, given labels ± standard error"
+    assert title == "d, held out: bits per dimension, given labels ± standard error"
 
 
 def test_differences_are_paired():

@@ -134,7 +134,7 @@ def evaluate(
         if not first:
             return
         numbers = result.summary()
-        rows, title = evaluation_report.evaluation_rows(numbers), evaluation_report.table_title(result)
+        rows, title = evaluation_report.evaluation_rows(numbers)
         show(rows, title, **numbers, explanations=result.explanations())
         differences = evaluation_report.describe_differences(numbers["minus_discrete"])
         skipped = functools.partial(record_skipped, dataset) if dataset.report.skipped else None

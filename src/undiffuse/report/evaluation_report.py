@@ -35,17 +35,11 @@ MEASURED = ("digest", "fingerprint", "part", "condition")
 FILES = {RECORD, "evaluation-items.csv", "bits-per-step.png", "evaluation-skipped.json"}
 
 
-def evaluation_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A table row for each estimate of an evaluation as plain data, with the time that it took."""
-    rows, _ = likelihood_rows(evaluation)
+def evaluation_rows(evaluation: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """A table row for each estimate of an evaluation as plain data, with the time that it took, and the title."""
+    rows, title = likelihood_rows(evaluation)
     seconds = (numbers["seconds"] for numbers in evaluation["estimates"].values())
-    return [{**row, "time": f"{took:,.0f} s"} for row, took in zip(rows, seconds, strict=True)]
-
-
-def table_title(result: EvaluationResult) -> str:
-    """What was measured, as the title of the table."""
-    given = "" if result.facts["condition"] == "none" else f", given {result.facts['condition']}"
-    return f"{result.facts['data']}, {result.facts['part']}: bits per dimension{given} ± standard error"
+    return [{**row, "time": f"{took:,.0f} s"} for row, took in zip(rows, seconds, strict=True)], title
 
 
 def describe_differences(differences: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
