@@ -224,6 +224,7 @@ def training(size: Size, device: torch.device, place: Path, folder: Path | None)
     network = {**recipe.model.network, **(size.network or {"widths": (128, 256, 256)})}  # 28 pixels halve twice
     config = replace(recipe, model=replace(recipe.model, network=network))
     config = replace(config, train=replace(config.train, max_steps=None, minutes=size.minutes, batch=size.batch))
+    finished = (Run(place / "run").record or {}).get("finished", False)
     run = fit(config, data, place / "run", device=str(device), quiet=True)
     model = load(run, device=device)
     began = time.perf_counter()
@@ -244,6 +245,8 @@ def training(size: Size, device: torch.device, place: Path, folder: Path | None)
         "samples/s": f"{size.n / seconds:,.0f}",
     }
     title = f"The network of `ddpm-cifar10` on {data.name}, {size.n:,} samples by the default sampler"
+    if finished:
+        title += "; the training was finished before, perhaps at another commit"
     return Table(title, [row]), {}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
@@ -51,7 +52,8 @@ def training_step(preset: str, shape: tuple[int, ...], num_values: int | None, d
     model = Diffusion(recipe.model, shape, transform)
     to_fast_layout(model.network)
     model.autocast = torch.bfloat16 if dtype == torch.bfloat16 else None
-    optimizer = make_optimizer([{"params": list(model.parameters())}], model.network, recipe.train)
+    settings = replace(recipe.train, precision="bfloat16" if model.autocast else "float32")
+    optimizer = make_optimizer([{"params": list(model.parameters())}], model.network, settings)
     averages, batch = [PowerEMA(model, length) for length in SNAPSHOT_LENGTHS], recipe.train.batch
     values = torch.randint(num_values, (batch, *shape)) if num_values else torch.randn(batch, *shape)
     u, eps = torch.rand(batch, dtype=torch.float64), torch.randn(batch, *shape)

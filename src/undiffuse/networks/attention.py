@@ -18,7 +18,7 @@ EXPLICIT_POSITIONS = 200
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ/√d) v for (B, heads, N, d), over the keys whose ``mask`` (..., keys) is True.
 
-    ``mask`` broadcasts to (B, heads, N, keys). On an accelerator it is computed in the dtype of q. On a CPU the softmax
+    ``mask`` broadcasts to (B, heads, N, keys) and leaves each row a key. On an accelerator it is computed in the dtype of q. On a CPU the softmax
     is computed in float32, and so is all of it for many keys, because the backward pass of the fused kernel takes six
     times as long in bfloat16.
     """

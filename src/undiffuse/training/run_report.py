@@ -89,7 +89,8 @@ def collect(
         of_data = of_data or " DATA"
     commands = measuring_commands(run, model, data, own, of_data)
     if content.evaluation is not None:
-        commands["evaluation"] += _options_of(content.evaluation, commands["evaluation"])
+        place = commands["evaluation"].replace(" --part train", "")
+        commands["evaluation"] = place + _options_of(content.evaluation)
     drawings: dict[str, Drawing] = {}
     if data is not None and split is not None:
         drawings["data"] = data_picture(data, split)
@@ -259,12 +260,11 @@ def _current(
     return None
 
 
-def _options_of(evaluation: Mapping[str, Any], command: str) -> str:
-    """The part and the seed of an ``evaluation`` as options, where the ``command`` has others."""
+def _options_of(evaluation: Mapping[str, Any]) -> str:
+    """The part and the seed of an ``evaluation`` as options, where they are not the defaults."""
     described, seed = str(evaluation["part"]), evaluation.get("seed", 0)
     part = next((part for part, words in PARTS.items() if words == described), "all")
-    is_other = part != "test" and "--part" not in command
-    return f"{f' --part {part}' * is_other}{f' --seed {seed}' * bool(seed)}"
+    return f"{f' --part {part}' * (part != 'test')}{f' --seed {seed}' * bool(seed)}"
 
 
 def _commands_of(run: Run, comparison: Mapping[str, Any], own: str, of_data: str) -> dict[str, str]:

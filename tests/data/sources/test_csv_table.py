@@ -73,7 +73,7 @@ def test_a_column_y_of_numbers_is_a_coordinate(file):
 
 def test_a_column_that_float32_rounds_coarsely_gets_a_note(file):
     seconds = "".join(f"{1_700_000_000 + i},{i}\n" for i in range(300))
-    note = "stored as float32, which rounds t to steps of 2e+02 over a range of 3e+02: subtract a constant first"
+    note = "stored as float32, which rounds t to steps of 1.3e+02 over a range of 3e+02: subtract a constant first"
     assert note in load(file(f"t,i\n{seconds}")).notes
     assert not any("rounds" in note for note in load(file("t\n0.1\n0.2\n0.3\n", "fine.csv")).notes)
 

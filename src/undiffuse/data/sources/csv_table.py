@@ -90,11 +90,11 @@ def _dataset(name: str, lines: Iterator[str], label_column: str | None) -> Datas
         row, column = map(int, bad[0])
         cause = f"item {row}, column {columns[column]}: {values[row, column]:g} (and {len(bad) - 1} more)"
         raise FileError("NON_FINITE", cause)
-    spread, step = values.max(0) - values.min(0), np.abs(values).max(0) * 2.0**-24
+    spread, step = values.max(0) - values.min(0), np.spacing(np.abs(packed).max(0))
     if len(coarse := np.flatnonzero((spread > 0) & (spread < MIN_LEVELS * step))):
         rounded = f"column {columns[coarse[0]]} and {len(coarse) - 1} more" if len(coarse) > 1 else columns[coarse[0]]
         notes.append(
-            f"stored as float32, which rounds {rounded} to steps of {2 * step[coarse[0]]:.2g} over a range of "
+            f"stored as float32, which rounds {rounded} to steps of {step[coarse[0]]:.2g} over a range of "
             f"{spread[coarse[0]]:.2g}: subtract a constant first"
         )
     classes, labels = label_classes(label_texts) if label_index is not None else ((), None)
