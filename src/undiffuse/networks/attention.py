@@ -18,9 +18,9 @@ EXPLICIT_POSITIONS = 200
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ/√d) v for (B, heads, N, d), over the keys whose ``mask`` (..., keys) is True.
 
-    ``mask`` broadcasts to (B, heads, N, keys) and leaves each row a key. On an accelerator it is computed in the dtype of q. On a CPU the softmax
-    is computed in float32, and so is all of it for many keys, because the backward pass of the fused kernel takes six
-    times as long in bfloat16.
+    ``mask`` broadcasts to (B, heads, N, keys) and leaves each row a key. On an accelerator it is computed in the dtype
+    of q. On a CPU the softmax is computed in float32, and so is all of it for many keys, because the backward pass of
+    the fused kernel takes six times as long in bfloat16.
     """
     if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
         return F.scaled_dot_product_attention(q, k, v, mask)
