@@ -1,12 +1,14 @@
 """The report command on a run of the command line: what it measures, stores, prints and refuses."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from page_checks import check_page
 from tiny_run import NET
 
+from undiffuse.cli import report
 from undiffuse.evaluation import plan
 from undiffuse.model import checkpoint, presets
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
@@ -74,6 +76,14 @@ def test_samples_have_no_label_where_classes_are_of_unequal_frequency(place, cal
     assert call(*command).code == 0
     commands = [line for line in call("report", "uneven", "--minutes", 0.1).out.splitlines() if line[:2] == "$ "]
     assert ["--label" in line for line in commands] == [False] * 3
+
+
+@pytest.mark.parametrize(("counts", "in_turn"), [([4, 5], True), ([4, 6], False), ([0, 5], False), (None, True)])
+def test_labels_in_turn_are_for_classes_within_a_quarter(counts, in_turn):
+    model = SimpleNamespace(trained_condition_sizes={"classes": 2}, condition_sizes={"classes": 2})
+    data = SimpleNamespace(labels=None if counts is None else np.repeat([0, 1], counts))
+    assert report._labels_in_turn(model, data) is in_turn
+    assert not report._labels_in_turn(SimpleNamespace(trained_condition_sizes={}), data)
 
 
 def test_files_of_the_user_and_data_that_are_not_those_of_the_run(place, call):

@@ -50,6 +50,19 @@ def test_every_training_writes_a_page(folder):
     assert ("code", command) in page.texts
 
 
+@pytest.mark.parametrize(
+    ("measured", "options"),
+    [
+        ({"part": "held out for testing", "seed": 0}, ""),
+        ({"part": "trained on", "seed": 5}, " --part train --seed 5"),
+        ({"part": "all, including training items"}, " --part all"),
+    ],
+)
+def test_the_command_of_an_evaluation_has_its_part_and_seed(folder, measured, options):
+    commands = run_report.measuring_commands(Run(folder), checkpoint.load(folder), DATA, " --own", " d.npy", measured)
+    assert commands["evaluation"] == f"undiffuse evaluate {shlex.quote(str(folder))} d.npy{options} --own"
+
+
 def test_a_page_is_a_function_of_the_run_and_has_all_its_pictures(folder):
     content = collected(folder)
     assert {name: len(d.images) for name, d in content.drawings.items()} == {

@@ -137,9 +137,9 @@ def _held_out(run: Run, model: Any) -> float:
 
 
 def _labels_in_turn(model: Diffusion, dataset: Dataset) -> bool:
-    """Whether samples with each label in turn have the data's labels: not where one class is a quarter more frequent.
+    """Whether samples with each label in turn have the class frequencies of the data, within a quarter.
 
-    Samples without a label have those that the model learnt.
+    Samples without a label have the class frequencies that the model learnt.
     """
     import numpy as np
 

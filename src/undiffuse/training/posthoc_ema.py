@@ -231,7 +231,7 @@ def with_ema_length(run: Run, length: float, device: str = "cpu") -> tuple[Diffu
 
 
 def _in_dtype(average: Tensor, dtype: torch.dtype) -> Tensor:
-    """``average`` in the type of the tensor that it is of; that of integers or bools, such as counts, is rounded."""
+    """``average`` in ``dtype``, that of the averaged tensor; averages of integers or bools are rounded."""
     return average.to(dtype) if dtype.is_floating_point or dtype.is_complex else average.round().to(dtype)
 
 

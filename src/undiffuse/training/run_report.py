@@ -87,10 +87,7 @@ def collect(
     content, own_data = _collect_records(run, model, data, split, why, notes)
     if data is None or not own_data.get("source"):
         of_data = of_data or " DATA"
-    commands = measuring_commands(run, model, data, own, of_data)
-    if content.evaluation is not None:
-        place = commands["evaluation"].replace(" --part train", "")
-        commands["evaluation"] = place + _options_of(content.evaluation)
+    commands = measuring_commands(run, model, data, own, of_data, content.evaluation)
     drawings: dict[str, Drawing] = {}
     if data is not None and split is not None:
         drawings["data"] = data_picture(data, split)
@@ -179,15 +176,27 @@ def shown_path(path: Path) -> str:
     return os.path.relpath(here) if path.is_absolute() and here.is_relative_to(Path.cwd()) else str(path)
 
 
-def measuring_commands(run: Run, model: Any, data: Dataset | None, own: str = "", of_data: str = "") -> dict[str, str]:
-    """The commands that measure the model of ``run``, by the part of the page that they add."""
+def measuring_commands(
+    run: Run,
+    model: Any,
+    data: Dataset | None,
+    own: str = "",
+    of_data: str = "",
+    evaluation: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
+    """The commands that measure the model of ``run``, by the part of the page that they add.
+
+    An ``evaluation`` that was made gives the part and the seed.
+    """
     place = as_argument(shown_path(run.folder))
     if not isinstance(model, Diffusion):
         return {}
     nothing_held_out = model.info.get("held_out") == 0 and (data is None or data.test_from is None)
-    part = " --part train" if nothing_held_out else ""
+    options = " --part train" if nothing_held_out else ""
+    if evaluation is not None:
+        options = _options_of(evaluation)
     return {
-        "evaluation": f"undiffuse evaluate {place}{of_data}{part}{own}",
+        "evaluation": f"undiffuse evaluate {place}{of_data}{options}{own}",
         "comparison": f"undiffuse report {place}{of_data}{own}",
     }
 
