@@ -177,24 +177,14 @@ def shown_path(path: Path) -> str:
 
 
 def measuring_commands(
-    run: Run,
-    model: Any,
-    data: Dataset | None,
-    own: str = "",
-    of_data: str = "",
-    evaluation: Mapping[str, Any] | None = None,
+    run: Run, model: Any, data: Dataset | None, own: str = "", of_data: str = "", made: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """The commands that measure the model of ``run``, by the part of the page that they add.
-
-    An ``evaluation`` that was made gives the part and the seed.
-    """
+    """The commands that measure the model of ``run``, by the part of the page; of the evaluation ``made`` if given."""
     place = as_argument(shown_path(run.folder))
     if not isinstance(model, Diffusion):
         return {}
     nothing_held_out = model.info.get("held_out") == 0 and (data is None or data.test_from is None)
-    options = " --part train" if nothing_held_out else ""
-    if evaluation is not None:
-        options = _options_of(evaluation)
+    options = _options_of(made) if made else " --part train" * nothing_held_out
     return {
         "evaluation": f"undiffuse evaluate {place}{of_data}{options}{own}",
         "comparison": f"undiffuse report {place}{of_data}{own}",
