@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 import sys
+import tomllib
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,14 @@ from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.registry import build
 from undiffuse.process.schedule import SCHEDULES
 from undiffuse.process.target import TARGETS
-from undiffuse.process.time_sampling import TIME_DISTRIBUTIONS
+from undiffuse.process.time_sampling import (
+    TIME_DISTRIBUTIONS,
+    LogitNormal,
+    LogNormalSigma,
+    UniformSteps,
+    UniformTime,
+    loss_aware,
+)
 from undiffuse.process.weighting import WEIGHTS
 
 ROOT = Path(__file__).parent.parent
@@ -204,6 +212,32 @@ def test_the_recipe_names_every_choice(setting, table) -> None:
     assert set(table) <= set(re.findall(r"\w+", line))
 
 
+def test_the_settings_of_every_choice_have_the_defaults_that_the_recipe_states() -> None:
+    distributions = {"uniform": UniformTime, "log_normal_sigma": LogNormalSigma, "logit_normal": LogitNormal}
+    tables = {
+        "schedule": {name: SCHEDULES[name] for name in SCHEDULES},
+        "target": {name: target.rule for name, target in TARGETS.items()},
+        "weight": {name: weight.rule for name, weight in WEIGHTS.items()},
+        "times": {**distributions, "loss_aware": loss_aware, "steps": UniformSteps},
+    }
+    text = (ROOT / "docs/recipes.md").read_text()
+    rows = re.findall(r"^\| (?:`(\w+)` )?\| ((?:`\w+`(?:, )?)+) \|(.*) ?\|$", text, re.M)
+    table, seen = "", set()
+    for name, choices, settings in rows:
+        table = name or table
+        if table not in tables:
+            continue
+        for choice in re.findall(r"\w+", choices):
+            seen.add((table, choice))
+            defaults = {key: p.default for key, p in inspect.signature(tables[table][choice]).parameters.items()}
+            for key, value in re.findall(r"`(\w+) = (.*?)`", settings):
+                stated = float(value) if value == "inf" else tomllib.loads(f"x = {value}")["x"]
+                assert defaults[key] == stated, (table, choice, key)
+    every = {(table, choice) for table, choices in tables.items() for choice in choices}
+    assert seen == every - {("target", name) for name in TARGETS if name != "edm"}
+    assert set(tables["times"]) == set(TIME_DISTRIBUTIONS)
+
+
 def commands() -> dict[str, set[str]]:
     """The flags of each command."""
     import typer
@@ -221,6 +255,11 @@ def test_commands_and_flags_exist(path: Path) -> None:
         name, *rest = line.partition("#")[0].split()
         assert name in known, line
         assert {word for word in rest if word.startswith("--")} <= known[name], line
+
+
+def test_the_page_of_commands_has_every_command_once() -> None:
+    rows = re.findall(r"^\| `undiffuse ([\w-]+)", (ROOT / "docs" / "commands.md").read_text(), re.M)
+    assert sorted(rows) == sorted(commands())
 
 
 def test_the_checks_can_fail() -> None:

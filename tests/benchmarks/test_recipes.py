@@ -43,6 +43,17 @@ def test_later_changes_replace_earlier_ones(recipes):
     assert recipes.merged(*changes) == {"train": {"lr": 3.0, "batch": 2}, "model": {"output": "values"}}
 
 
+def test_settings_of_a_network_are_added_and_another_kind_replaces_it(recipes):
+    preset = {"model": {"network": {"kind": "unet", "widths": (8,)}, "output": "values"}}
+    other, dropout = {"kind": "dit", "width": 8}, recipes.unet(dropout=0.1)
+    assert recipes.merged(preset, dropout)["model"]["network"] == {**preset["model"]["network"], "dropout": 0.1}
+    assert recipes.merged(preset, {"model": {"network": other}}, dropout)["model"] == {
+        "network": {**other, "dropout": 0.1},
+        "output": "values",
+    }
+    assert recipes.recipe("dropout", 1.0, 0, "digits").model.network["widths"] == (32, 64)
+
+
 def test_patches_change_the_times_and_the_noise_of_a_batch(recipes):
     data = from_array(np.random.default_rng(0).integers(256, size=(40, 1, 4, 4)).astype(np.uint8), num_values=256)
     settings = TrainConfig(batch=16, seed=1)

@@ -117,10 +117,13 @@ def test_the_sum_of_the_bounds_is_evaluated(place, call):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("sample", TOP), f"error[CASCADE] {TOP}: it enlarges images, and there are none."),
+        (("sample", TOP), f"error[CASCADE] {TOP}: it is a super-resolution model, which needs images to enlarge."),
         (("sample", BASE, "--then", TOP), f"error[CASCADE] {BASE}: its images are 3×4×4 with 256 values"),
-        (("sample", BASE, "--then", BASE), f"error[CASCADE] {BASE}: it enlarges no images."),
-        (("sample", MIDDLE, "--then", TOP), f"error[CASCADE] {MIDDLE}: it enlarges images, and a cascade begins"),
+        (("sample", BASE, "--then", BASE), f"error[CASCADE] {BASE}: it is not a super-resolution model."),
+        (
+            ("sample", MIDDLE, "--then", TOP),
+            f"error[CASCADE] {MIDDLE}: it is a super-resolution model, and the first model of a cascade is its base",
+        ),
         (("sample", BASE, "--then", "runs/none"), "error[NOT_FOUND] runs/none"),
         (("sample", BASE, "--augmentation", 0.2), "error[USAGE] --augmentation: it is for images that --then"),
         (("sample", BASE, "--then", MIDDLE, "--animate", "a.gif"), "error[USAGE] --animate: it is for a single model"),
@@ -131,7 +134,10 @@ def test_the_sum_of_the_bounds_is_evaluated(place, call):
         (("train", "photos", "--map", "haar"), "error[OPTION] --map"),
         (("pack", "photos", "packed.npy", "--from", 8), "error[PACK] --from"),
         (("restore", MIDDLE, "photos/0.png", "--noise", 0.1), f"error[CASCADE] {MIDDLE}: it is a super-resolution"),
-        (("advise", MIDDLE, "--calls", 5), f"error[CASCADE] {MIDDLE}: it enlarges images, and there are none."),
+        (
+            ("advise", MIDDLE, "--calls", 5),
+            f"error[CASCADE] {MIDDLE}: it is a super-resolution model, which needs images to enlarge.",
+        ),
         (("distill", TOP, "--steps", 1), "error[DISTILLED] the teacher: it is a super-resolution model"),
     ],
 )

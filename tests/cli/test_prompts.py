@@ -72,7 +72,9 @@ def values(folder):
 
 def test_a_run_with_captions_draws_prompts(trained, call, tmp_path):
     run = trained / "run"
-    assert "prompts of up to 64 bytes, by a transformer trained along" in " ".join(call("inspect", run).out.split())
+    assert "prompts of up to 64 bytes, by a transformer trained with the network" in " ".join(
+        call("inspect", run).out.split()
+    )
     (tmp_path / "p.txt").write_text("a white square\n\n a black square \n")
     flags = ["--solver", "ddim", "--steps", 3, "--guidance", 4, "--threshold", "dynamic", "--n", 5]
     done = call("sample", run, "--prompt", "a grey square", "--prompts", tmp_path / "p.txt", *flags)
@@ -161,12 +163,12 @@ def test_advice_is_measured_with_prompts(trained, call, tmp_path, monkeypatch):
 ERRORS = [
     (["--prompt", "x" * 65], "[PROMPT] --prompt xxx", "it has 65 bytes"),
     (["--prompt", "a\udcff"], "[PROMPT] 'a\\udcff'", "it is not valid UTF-8"),
-    (["--prompt", "a", "--negative", "b"], "[GUIDANCE] --negative", "no effect without --guidance"),
+    (["--prompt", "a", "--negative", "b"], "[GUIDANCE] --negative", "no effect without a --guidance scale"),
     (["--negative", "b", "--guidance", "3"], "[GUIDANCE] --guidance", "it needs a condition. Give --prompt."),
     (["--prompt", "", "--guidance", "3"], "[GUIDANCE] --guidance", "it needs a condition"),
     (["--prompts", "none.txt"], "[PROMPT] none.txt", "cannot be read (No such file or directory)"),
     (["--text-encoder", "bytes"], "[USAGE] --text-encoder", "no effect without a prompt"),
-    (["--prompt", "a", "--text-encoder", "minilm"], "[TEXT_ENCODER] minilm", "of its own, trained along"),
+    (["--prompt", "a", "--text-encoder", "minilm"], "[TEXT_ENCODER] minilm", "a part of the model's network"),
     (["--prompt", "a", "--label", "b"], "[LABEL] --label b", "trained without labels"),
 ]
 

@@ -1,4 +1,4 @@
-"""Encoders that are not trained along: what they are given, pooling, identity, the cache, and folders that fail.
+"""Pretrained encoders: what they are given, pooling, identity, the cache, and folders that fail.
 
 Without the library transformers a model of our own stands in for those that it loads; with it, tiny folders of random
 weights that it writes itself.

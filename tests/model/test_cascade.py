@@ -356,8 +356,8 @@ def test_stages_that_do_not_fit_are_refused(stages):
     named = {"names": ["small", "large"]}
     for models, message in [
         ([base], "at least one more"),
-        ([middle, top], "small: it enlarges images"),
-        ([base, base], "large: it enlarges no images.*--from"),
+        ([middle, top], "small: it is a super-resolution model, and the first"),
+        ([base, base], "large: it is not a super-resolution model.*--from"),
         ([base, top], "small: its images are 1×2×2 with 5 values, and large enlarges 1×4×4 with 5 values"),
         ([tiny(replace(reduce_data(DATA, 4), name="e")), top], "small: it was trained on 'e', and large on 'd'"),
     ]:
@@ -388,7 +388,7 @@ def test_stages_that_do_not_fit_are_refused(stages):
     with pytest.raises(ConfigError, match="large: its facts about the data"):
         Cascade([base, damaged], **named)
     damaged.info["stage"] = "?"
-    with pytest.raises(ConfigError, match="large: it enlarges no images"):
+    with pytest.raises(ConfigError, match="large: it is not a super-resolution model"):
         Cascade([base, damaged], **named)
     with pytest.raises(ConfigError, match=r"augmentation = 1.5"):
         Cascade(stages).sample(1, augmentation=1.5)

@@ -145,7 +145,10 @@ def test_a_model_of_embeddings_needs_its_own_encoder(encoders, tmp_path):
     assert cond.mask.tolist() == [[True], [False]]
     assert embedded.text_condition([""], "one").mask.tolist() == [[False]]
     embedded.sample(2, sampler=Sampler(num_steps=2, guidance=2.0), cond=cond)
-    for encoder, message in ((None, "a folder that it does not hold"), ("two", "it is 'two' .* trained with 'one'")):
+    for encoder, message in (
+        (None, "is a folder, which the model's file does not contain"),
+        ("two", "it is 'two' .* trained with 'one'"),
+    ):
         with pytest.raises(ConfigError, match=message):
             embedded.text_condition(["a"], encoder)
     with pytest.raises(ConfigError, match="more tokens than the text encoder takes"):

@@ -110,7 +110,7 @@ def test_a_small_evaluation_says_how_small_it_is(tmp_path, monkeypatch, lines):
     run = train(tmp_path, by_the_clock(1), machine, data(200))
     first = next(r for r in run.read_metrics() if "bits_per_dim" in r)
     assert first["items"] < 40
-    assert any(f"bits/dim ({first['items']} items, {first['draws']} draws)" in line for line in lines)
+    assert any(f"bits/dim ({first['items']} items, {first['draws']} noise levels)" in line for line in lines)
 
 
 def test_an_evaluation_of_full_size_is_the_same_by_steps_and_by_the_clock(tmp_path, monkeypatch):
@@ -191,7 +191,7 @@ def test_a_run_that_hardly_trained_says_so(tmp_path, monkeypatch, lines):
     few = train(tmp_path / "few", by_the_clock(1, lr=1e-6), SlowMachine(monkeypatch, step=1.0), data(2000))
     assert few.finished
     hints = [line.strip() for line in lines if "hardly trained: " in line]
-    assert hints[-1].startswith("hardly trained: 57 steps saw 684 of 1,199 training items. Give it more --minutes")
+    assert hints[-1].startswith("hardly trained: 57 steps saw 684 of 1,199 training items. Give more --minutes")
     assert any("hardly trained: values drawn independently cost only " in hint for hint in hints)
     del lines[:]
     monkeypatch.setattr("undiffuse.training.diffusion_task.shared_values", lambda *_: 99.0)

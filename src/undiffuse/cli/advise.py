@@ -57,7 +57,8 @@ def advise_command(
     ] = None,
     calls: Annotated[int, typer.Option(help="Network calls per sample.", min=1, max=MAX_COUNT)] = 10,
     items: Annotated[
-        int, typer.Option(help="Starting points of the flow; half of them serve to fit times.", min=8, max=MAX_COUNT)
+        int,
+        typer.Option(help="Starting points of the flow; half of them are for fitting the times.", min=8, max=MAX_COUNT),
     ] = 64,
     samples: Annotated[
         int, typer.Option(help="Samples per sampler that are compared with the data.", min=20, max=MAX_COUNT)

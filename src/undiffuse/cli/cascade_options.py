@@ -20,13 +20,15 @@ Then = Annotated[
     typer.Option(
         "--then",
         metavar="RUN",
-        help="A super-resolution model (train --from) of RUN's images; repeatable, in order.",
+        help="A super-resolution model (train --from) that enlarges the images before it; repeatable.",
         callback=at_hand,
     ),
 ]
 Augmentation = Annotated[
     float | None,
-    typer.Option(help="Standard deviation, 0 to 1, of the noise on images that --then enlarges.", min=0.0, max=1.0),
+    typer.Option(
+        help="Standard deviation, 0 to 1, of the noise on images that --then enlarges; default 0.2.", min=0.0, max=1.0
+    ),
 ]
 
 
@@ -97,5 +99,5 @@ def require_then(model: AnyModel, run: Path) -> None:
     from undiffuse.model.cascade import Cascade
 
     if not isinstance(model, Cascade) and "image" in model.condition_sizes:
-        cause = "it enlarges images, and there are none"
+        cause = "it is a super-resolution model, which needs images to enlarge"
         raise ConfigError("CASCADE", run, cause, f"Name the model of the small images: sample BASE --then {run}")

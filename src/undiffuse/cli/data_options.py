@@ -67,7 +67,7 @@ def read_data(read: ReadData, data: str | None, run: Path) -> Dataset:
         return read(data)
     given = [OPTIONS[name].spelling for name, value in read.keywords.items() if value != OPTIONS[name].default]
     if given:
-        cause = "it is an option of DATA, and without DATA those of the run are read with the options of training"
+        cause = "it is an option of DATA; without DATA those of the run are read with the options of its training"
         raise ConfigError("USAGE", given[0], cause, "Leave it out, or name DATA")
     return Run(run_folder(run)).load_data()
 

@@ -74,7 +74,7 @@ def distill(
     ] = False,
     pairs: Annotated[
         str,
-        typer.Option(help="Source of the pairs of points on a trajectory, or of velocities: teacher (RUN) or data."),
+        typer.Option(help="Source of the points or velocities to learn from: teacher (RUN) or data."),
     ] = "teacher",
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)] = 0,
     device: Device = "auto",

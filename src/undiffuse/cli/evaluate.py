@@ -41,12 +41,15 @@ def evaluate(
     data: OwnDataArgument = None,
     part: Annotated[
         str | None,
-        typer.Option(help="test, validation, train or all; by default test for the model's own data, all for others."),
+        typer.Option(
+            help="test, validation, train or all; by default test of the data of training, all of other data."
+        ),
     ] = None,
     estimate: Annotated[
         list[str] | None,
         typer.Option(
-            help="discrete, continuous, ode, and flow_map of a flow map both ways; repeatable; by default all."
+            help="discrete (bound of the chain), continuous (bound in continuous time), ode (probability flow), "
+            "flow_map (only distill --both-ways); repeatable; by default all."
         ),
     ] = None,
     items: Annotated[

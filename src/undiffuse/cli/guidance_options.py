@@ -48,7 +48,9 @@ def load_guide(
         fix = "Give --prompt" if classifier is None and text_encoder_of(model) else "Give --label or --cond"
         raise ConfigError("GUIDANCE", flag, "it needs a condition", fix)
     if negative is not None and sampler.guidance == 1:
-        raise ConfigError("GUIDANCE", "--negative", "it has no effect without --guidance other than 1", "Give both")
+        raise ConfigError(
+            "GUIDANCE", "--negative", "it has no effect without a --guidance scale other than 1", "Give both"
+        )
     loaded = None if classifier is None else _load_classifier(model, classifier)
     weak = None if autoguide is None else _load_weak_model(model, autoguide)
     guide = Guide(loaded and loaded.log_prob, weak and weak.denoiser(), negative)
@@ -108,8 +110,8 @@ def _check_options_have_effect(sampler: Sampler, classifier: Path | None, autogu
     """Raises `ConfigError` for an option of a kind of guidance that is not in use."""
     default, guided = Sampler(), sampler.guidance != 1
     for flag, name, required, in_use in (
-        ("--guidance-interval", "guidance_interval", "--guidance other than 1", guided),
-        ("--guidance-rescale", "guidance_rescale", "--guidance other than 1", guided),
+        ("--guidance-interval", "guidance_interval", "a --guidance scale other than 1", guided),
+        ("--guidance-rescale", "guidance_rescale", "a --guidance scale other than 1", guided),
         ("--classifier-scale", "classifier_scale", "--classifier", classifier),
         ("--classifier-form", "classifier_form", "--classifier", classifier),
         ("--autoguide-scale", "autoguidance_scale", "--autoguide", autoguide),

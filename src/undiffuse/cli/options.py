@@ -69,8 +69,8 @@ Device = Annotated[
 Precision = Annotated[
     str,
     typer.Option(
-        help="Of the network's matrix products: float32, bfloat16 (faster where the device multiplies in it), or auto: "
-        "bfloat16 there."
+        help="Of the network's matrix products: float32, bfloat16, or auto: bfloat16 if the device multiplies in it "
+        "fast, else float32."
     ),
 ]
 

@@ -27,7 +27,7 @@ Prompts = Annotated[Path | None, typer.Option(help="A text file of prompts, one 
 PromptOfImage = Annotated[str | None, typer.Option(help="A prompt for A and B, for a model trained with captions.")]
 EncoderFolder = Annotated[
     str | None,
-    typer.Option("--text-encoder", help="The text encoder of training, if it is a folder that has moved."),
+    typer.Option("--text-encoder", help="Folder of the text encoder of training, if it has moved."),
 ]
 
 

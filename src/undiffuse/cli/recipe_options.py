@@ -51,7 +51,7 @@ class RecipeOptions:
         """
         if self.are_given(except_for=("minutes", "steps")) or any(other is not None for other in others):
             cause = "an extended run keeps the recipe that it began with"
-            raise ConfigError("USAGE", "--extend", cause, "Give it with --minutes or --steps alone")
+            raise ConfigError("USAGE", "--extend", cause, "Give no other option of training than --minutes or --steps")
         _extend(run, dataset, device, kind, self.steps, self.minutes, **options)
         return replace(self, minutes=None, steps=None)
 

@@ -47,7 +47,7 @@ MAX_IN_STRIP = 6
 
 SDEDIT_HELP = "sdedit makes variants of an intact IMAGE: noise, and back."
 STRENGTH_HELP = (
-    "With --method sdedit: the time, above 0 and at most 1 (all noise), of the noise that IMAGE gets; default 0.6."
+    "With --method sdedit: time t of the noise added to IMAGE, above 0 and at most 1 (noise only); default 0.6."
 )
 DEFAULT_STRENGTH = 0.6
 
@@ -84,7 +84,9 @@ def restore(
     steps: Annotated[
         int, typer.Option(help="Steps of the solver, at most those of the chain.", min=1)
     ] = RESTORATION_STEPS,
-    batch: Annotated[int, typer.Option(help="Restorations per batch; does not change the results.", min=1)] = 16,
+    batch: Annotated[
+        int, typer.Option(help="Restorations per batch; changes the results by rounding only.", min=1)
+    ] = 16,
     out: Annotated[Path | None, typer.Option(help="A new output folder; default is one in the run.")] = None,
     network: NetworkFile = None,
     device: Device = "auto",

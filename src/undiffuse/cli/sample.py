@@ -77,8 +77,8 @@ def sample(
     calls: Annotated[
         int | None,
         typer.Option(
-            help="Network calls per sample; uses the result of 'advise' for this number if there is one. By default "
-            "that of a distilled model.",
+            help="Network calls per sample, by the sampler that 'advise' stored for this number, if any. Default of a "
+            "distilled model: the number that it was distilled for.",
             min=1,
         ),
     ] = None,
@@ -89,7 +89,7 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="Steps of the solver, at most those of the chain.", min=1)] = None,
     spacing: Annotated[str | None, typer.Option(help=f"Spacing of the steps: {', '.join(SPACINGS)}.")] = None,
     label: Annotated[
-        list[str] | None, typer.Option(help="A class by name or index, all or none; repeatable, used in turn.")
+        list[str] | None, typer.Option(help="A class by name or index, 'all' or 'none'; repeatable, used in turn.")
     ] = None,
     cond: Annotated[
         Path | None, typer.Option(help="An array file of condition vectors or tokens, used in turn.")
@@ -112,8 +112,8 @@ def sample(
     classifier_form: Annotated[
         str,
         typer.Option(
-            help=f"{', '.join(CLASSIFIER_FORMS)}: what the classifier's gradient is added to; mean is Dhariwal and "
-            "Nichol's algorithm 1, for --solver ancestral."
+            help=f"{', '.join(CLASSIFIER_FORMS)}: the classifier's gradient is added to the score, or to the mean of a "
+            "step (algorithm 1 of Dhariwal and Nichol, with --solver ancestral only)."
         ),
     ] = "score",
     autoguide: Annotated[
@@ -134,7 +134,7 @@ def sample(
     batch: Annotated[
         int | None,
         typer.Option(
-            help=f"Samples per batch; does not change the samples. Default {CPU_BATCH}; on a GPU up to "
+            help=f"Samples per batch; changes the samples by rounding only. Default {CPU_BATCH}; on a GPU up to "
             f"{MAX_GPU_BATCH:,} if they are small.",
             min=1,
         ),

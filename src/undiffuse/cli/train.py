@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 Minutes = Annotated[
     float | None,
-    typer.Option(help="Train for about this many minutes; the learning-rate decay is planned to fit."),
+    typer.Option(help="Train for about this many minutes, including the decay of the learning rate."),
 ]
 Steps = Annotated[int | None, typer.Option(help="Train for this many optimizer steps.")]
 Epochs = Annotated[float | None, typer.Option(help="Train for this many passes over the training items.")]
@@ -105,7 +105,7 @@ def train(
     autoencoder: Annotated[
         Path | None,
         typer.Option(
-            help="Train on the latents of this autoencoder: a run, file or folder of docs/latent.md.", callback=at_hand
+            help="Train on the latents of this autoencoder: run, file or folder, see docs/latent.md.", callback=at_hand
         ),
     ] = None,
     conditional: Annotated[

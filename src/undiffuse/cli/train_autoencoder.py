@@ -42,9 +42,7 @@ def train_autoencoder(
     out: Annotated[
         Path | None, typer.Option(help="The run folder, outside of DATA; runs/DATA-autoencoder if not given.")
     ] = None,
-    factor: Annotated[
-        int | None, typer.Option(help="Sides of an item divided by those of its latents: 2, 4, 8; 4 if not given.")
-    ] = None,
+    factor: Annotated[int | None, typer.Option(help="Downsampling factor of each side: 2, 4 or 8; default 4.")] = None,
     latent_channels: Annotated[int | None, typer.Option(help="Channels of the latents; 4 if not given.", min=1)] = None,
     kl_weight: Annotated[
         float | None,

@@ -150,7 +150,7 @@ class Dataset:
 
     @property
     def text_encoder(self) -> dict[str, Any] | None:
-        """What turns captions into conditions: ``name`` and, if it is not trained along, ``digest``; None without."""
+        """What turns captions into conditions: ``name`` and, of a pretrained encoder, ``digest``; None without."""
         return (self.embeddings.encoder if self.embeddings else {"name": "bytes"}) if self.captions else None
 
     def given_condition(self, indices: np.ndarray, conditional: bool, u: np.ndarray | None = None) -> Condition | None:

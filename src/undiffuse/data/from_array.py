@@ -41,7 +41,8 @@ def from_array(
 ) -> Dataset:
     """``values`` as a data set.
 
-    - ``values``: integers (bool included) or floats. Floats are continuous data and become float32
+    - ``values``: (N, D) vectors, (N, C, *size) images, series or volumes, or as ``layout`` says: integers (bool
+      included) or floats, which are continuous data and become float32
     - ``labels``: (N,) integers 0 .. K − 1, each of which occurs
     - ``cond``, ``mask``: vectors (N, D), or tokens (N, L, D) with a bool mask (N, L) of those that count; all without
     - ``layout``: one of LAYOUTS. Without it two dimensions are ND, three are NHW for uint8, uint16 and bool, four are

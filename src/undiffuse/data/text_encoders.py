@@ -1,4 +1,4 @@
-"""Text encoders that are not trained along: found by name, identified by a digest, each text embedded once.
+"""Pretrained text encoders: found by name, identified by a digest, each text embedded once.
 
 A folder is loaded by the library ``transformers`` from safetensors files on this machine only; no code in it is run.
 """
@@ -49,7 +49,7 @@ def _minilm() -> Path:
 
 
 ENCODERS: dict[str, Callable[[], Path] | None] = {"bytes": None, "minilm": _minilm}
-"""The folder of each encoder with a name; None: it is trained along, as part of the network."""
+"""The folder of each encoder with a name; None: it is trained, as a part of the network."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ TIME_INPUTS: dict[str, Callable[[NoiseLevel, int], Tensor]] = {
 class Preconditioning:
     """The inputs of a network: the scale of x_t, a row of `INPUT_SCALES`, and the time, a row of `TIME_INPUTS`.
 
-    The time ``"step"`` is the integer k − 1 in 0..T−1 for t = k/T, as in Ho's network.
+    The time ``"step"`` is the integer k − 1 in 0..T−1 for t = k/T, as in Ho's network [Ho20]; the scale ``"unit"`` is
+    c_in [Karras22 tab. 1]. Raises `ConfigError` for other names.
     """
 
     scale: str = "none"

@@ -25,7 +25,7 @@ LogProb = Callable[[Tensor, NoiseLevel, Condition], Tensor]
 
 
 class Guide(NamedTuple):
-    """What guides beside the sampled model: a classifier's ``log_prob``, a ``weak`` model of the same data, and a
+    """Guidance beside the model: ``log_prob(x_t, level, cond)`` of a classifier, (B,) nats, a ``weak`` denoiser and a
     ``negative`` condition of one item, which takes the place of the null condition in classifier-free guidance."""
 
     log_prob: LogProb | None = None

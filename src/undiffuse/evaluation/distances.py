@@ -118,7 +118,7 @@ def _features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         cause = f"features must be (N, D) and (M, D) with N and M at least 2, not {tuple(a.shape)}, {tuple(b.shape)}"
         raise DataError("SHAPE", "features", cause, "Flatten each item to one row")
     if not (a.isfinite().all() and b.isfinite().all()):
-        raise NonFiniteError("NONFINITE", "features", "a feature is NaN or infinite", "Check the samples")
+        raise NonFiniteError("NON_FINITE", "features", "a feature is NaN or infinite", "Check the samples")
     return a.double(), b.double()
 
 

@@ -107,8 +107,8 @@ def explanations(model: AnyModel, names: Iterable[str], iw_samples: int) -> list
             meaning = f"no bound but the likelihood itself, up to noise: {trace}"
         lines.append(f"probability flow: {meaning}")
         lines.append(
-            "with an exact denoiser the flow's prior term would be at most that of the bounds; a larger one shows "
-            "model error"
+            "the flow's prior term is at most that of the bounds if the denoiser is exact; a larger one shows errors "
+            "of the model"
         )
     if "flow_map" in names:
         lines.append("flow map: an estimate and no bound, wrong by as much as the learned map differs from the flow")

@@ -222,7 +222,7 @@ def infer_objective(path: Path, tables: Mapping[str, Tensor], given: str, learne
     if best is None or best[0] > OBJECTIVE_LIMIT:
         if given:
             return given, None
-        cause = "its table loss_weight is that of no objective"
+        cause = "its table loss_weight fits none of pred_noise, pred_x0 and pred_v"
         raise CheckpointError("DESCRIPTION", path, cause, "Give --set objective=pred_v, pred_noise or pred_x0")
     _, objective, limit = best
     if given and given != objective:

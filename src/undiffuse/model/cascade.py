@@ -52,8 +52,8 @@ class Cascade:
         if len(self.models) < 2:
             raise ConfigError("CASCADE", "models", "a cascade has a base and at least one more", "Give two or more")
         if "image" in self.models[0].condition_sizes:
-            cause = "it enlarges images, and a cascade begins with a model of the smallest"
-            raise ConfigError("CASCADE", self.names[0], cause, "Name that one first, and this one after --then")
+            cause = "it is a super-resolution model, and the first model of a cascade is its base"
+            raise ConfigError("CASCADE", self.names[0], cause, "Name the base first, and this model after --then")
         self.splits = [self._split(i) for i in range(1, len(self.models))]
         for below in range(len(self.splits)):
             self._check_pair(below)
@@ -84,7 +84,7 @@ class Cascade:
         """The split that the model of a stage after the first learned. Raises `ConfigError`."""
         model, name = self.models[stage], self.names[stage]
         if "image" not in model.condition_sizes or not self._facts(stage):
-            cause = "it enlarges no images"
+            cause = "it is not a super-resolution model"
             raise ConfigError("CASCADE", name, cause, "Name a model that was trained with --from")
         split = split_from_dict(self._facts(stage))
         if (model.item_shape, model.transform) != (split.rest_shape, IntegerLevels(split.rest_num_values)):
@@ -136,7 +136,7 @@ class Cascade:
 
     @property
     def dims(self) -> int:
-        """The number of values of an image."""
+        """The number of dimensions of an image, the product of its shape."""
         return math.prod(self.item_shape)
 
     @property
@@ -212,7 +212,7 @@ class Cascade:
         first: int = 0,
         progress: Progress | None = None,
     ) -> Tensor:
-        """n samples as data values (n, *item_shape), the items from ``first`` on; the same for any ``batch``.
+        """n samples as data values (n, *item_shape), the items from ``first`` on; ``batch`` changes rounding only.
 
         ``augmentation``: standard deviation in [0, 1] of the noise on the image that a stage is given. ``cond``: the
         condition of each item, and ``negative`` the condition of one item that guidance leads away from; each stage

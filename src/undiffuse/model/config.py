@@ -88,8 +88,8 @@ class TrainConfig:
     takes 8 bytes a parameter on disk; in memory it takes 4; 0: none). ``precision`` is ``auto``, ``float32`` or
     ``bfloat16``. ``flip`` and ``flip_vertical`` mirror images at random, ``crop`` shifts items by up to that many cells
     along each axis (`undiffuse.training.augmentation`), in training only. With ``conditional`` the network gets all
-    conditions of the data (labels, vectors, tokens), except for the fraction ``condition_dropout`` of the items, which
-    get the null condition. Super-resolution gets the low resolution of an item with noise of a standard deviation
+    conditions of the data (labels, vectors, tokens, text), except for the fraction ``condition_dropout`` of the items,
+    which get the null condition. Super-resolution gets the low resolution of an item with noise of a standard deviation
     uniform from 0 to ``image_noise`` in units of x, for a tenth of the items 0; it is never dropped. ``previews`` is
     how often the run is evaluated; a checkpoint is written then, and every ``save_minutes``. A step with a NaN or
     infinite loss or gradient stops the run; with ``on_nonfinite`` "skip" it is skipped, at most five in a row.
@@ -257,6 +257,9 @@ def _changed(base: object, given: object) -> object:
 
 
 def replace_train(config: T, **settings: Any) -> T:
-    """The recipe, of a model or of a classifier, with some settings of its training changed."""
+    """The recipe, of a model or of a classifier, with changed settings of training: replace_train(recipe, minutes=20).
+
+    Raises `ConfigError` for a value out of range, TypeError for an unknown setting.
+    """
     train = dataclasses.replace(config.train, **settings)  # pyright: ignore[reportAttributeAccessIssue]
     return dataclasses.replace(config, train=train)  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -108,7 +108,7 @@ class Diffusion(Pretrained, nn.Module):
 
     @property
     def dims(self) -> int:
-        """The number of values of an item."""
+        """The number of dimensions of an item, the product of its shape."""
         return math.prod(self.item_shape)
 
     @property
@@ -127,7 +127,7 @@ class Diffusion(Pretrained, nn.Module):
 
     @property
     def condition_sizes(self) -> dict[str, int]:
-        """The sizes of the conditions that the network accepts: classes, vector, tokens; empty if it accepts none."""
+        """The sizes of the conditions that the network accepts: classes, vector, tokens, image, text; empty if none."""
         return condition_sizes(self.config.network)
 
     @property
@@ -291,7 +291,7 @@ class Diffusion(Pretrained, nn.Module):
         first: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """n samples as data values (n, *item_shape), the items from ``first`` on; the same for any ``batch``.
+        """n samples as data values (n, *item_shape), the items from ``first`` on; ``batch`` changes rounding only.
 
         ``cond`` holds the condition of each of the n items; ``sampler`` and ``guide`` as in `trajectory`. ``progress``
         is called after each step with the number of items in its batch. Raises `ConfigError`, or `NonFiniteError` for
@@ -311,7 +311,7 @@ class Diffusion(Pretrained, nn.Module):
         return torch.cat(values)
 
     def to_latent(self, values: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
-        """The latents (n, *x_shape) of ``values`` under the flow: N(0, I) to the extent that the model is right.
+        """The noise (n, *x_shape) to which the flow maps ``values`` (n, *item_shape); N(0, I) for a perfect model.
 
         On the CPU, in ``num_steps`` steps, by default 50, or those of a shorter chain. Raises `ConfigError` and
         `DataError`.

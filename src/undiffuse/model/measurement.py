@@ -35,7 +35,8 @@ def measure(
     ``values`` (n, *item_shape) are in the units of the data. ``estimate`` is a row of `ESTIMATES`: ``"discrete"``
     is the bound of the chain, from every step or from ``mc_samples`` steps and the decoder;
     ``"continuous"`` the bound of infinitely many steps, from ``mc_samples`` points; ``"ode"`` the likelihood of
-    the probability flow; ``"openai"`` the chain's bound as improved-diffusion computes it. Item i's noise is a
+    the probability flow; ``"flow_map"`` an estimate of it by few calls, of a flow map both ways; ``"openai"`` the
+    chain's bound as improved-diffusion computes it [Ho20 eq. 5; VDM21 §5; Song21 eq. 39]. Item i's noise is a
     function of (seed, first + i). Discrete data get a probability, continuous data a density.
     With ``cond``, a condition for each item, the result is −log p(item given its condition). Of a latent model
     every estimate is a bound, with the parts of its autoencoder in `NLL.extra`.

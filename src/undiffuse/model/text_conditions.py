@@ -34,7 +34,7 @@ def encoder_identity(encoder: Mapping[str, str] | None) -> str | None:
 
 
 def text_encoder_of(model: TextModel) -> dict[str, Any] | None:
-    """The ``name`` and, unless it is trained along, the ``digest`` of the model's text encoder; None without one."""
+    """The ``name`` of the model's text encoder, and the ``digest`` of a pretrained one; None without one."""
     sizes, recorded = model.condition_sizes, model.info.get("text_encoder")
     if "text" in sizes:
         return {"name": "bytes"}
@@ -56,11 +56,11 @@ def text_condition(model: TextModel, prompts: str | Sequence[str], encoder: str 
         raise ConfigError("PROMPT", "the prompt", "the model was trained without captions", fix)
     if "digest" not in recorded:
         if encoder not in (None, "bytes"):
-            cause = "the model has a text encoder of its own, trained along"
+            cause = "the text encoder is a part of the model's network"
             raise ConfigError("TEXT_ENCODER", str(encoder), cause, "Leave it out")
         return _bytes_condition(model, texts)
     if encoder is None and recorded["name"] not in ENCODERS:
-        cause = f"the model was trained with the text encoder {recorded['name']!r}, a folder that it does not hold"
+        cause = f"its text encoder {recorded['name']!r} is a folder, which the model's file does not contain"
         raise ConfigError("TEXT_ENCODER", "the prompt", cause, "Give the folder as text_encoder")
     found = find_encoder(encoder or recorded["name"])
     if found is None or found.digest != recorded["digest"]:

@@ -1,4 +1,4 @@
-"""A transformer over the bytes of a prompt, trained along with the network that it conditions."""
+"""A transformer over the bytes of a prompt, trained with the network that it conditions."""
 
 from __future__ import annotations
 

@@ -104,7 +104,10 @@ def forward_marginal(x: Tensor, level: NoiseLevel) -> Gaussian:
 
 
 def forward(x_s: Tensor, s: NoiseLevel, t: NoiseLevel) -> Gaussian:
-    """q(x_t given x_s) = N((alpha_t/alpha_s) x_s, sigma_t² frac), s cleaner than t [Ho20 eq. 2]."""
+    """q(x_t given x_s) = N((alpha_t/alpha_s) x_s, sigma_t² frac), of ``x_s``'s shape (B, ...) [Ho20 eq. 2].
+
+    ``s`` is cleaner than ``t``, both () or (B,); frac is `transition_frac`.
+    """
     scale, log_var = broadcast_together([t.alpha / s.alpha, log_var_large(t, s)], x_s)
     return Gaussian(scale * x_s, log_var)
 
@@ -117,7 +120,8 @@ def posterior_scales(t: NoiseLevel, s: NoiseLevel) -> tuple[Tensor, Tensor]:
 def posterior(x_t: Tensor, x: Tensor, t: NoiseLevel, s: NoiseLevel) -> Gaussian:
     """q(x_s given x_t, x) = N((alpha_t/alpha_s)(sigma_s²/sigma_t²) x_t + alpha_s frac x, sigma_s² frac) [Ho20 eq. 7].
 
-    Where sigma_s is 0 the mean is x and the log-variance ``s.final_log_var`` (see `log_var_small`).
+    ``x_t`` and ``x`` are (B, ...), ``t`` and the cleaner ``s`` () or (B,); frac is `transition_frac`. Where sigma_s is
+    0 the mean is x and the log-variance ``s.final_log_var`` (see `log_var_small`).
     """
     a, b, log_var = broadcast_together([*posterior_scales(t, s), log_var_small(t, s)], x_t)
     return Gaussian(a * x_t + b * x, log_var)

@@ -44,11 +44,11 @@ class Schedule(Protocol):
         ...
 
     def inverse(self, log_snr: Tensor | float) -> Tensor:
-        """The t whose level has this ``log_snr``, clamped to [0, 1]."""
+        """The t whose level has this ``log_snr``, clamped to [0, 1]; float64 of its shape."""
         ...
 
     def log_snr_rate(self, t: Tensor | float) -> Tensor:
-        """d log_snr / dt ≤ 0."""
+        """d log_snr / dt ≤ 0, float64 of ``t``'s shape. Raises ValueError outside [0, 1]."""
         ...
 
 

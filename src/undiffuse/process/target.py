@@ -49,13 +49,13 @@ class Target:
     def combine(
         self, x: Tensor, eps: Tensor, t: NoiseLevel, s: NoiseLevel | None = None, z: Tensor | None = None
     ) -> Tensor:
-        """y = a x + b eps + c z, the target of the network; without ``z``, y = a x + b eps."""
+        """y = a x + b eps + c z, the target of the network, of ``x``'s shape; without ``z``, y = a x + b eps."""
         a, b, c = broadcast_together(self.frame(t, s), x)
         y = a * x + b * eps
         return y if z is None else y + c * z
 
     def solve(self, y: Tensor, x_t: Tensor, t: NoiseLevel, s: NoiseLevel | None = None) -> tuple[Tensor, Tensor]:
-        """(x, eps) = ((b x_t − sigma y)/D, (alpha y − a x_t)/D)."""
+        """(x, eps) = ((b x_t − sigma y)/D, (alpha y − a x_t)/D), each of ``x_t``'s shape (B, ...)."""
         a, b, _ = self.frame(t, s)
         d = t.alpha * b - t.sigma * a
         a, b, alpha, sigma = broadcast_together([a / d, b / d, t.alpha / d, t.sigma / d], x_t)

@@ -163,7 +163,7 @@ def _finite(values) -> np.ndarray:
     if values.size == 0:
         raise DataError("EMPTY", "values", "there are no values to draw", "Give at least one item")
     if not np.isfinite(values).all():
-        raise NonFiniteError("NONFINITE", "values", "a value to draw is NaN or infinite", "Check the model")
+        raise NonFiniteError("NON_FINITE", "values", "a value to draw is NaN or infinite", "Check the model")
     return values
 
 

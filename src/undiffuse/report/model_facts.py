@@ -54,7 +54,7 @@ def _text(model: Diffusion) -> dict[str, str]:
     if "digest" in encoder:
         made = f"embeddings by {encoder['name']} ({encoder['digest'][:12]}), which prompts need too"
         return {"text": f"{made}: a vector of {sizes['vector']}, tokens of {sizes['tokens']} numbers"}
-    return {"text": f"prompts of up to {sizes['text']} bytes, by a transformer trained along"}
+    return {"text": f"prompts of up to {sizes['text']} bytes, by a transformer trained with the network"}
 
 
 def _distilled(model: Diffusion) -> dict[str, str]:

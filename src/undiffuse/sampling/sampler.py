@@ -28,7 +28,7 @@ CLASSIFIER_FORMS = ("score", "mean")
 
 @dataclass(frozen=True)
 class Sampler:
-    """A solver with its settings, its noise levels, and guidance.
+    """A solver with its settings, its noise levels, and guidance. The default is ddim, not `DEFAULT_SAMPLER`.
 
     Raises `ConfigError` for an unknown threshold or form, and for the form "mean" with another solver than "ancestral".
 

@@ -60,9 +60,9 @@ def frame_steps(num_steps: int, max_frames: int) -> set[int]:
 
 
 def forward_trajectory(x: Tensor, levels: Sequence[NoiseLevel], noise: Noise) -> Iterator[Step]:
-    """The chain q(x_1..x_T|x) drawn step by step, from data (levels[-1]) up to levels[0] [Ho20 eq. 2].
+    """The chain q(x_1, …, x_T given x) drawn step by step, from data (levels[-1]) up to levels[0] [Ho20 eq. 2].
 
-    ``x`` is the state at levels[-1]; ``noise(1)`` returns fresh noise (1, B, ...) for each step.
+    ``x`` (B, ...) is the state at levels[-1]; ``noise(1)`` returns fresh noise (1, B, ...) for each step.
     """
     upward = list(levels)[::-1]
     yield Step(0, upward[0], x)

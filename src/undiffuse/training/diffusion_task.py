@@ -79,7 +79,10 @@ def fit_diffusion(
     An unfinished run in ``out`` is resumed. ``network`` is a network of your own, which is copied, or its class, in
     place of the one that ``config`` describes (`undiffuse.networks.protocol`). With an ``autoencoder`` the model is one
     of its latents; a resumed run finds the one that it began with. ``loggers`` are names of
-    `undiffuse.training.loggers.LOGGERS`, which get the records too. The rest as in `undiffuse.training.fit.fit`.
+    `undiffuse.training.loggers.LOGGERS`, which get the records too. ``device`` is a name of torch's or "auto";
+    ``init`` a run or model file whose weights a new run starts from; ``quiet`` prints nothing; ``force`` resumes
+    although recipe, data or torch have changed. Raises `ConfigError`, `DataError`, `CheckpointError`,
+    `NonFiniteError`, `ResourceError`, and `Interrupted` after a signal, as `undiffuse.training.fit.fit` says.
     """
     if autoencoder is None and config.model.autoencoder:
         autoencoder = stored_autoencoder(Path(out))
@@ -218,7 +221,7 @@ class DiffusionTask(Task):
         numbers = {name: x for name, x in numbers.items() if not (name.endswith("stderr") and math.isnan(x))}
         summary = f"held out {_format_bound(numbers)}"
         if (numbers["items"], numbers["draws"]) != (len(matched[0]), MC_SAMPLES):
-            summary += f" ({counted(len(bits), 'item')}, {counted(numbers['draws'], 'draw')})"
+            summary += f" ({counted(len(bits), 'item')}, {counted(numbers['draws'], 'noise level')})"
         return Evaluation(numbers, summary, details)
 
     def draw(

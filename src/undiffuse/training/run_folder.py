@@ -52,10 +52,10 @@ class ChangedError(ConfigError):
         changes = "; ".join(f"{what} was {old}, now {new}" for what, old, new in rows[:3])
         more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
         cause = "this run began with other settings"
-        fix = "Give --out a new folder, or the flags and data it began with, or --force to resume it with these"
+        fix = "Give a new folder as --out, the options and data that the run began with, or --force to use the new ones"
         if finished:
             cause = "this folder holds a finished run with other settings"
-            fix = "Give --out a new folder, or the flags and data it began with"
+            fix = "Give a new folder as --out, or the options and data that the run began with"
             if {what for what, _, _ in rows} <= {"train.max_steps", "train.minutes"}:
                 fix = "Give --out a new folder, or (not for distill) --extend with the --steps or --minutes to add"
         super().__init__("RUN", folder, f"{cause}: {changes}{more}", fix)
@@ -171,7 +171,7 @@ class Run:
         content = weights.path.read_bytes()
         kept = self.initial.read_bytes() if self.initial.is_file() else None
         if is_new and kept not in (None, content):
-            cause = "this file is in the folder already, and is none of this run"
+            cause = "this file exists already and does not belong to this run"
             raise ConfigError("RUN", self.initial, cause, "Give --out a new folder")
         if kept != content:
             write_atomic(self.initial, content)

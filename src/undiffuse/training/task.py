@@ -29,7 +29,7 @@ from undiffuse.model.config import TrainConfig
 from undiffuse.runtime.tensor_file import check_tensors
 from undiffuse.training.batches import Batch, Reader, values_of
 
-TRAIN_LONGER = "Give it more --minutes (with --extend this run goes on), a smaller network or smaller items"
+TRAIN_LONGER = "Give more --minutes (--extend continues this run), a smaller network or smaller items"
 """What to do about a run that has hardly trained."""
 
 

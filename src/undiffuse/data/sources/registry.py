@@ -126,7 +126,7 @@ IMAGE_OPTIONS = (
     Option("crop", bool, "Crop images to their centre square first.", "--crop"),
     Option("channels", int | None, "Convert images to 1 (grey), 3 (RGB) or 4 (RGBA) channels."),
     Option("background", str | None, "Colour behind transparent pixels (default white)."),
-    Option("frames", str | None, "Of image files with several frames or pages: first or all."),
+    Option("frames", str | None, "Frames or pages of an image file that has several: first or all."),
     Option("upscale", bool, "Allow images to be enlarged to more than four times their side.", "--allow-upscale"),
     Option("on_bad", str | None, "What to do with unusable files: stop (default, lists all) or skip."),
 )
@@ -154,8 +154,8 @@ ARRAY_OPTIONS = (
 )
 
 STAGE_OPTIONS = (
-    Option("reduce_to", int | None, "Reduce images to this side by --map: data of a cascade's base.", "--reduce"),
-    Option("from_side", int | None, "Enlarge images from this side: data of a super-resolution model.", "--from"),
+    Option("reduce_to", int | None, "Reduce images to this side, for the base of a cascade.", "--reduce"),
+    Option("from_side", int | None, "Side of the low resolution, for a super-resolution model.", "--from"),
     Option("resolution_map", str | None, "How --reduce and --from reduce images: mean (default) or haar.", "--map"),
 )
 """Options of every source: what is made of the data after they were read."""
@@ -193,7 +193,8 @@ OPTIONS |= {option.name: option for option in STAGE_OPTIONS}
 def load(source: str | Path, *, allocate: Allocator | None = None, **options: Any) -> Dataset:
     """The data set of a built-in name or of a path: an array file, a table, or a folder of images.
 
-    ``options`` are those of `SOURCES`; None and False mean "not given". ``allocate`` provides the array for decoded
+    ``options`` are those of `SOURCES`, such as ``size``, ``crop``, ``channels``, ``on_bad`` and ``captions`` of image
+    folders (docs/data.md); None and False mean "not given". ``allocate`` provides the array for decoded
     images. Raises `ConfigError` for an unknown name (UNKNOWN_DATA), a path that is no data (NOT_A_DIRECTORY) and an
     option that the source does not take (OPTION); `DataError` for bad data, also for a folder that two sources could
     read (AMBIGUOUS); `ResourceError` if the data do not fit into memory. Uses no network.
