@@ -221,11 +221,36 @@ def test_a_finished_folder(tmp_path):
     (samples.parts / "000000000-000000003.safetensors").touch()  # as if interrupted while the parts were removed
     assert drawn(tmp_path, 10)[0].finished
     assert not samples.parts.exists()
-    fewer, items, added, messages = drawn(tmp_path, 4)  # samples that are no longer wanted are removed
-    assert (added, messages, fewer.finished) == ([*range(4)], [], False)
-    fewer.finish(items)
-    assert len(np.load(fewer.array)["x"]) == 4
-    assert not (tmp_path / "000004.png").exists()
+    fewer, _, added, messages = drawn(tmp_path, 4)
+    assert (added, messages, fewer.finished) == ([], [], True)
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()} == before
+
+
+def test_more_samples_are_added_to_those_of_a_finished_folder(tmp_path):
+    whole = contents(finished(tmp_path / "whole").folder)
+    folder = finished(tmp_path / "few", 4).folder
+    for stopped in (True, False):  # the first job of ten is interrupted after three more
+        samples, items, added, messages = drawn(folder, 10, [(4, 7)] if stopped else [(0, 10)])
+        assert added == [4, 5, 6] if stopped else [7, 8, 9]
+        resuming = f"resuming: {4 if stopped else 7} samples in {samples.parts}"
+        assert messages == [*([f"kept: the 4 samples of {folder}"] if stopped else []), resuming]
+    samples.finish(items)
+    assert contents(folder) == whole
+    assert not samples.parts.exists()
+
+
+def test_fewer_samples_leave_the_parts_of_a_longer_job(tmp_path):
+    drawn(tmp_path, 10, [(0, 5), (5, 8)])
+    few, items, added, _ = drawn(tmp_path, 5)
+    assert added == []
+    few.finish(items)
+    assert len(np.load(few.array)["x"]) == 5
+    assert not (tmp_path / "000005.png").exists()
+    assert drawn(tmp_path, 5)[0].finished
+    rest, items, added, _ = drawn(tmp_path, 10, [(0, 10)])
+    assert added == [8, 9]
+    rest.finish(items)
+    assert contents(tmp_path) == contents(finished(tmp_path / "whole").folder)
 
 
 def flip(path):

@@ -149,6 +149,8 @@ def sample(
     precision: Precision = "auto",
 ) -> None:
     """Draw samples from a trained model: single files, a grid, an array, and a manifest. Resumes a stopped command."""
+    import torch
+
     from undiffuse.model.arguments import check_condition
     from undiffuse.model.cascade import Cascade, weights_of
     from undiffuse.report.animation import animate_sampling, check_animation_path
@@ -237,7 +239,8 @@ def sample(
             return
         seconds, grid = time.perf_counter() - began, folder.grid
         if not folder.finished:
-            facts = {"model": str(run), "seconds": round(seconds, 3)} | ({"then": list(map(str, then))} if then else {})
+            facts = {"model": str(run), "seconds": round(seconds, 3), "torch": torch.__version__}
+            facts |= {"then": list(map(str, then))} if then else {}
             grid = folder.finish(range(n), facts)
 
     # Report

@@ -69,10 +69,11 @@ class SampleFolder:
     def open(self, items: range, log: Callable[[str], None] = print) -> Iterator[list[range]]:
         """Lock the folder, and give the stretches of ``items`` that are to be added, before `finish`, in the block.
 
-        There are none if `finished` is true: then every file is as it was written. Files that are missing or were
-        changed are made again, here or by adding their samples; finished samples of another plan or range, and damaged
-        parts, are removed. ``log`` receives what is reused, made again or removed. Raises `ConfigError` if the
-        folder holds other files than ours, and `ResourceError` if another process writes into it.
+        There are none if `finished` is true: then the folder has these samples, perhaps among others, and every file is
+        as it was written. Files that are missing or were changed are made again, here or by adding their samples;
+        samples of another plan and damaged parts are removed. ``log`` receives what is reused, made again or removed.
+        Raises `ConfigError` if the folder holds other files than ours, and `ResourceError` if another process writes
+        into it.
         """
         names = self._names(items)
         self._own_record(names)
@@ -99,7 +100,9 @@ class SampleFolder:
 
     def add(self, first: int, values: np.ndarray) -> None:
         """Write ``values`` (n, ...), the samples from number ``first`` on, as a part, and the image files."""
-        pictures = [self._write_picture(item, value) for item, value in enumerate(values, first)]
+        self._write_part(first, values, [self._write_picture(item, value) for item, value in enumerate(values, first)])
+
+    def _write_part(self, first: int, values: np.ndarray, pictures: list[str | None]) -> None:
         name, tensors = f"{first:09d}-{first + len(values) - 1:09d}", {"x": torch.from_numpy(values)}
         self.store.write(name, tensors, {"pictures": json.dumps(pictures if self.is_image else None)})
 
@@ -150,7 +153,7 @@ class SampleFolder:
             files[name] = _write_image(self.folder / name, image, **mark_options(".png"))
         self._remove(record["files"].keys() - files)
         self._write_manifest(items, files, facts)
-        self.store.remove()
+        self._remove_parts(items)
         return self.grid if self.grid.name in files else None
 
     def _names(self, items: Iterable[int]) -> set[str]:
@@ -175,26 +178,37 @@ class SampleFolder:
             log(f"starting over: the samples in {self.folder} differ in {', '.join(changed) or 'their plan'}")
         elif not record["finished"]:
             return record
-        elif (record["first"], record["n"]) == (items.start, len(items)):
-            files = record["files"]
+        else:
+            done, files = range(record["first"], record["first"] + record["n"]), record["files"]
             harmed = sorted(name for name, sha256 in files.items() if _sha256(self.folder / name) != sha256)
             if self.array.name not in harmed:
-                self.finished = True
+                self.finished = done.start <= items.start and items.stop <= done.stop
+                if not self.finished:
+                    log(f"kept: the {counted(len(done), 'sample')} of {self.folder}")
+                    self._array_to_part(done, files)
+                    return record
                 if harmed:
-                    self._make_again(record, items, harmed)
+                    self._make_again(record, done, harmed)
                     log(f"made again, as they were missing or changed: {', '.join(harmed[:3])}{_more(harmed[3:])}")
-                self.store.remove()
+                self._remove_parts(done)
                 return record
             log(f"starting over: {self.array} is missing or changed")
         self._remove(record["files"])
         self.store.remove()
         return None
 
+    def _array_to_part(self, done: range, files: Mapping[str, str | None]) -> None:
+        """Write the samples of the array, ``done``, as a part, so that others can be added to them."""
+        self.parts.mkdir(exist_ok=True)
+        self._write_part(done.start, self._read_array(), [files.get(_image_name(item)) for item in done])
+
+    def _read_array(self) -> np.ndarray:
+        with np.load(self.array, allow_pickle=False) as file:
+            return file["x"]
+
     def _make_again(self, record: dict[str, Any], items: range, harmed: Sequence[str]) -> None:
         """Write the ``harmed`` files of a finished folder from its array."""
-        with np.load(self.array, allow_pickle=False) as file:
-            values = file["x"]
-        files = record["files"]
+        values, files = self._read_array(), record["files"]
         for item, value in zip(items, values, strict=True):
             if _image_name(item) in harmed:
                 files[_image_name(item)] = self._write_picture(item, value)
@@ -241,6 +255,10 @@ class SampleFolder:
         for name in names:
             if re.fullmatch(r"\d{6,}\.png|[a-z]+\.(png|csv|npz)", name):
                 (self.folder / name).unlink(missing_ok=True)
+
+    def _remove_parts(self, items: range) -> None:
+        """Remove the parts that have no other samples than ``items``; others are of a longer job, which can go on."""
+        self.store.remove([name for part, name in self._parts() if part.stop > items.stop or part.start < items.start])
 
     def _parts(self) -> list[tuple[range, str]]:
         """The samples and the name of each part, in the order of the samples."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -78,10 +78,11 @@ class PartStore:
                 self.path(name).unlink()
         return usable
 
-    def remove(self) -> None:
-        """Removes all parts and unfinished writes of parts, and the folder if nothing else is in it."""
+    def remove(self, keep: Collection[str] = ()) -> None:
+        """Removes all parts but ``keep``, unfinished writes of parts, and the folder if nothing else is in it."""
         for path in self._files(r"\.safetensors(\.partial)?"):
-            path.unlink()
+            if path.name.removesuffix(".safetensors") not in keep:
+                path.unlink()
         with suppress(OSError):
             self.folder.rmdir()
 
