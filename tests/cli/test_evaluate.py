@@ -47,7 +47,7 @@ def test_a_figure_of_an_earlier_evaluation_is_removed(evaluate, tmp_path):
     """The flow has no bits per step. The figure stayed, was not listed any more, and the next command refused it."""
     assert evaluate(*QUICK, "--estimate", "discrete")[0] == 0
     (tmp_path / "notes.txt").write_text("mine")
-    assert evaluate(*QUICK, "--estimate", "ode")[0] == 0
+    assert evaluate("--items", 5, "--estimate", "ode")[0] == 0
     assert not (tmp_path / "bits-per-step.png").exists()
     assert evaluate(*QUICK, "--estimate", "discrete")[0] == 0
     assert {"bits-per-step.png", "notes.txt"} <= {f.name for f in tmp_path.iterdir()}
@@ -57,12 +57,16 @@ def report(folder):
     return json.loads((folder / "evaluation.json").read_text())
 
 
-def test_a_line_says_that_an_evaluation_is_replaced(evaluate):
+def test_an_evaluation_that_the_next_one_does_not_cover_is_kept(evaluate, tmp_path):
     options = (*QUICK, "--estimate", "discrete", "--part")
-    assert "replaced" not in evaluate(*options, "all").out
-    assert "replaced" not in evaluate(*options, "all", "--seed", 1).out
-    words = "replaced: the evaluation of data, all, including training items; --out keeps both\n"
-    assert words in evaluate(*options, "train").out
+    assert "kept" not in evaluate(*options, "all").out
+    assert "kept" not in evaluate(*options, "all", "--seed", 1).out
+    before, rows = report(tmp_path), (tmp_path / "evaluation-items.csv").read_bytes()
+    kept = "kept: the earlier evaluation of data, all, including training items, as "
+    assert f"{kept}evaluation.json.earlier and evaluation-items.csv.earlier\n" in evaluate(*options, "train").out
+    assert json.loads((tmp_path / "evaluation.json.earlier").read_text()) == before
+    assert (tmp_path / "evaluation-items.csv.earlier").read_bytes() == rows
+    assert "evaluation.json.earlier-2 and" in evaluate("--items", 5, "--estimate", "ode", "--part", "train").out
 
 
 def test_a_model_that_shares_its_folder_with_a_file_of_this_name(place, call, tmp_path, monkeypatch):
@@ -85,7 +89,7 @@ def test_a_model_that_shares_its_folder_with_a_file_of_this_name(place, call, tm
     for name in ("evaluation.json.damaged", "evaluation.json.damaged-2"):
         assert (tmp_path / name).read_text() == "mine"
     said = call("evaluate", tmp_path / "other.safetensors", *arguments)
-    assert "replaced: the evaluation of other weights on data, all, including training items; --out" in said.out
+    assert "kept: the earlier evaluation of other weights on data, all, including training items, as " in said.out
     said = call("evaluate", tmp_path / "other.safetensors", *arguments, "--exact")
     assert (said.code, said.err[:13]) == (2, "error[USAGE] ")
 
@@ -121,7 +125,7 @@ def test_the_table_and_the_files(place, evaluate, tmp_path):
 
 
 def test_options(evaluate, tmp_path):
-    code, out, _ = evaluate(*QUICK, "--estimate", "ode", "--iw-samples", 2, "--unconditional", "--seed", 3)
+    code, out, _ = evaluate("--items", 5, "--estimate", "ode", "--iw-samples", 2, "--unconditional", "--seed", 3)
     assert code == 0
     summary = report(tmp_path)
     assert (summary["part"], summary["condition"], summary["seed"]) == ("held out for testing", "none", 3)

@@ -158,8 +158,11 @@ def test_models_that_do_not_fit_together(runs):
     ):
         with pytest.raises(ConfigError, match=rf"^error\[GUIDANCE\] .*{message}"):
             load_guide(diffusion, Sampler(**settings), classifier and runs / classifier, weak and runs / weak)
-    for flag, sampler, file in (("guidance", Sampler(guidance=2.0), None), ("classifier", Sampler(), "classifier")):
-        with pytest.raises(ConfigError, match=rf"--{flag}: it needs a condition\. Give --label or --cond"):
+    for sampler, file, message in (
+        (Sampler(guidance=2.0), None, r"--guidance: it needs a condition\. Give --label or --cond"),
+        (Sampler(), "classifier", r"--classifier: it guides to a label\. Give --label"),
+    ):
+        with pytest.raises(ConfigError, match=message):
             load_guide(model(3), sampler, file and runs / file, has_condition=False)
     assert load_guide(model(3), Sampler(threshold="dynamic"), has_condition=False) is None
     with pytest.raises(CheckpointError, match="this is not a classifier"):
@@ -225,7 +228,7 @@ def test_a_distilled_model_makes_at_most_the_calls_of_its_chain():
     said: list[str] = []
     options = SamplerOptions(None, 10**17, None, [], None, None, {})
     assert options.choose(model(calls=2), said.append, lambda *_: None).num_steps == 5
-    assert said == [f"--calls {10**17:,} exceeds the model's chain: 5 steps are used"]
+    assert said == [f"{10**17:,} calls exceed the model's chain: 5 steps are used"]
 
 
 def test_a_consistency_model_cannot_be_the_weaker_one(tmp_path):

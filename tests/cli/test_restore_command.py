@@ -184,7 +184,7 @@ def test_transparent_parts_of_a_mask_are_filled_in(place, call):
 
 
 def test_steps_are_limited_to_the_chain(place, call):
-    words = "--steps 99,999 exceeds the model's chain: 6 steps are used\n"
+    words = "99,999 steps exceed the model's chain: 6 steps are used\n"
     for flags in (
         ["restore", place / "run", place / "whole.png", "--noise", 0.1, "--n", 1, "--out", place / "long"],
         ["interpolate", place / "run", place / "whole.png", place / "black.png", "--out", place / "long.png"],

@@ -101,7 +101,7 @@ def test_options_make_the_sampler(run, call, tmp_path):
     assert call("sample", run, "--n", 2, "--solver", "ancestral", "--out", tmp_path / "old").code == 0
     assert sampler_of(tmp_path / "old") == Sampler("ancestral", 50)  # the length of the chain
     long = call("sample", run, "--n", 2, "--solver", "ddim", "--steps", 5000, "--out", tmp_path / "long")
-    assert "--steps 5,000 exceeds the model's chain: 50 steps are used\n" in long.out
+    assert "5,000 steps exceed the model's chain: 50 steps are used\n" in long.out
     assert "in 50 steps" in long.out
     assert "more than" not in call("sample", run, "--n", 2, "--steps", 50, "--out", tmp_path / "whole").out
 
@@ -365,7 +365,7 @@ def test_a_wrong_argument_leaves_earlier_samples(run, call, tmp_path):
     assert call("sample", run, *flags).code == 0
     before = sorted(f.name for f in (tmp_path / "x").iterdir())
     np.save(tmp_path / "cond.npy", np.zeros((2, 3), np.float32))
-    for wrong in (["--seed", -1], ["--cond", tmp_path / "cond.npy"]):
+    for wrong in (["--seed", -1], ["--cond", tmp_path / "cond.npy"], ["--spacing", "karas"], ["--spacing", "leading"]):
         assert call("sample", run, *flags, *wrong).code == 2
         assert sorted(f.name for f in (tmp_path / "x").iterdir()) == before
 
@@ -467,11 +467,11 @@ def test_advice_by_distance_to_held_out_data(run, call, tmp_path, few_solvers):
     np.save(path, np.random.default_rng(0).integers(0, 17, (60, 1, 4, 4), dtype=np.uint8))
     said = call("advise", run, path, "--num-values", 17, *quick)
     assert (said.code, said.err) == (0, "")
-    for words in ("samples: 40 per sampler of 3 calls", "training items", "kernel", "stored in"):
+    for words in ("samples: 40 per sampler of 3 calls", "other items", "kernel", "stored in"):
         assert words in said.out
     stored = json.loads((run / "advice.json").read_text())["advice"]["3"]
     rows, sampler = stored["scores"], Sampler.from_dict(stored["sampler"])
-    assert (stored["samples"], len(rows), rows[-1]["solver"]) == (40, 5, "15 training items")
+    assert (stored["samples"], len(rows), rows[-1]["solver"]) == (40, 5, "15 other items")
     assert (rows[0]["solver"], rows[0]["levels"]) == (str(sampler), sampler.spacing)
     distances = [row["Fréchet"][0] for row in rows[:-1]]
     assert distances == sorted(distances)

@@ -27,7 +27,7 @@ def test_the_first_items_are_spread_over_all():
 
 def test_parts():
     data, others = integers(), integers(n=30)
-    model, split = model_for(data), data.split(0.4)
+    model, split = model_for(data, name="ours"), data.split(0.4)
     for part, items, name in (
         (None, split.test, "held out for testing"),
         ("validation", split.validation, "held out for validation"),
@@ -38,7 +38,16 @@ def test_parts():
         assert (list(chosen), description) == (list(items), name)
     assert select_items(model, others, None)[1] == "all"
     assert len(select_items(model, others, None)[0]) == 30
-    assert select_items(model, others, "test")[1] == "test part of data that the model was not trained on"
+    assert select_items(model, others, "test")[1] == "test part of data other than those of training"
+
+
+def test_data_with_the_name_of_those_of_training_are_measured_on_the_items_that_were_held_out():
+    data = integers()
+    model, more = model_for(data), integers(n=30)
+    items, description = select_items(model, more, None)
+    assert list(items) == list(more.split(0.4).test)
+    assert description == "test part of data with the name of those of training and other content"
+    assert select_items(model, more, "all")[1] == "all of data with the name of those of training and other content"
     with pytest.raises(ConfigError, match="no such part"):
         select_items(model, data, "dev")
 
@@ -148,7 +157,13 @@ def test_batches_are_small_where_items_are_slow():
     [
         ({"estimates": ["flow"]}, "--estimate flow: no such estimate"),
         ({"compat": "mine"}, "--compat mine: no such script"),
-        ({"compat": "openai", "num_values": 5}, "the script handles 256 grey levels only"),
+        ({"compat": "openai", "num_values": 5}, "the script handles images of 256 grey levels only"),
+        ({"estimates": ["discrete"], "iw_samples": 2}, "--iw-samples: none of the estimates discrete uses it"),
+        ({"estimates": ["ode"], "mc_samples": 9}, "--mc-samples: none of the estimates ode uses it"),
+        (
+            {"estimates": ["ode"], "compat": "openai", "mc_samples": 9},
+            "none of the estimates discrete, ode, ",
+        ),
         ({"minutes": 0.0}, "--minutes 0: not a duration"),
         ({"minutes": float("nan")}, "--minutes nan: not a duration"),
     ],

@@ -16,6 +16,7 @@ from undiffuse.data.resolution import ResolutionSplit
 from undiffuse.data.stage_data import reduce_data, split_data
 from undiffuse.data.transform import Identity, IntegerLevels
 from undiffuse.errors import ConfigError, DataError
+from undiffuse.evaluation.plan import calls_per_second
 from undiffuse.likelihood.nll import make_nll
 from undiffuse.model import checkpoint
 from undiffuse.model.cascade import Cascade, stage_lines, stage_seed
@@ -296,6 +297,16 @@ def test_the_bound_of_every_stage(stages):
     assert stage_lines(cascade, nll) == f"{parts} bits per dimension of x"
     assert not torch.equal(cascade.nll(x, seed=1, augmentation=0.3).total, nll.total)
     assert cascade.nll(x[:2], estimate="continuous", mc_samples=2).total.isfinite().all()
+
+
+def test_the_speed_of_a_cascade_is_that_of_items_not_of_stages(stages, monkeypatch):
+    """An item costs a call of every stage for each step, and a plan counts its steps."""
+    cascade, x = Cascade(stages), torch.from_numpy(DATA.values[:6])
+    seconds = iter((0.0, 2.0))
+    monkeypatch.setattr("undiffuse.evaluation.plan.time.perf_counter", lambda: next(seconds))
+    calls = cascade.nll(x, mc_samples=4).calls
+    assert calls % 3 == 0
+    assert calls_per_second(cascade, x, None) == calls / 3 * 6 / 2
 
 
 def test_labels_reach_the_stages_that_accept_them(stages):

@@ -115,8 +115,9 @@ def advise_command(
         torch.no_grad(),
         ProgressBar(console, f"flow, {counted(calls, 'call')}", 1.5 * fine + calls * (rows + 60)) as bar,
     ):
+        names = [*SOLVERS] if model.config.few_call_solver == "flow_map" else None
         result = search_sampler(
-            model.sampling_denoiser(), start, calls, bar.advance, fine=fine, cond=cond, max_steps=model.chain_length
+            model.sampling_denoiser(), start, calls, bar.advance, names, fine, cond, model.chain_length
         )
         best, scores, floor = result.ranking[0].sampler, [], None
         if real is not None:
@@ -205,7 +206,7 @@ def _show_scores(scores: list[SamplerScore], calls: int, samples: int, floor_ite
     best, *_, floor = scores
     rows: list[dict[str, Any]] = [
         {
-            "solver": f"{floor_items:,} training items" if score.sampler is None else str(score.sampler),
+            "solver": f"{floor_items:,} other items" if score.sampler is None else str(score.sampler),
             "levels": score.sampler and score.sampler.spacing,
             "Fréchet": score.mean,
             "behind the best": None if score is best or score is floor else score.regret(best),
@@ -215,6 +216,10 @@ def _show_scores(scores: list[SamplerScore], calls: int, samples: int, floor_ite
     ]
     show(rows, f"samples: {samples} per sampler of {counted(calls, 'call')}, compared with held-out items")
     console.print("Fréchet, kernel: distances in principal components; the last row is the floor for a perfect sampler")
+    if floor_items < samples:
+        console.print(
+            "the Fréchet distance of that row is too high, because it has fewer items than the others have samples"
+        )
     return {"scores": rows, "samples": samples}
 
 

@@ -45,8 +45,9 @@ def load_guide(
         raise ConfigError("GUIDANCE", "--guidance", cause, "Train one with --conditional, or use --classifier")
     if not has_condition and (sampler.guidance != 1 or classifier is not None):
         flag = "--guidance" if classifier is None else "--classifier"
-        fix = "Give --prompt" if classifier is None and text_encoder_of(model) else "Give --label or --cond"
-        raise ConfigError("GUIDANCE", flag, "it needs a condition", fix)
+        fix = "Give --prompt" if text_encoder_of(model) else "Give --label or --cond"
+        cause, fix = ("it needs a condition", fix) if classifier is None else ("it guides to a label", "Give --label")
+        raise ConfigError("GUIDANCE", flag, cause, fix)
     if negative is not None and sampler.guidance == 1:
         raise ConfigError(
             "GUIDANCE", "--negative", "it has no effect without a --guidance scale other than 1", "Give both"

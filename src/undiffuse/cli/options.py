@@ -124,11 +124,11 @@ def log_of(group: ProcessGroup) -> Callable[[str], None]:
     return console.print if group.rank == 0 else lambda line: None
 
 
-def limit_steps(steps: int, chain_length: int, log: Callable[[str], None] | None = None, flag: str = "--steps") -> int:
+def limit_steps(steps: int, chain_length: int, log: Callable[[str], None] | None = None, what: str = "steps") -> int:
     """min(steps, chain_length); ``log`` (by default the console) gets a line if ``steps`` is larger."""
     if steps > chain_length:
         used = f"{counted(chain_length, 'step')} {'is' if chain_length == 1 else 'are'}"
-        (log or console.print)(f"{flag} {steps:,} exceeds the model's chain: {used} used")
+        (log or console.print)(f"{steps:,} {what} exceed the model's chain: {used} used")
     return min(steps, chain_length)
 
 

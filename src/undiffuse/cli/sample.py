@@ -201,10 +201,12 @@ def sample(
     sampler = options.choose(model, log, advised)
     if condition is not None:  # a wrong one is an error before a folder is opened
         check_condition(condition(range(1))).validate_for(model.condition_sizes, 1, classifier is not None)
-    has_condition = cond is not None or has_label(names, labels) or any(texts)
+    labelled = has_label(names, labels)
+    has_condition = labelled if classifier else labelled or cond is not None or any(texts)
     guide = load_guide(model, sampler, classifier, autoguide, has_condition, avoided)
     report_guidance_twice(model, sampler, log)
     noise = image_noise(then, augmentation)
+    stage_steps(model, sampler)  # an error here leaves the samples of a folder as they are
 
     # Where it is written: the plan is all that a sample depends on
     plan = {"weights": weights, "seed": seed, "sampler": sampler.to_dict(), "label": label}
@@ -254,6 +256,15 @@ def sample(
     log(f"samples: {folder.array}, manifest: {folder.manifest}")
 
 
+def stage_steps(model: AnyModel, sampler: Sampler) -> list[int]:
+    """The steps of each stage of a cascade, those of a model alone. Raises `ConfigError` for impossible levels."""
+    from undiffuse.model.cascade import Cascade
+
+    if isinstance(model, Cascade):
+        return [model.num_steps(stage, sampler) for stage in range(len(model.models))]
+    return [model.num_steps(sampler)]
+
+
 def _missing_parts(items: range, batch: int, missing: list[range], rank: int, processes: int) -> list[range]:
     """The ``missing`` samples that the process ``rank`` of ``processes`` draws, at most ``batch`` at once.
 
@@ -287,10 +298,9 @@ def _draw(
     from undiffuse.report.progress_bar import ProgressBar
 
     cascade = model if isinstance(model, Cascade) else None
-    titles, steps = ["sampling"], [0 if isinstance(model, Cascade) else model.num_steps(sampler)]
+    titles, steps = ["sampling"], stage_steps(model, sampler)
     if cascade:
         titles = [f"stage {i} of {len(cascade.models)}, {shape}" for i, shape in enumerate(cascade.shapes, 1)]
-        steps = [cascade.num_steps(stage, sampler) for stage in range(len(titles))]
     items, seconds, began = sum(map(len, parts)), [0.0] * len(titles), time.perf_counter()
     with ProgressBar(console, titles[0], items * sum(steps)) as bar, folder.adding_in_background() as write:
 

@@ -96,7 +96,7 @@ class SamplerOptions:
             return None
         if self.quality or self.solver or self.settings or self.steps or self.spacing:
             return None
-        calls = limit_steps(self.calls or model.config.calls, model.chain_length, log, "--calls")
+        calls = limit_steps(self.calls or model.config.calls, model.chain_length, log, "calls")
         return replace(few_call_sampler(model.schedule, calls, model.config.few_call_solver), **self.guidance)
 
     def _parse(self, model: AnyModel, log: Callable[[str], None]) -> Sampler:

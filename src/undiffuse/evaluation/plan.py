@@ -14,7 +14,7 @@ from undiffuse.data.transform import is_latent
 from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.evaluation.resumable import Plan
 from undiffuse.evaluation.summary import flow_map_calls
-from undiffuse.model.cascade import AnyModel
+from undiffuse.model.cascade import AnyModel, Cascade
 from undiffuse.model.text_conditions import encoder_identity
 from undiffuse.networks.condition import CONDITION_NAMES, Condition
 
@@ -35,18 +35,25 @@ ODE_COST_GUESS = 400
 """Network calls that take as long as an item of the flow with its divergence, until the first batch is measured."""
 PARTS = {"test": "held out for testing", "validation": "held out for validation", "train": "trained on"}
 """Parts of a data set and their descriptions."""
+CHANGED = " of data with the name of those of training and other content"
 
 
 def select_items(model: AnyModel, data: Dataset, part: str | None) -> tuple[np.ndarray, str]:
-    """The indices of a part and its description; by default the test part of the model's own data, else all items."""
+    """The indices of a part and its description; by default the test part of the data of training, else all items.
+
+    Data of the same name and other content may be those of training, changed since; an item stays in its part.
+    """
     own = data.fingerprint == model.info.get("fingerprint")
-    part = part or ("test" if own else "all")
+    changed = not own and data.name == model.info.get("name")
+    part = part or ("test" if own or changed else "all")
     if part == "all":
-        return np.arange(len(data)), "all, including training items" if own else "all"
+        return np.arange(len(data)), f"all{', including training items' if own else CHANGED if changed else ''}"
     if part not in PARTS:
         raise ConfigError("PART", f"--part {part}", "no such part", "Use test, validation, train or all")
     items = getattr(data.split(float(model.info.get("held_out", 0.1))), part)
-    return items, PARTS[part] if own else f"{part} part of data that the model was not trained on"
+    if own:
+        return items, PARTS[part]
+    return items, f"{part} part{CHANGED if changed else ' of data other than those of training'}"
 
 
 def shared_condition(model: AnyModel, data: Dataset) -> tuple[str, str | None]:
@@ -159,11 +166,12 @@ def slow_starts(plan: Plan) -> list[str]:
 
 
 def calls_per_second(model: AnyModel, values: torch.Tensor, cond: Condition | None) -> float:
-    """Network calls for single items per second, measured."""
+    """Network calls for single items per second, measured; of a cascade, calls of all stages together."""
     model.nll(values, mc_samples=2, cond=cond)
     start = time.perf_counter()
     calls = model.nll(values, mc_samples=4, cond=cond).calls
-    return calls * len(values) / (time.perf_counter() - start)
+    stages = len(model.models) if isinstance(model, Cascade) else 1
+    return calls / stages * len(values) / (time.perf_counter() - start)
 
 
 def batch_size(model: AnyModel, slow: bool) -> int:
@@ -178,6 +186,7 @@ def check_request(
     iw_samples: int,
     compat: str | None,
     minutes: float,
+    mc_samples: int | None = None,
 ) -> list[str]:
     """The names of the estimates to compute, in order. Raises `DataError` and `ConfigError` before any computation."""
     check_data(model, data)
@@ -189,14 +198,22 @@ def check_request(
             raise ConfigError("ESTIMATE", f"--estimate {name}", cause, f"Use one of {', '.join(known)}")
     if compat not in (None, "openai"):
         raise ConfigError("COMPAT", f"--compat {compat}", "no such script", "Use openai, or leave it out")
-    if compat and data.num_values != 256:
-        raise ConfigError("COMPAT", f"--compat {compat}", "the script handles 256 grey levels only", "Leave it out")
+    if compat and (data.num_values != 256 or is_latent(model.transform)):
+        cause = "the script handles images of 256 grey levels only, not latents"
+        raise ConfigError("COMPAT", f"--compat {compat}", cause, "Leave it out")
     if iw_samples > 1 and data.num_values is None and not is_latent(model.transform):
         cause = "the likelihood of continuous data by the flow has no importance samples"
         raise ConfigError("IW_SAMPLES", f"--iw-samples {iw_samples}", cause, "Leave it out")
     if not 0 < minutes < math.inf:
         raise ConfigError("MINUTES", f"--minutes {minutes:g}", "not a duration", "Give a number above 0")
     wanted = {*(estimates or known), *(("discrete", "openai") if compat else ())}
+    for flag, given, in_use in (
+        ("--iw-samples", iw_samples > 1, {"ode"}),
+        ("--mc-samples", mc_samples is not None, {"continuous"} if compat else {"continuous", "discrete"}),
+    ):
+        if given and not wanted & in_use:
+            cause = f"none of the estimates {', '.join(sorted(wanted))} uses it"
+            raise ConfigError("USAGE", flag, cause, "Leave it out")
     return [name for name in TIME_SHARES if name in wanted]
 
 

@@ -55,8 +55,7 @@ def compared_samplers(model: Diffusion) -> list[tuple[str, Sampler, int]]:
     Several solvers with about `COMPARED_CALLS` calls; for a distilled model its own solver with `FEW_CALLS`.
     """
     if solver := model.config.few_call_solver:
-        calls = [number for number in FEW_CALLS if number <= max(FEW_CALLS[-1], model.config.calls)]
-        return [(solver, few_call_sampler(model.schedule, number, solver), number) for number in calls]
+        return [(solver, few_call_sampler(model.schedule, number, solver), number) for number in FEW_CALLS]
     chosen = []
     for name in COMPARED_SOLVERS:
         calls = model.build_solver(Sampler(name)).calls

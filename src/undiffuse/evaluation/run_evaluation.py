@@ -139,7 +139,7 @@ def evaluate(
     if group.world_size > 1 and folder is None:
         raise ConfigError("FOLDER", "evaluate", "several processes need a folder in common", "Give folder")
     log: Log = on_message if on_message and group.rank == 0 else lambda message: None
-    names = planning.check_request(model, data, estimates, iw_samples, compat, minutes)
+    names = planning.check_request(model, data, estimates, iw_samples, compat, minutes, mc_samples)
     chosen, description = planning.select_items(model, data, part)
     if len(chosen) == 0:
         cause, fix = f"no items in this part ({description})", "Use --part all, or other data"

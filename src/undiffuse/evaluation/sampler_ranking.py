@@ -58,12 +58,12 @@ class SamplerScore(NamedTuple):
 def compared_items(model: Diffusion, data: Dataset) -> tuple[Tensor, Tensor]:
     """(values of held-out items, values of training items) of ``data``, at most `MAX_ITEMS` of each, in random order.
 
-    They are two halves of the items if the model was not trained on ``data``. Raises `DataError` if the data do not fit
-    the model or are too few.
+    They are two halves of the items if the model was trained on data of another name. Raises `DataError` if the data
+    do not fit the model or are too few.
     """
     check_data(model, data)
     shuffled = np.random.Generator(np.random.PCG64(0)).permutation
-    if data.fingerprint == model.info.get("fingerprint"):
+    if data.name == model.info.get("name") or data.fingerprint == model.info.get("fingerprint"):
         parts = [shuffled(select_items(model, data, part)[0]) for part in ("validation", "train")]
     else:
         parts = np.array_split(shuffled(len(data)), 2)

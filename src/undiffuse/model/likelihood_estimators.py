@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.data.transform import DataTransform, IntegerLevels
-from undiffuse.denoising.denoiser import Clipped, Denoiser, NetworkDenoiser
+from undiffuse.denoising.denoiser import Clipped, Denoiser, NetworkDenoiser, in_float32
 from undiffuse.errors import ConfigError
 from undiffuse.likelihood.decoder import CategoricalDecoder, Decoder, Density, LastStep, ValueSoftmax
 from undiffuse.likelihood.dequantization import ForwardNoise
@@ -27,7 +27,7 @@ from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.likelihood.vlb import draw_steps, vlb
 from undiffuse.likelihood.vlb_continuous import vlb_continuous
 from undiffuse.model.config import ModelConfig
-from undiffuse.model.consistency import few_call_sampler
+from undiffuse.model.consistency import few_call_sampler, noisiest_level
 from undiffuse.networks.condition import Condition
 from undiffuse.process.clean_end import clean_end
 from undiffuse.process.noise_level import NoiseLevel, stack
@@ -113,13 +113,6 @@ def continuous(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
     return vlb_continuous(denoise, batch.x, top, clean, noise, u, points=points, cond=batch.cond, decode=decode)
 
 
-def in_float32(denoise: Denoiser) -> Denoiser:
-    """``denoise`` with the network's own precision: rounding to bfloat16 costs an ODE more steps than it saves time."""
-    if isinstance(denoise, NetworkDenoiser):
-        denoise.autocast = None
-    return denoise
-
-
 def ode(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
     """`ode_nll`; for discrete data an importance-weighted bound of ``mc_samples`` draws of noise and probes.
 
@@ -169,9 +162,9 @@ def flow_map(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
         raise ConfigError("ESTIMATE", "flow_map", cause, "Use discrete, continuous or ode")
     denoise = in_float32(model.denoiser())
     assert isinstance(denoise, NetworkDenoiser)
-    top, clean, dequantizer = _flow_ends(model, denoise, batch.cond)
+    _, clean, dequantizer = _flow_ends(model, denoise, batch.cond)
     inner = few_call_sampler(model.schedule, model.config.calls).times or ()
-    levels = [clean, *(model.schedule(t) for t in reversed(inner[1:-1])), top]
+    levels = [clean, *(model.schedule(t) for t in reversed(inner[1:-1])), noisiest_level(model.schedule)]
     result = few_call_nll(denoise, batch.x, levels, _noise(model, batch), cond=batch.cond, dequantizer=dequantizer)
     return result._replace(calls=result.calls + (dequantizer.decode.calls if dequantizer else 0))
 

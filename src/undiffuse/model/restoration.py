@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.data.transform import IntegerLevels, is_latent, values_transform
-from undiffuse.denoising.denoiser import ConditionedDenoiser
+from undiffuse.denoising.denoiser import ConditionedDenoiser, in_float32
 from undiffuse.denoising.linear_operators import DecodedOperator, LinearOperator, blur, identity, mask, mean_pool
 from undiffuse.denoising.posterior_guidance import Observation
 from undiffuse.errors import ConfigError
@@ -148,7 +148,8 @@ def restore(
     parts = []
     for start in range(0, n, batch):
         items = range(start, min(start + batch, n))
-        denoise = ConditionedDenoiser(model.denoiser(), cond and cond.take(slice(items.start, items.stop)))
+        own = model.denoiser() if method in SOLVER_METHODS else in_float32(model.denoiser())
+        denoise = ConditionedDenoiser(own, cond and cond.take(slice(items.start, items.stop)))
         if method not in SOLVER_METHODS:
             denoise = RESTORATION_METHODS[method](denoise, _observation(model, degradation, image, floor))
         noise = ItemNoise(seed, items, model.x_shape, device=model.device)
@@ -170,7 +171,7 @@ def _solver_and_levels(
 
     For product each step is multiplied by the factor of ``image`` and its noise.
     """
-    sampler = Sampler("ancestral", _default_steps(model) if num_steps is None else num_steps)
+    sampler = Sampler("ancestral", _steps(model, num_steps))
     solver, levels = model.build_solver(sampler), model.noise_levels(sampler)
     if method == "product":
         factor = element_factor(degradation, image, floor)
@@ -210,13 +211,13 @@ def default_method(degradation: Degradation, latent: bool = False) -> str:
     return "pigdm" if degradation.blur and not latent else "mmps"
 
 
-def _default_steps(model: Diffusion) -> int:
-    return min(RESTORATION_STEPS, model.chain_length)
+def _steps(model: Diffusion, num_steps: int | None) -> int:
+    return min(RESTORATION_STEPS, model.chain_length) if num_steps is None else num_steps
 
 
 def num_steps_of(model: Diffusion, method: str, num_steps: int | None = None) -> int:
     """The number of steps of `restore` for one item, jumps back included."""
-    levels = model.noise_levels(Sampler(num_steps=_default_steps(model) if num_steps is None else num_steps))
+    levels = model.noise_levels(Sampler(num_steps=_steps(model, num_steps)))
     return len(resampling_levels(levels, JUMP_LENGTH, JUMP_REPEATS) if method == "repaint" else levels) - 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from undiffuse.report.table import cell
 from undiffuse.runtime.atomic_file import write_atomic, write_csv
 from undiffuse.runtime.output_folder import check_output_folder, listed_files
 from undiffuse.runtime.own_output import PICTURE_MARK
-from undiffuse.runtime.side_files import read_record, set_aside, write_record
+from undiffuse.runtime.side_files import free_name, read_record, set_aside, write_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,13 +92,21 @@ def check_folder(folder: Path, own: bool) -> None:
     check_output_folder(folder, record, ours, FILES, left=[BATCHES])
 
 
+def _covers(summary: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether ``summary`` has the facts of ``before``, and each of its estimates with as many items."""
+    now = {name: numbers["items"] for name, numbers in summary["estimates"].items()}
+    enough = all(now.get(name, 0) >= numbers["items"] for name, numbers in before.get("estimates", {}).items())
+    return enough and all(before.get(fact) == summary[fact] for fact in MEASURED)
+
+
 def write_evaluation(
     result: EvaluationResult, folder: Path, skipped: Callable[[Path], None] | None = None
 ) -> list[str]:
     """Write evaluation.json, evaluation-items.csv and, with matplotlib, bits-per-step.png; lines that name them.
 
     evaluation.json is also the record of these files; those of an earlier evaluation that this one lacks are removed.
-    ``skipped`` writes one more file with the path that it gets.
+    The numbers of one that has other facts, more estimates or more items are copied to other names. ``skipped`` writes
+    one more file with the path that it gets.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before, summary = read_record(folder / RECORD), result.summary()
@@ -105,10 +114,11 @@ def write_evaluation(
     files, lines = ["evaluation-items.csv"], []
     if before is None and (folder / RECORD).exists():
         lines.append(f"damaged, edited or not ours: {folder / RECORD}, renamed to {set_aside(folder / RECORD).name}")
-    if before and any(before.get(fact) != summary[fact] for fact in MEASURED):
+    if before and not _covers(summary, before):
         weights = "" if before.get("digest") == summary["digest"] else "other weights on "
-        what = f"{weights}{before.get('data')}, {before.get('part')}"
-        lines.append(f"replaced: the evaluation of {what}; --out keeps both")
+        own = [path for name in (RECORD, files[0]) if (path := folder / name).is_file()]
+        kept = " and ".join(shutil.copyfile(path, free_name(path, "earlier")).name for path in own)
+        lines.append(f"kept: the earlier evaluation of {weights}{before.get('data')}, {before.get('part')}, as {kept}")
     write_items(folder / files[0], result)
     # a cascade has no noise levels in common
     if isinstance(result.model, Diffusion) and ("discrete" in result.nll or "continuous" in result.nll):

@@ -6,7 +6,6 @@ It is written part by part, so that only one part is in memory at a time and an 
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 import re
@@ -23,7 +22,8 @@ from PIL import Image
 
 from undiffuse.errors import CheckpointError, ConfigError, counted
 from undiffuse.report.figures import image_grid, prompt_grid
-from undiffuse.runtime.atomic_file import atomic_file, file_digest, json_digest, write_csv, write_error
+from undiffuse.report.sample_image import sample_image, write_image
+from undiffuse.runtime.atomic_file import atomic_file, file_digest, json_digest, write_csv
 from undiffuse.runtime.file_headers import npy_header
 from undiffuse.runtime.folder_lock import lock_folder
 from undiffuse.runtime.output_folder import check_output_folder, listed_files
@@ -150,7 +150,7 @@ class SampleFolder:
             self._write_table(self._read(items), files)
         self._write_grid(np.concatenate(list(self._read(items[:GRID_ITEMS]))), files)
         for name, image in (more or {}).items():
-            files[name] = _write_image(self.folder / name, image, **mark_options(".png"))
+            files[name] = write_image(self.folder / name, image, **mark_options(".png"))
         self._remove(record["files"].keys() - files)
         self._write_manifest(items, files, facts)
         self._remove_parts(items)
@@ -231,7 +231,7 @@ class SampleFolder:
         if not self.is_image:
             return None
         assert self.num_values is not None
-        return _write_image(self.folder / _image_name(item), _image(value, self.num_values))
+        return write_image(self.folder / _image_name(item), sample_image(value, self.num_values))
 
     def _write_table(self, parts: Iterable[np.ndarray], files: dict[str, str | None]) -> None:
         rows = (row for part in parts for row in part.astype(str).tolist())
@@ -248,7 +248,7 @@ class SampleFolder:
         except ConfigError:  # there is no matplotlib
             files.pop(self.grid.name, None)
         else:
-            files[self.grid.name] = _write_image(self.grid, image, **mark_options(".png"))
+            files[self.grid.name] = write_image(self.grid, image, **mark_options(".png"))
 
     def _remove(self, names: Iterable[str]) -> None:
         """Remove files that the record lists; a name in it that we give no file is passed over."""
@@ -328,17 +328,6 @@ def _sha256(path: Path) -> str | None:
         return None
 
 
-def _write_image(path: Path, image: Image.Image, **options: Any) -> str:
-    """The sha256 of the PNG file that it writes with ``options`` of PIL. Raises `ResourceError`."""
-    content = io.BytesIO()
-    image.save(content, "PNG", **options)
-    try:
-        path.write_bytes(content.getbuffer())
-    except OSError as error:
-        raise write_error(path, content.getbuffer().nbytes, error) from None
-    return hashlib.sha256(content.getbuffer()).hexdigest()
-
-
 def _more(names: Sequence[str]) -> str:
     return f" and {len(names)} more" if names else ""
 
@@ -351,11 +340,3 @@ def _items_of(name: str) -> range:
 
 def _image_name(item: int) -> str:
     return f"{item:06d}.png"
-
-
-def _image(value: np.ndarray, num_values: int) -> Image.Image:
-    """(C, H, W) whole numbers as an image of 8 bits a channel, or of 16 for grey with more than 256 values."""
-    if num_values > 256 and value.shape[0] == 1:
-        return Image.fromarray((value[0].astype(np.float64) * 65535 / (num_values - 1)).round().astype(np.uint16))
-    scaled = (value.astype(np.float64) * 255 / (num_values - 1)).round().astype(np.uint8)
-    return Image.fromarray(scaled[0] if len(scaled) == 1 else np.moveaxis(scaled, 0, -1))

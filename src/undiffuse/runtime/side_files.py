@@ -29,13 +29,14 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """The new path of the file ``path``, which is renamed: the first of NAME.damaged, NAME.damaged-2 ... that is free.
+    """The new path of the file ``path``, which is renamed: `free_name` with "damaged". Raises `OSError`."""
+    return path.rename(free_name(path, "damaged"))
 
-    Raises `OSError`.
-    """
-    names = itertools.chain(["damaged"], (f"damaged-{i}" for i in itertools.count(2)))
-    free = next(other for name in names if not os.path.lexists(other := path.with_name(f"{path.name}.{name}")))
-    return path.rename(free)
+
+def free_name(path: Path, word: str) -> Path:
+    """The first of PATH.WORD, PATH.WORD-2 ... that does not exist."""
+    names = itertools.chain([word], (f"{word}-{i}" for i in itertools.count(2)))
+    return next(other for name in names if not os.path.lexists(other := path.with_name(f"{path.name}.{name}")))
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

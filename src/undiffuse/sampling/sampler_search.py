@@ -95,11 +95,12 @@ def search_sampler(
 ) -> SearchResult:
     """Samplers of at most ``calls`` network calls, ranked by their error from ``start`` (n, ...) at t = 1.
 
-    Measured are the solvers (of ``names``) that draw no noise and have an order, with each of `SEARCH_SPACINGS`, in at
-    most ``max_steps`` steps. For the best few, the times are also refined, from their best spacing or from
-    `fitted_times`. The first half of the items serves for refinement, the other half for the ranking. ``fine`` is the
-    number of steps of the reference, ``cond`` the condition of each item of ``start``. ``progress`` is called with the
-    number of network calls made. Raises `ConfigError`.
+    Measured are the solvers of ``names`` that draw no noise and have an order, with each of `SEARCH_SPACINGS`, in at
+    most ``max_steps`` steps; by default all but "flow_map", which takes the steps of "ddim" without a flow map. For the
+    best few, the times are also refined, from their best spacing or from `fitted_times`. The first half of the items
+    serves for refinement, the other half for the ranking. ``fine`` is the number of steps of the reference, ``cond``
+    the condition of each item of ``start``. ``progress`` is called with the number of network calls made. Raises
+    `ConfigError`.
     """
     if calls < 1 or fine < 4:
         where = f"calls = {calls}, fine = {fine}"
@@ -115,7 +116,7 @@ def search_sampler(
         progress(calls)
         return MeasuredSampler(sampler, count_calls(sampler, schedule), error[half:])
 
-    candidates, excluded = _candidates(list(SOLVERS if names is None else names))
+    candidates, excluded = _candidates([n for n in SOLVERS if n != "flow_map"] if names is None else list(names))
     measured: list[tuple[int, list[MeasuredSampler]]] = []
     for name, settings, order in candidates:
         distinct: dict[tuple[float, ...], Sampler] = {}

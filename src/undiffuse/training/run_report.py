@@ -262,7 +262,7 @@ def _current(
 def _options_of(evaluation: Mapping[str, Any]) -> str:
     """The part and the seed of an ``evaluation`` as options, where they are not the defaults."""
     described, seed = str(evaluation["part"]), evaluation.get("seed", 0)
-    part = next((part for part, words in PARTS.items() if words == described), "all")
+    part = next((part for part, words in PARTS.items() if words == described), described.split()[0].strip(","))
     return f"{f' --part {part}' * (part != 'test')}{f' --seed {seed}' * bool(seed)}"
 
 
