@@ -138,7 +138,7 @@ def test_the_script_of_improved_diffusion(model):
 def test_exact_estimates_and_importance_samples(model):
     result = evaluate(model, DATA, items=3, exact=True, estimates=["continuous", "discrete"])
     assert result.mc_samples == {"discrete": None, "continuous": 5}
-    assert evaluate(model, DATA, estimates=["ode"], iw_samples=2, **QUICK).mc_samples == {"ode": 2}
+    assert evaluate(model, DATA, estimates=["ode"], iw_samples=2, items=QUICK["items"]).mc_samples == {"ode": 2}
 
 
 def interrupted_after(monkeypatch, calls):
