@@ -256,6 +256,8 @@ def test_value_range(tmp_path):
     free = load(tmp_path / "x.npy", layout="NCL")
     assert (data.value_range, free.value_range) == ((-0.5, 2.0), None)
     assert transform_for(data) == MinMax(-0.5, 2.0)
+    for same in ((np.float32(-0.5), 2), [-0.5, np.int64(2)]):
+        assert from_array(values, layout="NCL", value_range=same).fingerprint == data.fingerprint
     wider = from_array(values, layout="NCL", value_range=(-1.0, 2.0))
     assert len({data.fingerprint, free.fingerprint, wider.fingerprint}) == 3
     assert np.array_equal(data.digests, free.digests)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -66,8 +65,13 @@ def check_options(layout: str | None, num_values: int | None, value_range: Value
     if num_values is not None and (type(num_values) is not int or not 2 <= num_values <= 65536):
         cause = f"{num_values!r} is not an integer from 2 to 65536"
         raise ConfigError("OPTION", "num_values", cause, "Give the number of values of the data")
-    most = sys.float_info.max
-    if value_range is not None and not -most <= value_range[0] < value_range[1] <= most:
+    if value_range is None:
+        return
+    try:
+        is_range = -math.inf < float(value_range[0]) < float(value_range[1]) < math.inf
+    except OverflowError:  # an integer
+        is_range = False
+    if not is_range:
         cause = "{} to {} is not a range".format(*value_range)[:200]
         raise ConfigError("OPTION", "value_range", cause, "Give two finite numbers, the smaller first")
 
