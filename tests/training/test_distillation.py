@@ -18,6 +18,7 @@ from undiffuse.model.consistency import few_call_sampler, level_after_gap
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
 from undiffuse.training import distillation_task
+from undiffuse.training import fit as loop
 from undiffuse.training.batches import global_batch
 from undiffuse.training.diffusion_task import DiffusionTask
 from undiffuse.training.distillation_task import GAPS, DistillationConfig, DistillationTask, fit_distillation
@@ -145,6 +146,14 @@ def test_the_facts_about_the_data_are_those_of_the_distillation(teacher, tmp_pat
     monkeypatch.setattr(teacher, "info", {"num_values": 5})
     info = checkpoint.load(distill(teacher, tmp_path / "run")).info
     assert (info["fingerprint"], info["classes"], info["held_out"]) == (DATA.fingerprint, list(DATA.classes), 0.2)
+
+
+def test_items_that_the_teacher_was_trained_on_are_not_held_out(teacher, monkeypatch):
+    monkeypatch.setitem(teacher.info, "held_out", 0.05)
+    task = distillation_task.distillation_task(teacher, SETTINGS)
+    adapted, _, lines = loop.adapt_task(task, DATA, torch.device("cpu"))
+    assert adapted.config.train.held_out == 0.05
+    assert lines == ["note: held_out is 0.05, that of the teacher, which was trained on the other items"]
 
 
 def test_conditions_that_the_teacher_does_not_accept_are_left_out(teacher, tmp_path):

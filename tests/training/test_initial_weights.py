@@ -22,6 +22,7 @@ from undiffuse.model.config import Config, ModelConfig, TrainConfig, replace_tra
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.latent import LatentTransform
 from undiffuse.networks.condition import Condition
+from undiffuse.training import fit as loop
 from undiffuse.training import initial_weights
 from undiffuse.training.batches import global_batch
 from undiffuse.training.diffusion_task import DiffusionTask, fit_diffusion
@@ -301,6 +302,26 @@ def test_a_text_encoder_is_known_by_its_digest_and_not_by_its_name():
     start.info["text_encoder"] = {"name": "here", "digest": "2"}
     with pytest.raises(DataError, match="that of start is here or another version"):
         started(start, data)
+
+
+def test_items_that_the_model_was_trained_on_are_not_held_out(tmp_path):
+    """The smaller of the two shares, where the data are the same."""
+    start = build()
+    task = DiffusionTask(Config(MODEL, TRAIN)).start_from(start, "start")
+    note = "note: held_out is {:g}, that of the model that it starts from, which was trained on the other items"
+    for theirs, data, ours in ((0.05, DATA, 0.05), (0.0, DATA, 0.0), (0.3, DATA, 0.2), (0.05, ADDED["labels"], 0.2)):
+        start.info["held_out"] = theirs
+        adapted, _, lines = loop.adapt_task(task, data, torch.device("cpu"), start)
+        assert adapted.config.train.held_out == ours
+        assert lines == ([note.format(theirs)] if ours < 0.2 else [])
+    start.info["held_out"] = 0.05
+    checkpoint.save(start, tmp_path / "start.safetensors")
+    settings = {"quiet": True, "init": tmp_path / "start.safetensors"}
+    with quick_looks():
+        with stopping_at(1):
+            fit_diffusion(Config(MODEL, TRAIN), DATA, tmp_path / "run", "cpu", **settings)
+        run = fit_diffusion(Config(MODEL, TRAIN), DATA, tmp_path / "run", "cpu", quiet=True)  # from its copy
+    assert (Run(run).record["config"]["train"]["held_out"], checkpoint.load(run).info["held_out"]) == (0.05, 0.05)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from undiffuse.model import checkpoint
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.model.latent import LatentTransform
 from undiffuse.training import distillation_task, latents
+from undiffuse.training import fit as loop
 from undiffuse.training.augmentation import augment
 from undiffuse.training.diffusion_task import DiffusionTask, fit_diffusion
 from undiffuse.training.distillation_task import fit_distillation
@@ -139,6 +140,15 @@ def test_what_is_packed_is_used_again_unless_it_is_damaged_or_of_something_else(
     assert not np.array_equal(
         reader_in(tmp_path, autoencoder=tiny_autoencoder(seed=1))[0](items[:3], TRAIN, 0), expected
     )
+
+
+def test_items_that_the_autoencoder_was_trained_on_are_not_held_out():
+    autoencoder = tiny_autoencoder()
+    autoencoder.info |= {"fingerprint": IMAGES.fingerprint, "held_out": 0.05}
+    task = DiffusionTask(RECIPE, autoencoder=autoencoder)
+    adapted, _, lines = loop.adapt_task(task, IMAGES, torch.device("cpu"))
+    assert adapted.config.train.held_out == 0.05
+    assert lines == ["note: held_out is 0.05, that of the autoencoder, which was trained on the other items"]
 
 
 def test_data_that_do_not_fit_and_moving_are_refused(tmp_path):

@@ -183,17 +183,17 @@ def train(
         return
     report_done(run)
     prompt = example_prompt(dataset) if conditional else ""
-    _print_next_commands(run, dataset, recipe, prompt, network_option(network))
+    _print_next_commands(run, dataset, prompt, network_option(network))
 
 
-def _print_next_commands(run: Run, dataset: Dataset, recipe: Config, prompt: str, network: str) -> None:
+def _print_next_commands(run: Run, dataset: Dataset, prompt: str, network: str) -> None:
     """Print the commands that sample and measure the model, with the options ``prompt`` and ``network``."""
     folder = as_argument(run.folder)
     if "image" in dataset.condition_sizes:
         console.print(f"to sample: undiffuse sample BASE --then {folder}, BASE a model of the small images")
     else:
         console.print(f"next: undiffuse sample {folder}{prompt}{network}")
-    has_test_part = dataset.held_out_fraction(recipe.train.held_out)[0] > 0 or dataset.test_from is not None
+    has_test_part = run.require_record()["config"]["train"]["held_out"] > 0 or dataset.test_from is not None
     console.print(f"next: undiffuse evaluate {folder}{'' if has_test_part else ' --part train'}{network}")
 
 

@@ -139,6 +139,9 @@ class DiffusionTask(Task):
             initial_weights.check_start(config, data, *self.start)
         return replace(self, config=config)
 
+    def other_models(self) -> dict[str, Any]:
+        return {} if self.autoencoder is None else {"the autoencoder": self.autoencoder}
+
     def notes(self) -> Sequence[str]:
         model = self.config.model
         schedule = build_part("schedule", schedules.build, model.schedule)

@@ -34,6 +34,7 @@ from undiffuse.model.flow_map import (
     map_levels,
     slope_estimate,
 )
+from undiffuse.model.latent import LatentTransform
 from undiffuse.networks import registry
 from undiffuse.networks.condition import CONDITION_NAMES, Condition
 from undiffuse.process.gaussian import diffuse
@@ -185,6 +186,11 @@ class DistillationTask(Task):
         precision = "float32" if self.config.method in OBJECTIVES else settings.precision
         settings = replace(settings, conditional=bool(sizes), precision=precision)
         return replace(self, config=replace(self.config, train=settings))
+
+    def other_models(self) -> dict[str, Any]:
+        transform = self.teacher.transform
+        latent = {"the autoencoder": transform.autoencoder} if isinstance(transform, LatentTransform) else {}
+        return latent | {"the teacher": self.teacher}
 
     def build_model(self, data: Dataset, split: Split) -> Diffusion:
         """The teacher's architecture with the teacher's weights; a second time has no effect at first.

@@ -40,6 +40,7 @@ from undiffuse.training.nonfinite import UnreadSteps, find_nonfinite, reading_wa
 from undiffuse.training.progress import Progress
 from undiffuse.training.run_folder import InitialWeights, Run
 from undiffuse.training.task import Task
+from undiffuse.training.task_parts import held_out_share
 from undiffuse.training.train_state import TrainState, finish_interrupted_writes
 
 
@@ -70,7 +71,7 @@ def fit(
     accelerator = start_accelerator(device)
     main = accelerator.is_main_process
     task, start = load_start(task, run, init)
-    task, data, notes = adapt_task(task, data, accelerator.device)
+    task, data, notes = adapt_task(task, data, accelerator.device, start.model)
     if run.check_finished(task.config, data, start.init_fingerprint):
         return run.folder
     settings, split = task.config.train, data.split(task.config.train.held_out)
@@ -248,19 +249,21 @@ def evaluate_saved(accelerator: Accelerator, monitor: Monitor, stop_requests: St
     broadcast_progress(accelerator, monitor.progress)
 
 
-def adapt_task(task: Task, data: Dataset, device: torch.device) -> tuple[Task, Dataset, list[str]]:
+def adapt_task(task: Task, data: Dataset, device: torch.device, start: Any = None) -> tuple[Task, Dataset, list[str]]:
     """The task with settings that fit ``data`` and ``device``; the data; lines for the log about what was changed.
 
-    Precision is resolved, and nothing is held out if items are too few. Raises `ConfigError` or `DataError` if task
-    and data do not fit together, or if the length of the run is not given.
+    Precision is resolved, and nothing is held out if items are too few, or that ``start``, the model of the initial
+    weights, was trained on. Raises `ConfigError` or `DataError` if task and data do not fit together, or if the length
+    of the run is not given.
     """
     settings = task.config.train
     if settings.minutes is None and settings.max_steps is None:
         cause = "neither is given, so training would not end"
         raise ConfigError("LENGTH", "train.minutes, train.max_steps", cause, "Give one of them")
     check_augmentation(settings, data.item_shape)
-    held_out, few_items = data.held_out_fraction(settings.held_out)
-    notes = [] if few_items is None else [few_items]
+    models = task.other_models() | ({} if start is None else {"the model that it starts from": start})
+    held_out, reason = held_out_share(data, settings.held_out, models)
+    notes = [] if reason is None else [reason]
     precision = resolve_precision(settings.precision, device, len(data.item_shape) - 1)
     settings = replace(settings, precision=precision, held_out=held_out)
     task = task.adapt(data, settings)

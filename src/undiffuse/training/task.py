@@ -62,6 +62,10 @@ class Task(Protocol):
         model.load_state_dict(weights)
         return ()
 
+    def other_models(self) -> dict[str, Any]:
+        """The models that training uses and does not train, by what they are; none by default."""
+        return {}
+
     def notes(self) -> Sequence[str]:
         """Sentences about unusual settings, for the log and the model's notes; none by default."""
         return ()

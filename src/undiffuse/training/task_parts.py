@@ -1,8 +1,8 @@
-"""Shared parts of several tasks: transform and facts of the data, the optimizer's groups, conditions of pictures."""
+"""Shared parts of several tasks: held-out share, transform and facts of the data, optimizer's groups, pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,20 @@ from undiffuse.data.transform import DataTransform, transform_for
 from undiffuse.model.config import TrainConfig
 from undiffuse.networks.condition import Condition
 from undiffuse.training.run_folder import describe
+
+
+def held_out_share(data: Dataset, requested: float, models: Mapping[str, Any]) -> tuple[float, str | None]:
+    """The share of ``data`` to hold out, and a sentence if it is less than ``requested``.
+
+    It is `Dataset.held_out_fraction`, or the share of one of ``models`` that were trained on these data, by what they
+    are: such a model knows all other items. The part of a smaller share is within that of a larger one.
+    """
+    share, reason = data.held_out_fraction(requested)
+    for name, model in models.items():
+        known = model.info.get("fingerprint") == data.fingerprint
+        if known and (theirs := float(model.info.get("held_out", 0.1))) < share:
+            share, reason = theirs, f"held_out is {theirs:g}, that of {name}, which was trained on the other items"
+    return share, reason
 
 
 def fitted_transform(data: Dataset, split: Split) -> DataTransform:
