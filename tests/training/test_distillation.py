@@ -10,10 +10,11 @@ import torch
 from tiny_run import checkpoint_hashes, stopping_at
 
 from undiffuse.cli.distill import _settings_of
+from undiffuse.data.caption_embeddings import CaptionEmbeddings
 from undiffuse.data.from_array import from_array
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.model import checkpoint
-from undiffuse.model.config import ModelConfig, TrainConfig
+from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.model.consistency import few_call_sampler, level_after_gap
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
@@ -162,6 +163,22 @@ def test_conditions_that_the_teacher_does_not_accept_are_left_out(teacher, tmp_p
     assert checkpoint.load(distill(teacher, tmp_path / "run", more)).condition_sizes == {"classes": 3}
 
 
+def test_another_text_encoder_of_the_same_size_is_refused():
+    def embedded(digest):
+        arrays = np.ones((1, 2), np.float32), np.ones((1, 1, 2), np.float16), np.ones((1, 1), bool)
+        embeddings = CaptionEmbeddings({"name": "here", "digest": digest}, ("red",), *arrays)
+        data = from_array(DATA.values, num_values=5)
+        return replace(data, captions=(("red",),) * len(data), embeddings=embeddings)
+
+    settings = replace(SETTINGS, conditional=True)
+    network = {"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()}
+    task = DiffusionTask(Config(ModelConfig(network=network, chain_length=5), settings)).adapt(embedded("1"), settings)
+    learner = distillation_task.distillation_task(task.build_model(embedded("1"), DATA.split(0.2)), SETTINGS)
+    learner.adapt(embedded("1"), SETTINGS)
+    with pytest.raises(DataError, match=r"TEXT_ENCODER.*that of the teacher is here or another version"):
+        learner.adapt(embedded("2"), SETTINGS)
+
+
 def test_what_does_not_fit_is_refused(teacher, tmp_path):
     with pytest.raises(DataError, match=r"SHAPE.*the items are 1×4×2, those of the teacher 1×4×4"):
         distill(teacher, tmp_path, replace(DATA, values=DATA.values[..., :2]))
@@ -170,8 +187,12 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path):
     four = from_array(DATA.values, np.arange(len(DATA)) % 4, num_values=5)
     with pytest.raises(DataError, match=r"CONDITION.*their labels have the size 4, those of the teacher 3"):
         distill(teacher, tmp_path, four)
-    with pytest.raises(DataError, match=r"NO_CONDITIONS"):
-        distill(teacher, tmp_path, replace(DATA, labels=None, classes=()))
+    texts = (("red",),) * len(DATA)
+    for others in ({}, {"captions": texts}):
+        with pytest.raises(DataError, match=r"NO_CONDITIONS.*these data have no labels, on which the teacher was"):
+            distill(teacher, tmp_path, replace(DATA, labels=None, classes=(), **others))
+    with pytest.raises(DataError, match=r"CONDITION.*their label 1 is '2', that of the teacher '1'"):
+        distill(teacher, tmp_path, replace(DATA, classes=("0", "2", "1")))
     with pytest.raises(ConfigError, match=r"pairs = 'clouds'"):
         distill(teacher, tmp_path, pairs="clouds")
     with pytest.raises(ConfigError, match=r"only a teacher can be guided"):

@@ -48,6 +48,7 @@ from undiffuse.runtime.precision import autocast_dtype
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.training.batches import Batch, Reader
 from undiffuse.training.fit import fit
+from undiffuse.training.initial_weights import check_text_encoder
 from undiffuse.training.latents import batch_x, reader_of
 from undiffuse.training.run_folder import Run
 from undiffuse.training.task import Evaluation, Task
@@ -160,29 +161,39 @@ class DistillationTask(Task):
     teacher: Diffusion
 
     def adapt(self, data: Dataset, settings: TrainConfig) -> DistillationTask:
-        """A flow map computes in float32: its differences of two calls are below the precision of bfloat16."""
+        """A flow map computes in float32: its differences of two calls are below the precision of bfloat16.
+
+        Raises `DataError` for data of another kind than the teacher's, or whose conditions mean something else.
+        """
+        fix = "Give the data that the teacher was trained on"
         if data.item_shape != self.teacher.item_shape:
             expected, got = ("×".join(map(str, shape)) for shape in (self.teacher.item_shape, data.item_shape))
-            cause = f"the items are {got}, those of the teacher {expected}"
-            raise DataError("SHAPE", data.name, cause, "Give the data that the teacher was trained on")
+            raise DataError("SHAPE", data.name, f"the items are {got}, those of the teacher {expected}", fix)
         transform = values_transform(self.teacher.transform)
         num_values = transform.num_values if isinstance(transform, IntegerLevels) else None
         if data.num_values != num_values:
             expected, got = (f"{n} values" if n else "continuous values" for n in (num_values, data.num_values))
-            cause = f"the items have {got}, those of the teacher {expected}"
-            raise DataError("RANGE", data.name, cause, "Give the data that the teacher was trained on")
+            raise DataError("RANGE", data.name, f"the items have {got}, those of the teacher {expected}", fix)
         sizes = self.teacher.trained_condition_sizes
         if self.config.guidance != 1 and not sizes:
             cause = "the teacher has no conditions"
             raise ConfigError("GUIDANCE", f"guidance = {self.config.guidance:g}", cause, "Leave it out")
-        if sizes and not data.condition_sizes:
-            cause = "these data have no labels, vectors, tokens or captions, on which the teacher was trained"
-            raise DataError("NO_CONDITIONS", data.name, cause, "Give the data that the teacher was trained on")
+        if sizes and not sizes.keys() & data.condition_sizes.keys():
+            theirs = " or ".join(CONDITION_NAMES[name] for name in sizes)
+            cause = f"these data have no {theirs}, on which the teacher was trained"
+            raise DataError("NO_CONDITIONS", data.name, cause, fix)
+        if sizes:
+            check_text_encoder(self.teacher, data, "the teacher")
         for name, size in sizes.items():
             own = data.condition_sizes.get(name, size)
             if own > size if name == "text" else own != size:
                 cause = f"their {CONDITION_NAMES[name]} have the size {own}, those of the teacher {size}"
-                raise DataError("CONDITION", data.name, cause, "Give the data that the teacher was trained on")
+                raise DataError("CONDITION", data.name, cause, fix)
+        classes = self.teacher.info.get("classes", ()) if "classes" in sizes else ()
+        for label, (own, known) in enumerate(zip(data.classes, classes, strict=False)):
+            if own != known:
+                cause = f"their label {label} is {own!r}, that of the teacher {known!r}"
+                raise DataError("CONDITION", data.name, cause, fix)
         precision = "float32" if self.config.method in OBJECTIVES else settings.precision
         settings = replace(settings, conditional=bool(sizes), precision=precision)
         return replace(self, config=replace(self.config, train=settings))

@@ -132,12 +132,18 @@ def check_start(config: Config, data: Dataset, start: Diffusion, path: Path) -> 
     if "image" in start.condition_sizes and "image" not in data.condition_sizes:
         cause = f"{path} enlarges images, and these data have no smaller ones"
         raise DataError("INIT", data.name, cause, "Give --from as for that model")
-    encoders = text_encoder_of(start), data.text_encoder
+    if config.train.conditional:
+        check_text_encoder(start, data, path)
+
+
+def check_text_encoder(model: Diffusion, data: Dataset, name: str | Path) -> None:
+    """Raise `DataError` if ``data`` and ``model``, called ``name``, share embeddings that are of two text encoders."""
+    encoders = text_encoder_of(model), data.text_encoder
     embedded = any(encoder is not None and "digest" in encoder for encoder in encoders)
-    shared = {"vector", "tokens"} & start.condition_sizes.keys() & data.condition_sizes.keys()
-    if config.train.conditional and embedded and shared and len({*map(encoder_identity, encoders)}) > 1:
+    shared = {"vector", "tokens"} & model.condition_sizes.keys() & data.condition_sizes.keys()
+    if embedded and shared and len({*map(encoder_identity, encoders)}) > 1:
         ours, theirs = (encoder["name"] if encoder else "none" for encoder in reversed(encoders))
-        cause = f"the text encoder of these data is {ours}, and that of {path} is {theirs} or another version"
+        cause = f"the text encoder of these data is {ours}, and that of {name} is {theirs} or another version"
         raise DataError("TEXT_ENCODER", data.name, cause, "Give --text-encoder as for that model")
 
 
