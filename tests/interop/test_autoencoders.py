@@ -65,6 +65,12 @@ def test_a_folder_of_diffusers(where, tmp_path):
     assert (autoencoder.info["scaling_factor"], autoencoder.info["shift_factor"]) == (0.18215, 0.1)
 
 
+def test_continuous_data_have_no_influence_on_what_is_imported(tmp_path):
+    write_diffusers(tmp_path)
+    one, other = (from_array(DATA.values.astype(np.float32) * factor) for factor in (1, 2))
+    assert len({autoencoders.fingerprint(load_autoencoder(tmp_path, data)) for data in (one, other)}) == 1
+
+
 def test_the_old_names_of_attention(tmp_path):
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 

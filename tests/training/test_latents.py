@@ -9,6 +9,7 @@ from latent_models import tiny_autoencoder
 from tiny_run import checkpoint_hashes, quick_looks, stopping_at
 
 from undiffuse.data.from_array import from_array
+from undiffuse.data.transform import Standardized
 from undiffuse.errors import CheckpointError, ConfigError, DataError
 from undiffuse.model import autoencoder as autoencoders
 from undiffuse.model import checkpoint
@@ -140,6 +141,27 @@ def test_what_is_packed_is_used_again_unless_it_is_damaged_or_of_something_else(
     assert not np.array_equal(
         reader_in(tmp_path, autoencoder=tiny_autoencoder(seed=1))[0](items[:3], TRAIN, 0), expected
     )
+
+
+def test_what_is_packed_does_not_depend_on_the_fitted_scale(tmp_path):
+    """It is fitted at each start, and rounds as the machine does."""
+    given, items, written = tiny_autoencoder(distribution="none"), IMAGES.split(0.2).train, set()
+    for part in (items[:4], items[4:8]):
+        transform = LatentTransform(given.with_fitted_scale(IMAGES.tensor(part)))
+        latents.packed_reader(transform, given, IMAGES, items, TRAIN, tmp_path, "cpu")
+        written.add((tmp_path / "latents" / "posteriors.npy").stat().st_mtime_ns)
+    assert len(written) == 1
+
+
+def test_an_imported_autoencoder_standardizes_by_the_moments_of_the_training_part():
+    data = from_array(np.random.default_rng(0).normal(5, 2, (40, 1, 8, 8)).astype(np.float32))
+    autoencoder = tiny_autoencoder(distribution="none")
+    autoencoder.transform = Standardized((0.0,), (1.0,))
+    for info, moments in (({"imported": "TAESD"}, data.moments(data.split(0.2).train)), ({}, ((0.0,), (1.0,)))):
+        autoencoder.info = info
+        task = DiffusionTask(RECIPE, autoencoder=autoencoder).adapt(data, TRAIN)
+        assert task.build_model(data, data.split(0.2)).transform.values == Standardized(*moments)
+        assert autoencoder.transform == Standardized((0.0,), (1.0,))
 
 
 def test_items_that_the_autoencoder_was_trained_on_are_not_held_out():

@@ -1,7 +1,7 @@
 """Autoencoders of other libraries, from files of the user's: diffusers' AutoencoderKL, and pairs like TAESD's.
 
-Nothing is downloaded, and nothing in a file is executed. An imported autoencoder has no distribution of x given z:
-training a diffusion model with it fits one (`Autoencoder.with_fitted_scale`).
+Nothing is downloaded, and nothing in a file is executed. An imported autoencoder has no distribution of x given z and
+does not standardize continuous data: training a diffusion model fits both (`undiffuse.training.latents.fitted`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from undiffuse.data.dataset import Dataset
@@ -70,8 +69,8 @@ def _build(
     path: Path, settings: dict[str, Any], tensors: Mapping[str, Tensor], data: Dataset, info: dict[str, Any]
 ) -> Autoencoder:
     """The autoencoder of network ``settings`` for items of ``data`` with the weights ``tensors``."""
-    items = torch.arange(len(data)).numpy()
-    transform = transform_for(data, None if data.num_values is not None else data.moments(items))
+    channels = data.item_shape[0]
+    transform = transform_for(data, ((0.0,) * channels, (1.0,) * channels))
     with kept_random_state(), float32_by_default():
         config = AutoencoderConfig(settings, distribution="none")
         autoencoder = Autoencoder(config, data.item_shape, transform, info)

@@ -156,7 +156,7 @@ class DiffusionTask(Task):
         if self.start is not None:
             transform: DataTransform = initial_weights.initial_transform(data, *self.start)
         elif self.autoencoder is not None:
-            transform = LatentTransform(latents.with_scale(self.autoencoder, data, split.train))
+            transform = LatentTransform(latents.fitted(self.autoencoder, data, split.train))
         else:
             transform = fitted_transform(data, split)
         facts = data_facts(data, settings)

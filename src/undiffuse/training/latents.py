@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.lazy_array import LazyArray, npy_rows
 from undiffuse.data.source_report import FileStamp
-from undiffuse.data.transform import IntegerLevels
+from undiffuse.data.transform import IntegerLevels, Standardized
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.evaluation.plan import describe_items
 from undiffuse.model import autoencoder as autoencoders
@@ -56,10 +57,16 @@ def stored_autoencoder(folder: Path) -> autoencoders.Autoencoder | None:
     return autoencoders.load(path) if path.is_file() else None
 
 
-def with_scale(autoencoder: autoencoders.Autoencoder, data: Dataset, items: np.ndarray) -> autoencoders.Autoencoder:
-    """``autoencoder``, or its copy with a scale of p(x given z) fitted to the training ``items`` if it has none."""
+def fitted(autoencoder: autoencoders.Autoencoder, data: Dataset, items: np.ndarray) -> autoencoders.Autoencoder:
+    """``autoencoder``, or its copy with a scale of p(x given z) fitted to the training ``items`` if it has none.
+
+    An imported one then also standardizes continuous data, by the moments of the ``items``.
+    """
     if autoencoder.config.distribution != "none":
         return autoencoder
+    if "imported" in autoencoder.info and isinstance(autoencoder.transform, Standardized):
+        autoencoder = deepcopy(autoencoder)
+        autoencoder.transform = Standardized(*data.moments(items))
     chosen = items[np.linspace(0, len(items) - 1, min(len(items), SCALE_ITEMS)).round().astype(int)]
     return autoencoder.with_fitted_scale(data.tensor(chosen))
 
@@ -171,7 +178,7 @@ def packed_reader(
     place.mkdir(exist_ok=True)
     key = json_digest(
         {
-            "autoencoder": autoencoders.fingerprint(transform.autoencoder),
+            "autoencoder": autoencoders.fingerprint(autoencoder),  # its fitted scale is nothing that q depends on
             "data": data.fingerprint,
             "items": len(items),
             "held_out": settings.held_out,
