@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from undiffuse.evaluation.time_limit import RELIABLE_CALLS, Pace, TimeLimit
 
@@ -31,6 +32,24 @@ def test_without_a_limit_everything_is_measured_at_once():
     assert limit.calls_left == math.inf
     assert limit.in_parts(machine.measure(7), 64, 7) == [slice(0, 64)]
     assert limit.share(0.25).left == math.inf
+
+
+def test_parts_that_the_memory_is_too_small_for_are_halved():
+    """And those after them are no larger; the time of what failed counts."""
+    machine, tried = Machine(3.0), []
+    measure = machine.measure(7)
+
+    def compute(here):
+        tried.append(here.stop - here.start)
+        if tried[-1] > 10:
+            machine.now += 1.0
+            raise torch.OutOfMemoryError
+        return measure(here)
+
+    limit = TimeLimit(clock=machine)
+    assert limit.in_parts(compute, 60, 7) == [slice(i, min(i + 7, 60)) for i in range(0, 60, 7)]
+    assert tried == [60, 30, 15, *[7] * 8, 4]
+    assert (limit.calls, limit.spent) == (60 * 7, 60 * 7 * 3.0 + 3)
 
 
 @pytest.mark.parametrize("guess", [0.25, 1.0, 4.0])

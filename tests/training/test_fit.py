@@ -446,6 +446,35 @@ def test_the_files_of_a_run(tmp_path):
     assert before == {f: f.stat().st_mtime_ns for f in (folder / "checkpoints").rglob("*")}
 
 
+def test_measurements_and_pictures_fit_into_the_memory_of_the_training(tmp_path, monkeypatch):
+    """Simulated, five items at once: what is measured is the same to rounding, and only the report is left out."""
+    config, lines = replace_train(CONFIG, max_steps=2), []
+    whole = train(config, tmp_path / "whole")
+
+    def limited(real):
+        def small(model, items, *rest, **options):
+            if (items if type(items) is int else len(items)) > 5:
+                raise torch.OutOfMemoryError
+            return real(model, items, *rest, **options)
+
+        return small
+
+    def no_report(*_):
+        raise torch.OutOfMemoryError
+
+    for name in ("nll", "sample"):
+        monkeypatch.setattr(Diffusion, name, limited(getattr(Diffusion, name)))
+    monkeypatch.setattr("undiffuse.training.monitor.collect", no_report)
+    monkeypatch.setattr(Monitor, "log", lambda monitor, line: lines.append(line))
+    run = train(config, tmp_path / "run")
+    one, other = ([r for r in Run(folder).read_metrics() if "bits_per_dim" in r] for folder in (whole, run))
+    for name in ("bits_per_dim", "final_bits_per_dim", "gap"):
+        assert [r[name] for r in one] == pytest.approx([r[name] for r in other], rel=1e-4)
+    assert (run / "pictures" / "samples.png").is_file()
+    assert "no report: the GPU has too little memory for its pictures" in lines
+    assert Run(run).finished
+
+
 def test_a_stopped_run_has_its_records(tmp_path, stop, monkeypatch):
     """Fifty steps make a record, which is on disk after a signal."""
     stop(51)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from undiffuse.runtime.device import halve_while_out_of_memory
+
 Part = TypeVar("Part")
 
 RELIABLE_CALLS = 256
@@ -68,14 +70,17 @@ class TimeLimit:
         """``compute`` for consecutive parts of ``items`` until all are done or the time is over.
 
         An item takes ``calls`` network calls. A part is what fits into half of the time left, so that a wrong guess of
-        the pace costs little; without a limit it is everything.
+        the pace costs little; without a limit it is everything. Parts that the memory of the GPU is too small for are
+        halved.
         """
-        parts, start = [], 0
+        parts, start, most = [], 0, items
         while start < items and (fitting := self.calls_left / calls) >= 1:
-            stop = items if fitting / 2 >= items - start else start + max(1, int(fitting / 2))
-            began, done = self.clock(), (stop - start) * calls
-            parts.append(compute(slice(start, stop)))
-            seconds, start = self.clock() - began, stop
-            self.spent, self.calls = self.spent + seconds, self.calls + done
+            size = min(items - start if fitting / 2 >= items - start else max(1, int(fitting / 2)), most)
+            began, here = self.clock(), lambda batch, start=start: compute(slice(start, start + batch))
+            part, computed = halve_while_out_of_memory(here, size, lambda line: None)
+            parts.append(part)
+            most = most if computed == size else computed
+            seconds, done = self.clock() - began, computed * calls
+            start, self.spent, self.calls = start + computed, self.spent + seconds, self.calls + done
             self.pace.learn(done, seconds)
         return parts

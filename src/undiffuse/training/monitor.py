@@ -200,6 +200,8 @@ class Monitor:
                 write_page(self.run.folder / REPORT, replace(content, record={**content.record, "finished": True}))
         except (ConfigError, DataError, NonFiniteError) as error:
             self.log(f"no report: {error.cause}")
+        except torch.OutOfMemoryError:
+            self.log("no report: the GPU has too little memory for its pictures")
         self.progress.seconds += self.clock() - began
 
     @torch.no_grad()
