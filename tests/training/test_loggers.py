@@ -4,6 +4,7 @@ import importlib.machinery
 import json
 import sys
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from tiny_run import data, recipe, stopping_at, train
@@ -11,6 +12,7 @@ from tiny_run import data, recipe, stopping_at, train
 from undiffuse.cli import main
 from undiffuse.errors import ConfigError
 from undiffuse.training import monitor as monitors
+from undiffuse.training.diffusion_task import DiffusionTask
 from undiffuse.training.loggers import LOGGERS, check_loggers
 from undiffuse.training.monitor import Monitor
 from undiffuse.training.run_folder import Run
@@ -110,6 +112,22 @@ def test_each_step_is_logged_once(tmp_path, monkeypatch, wandb):
     assert wandb.started[0]["project"] == "undiffuse"
     assert wandb.started[0]["config"]["train"]["max_steps"] == STEPS
     assert {options["dir"] for options in wandb.started} == {str(tmp_path / "run")}
+
+
+def test_the_board_gets_an_evaluation_that_was_interrupted(tmp_path, monkeypatch):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs the extra `tensorboard`"
+    )
+    folder, config = tmp_path / "run", recipe(STEPS, previews=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionTask, "evaluate", Mock(side_effect=KilledError))
+        with pytest.raises(KilledError):
+            train(config, folder, data(), loggers=["tensorboard"])
+    train(config, folder, data(), loggers=["tensorboard"])
+    read = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    read.Reload()
+    assert [e.step for e in read.Scalars("final_bits_per_dim")] == [STEPS]
+    assert [e.step for e in read.Scalars("loss")] == list(range(1, STEPS + 1))
 
 
 def test_a_logger_that_begins_later_gets_the_records_before_it(tmp_path, wandb):

@@ -39,20 +39,20 @@ class Logger:
         self.tracker.finish()
 
 
-def board(folder: Path, first: int = 0) -> Logger:
-    """TensorBoard's files in ``folder``, whose events from step ``first`` on no reader shows any more."""
+def board(folder: Path) -> Logger:
+    """TensorBoard's files in ``folder``, whose earlier events no reader shows any more: it gets all records again."""
     _require("tensorboard")
     from accelerate.tracking import TensorBoardTracker
 
-    again = {"purge_step": first} if any(folder.glob("*tfevents*")) else {}
-    return Logger(_started(TensorBoardTracker(folder.name, folder.parent, **again)), first if again else 0)
+    again = {"purge_step": 0} if any(folder.glob("*tfevents*")) else {}
+    return Logger(_started(TensorBoardTracker(folder.name, folder.parent, **again)))
 
 
-def _board_of(folder: Path, step: int, config: Mapping[str, Any]) -> Logger:
-    return board(folder / BOARD, step + 1)
+def _board_of(folder: Path, config: Mapping[str, Any]) -> Logger:
+    return board(folder / BOARD)
 
 
-def _wandb_of(folder: Path, step: int, config: Mapping[str, Any]) -> Logger:
+def _wandb_of(folder: Path, config: Mapping[str, Any]) -> Logger:
     """The run of wandb that the run in ``folder`` began; a new one if it began none. wandb takes a step only once."""
     _require("wandb")
     from accelerate.tracking import WandBTracker
@@ -67,10 +67,10 @@ def _wandb_of(folder: Path, step: int, config: Mapping[str, Any]) -> Logger:
 
 
 class Row(NamedTuple):
-    """``open`` makes the logger of a run from its folder, the step that it continues from and its recipe."""
+    """``open`` makes the logger of a run from its folder and its recipe."""
 
     extra: str
-    open: Callable[[Path, int, Mapping[str, Any]], Logger]
+    open: Callable[[Path, Mapping[str, Any]], Logger]
 
 
 LOGGERS = {"tensorboard": Row("tensorboard", _board_of), "wandb": Row("wandb", _wandb_of)}
@@ -84,17 +84,15 @@ def check_loggers(names: Sequence[str]) -> None:
         _require(name)
 
 
-def open_loggers(
-    names: Sequence[str], folder: Path, step: int, records: Records, config: Mapping[str, Any]
-) -> list[Logger]:
-    """The loggers ``names`` of the run in ``folder``, which goes on from ``step``, with its ``records`` so far.
+def open_loggers(names: Sequence[str], folder: Path, records: Records, config: Mapping[str, Any]) -> list[Logger]:
+    """The loggers ``names`` of the run in ``folder``, with its ``records`` so far.
 
     Raises `ConfigError` for one that cannot start.
     """
     opened = []
     for name in dict.fromkeys(names):
         try:
-            logger = LOGGERS[name].open(folder, step, config)
+            logger = LOGGERS[name].open(folder, config)
             logger.add(records)
         except ConfigError:
             raise

@@ -87,8 +87,8 @@ class Monitor:
         if self.main and self.progress.step:
             self.write_records()  # without records of steps after the checkpoint
         if self.main:
-            run, config = self.run, to_dict(self.task.config)
-            self.loggers = open_loggers(run.loggers, run.folder, self.progress.step, self.records, config)
+            config = to_dict(self.task.config)
+            self.loggers = open_loggers(self.run.loggers, self.run.folder, self.records, config)
         return self
 
     def __exit__(self, *failure: object) -> None:
