@@ -1,5 +1,6 @@
 """No command writes into the data that it reads; `undiffuse train .` in a folder of images leaves it as it was."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from test_cli import RECIPE
 from undiffuse.cli.train import open_run
 from undiffuse.data.sources.registry import load as load_data
 from undiffuse.errors import ConfigError
+from undiffuse.training import distillation_task
 from undiffuse.training.run_folder import Run
 
 PHOTOS = 40
@@ -133,3 +135,17 @@ def test_a_link_into_the_data_is_inside_them(place, call, tmp_path):
     said = call("check", place / "photos", "--out", tmp_path / "out" / "sheet.bmp")
     assert said.code == 2
     assert call("check", place / "photos", "--out", tmp_path / "sheet.bmp").code == 0
+
+
+def test_the_working_folder_has_a_name(place, call, tmp_path, monkeypatch):
+    """Where it is the run folder, or that of the model file, the names of other runs follow from it."""
+    monkeypatch.setattr(distillation_task, "TEACHER_STEPS", 1)
+    shutil.copytree(place / "runs" / "photos", tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path / "teacher")
+    options = ("--steps", 1, "--device", "cpu")
+    assert "into teacher-1-call\n" in call("distill", "model.safetensors", place / "photos", *options).out
+    assert "into teacher-2-calls\n" in call("distill", ".", "--calls", 2, *options).out
+    (tmp_path / "encoder").mkdir()
+    monkeypatch.chdir(tmp_path / "encoder")
+    said = call("train-autoencoder", place / "photos", "--factor", 2, "--out", ".", *options)
+    assert (said.code, "--autoencoder . --out encoder-latent\n" in said.out) == (0, True), said

@@ -3,11 +3,19 @@
 import errno
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 
 from undiffuse.errors import ResourceError
-from undiffuse.runtime.atomic_file import atomic_file, file_digest, json_digest, write_atomic, write_csv
+from undiffuse.runtime.atomic_file import (
+    atomic_file,
+    atomic_folder,
+    file_digest,
+    json_digest,
+    write_atomic,
+    write_csv,
+)
 
 
 def by_stream(path, content):
@@ -73,6 +81,17 @@ def test_an_error_of_the_block_leaves_the_old_file(tmp_path):
 def test_a_folder_that_does_not_exist_is_a_resource_error(tmp_path):
     with pytest.raises(ResourceError, match=r"its 3 bytes could not be written \(No such file or directory\)"):
         write_atomic(tmp_path / "no" / "a", b"new")
+
+
+def test_the_working_folder_gets_the_files_and_stays_the_same_folder(tmp_path, monkeypatch):
+    place = tmp_path / "empty"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    number = place.stat().st_ino
+    with atomic_folder(Path()) as partial:
+        (partial / "a").write_bytes(b"new")
+    assert (place / "a").read_bytes() == b"new"
+    assert (place.stat().st_ino, os.listdir(tmp_path)) == (number, ["empty"])
 
 
 def test_csv(tmp_path):

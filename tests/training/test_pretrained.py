@@ -65,6 +65,11 @@ def test_a_folder_has_the_model_and_its_card(model, run, tmp_path, no_network):
     assert "undiffuse sample saved --n 16 --network FILE.py:tiny" in text
 
 
+def test_the_card_in_the_working_folder_has_its_name(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"from_pretrained('{tmp_path.name}'" in (model.save_pretrained(".") / "README.md").read_text()
+
+
 def test_a_model_of_other_weights_has_no_results_of_the_run(model, tmp_path):
     with torch.no_grad():
         next(model.network.parameters()).add_(1)

@@ -103,7 +103,8 @@ def distill(
     dataset = read_data(read, data, run)
     print_notes(dataset)
     folder = run_folder(run)
-    name = f"{folder.name}-{calls}-call{'s' * (calls > 1)}" + (f"-{method}" if method != "consistency" else "")
+    name = f"{folder.resolve().name}-{calls}-call{'s' * (calls > 1)}"
+    name += f"-{method}" if method != "consistency" else ""
     student = Run(out or folder.parent / name, log or ())
     finished = student.finished
     length = {"minutes": 10.0 if (minutes, steps) == (None, None) else minutes, "max_steps": steps}

@@ -98,7 +98,7 @@ def train_autoencoder(
     report_done(run)
     options, folder = given_options(read), as_argument(run.folder)
     if out is not None:  # so that the latents of another autoencoder of the same data go elsewhere
-        options += f" --out {as_argument(run.folder.with_name(f'{run.folder.name}-latent'))}"
+        options += f" --out {as_argument(run.folder.parent / f'{run.folder.resolve().name}-latent')}"
     console.print(f"next: undiffuse train {as_argument(Path(data))} --autoencoder {folder}{options}")
 
 

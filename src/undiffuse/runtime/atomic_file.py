@@ -76,23 +76,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     The files are written into a hidden folder beside ``path``, made durable, and moved. After an error nothing of them
     is left. An OSError becomes a `ResourceError`.
     """
-    partial = None
+    partial, place = None, path.resolve()  # a path such as . has no name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        content = partial / path.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+        content = partial / place.name
         content.mkdir()  # with the usual permissions, which mkdtemp does not give
         yield content
         for file in content.rglob("*"):
             if file.is_file():
                 with open(file, "rb+") as written:
                     os.fsync(written.fileno())
-        if path.exists():  # empty, and maybe the working folder or a mounted disk: it stays the same folder
+        if place.exists():  # empty, and maybe the working folder or a mounted disk: it stays the same folder
             for entry in sorted(content.iterdir()):
-                os.replace(entry, path / entry.name)
+                os.replace(entry, place / entry.name)
         else:
-            os.replace(content, path)
-        fsync_folder(path.parent)
+            os.replace(content, place)
+        fsync_folder(place.parent)
     except OSError as error:
         raise write_error(path, _size(partial), error) from None
     finally:

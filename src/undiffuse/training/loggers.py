@@ -61,7 +61,8 @@ def _wandb_of(folder: Path, config: Mapping[str, Any]) -> Logger:
     if record is None:
         record = {"id": secrets.token_hex(8)}
         write_record(folder / WANDB_RECORD, record)
-    options = {"id": record["id"], "resume": "allow", "name": folder.name, "dir": str(folder), "config": dict(config)}
+    options = {"id": record["id"], "resume": "allow", "name": folder.resolve().name, "dir": str(folder)}
+    options["config"] = dict(config)
     tracker = _started(WandBTracker(PROJECT, **options))
     return Logger(tracker, tracker.run.step if tracker.run.resumed else 0)
 

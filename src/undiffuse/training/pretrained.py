@@ -51,7 +51,7 @@ def save(model: Diffusion, folder: str | Path, license: str | None = None) -> Pa
     """See `Pretrained.save_pretrained`."""
     folder = Path(folder)
     _check_folder(model, folder)
-    _write(model, folder, folder.name, license)
+    _write(model, folder, folder.resolve().name, license)
     return folder
 
 
