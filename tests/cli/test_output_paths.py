@@ -11,7 +11,7 @@ from test_cli import RECIPE
 from undiffuse.cli.train import open_run
 from undiffuse.data.sources.registry import load as load_data
 from undiffuse.errors import ConfigError
-from undiffuse.training import distillation_task
+from undiffuse.training import autoencoder_task, distillation_task
 from undiffuse.training.run_folder import Run
 
 PHOTOS = 40
@@ -145,7 +145,13 @@ def test_the_working_folder_has_a_name(place, call, tmp_path, monkeypatch):
     options = ("--steps", 1, "--device", "cpu")
     assert "into teacher-1-call\n" in call("distill", "model.safetensors", place / "photos", *options).out
     assert "into teacher-2-calls\n" in call("distill", ".", "--calls", 2, *options).out
-    (tmp_path / "encoder").mkdir()
-    monkeypatch.chdir(tmp_path / "encoder")
-    said = call("train-autoencoder", place / "photos", "--factor", 2, "--out", ".", *options)
-    assert (said.code, "--autoencoder . --out encoder-latent\n" in said.out) == (0, True), said
+
+
+def test_the_command_after_an_autoencoder_names_folders(place, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(autoencoder_task, "fit_autoencoder", lambda *_, **__: None)
+    shutil.copytree(place / "photos", tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    said = call("train-autoencoder", "./digits", "--out", "../run")  # not the built-in data set
+    assert "next: undiffuse train ./digits --autoencoder ../run --out ../run-latent\n" in said.out
+    said = call("train-autoencoder", place / "photos", "--out", ".")
+    assert (said.code, f"--autoencoder . --out {tmp_path.name}-latent\n" in said.out) == (0, True), said

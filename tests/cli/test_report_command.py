@@ -1,5 +1,6 @@
 """The report command on a run of the command line: what it measures, stores, prints and refuses."""
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from page_checks import check_page
 from tiny_run import NET
 
 from undiffuse.cli import report
+from undiffuse.data.sources.registry import load as load_data
 from undiffuse.evaluation import plan
 from undiffuse.model import checkpoint, presets
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
@@ -76,6 +78,15 @@ def test_samples_have_no_label_where_classes_are_of_unequal_frequency(place, cal
     assert call(*command).code == 0
     commands = [line for line in call("report", "uneven", "--minutes", 0.1).out.splitlines() if line[:2] == "$ "]
     assert ["--label" in line for line in commands] == [False] * 3
+
+
+@pytest.mark.parametrize(("data", "words"), [("digits", " digits"), ("./digits", " ./digits"), (None, "")])
+def test_a_folder_with_the_name_of_a_built_in_data_set(data, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    read = functools.partial(load_data)
+    assert report._Measuring(None, None, data, read, {}).words == words
+    if data:
+        assert report._Measuring(None, None, str(tmp_path / "digits"), read, {}).words == " ./digits"
 
 
 @pytest.mark.parametrize(("counts", "in_turn"), [([4, 5], True), ([4, 6], False), ([0, 5], False), (None, True)])

@@ -199,6 +199,8 @@ def test_the_command_names_data_and_options_without_their_folders():
         "undiffuse train 'photos x' --size 32 --captions --config recipe.json --seed 7 --init INIT --out NEW"
     )
     assert "secret" not in "".join(lines)
+    record["data"]["source"] = "/home/me/digits"  # a folder, not the built-in data set
+    assert "train ./digits --size" in repeat(record, "diffusion model")[0][1]
     assert any("extended 1 time" in line for line in lines)
     config = record["config"] | {"teacher": "e" * 64, "method": "lagrangian", "pairs": "data", "guidance": 1.0}
     config |= {"both_ways": True, "model": {"calls": 2, "network": {"kind": "unet"}, "schedule": {}}}

@@ -155,11 +155,15 @@ class _Measuring:
     """Runs the commands whose results the page lacks. ``why`` gets the reason where one fails."""
 
     def __init__(self, run: Run, path: Path, data: str | None, read: ReadData, shared: dict[str, Any]) -> None:
+        from undiffuse.data.sources.registry import as_source, path_of
         from undiffuse.training.run_report import shown_path
 
         self.run, self.path, self.shared, self.why = run, path, shared, dict[str, str]()
         self.of_data = {"data": data, **read.keywords}
-        self.words = "" if data is None else f" {as_argument(shown_path(Path(data)))}{given_options(read)}"
+        self.words = ""
+        if data is not None:
+            name = data if path_of(data) is None else as_source(shown_path(Path(data)))
+            self.words = f" {as_argument(name)}{given_options(read)}"
 
     def measure(self, model: Diffusion, dataset: Dataset | None, minutes: float, rate: float) -> None:
         """Measure within about ``minutes``; ``rate`` is in network calls a second."""

@@ -99,7 +99,7 @@ def train_autoencoder(
     options, folder = given_options(read), as_argument(run.folder)
     if out is not None:  # so that the latents of another autoencoder of the same data go elsewhere
         options += f" --out {as_argument(run.folder.parent / f'{run.folder.resolve().name}-latent')}"
-    console.print(f"next: undiffuse train {as_argument(Path(data))} --autoencoder {folder}{options}")
+    console.print(f"next: undiffuse train {as_argument(data)} --autoencoder {folder}{options}")
 
 
 def recipe_for(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from undiffuse.data.sources.registry import OPTIONS, option_words, path_of
+from undiffuse.data.sources.registry import OPTIONS, as_source, option_words, path_of
 from undiffuse.errors import counted
 from undiffuse.networks.tables import INSTALLED_NETWORKS
 from undiffuse.report.model_facts import settings_in_words
@@ -34,7 +34,7 @@ def repeat(record: Mapping[str, Any], kind: str) -> tuple[list[str], str]:
         sentence = f"TEACHER is the run with the weights {config['teacher'][:16]}."
         return [sentence, f"undiffuse distill {' '.join(words)} --out NEW", *_notes(record)], ""
     is_path = bool(source) and path_of(source) is not None
-    data = "DATA" if not source else as_argument(Path(source).name if is_path else source)
+    data = "DATA" if not source else as_argument(as_source(Path(source).name) if is_path else source)
     options = {name: value for name, value in (facts.get("options") or {}).items() if name in OPTIONS}
     shortened = {name: _without_folder(value) for name, value in options.items()}
     words = [data, *map(shlex.quote, option_words(shortened)), "--config", "recipe.json"]

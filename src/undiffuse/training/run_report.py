@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from undiffuse.data.dataset import Dataset, Split
+from undiffuse.data.sources.registry import as_source
 from undiffuse.errors import CheckpointError, ConfigError, counted
 from undiffuse.evaluation.plan import PARTS
 from undiffuse.model import checkpoint
@@ -269,7 +270,7 @@ def _options_of(evaluation: Mapping[str, Any]) -> str:
 def _commands_of(run: Run, comparison: Mapping[str, Any], own: str, of_data: str) -> dict[str, str]:
     """The commands that made the ``comparison``."""
     samples, out = Path(str(comparison.get("samples", ""))), as_argument(shown_path(run.folder / COMPARISON))
-    made = {"comparison": f"undiffuse compare {as_argument(shown_path(samples))}{of_data} --out {out}"}
+    made = {"comparison": f"undiffuse compare {as_argument(as_source(shown_path(samples)))}{of_data} --out {out}"}
     manifest = _read(samples / "manifest.json") or {}
     if samples == run.folder / SAMPLES and "n" in manifest:
         made["samples"] = sample_command(run, int(manifest["n"]), manifest.get("label"), own)

@@ -279,6 +279,11 @@ def path_of(source: str | Path) -> Path | None:
     return None if by_name else Path(os.path.abspath(source))
 
 
+def as_source(path: str | Path) -> str:
+    """``path`` as `load` reads it as a path: with ./ where it is the name of a built-in data set."""
+    return str(path) if path_of(str(path)) is not None else f"./{path}"
+
+
 def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """``options`` as data that JSON can represent and `load` accepts; paths are absolute."""
 
