@@ -63,7 +63,7 @@ def test_a_changed_field_is_named(name, tmp_path):
     assert caught.value.exit_code == 2
     assert name in [what for what, _, _ in caught.value.rows]
     assert all(old != new for _, old, new in caught.value.rows)
-    assert "--force" in caught.value.fix
+    assert "no options of training (train then keeps its recipe), or --force" in caught.value.fix
     assert Run(tmp_path).open(config, items, force=True)
     assert not Run(tmp_path).open(config, items)  # the record has changed
     (rows,) = Run(tmp_path).record["changed"]

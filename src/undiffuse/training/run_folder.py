@@ -51,10 +51,10 @@ class ChangedError(ConfigError):
         self.rows = rows
         changes = "; ".join(f"{what} was {old}, now {new}" for what, old, new in rows[:3])
         more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-        cause = "this run began with other settings"
-        fix = "Give a new folder as --out, the options and data that the run began with, or --force to use the new ones"
+        cause = f"this {'folder holds a finished run' if finished else 'run began'} with other settings"
+        fix = "Give a new folder as --out, the options and data that the run began with, no options of training (train "
+        fix += "then keeps its recipe), or --force to use the new ones"
         if finished:
-            cause = "this folder holds a finished run with other settings"
             fix = "Give a new folder as --out, or the options and data that the run began with"
             if {what for what, _, _ in rows} <= {"train.max_steps", "train.minutes"}:
                 fix = "Give --out a new folder, or (not for distill) --extend with the --steps or --minutes to add"
