@@ -144,6 +144,8 @@ def test_the_working_folder_has_a_name(place, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "teacher")
     options = ("--steps", 1, "--device", "cpu")
     assert "into teacher-1-call\n" in call("distill", "model.safetensors", place / "photos", *options).out
+    again = call("distill", "model.safetensors", place / "photos", *options)  # there is no --extend
+    assert "is a finished run already; another --out trains again\n" in again.out
     assert "into teacher-2-calls\n" in call("distill", ".", "--calls", 2, *options).out
 
 

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from undiffuse.training import fit as loop
 from undiffuse.training.batches import global_batch
 from undiffuse.training.diffusion_task import DiffusionTask
 from undiffuse.training.distillation_task import GAPS, DistillationConfig, DistillationTask, fit_distillation
+from undiffuse.training.monitor import Monitor
+from undiffuse.training.progress import Progress
 from undiffuse.training.run_folder import Run
 
 DATA = tiny_run.data()
@@ -65,6 +68,13 @@ def test_the_warmup_of_the_teacher_is_cut_to_that_of_a_short_run(tmp_path):
         folder = tmp_path / str(warmup)
         Run(folder).open(tiny_run.recipe(warmup=warmup), DATA)
         assert _settings_of(folder, max_steps=9).warmup == expected
+
+
+def test_a_distillation_that_hardly_trained_advises_no_option_that_it_lacks(teacher):
+    task = distillation_task.distillation_task(teacher, replace(SETTINGS, max_steps=None, minutes=1.0))
+    few = SimpleNamespace(task=task, settings=task.config.train, progress=Progress(step=1), split=DATA.split(0.2))
+    [line] = Monitor._hardly_trained(few)
+    assert line.endswith(" training items. Distill again with more --minutes, into another --out")
 
 
 def test_the_model_of_a_run(teacher, tmp_path):

@@ -116,7 +116,7 @@ def distill(
     with changes_as_table():
         fit(task, dataset, student, device, force=force)
     if finished:
-        report_finished(student)
+        report_finished(student, extendable=False)
         return
     report_done(student)
     own = network_option(network)

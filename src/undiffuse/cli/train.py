@@ -221,10 +221,11 @@ def stage_suffix(options: Mapping[str, Any]) -> str:
     return "".join(f"{word}-{side}" for word, side in sides if side is not None)
 
 
-def report_finished(run: Run) -> None:
+def report_finished(run: Run, extendable: bool = True) -> None:
     """Print that the run is finished, which `undiffuse.training.fit.fit` has compared with the command."""
     _add_run(run)
-    console.print(f"{run.folder} is a finished run already; --extend trains it longer, another --out trains again")
+    longer = "--extend trains it longer, " * extendable
+    console.print(f"{run.folder} is a finished run already; {longer}another --out trains again")
 
 
 def report_done(run: Run) -> None:

@@ -40,7 +40,7 @@ from undiffuse.training.batches import Batch, Reader, TrainingStatistics
 from undiffuse.training.fit import fit
 from undiffuse.training.latents import stored_autoencoder
 from undiffuse.training.run_folder import Run
-from undiffuse.training.task import TRAIN_LONGER, Evaluation, Task
+from undiffuse.training.task import Evaluation, Task
 from undiffuse.training.task_parts import (
     data_facts,
     fitted_transform,
@@ -298,7 +298,7 @@ class DiffusionTask(Task):
         baseline = shared_values(data.counts(known), data.counts(items))
         if bits < baseline:
             return []
-        return [f"hardly trained: values drawn independently cost only {baseline:.3f} bits/dim. {TRAIN_LONGER}"]
+        return [f"hardly trained: values drawn independently cost only {baseline:.3f} bits/dim. {self.train_longer}"]
 
 
 def preview_items(split: Split, n: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -159,6 +159,7 @@ class DistillationTask(Task):
 
     config: DistillationConfig
     teacher: Diffusion
+    train_longer: ClassVar = "Distill again with more --minutes, into another --out"
 
     def adapt(self, data: Dataset, settings: TrainConfig) -> DistillationTask:
         """A flow map computes in float32: its differences of two calls are below the precision of bfloat16.

@@ -26,7 +26,7 @@ from undiffuse.training.progress import Progress, measuring_allowance
 from undiffuse.training.run_folder import Run
 from undiffuse.training.run_report import NAME as REPORT
 from undiffuse.training.run_report import collect, write_page
-from undiffuse.training.task import TRAIN_LONGER, Task
+from undiffuse.training.task import Task
 
 STEPS_PER_RECORD = 50
 FORWARD_PASSES = 3
@@ -265,7 +265,7 @@ class Monitor:
         if self.settings.max_steps is not None or seen >= items:
             return []
         steps, of = counted(self.progress.step, "step"), counted(items, "training item")
-        return [f"hardly trained: {steps} saw {seen:,} of {of}. {TRAIN_LONGER}"]
+        return [f"hardly trained: {steps} saw {seen:,} of {of}. {self.task.train_longer}"]
 
     @torch.no_grad()
     def _draw(self, step: int | None, limit: TimeLimit) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -28,9 +28,6 @@ from undiffuse.evaluation.time_limit import TimeLimit
 from undiffuse.model.config import TrainConfig
 from undiffuse.runtime.tensor_file import check_tensors
 from undiffuse.training.batches import Batch, Reader, values_of
-
-TRAIN_LONGER = "Give more --minutes (--extend continues this run), a smaller network or smaller items"
-"""What to do about a run that has hardly trained."""
 
 
 class Evaluation(NamedTuple):
@@ -46,6 +43,8 @@ class Task(Protocol):
 
     config: Any
     """The recipe, a frozen dataclass with a field ``train`` (`TrainConfig`); stored in ``run.json``."""
+    train_longer: ClassVar = "Give more --minutes (--extend continues this run), a smaller network or smaller items"
+    """What to do about a run that has hardly trained."""
 
     def adapt(self, data: Dataset, settings: TrainConfig) -> Self:
         """The task with ``settings``, adapted to ``data``. Raises `ConfigError` or `DataError` if they do not fit."""
