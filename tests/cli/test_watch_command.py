@@ -163,6 +163,10 @@ def test_the_display_ends_with_the_run_or_ctrl_c(tmp_path, monkeypatch, capsys):
     going = started(tmp_path / "going", {"max_steps": 120}, RECORDS[:1])
     monkeypatch.setattr(command.time, "sleep", interrupt)
     assert main(["watch", str(going.folder)]) == 0
+    capsys.readouterr()
+    assert main(["watch", str(going.folder), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["finished"], said["records"]) == (False, RECORDS[:1])
 
 
 def test_tensorboard_gets_the_records_of_the_run(tmp_path, monkeypatch, capsys):

@@ -68,13 +68,13 @@ def watch(
                 time.sleep(every)
                 live.update(summary(watched))
             live.update(summary(watched))
-        add(**state(watched))
     except KeyboardInterrupt:
         pass
     if not console.is_terminal:
         console.print()  # Live ends its last line on terminals only
     if board is not None:
         console.print(f"for TensorBoard: {tensorboard}")
+    add(**state(watched))
 
 
 def summary(run: Run) -> Group:
