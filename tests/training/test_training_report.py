@@ -202,13 +202,15 @@ def test_the_command_names_data_and_options_without_their_folders():
     record["data"]["source"] = "/home/me/digits"  # a folder, not the built-in data set
     assert "train ./digits --size" in repeat(record, "diffusion model")[0][1]
     assert any("extended 1 time" in line for line in lines)
-    config = record["config"] | {"teacher": "e" * 64, "method": "lagrangian", "pairs": "data", "guidance": 1.0}
-    config |= {"both_ways": True, "model": {"calls": 2, "network": {"kind": "unet"}, "schedule": {}}}
-    lines, text = repeat(record | {"config": config | {"train": {"max_steps": None, "minutes": 2.5, "seed": 0}}}, "")
-    assert lines[1] == (
-        "undiffuse distill TEACHER --calls 2 --method lagrangian --pairs data --guidance 1 --both-ways --seed 0 "
-        "--minutes 2.5 --out NEW"
-    )
+    config = record["config"] | {"teacher": "e" * 64, "method": "lagrangian", "pairs": "data", "guidance": 1.00000025}
+    config |= {"both_ways": True, "model": {"calls": 2, "network": {"kind": "Mine"}, "schedule": {}}}
+    config |= {"train": {"max_steps": None, "minutes": 2.50000025, "seed": 0}}
+    lines, text = repeat(record | {"config": config}, "")
+    assert lines[:2] == [
+        "TEACHER is the run with the weights eeeeeeeeeeeeeeee. Run in the folder of the data:",
+        "undiffuse distill TEACHER ./digits --size 32 --captions --calls 2 --method lagrangian --pairs data "
+        "--guidance 1.00000025 --both-ways --seed 0 --minutes 2.50000025 --network FILE.py:NAME --out NEW",
+    ]
     assert text == ""
 
 

@@ -25,26 +25,27 @@ def repeat(record: Mapping[str, Any], kind: str) -> tuple[list[str], str]:
     if not config or "model" not in config:  # a task of the user's own has no command
         return [], ""
     settings, model, source = config["train"], config["model"], facts.get("source")
-    if "teacher" in config:
-        words = ["TEACHER", "--calls", str(model["calls"]), "--method", config["method"]]
-        words += ["--pairs", config["pairs"], "--guidance", f"{config['guidance']:g}"]
-        words += ["--both-ways"] * bool(config["both_ways"]) + ["--seed", str(settings["seed"])]
-        words += ["--steps", str(settings["max_steps"])] if settings["max_steps"] else []
-        words += ["--minutes", f"{settings['minutes']:g}"] if settings["minutes"] else []
-        sentence = f"TEACHER is the run with the weights {config['teacher'][:16]}."
-        return [sentence, f"undiffuse distill {' '.join(words)} --out NEW", *_notes(record)], ""
     is_path = bool(source) and path_of(source) is not None
     data = "DATA" if not source else as_argument(as_source(Path(source).name) if is_path else source)
     options = {name: value for name, value in (facts.get("options") or {}).items() if name in OPTIONS}
     shortened = {name: _without_folder(value) for name, value in options.items()}
-    words = [data, *map(shlex.quote, option_words(shortened)), "--config", "recipe.json"]
-    words += ["--seed", str(settings["seed"])]
+    words = [data, *map(shlex.quote, option_words(shortened))]
+    own = ["--network", "FILE.py:NAME"] if _is_own_network(model) else []
+    where = " in the folder of the data" if is_path else ""
+    if "teacher" in config:
+        words += ["--calls", str(model["calls"]), "--method", config["method"]]
+        words += ["--pairs", config["pairs"], "--guidance", repr(config["guidance"])]
+        words += ["--both-ways"] * bool(config["both_ways"]) + ["--seed", str(settings["seed"])]
+        words += ["--steps", str(settings["max_steps"])] if settings["max_steps"] else []
+        words += ["--minutes", repr(settings["minutes"])] if settings["minutes"] else []
+        sentence = f"TEACHER is the run with the weights {config['teacher'][:16]}. Run{where}:"
+        return [sentence, f"undiffuse distill TEACHER {' '.join([*words, *own])} --out NEW", *_notes(record)], ""
+    words += ["--config", "recipe.json", "--seed", str(settings["seed"])]
     command = COMMANDS.get(kind, "train")
     if command == "train":
         words += ["--autoencoder", "AUTOENCODER"] if model.get("autoencoder") else []
-        words += ["--network", "FILE.py:NAME"] if _is_own_network(model) else []
+        words += own
         words += ["--init", "INIT"] if record.get("init") else []
-    where = " in the folder of the data" if is_path else ""
     sentence = f"Save the text below as recipe.json, and run{where}:"
     return [sentence, f"undiffuse {command} {' '.join(words)} --out NEW", *_notes(record)], recipe_json(config)
 
