@@ -483,6 +483,24 @@ def test_a_stopped_run_has_its_records(tmp_path, stop, monkeypatch):
     assert [r["step"] for r in Run(tmp_path / "run").read_metrics()] == [50]
 
 
+def test_records_of_an_attempt_without_a_checkpoint_are_removed(tmp_path, monkeypatch):
+    """When the next attempt begins, which `watch` shows, and not at its first evaluation."""
+    seen, real = [], Monitor.record_step
+
+    def record_step(monitor, *numbers):
+        real(monitor, *numbers)
+        seen.append([r["step"] for r in monitor.run.read_metrics()])
+        if len(seen) in (2, 3):
+            raise KeyError("killed")
+
+    monkeypatch.setattr(Monitor, "record_step", record_step)
+    monkeypatch.setattr("undiffuse.training.monitor.STEPS_PER_RECORD", 1)
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            train(CONFIG, tmp_path / "run")
+    assert seen == [[1], [1, 2], [1]]
+
+
 def test_changed_recipes_and_data_are_refused(tmp_path, stop):
     stop(1)
     with pytest.raises(Interrupted):

@@ -84,8 +84,8 @@ class Monitor:
             f"{verb} on {counted(len(self.split.train), 'item')} of {self.data.name}, {shape}: "
             f"{parameters / 1e6:.2f} M parameters, {self.settings.precision}, batch {self.settings.batch}"
         )
-        if self.main and self.progress.step:
-            self.write_records()  # without records of steps after the checkpoint
+        if self.main and self.run.metrics.exists():
+            self.write_records()  # without records of steps after the checkpoint, or of an attempt without one
         if self.main:
             config = to_dict(self.task.config)
             self.loggers = open_loggers(self.run.loggers, self.run.folder, self.records, config)
