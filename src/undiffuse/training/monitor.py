@@ -102,7 +102,7 @@ class Monitor:
 
     @property
     def record_due(self) -> bool:
-        """Whether `record_step` writes a record of the step that is done."""
+        """Whether `record_step` writes a record of the step that is done, if there are losses since the last one."""
         return len(self.losses) + 1 >= STEPS_PER_RECORD or self.progress.step == self.progress.last_step
 
     def record_step(
@@ -113,6 +113,7 @@ class Monitor:
         ``norm`` of the gradient; ``waited``: seconds that training has waited for data so far; ``seconds`` of the step.
         Tensors are read when a record is written.
         """
+        due = self.record_due
         self.previous_fraction, self.fraction = self.fraction, self.progress.fraction(self.settings)
         self.step_end = self.progress.seconds
         self.steps, self.step_seconds = self.steps + 1, self.step_seconds + seconds
@@ -122,8 +123,7 @@ class Monitor:
         else:
             self.losses.append(loss)
             self.norm = norm
-        last = self.progress.step == self.progress.last_step
-        due = bool(self.losses) and (last or len(self.losses) >= STEPS_PER_RECORD)
+        due = due and bool(self.losses)
         if due or isinstance(loss, float):
             self.mean_loss = _mean(self.losses)
         self._show()
