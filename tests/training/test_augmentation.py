@@ -1,5 +1,7 @@
 """Mirrored and translated items: which ones, how often, and that nothing else changes."""
 
+import itertools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ import pytest
 from tiny_run import equal_numbers
 
 from undiffuse.data.from_array import from_array
+from undiffuse.data.lazy_array import LazyArray
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.model.config import TrainConfig
 from undiffuse.training import batches as batches_module
@@ -111,6 +114,25 @@ def test_prefetched_batches_are_those_of_their_steps_in_any_order():
         for step in (0, 1, 2, 7, 7, 3):
             assert all(equal_numbers(batches(step), global_batch(data, np.arange(40), settings, step)))
         assert batches.waited > 0
+
+
+@pytest.mark.parametrize("thread_safe", [False, True])
+def test_data_that_no_other_thread_may_read_are_read_by_this_one(thread_safe):
+    values, settings, readers = from_array(SAME[:40]).values, replace(PLAIN, batch=8), []
+
+    def read(indices):
+        readers.append(threading.get_ident())
+        return values[indices]
+
+    data = replace(from_array(SAME[:40]), values=LazyArray(values.shape, values.dtype, read, thread_safe))
+    with Batches(data, np.arange(40), settings, itertools.count().__next__) as batches:
+        for step in (0, 1):
+            assert all(equal_numbers(batches(step), global_batch(data, np.arange(40), settings, step)))
+        assert batches.waited == 2  # one tick of the clock each
+    if thread_safe:
+        assert len(set(readers)) == 2
+    else:
+        assert readers == [threading.get_ident()] * 4
 
 
 def test_the_next_batch_is_prefetched_and_its_error_raised_at_its_step(monkeypatch):

@@ -89,7 +89,8 @@ class Batch:
 class Batches:
     """The `global_batch` of each step; a thread makes the next one while the current one is trained on.
 
-    ``waited``: seconds that training has waited for data so far. A context manager, which ends the thread.
+    Data that are not `LazyArray.thread_safe` are read by the caller's thread when they are needed. ``waited``: seconds
+    that training has waited for data so far. A context manager, which ends the thread.
     """
 
     def __init__(
@@ -112,18 +113,19 @@ class Batches:
         self.pool.shutdown()
 
     def __call__(self, step: int) -> Batch:
-        began = self.clock()
-        current = self.pending.get(step) or self._submit(step)
+        began, values = self.clock(), self.data.values
         # some image decoders change the warning filters of the whole process, so nothing may run beside them
-        values = self.data.values
-        prefetch = not isinstance(values, LazyArray) or values.thread_safe
-        self.pending = {step + 1: self._submit(step + 1)} if prefetch else {}
-        batch = current.result()
+        if isinstance(values, LazyArray) and not values.thread_safe:
+            batch = self._make(step)
+        else:
+            current = self.pending.get(step) or self.pool.submit(self._make, step)
+            self.pending = {step + 1: self.pool.submit(self._make, step + 1)}
+            batch = current.result()
         self.waited += self.clock() - began
         return batch
 
-    def _submit(self, step: int) -> Future[Batch]:
-        return self.pool.submit(global_batch, self.data, self.items, self.settings, step, self.read)
+    def _make(self, step: int) -> Batch:
+        return global_batch(self.data, self.items, self.settings, step, self.read)
 
 
 def global_batch(
