@@ -8,6 +8,7 @@ import torch
 from latent_models import tiny_autoencoder
 from tiny_run import checkpoint_hashes, quick_looks, stopping_at
 
+from undiffuse.cli.train import _print_next_commands
 from undiffuse.data.from_array import from_array
 from undiffuse.data.transform import Standardized
 from undiffuse.errors import CheckpointError, ConfigError, DataError
@@ -20,6 +21,7 @@ from undiffuse.training import fit as loop
 from undiffuse.training.augmentation import augment
 from undiffuse.training.diffusion_task import DiffusionTask, fit_diffusion
 from undiffuse.training.distillation_task import fit_distillation
+from undiffuse.training.run_folder import Run
 
 IMAGES = from_array(np.random.default_rng(0).integers(17, size=(40, 1, 8, 8)), num_values=17, name="tiny")
 SETTINGS = {"precision": "float32", "held_out": 0.2, "previews": 1, "snapshots": 0, "seed": 4}
@@ -183,7 +185,7 @@ def test_data_that_do_not_fit_and_moving_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_deterministic_encoder_trains_and_samples_without_a_likelihood(tmp_path):
+def test_a_deterministic_encoder_trains_and_samples_without_a_likelihood(tmp_path, capsys):
     network = {"kind": "taesd", "width": 8, "latent_channels": 2, "blocks": [1, 1], "decoder_blocks": [1, 1]}
     torch.manual_seed(0)
     config = autoencoders.AutoencoderConfig(network, distribution="none")
@@ -193,6 +195,9 @@ def test_a_deterministic_encoder_trains_and_samples_without_a_likelihood(tmp_pat
     assert model.sample(2).shape == (2, 1, 8, 8)
     with pytest.raises(ConfigError, match=r"DETERMINISTIC.*\(taesd\)"):
         model.nll(torch.from_numpy(IMAGES.values[:2]))
+    capsys.readouterr()
+    _print_next_commands(Run(tmp_path / "run"), IMAGES, RECIPE, "", "")
+    assert capsys.readouterr().out == f"next: undiffuse sample {tmp_path / 'run'}\n"  # evaluate would be an error
 
 
 def test_a_latent_model_is_distilled(tmp_path, monkeypatch):

@@ -188,12 +188,18 @@ def train(
 
 def _print_next_commands(run: Run, dataset: Dataset, prompt: str, network: str) -> None:
     """Print the commands that sample and measure the model, with the options ``prompt`` and ``network``."""
+    from undiffuse.model import checkpoint
+    from undiffuse.training.run_report import no_likelihood
+
     folder = as_argument(run.folder)
     if "image" in dataset.condition_sizes:
         console.print(f"to sample: undiffuse sample BASE --then {folder}, BASE a model of the small images")
     else:
         console.print(f"next: undiffuse sample {folder}{prompt}{network}")
-    has_test_part = run.require_record()["config"]["train"]["held_out"] > 0 or dataset.test_from is not None
+    config = run.require_record()["config"]
+    if config["model"].get("autoencoder") and no_likelihood(checkpoint.load(run.folder)):  # latents alone can have none
+        return
+    has_test_part = config["train"]["held_out"] > 0 or dataset.test_from is not None
     console.print(f"next: undiffuse evaluate {folder}{'' if has_test_part else ' --part train'}{network}")
 
 
