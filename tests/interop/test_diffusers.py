@@ -116,6 +116,10 @@ def test_what_sampling_here_does_not_do_is_noted(tmp_path):
         notes = import_diffusers(tmp_path / str(number)).notes
         assert len(notes) == 2  # the first names the weights
         assert note in notes[1]
+    for name, noted in (("DDIMScheduler", True), ("DDPMScheduler", False)):
+        write_folder(tmp_path / name, chain={"_class_name": name, "set_alpha_to_one": False})
+        notes = import_diffusers(tmp_path / name).notes
+        assert any("the pipeline ends at the chain's least noise" in note for note in notes) is noted
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,8 @@ def sampling_notes(kind: str, noise: Mapping[str, Any]) -> list[str]:
     notes = []
     if kind == "DDIMScheduler" and noise["clip_sample"]:
         notes.append("the pipeline clips as undiffuse sample does where it is given use_clipped_model_output=True")
+    if kind == "DDIMScheduler" and noise.get("set_alpha_to_one") is False:
+        notes.append("the pipeline ends at the chain's least noise, not without noise: set_alpha_to_one is False")
     if noise["thresholding"]:
         notes.append("the pipeline thresholds dynamically: give sample --threshold dynamic")
     elif not noise["clip_sample"] or noise["clip_sample_range"] != 1:
