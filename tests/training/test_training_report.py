@@ -6,11 +6,12 @@ import shlex
 
 import numpy as np
 import pytest
+from latent_models import tiny_autoencoder
 from page_checks import check_page
 from tiny_run import data, recipe, stopping_at, train
 
 from undiffuse.errors import CheckpointError, ConfigError
-from undiffuse.model import checkpoint
+from undiffuse.model import autoencoder, checkpoint
 from undiffuse.model.config import Config, from_dict, read
 from undiffuse.model.presets import PRESETS, get
 from undiffuse.report.table import cell
@@ -165,6 +166,13 @@ def test_a_damaged_run_is_one_error(folder, tmp_path):
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(CheckpointError):
         run_report.collect(Run(tmp_path), None)
+
+
+def test_an_autoencoder_is_loaded_onto_the_device(tmp_path, monkeypatch):
+    autoencoder.save(tiny_autoencoder(), tmp_path / "model.safetensors")
+    assert isinstance(run_report.load_model(tmp_path), autoencoder.Autoencoder)
+    monkeypatch.setattr(autoencoder, "load", lambda path, device="": (path.name, device))
+    assert run_report.load_model(tmp_path / "model.safetensors", "cpu:0") == ("model.safetensors", "cpu:0")
 
 
 @pytest.mark.parametrize("base", sorted(PRESETS)[:3])

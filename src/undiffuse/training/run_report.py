@@ -26,6 +26,7 @@ from undiffuse.report.run_report import Drawing, RunContent
 from undiffuse.report.sample_folder import sampler_in_words
 from undiffuse.runtime.atomic_file import write_atomic
 from undiffuse.runtime.side_files import read_record
+from undiffuse.runtime.tensor_file import read_metadata
 from undiffuse.runtime.terminal import as_argument
 from undiffuse.training.repeat_command import repeat
 from undiffuse.training.run_drawings import (
@@ -160,7 +161,7 @@ def _collect_records(
 
 
 def load_model(path: Path, device: str = "cpu") -> Any:
-    """The diffusion model, classifier or autoencoder of a run or a file. Raises `CheckpointError`."""
+    """The diffusion model, classifier or autoencoder of a run or a file, on ``device``. Raises `CheckpointError`."""
     from undiffuse.model import autoencoder, noisy_classifier
 
     try:
@@ -168,7 +169,8 @@ def load_model(path: Path, device: str = "cpu") -> Any:
     except CheckpointError as error:
         if error.code != "KIND":
             raise
-        return (autoencoder if "autoencoder" in error.cause else noisy_classifier).load(path)
+        kinds = read_metadata(path / "model.safetensors" if path.is_dir() else path)
+        return (autoencoder if "autoencoder" in kinds else noisy_classifier).load(path, device)
 
 
 def shown_path(path: Path) -> str:
