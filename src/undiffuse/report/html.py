@@ -79,7 +79,7 @@ def missing(what: str, command: str | None = None, reason: str = "") -> Markup:
     return paragraph(what, f": {reason}." if reason else ".", adds, class_="missing")
 
 
-def table(rows: Iterable[Mapping[str, Any]], caption: str, numeric: bool = True) -> Markup:
+def table(rows: Iterable[Mapping[str, Any]], caption: str) -> Markup:
     """``rows`` under the names of their fields, as `undiffuse.report.table.render`; the first field names the row."""
     rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -89,8 +89,7 @@ def table(rows: Iterable[Mapping[str, Any]], caption: str, numeric: bool = True)
         cells = [element("td", minus(cell(row.get(name)).strip())) for name in names[1:]]
         body.append(element("tr", _row_name(cell(row.get(names[0])).strip()), *cells))
     content = element("table", _caption(caption), element("thead", head), element("tbody", *body))
-    kind = "table numbers" if numeric else "table"
-    return element("div", content, class_=kind, tabindex=0, role="region", aria_label=caption)
+    return element("div", content, class_="table numbers", tabindex=0, role="region", aria_label=caption)
 
 
 def _caption(words: str) -> Markup:
