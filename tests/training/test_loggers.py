@@ -3,6 +3,7 @@
 import importlib.machinery
 import json
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest.mock import Mock
 
@@ -153,6 +154,12 @@ def test_a_logger_that_fails_costs_a_line(tmp_path, wandb, capsys, monkeypatch):
     assert capsys.readouterr().out.count("WandBTracker fails and gets no more records: no connection") == 1
     [history] = wandb.runs.values()
     assert [step for step, _ in history] == [1, 2]
+
+
+def test_a_run_in_the_working_folder_has_its_name(tmp_path, wandb, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(recipe(1, previews=1), Path(), data(), loggers=["wandb"])
+    assert wandb.started[0]["name"] == tmp_path.name
 
 
 def test_it_does_not_change_the_run(tmp_path, wandb):
