@@ -390,7 +390,7 @@ def test_a_file_of_the_name_of_the_copy_is_not_replaced(tmp_path):
     checkpoint.save(build(), tmp_path / "start.safetensors")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "init.safetensors").write_bytes(b"of the user")
-    with pytest.raises(ConfigError, match=r"init.safetensors: this file is in the folder already"):
+    with pytest.raises(ConfigError, match=r"init.safetensors: this file exists already"):
         fit_diffusion(
             Config(MODEL, TRAIN), DATA, tmp_path / "run", "cpu", quiet=True, init=tmp_path / "start.safetensors"
         )
