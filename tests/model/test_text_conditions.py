@@ -64,7 +64,7 @@ def test_an_empty_prompt_gives_the_samples_of_no_condition():
         ({}, "a", None, "trained without captions"),
         ({"vector": 3, "tokens": 3}, "a", None, "trained without captions"),
         ({"text": 64}, "é" * 33, None, "it has 66 bytes, and the model takes prompts of up to 64"),
-        ({"text": 64}, "a", "minilm", "a text encoder of its own"),
+        ({"text": 64}, "a", "minilm", "the text encoder is a part of the model's network"),
     ],
 )
 def test_prompts_that_do_not_fit(sizes, prompt, encoder, message):

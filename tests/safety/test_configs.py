@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -106,12 +107,16 @@ def error_of(path: Path) -> str:
 
 def check(path: Path, content: bytes, words: str, error_of: Callable[[Path], str]) -> None:
     path.write_bytes(content)
-    began = time.process_time()
-    try:
-        line = error_of(path)
-    except pytest.fail.Exception as error:
-        raise AssertionError(f"{content[:200]!r} was accepted") from error
-    seconds = time.process_time() - began
+    seconds = math.inf
+    for _ in range(2):  # what is slow twice is slow; once, it can be the machine
+        began = time.process_time()
+        try:
+            line = error_of(path)
+        except pytest.fail.Exception as error:
+            raise AssertionError(f"{content[:200]!r} was accepted") from error
+        seconds = min(seconds, time.process_time() - began)
+        if seconds < 1:
+            break
     case = f"{path.name} {content[:200]!r}: {line[:500]}"
     assert line.startswith("error["), case
     assert line.isprintable(), case

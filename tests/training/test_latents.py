@@ -196,7 +196,7 @@ def test_a_deterministic_encoder_trains_and_samples_without_a_likelihood(tmp_pat
     with pytest.raises(ConfigError, match=r"DETERMINISTIC.*\(taesd\)"):
         model.nll(torch.from_numpy(IMAGES.values[:2]))
     capsys.readouterr()
-    _print_next_commands(Run(tmp_path / "run"), IMAGES, RECIPE, "", "")
+    _print_next_commands(Run(tmp_path / "run"), IMAGES, "", "")
     assert capsys.readouterr().out == f"next: undiffuse sample {tmp_path / 'run'}\n"  # evaluate would be an error
 
 

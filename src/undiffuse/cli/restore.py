@@ -247,7 +247,7 @@ def _write(
     from undiffuse.report.sample_folder import SampleFolder
 
     digest = hashlib.sha256(observed.numpy().data).hexdigest()
-    plan = plan | {"weights": checkpoint.fingerprint(model), "observed": digest}
+    plan = plan | {"weights": checkpoint.fingerprint(model), "observed": digest, "n": n}
     folder = out or _unused_folder(run_folder(run) / "restored" / f"{Path(plan['image']).stem}-{plan['method']}")
     samples = SampleFolder(folder, plan, model.item_shape, model.info.get("num_values"), more=["strip.png"])
     require_memory_for(f"--n {n}", 4 * n * model.dims)
