@@ -46,14 +46,14 @@ def training(name: str, shape: tuple[int, ...], dtype=BF16, channels_last=False,
     x, times = torch.randn(BATCH, *shape), torch.rand(BATCH)
     if channels_last:
         network, x = network.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(network.parameters(), fused=True)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
 
     def step() -> None:
         with torch.autocast("cpu", BF16, enabled=dtype == BF16):
             y = network(x, times)
         F.mse_loss(y, x).backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from network_cases import randomised
+from network_cases import randomized
 
 from undiffuse.data.transform import IntegerLevels
 from undiffuse.model.config import ModelConfig
@@ -47,5 +47,5 @@ MODELS: dict[str, dict[str, Any]] = {
 def model(name: str = "own kind", **changes: Any) -> Diffusion:
     """A model of grey 8×8 images, of the row ``name`` of `MODELS`, with ``changes`` of its configuration."""
     diffusion = Diffusion(replace(HO, **{**MODELS[name], **changes}), (1, 8, 8), IntegerLevels(256))
-    randomised(diffusion.network)
+    randomized(diffusion.network)
     return diffusion

@@ -155,7 +155,7 @@ def of_training() -> dict[str, Tensor]:
         with quick_looks():
             train(config, run, data())
         step = run / "checkpoints" / "step-00000006"
-        for part, file in {"network": "network", "average": "average", "optimiser": "optimizer"}.items():
+        for part, file in {"network": "network", "average": "average", "optimizer": "optimizer"}.items():
             tensors = read_tensors(step / f"{file}.safetensors")[0].values()
             for i, tensor in enumerate(sorted(tensors, key=lambda t: (t.shape, float(t.double().sum())))):
                 numbers[f"run {part} {i}"] = tensor

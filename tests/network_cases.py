@@ -38,7 +38,7 @@ CASES = {
 }
 
 
-def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
+def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
     """The network in eval mode with random weights, none of which are zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

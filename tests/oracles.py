@@ -174,7 +174,7 @@ class LabelledMixture(Mixture):
 
 
 class EmpiricalData(Mixture):
-    """The ``points`` (n, *shape), equally likely: the data of a network that has memorised them."""
+    """The ``points`` (n, *shape), equally likely: the data of a network that has memorized them."""
 
     def __init__(self, points: Tensor) -> None:
         points = torch.as_tensor(points, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """A compact GAN to compare with: ``python benchmarks/gan/gan.py OUT --data digits|fashion-mnist --minutes M``.
 
 The relativistic pairing loss with zero-centred gradient penalties on real and on generated images, as Huang et al. 2024
-(R3GAN, arXiv 2501.05441) state them, with residual networks without normalisation. The generator has about
+(R3GAN, arXiv 2501.05441) state them, with residual networks without normalization. The generator has about
 ``--parameters`` parameters, and the critic as many. OUT holds a checkpoint, from which an interrupted run goes on to
 the same result, samples.npy and result.json; printed are Fréchet and kernel distance, precision and recall as of
 `undiffuse compare`, and images per second. Minutes are those of the training steps alone, in processor time per thread,
@@ -62,7 +62,7 @@ def gradient_penalty(critic: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Residual(nn.Module):
-    """h + W₂ a(W₁ a(h)), a the leaky ReLU, both of 3×3; W₂ starts at 0, as there is no normalisation.
+    """h + W₂ a(W₁ a(h)), a the leaky ReLU, both of 3×3; W₂ starts at 0, as there is no normalization.
 
     The paper's blocks have grouped convolutions, whose second derivative takes many times as long on a processor.
     """
@@ -136,7 +136,7 @@ def build(parameters: int, channels: int, size: int) -> tuple[Generator, Critic]
 
 
 class Training:
-    """Both networks, the average of the generator's weights, and the optimisers; every draw is a function of a step."""
+    """Both networks, the average of the generator's weights, and the optimizers; every draw is a function of a step."""
 
     def __init__(self, parameters: int, item_shape: tuple[int, ...], seed: int, lr: float, gamma: float) -> None:
         torch.manual_seed(seed)
@@ -144,11 +144,11 @@ class Training:
         self.bfloat16 = resolve_precision("auto", torch.device("cpu")) == "bfloat16"
         self.generator, self.critic = build(parameters, item_shape[0], item_shape[-1])
         self.average = copy.deepcopy(self.generator)
-        self.optimisers = [torch.optim.Adam(n.parameters(), lr, BETAS) for n in (self.generator, self.critic)]
+        self.optimizers = [torch.optim.Adam(n.parameters(), lr, BETAS) for n in (self.generator, self.critic)]
 
     def parts(self) -> dict[str, Any]:
         return {"generator": self.generator, "critic": self.critic, "average": self.average} | {
-            f"optimiser {i}": optimiser for i, optimiser in enumerate(self.optimisers)
+            f"optimizer {i}": optimizer for i, optimizer in enumerate(self.optimizers)
         }
 
     def save(self, path: Path) -> None:
@@ -196,9 +196,9 @@ class Training:
         return max(1.0, 10.0 ** (1 - self.step / 1000))
 
     def _apply(self, which: int, losses: Tensor) -> None:
-        self.optimisers[which].zero_grad(set_to_none=True)
+        self.optimizers[which].zero_grad(set_to_none=True)
         losses.mean().backward()
-        self.optimisers[which].step()
+        self.optimizers[which].step()
 
     @torch.no_grad()
     def sample(self, n: int) -> tuple[Tensor, float]:

@@ -32,7 +32,7 @@ class EfficientNetLite0:
         self.weights = {k: v.to(memory_format=last) if v.ndim == 4 else v for k, v in floats.items()}
 
     def layer(self, x: Tensor, conv: str, norm: str, stride: int = 1, relu: bool = True) -> Tensor:
-        """Convolution, batch normalisation with the stored statistics, and ReLU6."""
+        """Convolution, batch normalization with the stored statistics, and ReLU6."""
         weight = self.weights[f"{conv}.weight"]
         groups = x.shape[1] if weight.shape[1] == 1 and weight.shape[0] == x.shape[1] else 1
         kernel = weight.shape[-1]

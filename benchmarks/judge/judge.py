@@ -1,6 +1,6 @@
 """The judge: cosine similarity of a picture and a text in a space learned from one vendor's drawings.
 
-Picture: the means of EfficientNet-Lite0's maps, standardised, a linear map. Text: MiniLM's sentence embedding, a linear
+Picture: the means of EfficientNet-Lite0's maps, standardized, a linear map. Text: MiniLM's sentence embedding, a linear
 map. Both maps are all that is trained.
 """
 

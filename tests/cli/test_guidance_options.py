@@ -51,7 +51,7 @@ def runs(tmp_path_factory):
     for name, classes in {"classifier": ("a", "b", "c"), "strange": ("a", "c", "b")}.items():
         torch.manual_seed(1)
         made = NoisyClassifier(NoisyClassifierConfig(UNET), (1, 4, 4), IntegerLevels(5), classes)
-        with torch.no_grad():  # the last layer is zero at initialisation
+        with torch.no_grad():  # the last layer is zero at initialization
             for parameter in made.parameters():
                 if not parameter.any():
                     parameter.normal_()

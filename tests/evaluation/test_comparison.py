@@ -80,7 +80,7 @@ def test_official_parts_alone_allow_no_copying_test(held_out, parts):
     result = compare(FRESH, data, held_out=held_out, metrics=["kernel"])
     assert result.copying is result.summary()["copying"] is None
     assert result.explanations()[-1].startswith(
-        "memorisation: not tested, because no held-out items were chosen at random"
+        "memorization: not tested, because no held-out items were chosen at random"
     )
     assert result.neighbours.shape == (len(result.samples), 3)
 
@@ -101,7 +101,7 @@ def test_principal_components_treat_samples_training_and_held_out_items_alike():
     assert copies.copying.significant
 
 
-def test_continuous_data_are_standardised_by_the_training_part():
+def test_continuous_data_are_standardized_by_the_training_part():
     values = RNG.normal(size=(300, 2)).astype(np.float32)
     rows = {}
     for scale in (1, 100):

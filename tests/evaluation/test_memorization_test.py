@@ -1,4 +1,4 @@
-"""Tests of memorisation: their false-alarm rates by enumeration, their power, and the line that a run prints."""
+"""Tests of memorization: their false-alarm rates by enumeration, their power, and the line that a run prints."""
 
 import itertools
 import math
@@ -94,15 +94,15 @@ CONFIG = Config(
 )
 
 
-@pytest.mark.parametrize("memorised", [False, True])
-def test_a_run_reports_memorisation(tmp_path, monkeypatch, memorised):
-    """The bound is that of a model which has memorised the training items, or of one that has not."""
+@pytest.mark.parametrize("memorized", [False, True])
+def test_a_run_reports_memorization(tmp_path, monkeypatch, memorized):
+    """The bound is that of a model which has memorized the training items, or of one that has not."""
     trained = {tuple(row) for row in DATA.values[DATA.split(0.3).train].tolist()}
     calls, lines = [], []
 
     def nll(model, values, **settings):
         calls.append((settings["seed"], settings["mc_samples"]))
-        easy = torch.tensor([memorised and tuple(row) in trained for row in values.tolist()])
+        easy = torch.tensor([memorized and tuple(row) in trained for row in values.tolist()])
         bits = torch.where(easy, 1.0, 2.0) + 0.1 * torch.randn(len(values), generator=torch.Generator().manual_seed(3))
         zero = torch.zeros(len(values))
         return NLL(prior=bits, diffusion_nats=zero, decoder=zero, stderr=torch.tensor(0.1), calls=1, per_step=None)
@@ -112,18 +112,18 @@ def test_a_run_reports_memorisation(tmp_path, monkeypatch, memorised):
     monkeypatch.setattr(Monitor, "log", lambda monitor, line: lines.append(line))
     folder = fit(CONFIG, DATA, tmp_path / "run", device="cpu", quiet=True)
     records = [r for r in Run(folder).read_metrics() if "gap" in r]
-    assert [r["overfit"] for r in records] == [memorised] * 2
+    assert [r["overfit"] for r in records] == [memorized] * 2
     assert calls == [(0, 8)] * 4 + [(0, 32)]  # the same noise and times for both and at each look, and once more draws
     assert [[name for name in r if name.startswith("final")] for r in records] == [
         [],
         ["final_bits_per_dim", "final_stderr", "final_items", "final_draws"],
     ]
     assert records[0]["bits_per_dim"] == records[1]["bits_per_dim"]
-    assert sum(line.strip().startswith("overfitting: ") for line in lines) == 2 * memorised
-    official = replace(DATA, validation_from=70)  # may differ from training items without any memorisation
+    assert sum(line.strip().startswith("overfitting: ") for line in lines) == 2 * memorized
+    official = replace(DATA, validation_from=70)  # may differ from training items without any memorization
     other = fit(CONFIG, official, tmp_path / "official", device="cpu", quiet=True)
     assert not any(r.get("overfit") for r in Run(other).read_metrics())
-    if memorised:
+    if memorized:
         assert records[0]["gap"] == pytest.approx(0.5 / math.log(2), abs=1e-6)
     none = fit(replace_train(CONFIG, held_out=0.0), DATA, tmp_path / "none", device="cpu", quiet=True)
     assert not any("gap" in r for r in Run(none).read_metrics())

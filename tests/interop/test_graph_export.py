@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers_models import model
-from network_cases import randomised
+from network_cases import randomized
 
 from undiffuse.cli import main
 from undiffuse.data.transform import Standardized
@@ -27,7 +27,7 @@ def vectors(**changes) -> Diffusion:
         presets.get("vector").model, network={"kind": "mlp", "width": 16, "depth": 1, "classes": 3}, chain_length=20
     )
     diffusion = Diffusion(replace(config, **changes), (2,), Standardized((0.0, 1.0), (1.0, 2.0)))
-    randomised(diffusion.network)
+    randomized(diffusion.network)
     return diffusion
 
 
@@ -56,7 +56,7 @@ def test_a_transformer_is_exported_for_any_batch(tmp_path):
     network = {"kind": "dit", "patch": 2, "width": 8, "depth": 1, "heads": 2, "classes": 3}
     config = replace(presets.adapt_to_data(presets.get("digits"), 17).model, chain_length=20, network=network)
     diffusion = Diffusion(config, (1, 4, 4), model().transform.__class__(17))
-    randomised(diffusion.network)
+    randomized(diffusion.network)
     (check,) = export_torch(diffusion, tmp_path)
     assert check.difference < 1e-5
 
@@ -67,7 +67,7 @@ def test_the_module_that_is_exported_has_every_target(kind):
     if kind == "categorical":
         config = presets.adapt_to_data(presets.get("digits"), 17).model
         diffusion = Diffusion(replace(config, chain_length=20), (1, 8, 8), model().transform.__class__(17))
-        randomised(diffusion.network)
+        randomized(diffusion.network)
     else:
         scale = {"preconditioning": {"scale": "unit", "time": "log_sigma", "sigma_data": 0.5}} if kind == "edm" else {}
         diffusion = vectors(target={"name": kind}, **scale)

@@ -1,4 +1,4 @@
-"""The decoders at a clean end of finite log-SNR: normalised, as tight as stated, and valid in every bound."""
+"""The decoders at a clean end of finite log-SNR: normalized, as tight as stated, and valid in every bound."""
 
 import math
 from functools import partial

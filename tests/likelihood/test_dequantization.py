@@ -233,15 +233,15 @@ def test_the_learned_distribution_is_trained_by_its_bound():
     std = float(torch.sqrt(0.5 + (at.sigma / at.alpha) ** 2))
     exact = -math.log(norm.cdf((float(high) + 2.4) / std) - norm.cdf((float(low) + 2.4) / std))
     dequantizer = VariationalDequantizer(pixels.edges, ConstantParameters(1))
-    optimiser = torch.optim.LBFGS(dequantizer.parameters(), lr=0.5, max_iter=40)
+    optimizer = torch.optim.LBFGS(dequantizer.parameters(), lr=0.5, max_iter=40)
 
     def loss():
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = (nll_at_nodes(dequantizer, x, log_p, NODES) @ WEIGHTS).sum()
         value.backward()
         return value
 
-    before = float(optimiser.step(loss).detach())
+    before = float(optimizer.step(loss).detach())
     after = float(loss().detach())
     uniform = float((nll_at_nodes(UniformDequantizer(pixels.edges), x, log_p, FLAT) @ SHARES).sum())
     assert exact < after < exact + 0.03

@@ -128,7 +128,7 @@ def states(data, t):
     return t.alpha[:, None] * data.mean() + torch.hypot(t.alpha, t.sigma)[:, None] * at
 
 
-# --- the parametrisation ----------------------------------------------------------------------------------------------
+# --- the parametrization ----------------------------------------------------------------------------------------------
 
 
 @every_schedule
@@ -441,7 +441,7 @@ NETWORKS = {
 }
 
 
-def randomise(network, seed=0):
+def randomize(network, seed=0):
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in network.parameters():
@@ -458,7 +458,7 @@ def as_denoiser(network, schedule):
 def test_a_network_with_two_times_starts_as_that_with_one(kind, schedule):
     """With the weights of another, u(x, t, s) is its velocity for every s, and always for s = t."""
     one, two = (NETWORKS[kind](**more).double() for more in ({}, {"two_times": True}))
-    randomise(one)
+    randomize(one)
     assert set(two.state_dict()) - set(one.state_dict()) == {
         f"embed.end.{n}" for n in ("fc1.weight", "fc1.bias", "fc2.weight")
     }
@@ -470,7 +470,7 @@ def test_a_network_with_two_times_starts_as_that_with_one(kind, schedule):
     data = schedule(torch.tensor(schedule.t_min if schedule.t_min else 0.0, dtype=f64))
     for s in (t, level_at(schedule, 0.1, 2.0, 0.2), data):
         assert torch.equal(average_velocity(student, x, t, s, cond), eps - x_hat)
-    randomise(two.embed.end, seed=2)
+    randomize(two.embed.end, seed=2)
     assert torch.equal(average_velocity(student, x, t, t, cond), eps - x_hat)
     assert torch.equal(student(x, t, cond).x, x_hat)  # a denoiser like any other where no end is given
     other = average_velocity(student, x, t, level_at(schedule, 0.1, 2.0, 0.2), cond)
@@ -481,7 +481,7 @@ def test_a_network_with_two_times_starts_as_that_with_one(kind, schedule):
 
 def test_differences_agree_with_forward_mode():
     """d y/d end of a U-Net with attention, by jvp under the plain attention kernel, the fused one has none."""
-    network = randomise(NETWORKS["unet"](two_times=True).double())
+    network = randomize(NETWORKS["unet"](two_times=True).double())
     x, time = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=f64), torch.tensor([1.0, -2.0])
 
     def y(end):

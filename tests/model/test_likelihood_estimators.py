@@ -148,8 +148,8 @@ def test_with_its_own_distribution_of_the_values_an_exact_model_has_their_probab
         gap = (total.reshape(600, 3) + share.log()) @ share
         error = float(gap.std()) / math.sqrt(600)
         assert error < 0.025
-        discretisation = 0.02 if name == "discrete" else 0.002  # 500 steps instead of infinitely many
-        assert -4.89 * error < float(gap.mean()) < 4.89 * error + discretisation
+        discretization = 0.02 if name == "discrete" else 0.002  # 500 steps instead of infinitely many
+        assert -4.89 * error < float(gap.mean()) < 4.89 * error + discretization
 
 
 @pytest.mark.parametrize(("variance", "bits"), [("small", 1.305), ("large", 1.713)])

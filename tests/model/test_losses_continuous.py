@@ -143,7 +143,7 @@ def test_training_the_shape_reduces_the_variance_towards_its_minimum():
     """
     var = torch.logspace(math.log10(0.02), math.log10(2), 32, dtype=torch.float64)
     schedule = LearnedSchedule(12.0, -9.0, ends="fixed")
-    optimiser = torch.optim.Adam(schedule.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(schedule.parameters(), lr=0.05)
     mean = 0 * var
 
     def relative():
@@ -167,7 +167,7 @@ def test_training_the_shape_reduces_the_variance_towards_its_minimum():
         loss = losses.continuous(prediction.eps, targets.build("eps"), x, eps, rate, t)
         losses.reweight_schedule_gradient(loss, shape)
         loss.mean().backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     assert (start, best) == (pytest.approx(0.887, abs=1e-3), pytest.approx(0.0673, abs=1e-4))
     assert best < relative() < 0.12

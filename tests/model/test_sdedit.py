@@ -21,7 +21,7 @@ def small(transform=None, shape=(1, 4, 4), schedule=FLOW, chain_length=1000, **n
     torch.manual_seed(0)
     config = ModelConfig(network=NETWORK | network, schedule=schedule, chain_length=chain_length)
     model = Diffusion(config, shape, Identity() if transform is None else transform).double()
-    with torch.no_grad():  # the network is zero at initialisation
+    with torch.no_grad():  # the network is zero at initialization
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model

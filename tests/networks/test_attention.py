@@ -1,12 +1,12 @@
 import pytest
 import torch
-from network_cases import noise, randomised, softmax_attention
+from network_cases import noise, randomized, softmax_attention
 
 from undiffuse.networks.attention import EXPLICIT_POSITIONS, Attention, CrossAttention, attend
 
 
 def test_attention_is_the_softmax_formula():
-    layer = randomised(Attention(16, heads=2).double())
+    layer = randomized(Attention(16, heads=2).double())
     h = noise(3, 16, 2, 5, dtype=torch.float64)
     tokens = layer.norm(h).flatten(2).mT
     q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in layer.qkv(tokens).chunk(3, -1))
@@ -16,7 +16,7 @@ def test_attention_is_the_softmax_formula():
 
 @pytest.mark.parametrize("item", range(3))
 def test_cross_attention_is_the_softmax_formula_over_the_unmasked_tokens(item):
-    layer = randomised(CrossAttention(16, 5, heads=2).double())
+    layer = randomized(CrossAttention(16, 5, heads=2).double())
     h, tokens = noise(3, 16, 2, 5, dtype=torch.float64), noise(3, 4, 5, seed=2, dtype=torch.float64)
     q = layer.q(layer.norm(h).flatten(2).mT).unflatten(-1, (2, 8)).transpose(1, 2)
     k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in layer.kv(tokens).chunk(2, -1))

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from network_cases import noise, randomised, softmax_attention
+from network_cases import noise, randomized, softmax_attention
 from torch import nn
 
 from undiffuse.errors import ConfigError
@@ -19,7 +19,7 @@ def test_logits_of_every_item(size):
     classifier = make_classifier(network, 3)
     x, time = noise(4, 2, *size), torch.linspace(-5, 5, 4)
     assert torch.equal(classifier(x, time), torch.zeros(4, 3))
-    randomised(classifier)
+    randomized(classifier)
     logits = classifier(x, time)
     assert logits.shape == (4, 3)
     torch.testing.assert_close(classifier(x[1:2], time[1:2]), logits[1:2])
@@ -29,9 +29,9 @@ def test_logits_of_every_item(size):
 
 
 def test_the_head_of_a_unet_by_hand():
-    unet = randomised(UNet(1, 1, **UNET))
+    unet = randomized(UNet(1, 1, **UNET))
     x, time = noise(2, 1, 4, 6), torch.tensor([0.0, 3.0])
-    head = randomised(ClassifierHead(unet.encoder(), 5))
+    head = randomized(ClassifierHead(unet.encoder(), 5))
     h = encode(unet, x, time, None)[1]
     assert h.shape == (2, 8, 2, 3)
     h = torch.nn.functional.silu(head.norm(h)).mean((2, 3))
@@ -66,7 +66,7 @@ def test_attention_pooling_in_any_dimension(size):
     assert torch.equal(classifier(x, time), torch.zeros(4, 3))
     assert classifier.pool.position.shape == (1 + math.prod(-(-n // 2) for n in size), 8)
     assert classifier.pool.heads == 2
-    randomised(classifier)
+    randomized(classifier)
     logits = classifier(x, time)
     torch.testing.assert_close(classifier(x[1:2], time[1:2]), logits[1:2])
     logits.sum().backward()
@@ -75,7 +75,7 @@ def test_attention_pooling_in_any_dimension(size):
 
 def test_attention_pooling_by_hand():
     """The output at the mean token of attention among it and all positions, as in the module of CLIP."""
-    pool, h = randomised(AttentionPool(8, (2, 3), heads=2)), noise(4, 8, 2, 3)
+    pool, h = randomized(AttentionPool(8, (2, 3), heads=2)), noise(4, 8, 2, 3)
     tokens = torch.cat([h.mean((2, 3))[:, None], h.permute(0, 2, 3, 1).reshape(4, 6, 8)], 1) + pool.position
     q = (tokens @ pool.q.weight.T + pool.q.bias).reshape(4, 7, 2, 4).transpose(1, 2)
     k, v = ((tokens @ w.T + b).reshape(4, 7, 2, 4).transpose(1, 2) for w, b in halves(pool.kv))

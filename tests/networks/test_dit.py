@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from network_cases import CASES, TRANSFORMER, condition, noise, randomised, softmax_attention
+from network_cases import CASES, TRANSFORMER, condition, noise, randomized, softmax_attention
 from torch.nn import functional as F
 
 from undiffuse.errors import ConfigError
@@ -22,21 +22,21 @@ ONE = torch.tensor(1.0)
 
 @pytest.mark.parametrize("size", [(1,), (7,), (16,), (1, 1), (3, 5), (8, 8), (3, 2, 5), (4, 4, 4)], ids=str)
 def test_any_size_in_any_dimension(size):
-    network = randomised(DiT(2, 3, dims=len(size), **TRANSFORMER))
+    network = randomized(DiT(2, 3, dims=len(size), **TRANSFORMER))
     y = network(noise(2, 2, *size), torch.tensor([0.1, 0.9]))
     assert y.shape == (2, 3, *size)
     assert y.isfinite().all()
 
 
 def test_odd_sizes_are_padded_by_repeating_the_edge_and_cropped():
-    network, x = randomised(DiT(2, **{**TRANSFORMER, "patch": 4})), noise(2, 2, 5, 6)
+    network, x = randomized(DiT(2, **{**TRANSFORMER, "patch": 4})), noise(2, 2, 5, 6)
     padded = torch.cat([x, x[..., -1:], x[..., -1:]], 3)
     padded = torch.cat([padded, *[padded[:, :, -1:]] * 3], 2)
     torch.testing.assert_close(network(x, ONE), network(padded, ONE)[..., :5, :6])
 
 
 def test_attention_is_the_softmax_of_normed_products():
-    layer, h = randomised(SelfAttention(12, 2).double()), noise(3, 5, 12, dtype=f64)
+    layer, h = randomized(SelfAttention(12, 2).double()), noise(3, 5, 12, dtype=f64)
     q, k, v = (h @ layer.qkv.weight.T + layer.qkv.bias).split(12, 2)
     heads = []
     for head in (slice(0, 6), slice(6, 12)):
@@ -51,7 +51,7 @@ def test_attention_is_the_softmax_of_normed_products():
 
 def test_the_whole_network_is_its_formula():
     """One block, in float64, from the weights alone."""
-    network = randomised(DiT(2, **{**TRANSFORMER, "depth": 1}, hidden=7).double())
+    network = randomized(DiT(2, **{**TRANSFORMER, "depth": 1}, hidden=7).double())
     w, x, time = (
         dict(network.named_parameters()),
         noise(3, 2, 4, 6, dtype=f64),
@@ -95,7 +95,7 @@ def test_every_patch_has_a_position_of_its_own(size, width):
 
 
 def test_a_network_without_positions_commutes_with_permutations_of_the_patches(monkeypatch):
-    network, x, order = randomised(DiT(2, **TRANSFORMER)), noise(2, 2, 4, 6), torch.randperm(6)
+    network, x, order = randomized(DiT(2, **TRANSFORMER)), noise(2, 2, 4, 6), torch.randperm(6)
 
     def permuted(x):
         return unfold(fold(x, 2).flatten(2)[..., order].unflatten(2, (2, 3)), 2)
@@ -105,7 +105,7 @@ def test_a_network_without_positions_commutes_with_permutations_of_the_patches(m
     torch.testing.assert_close(network(permuted(x), ONE), permuted(network(x, ONE)), rtol=1e-4, atol=1e-5)
 
 
-def test_blocks_return_their_input_at_initialisation():
+def test_blocks_return_their_input_at_initialization():
     network, h = CASES["all-conditions-dit"](), noise(4, 6, 12)
     embedding, tokens = noise(4, 12), network.tokens(condition(), h)
     for layer in blocks(network):
@@ -118,7 +118,7 @@ def test_normed_tokens_and_swiglu():
     y = (normed(h, scale, shift) - shift[:, None]) / (1 + scale[:, None])
     torch.testing.assert_close(y.mean(-1), torch.zeros(2, 3, dtype=f64), rtol=0, atol=1e-12)
     torch.testing.assert_close(y.square().mean(-1), torch.ones(2, 3, dtype=f64), rtol=1e-4, atol=0)
-    layer = randomised(SwiGLU(8, 5, 0.5).double())
+    layer = randomized(SwiGLU(8, 5, 0.5).double())
     a, b = layer.fc1(h).split(5, -1)
     torch.testing.assert_close(layer(h), F.linear(a * a.sigmoid() * b, layer.fc2.weight, layer.fc2.bias))
 
@@ -147,14 +147,14 @@ def test_the_number_of_parameters(settings, channels):
 
 def test_image_conditions_and_weights_of_a_network_without_one():
     for more in ({}, {"bottleneck": 5}):
-        plain, image = (randomised(DiT(2, **TRANSFORMER, **more, image=size)) for size in (0, 1))
+        plain, image = (randomized(DiT(2, **TRANSFORMER, **more, image=size)) for size in (0, 1))
         own = image.state_dict()
         given = adapt_weights(image, plain.state_dict(), None)
         missing = {name: torch.zeros_like(own[name]) for name in own if name not in given}
         image.load_state_dict(given | missing)
         x, cond = noise(2, 2, 4, 6), Condition(image=noise(2, 1, 2, 3))
         torch.testing.assert_close(image(x, ONE, cond), plain(x, ONE))
-        randomised(image)
+        randomized(image)
         other = image(x, ONE, replace(cond, image=cond.image + 1))
         assert (other - image(x, ONE, cond)).abs().max() > 1e-3
         assert adapt_weights(image, {}, None) == {}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from network_cases import noise, randomised
+from network_cases import noise, randomized
 from torch.nn import functional as F
 
 from undiffuse.errors import ConfigError
@@ -18,7 +18,7 @@ SMALL = {"widths": (8, 16), "blocks": 1, "attention": (0,), "head_width": 4, "re
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_both_branches_of_a_residual_block_are_resampled(dims, layer):
     """R h + conv₂(SiLU(norm₂(conv₁(R SiLU(norm₁ h)) + W c))), R the means or repeats of cells."""
-    block = randomised(Residual(dims, 8, 8, 5, 0.0, False, GroupNorm, layer(dims, 8, learned=False)))
+    block = randomized(Residual(dims, 8, 8, 5, 0.0, False, GroupNorm, layer(dims, 8, learned=False)))
     h, cond = noise(2, 8, *[4] * dims), noise(2, 5)
     pool = getattr(F, f"avg_pool{dims}d")
 
@@ -37,7 +37,7 @@ def test_both_branches_of_a_residual_block_are_resampled(dims, layer):
 
 @pytest.mark.parametrize("size", [(7,), (5, 6), (3, 4, 5)])
 def test_any_size_in_any_dimension(size):
-    network = randomised(UNet(2, 3, dims=len(size), **SMALL))
+    network = randomized(UNet(2, 3, dims=len(size), **SMALL))
     assert network(noise(2, 2, *size), torch.tensor([0.1, 0.9])).shape == (2, 3, *size)
     assert not any(name.endswith("layer.weight") for name, _ in network.named_parameters())  # none between the levels
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from network_cases import CASES, condition, inputs, noise, randomised
+from network_cases import CASES, condition, inputs, noise, randomized
 from torch import nn
 
 from undiffuse.networks import registry
@@ -24,13 +24,13 @@ def test_every_kind_has_a_case():
 
 
 @cases
-def test_the_output_is_zero_at_initialisation(case):
+def test_the_output_is_zero_at_initialization(case):
     assert (CASES[case]()(inputs(case), torch.rand(4)) == 0).all()
 
 
 @cases
 def test_time_changes_the_output_on_every_scale(case):
-    network, x = randomised(CASES[case]()), inputs(case, 1)
+    network, x = randomized(CASES[case]()), inputs(case, 1)
     for one, other in [(3999.0, 4000.0), (0.0, 1.0), (-20.0, -19.5), (12.0, 12.1), (-1.2, -1.1)]:
         a, b = network(x, torch.tensor(one)), network(x, torch.tensor(other))
         assert (a - b).abs().max() > 1e-4 * a.abs().max()
@@ -38,13 +38,13 @@ def test_time_changes_the_output_on_every_scale(case):
 
 @cases
 def test_a_scalar_time_is_the_time_of_every_item(case):
-    network, x = randomised(CASES[case]().double()), inputs(case).double()
+    network, x = randomized(CASES[case]().double()), inputs(case).double()
     torch.testing.assert_close(network(x, torch.tensor(7.0)), network(x, torch.full((4,), 7.0)))
 
 
 @cases
 def test_labels_change_the_output_and_the_null_label_equals_no_label(case):
-    network, x, time = randomised(CASES[case]().double()), inputs(case).double(), torch.tensor(1.0)
+    network, x, time = randomized(CASES[case]().double()), inputs(case).double(), torch.tensor(1.0)
     outputs = [network(x, time, Condition(label=torch.full((4,), label))) for label in (-1, 0, 1, 2)]
     for i, a in enumerate(outputs):
         for b in outputs[:i]:
@@ -55,7 +55,7 @@ def test_labels_change_the_output_and_the_null_label_equals_no_label(case):
 
 @conditional_cases
 def test_vectors_and_tokens_change_the_output(case):
-    network, x, time = randomised(CASES[case]()), inputs(case), torch.tensor(1.0)
+    network, x, time = randomized(CASES[case]()), inputs(case), torch.tensor(1.0)
     before = network(x, time, condition())
     for name in ("vector", "tokens"):
         changed = network(x, time, replace(condition(), **{name: getattr(condition(), name).flip(-1)}))
@@ -67,7 +67,7 @@ def test_vectors_and_tokens_change_the_output(case):
 
 @conditional_cases
 def test_a_masked_token_has_no_effect_whatever_its_values(case):
-    network, x, time = randomised(CASES[case]()), inputs(case), torch.tensor(1.0)
+    network, x, time = randomized(CASES[case]()), inputs(case), torch.tensor(1.0)
     cond, before = condition(), network(x, time, condition())
     for garbage in (7.0, 1e30, math.nan, math.inf):
         cond.tokens[~cond.mask] = garbage
@@ -82,14 +82,14 @@ def test_a_masked_token_has_no_effect_whatever_its_values(case):
 
 @conditional_cases
 def test_scaled_and_shifted_tokens_have_the_same_effect(case):
-    network, x, time = randomised(CASES[case]()), inputs(case), torch.tensor(1.0)
+    network, x, time = randomized(CASES[case]()), inputs(case), torch.tensor(1.0)
     scaled = replace(condition(), tokens=1000 * condition().tokens + 7)
     torch.testing.assert_close(network(x, time, scaled), network(x, time, condition()), rtol=1e-2, atol=1e-2)
 
 
 @conditional_cases
 def test_no_condition_equals_the_null_condition_of_each_kind(case):
-    network, x, time = randomised(CASES[case]()), inputs(case), torch.tensor(1.0)
+    network, x, time = randomized(CASES[case]()), inputs(case), torch.tensor(1.0)
     null = network(x, time, condition().null())
     for cond in (None, Condition(), Condition(label=torch.full((4,), -1)), Condition(tokens=torch.zeros(4, 0, 5))):
         torch.testing.assert_close(network(x, time, cond), null, rtol=1e-5, atol=1e-5)
@@ -98,7 +98,7 @@ def test_no_condition_equals_the_null_condition_of_each_kind(case):
 
 
 @conditional_cases
-def test_cross_attention_adds_nothing_at_initialisation(case, monkeypatch):
+def test_cross_attention_adds_nothing_at_initialization(case, monkeypatch):
     network, x, time = CASES[case](), inputs(case), torch.rand(4)
     end = network.proj_out if hasattr(network, "proj_out") else network.conv_out
     nn.init.normal_(end.weight)
@@ -109,8 +109,8 @@ def test_cross_attention_adds_nothing_at_initialisation(case, monkeypatch):
 
 
 @conditional_cases
-def test_vectors_are_standardised_by_the_moments_of_the_data(case):
-    network, x, time = randomised(CASES[case]()), inputs(case), torch.tensor(1.0)
+def test_vectors_are_standardized_by_the_moments_of_the_data(case):
+    network, x, time = randomized(CASES[case]()), inputs(case), torch.tensor(1.0)
     before = network(x, time, condition())
     mean, std = torch.tensor([1e3, -2.0, 0.0, 5.0]), torch.tensor([10.0, 0.1, 1.0, 2.0])
     network.embed.vector.init_moments(mean, std)
@@ -120,14 +120,14 @@ def test_vectors_are_standardised_by_the_moments_of_the_data(case):
 
 
 def test_a_network_without_classes_ignores_labels():
-    network, x = randomised(MLP(2, width=16, depth=2)), noise(2, 2)
+    network, x = randomized(MLP(2, width=16, depth=2)), noise(2, 2)
     labelled = network(x, torch.tensor(1.0), Condition(label=torch.tensor([0, 9])))
     assert torch.equal(labelled, network(x, torch.tensor(1.0)))
 
 
 @cases
 def test_gradients_reach_every_parameter(case):
-    network, x = randomised(CASES[case]()), inputs(case)
+    network, x = randomized(CASES[case]()), inputs(case)
     network(x, torch.rand(4), condition()).square().sum().backward()
     for name, p in network.named_parameters():
         assert p.grad is not None, name
@@ -136,7 +136,7 @@ def test_gradients_reach_every_parameter(case):
 
 @cases
 def test_items_do_not_affect_each_other(case):
-    network, x, time = randomised(CASES[case]().double()), inputs(case).double(), torch.tensor([0.0, 1.0, 10.0, 999.0])
+    network, x, time = randomized(CASES[case]().double()), inputs(case).double(), torch.tensor([0.0, 1.0, 10.0, 999.0])
     together = network(x, time, condition())
     alone = [network(x[i : i + 1], time[i : i + 1], condition().take(slice(i, i + 1))) for i in range(4)]
     torch.testing.assert_close(torch.cat(alone), together, rtol=1e-5, atol=1e-5)
@@ -144,7 +144,7 @@ def test_items_do_not_affect_each_other(case):
 
 @cases
 def test_dropout_is_for_training_only(case):
-    network, x, time = randomised(CASES[case](dropout=0.5)), inputs(case), torch.tensor(1.0)
+    network, x, time = randomized(CASES[case](dropout=0.5)), inputs(case), torch.tensor(1.0)
     assert torch.equal(network(x, time), network(x, time))
     network.train()
     assert not torch.equal(network(x, time), network(x, time))
@@ -152,13 +152,13 @@ def test_dropout_is_for_training_only(case):
 
 @cases
 def test_float64_throughout(case):
-    network = randomised(CASES[case]().double())
+    network = randomized(CASES[case]().double())
     assert network(inputs(case).double(), torch.rand(4, dtype=torch.float64), condition()).dtype == torch.float64
 
 
 @cases
 def test_bfloat16_autocast_keeps_999_and_1000_apart_and_returns_float32(case):
-    network, x, times = randomised(CASES[case]()), inputs(case), torch.tensor([999.0, 1000.0])
+    network, x, times = randomized(CASES[case]()), inputs(case), torch.tensor([999.0, 1000.0])
     exact = network.embed(times, None)
     with torch.autocast("cpu", torch.bfloat16):
         embedding = network.embed(times, None)

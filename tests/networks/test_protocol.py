@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from network_cases import CASES, SMALL, condition, inputs, noise, randomised
+from network_cases import CASES, SMALL, condition, inputs, noise, randomized
 from torch import nn
 
 from undiffuse.denoising.categorical_head import LOGIT_FEATURES, CategoricalHead
@@ -78,7 +78,7 @@ def gradients(network, x):
     ],
 )
 def test_checkpointing_changes_memory_and_nothing_else(make):
-    network = randomised(make()).train()
+    network = randomized(make()).train()
     x = inputs("unet" if isinstance(network, UNet | DiT) else "mlp")
     copies = [deepcopy(network) for _ in range(3)]
     set_checkpointing(copies[1], True)
@@ -135,7 +135,7 @@ def test_dimensions_and_conditions():
 
 
 class Watching(nn.Module):
-    """Records its calls; its normalisation and dropout would show a pass in training mode."""
+    """Records its calls; its normalization and dropout would show a pass in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ def test_networks_with_another_output_are_refused_in_one_line(network, out_chann
 
 
 def test_a_network_is_called_with_the_condition_that_it_declares():
-    network = randomised(CASES["all-conditions-mlp"]())
+    network = randomized(CASES["all-conditions-mlp"]())
     check_output(network, (2,), 2, condition_sizes(network.condition_sizes), "mlp")
     assert network(inputs("mlp"), torch.zeros(4), condition()).shape == (4, 2)
 
@@ -201,7 +201,7 @@ def test_a_network_is_called_with_the_condition_that_it_declares():
 def test_weights_of_the_same_network_are_adapted_to_themselves(case):
     """Layers without weights, such as a division, were counted, so that others got the weights of their neighbours."""
     make = (lambda: CASES["diffusers"](mid_block_scale_factor=1.4)) if case == "scaled middle" else CASES[case]
-    weights = randomised(make()).state_dict()
+    weights = randomized(make()).state_dict()
     adapted = adapt_weights(make(), weights, None)
     assert adapted.keys() == weights.keys()
     assert all(torch.equal(adapted[name], tensor) for name, tensor in weights.items())

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from network_cases import SMALL, noise, randomised
+from network_cases import SMALL, noise, randomized
 from torch.nn import functional as F
 
 from undiffuse.networks.condition import Condition
@@ -26,7 +26,7 @@ def text(*prompts: str, length: int = 12) -> torch.Tensor:
 
 
 def network(kind: str, **more):
-    return randomised(NETWORKS[kind](**more)).double()
+    return randomized(NETWORKS[kind](**more)).double()
 
 
 def inputs(kind: str, n: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +90,7 @@ def test_text_acts_through_the_pooled_vector_and_through_attention(kind, monkeyp
 
 
 def test_the_encoder_by_formula():
-    encoder = randomised(TextEncoder(6, 5)).double()
+    encoder = randomized(TextEncoder(6, 5)).double()
     prompts = text("ab", "")
     with torch.no_grad():
         pooled, tokens, mask = encoder(Condition(text=prompts), torch.zeros(2, 3, dtype=torch.float64))

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from network_cases import SMALL, noise, randomised
+from network_cases import SMALL, noise, randomized
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from undiffuse.errors import ConfigError
@@ -17,7 +17,7 @@ OTHER = {"learned_resampling": False, "scale_shift": True, "fourier": (1,)}
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("options", [{}, OTHER], ids=["ho", "other"])
 def test_any_size_in_any_dimension(size, options):
-    network = randomised(UNet(2, 3, dims=len(size), **{**SMALL, **options}))
+    network = randomized(UNet(2, 3, dims=len(size), **{**SMALL, **options}))
     y = network(noise(2, 2, *size), torch.tensor([0.1, 0.9]))
     assert y.shape == (2, 3, *size)
     assert y.isfinite().all()
@@ -43,7 +43,7 @@ def test_presets_have_their_number_of_parameters(name, low, high):
 
 
 def test_odd_sizes_are_padded_by_repeating_the_edge_and_cropped():
-    network, x = randomised(UNet(2, **SMALL)), noise(2, 2, 5, 6)
+    network, x = randomized(UNet(2, **SMALL)), noise(2, 2, 5, 6)
     padded = torch.cat([x, x[..., -1:], x[..., -1:]], 3)
     padded = torch.cat([padded, *[padded[:, :, -1:]] * 3], 2)
     torch.testing.assert_close(network(x, torch.tensor(1.0)), network(padded, torch.tensor(1.0))[..., :5, :6])
@@ -61,7 +61,7 @@ def test_space_to_depth_and_back(size):
 
 def test_forward_mode_and_batched_derivatives_work_with_plain_attention():
     """Exact divergences and distillation need both; the fused attention has neither."""
-    network, x = randomised(UNet(1, **SMALL)), noise(1, 1, 2, 2)
+    network, x = randomized(UNet(1, **SMALL)), noise(1, 1, 2, 2)
     rows = torch.eye(4).view(4, 1, 1, 2, 2)
 
     def function(x):
@@ -84,7 +84,7 @@ def test_lists_from_json_build_the_same_network_as_tuples():
 @pytest.mark.parametrize("size", [(6,), (4, 8), (2, 4, 6)], ids=str)
 @pytest.mark.parametrize("options", [{}, OTHER], ids=["ho", "other"])
 def test_an_image_is_brought_to_the_size_of_x_by_repeating_its_cells(size, options):
-    network = randomised(UNet(2, 1, dims=len(size), image=3, **{**SMALL, **options}))
+    network = randomized(UNet(2, 1, dims=len(size), image=3, **{**SMALL, **options}))
     x, time, image = noise(2, 2, *size), torch.tensor([0.1, 0.9]), noise(2, 3, *[n // 2 for n in size], seed=3)
     level = torch.tensor([1.0, -2.0])
     y = network(x, time, Condition(image=image, image_level=level))
@@ -96,7 +96,7 @@ def test_an_image_is_brought_to_the_size_of_x_by_repeating_its_cells(size, optio
 
 
 def test_without_an_image_it_is_one_of_noise_alone():
-    network = randomised(UNet(2, 1, image=1, **SMALL))
+    network = randomized(UNet(2, 1, image=1, **SMALL))
     x, time = noise(2, 2, 4, 4), torch.tensor([0.1, 0.9])
     zeros = Condition(image=torch.zeros(2, 1, 4, 4), image_level=torch.full((2,), -torch.inf))
     torch.testing.assert_close(network(x, time), network(x, time, zeros))

@@ -11,7 +11,7 @@ import peer_packages
 import pytest
 import torch
 from diffusers_cases import noise
-from network_cases import randomised
+from network_cases import randomized
 
 from undiffuse.interop.denoising_diffusion import import_denoising_diffusion
 from undiffuse.sampling.sampler import Sampler
@@ -49,7 +49,7 @@ def write(package, path, unet: dict, process: dict):
     torch.manual_seed(0)
     network = package.Unet(**{**SMALL, **unet})
     model = package.GaussianDiffusion(network, image_size=SIDE, **{"timesteps": 1000, **process})
-    randomised(model.model)
+    randomized(model.model)
     with torch.no_grad():  # outputs of the size of images
         model.model.final_conv.weight.mul_(0.02)
     trainer = object.__new__(package.Trainer)

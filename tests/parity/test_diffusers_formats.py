@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers_cases import CASES, GOLDEN, LABELS, SMALL, TIMES, inputs, theirs
 from diffusers_models import MODELS, model
-from network_cases import randomised
+from network_cases import randomized
 from safetensors.torch import load_file
 
 from undiffuse.data.transform import IntegerLevels
@@ -177,7 +177,7 @@ CIFAR10 = {
 def test_the_preset_of_cifar10_both_ways_at_full_size(diffusers, tmp_path):
     """Our preset has the fields of google/ddpm-cifar10-32, diffusers loads it, and its configuration is imported."""
     ours = Diffusion(presets.get("ddpm-cifar10").model, (3, 32, 32), IntegerLevels(256))
-    randomised(ours.network)
+    randomized(ours.network)
     checks = export_diffusers(ours, tmp_path / "ours")
     print([f"{check.against} {check.difference:.1e}" for check in checks])
     assert all(check.difference is not None and check.holds for check in checks)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers_models import model
-from network_cases import randomised
+from network_cases import randomized
 
 from undiffuse.data.transform import IntegerLevels
 from undiffuse.interop.graph_export import LEVELS, ONNX, export_onnx
@@ -40,7 +40,7 @@ TRANSFORMER = {"kind": "dit", "patch": 2, "width": 12, "depth": 2, "heads": 2}
 def digits(**changes) -> Diffusion:
     config = presets.adapt_to_data(presets.get("digits"), 17).model
     diffusion = Diffusion(replace(config, chain_length=20, **changes), (1, 8, 8), IntegerLevels(17))
-    randomised(diffusion.network)
+    randomized(diffusion.network)
     return diffusion
 
 

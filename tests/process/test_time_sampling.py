@@ -173,7 +173,7 @@ def test_probabilities_follow_the_root_of_the_second_moment(fraction):
     assert float(mixed.probabilities()[0]) == pytest.approx(math.sqrt(4.5) / (1 + math.sqrt(4.5)), abs=1e-8)
 
 
-def test_importance_weights_keep_the_mean_and_minimise_the_variance():
+def test_importance_weights_keep_the_mean_and_minimize_the_variance():
     """Sums over all steps: Σ p L/(T p) = mean L; E[(L/(T p))²] is at least (mean √M)², and mean M if p is uniform."""
     t, loss = torch.arange(1, 8, dtype=F64) / 7, torch.tensor([3.0, -0.1, 1.0, 0.5, 2.0, 10.0, 1.0], dtype=F64)
     steps = aware(loss**2, fraction=1e-12)

@@ -1,4 +1,4 @@
-"""Muon beside AdamW: the orthogonalisation against the SVD, a step by hand, resuming, and what is refused."""
+"""Muon beside AdamW: the orthogonalization against the SVD, a step by hand, resuming, and what is refused."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from undiffuse.model.config import TrainConfig, replace_train
 from undiffuse.networks.registry import build
 from undiffuse.runtime.tensor_file import read_tensors
 from undiffuse.training import fit as loop
-from undiffuse.training.optimizer import Muon, block_matrices, make_optimizer, orthogonalise
+from undiffuse.training.optimizer import Muon, block_matrices, make_optimizer, orthogonalize
 
 f64 = torch.float64
 MUON = TrainConfig(optimizer="muon", lr=0.01, betas=(0.9, 0.99))
@@ -29,20 +29,20 @@ def polynomial(s):
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (4, 9), (9, 4), (1, 6), (6, 1)])
-def test_orthogonalisation_is_that_of_the_svd(shape):
+def test_orthogonalization_is_that_of_the_svd(shape):
     matrix = noise(*shape, dtype=f64)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    torch.testing.assert_close(orthogonalise(matrix), u @ torch.diag(polynomial(s / s.norm())) @ vh)
-    torch.testing.assert_close(orthogonalise(1e5 * matrix), orthogonalise(matrix))
+    torch.testing.assert_close(orthogonalize(matrix), u @ torch.diag(polynomial(s / s.norm())) @ vh)
+    torch.testing.assert_close(orthogonalize(1e5 * matrix), orthogonalize(matrix))
     polar = u @ vh
-    assert (orthogonalise(matrix) * polar).sum() / (orthogonalise(matrix).norm() * polar.norm()) > 0.95
+    assert (orthogonalize(matrix) * polar).sum() / (orthogonalize(matrix).norm() * polar.norm()) > 0.95
 
 
 def test_singular_values_end_near_one_and_zero_stays_zero():
     s = torch.logspace(-2, 0, 10_001, dtype=f64)
     assert 0.68 < polynomial(s).min() < polynomial(s).max() < 1.14
-    assert torch.equal(orthogonalise(torch.zeros(3, 4)), torch.zeros(3, 4))
-    assert orthogonalise(torch.full((3, 4), 1e-13)).norm() < 0.01  # a rounding error is no direction
+    assert torch.equal(orthogonalize(torch.zeros(3, 4)), torch.zeros(3, 4))
+    assert orthogonalize(torch.full((3, 4), 1e-13)).norm() < 0.01  # a rounding error is no direction
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -53,7 +53,7 @@ def test_products_are_in_the_precision_of_training(precision):
     optimizer = make_optimizer([{"params": list(network.parameters())}], network, replace(MUON, precision=precision))
     weight, before = block["linear"].weight, block["linear"].weight.detach().clone()
     weight.grad = noise(*weight.shape) * torch.logspace(0, -3, 4)
-    expected = orthogonalise(weight.grad)
+    expected = orthogonalize(weight.grad)
     optimizer.step()
     move = (before * (1 - 0.01 * 0.01) - weight.detach()) / (0.01 * 0.4 * math.sqrt(6))
     assert weight.dtype == torch.float32

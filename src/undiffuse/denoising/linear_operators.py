@@ -128,7 +128,7 @@ def mean_pool(factor: int, shape: Sequence[int]) -> LinearOperator:
 def blur(std: float, shape: Sequence[int]) -> LinearOperator:
     """x ↦ its Gaussian blur along every axis but the channels: weights ∝ exp(−(i − j)²/(2 std²)), of sum 1.
 
-    ``std`` in pixels; at the edges the weights of the pixels inside are normalised to 1. Raises `ConfigError`
+    ``std`` in pixels; at the edges the weights of the pixels inside are normalized to 1. Raises `ConfigError`
     for a ``std`` above the largest side too.
     """
     where, fix = f"blur = {std:g}", "Give the standard deviation in pixels"

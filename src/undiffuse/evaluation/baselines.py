@@ -103,7 +103,7 @@ def gaussian_mixtures(
     def by_loss(fit) -> float:
         return fit[0]
 
-    # One thread: many small fits lose more by synchronising threads than they gain (5 x on two busy cores).
+    # One thread: many small fits lose more by synchronizing threads than they gain (5 x on two busy cores).
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)
         fits = [fit(k, reg, seed) for k in COMPONENTS if k <= len(x) for reg in REG_COVAR]

@@ -75,7 +75,7 @@ class Comparison:
             f"features: {EXTRACTORS[self.extractor].description}; compare only with numbers of the same features, data "
             "and n",
             "floor: the same number for real items, training against held-out",
-            f"memorisation: {describe_copying(self.copying)}",
+            f"memorization: {describe_copying(self.copying)}",
         ]
 
 

@@ -39,7 +39,7 @@ class Extractor(NamedTuple):
 
 
 def raw(train: Tensor) -> Features:
-    """The values themselves, scaled as for the model: integers and ranges to [−1, 1], others standardised."""
+    """The values themselves, scaled as for the model: integers and ranges to [−1, 1], others standardized."""
     return lambda x: x.flatten(1).double()
 
 

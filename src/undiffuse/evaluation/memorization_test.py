@@ -1,6 +1,6 @@
 """Tests of whether a model treats training items differently from held-out ones, with proved false-alarm rates.
 
-Without memorisation, training and held-out items are exchangeable: the distribution of a model's samples and
+Without memorization, training and held-out items are exchangeable: the distribution of a model's samples and
 likelihoods stays the same if the two exchange their places. Both tests rest on this alone.
 """
 
@@ -19,9 +19,9 @@ from undiffuse.evaluation.distances import row_chunks
 from undiffuse.process.statistics import mean_with_stderr
 
 FALSE_ALARM_RATE = 1e-3
-"""Greatest probability that a training run without memorisation has a significant `Gap` at any of its evaluations."""
+"""Greatest probability that a training run without memorization has a significant `Gap` at any of its evaluations."""
 COPYING_FALSE_ALARM_RATE = 1e-6
-"""Greatest probability that `copying_test` is significant for a model without memorisation."""
+"""Greatest probability that `copying_test` is significant for a model without memorization."""
 
 
 class Gap(NamedTuple):
@@ -35,7 +35,7 @@ class Gap(NamedTuple):
 class Copying(NamedTuple):
     """Of how many samples the nearest item is a training item rather than a held-out one, and how likely that is.
 
-    ``share`` is that share of the samples, ``expected`` its mean without memorisation, ``p_value`` an upper bound on
+    ``share`` is that share of the samples, ``expected`` its mean without memorization, ``p_value`` an upper bound on
     the probability that held-out items attract so few samples. ``significant`` is p_value ≤ `COPYING_FALSE_ALARM_RATE`.
     ``training`` and ``held_out`` are the numbers of items.
     """
@@ -51,7 +51,7 @@ class Copying(NamedTuple):
 def generalization_gap(held_out: Tensor, training: Tensor, num_tests: int) -> Gap:
     """mean(d) of d = held_out − training, (n,) bits each, of items in random order and with equal noise and times.
 
-    Significant where Σd ≥ √(2 ln(num_tests/r)) √Σd² with r = `FALSE_ALARM_RATE`. Without memorisation each d has a
+    Significant where Σd ≥ √(2 ln(num_tests/r)) √Σd² with r = `FALSE_ALARM_RATE`. Without memorization each d has a
     symmetric distribution, and then the probability of this is at most r/num_tests [Efron69; Hoeffding63], over all
     ``num_tests`` of a run at most r.
     """
@@ -65,7 +65,7 @@ def copying_test(samples: Tensor, train: Tensor, held_out: Tensor) -> Copying:
     """Whether training items attract more samples than held-out items do, by features (N, D), (M, D) and (m, D).
 
     Rows are in random order. Held-out item g forms group g with the training items g, g + m, g + 2m, ...; c_k is the
-    number of samples whose nearest item is k. Without memorisation every item of a group is the held-out one with equal
+    number of samples whose nearest item is k. Without memorization every item of a group is the held-out one with equal
     probability, so T = Σ_groups (mean c − c_held-out) has the mean 0 and, by Chernoff's bound for any λ > 0,
     P(T ≥ t) ≤ e^(−λt) Π_groups mean_k e^(λ (mean c − c_k)). The p-value is the least of these bounds over a grid of λ.
 

@@ -184,7 +184,7 @@ def _not_understood(path: Path, error: Exception) -> CheckpointError:
 def _from_description(
     path: Path, metadata: Mapping[str, str], network: nn.Module | type[nn.Module] | None
 ) -> Diffusion:
-    """The model that the ``metadata`` of a file describe, with weights as at initialisation."""
+    """The model that the ``metadata`` of a file describe, with weights as at initialization."""
     config, transform, plain = _read_description(path, metadata)
     try:
         kind = config.network.get("kind")

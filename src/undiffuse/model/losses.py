@@ -147,7 +147,7 @@ def endpoint_loss(x: Tensor, eps: Tensor, top: NoiseLevel, clean: NoiseLevel, de
 def reweight_schedule_gradient(loss: Tensor, shape: Sequence[Tensor]) -> None:
     """Register hooks that turn the gradient w.r.t. the schedule's ``shape``, (B,) each, into that of E[loss²].
 
-    VDM app. I.2: minimise the estimator's variance. d loss²/d shape is 2 loss times d loss/d shape, item by item, so
+    VDM app. I.2: minimize the estimator's variance. d loss²/d shape is 2 loss times d loss/d shape, item by item, so
     no second pass is needed. The mean of the loss does not depend on the shape, so this is the gradient of the
     variance.
     """

@@ -76,7 +76,7 @@ class TokenEmbedding(nn.Module):
 class CrossAttention(nn.Module):
     """h + proj(attend(q, k, v)), q linear in the normed positions of h (B, width, ...), k and v in the tokens.
 
-    ``token_width`` is the size of a token. Returns h at initialisation.
+    ``token_width`` is the size of a token. Returns h at initialization.
     """
 
     def __init__(self, width: int, token_width: int, heads: int = 1) -> None:

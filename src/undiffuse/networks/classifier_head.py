@@ -53,7 +53,7 @@ class AttentionPool(nn.Module):
 class ClassifierHead(nn.Module):
     """W pool(SiLU(norm(h))) + b, (B, labels) in x's dtype, with h the features of ``encoder``.
 
-    ``pool`` is `MeanPool` by default, or `AttentionPool` [Dhariwal21 §4]. Zero at initialisation.
+    ``pool`` is `MeanPool` by default, or `AttentionPool` [Dhariwal21 §4]. Zero at initialization.
     """
 
     def __init__(self, encoder: nn.Module, labels: int, pool: nn.Module | None = None) -> None:

@@ -125,7 +125,7 @@ class DenoisingDiffusionUNet(nn.Module):
     blocks, as before version 2.0, in place of the `RMSNorm` (0). With ``self_condition`` the network has a second
     image as input, which here is zero. Beside that ``classes``, with a row of its own for the label −1. The names of
     the weights are those of the package but for `undiffuse.interop.denoising_diffusion.NAMES`. Sides that are no
-    multiple of 2^(levels − 1) are padded. Zero at initialisation. Raises `ConfigError`.
+    multiple of 2^(levels − 1) are padded. Zero at initialization. Raises `ConfigError`.
     """
 
     item_dims = (2,)

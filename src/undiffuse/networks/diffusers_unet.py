@@ -58,7 +58,7 @@ class DiffusersUNet(UNet):
     A setting has the name and the meaning of the field of ``unet/config.json``; ``classes`` are its num_class_embeds,
     beside which the label −1 has a row of its own, and ``num_heads``, if not 0, the heads of every layer with attention
     in place of ``attention_head_dim``, as in guided-diffusion. The names of the weights are those of `UNet`, and
-    `undiffuse.interop.diffusers_names` has those of diffusers. Zero at initialisation. Raises `ConfigError`.
+    `undiffuse.interop.diffusers_names` has those of diffusers. Zero at initialization. Raises `ConfigError`.
     """
 
     item_dims = (2,)
@@ -194,4 +194,4 @@ class DiffusersUNet(UNet):
                 width = widths[level]
         self.norm = norm(width)
         self.conv_out = conv(2, width, out_channels)
-        self._initialise()
+        self._initialize()

@@ -86,7 +86,7 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """h + g₁ attention(normed(h, s₁, b₁)), to which ``cross`` adds, then that + g₂ SwiGLU(normed(·, s₂, b₂)).
 
-    h (B, N, width). b₁, s₁, g₁, b₂, s₂, g₂ are linear in the embedding and zero at initialisation, when the block
+    h (B, N, width). b₁, s₁, g₁, b₂, s₂, g₂ are linear in the embedding and zero at initialization, when the block
     returns h: adaLN-zero [Peebles23 §3.2].
     """
 
@@ -122,7 +122,7 @@ class DiT(nn.Module):
     0 … classes − 1, −1 is null); ``vector``; ``tokens``, to which every block attends, without regard to their order;
     ``text``, prompts of up to so many bytes, by `TextEncoder`, pooled and as tokens; ``image``, the channels of an
     image that is brought to x's size by repeating its cells and joins the input channels (zeros without one). With
-    ``two_times`` it accepts a condition's end time, as a flow map does. Zero at initialisation. Raises `ConfigError`
+    ``two_times`` it accepts a condition's end time, as a flow map does. Zero at initialization. Raises `ConfigError`
     for settings that cannot work.
     """
 

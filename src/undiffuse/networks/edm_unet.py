@@ -112,7 +112,7 @@ class EDMUNet(UNet):
     the first convolution (default: of level 0), ``blocks`` the residual blocks of a level, ``attention`` the levels
     with attention, 0 the finest; ``features`` and ``time_width`` are the sizes of the encoded time and of its
     embedding. ADM has no attention, also in the middle, where a level has fewer than 64 channels. Zero at
-    initialisation. Raises `ConfigError`.
+    initialization. Raises `ConfigError`.
     """
 
     item_dims = (2,)
@@ -202,7 +202,7 @@ class EDMUNet(UNet):
         self.inputs = nn.ModuleList(InputDown(*pair) for pair in pairs) if kind.ncsn else None
         if kind.ncsn:  # a classifier is the network itself: `UNetEncoder` has no inputs of lower levels
             self.encoder = None  # pyright: ignore[reportAttributeAccessIssue]
-        self._initialise()
+        self._initialize()
 
     @staticmethod
     def _divide(kind: Architecture) -> list[nn.Module]:

@@ -66,7 +66,7 @@ class VectorEmbedding(nn.Module):
 
 
 class EndTimeEmbedding(nn.Module):
-    """(B, width) E(end) − E(time), E(t) = W₂ SiLU(W₁ sinusoids(t)), W₂ = 0 at initialisation; 0 where end = time."""
+    """(B, width) E(end) − E(time), E(t) = W₂ SiLU(W₁ sinusoids(t)), W₂ = 0 at initialization; 0 where end = time."""
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()

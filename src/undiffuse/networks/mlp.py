@@ -33,7 +33,7 @@ class ResidualLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    """y (B, out_channels) in x's dtype, from x (B, channels), time (B,) or () and a condition. 0 at initialisation.
+    """y (B, out_channels) in x's dtype, from x (B, channels), time (B,) or () and a condition. 0 at initialization.
 
     ``depth`` residual layers of ``width`` features, each conditioned on the embedding of the time, of labels
     0 … ``classes`` − 1 (−1 is null) and of vectors of ``vector`` numbers. Before each layer it attends to tokens of

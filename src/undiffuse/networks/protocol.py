@@ -15,7 +15,7 @@ weights; the time is float32 at least, as steps and log-SNRs are not distinct in
   default the entries of every ``nn.ModuleList`` directly in it.
 - ``init_statistics(statistics)``, of any sub-module: sets what starts from `DataStatistics`; default nothing.
 - ``encoder()``: its modules before the output as a module of their own, which maps (x, time, cond) to features
-  (B, ``feature_channels``, ...), normalised for a classifier by ``feature_norm``, a row of `NORMS` (default "group");
+  (B, ``feature_channels``, ...), normalized for a classifier by ``feature_norm``, a row of `NORMS` (default "group");
   default: a classifier is the network itself, its output averaged over positions. For attention pooling it also has
   a method ``feature_size(size)``, the size of the features of items of ``size``, and may have ``feature_heads``, the
   number of heads (default 1).

@@ -51,9 +51,9 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(TEXT_WIDTH)
         self.pooled = nn.Linear(TEXT_WIDTH, out_width)
         self.tokens = nn.Linear(TEXT_WIDTH, token_width)
-        self.initialise()
+        self.initialize()
 
-    def initialise(self) -> None:
+    def initialize(self) -> None:
         """Zero ``pooled``, so that a network to which captions are added starts at what it was."""
         nn.init.zeros_(self.pooled.weight)
         nn.init.zeros_(self.pooled.bias)

@@ -135,7 +135,7 @@ class UNet(nn.Module):
     ``tokens``, to which it attends wherever it attends to itself, without regard to their order; ``text``, prompts of
     up to so many bytes, by `TextEncoder`, pooled and as tokens; ``image``, the channels of an image that is brought to
     x's size by repeating its cells and joins the input channels (zeros without one). With ``two_times`` it accepts a
-    condition's end time, as a flow map does. Zero at initialisation. Raises `ConfigError` for settings that cannot
+    condition's end time, as a flow map does. Zero at initialization. Raises `ConfigError` for settings that cannot
     work.
     """
 
@@ -238,9 +238,9 @@ class UNet(nn.Module):
                 width = widths[level]
         self.norm = NORMS[norm](width)
         self.conv_out = conv(dims, width, out_channels * cells)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Weights uniform with variance 2/(fan in + fan out), zero at the ends of branches and network [Ho20]."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -253,7 +253,7 @@ class UNet(nn.Module):
         if self.embed.end is not None:
             nn.init.zeros_(self.embed.end.fc2.weight)
         if self.text is not None:
-            self.text.initialise()
+            self.text.initialize()
 
     def blocks(self) -> list[nn.Module]:
         return [*self.down, *self.up, self.middle]

@@ -20,7 +20,7 @@ from undiffuse.report.page_style import STYLE
 from undiffuse.report.table import cell
 
 MARK = "<!-- undiffuse:report -->"
-"""The second line of each page, by which it is recognised."""
+"""The second line of each page, by which it is recognized."""
 VOID = {"meta", "img", "br"}
 JPEG_QUALITY = 88
 SHORT_NAME = 18

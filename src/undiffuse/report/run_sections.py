@@ -232,7 +232,7 @@ def distance_rows(comparison: Record) -> tuple[list[dict[str, Any]], str]:
 def distances(comparison: Record) -> list[object]:
     """The table of metrics with intervals and floors."""
     rows, caption = distance_rows(comparison)
-    lines = [line for line in comparison.get("explanations") or () if not line.startswith("memorisation")]
+    lines = [line for line in comparison.get("explanations") or () if not line.startswith("memorization")]
     notes = [element("li", sentence(line)) for line in lines]
     return [table(rows, caption), *([element("ul", *notes, class_="notes")] if notes else [])]
 
@@ -249,7 +249,7 @@ def copies(comparison: Record) -> list[object]:
         )
         parts.append(paragraph(why, class_="bad" if test["significant"] else "good"))
     else:
-        parts += [paragraph(sentence(line)) for line in comparison["explanations"] if line.startswith("memorisation")]
+        parts += [paragraph(sentence(line)) for line in comparison["explanations"] if line.startswith("memorization")]
     rows = [
         {"sample": f"{row['sample']:,}"}
         | {

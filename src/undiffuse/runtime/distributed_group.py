@@ -49,9 +49,9 @@ def init_process_group(device: str) -> ProcessGroup:
 
 
 def init_gloo(device: str) -> None:
-    """Initialise gloo under a store prefix unique to this restart, so a restarted job does not wait for dead peers.
+    """Initialize gloo under a store prefix unique to this restart, so a restarted job does not wait for dead peers.
 
-    Does nothing for one process, for a GPU, or where a group is initialised already.
+    Does nothing for one process, for a GPU, or where a group is initialized already.
     """
     if device == "cpu" and world_size() > 1 and not dist.is_initialized():
         store, rank, size = next(dist.rendezvous("env://"))  # pyright: ignore[reportPrivateImportUsage]

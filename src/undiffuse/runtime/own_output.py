@@ -1,6 +1,6 @@
-"""What this package writes, recognised by its content, so that it does not become training data.
+"""What this package writes, recognized by its content, so that it does not become training data.
 
-Run folders and sample folders are recognised by their records, single pictures and weights by their metadata.
+Run folders and sample folders are recognized by their records, single pictures and weights by their metadata.
 """
 
 from __future__ import annotations

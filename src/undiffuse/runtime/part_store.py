@@ -24,7 +24,7 @@ class PartStore:
     """The parts of one job in ``folder``: a safetensors file each, whole or absent, with the sha256 of its contents.
 
     ``kind`` names the sort of job and ``key`` is the sha256 of its plan. Both stand in every part, so that a part of
-    another job is recognised when it is read. The names of all parts match ``pattern``, a regular expression; files of
+    another job is recognized when it is read. The names of all parts match ``pattern``, a regular expression; files of
     other names are not ours and are left alone.
     """
 

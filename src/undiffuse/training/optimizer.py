@@ -50,7 +50,7 @@ def block_matrices(network: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in weights if isinstance(weight, nn.Parameter) and weight.requires_grad]
 
 
-def orthogonalise(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def orthogonalize(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """U diag(p(s/‖s‖)) Vᵀ for ``matrix`` = U diag(s) Vᵀ, p five times the polynomial `NEWTON_SCHULZ` [Jordan24].
 
     Near the polar factor U Vᵀ: singular values above 0.01 ‖s‖ end between 0.68 and 1.14. A norm ‖s‖ below `SMALLEST`
@@ -71,7 +71,7 @@ def orthogonalise(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 class Muon(torch.optim.AdamW):
     """AdamW for all parameters but the ``matrices``, which Muon moves at the same learning rate [Jordan24, Liu25].
 
-    m ← μ m + (1 − μ) g; w ← w − lr (weight_decay w + 0.4 √max(n, k) O), O = `orthogonalise` of
+    m ← μ m + (1 − μ) g; w ← w − lr (weight_decay w + 0.4 √max(n, k) O), O = `orthogonalize` of
     (1 − μ) g + μ m, a matrix (n, k): a convolution's weight (n, in, …) has k = in · kernel size. √max(n, k) O has a
     root mean square of 1, see `MUON_RMS`. A gradient is used up by the step. Of a sharded matrix every process
     computes the whole O, and keeps its shard. The products of O are in ``dtype``, by default that of the weights.
@@ -107,7 +107,7 @@ class Muon(torch.optim.AdamW):
         momentum: Tensor = state["momentum"].lerp_(grad, 1 - MOMENTUM)
         matrix = full_tensor(grad.lerp(momentum, MOMENTUM)).flatten(1)
         scale = MUON_RMS * math.sqrt(max(matrix.shape))
-        move = distribute_like(orthogonalise(matrix, self.dtype).reshape(weight.shape), weight)
+        move = distribute_like(orthogonalize(matrix, self.dtype).reshape(weight.shape), weight)
         weight.mul_(1 - lr * weight_decay).sub_(move, alpha=lr * scale)
 
 

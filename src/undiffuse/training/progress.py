@@ -45,7 +45,7 @@ class Progress:
     length: float | None = None
     """The ``max_steps`` or ``minutes`` that the plan is for; another value (an extended run) makes a new plan."""
     run: str = ""
-    """The id of the run, so that a checkpoint of another run is recognised."""
+    """The id of the run, so that a checkpoint of another run is recognized."""
     step_seconds: float = 0.0
     """The seconds that the latest step took."""
     measuring_seconds: float = 0.0

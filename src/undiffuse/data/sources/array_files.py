@@ -29,7 +29,7 @@ from undiffuse.runtime.own_output import is_own_tensor_file
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 PICKLE_SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-"""Recognised in order to be refused."""
+"""Recognized in order to be refused."""
 VALUE_NAMES = ("images", "x", "data", "arr_0")
 SIDE_ARRAYS = {"labels": ("labels", "y"), "cond": ("cond",), "mask": ("mask",)}
 MAX_MEMBER_BYTES = 1 << 36

@@ -61,7 +61,7 @@ class SourceModule(Protocol):
 class Source:
     """A row: ``title`` names the source in messages, ``module`` imports its module, ``options`` are those it takes.
 
-    ``by_name``: it is recognised by a name and not by a path. ``allocates``: its `load` takes an ``allocate``.
+    ``by_name``: it is recognized by a name and not by a path. ``allocates``: its `load` takes an ``allocate``.
     ``has_observations``: its notes contain those of `with_observations` already.
     """
 
@@ -180,10 +180,10 @@ _BUILT_IN = (
     Source("a folder of images", _image_folder, FOLDER_OPTIONS, allocates=True),
 )
 SOURCES: tuple[Source, ...] = (*_BUILT_IN[:-1], *map(load_plugin, plugins("undiffuse.sources").values()), _BUILT_IN[-1])
-"""In the order in which they are tried: the first one whose module recognises the source reads it.
+"""In the order in which they are tried: the first one whose module recognizes the source reads it.
 
 A plugin is a `Source` whose module must import nothing heavy. The last row reads every folder that no other one
-recognises."""
+recognizes."""
 
 OPTIONS = {option.name: option for source in SOURCES for option in source.options}
 OPTIONS |= {option.name: option for option in STAGE_OPTIONS}
@@ -319,7 +319,7 @@ def _check_unambiguous(row: Source, folder: Path) -> None:
 
 
 def _unknown(name: str) -> ConfigError:
-    """The error for a path, or else for a name, that no source recognises."""
+    """The error for a path, or else for a name, that no source recognizes."""
     from undiffuse.data.sources.builtin import BUILTIN
 
     *titles, last = [source.title for source in SOURCES]
