@@ -42,7 +42,9 @@ def train_autoencoder(
     out: Annotated[
         Path | None, typer.Option(help="The run folder, outside of DATA; runs/DATA-autoencoder if not given.")
     ] = None,
-    factor: Annotated[int | None, typer.Option(help="Downsampling factor of each side: 2, 4 or 8; default 4.")] = None,
+    factor: Annotated[
+        int | None, typer.Option(help="Downsampling factor of each side, a power of two; default 4.")
+    ] = None,
     latent_channels: Annotated[int | None, typer.Option(help="Channels of the latents; 4 if not given.", min=1)] = None,
     kl_weight: Annotated[
         float | None,

@@ -26,7 +26,8 @@ class DataTransform(Protocol):
     """``to_model`` and ``to_data`` are inverse maps between values and x.
 
     ``edges`` returns the interval of x of each value, or None for continuous data, which have a density instead.
-    ``log_abs_det`` is log |det dx/dvalue| of one item, in nats. A transform whose x has another shape than the values,
+    ``log_abs_det`` is log |det dx/dvalue| of one item, in nats. Values and x are (B, C, ...) or (B, D); `IntegerLevels`
+    raises TypeError for values that are no integers, `Standardized` ValueError for other channels. A transform whose x has another shape than the values,
     or that is no bijection, also has ``x_shape`` and ``values`` (`undiffuse.model.latent.LatentTransform`).
     """
 
