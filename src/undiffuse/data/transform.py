@@ -27,8 +27,9 @@ class DataTransform(Protocol):
 
     ``edges`` returns the interval of x of each value, or None for continuous data, which have a density instead.
     ``log_abs_det`` is log |det dx/dvalue| of one item, in nats. Values and x are (B, C, ...) or (B, D); `IntegerLevels`
-    raises TypeError for values that are no integers, `Standardized` ValueError for other channels. A transform whose x has another shape than the values,
-    or that is no bijection, also has ``x_shape`` and ``values`` (`undiffuse.model.latent.LatentTransform`).
+    raises TypeError for values that are no integers, `Standardized` ValueError for other channels. A transform whose x
+    has another shape than the values, or that is no bijection, also has ``x_shape`` and ``values``
+    (`undiffuse.model.latent.LatentTransform`).
     """
 
     def to_model(self, values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor: ...
