@@ -241,14 +241,15 @@ def test_more_samples_are_added_to_those_of_a_finished_folder(tmp_path):
 
 def test_fewer_samples_leave_the_parts_of_a_longer_job(tmp_path):
     drawn(tmp_path, 10, [(0, 5), (5, 8)])
-    few, items, added, _ = drawn(tmp_path, 5)
-    assert added == []
+    few, items, added, messages = drawn(tmp_path, 5)
+    assert (added, messages) == ([], [f"resuming: 5 samples in {few.parts}"])
     few.finish(items)
     assert len(np.load(few.array)["x"]) == 5
     assert not (tmp_path / "000005.png").exists()
     assert drawn(tmp_path, 5)[0].finished
-    rest, items, added, _ = drawn(tmp_path, 10, [(0, 10)])
-    assert added == [8, 9]
+    (tmp_path / "samples.npz").unlink()
+    rest, items, added, messages = drawn(tmp_path, 10, [(0, 10)])
+    assert (added, messages[1:]) == ([0, 1, 2, 3, 4, 8, 9], [f"resuming: 3 samples in {rest.parts}"])
     rest.finish(items)
     assert contents(tmp_path) == contents(finished(tmp_path / "whole").folder)
 

@@ -156,6 +156,7 @@ def sample(
     from undiffuse.report.animation import animate_sampling, check_animation_path
     from undiffuse.report.sample_folder import SampleFolder
     from undiffuse.runtime.distributed_group import init_process_group
+    from undiffuse.runtime.side_files import read_record
     from undiffuse.runtime.signals import interruptible
 
     # The model
@@ -247,7 +248,9 @@ def sample(
 
     # Report
     if folder.finished:
-        log("this sample exists already" if n == 1 else f"these {n:,} samples exist already")
+        stored = (read_record(folder.manifest) or {}).get("n", n)
+        more = f", among {stored:,}" if stored > n else ""
+        log(("this sample exists already" if n == 1 else f"these {n:,} samples exist already") + more)
     else:
         rate = sum(map(len, missing)) / seconds
         log(f"{counted(n, 'sample')} by {sampler.describe()}, {seconds:.1f} s ({rate:.1f} per second)")

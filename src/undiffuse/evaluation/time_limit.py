@@ -71,7 +71,7 @@ class TimeLimit:
 
         An item takes ``calls`` network calls. A part is what fits into half of the time left, so that a wrong guess of
         the pace costs little; without a limit it is everything. Parts that the memory of the GPU is too small for are
-        halved.
+        halved: ``compute`` then begins again at their first item.
         """
         parts, start, most = [], 0, items
         while start < items and (fitting := self.calls_left / calls) >= 1:

@@ -1,6 +1,7 @@
 """A folder of samples: an image file for each sample that is an image, a table, a grid, an array, a manifest.
 
-It is written part by part, so that only one part is in memory at a time and an interrupted command resumes.
+It is written part by part, so that only one part is in memory at a time (all finished ones where others are added
+to them) and an interrupted command resumes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from undiffuse.sampling.sampler import Sampler
 
 GRID_ITEMS = 144
 """Samples in the grid, at most."""
+PART_ITEMS = 1024
+"""Samples in a part that is made of a finished array, at most."""
 RECORD_KEYS = {"key", "first", "n", "finished", "files"}
 """What `SampleFolder` reads of its record, beside the plan."""
 
@@ -86,7 +89,8 @@ class SampleFolder:
                 kept = {} if record is None else record["files"]
                 self._write_manifest(items, dict.fromkeys([*kept, *names]))
                 self.parts.mkdir(exist_ok=True)
-                if count := sum(len(_items_of(name)) for name in self.store.check(log)):
+                self.store.check(log)
+                if count := len(items) - sum(map(len, self.missing_items(items))):
                     log(f"resuming: {counted(count, 'sample')} in {self.parts}")
             yield [] if self.finished else self.missing_items(items)
 
@@ -194,13 +198,17 @@ class SampleFolder:
                 return record
             log(f"starting over: {self.array} is missing or changed")
         self._remove(record["files"])
-        self.store.remove()
+        if record["key"] != self.key:
+            self.store.remove()
         return None
 
     def _array_to_part(self, done: range, files: Mapping[str, str | None]) -> None:
         """Write the samples of the array, ``done``, as a part, so that others can be added to them."""
         self.parts.mkdir(exist_ok=True)
-        self._write_part(done.start, self._read_array(), [files.get(_image_name(item)) for item in done])
+        values = self._read_array()
+        for start in range(0, len(done), PART_ITEMS):
+            part = done[start : start + PART_ITEMS]
+            self._write_part(part.start, values[start:][: len(part)], [files.get(_image_name(item)) for item in part])
 
     def _read_array(self) -> np.ndarray:
         with np.load(self.array, allow_pickle=False) as file:

@@ -159,18 +159,19 @@ def measure_accuracy(
     correct, log_prob, done = [0] * num_levels, [0.0] * num_levels, 0
 
     def measure(here: slice) -> None:
-        nonlocal done
+        nonlocal correct, log_prob, done, noises  # set at the end: where memory is too small, a part is measured again
+        hits, sums, fresh = [*correct], [*log_prob], [noise.clone_state() for noise in noises]
         for start in range(here.start, here.stop, batch):
             part = items[start : min(start + batch, here.stop)]
             values, label = data.tensor(part), torch.from_numpy(labels[part])
-            for k, noise in enumerate(noises):
+            for k, noise in enumerate(fresh):
                 level = model.schedule(1 - k / (num_levels - 1))
                 eps = torch.randn(len(part), *model.item_shape, generator=noise)
                 x = model.transform.to_model(values).to(device)
                 log_p = model(diffuse(x, level, eps.to(device)), level).double().cpu()
-                correct[k] += int((log_p.argmax(1) == label).sum())
-                log_prob[k] += float(log_p.gather(1, label[:, None]).sum())
-            done += len(part)
+                hits[k] += int((log_p.argmax(1) == label).sum())
+                sums[k] += float(log_p.gather(1, label[:, None]).sum())
+        correct, log_prob, noises, done = hits, sums, fresh, done + here.stop - here.start
 
     limit.in_parts(measure, len(items), num_levels)
     return [

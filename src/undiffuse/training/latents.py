@@ -62,9 +62,12 @@ def fitted(autoencoder: autoencoders.Autoencoder, data: Dataset, items: np.ndarr
 
     An imported one then also standardizes continuous data, by the moments of the ``items``.
     """
-    if autoencoder.config.distribution != "none":
+    channels = autoencoder.item_shape[0]
+    moments = Standardized((0.0,) * channels, (1.0,) * channels)  # of an imported one, until it is fitted
+    is_open = "imported" in autoencoder.info and autoencoder.transform == moments
+    if autoencoder.config.distribution != "none" and not is_open:
         return autoencoder
-    if "imported" in autoencoder.info and isinstance(autoencoder.transform, Standardized):
+    if is_open:
         autoencoder = deepcopy(autoencoder)
         autoencoder.transform = Standardized(*data.moments(items))
     chosen = items[np.linspace(0, len(items) - 1, min(len(items), SCALE_ITEMS)).round().astype(int)]

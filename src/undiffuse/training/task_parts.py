@@ -20,12 +20,13 @@ from undiffuse.training.run_folder import describe
 def held_out_share(data: Dataset, requested: float, models: Mapping[str, Any]) -> tuple[float, str | None]:
     """The share of ``data`` to hold out, and a sentence if it is less than ``requested``.
 
-    It is `Dataset.held_out_fraction`, or the share of one of ``models`` that were trained on these data, by what they
-    are: such a model knows all other items. The part of a smaller share is within that of a larger one.
+    It is `Dataset.held_out_fraction`, or the share of one of ``models`` that were trained on these data (or on data of
+    their name, which may have changed since), by what they are: such a model knows all other items. The part of a
+    smaller share is within that of a larger one.
     """
     share, reason = data.held_out_fraction(requested)
     for name, model in models.items():
-        known = model.info.get("fingerprint") == data.fingerprint
+        known = model.info.get("fingerprint") == data.fingerprint or model.info.get("name") == data.name
         if known and (theirs := float(model.info.get("held_out", 0.1))) < share:
             share, reason = theirs, f"held_out is {theirs:g}, that of {name}, which was trained on the other items"
     return share, reason
