@@ -197,7 +197,8 @@ def one_loop(size: Size, device: torch.device, place: Path, steps: int) -> tuple
 def peer(size: Size, device: torch.device, rounds: int) -> tuple[Table, dict[str, Any]]:
     """The network of diffusers' example with mixed precision, in its loop and in ours, with the same weights."""
     found = same_network.of_diffusers(size.peer, device)
-    theirs, ours = found.training["bfloat16"]
+    # a dry run on a processor without bfloat16 products has float32 alone
+    theirs, ours = found.training.get("bfloat16", found.training["float32"])
     forms = {"theirs": waiting(theirs, device), "ours": waiting(ours, device)}
     model = found.model
     network = torch.compile(model.network, backend=backend(device))
