@@ -38,7 +38,7 @@ def test_parts():
         assert (list(chosen), description) == (list(items), name)
     assert select_items(model, others, None)[1] == "all"
     assert len(select_items(model, others, None)[0]) == 30
-    assert select_items(model, others, "test")[1] == "test part of data other than those of training"
+    assert select_items(model, others, "test")[1] == "test part of other data than the training data"
 
 
 def test_data_with_the_name_of_those_of_training_are_measured_on_the_items_that_were_held_out():
@@ -46,8 +46,8 @@ def test_data_with_the_name_of_those_of_training_are_measured_on_the_items_that_
     model, more = model_for(data), integers(n=30)
     items, description = select_items(model, more, None)
     assert list(items) == list(more.split(0.4).test)
-    assert description == "test part of data with the name of those of training and other content"
-    assert select_items(model, more, "all")[1] == "all of data with the name of those of training and other content"
+    assert description == "test part of data with the name, but not the content, of the training data"
+    assert select_items(model, more, "all")[1] == "all of data with the name, but not the content, of the training data"
     with pytest.raises(ConfigError, match="no such part"):
         select_items(model, data, "dev")
 

@@ -197,7 +197,7 @@ def _print_next_commands(run: Run, dataset: Dataset, prompt: str, network: str) 
     else:
         console.print(f"next: undiffuse sample {folder}{prompt}{network}")
     config = run.require_record()["config"]
-    if config["model"].get("autoencoder") and no_likelihood(checkpoint.load(run.folder)):  # latents alone can have none
+    if config["model"].get("autoencoder") and no_likelihood(checkpoint.load(run.folder)):  # others have one
         return
     has_test_part = config["train"]["held_out"] > 0 or dataset.test_from is not None
     console.print(f"next: undiffuse evaluate {folder}{'' if has_test_part else ' --part train'}{network}")

@@ -97,7 +97,7 @@ class Dataset:
             raise ValueError(f"captions of {len(self.captions)} items, some of them empty, for {len(self)} items")
         if self.embeddings is not None and (self.cond is not None or not self.captions):
             raise ValueError("embeddings of captions take the place of vectors or tokens, and need captions")
-        if self.value_range is not None:  # the fingerprint tells 0 from 0.0
+        if self.value_range is not None:  # 0 and 0.0 would give two fingerprints
             object.__setattr__(self, "value_range", tuple(map(float, self.value_range)))
 
     def __len__(self) -> int:

@@ -35,13 +35,14 @@ ODE_COST_GUESS = 400
 """Network calls that take as long as an item of the flow with its divergence, until the first batch is measured."""
 PARTS = {"test": "held out for testing", "validation": "held out for validation", "train": "trained on"}
 """Parts of a data set and their descriptions."""
-CHANGED = " of data with the name of those of training and other content"
+CHANGED = " of data with the name, but not the content, of the training data"
+"""Describes data that may be the training data, changed since."""
 
 
 def select_items(model: AnyModel, data: Dataset, part: str | None) -> tuple[np.ndarray, str]:
     """The indices of a part and its description; by default the test part of the data of training, else all items.
 
-    Data of the same name and other content may be those of training, changed since; an item stays in its part.
+    Data with the name of the training data may be these, changed since; an item stays in its part.
     """
     own = data.fingerprint == model.info.get("fingerprint")
     changed = not own and data.name == model.info.get("name")
@@ -53,7 +54,7 @@ def select_items(model: AnyModel, data: Dataset, part: str | None) -> tuple[np.n
     items = getattr(data.split(float(model.info.get("held_out", 0.1))), part)
     if own:
         return items, PARTS[part]
-    return items, f"{part} part{CHANGED if changed else ' of data other than those of training'}"
+    return items, f"{part} part{CHANGED if changed else ' of other data than the training data'}"
 
 
 def shared_condition(model: AnyModel, data: Dataset) -> tuple[str, str | None]:

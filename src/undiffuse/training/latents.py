@@ -181,7 +181,7 @@ def packed_reader(
     place.mkdir(exist_ok=True)
     key = json_digest(
         {
-            "autoencoder": autoencoders.fingerprint(autoencoder),  # its fitted scale is nothing that q depends on
+            "autoencoder": autoencoders.fingerprint(autoencoder),  # q does not depend on the fitted scale
             "data": data.fingerprint,
             "items": len(items),
             "held_out": settings.held_out,

@@ -266,7 +266,7 @@ def _options_of(evaluation: Mapping[str, Any]) -> str:
     """The part and the seed of an ``evaluation`` as options, where they are not the defaults (of other data: all)."""
     described, seed = str(evaluation["part"]), evaluation.get("seed", 0)
     part = next((part for part, words in PARTS.items() if words == described), described.split()[0].strip(","))
-    return f" --part {part}" * (part != "test" or "other than" in described) + f" --seed {seed}" * bool(seed)
+    return f" --part {part}" * (part != "test" or "of other data" in described) + f" --seed {seed}" * bool(seed)
 
 
 def _commands_of(run: Run, comparison: Mapping[str, Any], own: str, of_data: str) -> dict[str, str]:

@@ -21,8 +21,8 @@ def held_out_share(data: Dataset, requested: float, models: Mapping[str, Any]) -
     """The share of ``data`` to hold out, and a sentence if it is less than ``requested``.
 
     It is `Dataset.held_out_fraction`, or the share of one of ``models`` that were trained on these data (or on data of
-    their name, which may have changed since), by what they are: such a model knows all other items. The part of a
-    smaller share is within that of a larger one.
+    their name, which may have changed since), by their description: such a model was trained on all
+    other items. The part of a smaller share lies within the part of a larger one.
     """
     share, reason = data.held_out_fraction(requested)
     for name, model in models.items():
