@@ -264,3 +264,16 @@ def test_the_likelihood_given_a_label_is_that_of_the_label():
         truth = -data.log_density(clean.broadcast_like(x).alpha * x, clean, cond) - 2 * torch.log(clean.alpha)
         assert (nll.total - truth).abs().max() < 0.01  # the prior's end is at log-SNR −12
     assert (nll.total[0] - truth[0]).abs() < 0.01
+
+
+def test_the_estimate_of_few_calls_begins_at_the_noisiest_level_that_the_map_was_trained_from(monkeypatch):
+    """The schedule "flow" reaches further: its noisiest level with a finite log-SNR has sigma/alpha above 20,000."""
+    network = {**VECTOR, "two_times": True}
+    config = ModelConfig(network=network, schedule={"name": "flow"}, calls=2, divergence=True)
+    model, levels = Diffusion(config, (2,), Identity()), []
+    real = estimate.few_call_nll
+    monkeypatch.setattr(
+        estimate, "few_call_nll", lambda *given, **more: levels.append(given[2]) or real(*given, **more)
+    )
+    model.nll(torch.zeros(1, 2), estimate="flow_map")
+    assert float(levels[0][-1].sigma / levels[0][-1].alpha) == pytest.approx(80.0)

@@ -233,7 +233,29 @@ def test_accuracy_by_hand():
         }
         for log_snr in (-4.0, 0.0, 4.0)
     ]
-    assert measure_accuracy(Constant(), IMAGES, items[:0]) == []
+
+
+@pytest.mark.parametrize("failing", [1, 3, 5])
+def test_accuracy_counts_no_item_twice_where_memory_is_too_small(failing):
+    """The part is measured again, with the same noise, in halves."""
+
+    class ByNoise(Constant):
+        calls = 0
+
+        def __call__(self, x_t, level):
+            self.calls += 1
+            if self.calls == failing:
+                raise torch.OutOfMemoryError
+            return x_t.flatten(1)[:, :3].log_softmax(1)
+
+    large = ByNoise()
+    large.calls = -100
+    rows = [measure_accuracy(model, IMAGES, np.arange(8), num_levels=3, batch=4) for model in (large, ByNoise())]
+    assert rows[0] == rows[1]
+
+
+def test_accuracy_of_no_items_and_of_many():
+    assert measure_accuracy(Constant(), IMAGES, np.arange(0)) == []
     assert measure_accuracy(Constant(), IMAGES, np.arange(5000) % 40, num_levels=2)[0]["items"] == 2048
 
 

@@ -315,6 +315,8 @@ def test_items_that_the_model_was_trained_on_are_not_held_out(tmp_path):
         assert adapted.config.train.held_out == ours
         assert lines == ([note.format(theirs)] if ours < 0.2 else [])
     start.info["held_out"] = 0.05
+    start.info["name"] = ADDED["labels"].name  # these may be the data of the model, changed since
+    assert loop.adapt_task(task, ADDED["labels"], torch.device("cpu"), start)[0].config.train.held_out == 0.05
     checkpoint.save(start, tmp_path / "start.safetensors")
     settings = {"quiet": True, "init": tmp_path / "start.safetensors"}
     with quick_looks():

@@ -57,6 +57,7 @@ def test_every_training_writes_a_page(folder):
         ({"part": "held out for testing", "seed": 0}, ""),
         ({"part": "trained on", "seed": 5}, " --part train --seed 5"),
         ({"part": "all, including training items"}, " --part all"),
+        ({"part": "test part of other data than the training data"}, " --part test"),
     ],
 )
 def test_the_command_of_an_evaluation_has_its_part_and_seed(folder, measured, options):

@@ -230,6 +230,13 @@ class Dataset:
         """Index of the first item of an official validation or test part; N if there is none."""
         return min(len(self) if start is None else start for start in (self.validation_from, self.test_from))
 
+    def may_be_of(self, info: Mapping[str, Any]) -> bool:
+        """Whether a model with the facts ``info`` was trained on these data, or on others of their name.
+
+        The latter may be these before a change, in which an item stays in its part.
+        """
+        return self.name == info.get("name") or self.fingerprint == info.get("fingerprint")
+
     def held_out_fraction(self, requested: float) -> tuple[float, str | None]:
         """(requested, None), or (0, a sentence) if there are fewer distinct items than parts of `split`."""
         n, kind = self.num_distinct, "item" if self.num_distinct == len(self) else "distinct item"

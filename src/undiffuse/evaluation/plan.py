@@ -42,10 +42,10 @@ CHANGED = " of data with the name, but not the content, of the training data"
 def select_items(model: AnyModel, data: Dataset, part: str | None) -> tuple[np.ndarray, str]:
     """The indices of a part and its description; by default the test part of the data of training, else all items.
 
-    Data with the name of the training data may be these, changed since; an item stays in its part.
+    So it is for data that may be those, see `Dataset.may_be_of`.
     """
     own = data.fingerprint == model.info.get("fingerprint")
-    changed = not own and data.name == model.info.get("name")
+    changed = not own and data.may_be_of(model.info)
     part = part or ("test" if own or changed else "all")
     if part == "all":
         return np.arange(len(data)), f"all{', including training items' if own else CHANGED if changed else ''}"

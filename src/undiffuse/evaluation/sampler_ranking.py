@@ -63,7 +63,7 @@ def compared_items(model: Diffusion, data: Dataset) -> tuple[Tensor, Tensor]:
     """
     check_data(model, data)
     shuffled = np.random.Generator(np.random.PCG64(0)).permutation
-    if data.name == model.info.get("name") or data.fingerprint == model.info.get("fingerprint"):
+    if data.may_be_of(model.info):
         parts = [shuffled(select_items(model, data, part)[0]) for part in ("validation", "train")]
     else:
         parts = np.array_split(shuffled(len(data)), 2)

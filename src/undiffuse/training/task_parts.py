@@ -26,8 +26,7 @@ def held_out_share(data: Dataset, requested: float, models: Mapping[str, Any]) -
     """
     share, reason = data.held_out_fraction(requested)
     for name, model in models.items():
-        known = model.info.get("fingerprint") == data.fingerprint or model.info.get("name") == data.name
-        if known and (theirs := float(model.info.get("held_out", 0.1))) < share:
+        if data.may_be_of(model.info) and (theirs := float(model.info.get("held_out", 0.1))) < share:
             share, reason = theirs, f"held_out is {theirs:g}, that of {name}, which was trained on the other items"
     return share, reason
 
