@@ -23,7 +23,7 @@ from undiffuse.data.transform import IntegerLevels
 from undiffuse.model import checkpoint, presets
 from undiffuse.model.config import Config, ModelConfig, TrainConfig, read, replace_train
 from undiffuse.model.diffusion import Diffusion
-from undiffuse.networks.registry import build
+from undiffuse.networks.registry import build, load_class
 from undiffuse.process.schedule import SCHEDULES
 from undiffuse.process.target import TARGETS
 from undiffuse.process.time_sampling import (
@@ -73,7 +73,7 @@ def test_the_reference_has_every_public_name_once():
 
 @page
 def test_dotted_names_resolve(path: Path) -> None:
-    for dotted in re.findall(r"(?<![\w/.-])undiffuse(?:\.[A-Za-z_]\w*)+", path.read_text()):
+    for dotted in re.findall(r"(?<![\w/.\"-])undiffuse(?:\.[A-Za-z_]\w*)+", path.read_text()):
         resolve(dotted)
 
 
@@ -189,6 +189,25 @@ def test_the_recipe_of_the_transformer_trains(tmp_path) -> None:
     model = undiffuse.load(run)
     assert model.network.layers[0].modulation.weight.abs().max() > 0
     assert (recipe.train.optimizer, recipe.model.target) == ("muon", {"name": "x"})
+
+
+def test_the_network_of_the_page_trains_with_labels_and_loads(tmp_path) -> None:
+    source, _ = blocks(ROOT / "docs/own-network.md", "python")
+    (tmp_path / "my_net.py").write_text(source)
+    network = load_class(f"{tmp_path / 'my_net.py'}:Net")
+    (text,) = blocks(ROOT / "docs/own-network.md", "toml")
+    (tmp_path / "net.toml").write_text(text)
+    digits = presets.get("digits")
+    recipe = read(tmp_path / "net.toml", replace(digits, model=replace(digits.model, network={"kind": "Net"})))
+    recipe = replace_train(recipe, max_steps=2, minutes=None, batch=4, conditional=True)
+    data = undiffuse.from_array(np.arange(20 * 64).reshape(20, 1, 8, 8) % 17, labels=np.arange(20) % 3, num_values=17)
+    with quick_looks():
+        run = undiffuse.fit(recipe, data, tmp_path / "run", device="cpu", quiet=True, network=network)
+    model = undiffuse.load(run, network=network)
+    trained = model.network.network  # in the head of probabilities
+    assert (len(trained.blocks), trained.embed_label.num_embeddings) == (6, 4)
+    condition = undiffuse.Condition(label=torch.tensor([2, -1]))
+    assert model.sample(2, sampler=undiffuse.Sampler("ddim", 2), cond=condition).shape == (2, 1, 8, 8)
 
 
 def test_the_recipe_of_adm_has_the_number_of_parameters_that_the_page_states(tmp_path) -> None:
