@@ -326,5 +326,6 @@ def _draw(
 
 def _sha256(path: Path) -> str:
     from undiffuse.runtime.atomic_file import file_digest
+    from undiffuse.runtime.tensor_file import model_path
 
-    return file_digest(path / "model.safetensors" if path.is_dir() else path)
+    return file_digest(model_path(path))

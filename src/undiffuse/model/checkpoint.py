@@ -26,7 +26,16 @@ from undiffuse.networks.tables import INSTALLED_NETWORKS
 from undiffuse.runtime.device import float32_by_default, kept_random_state, resolve_device
 from undiffuse.runtime.precision import autocast_dtype, resolve_precision
 from undiffuse.runtime.side_files import check_info
-from undiffuse.runtime.tensor_file import FORMAT, check_tensors, digest, read_metadata, read_tensors, write_tensors
+from undiffuse.runtime.tensor_file import (
+    FORMAT,
+    NAME_MODEL,
+    check_tensors,
+    digest,
+    model_path,
+    read_metadata,
+    read_tensors,
+    write_tensors,
+)
 
 MAX_DESCRIPTION = 4 << 20
 """The longest description in characters: half of the longest header of a file that is read."""
@@ -142,15 +151,11 @@ def unwrapped_name(name: str) -> str:
 
 def _model_file(path: Path) -> Path:
     """``path``, or the model of the run folder ``path``. Raises `CheckpointError` if there is none."""
-    if path.is_dir():
-        if not (path / "model.safetensors").is_file():
-            unfinished = (path / "checkpoints").is_dir()
-            fix = (
-                "Its training has not finished: resume it" if unfinished else "Name a run folder or a .safetensors file"
-            )
-            raise CheckpointError("NO_MODEL", path, "no model.safetensors in this folder", fix)
-        return path / "model.safetensors"
-    return path
+    file = model_path(path)
+    if path.is_dir() and not file.is_file():
+        fix = "Its training has not finished: resume it" if (path / "checkpoints").is_dir() else NAME_MODEL
+        raise CheckpointError("NO_MODEL", path, "no model.safetensors in this folder", fix)
+    return file
 
 
 def _metadata(path: Path, diffusion: Diffusion) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.runtime.device import float32_by_default, kept_random_state, resolve_device
-from undiffuse.runtime.tensor_file import FORMAT, check_tensors, read_tensors, write_tensors
+from undiffuse.runtime.tensor_file import FORMAT, check_tensors, model_path, read_tensors, write_tensors
 
 
 class Described(Protocol):
@@ -44,8 +44,7 @@ def load_module(path: str | Path, kind: str, build: Callable[[Any], M], device: 
     file of another kind. The global generator stays as it is. Raises `CheckpointError`, and `ConfigError` for a device
     that is not here.
     """
-    path, device = Path(path), resolve_device(device)
-    path = path / "model.safetensors" if path.is_dir() else path
+    path, device = model_path(Path(path)), resolve_device(device)
     tensors, metadata = read_tensors(path)
     if kind not in metadata:
         raise CheckpointError("KIND", path, f"this is not {'an' if kind[0] in 'aeio' else 'a'} {kind}", source)

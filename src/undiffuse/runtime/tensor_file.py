@@ -25,6 +25,11 @@ OLDER = "Use an older checkpoint, or copy the file again"
 NAME_MODEL = "Name a run folder or a .safetensors file"
 
 
+def model_path(path: Path) -> Path:
+    """``path``, or model.safetensors in the folder ``path``."""
+    return path / "model.safetensors" if path.is_dir() else path
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """The sha256 of the safetensors file that it writes, whose metadata also hold the `digest`. See `write_atomic`."""
     stored, seen = {}, set()

@@ -19,6 +19,7 @@ from undiffuse.model import checkpoint
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.text_conditions import class_names, text_encoder_of
 from undiffuse.networks.condition import Condition
+from undiffuse.runtime.tensor_file import model_path
 from undiffuse.studio.fields import Fields
 from undiffuse.studio.pictures import Picture, decode_upload, from_values
 from undiffuse.training.run_folder import Run
@@ -42,7 +43,7 @@ class StudioRun:
     @property
     def model(self) -> Diffusion:
         """The model; loaded again when training has written its file anew. Raises `CheckpointError`."""
-        file = self.path / "model.safetensors" if self.path.is_dir() else self.path
+        file = model_path(self.path)
         with self._lock:
             stat = file.stat() if file.is_file() else None
             stamp = stat and (stat.st_mtime_ns, stat.st_size)

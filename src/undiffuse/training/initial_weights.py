@@ -26,7 +26,7 @@ from undiffuse.networks.condition import CONDITION_SETTINGS
 from undiffuse.networks.protocol import adapt_weights, zero_new_ends
 from undiffuse.networks.registry import with_defaults
 from undiffuse.process.gaussian import diffuse
-from undiffuse.runtime.tensor_file import read_metadata
+from undiffuse.runtime.tensor_file import model_path, read_metadata
 from undiffuse.training.run_folder import InitialWeights, Run
 
 SAME_PROCESS = ("schedule", "target", "preconditioning", "output", "autoencoder")
@@ -61,7 +61,7 @@ def find_initial_weights(run: Run, init: str | Path | None) -> tuple[InitialWeig
 
 
 def _read(path: Path) -> InitialWeights:
-    path = path / "model.safetensors" if path.is_dir() else path
+    path = model_path(path)
     try:
         return InitialWeights(path, read_metadata(path).get("sha256"))
     except CheckpointError:

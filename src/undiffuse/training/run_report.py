@@ -26,7 +26,7 @@ from undiffuse.report.run_report import Drawing, RunContent
 from undiffuse.report.sample_folder import sampler_in_words
 from undiffuse.runtime.atomic_file import write_atomic
 from undiffuse.runtime.side_files import read_record
-from undiffuse.runtime.tensor_file import read_metadata
+from undiffuse.runtime.tensor_file import model_path, read_metadata
 from undiffuse.runtime.terminal import as_argument
 from undiffuse.training.repeat_command import repeat
 from undiffuse.training.run_drawings import (
@@ -169,7 +169,7 @@ def load_model(path: Path, device: str = "cpu") -> Any:
     except CheckpointError as error:
         if error.code != "KIND":
             raise
-        kinds = read_metadata(path / "model.safetensors" if path.is_dir() else path)
+        kinds = read_metadata(model_path(path))
         return (autoencoder if "autoencoder" in kinds else noisy_classifier).load(path, device)
 
 
