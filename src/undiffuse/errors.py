@@ -10,6 +10,7 @@ UndiffuseError
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -48,6 +49,11 @@ class NonFiniteError(UndiffuseError):
 
 class ResourceError(UndiffuseError):
     exit_code = 6
+
+
+def unknown_name(code: str, name: str, noun: str, names: Iterable[str]) -> ConfigError:
+    """The error for a ``name`` that is not among the ``names`` of a table; ``noun`` says what the table holds."""
+    return ConfigError(code, repr(name), f"no such {noun}", f"Use one of {', '.join(names)}")
 
 
 def printable(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, unknown_name
 from undiffuse.interop.diffusers_export import export_diffusers
 from undiffuse.interop.graph_export import export_onnx, export_torch
 from undiffuse.interop.parity import Check, check_all
@@ -28,7 +28,7 @@ def export(run: str | Path, out: str | Path, kind: str) -> list[Check]:
     """
     folder = Path(out)
     if kind not in FORMATS:
-        raise ConfigError("FORMAT", repr(kind), "no such format", f"Use one of {', '.join(FORMATS)}")
+        raise unknown_name("FORMAT", kind, "format", FORMATS)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError("OUT", folder, "it exists and is not an empty folder", "Give a new folder")
     model = checkpoint.load(run)

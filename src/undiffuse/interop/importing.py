@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from undiffuse.errors import CheckpointError, ConfigError
+from undiffuse.errors import CheckpointError, ConfigError, unknown_name
 from undiffuse.interop import denoising_diffusion, diffusers, edm, openai
 from undiffuse.interop.foreign_files import mentions
 from undiffuse.interop.parity import Imported, check_all
@@ -63,7 +63,7 @@ def import_model(source: str | Path, kind: str | None = None, **options: Any) ->
     """
     path = Path(source)
     if kind is not None and kind not in FORMATS:
-        raise ConfigError("FORMAT", repr(kind), "no such format", f"Use one of {', '.join(FORMATS)}")
+        raise unknown_name("FORMAT", kind, "format", FORMATS)
     if not path.exists():
         raise CheckpointError("NOT_FOUND", path, "no such file or folder", "Name a file or folder of another library")
     kind = kind or next((name for name, row in FORMATS.items() if row.sniff(path)), None)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from undiffuse.data.transform import DataTransform, IntegerLevels
 from undiffuse.denoising.denoiser import Clipped, Denoiser, NetworkDenoiser, in_float32
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, unknown_name
 from undiffuse.likelihood.decoder import CategoricalDecoder, Decoder, Density, LastStep, ValueSoftmax
 from undiffuse.likelihood.dequantization import ForwardNoise
 from undiffuse.likelihood.few_calls import few_call_nll
@@ -192,7 +192,7 @@ ESTIMATES: dict[str, Estimate] = {
 def get(name: str) -> Estimate:
     """The row ``name`` of `ESTIMATES`. Raises `ConfigError`."""
     if name not in ESTIMATES:
-        raise ConfigError("ESTIMATE", repr(name), "no such estimate", f"Use one of {', '.join(ESTIMATES)}")
+        raise unknown_name("ESTIMATE", name, "estimate", ESTIMATES)
     return ESTIMATES[name]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, unknown_name
 from undiffuse.model.config import Config, ModelConfig, Settings, TrainConfig
 from undiffuse.process.clean_end import clean_end
 
@@ -173,7 +173,7 @@ def choose(item_shape: tuple[int, ...], device: str) -> str:
 def get(name: str) -> Config:
     """The recipe called ``name``. Raises `ConfigError`."""
     if name not in PRESETS:
-        raise ConfigError("PRESET", repr(name), "no such preset", f"Use one of {', '.join(PRESETS)}")
+        raise unknown_name("PRESET", name, "preset", PRESETS)
     return PRESETS[name]
 
 

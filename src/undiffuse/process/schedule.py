@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, unknown_name
 from undiffuse.process.discrete_schedule import (  # noqa: F401
     Tabulated,
     cosine,
@@ -192,7 +192,7 @@ def _sigmoid(z: float) -> float:
 def build(name: str, **settings: object) -> Schedule:
     """The schedule ``name`` of `SCHEDULES` with its settings. Raises `ConfigError`."""
     if name not in SCHEDULES:
-        raise ConfigError("SCHEDULE", repr(name), "no such schedule", f"Use one of {', '.join(SCHEDULES)}")
+        raise unknown_name("SCHEDULE", name, "schedule", SCHEDULES)
     try:
         return SCHEDULES[name](**settings)
     except TypeError as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, unknown_name
 from undiffuse.process.gaussian import posterior_scales
 from undiffuse.process.noise_level import NoiseLevel, broadcast_together, transition_frac
 
@@ -137,7 +137,7 @@ TARGETS = {
 def build(name: str, **settings: float) -> Target:
     """The target ``name`` of `TARGETS`, with its settings (``sigma_data`` of ``edm``). Raises `ConfigError`."""
     if name not in TARGETS:
-        raise ConfigError("TARGET", repr(name), "no such target", f"Use one of {', '.join(TARGETS)}")
+        raise unknown_name("TARGET", name, "target", TARGETS)
     if settings and (name != "edm" or set(settings) != {"sigma_data"}):
         raise ConfigError(
             "TARGET", f"target {name!r}", f"no such setting: {', '.join(settings)}", "Only 'edm' has one, sigma_data"

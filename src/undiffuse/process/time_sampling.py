@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, unknown_name
 from undiffuse.process.schedule import Schedule
 
 _EDGE = 2.0**-53
@@ -192,8 +192,7 @@ TIME_DISTRIBUTIONS: dict[str, Callable[..., TimeDistribution]] = {  # (schedule,
 def build(name: str, schedule: Schedule, T: int, **settings: float) -> TimeDistribution:
     """The distribution ``name`` of `TIME_DISTRIBUTIONS` with its settings. Raises `ConfigError`."""
     if name not in TIME_DISTRIBUTIONS:
-        fix = f"Use one of {', '.join(TIME_DISTRIBUTIONS)}"
-        raise ConfigError("TIMES", repr(name), "no such distribution of times", fix)
+        raise unknown_name("TIMES", name, "distribution of times", TIME_DISTRIBUTIONS)
     fix = "See the documentation of undiffuse.process.time_sampling"
     try:
         times = TIME_DISTRIBUTIONS[name](schedule, T, **settings)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, unknown_name
 from undiffuse.process.gaussian import Variance, step_log_var
 from undiffuse.process.noise_level import NoiseLevel, transition_frac
 
@@ -100,7 +100,7 @@ WEIGHTS = {
 def build(name: str, **settings: float) -> Weight:
     """The weight ``name`` of `WEIGHTS`, with its settings. Raises `ConfigError`."""
     if name not in WEIGHTS:
-        raise ConfigError("WEIGHT", repr(name), "no such weight", f"Use one of {', '.join(WEIGHTS)}")
+        raise unknown_name("WEIGHT", name, "weight", WEIGHTS)
     row = WEIGHTS[name]
     allowed = row.rule.__code__.co_varnames[2 if row.needs_next_level else 1 : row.rule.__code__.co_argcount]
     for key in settings:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from inspect import Parameter
 from typing import TYPE_CHECKING
 
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, unknown_name
 from undiffuse.runtime.lazy_table import LazyTable, row
 from undiffuse.runtime.plugins import WithPlugins
 
@@ -46,7 +46,7 @@ SOLVERS = WithPlugins(BUILT_IN_SOLVERS, "undiffuse.solvers")
 def build(name: str, **settings: object) -> Solver:
     """The solver called ``name`` with its settings. Raises `ConfigError` for an unknown name or a wrong setting."""
     if name not in SOLVERS:
-        raise ConfigError("SOLVER", repr(name), "no such solver", f"Use one of {', '.join(SOLVERS)}")
+        raise unknown_name("SOLVER", name, "solver", SOLVERS)
     solver = SOLVERS[name]
     parameters = inspect.signature(solver, eval_str=True).parameters
     for key, value in settings.items():
