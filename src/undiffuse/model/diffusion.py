@@ -138,9 +138,12 @@ class Diffusion(Pretrained, nn.Module):
 
     text_condition = text_condition
 
-    def prepare_condition(self, cond: Condition, items: int) -> Condition:
-        """Validates ``cond`` for a batch of ``items`` and moves it to the model's device. Raises `ConfigError`."""
-        cond = arguments.check_condition(cond).validate_for(self.condition_sizes, items)
+    def prepare_condition(self, cond: Condition, items: int, for_classifier: bool = False) -> Condition:
+        """Validates ``cond`` for a batch of ``items`` and moves it to the model's device. Raises `ConfigError`.
+
+        With ``for_classifier`` it may hold a field that only a classifier uses, such as a label.
+        """
+        cond = arguments.check_condition(cond).validate_for(self.condition_sizes, items, for_classifier)
         return cond.to(self.device).map(arguments.outside_inference_mode)
 
     def denoiser(self, network: nn.Module | None = None) -> NetworkDenoiser:
@@ -235,10 +238,11 @@ class Diffusion(Pretrained, nn.Module):
         arguments.check_small_image(cond, self.condition_sizes)
         arguments.check_guide(guide, self.condition_sizes)
         denoise = self.sampling_denoiser(sampler, guide)
-        if guide is not None and guide.log_prob is not None:
+        by_classifier = guide is not None and guide.log_prob is not None
+        if by_classifier:
             arguments.check_trainable(self, "a classifier's guidance")
         if cond is not None:
-            cond = self._sampling_condition(cond, len(items), guide)
+            cond = self.prepare_condition(cond, len(items), by_classifier)
             denoise, solver = ConditionedDenoiser(denoise, cond), sampler.guide_solver(solver, guide, cond)
         start = prior_sample(levels[0], noise(1)[0].to(self.dtype))
         return solver_trajectory(denoise, solver, levels, start, noise)
@@ -270,13 +274,6 @@ class Diffusion(Pretrained, nn.Module):
         """``denoise`` with x̂ clamped to [−1, 1]; by default (None) only if the data are bounded."""
         return Clipped(denoise) if (isinstance(self.transform, BOUNDED) if clip is None else clip) else denoise
 
-    def _sampling_condition(self, cond: Condition, items: int, guide: Guide | None) -> Condition:
-        """`prepare_condition`; the classifier of ``guide`` may need a label that the network does not accept."""
-        if guide is None or guide.log_prob is None:
-            return self.prepare_condition(cond, items)
-        cond = arguments.check_condition(cond).validate_for(self.condition_sizes, items, for_classifier=True)
-        return cond.to(self.device).map(arguments.outside_inference_mode)
-
     @torch.inference_mode(False)
     @torch.no_grad()
     def sample(
@@ -299,7 +296,8 @@ class Diffusion(Pretrained, nn.Module):
         """
         arguments.check_counts(n=(n, 1), seed=(seed, 0), batch=(batch, 1), first=(first, 0))
         arguments.check_guide(guide, self.condition_sizes)
-        cond = None if cond is None else self._sampling_condition(cond, n, guide)  # all n, before it is sliced
+        if cond is not None:  # all n, before it is sliced
+            cond = self.prepare_condition(cond, n, guide is not None and guide.log_prob is not None)
         values = []
         for start in range(0, n, batch):
             stop = min(start + batch, n)
