@@ -18,7 +18,7 @@ from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.model.latent import LatentTransform
 from undiffuse.training import distillation_task, latents
 from undiffuse.training import fit as loop
-from undiffuse.training.augmentation import augment
+from undiffuse.training.augmentation import FLIPS, augment
 from undiffuse.training.diffusion_task import DiffusionTask, fit_diffusion
 from undiffuse.training.distillation_task import fit_distillation
 from undiffuse.training.run_folder import Run
@@ -110,7 +110,7 @@ def test_mirror_images_are_encoded_and_not_mirrored_latents(tmp_path):
     x, seen = read(chosen, settings, 3), set()
     values = torch.from_numpy(augment(IMAGES.values[chosen], settings, 3).copy())
     torch.testing.assert_close(torch.from_numpy(x), transform.to_model(values), rtol=0, atol=1e-4)
-    for name in latents.FLIPS:
+    for name in FLIPS:
         seen |= {(name, bool(on)) for on in latents.mirrored(name, settings, 3, 12)}
     assert len(seen) == 4  # both, for both
 

@@ -9,11 +9,14 @@ from undiffuse.errors import ConfigError
 from undiffuse.model.config import TrainConfig
 from undiffuse.process.seeded_noise import generator
 
+FLIPS = {"flip": -1, "flip_vertical": -2}
+"""The settings that mirror items, and their axes."""
+
 
 def check_augmentation(settings: TrainConfig, item_shape: tuple[int, ...]) -> None:
     """Raise `ConfigError` if items of this shape cannot be mirrored or translated as ``settings`` require."""
     size = item_shape[1:]
-    for name in ("flip", "flip_vertical"):
+    for name in FLIPS:
         if getattr(settings, name) and len(size) != 2:
             raise ConfigError("FLIP", f"train.{name}", "only images can be mirrored", "Set it to false for these data")
     if settings.crop and settings.crop >= min(size, default=1):
@@ -34,7 +37,7 @@ def augment(values: np.ndarray, settings: TrainConfig, step: int) -> np.ndarray:
     item by k cells of its reflection and crops it back: a translation by −k … k along each axis.
     """
     batch, dims = len(values), values.ndim - 2
-    for name, axis in (("flip", -1), ("flip_vertical", -2)):
+    for name, axis in FLIPS.items():
         if getattr(settings, name):
             chosen = mirrored(name, settings, step, batch).reshape(-1, *[1] * (dims + 1))
             values = np.where(chosen, np.flip(values, axis), values)

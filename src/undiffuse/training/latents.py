@@ -28,11 +28,9 @@ from undiffuse.process.seeded_noise import generator
 from undiffuse.runtime.atomic_file import atomic_file, file_digest, json_digest
 from undiffuse.runtime.file_headers import npy_header, read_npy_header
 from undiffuse.runtime.side_files import read_record, write_record
-from undiffuse.training.augmentation import mirrored
+from undiffuse.training.augmentation import FLIPS, mirrored
 from undiffuse.training.batches import Batch, Reader, values_of
 
-FLIPS = {"flip": -1, "flip_vertical": -2}
-"""The settings that mirror items, and their axes."""
 FOLDER, POSTERIORS, RECORD, AUTOENCODER = "latents", "posteriors.npy", "latents.json", "autoencoder.safetensors"
 """In the folder of a run: means and log-variances, what they are, and the autoencoder as it was given."""
 ENCODE_BATCH = 64
