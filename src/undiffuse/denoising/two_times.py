@@ -29,8 +29,7 @@ def predict_to(
 
     A denoiser without a second time predicts as at s = t.
     """
-    end_time = s.t.expand(len(x_t))
-    return denoise(x_t, t, replace(cond or Condition(), end_time=end_time), next_level=s)
+    return denoise(x_t, t, _with_end_time(cond, s, len(x_t)), next_level=s)
 
 
 class MapDenoiser(Denoiser, Protocol):
@@ -45,7 +44,12 @@ def predict_to_with_slope(
     denoise: MapDenoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel, cond: Condition | None = None
 ) -> tuple[Prediction, Tensor]:
     """`predict_to`, and h (B, ...), the mean of alpha ∂x̂_i/∂x_i over log(sigma/alpha) along the flow from t to s."""
-    return denoise.predict_with_slope(x_t, t, replace(cond or Condition(), end_time=s.t.expand(len(x_t))))
+    return denoise.predict_with_slope(x_t, t, _with_end_time(cond, s, len(x_t)))
+
+
+def _with_end_time(cond: Condition | None, s: NoiseLevel, items: int) -> Condition:
+    """``cond`` of ``items`` items with the time of ``s``, () or (B,), as the end time of each."""
+    return replace(cond or Condition(), end_time=s.t.expand(items))
 
 
 def map_log_det(slope: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
