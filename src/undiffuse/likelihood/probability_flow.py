@@ -17,7 +17,7 @@ from undiffuse.likelihood.dequantization import Dequantizer, dequantize
 from undiffuse.likelihood.nll import NLL, make_nll
 from undiffuse.networks.condition import Condition
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
-from undiffuse.process.ode_integrator import Integrator, flow_time, log_snr_at_flow_time
+from undiffuse.process.ode_integrator import Integrator, flow_time, flow_velocity, log_snr_at_flow_time, radius
 from undiffuse.process.prior import Prior, prior_log_prob
 from undiffuse.process.schedule import Schedule
 from undiffuse.process.seeded_noise import Noise
@@ -120,17 +120,16 @@ def integrate_flow(
 
     def derivative(items: Tensor, u: Tensor, y: Tensor) -> Tensor:
         level = schedule(schedule.inverse(log_snr_at_flow_time(u)))
-        at = level.broadcast_like(y)
-        r = torch.hypot(at.alpha, at.sigma)
+        r = broadcast_like(radius(level), y)
         with torch.enable_grad():
             position = y[:, :-1].detach().requires_grad_()
             x_t = (r * position).reshape(-1, *shape).to(dtype)
             x, eps = (p.double().flatten(1) for p in denoise(x_t, level, cond and cond.take(items))[:2])
-            velocity = at.sigma / r * (at.alpha / r * eps - at.sigma / r * x)
+            velocity = flow_velocity(x, eps, level)
             trace = divergence(velocity, position, None if flat_probes is None else flat_probes[:, items])
         return torch.cat([velocity.detach(), trace[:, None] / dims], 1)
 
-    r_s, r_t = (float(torch.hypot(v.alpha, v.sigma)) for v in (s, t))
+    r_s, r_t = (float(radius(v)) for v in (s, t))
     start = torch.cat([x_s.double().flatten(1) / r_s, x_s.new_zeros(len(x_s), 1, dtype=torch.float64)], 1)
     y, calls = integrator(derivative, start, float(flow_time(s.log_snr)), float(flow_time(t.log_snr)))
     log_det = dims * (y[:, -1] + math.log(r_t / r_s))

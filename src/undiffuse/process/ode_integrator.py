@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.errors import ConfigError, NonFiniteError
+from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 
 Derivative = Callable[[Tensor, Tensor, Tensor], Tensor]
 """derivative(items, u, y) = dy/du (b, n) of the given ``items`` (b,) of the batch, at ``u`` (b,) and ``y`` (b, n)."""
@@ -28,6 +29,20 @@ def flow_time(log_snr: Tensor | float) -> Tensor:
 def log_snr_at_flow_time(u: Tensor) -> Tensor:
     """log_snr = 2 log sinh(−u), −inf for u ≥ 0."""
     return 2 * torch.log(torch.sinh((-u).clamp(min=0)))
+
+
+def radius(level: NoiseLevel) -> Tensor:
+    """√(alpha² + sigma²)."""
+    return torch.hypot(level.alpha, level.sigma)
+
+
+def flow_velocity(x: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
+    """dy/du = (sigma/r)((alpha/r) ε̂ − (sigma/r) x̂) of y = x_t/r, r² = alpha² + sigma² [Song21 eq. 13].
+
+    ``x`` and ``eps`` (B, ...) are the prediction at ``level``; the flow of y in the flow time u has no other term.
+    """
+    at, r = level.broadcast_like(x), broadcast_like(radius(level), x)
+    return at.sigma / r * (at.alpha / r * eps - at.sigma / r * x)
 
 
 class Tableau(NamedTuple):

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from undiffuse.denoising.denoiser import Denoiser
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
-from undiffuse.process.ode_integrator import Integrator, flow_time, log_snr_at_flow_time
+from undiffuse.process.ode_integrator import Integrator, flow_time, flow_velocity, log_snr_at_flow_time, radius
 from undiffuse.sampling.solvers.ddim import DDIM
-from undiffuse.sampling.solvers.runge_kutta import radius
 from undiffuse.sampling.solvers.solver import Solver, State
 
 
@@ -56,9 +55,9 @@ class Adaptive(Solver):
         return x, (*state, calls)
 
     def _integrate(self, denoise: Denoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """(x_s, calls of each item): with r² = alpha² + sigma², d(x/r)/dv = (sigma/r)((sigma/r) x̂ − (alpha/r) ε̂).
+        """(x_s, calls of each item) by `flow_velocity` in v = asinh(alpha/sigma), `flow_time` with the opposite sign.
 
-        v = asinh(alpha/sigma) is `flow_time` with the opposite sign. The integrator's last column is not used.
+        The integrator's last column is not used.
         """
         y = x_t.to(torch.promote_types(x_t.dtype, torch.float32)).flatten(1) / broadcast_like(radius(t), x_t.flatten(1))
         y = torch.cat([y, torch.zeros_like(y[:, :1])], 1)
@@ -68,9 +67,9 @@ class Adaptive(Solver):
         def derivative(items: Tensor, v: Tensor, y: Tensor) -> Tensor:
             all_y[items], all_v[items] = y, v
             level = denoise.schedule(denoise.schedule.inverse(log_snr_at_flow_time(-all_v)))
-            at, r = level.broadcast_like(x_t), broadcast_like(radius(level), x_t)
+            r = broadcast_like(radius(level), x_t)
             x, eps, _ = denoise((r * all_y[:, :-1].reshape(x_t.shape)).to(x_t.dtype), level)
-            rate = at.sigma / r * (at.sigma / r * x - at.alpha / r * eps)
+            rate = -flow_velocity(x, eps, level)
             return torch.cat([rate.flatten(1), torch.zeros_like(all_y[:, :1])], 1)[items]
 
         y, calls = self._integrator()(derivative, y, start, end)

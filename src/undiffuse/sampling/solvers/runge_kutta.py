@@ -14,7 +14,7 @@ from torch import Tensor
 from undiffuse.denoising.denoiser import Denoiser, predicts_at_data
 from undiffuse.errors import ConfigError
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
-from undiffuse.process.ode_integrator import HEUN, RK4, Tableau
+from undiffuse.process.ode_integrator import HEUN, RK4, Tableau, radius
 from undiffuse.process.rates import scale_derivatives
 from undiffuse.process.schedule import Schedule
 from undiffuse.sampling.solvers.ddim import DDIM
@@ -41,11 +41,6 @@ def noise_to_signal(level: NoiseLevel) -> Tensor:
 def level_at_ratio(schedule: Schedule, u: Tensor) -> NoiseLevel:
     """The level of ``schedule`` whose sigma/alpha is ``u``, or the nearest within its range."""
     return schedule(schedule.inverse(-2 * torch.log(u)))
-
-
-def radius(level: NoiseLevel) -> Tensor:
-    """√(alpha² + sigma²)."""
-    return torch.hypot(level.alpha, level.sigma)
 
 
 VARIABLES = {
