@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from test_cli import RECIPE
 
-from undiffuse.cli.train import open_run
+from undiffuse.cli.training_options import open_run
 from undiffuse.data.sources.registry import load as load_data
 from undiffuse.errors import ConfigError
 from undiffuse.training import autoencoder_task, distillation_task

@@ -29,7 +29,7 @@ from undiffuse.cli.options import (
 )
 from undiffuse.cli.recipe_options import check_length, format_length
 from undiffuse.cli.results import with_json
-from undiffuse.cli.train import (
+from undiffuse.cli.training_options import (
     Force,
     Log,
     Minutes,

@@ -1,17 +1,15 @@
-"""``undiffuse train``, and what it shares with ``undiffuse train-classifier``."""
+"""``undiffuse train``."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undiffuse.cli.data_options import ReadData, lies_inside, print_notes, refuse_inside, with_data_options
+from undiffuse.cli.data_options import ReadData, print_notes, with_data_options
 from undiffuse.cli.options import (
     DataArgument,
     Device,
@@ -25,8 +23,22 @@ from undiffuse.cli.options import (
 )
 from undiffuse.cli.prompt_options import example_prompt
 from undiffuse.cli.recipe_options import RecipeOptions, format_length
-from undiffuse.cli.results import add, show, with_json
-from undiffuse.errors import ConfigError
+from undiffuse.cli.results import with_json
+from undiffuse.cli.training_options import (
+    Batch,
+    Epochs,
+    Extend,
+    Force,
+    LearningRate,
+    Log,
+    Minutes,
+    OnNonfinite,
+    Steps,
+    changes_as_table,
+    open_run,
+    report_done,
+    report_finished,
+)
 from undiffuse.model.presets import PRESETS
 from undiffuse.networks.tables import INSTALLED_NETWORKS
 from undiffuse.process.tables import SCHEDULES
@@ -35,40 +47,6 @@ if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
     from undiffuse.model.config import Config
     from undiffuse.training.run_folder import Run
-
-Minutes = Annotated[
-    float | None,
-    typer.Option(help="Train for about this many minutes, including the decay of the learning rate."),
-]
-Steps = Annotated[int | None, typer.Option(help="Train for this many optimizer steps.")]
-Epochs = Annotated[float | None, typer.Option(help="Train for this many passes over the training items.")]
-Batch = Annotated[int | None, typer.Option(help="Items per optimizer step; by default that of the recipe.")]
-LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate; by default that of the recipe.")]
-OnNonfinite = Annotated[
-    str | None,
-    typer.Option(
-        help="At a step whose loss or gradient is NaN or infinite: stop (default) ends the run, skip omits the step."
-    ),
-]
-Force = Annotated[bool, typer.Option("--force", help="Resume a run although settings, data or torch have changed.")]
-
-
-def _check_loggers(names: list[str] | None) -> list[str] | None:
-    """The callback of ``--log``: an error at once, not after the data are read."""
-    if names:
-        from undiffuse.training.loggers import check_loggers
-
-        check_loggers(names)
-    return names
-
-
-Log = Annotated[
-    list[str] | None,
-    typer.Option("--log", help="Log the records also to tensorboard or wandb; repeatable.", callback=_check_loggers),
-]
-Extend = Annotated[
-    bool, typer.Option("--extend", help="Make the run in --out longer by --minutes or --steps, with its own recipe.")
-]
 
 
 @with_json
@@ -186,6 +164,12 @@ def train(
     _print_next_commands(run, dataset, prompt, network_option(network))
 
 
+def stage_suffix(options: Mapping[str, Any]) -> str:
+    """What is added to the name of a run for the stage of a cascade that the ``options`` of data name."""
+    sides = (("", options.get("reduce_to")), ("-from", options.get("from_side")))
+    return "".join(f"{word}-{side}" for word, side in sides if side is not None)
+
+
 def _print_next_commands(run: Run, dataset: Dataset, prompt: str, network: str) -> None:
     """Print the commands that sample and measure the model, with the options ``prompt`` and ``network``."""
     from undiffuse.model import checkpoint
@@ -201,65 +185,3 @@ def _print_next_commands(run: Run, dataset: Dataset, prompt: str, network: str) 
         return
     has_test_part = config["train"]["held_out"] > 0 or dataset.test_from is not None
     console.print(f"next: undiffuse evaluate {folder}{'' if has_test_part else ' --part train'}{network}")
-
-
-def open_run(out: Path | None, data: str, suffix: str = "") -> Run:
-    """The run in ``out``, by default runs/DATA with a ``suffix``, next to DATA if that is inside them; none is created.
-
-    Raises `ConfigError` if ``out`` is inside the data.
-    """
-    from undiffuse.data.sources.registry import path_of
-    from undiffuse.training.run_folder import Run
-
-    source = path_of(data)
-    if out is None:
-        path = Path(data) if source is None else source.resolve()
-        out = Path("runs") / f"{path.name.lstrip('.').split('.')[0] or 'data'}{suffix}"
-        if lies_inside(out, source):
-            out = Path(os.path.relpath(path.parent)) / out
-    refuse_inside(out, data)
-    return Run(out)
-
-
-def stage_suffix(options: Mapping[str, Any]) -> str:
-    """What is added to the name of a run for the stage of a cascade that the ``options`` of data name."""
-    sides = (("", options.get("reduce_to")), ("-from", options.get("from_side")))
-    return "".join(f"{word}-{side}" for word, side in sides if side is not None)
-
-
-def report_finished(run: Run, extendable: bool = True) -> None:
-    """Print that the run is finished, which `undiffuse.training.fit.fit` has compared with the command."""
-    _add_run(run)
-    longer = "--extend trains it longer, " * extendable
-    console.print(f"{run.folder} is a finished run already; {longer}another --out trains again")
-
-
-def report_done(run: Run) -> None:
-    """Print where the model is, and the report, if one could be written."""
-    from undiffuse.training import run_report
-
-    page, shown = run.folder / run_report.NAME, ""
-    _add_run(run)
-    if page.is_file():
-        with suppress(ConfigError):
-            run_report.check_page(page)
-            shown = f"; report: {page}"
-    console.print(f"done: {run.model}{shown}")
-
-
-def _add_run(run: Run) -> None:
-    add(run=run.folder, model=run.model, records=run.read_metrics())
-
-
-@contextmanager
-def changes_as_table() -> Iterator[None]:
-    """Print a table of what has changed since the run began, if that is the error."""
-    from undiffuse.training.run_folder import ChangedError
-
-    try:
-        yield
-    except ChangedError as error:
-        rows = [{"": what, "as begun": old, "now": new} for what, old, new in error.rows]
-        changed = [{"setting": what, "as_begun": old, "now": new} for what, old, new in error.rows]
-        show(rows, error.where, changed=changed)
-        raise

@@ -11,7 +11,7 @@ from undiffuse.cli.data_options import ReadData, given_options, print_notes, wit
 from undiffuse.cli.options import DataArgument, Device, as_argument, console, resolve_device
 from undiffuse.cli.recipe_options import RecipeOptions, format_length
 from undiffuse.cli.results import with_json
-from undiffuse.cli.train import (
+from undiffuse.cli.training_options import (
     Batch,
     Epochs,
     Extend,
