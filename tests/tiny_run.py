@@ -28,7 +28,7 @@ from undiffuse.training.diffusion_task import fit_diffusion
 from undiffuse.training.ema import PowerEMA
 from undiffuse.training.monitor import Monitor
 from undiffuse.training.progress import Progress
-from undiffuse.training.train_state import TrainState, load_latest, write_checkpoint
+from undiffuse.training.train_state import StateParts, TrainState, load_latest, write_checkpoint
 
 STEPS = 40
 ITEM_SHAPE = (1, 4, 4)
@@ -182,11 +182,15 @@ class Trained:
             self.ema.update(self.network, self.progress.step)
         return self
 
+    @property
+    def parts(self):
+        return StateParts(self.network, self.ema, self.optimizer)
+
     def write(self, folder, **settings):
-        return write_checkpoint(folder, self.progress, self.network, self.ema, self.optimizer, **settings)
+        return write_checkpoint(folder, self.progress, self.parts, **settings)
 
     def read(self, folder):
-        self.progress, lines = load_latest(folder, self.network, self.ema, self.optimizer)
+        self.progress, lines = load_latest(folder, self.parts)
         return lines
 
     def tensors(self):

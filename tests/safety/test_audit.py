@@ -136,7 +136,7 @@ def watched(place: Path) -> dict:
                 name.write_bytes(content)
             watching = True
             try_all(path)
-            for read in (load, checkpoint.load, lambda f: load_latest(f / "checkpoints", None, None, None)):
+            for read in (load, checkpoint.load, lambda f: load_latest(f / "checkpoints", None)):
                 with contextlib.suppress(UndiffuseError):
                     read(folder)
             watching = False

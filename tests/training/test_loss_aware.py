@@ -233,13 +233,13 @@ def test_the_history_is_that_of_the_whole_batch_with_accumulation(tmp_path, stop
 def test_a_checkpoint_of_other_times_is_refused(tmp_path, stop):
     stop(2, CONFIG, tmp_path)
     model = Diffusion(replace(MODEL, times={"name": "loss_aware", "strata": 2}), (1, 4, 4), IntegerLevels(5))
-    ema = PowerEMA(model, 0.05)
     optimizer = torch.optim.AdamW(model.network.parameters())
+    parts = state.StateParts(model, PowerEMA(model, 0.05), optimizer, model.time_sampler_state)
     with pytest.raises(CheckpointError, match=r"'times' has the shape \(4, 10\), not \(2, 10\)"):
-        state.load_latest(tmp_path / "checkpoints", model, ema, optimizer, model.time_sampler_state)
+        state.load_latest(tmp_path / "checkpoints", parts)
     (tmp_path / "checkpoints" / "step-00000002" / "extra.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"extra.safetensors"):
-        state.load_latest(tmp_path / "checkpoints", model, ema, optimizer, model.time_sampler_state)
+        state.load_latest(tmp_path / "checkpoints", parts)
 
 
 def test_uniform_times_have_no_extra_state(tmp_path, stop):

@@ -231,7 +231,7 @@ def test_checkpoints_of_another_run_are_not_loaded(tmp_path):
     (tmp_path / "mine" / "step-00000002").rename(tmp_path / "away")
     (tmp_path / "other" / "step-00000002").rename(tmp_path / "mine" / "step-00000002")
     again = Trained()
-    progress, lines = state.load_latest(tmp_path / "mine", again.network, again.ema, again.optimizer, run_id="mine")
+    progress, lines = state.load_latest(tmp_path / "mine", again.parts, run_id="mine")
     assert (progress.step, len(lines), "it is a checkpoint of another run" in lines[0]) == (1, 1, True)
 
 

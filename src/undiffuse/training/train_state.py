@@ -15,7 +15,7 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +34,20 @@ from undiffuse.training.run_folder import checkpoint_folders, named_folders, ste
 from undiffuse.training.task import Task
 
 
+class StateParts(NamedTuple):
+    """What a checkpoint stores: the weights of ``model``, their averages, the optimizer's moments, and more tensors."""
+
+    model: nn.Module
+    ema: PowerEMA
+    optimizer: torch.optim.Optimizer
+    extra: Mapping[str, Tensor] = {}
+
+    def by_file(self) -> dict[str, Mapping[str, Tensor]]:
+        """The tensors by file and name; without any in ``extra`` there is no file for them."""
+        files = {"network": self.model.state_dict(), "average": self.ema.mean, "optimizer": _moments(self.optimizer)}
+        return {**files, "extra": self.extra} if self.extra else files
+
+
 class TrainState:
     """Everything that steps change but `Progress`: ``model``, its averages, the optimizer, and the task's own state.
 
@@ -50,13 +64,14 @@ class TrainState:
         self.snapshots = EMASnapshots(model, self.ema, settings.ema, settings.snapshots, snapshots)
 
     @property
-    def extra(self) -> dict[str, Tensor]:
-        """The tensors of the checkpoint's part ``extra``: the task's own state and the averages for snapshots."""
-        return self.task.extra_state(self.model) | self.snapshots.state
+    def parts(self) -> StateParts:
+        """The parts of a checkpoint; ``extra`` are the task's own state and the averages for snapshots."""
+        extra = self.task.extra_state(self.model) | self.snapshots.state
+        return StateParts(self.model, self.ema, self.optimizer, extra)
 
     def load_latest(self, folder: Path, run_id: str = "") -> tuple[Progress, list[str]]:
         """`load_latest` of this state, also into ``ema_model``; snapshots of later steps are removed."""
-        progress, warnings = load_latest(folder, self.model, self.ema, self.optimizer, self.extra, run_id)
+        progress, warnings = load_latest(folder, self.parts, run_id)
         progress.run = run_id
         self.ema.copy_to(self.ema_model)
         if self.main:
@@ -77,31 +92,22 @@ class TrainState:
     def save(self, folder: Path, progress: Progress) -> None:
         """Write a checkpoint, and copy the averaged weights to ``ema_model``."""
         self.ema.copy_to(self.ema_model)
-        write_checkpoint(folder, progress, self.model, self.ema, self.optimizer, extra=self.extra, main=self.main)
+        write_checkpoint(folder, progress, self.parts, main=self.main)
 
 
-def write_checkpoint(
-    folder: Path,
-    progress: Progress,
-    model: nn.Module,
-    ema: PowerEMA,
-    optimizer: torch.optim.Optimizer,
-    keep: int = 2,
-    extra: Mapping[str, Tensor] | None = None,
-    main: bool = True,
-) -> Path:
+def write_checkpoint(folder: Path, progress: Progress, parts: StateParts, keep: int = 2, main: bool = True) -> Path:
     """Write ``folder``/step-N; of older ones keep the newest ``keep`` − 1 and the last before the decay.
 
-    Files come first, then a manifest of their sha256, then one rename: the checkpoint is complete or absent. ``extra``
-    are further tensors; without any there is no file for them. Every process calls it, and the ``main`` one writes.
-    Raises `NonFiniteError` if a tensor holds a NaN or infinity, and `ResourceError`; then nothing has changed.
+    Files come first, then a manifest of their sha256, then one rename: the checkpoint is complete or absent. Every
+    process calls it, and the ``main`` one writes. Raises `NonFiniteError` if a tensor holds a NaN or infinity, and
+    `ResourceError`; then nothing has changed.
     """
     final = folder / f"step-{progress.step:08d}"
     partial = folder / f"partial-{progress.step:08d}"
-    parts = {k: gather_full(v, main) for k, v in _parts(model, ema, optimizer, extra).items()}
+    files = {k: gather_full(v, main) for k, v in parts.by_file().items()}
     if not main:
         return final
-    for part, tensors in parts.items():
+    for part, tensors in files.items():
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 cause = f"{name!r} of its {part} is not finite, so it is not written"
@@ -111,7 +117,7 @@ def write_checkpoint(
         _discard(partial)
         partial.mkdir(parents=True)
         tags = {"undiffuse": "state"}
-        manifest = {f"{k}.safetensors": write_tensors(partial / f"{k}.safetensors", v, tags) for k, v in parts.items()}
+        manifest = {f"{k}.safetensors": write_tensors(partial / f"{k}.safetensors", v, tags) for k, v in files.items()}
         text = json.dumps(asdict(progress)).encode()
         write_atomic(partial / "progress.json", text)
         manifest["progress.json"] = hashlib.sha256(text).hexdigest()
@@ -123,7 +129,7 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, ResourceError):
             raise
-        size = sum(t.nbytes for tensors in parts.values() for t in tensors.values())
+        size = sum(t.nbytes for tensors in files.values() for t in tensors.values())
         raise write_error(final, size, error) from None
     others = [f for f in checkpoint_folders(folder) if f != final]
     older = [f for f in others if step_of(f) < progress.step]  # newer ones were found damaged when the run was resumed
@@ -181,15 +187,8 @@ def finish_interrupted_writes(folder: Path) -> None:
         shutil.rmtree(rest, ignore_errors=True)
 
 
-def load_latest(
-    folder: Path,
-    model: nn.Module,
-    ema: PowerEMA,
-    optimizer: torch.optim.Optimizer,
-    extra: Mapping[str, Tensor] | None = None,
-    run_id: str | None = None,
-) -> tuple[Progress, list[str]]:
-    """Load the newest intact checkpoint; return its progress and a line for each damaged one that is newer.
+def load_latest(folder: Path, parts: StateParts, run_id: str | None = None) -> tuple[Progress, list[str]]:
+    """Load the newest intact checkpoint into ``parts``; return its progress and a line for each damaged newer one.
 
     One of another run than ``run_id``, if that is given, counts as damaged. The tensors of ``extra`` are filled in
     place. Progress is 0 if there are no checkpoints. Raises `CheckpointError` if there are some and none is intact.
@@ -197,7 +196,7 @@ def load_latest(
     damaged: list[CheckpointError] = []
     for candidate in reversed(checkpoint_folders(folder)):
         try:
-            progress = _read(candidate, model, ema, optimizer, extra or {}, run_id)
+            progress = _read(candidate, parts, run_id)
         except CheckpointError as error:
             damaged.append(error)
         else:
@@ -209,19 +208,12 @@ def load_latest(
     return Progress(), []
 
 
-def _read(
-    folder: Path,
-    model: nn.Module,
-    ema: PowerEMA,
-    optimizer: torch.optim.Optimizer,
-    extra: Mapping[str, Tensor],
-    run_id: str | None,
-) -> Progress:
+def _read(folder: Path, parts: StateParts, run_id: str | None) -> Progress:
     progress = verify_checkpoint(folder)
     if run_id is not None and progress.run != run_id:
         raise CheckpointError("OTHER_RUN", folder, "it is a checkpoint of another run", "An older checkpoint is used")
     stored: dict[str, dict[str, Tensor]] = {}
-    for part, wanted in _parts(model, ema, optimizer, extra).items():
+    for part, wanted in parts.by_file().items():
         path = folder / f"{part}.safetensors"
         if part == "extra" and not path.exists():
             stored[part] = {}
@@ -232,14 +224,14 @@ def _read(
             wanted = {name: wanted[name] for name in tensors}
         check_tensors(path, tensors if part == "optimizer" else wanted, tensors)
         stored[part] = {name: distribute_like(t, wanted.get(name, t)) for name, t in tensors.items()}
-    model.load_state_dict(stored["network"])
-    ema.load(stored["average"])
-    _load_moments(optimizer, stored["optimizer"])
-    for name, tensor in extra.items():
+    parts.model.load_state_dict(stored["network"])
+    parts.ema.load(stored["average"])
+    _load_moments(parts.optimizer, stored["optimizer"])
+    for name, tensor in parts.extra.items():
         if name in stored["extra"]:
             tensor.copy_(stored["extra"][name])
-        elif (average := name.partition("/")[2]) in ema.mean:  # a new average of the weights begins at the model's
-            tensor.copy_(ema.mean[average])
+        elif (average := name.partition("/")[2]) in parts.ema.mean:  # a new average begins at the model's
+            tensor.copy_(parts.ema.mean[average])
     return progress
 
 
@@ -270,14 +262,6 @@ def verify_checkpoint(folder: Path) -> Progress:
 
 def _manifest_text(manifest: Mapping[str, str]) -> bytes:
     return json.dumps(manifest, indent=1, sort_keys=True).encode()
-
-
-def _parts(
-    model: nn.Module, ema: PowerEMA, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor] | None
-) -> dict[str, Mapping[str, Tensor]]:
-    """The tensors of a checkpoint, by file and name."""
-    parts = {"network": model.state_dict(), "average": ema.mean, "optimizer": _moments(optimizer)}
-    return {**parts, "extra": extra} if extra else parts
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
