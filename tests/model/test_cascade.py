@@ -17,9 +17,10 @@ from undiffuse.data.stage_data import reduce_data, split_data
 from undiffuse.data.transform import Identity, IntegerLevels
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.evaluation.plan import calls_per_second
+from undiffuse.evaluation.summary import stage_lines
 from undiffuse.likelihood.nll import make_nll
 from undiffuse.model import checkpoint
-from undiffuse.model.cascade import Cascade, stage_lines, stage_seed
+from undiffuse.model.cascade import Cascade, stage_seed
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition

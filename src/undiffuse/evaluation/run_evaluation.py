@@ -25,7 +25,7 @@ from undiffuse.errors import ConfigError, DataError, UndiffuseError
 from undiffuse.evaluation import plan as planning
 from undiffuse.evaluation import resumable, summary
 from undiffuse.likelihood.nll import NLL, concatenate
-from undiffuse.model.cascade import AnyModel, Cascade, stage_lines, weights_of
+from undiffuse.model.cascade import AnyModel, Cascade, weights_of
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
 from undiffuse.runtime.device import halve_while_out_of_memory
@@ -92,7 +92,7 @@ class EvaluationResult:
         """What the numbers mean, as sentences."""
         stages = ()
         if isinstance(self.model, Cascade):
-            stages = [f"{name}: {stage_lines(self.model, nll)}" for name, nll in self.nll.items()]
+            stages = [f"{name}: {summary.stage_lines(self.model, nll)}" for name, nll in self.nll.items()]
         meanings = summary.explanations(self.model, self.nll, self.mc_samples.get("ode") or 1)
         return [*self.notes, *stages, *meanings, *summary.few_call_error(self.model, self.nll)]
 
@@ -153,19 +153,7 @@ def evaluate(
     def condition_of(here: slice) -> Condition | None:  # of a batch: token embeddings of all items are large
         return data.given_condition(chosen[here], condition != "none")
 
-    has_image = isinstance(model, Diffusion) and "image" in model.condition_sizes
-    words = [*([condition] * (condition != "none")), *(["the low resolution"] * has_image)]
-    facts = {
-        "data": data.name,
-        "fingerprint": data.fingerprint,
-        "part": description,
-        "condition": " and ".join(words) or "none",
-        "seed": seed,
-        "precision": model.precision,
-        "digest": weights_of(model),
-        "chain_length": model.chain_length,
-        "version": __version__,
-    }
+    facts = _facts(model, data, description, condition, seed)
     request = facts | {
         "estimates": names,
         "items": items,
@@ -210,6 +198,23 @@ def evaluate(
         {name: plan[name]["mc_samples"] for name in computed},
         tuple(note for note in (reason, density_warning(model, data)) if note),
     )
+
+
+def _facts(model: AnyModel, data: Dataset, part: str, condition: str, seed: int) -> dict[str, Any]:
+    """The `EvaluationResult.facts` of the ``part`` of ``data`` that is measured with a ``condition`` or "none"."""
+    has_image = isinstance(model, Diffusion) and "image" in model.condition_sizes
+    words = [*([condition] * (condition != "none")), *(["the low resolution"] * has_image)]
+    return {
+        "data": data.name,
+        "fingerprint": data.fingerprint,
+        "part": part,
+        "condition": " and ".join(words) or "none",
+        "seed": seed,
+        "precision": model.precision,
+        "digest": weights_of(model),
+        "chain_length": model.chain_length,
+        "version": __version__,
+    }
 
 
 def density_warning(model: AnyModel, data: Dataset) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from undiffuse.data.transform import IntegerLevels, is_latent, values_transform
 from undiffuse.errors import counted
 from undiffuse.likelihood.nll import NLL
-from undiffuse.model.cascade import AnyModel
+from undiffuse.model.cascade import AnyModel, Cascade
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.likelihood_estimators import MAX_EXACT_TRACE_DIMS, TIGHT_TOLERANCE
 from undiffuse.process.schedule import finite_ends
@@ -126,6 +126,13 @@ def few_call_error(model: AnyModel, nll: Mapping[str, NLL]) -> list[str]:
         f"flow map minus probability flow, item by item: {mean:+.3f} ± {stderr:.3f} bits/dim, mean size {size:.3f} "
         f"(n = {n:,})"
     ]
+
+
+def stage_lines(cascade: Cascade, nll: NLL) -> str:
+    """What each stage adds to the mean bound, in bits per dimension of x."""
+    bits = nll.per_step.mean(0) / (cascade.dims * math.log(2))
+    lines = (f"{shape} {float(share):.4f}" for shape, share in zip(cascade.shapes, bits, strict=True))
+    return f"{', '.join(lines)} bits per dimension of x"
 
 
 def differences(model: AnyModel, nll: Mapping[str, NLL]) -> dict[str, dict[str, list[float]]]:

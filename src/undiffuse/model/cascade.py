@@ -320,13 +320,6 @@ def stage_seed(seed: int, stage: int) -> int:
     return seed if stage == 0 else generator(seed, "cascade", stage).initial_seed()
 
 
-def stage_lines(cascade: Cascade, nll: NLL) -> str:
-    """What each stage adds to the mean bound, in bits per dimension of x."""
-    bits = nll.per_step.mean(0) / (cascade.dims * math.log(2))
-    lines = (f"{shape} {float(share):.4f}" for shape, share in zip(cascade.shapes, bits, strict=True))
-    return f"{', '.join(lines)} bits per dimension of x"
-
-
 def _conditions(model: Diffusion) -> tuple[Any, ...]:
     return model.trained_condition_sizes, model.info.get("classes"), encoder_identity(model.info.get("text_encoder"))
 
