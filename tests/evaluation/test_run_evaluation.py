@@ -304,7 +304,7 @@ def test_a_constant_column_is_told_beside_a_density():
         )
     ]
     assert [len(lines) for lines in said] == [2, 1, 1]  # "≤: an upper bound" is said of each
-    assert "channel b (1 of 3 channels) has the same value in all items, and a density no upper bound" in said[0][0]
+    assert "channel b (1 of 3 channels) has the same value in all items, so its density has no" in said[0][0]
     values = integers(num_values=17).values.copy()
     values[:, 3] = 5
     integer = from_array(values, num_values=17, name="integers")

@@ -137,8 +137,8 @@ def test_a_condition_that_the_network_does_not_accept_is_refused(name, value, si
     [
         ({"image": torch.zeros(1, 3, 2, 2)}, r"image: its shape is \(1, 3, 2, 2\), not \(2, 3, 2, 2\)"),
         ({"image": torch.zeros(2, 1, 2, 2)}, r"image: its shape is \(2, 1, 2, 2\), not \(2, 3, 2, 2\)"),
-        ({"image": torch.full((2, 3, 2), torch.nan)}, r"image: some of it is no finite number"),
-        ({"image": torch.zeros(2, 3, 2, dtype=torch.uint8), "image_level": torch.zeros(2)}, r"image: some of it is no"),
+        ({"image": torch.full((2, 3, 2), torch.nan)}, r"image: it is not a floating-point image, or holds NaN"),
+        ({"image": torch.zeros(2, 3, 2, dtype=torch.uint8), "image_level": torch.zeros(2)}, r"image: it is not a"),
         ({"image": torch.zeros(2, 3, 2), "image_level": torch.zeros(2, 1)}, r"image_level: its shape is \(2, 1\)"),
         ({"image": torch.zeros(2, 3, 2), "image_level": torch.full((2,), torch.nan)}, r"image_level: some are NaN"),
         ({"image_level": torch.zeros(2)}, r"image_level: there is no image"),

@@ -228,8 +228,9 @@ def density_warning(model: AnyModel, data: Dataset) -> str | None:
         return None
     shares = f"{len(data.constant_channels)} of {data.item_shape[0]} channels"
     return (
-        f"channel {constant} ({shares}) has the same value in all items, and a density no upper bound there: these "
-        "numbers fall with the noise of the cleanest level, whatever the model knows of the rest. Leave it out"
+        f"channel {constant} ({shares}) has the same value in all items, so its density has no upper bound: these "
+        "numbers fall as the noise of the cleanest level falls, regardless of the other channels. Leave constant "
+        "channels out"
     )
 
 

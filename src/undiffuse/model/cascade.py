@@ -330,5 +330,5 @@ def _by(shape: Sequence[int]) -> str:
 
 def _check_augmentation(augmentation: float) -> None:
     if not 0 <= augmentation <= 1:
-        cause, fix = "it is no standard deviation in [0, 1]", "Give 0 for none, 1 for noise alone"
+        cause, fix = "it is not a standard deviation in [0, 1]", "Give 0 for none, 1 for noise alone"
         raise ConfigError("ARGUMENT", f"augmentation = {augmentation:g}", cause, fix)

@@ -45,7 +45,7 @@ def save(diffusion: Diffusion, path: str | Path) -> None:
     """Writes weights and description of the model to ``path``, atomically.
 
     Raises `CheckpointError`, and writes nothing, for what `load` would refuse: weights that are not finite, were cast
-    to another type or replaced, and an ``info`` or settings that are no plain data. Raises `ResourceError`.
+    to another type or replaced, and an ``info`` or settings that are not plain data. Raises `ResourceError`.
     """
     path, tensors = Path(path), weights(diffusion)
     metadata = _metadata(path, diffusion)
@@ -159,13 +159,13 @@ def _model_file(path: Path) -> Path:
 
 
 def _metadata(path: Path, diffusion: Diffusion) -> dict[str, str]:
-    """The metadata of the file ``path`` of a model. Raises `CheckpointError` where they are no plain data."""
+    """The metadata of the file ``path`` of a model. Raises `CheckpointError` where they are not plain data."""
     try:
         text = json.dumps(describe(diffusion), sort_keys=True)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         fix = "Keep numbers, strings and lists in info and settings, and a transform of undiffuse"
-        raise CheckpointError("DESCRIPTION", path, f"its description is no plain data ({error})"[:300], fix) from None
+        raise CheckpointError("DESCRIPTION", path, f"its description is not plain data ({error})"[:300], fix) from None
     if len(text) > MAX_DESCRIPTION:
         cause = f"its description has {len(text):,} characters, more than {MAX_DESCRIPTION:,}"
         raise CheckpointError("DESCRIPTION", path, cause, "Keep less in info")

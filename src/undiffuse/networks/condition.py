@@ -161,7 +161,8 @@ class Condition:
                 cause = f"it ranges from {int(value.min())} to {int(value.max())}"
                 _refuse(f.name, cause, f"Labels are 0 to {size - 1}, or -1 for none")
             if f.name == "image" and not (value.is_floating_point() and bool(value.isfinite().all())):
-                _refuse(f.name, "some of it is no finite number", "Give the image in the units of x")
+                cause = "it is not a floating-point image, or holds NaN or infinite values"
+                _refuse(f.name, cause, "Give the image in the units of x")
             if f.name == "image_level" and (self.image is None or bool(value.isnan().any())):
                 cause = "there is no image" if self.image is None else "some are NaN"
                 _refuse(f.name, cause, "Give the log-SNR of each image")

@@ -37,7 +37,7 @@ def check_output_folder(
     else:
         others = names.intersection(writes) - {*ours, record.name}
     if record.name in others:
-        cause = f"its {record.name} is damaged, edited or not ours, so that our files cannot be told from others"
+        cause = f"its {record.name} is damaged, edited or not ours: our files cannot be distinguished from others"
         raise ConfigError("OUT", folder, cause, "Give --out a new folder, or move this one away")
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""

@@ -244,7 +244,7 @@ def _stage(
     from undiffuse.data.stage_data import reduce_data, split_data
 
     if reduce_to is None and from_side is None:
-        cause = "it says how images are reduced, and neither --reduce nor --from is given"
+        cause = "it sets how images are reduced, but neither --reduce nor --from is given"
         raise ConfigError("OPTION", "--map", cause, "Give one of them, or leave it out")
     row = resolution_map or "mean"
     data = data if reduce_to is None else reduce_data(data, reduce_to, row)
