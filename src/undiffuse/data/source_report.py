@@ -65,6 +65,7 @@ class SourceReport:
 
 
 def changed_error() -> FileError:
+    """The error for a file that is not as it was when the source was listed; `FileError.at` adds its path."""
     return FileError("CHANGED_DURING_RUN", "was changed, replaced or deleted since it was listed")
 
 

@@ -80,6 +80,7 @@ class Comparison:
 
 
 def describe_copying(test: Copying | None) -> str:
+    """The result of the ``test`` in words, or why there is none."""
     if test is None:
         return "not tested, because no held-out items were chosen at random: official parts may differ from training"
     verdict = "training items are copied" if test.significant else "no evidence that training items are copied"

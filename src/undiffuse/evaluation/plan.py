@@ -42,7 +42,7 @@ CHANGED = " of data with the name, but not the content, of the training data"
 def select_items(model: AnyModel, data: Dataset, part: str | None) -> tuple[np.ndarray, str]:
     """The indices of a part and its description; by default the test part of the data of training, else all items.
 
-    So it is for data that may be those, see `Dataset.may_be_of`.
+    Data that may be the training data count as such, see `Dataset.may_be_of`.
     """
     own = data.fingerprint == model.info.get("fingerprint")
     changed = not own and data.may_be_of(model.info)

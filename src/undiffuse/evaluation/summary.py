@@ -67,9 +67,9 @@ def flow_map_calls(model: AnyModel) -> int:
 def is_bound(model: AnyModel, name: str, mc_samples: int | None) -> bool:
     """Whether an estimate's expectation is at least −log p of the model.
 
-    That of the flow is for latents, and for integer data, unless several importance samples have an estimated
-    divergence: the mean of exp(noise) is above 1. That of the script is not: a clamp makes values more likely than they
-    are. That of a few calls is not: the learned map is not the flow's.
+    "ode" is a bound for latents and integer data, unless several importance samples have an estimated divergence: the
+    mean of exp(noise) is above 1. "openai" is not: a clamp makes values more likely than they are. "flow_map" is not:
+    the learned map is not the flow's.
     """
     if name != "ode":
         return name not in ("openai", "flow_map")

@@ -120,7 +120,7 @@ def check_predicts_mean(config: ModelConfig, where: str | Path = "this model") -
 
 
 def check_trainable(model: nn.Module, what: str) -> None:
-    """Raises `ConfigError` if weights were made under inference mode, so that ``what``, a gradient, cannot be had."""
+    """Raises `ConfigError` if the weights are inference tensors, because ``what`` needs gradients."""
     if any(parameter.is_inference() for parameter in model.parameters()):
         cause = f"the weights were made under torch.inference_mode, and {what} needs gradients through them"
         raise ConfigError("INFERENCE_MODE", "model", cause, "Build, load, cast and move the model outside of it")

@@ -75,7 +75,7 @@ class Condition:
     def null(self) -> Condition:
         """The null condition in the same shapes: label −1, vector NaN, tokens zero and masked.
 
-        The image stays: it says what is to be enlarged, and no guidance goes away from it. So does ``end_time``.
+        ``image``, ``image_level`` and ``end_time`` are kept: guidance never drops them.
         """
         kept = {name: getattr(self, name) for name in ("image", "image_level", "end_time")}
         null = replace(self.map(torch.zeros_like), **kept)

@@ -199,6 +199,7 @@ def _parameters(cls: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
 
 
 def is_built_in(network: nn.Module | type[nn.Module]) -> bool:
+    """Whether ``network`` is, or is an instance of, a class of `BUILT_IN`; a subclass is not."""
     cls = network if isinstance(network, type) else type(network)
     return any(cls is built_in for _, built_in in BUILT_IN)
 

@@ -14,7 +14,7 @@ from undiffuse.networks.condition import NUM_BYTES, Condition
 from undiffuse.networks.embedding import ConditionEmbedding, sinusoids
 
 TEXT_WIDTH, TEXT_DEPTH, TEXT_HEADS = 128, 2, 4
-"""Of the transformer: features of a byte, layers, heads."""
+"""Features of a byte, layers and heads of the transformer."""
 
 
 class TextLayer(nn.Module):

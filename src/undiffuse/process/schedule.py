@@ -69,6 +69,7 @@ class LinearLogSNR:
         return vp_level(t, self.high + (self.low - self.high) * t)._replace(frac_fn=self.frac_between)
 
     def frac_between(self, t: Tensor, s: Tensor) -> Tensor:
+        """frac = −expm1((low − high)(t − s))."""
         return -torch.expm1((self.low - self.high) * (t - s))
 
     def inverse(self, log_snr: Tensor | float) -> Tensor:
@@ -152,6 +153,7 @@ class VarianceExploding:
         return NoiseLevel(t, torch.ones_like(t), torch.exp(log_sigma), -2 * log_sigma, frac_fn=self.frac_between)
 
     def frac_between(self, t: Tensor, s: Tensor) -> Tensor:
+        """frac = −expm1(2 log(sigma_max/sigma_min) (s − t))."""
         return -torch.expm1(2 * math.log(self.sigma_max / self.sigma_min) * (s - t))
 
     def inverse(self, log_snr: Tensor | float) -> Tensor:

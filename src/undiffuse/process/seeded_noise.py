@@ -82,7 +82,7 @@ class ItemNoise:
             self.items = torch.tensor([int(item) for item in items], dtype=torch.int64, device=device)
         self.shape, self.dtype, self.position = tuple(shape), dtype, 0
         self.ahead: list[Tensor] = []
-        """What calls with the last n return next, in reverse order."""
+        """Noise for the next calls with the same n, last call first."""
 
     def __call__(self, n: int) -> Tensor:
         size = n * math.prod(self.shape)
@@ -96,7 +96,7 @@ class ItemNoise:
 
     @torch.inference_mode(False)  # a later call may be outside of it
     def _draw(self, n: int, calls: int) -> list[Tensor]:
-        """What so many calls with ``n`` return, the last one first. Each begins with a block of four numbers."""
+        """The noise of the next ``calls`` calls with ``n``, last call first; each starts a block of four numbers."""
         items, size, device = len(self.items), n * math.prod(self.shape), self.items.device
         length = -(-size // 4)
         counter = torch.arange(self.position, self.position + length * calls, device=device)

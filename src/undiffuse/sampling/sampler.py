@@ -151,7 +151,7 @@ class Sampler:
 
 
 DEFAULT_SAMPLER = Sampler("dpm++2m_sde", 25)
-"""What draws samples where nothing else is given; docs/choosing.md has the measurements."""
+"""The default sampler of commands and models; measured in docs/choosing.md."""
 
 GUIDANCE_FIELDS = (
     "guidance",

@@ -164,7 +164,7 @@ def global_batch(
 def drop_label_or_caption(cond: Condition, u: Tensor, fraction: float) -> Condition:
     """``cond`` without the label where ``u`` (B,) is small, without the caption where it is large.
 
-    So that the model knows what each says alone: u < fraction, and u >= 1 − fraction.
+    These are u < fraction and u >= 1 − fraction. The model then also learns each condition alone.
     """
     no_label = replace(cond, label=cond.drop(u < fraction).label)
     return replace(no_label.drop(u >= 1 - fraction), label=no_label.label)

@@ -63,7 +63,7 @@ PAIRS = ("teacher", "data")
 GAPS = (1 / 4, 1 / 8, 1 / 16)
 """1 − u_r/u_t in equal parts of the run, u = sigma/alpha."""
 LOG_RATIO_MEAN, LOG_RATIO_STD = -1.1, 2.0
-"""Of log(sigma_t/alpha_t) in training [Geng24 table 1]."""
+"""Mean and standard deviation of log(sigma_t/alpha_t) in training [Geng24 table 1]."""
 EVALUATED_ITEMS, TEACHER_STEPS = 64, 25
 """Samples that are compared with the teacher's, and the steps of Heun's method that those take."""
 
@@ -226,7 +226,7 @@ class DistillationTask(Task):
         return optimizer_groups(self.config.train, model.network)
 
     def loss(self, model: Diffusion, batch: Batch, network: nn.Module) -> Tensor:
-        """That of the method: `flow_map_loss` of its row of `OBJECTIVES`, or `consistency_loss`.
+        """The loss of the method: `flow_map_loss` of its row of `OBJECTIVES`, or `consistency_loss`.
 
         The gap of the latter is that of the part of the run that ``batch.fraction`` lies in.
         """

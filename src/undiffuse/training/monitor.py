@@ -96,7 +96,7 @@ class Monitor:
         self._to_loggers(lambda logger: logger.close())
 
     def log(self, line: str) -> None:
-        """Print a line above the bar; a terminal that is closed costs the run nothing but the line."""
+        """Print a line above the bar; a closed terminal only loses the line."""
         with suppress(OSError):
             self.console.print(line, soft_wrap=True)
 
@@ -240,7 +240,7 @@ class Monitor:
         self._to_loggers(lambda logger: logger.add(self.records))
 
     def _to_loggers(self, send: Callable[[Logger], None]) -> None:
-        """``send`` something to each logger; one that fails costs the run a line and gets nothing more."""
+        """``send`` something to each logger; a logger that fails is removed, with a line in the log."""
         for logger in [*self.loggers]:
             try:
                 send(logger)

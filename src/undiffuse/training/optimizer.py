@@ -15,7 +15,7 @@ from undiffuse.runtime.precision import autocast_dtype
 from undiffuse.training.distributed import distribute_like, full_tensor
 
 MOMENTUM = 0.95
-"""Of Muon."""
+"""Momentum of Muon."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """a, b, c of the polynomial a s + b s³ + c s⁵ that every step applies to the singular values [Jordan24]."""
 NEWTON_SCHULZ_STEPS = 5
