@@ -75,7 +75,7 @@ def test_integer_levels_refuse_floats():
 
 @pytest.mark.parametrize("num_values", [1, 0, -3, 65537, 256.0, True, None])
 def test_invalid_num_values(num_values):
-    with pytest.raises(ConfigError, match=r"^error\[LEVELS\] transform.num_values"):
+    with pytest.raises(ConfigError, match=r"^error\[NUM_VALUES\] transform.num_values"):
         IntegerLevels(num_values)
 
 

@@ -101,7 +101,7 @@ def test_mass_of_a_bin_holds_in_the_tails(lo, hi):
 def test_refusals(monkeypatch):
     good = correlated(5, 0)
     for bad in (good + 1, good - 1, good + 0.5):
-        with pytest.raises(DataError, match=r"LEVELS.*held_out"):
+        with pytest.raises(DataError, match=r"NUM_VALUES.*held_out"):
             independent_pixels(good, good, bad, 3)
     for bad in (good[:, 0], good[:0]):
         with pytest.raises(DataError, match="SHAPE"):

@@ -116,7 +116,7 @@ def test_a_run_reports_memorization(tmp_path, monkeypatch, memorized):
     assert calls == [(0, 8)] * 4 + [(0, 32)]  # the same noise and times for both and at each look, and once more draws
     assert [[name for name in r if name.startswith("final")] for r in records] == [
         [],
-        ["final_bits_per_dim", "final_stderr", "final_items", "final_draws"],
+        ["final_bits_per_dim", "final_stderr", "final_items", "final_mc_samples"],
     ]
     assert records[0]["bits_per_dim"] == records[1]["bits_per_dim"]
     assert sum(line.strip().startswith("overfitting: ") for line in lines) == 2 * memorized

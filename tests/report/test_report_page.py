@@ -14,9 +14,9 @@ from undiffuse.report.table import cell
 HOSTILE = "<script>alert(1)</script>\"'&\u202e</style><!--"
 RECORDS = [
     {"step": 50, "seconds": 30.0, "loss": 0.5},
-    {"step": 60, "seconds": 40.0, "bits_per_dim": 2.5, "stderr": 0.25, "items": 64, "draws": 8, "gap": -0.0312}
+    {"step": 60, "seconds": 40.0, "bits_per_dim": 2.5, "stderr": 0.25, "items": 64, "mc_samples": 8, "gap": -0.0312}
     | {"gap_stderr": 0.0444, "overfit": False, "final_bits_per_dim": 2.4321, "final_stderr": 0.0987}
-    | {"final_items": 63, "final_draws": 31},
+    | {"final_items": 63, "final_mc_samples": 31},
 ]
 EVALUATION = {
     "data": HOSTILE,

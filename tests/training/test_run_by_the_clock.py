@@ -85,7 +85,7 @@ def test_evaluations_take_their_share_and_the_run_its_minutes(tmp_path, monkeypa
     assert measured or call >= 0.1  # on those a single item takes a second
     for r in measured:
         assert 2 <= r["items"] <= 11
-        assert 2 <= r["draws"] <= 8
+        assert 2 <= r["mc_samples"] <= 8
     assert run.finished
 
 
@@ -110,7 +110,7 @@ def test_a_small_evaluation_says_how_small_it_is(tmp_path, monkeypatch, lines):
     run = train(tmp_path, by_the_clock(1), machine, data(200))
     first = next(r for r in run.read_metrics() if "bits_per_dim" in r)
     assert first["items"] < 40
-    assert any(f"bits/dim ({first['items']} items, {first['draws']} noise levels)" in line for line in lines)
+    assert any(f"bits/dim ({first['items']} items, {first['mc_samples']} noise levels)" in line for line in lines)
 
 
 def test_an_evaluation_of_full_size_is_the_same_by_steps_and_by_the_clock(tmp_path, monkeypatch):
@@ -136,7 +136,7 @@ def test_the_number_of_draws_does_not_change_training(tmp_path, monkeypatch):
             patch.setattr(loop, "lr_factor", lambda *_: 1.0)
             run = train(tmp_path / name, by_the_clock(1), machine)
         weights.append(checkpoint_hashes(run.folder, 40))
-        measured.append([(r["items"], r["draws"]) for r in run.read_metrics() if "items" in r])
+        measured.append([(r["items"], r["mc_samples"]) for r in run.read_metrics() if "items" in r])
     assert weights[0] == weights[1]
     assert measured[0] != measured[1]
 

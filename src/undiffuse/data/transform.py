@@ -51,7 +51,7 @@ class IntegerLevels:
     def __post_init__(self) -> None:
         if type(self.num_values) is not int or not 2 <= self.num_values <= 65536:
             cause = f"{self.num_values!r} is not an integer from 2 to 65536"
-            raise ConfigError("LEVELS", "transform.num_values", cause, "Give the number of values of the data")
+            raise ConfigError("NUM_VALUES", "transform.num_values", cause, "Give the number of values of the data")
 
     def to_model(self, values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """x = (2 v − (num_values − 1))/(num_values − 1) in ``dtype``; TypeError unless the values are integers.

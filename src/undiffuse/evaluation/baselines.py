@@ -141,7 +141,7 @@ def _integers(num_values: int, **parts) -> list[Tensor]:
     """Each part as (N, D) int64."""
     if num_values < 2:
         cause = f"items of {num_values} possible values carry no information"
-        raise ConfigError("LEVELS", "num_values", cause, "Give at least 2")
+        raise ConfigError("NUM_VALUES", "num_values", cause, "Give at least 2")
     tensors = {name: torch.as_tensor(part) for name, part in parts.items()}
     shape = next(iter(tensors.values())).shape[1:]
     for name, items in tensors.items():
@@ -151,6 +151,6 @@ def _integers(num_values: int, **parts) -> list[Tensor]:
         whole = items.to(torch.int64)
         if not torch.equal(whole.to(items.dtype), items) or whole.min() < 0 or whole.max() >= num_values:
             cause = f"values must be whole numbers from 0 to {num_values - 1}"
-            raise DataError("LEVELS", name, cause, "Give the integers themselves, not values in model units")
+            raise DataError("NUM_VALUES", name, cause, "Give the integers themselves, not values in model units")
         tensors[name] = whole.flatten(1)
     return list(tensors.values())

@@ -58,7 +58,7 @@ def check_values(values: Any, item_shape: tuple[int, ...], transform: DataTransf
             raise ConfigError("ARGUMENT", "values", cause, "Give integers, the values of the data themselves")
         low, high = (int(end) for end in values.to(torch.int64).aminmax())
         if low < 0 or high >= transform.num_values:
-            cause = f"they range from {low} to {high}, and the model's levels are 0 to {transform.num_values - 1}"
+            cause = f"they range from {low} to {high}, and the model's values are 0 to {transform.num_values - 1}"
             raise DataError("RANGE", "values", cause, "Give values of the data that the model was trained on")
     elif not bool(torch.isfinite(values).all()):
         raise DataError("NON_FINITE", "values", "some are NaN or infinite", "Remove these items")

@@ -140,7 +140,7 @@ def check_process(
     chain: Sequence[NoiseLevel],
     next_level: Callable[[NoiseLevel], NoiseLevel],
 ) -> None:
-    """Raises `ConfigError` where the loss has an infinite weight, or the target cannot be decoded on the chain."""
+    """Raises `ConfigError` for a loss of infinite weight, or if x cannot be recovered from the target on the chain."""
     try:
         t = schedule(time_sampling.sample(torch.tensor([0.0, 0.5, 1 - 1e-7], dtype=torch.float64)))
         s = next_level(t)

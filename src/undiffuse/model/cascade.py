@@ -96,11 +96,11 @@ class Cascade:
         model, other, split = self.models[below], self.models[below + 1], self.splits[below]
         shape = self.splits[below - 1].item_shape if below else model.item_shape
         transform = IntegerLevels(self.splits[below - 1].num_values) if below else model.transform
-        levels = transform.num_values if isinstance(transform, IntegerLevels) else "continuous"
+        num_values = transform.num_values if isinstance(transform, IntegerLevels) else "continuous"
         cause, above = "", self.names[below + 1]
-        if (shape, levels) != (split.low_shape, split.num_values):
+        if (shape, num_values) != (split.low_shape, split.num_values):
             theirs = f"{_by(split.low_shape)} with {split.num_values} values"
-            cause = f"its images are {_by(shape)} with {levels} values, and {above} enlarges {theirs}"
+            cause = f"its images are {_by(shape)} with {num_values} values, and {above} enlarges {theirs}"
         elif model.info.get("name") != other.info.get("name"):
             cause = f"it was trained on {model.info.get('name')!r}, and {above} on {other.info.get('name')!r}"
         elif all(one.trained_condition_sizes for one in (model, other)) and _conditions(model) != _conditions(other):

@@ -179,8 +179,8 @@ class Diffusion(Pretrained, nn.Module):
         noise of the values' shape, and ``z`` more noise for the target ``previous``. With loss-aware times each loss
         is weighted by 1/(T p(t)), so that the mean is that of uniform steps. The full bound ignores ``u``. The mean of
         the continuous loss is the bound's integral, with the bound's terms at the ends if the schedule learns them.
-        Raises `ConfigError` for shapes that do not fit; whether values lie within the levels is not checked in each
-        step. Of a latent model the values are encoded as the means of q; `loss_of_x` takes draws of z.
+        Raises `ConfigError` for shapes that do not fit; whether values are among those of the data is not checked in
+        each step. Of a latent model the values are encoded as the means of q; `loss_of_x` takes draws of z.
         """
         arguments.check_items("values", values, self.item_shape)
         return self.loss_of_x(self.transform.to_model(values, self.dtype), u, eps, z, cond, network)

@@ -41,7 +41,7 @@ def measure(
     With ``cond``, a condition for each item, the result is −log p(item given its condition). Of a latent model
     every estimate is a bound, with the parts of its autoencoder in `NLL.extra`.
 
-    Raises `ConfigError`, and `DataError` for values that are not among the model's levels, NaN or infinite.
+    Raises `ConfigError`, and `DataError` for values that are not among the model's values, NaN or infinite.
     """
     arguments.check_predicts_mean(model.config)
     estimator, parts = estimates.get(estimate), []

@@ -41,8 +41,9 @@ def training_bound(records: Sequence[Record]) -> str:
     for prefix in ("final_", ""):
         for r in [r for r in records if f"{prefix}bits_per_dim" in r][-1:]:
             value = with_error(r[f"{prefix}bits_per_dim"], r.get(f"{prefix}stderr"))
-            items, draws = r.get(f"{prefix}items"), r.get(f"{prefix}draws")
-            of = f", {counted(items, 'held-out item')}, {counted(draws, 'noise level')} each" if items and draws else ""
+            items, mc_samples, of = r.get(f"{prefix}items"), r.get(f"{prefix}mc_samples"), ""
+            if items and mc_samples:
+                of = f", {counted(items, 'held-out item')}, {counted(mc_samples, 'noise level')} each"
             return f"≤ {value} bits per dimension{of}."
     return ""
 
@@ -136,7 +137,7 @@ def _evaluation(key: str, title: str, unit: str, r: Record) -> dict[str, Any]:
     if "gap" in r:
         row["held out − training"] = with_error(r["gap"], r.get("gap_stderr"))
     row |= {name: f"{r[name]:.4g}" for name in ("reconstruction", "kl") if name in r}
-    return row | {"items": r.get("items"), "noise levels": r.get("draws")}
+    return row | {"items": r.get("items"), "noise levels": r.get("mc_samples")}
 
 
 def _overfitting(significant: object, r: Record) -> Markup:

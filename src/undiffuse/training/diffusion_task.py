@@ -199,22 +199,22 @@ class DiffusionTask(Task):
         if self.autoencoder is not None and self.autoencoder.is_deterministic:
             return Evaluation({}, "no bound, because the encoder is deterministic")
         curve = limit.share(0.4) if final else limit
-        measured, draws = self._bounds(model, data, matched, MC_SAMPLES, curve)
+        measured, mc_samples = self._bounds(model, data, matched, MC_SAMPLES, curve)
         if measured is None:
             return Evaluation({}, "no time for a measurement")
         bits, training_bits = measured
         gap = generalization_gap(bits, training_bits, num_tests=self.config.train.previews + 1)
         overfit = gap.significant and data.validation_from is None  # an official part may differ from training items
-        numbers = _numbers(bits, draws)
+        numbers = _numbers(bits, mc_samples)
         numbers |= {"gap": gap.mean, "gap_stderr": gap.stderr, "overfit": overfit}
         details = []
         if final:
-            more, draws = self._bounds(model, data, matched[:1], FINAL_MC_SAMPLES, limit)
+            more, mc_samples = self._bounds(model, data, matched[:1], FINAL_MC_SAMPLES, limit)
             if more is not None:
-                numbers |= _numbers(more[0], draws, "final_")
+                numbers |= _numbers(more[0], mc_samples, "final_")
                 of = "" if len(more[0]) == len(matched[0]) else f" for {counted(len(more[0]), 'item')}"
                 bound = _format_bound(numbers, "final_")
-                details.append(f"final, with {counted(draws, 'noise level')} per item{of}: {bound}")
+                details.append(f"final, with {counted(mc_samples, 'noise level')} per item{of}: {bound}")
             details += self._worse_than_baseline(data, split, matched[0][: len(bits)], float(bits.mean()))
         if overfit:
             details.append(
@@ -223,8 +223,8 @@ class DiffusionTask(Task):
             )
         numbers = {name: x for name, x in numbers.items() if not (name.endswith("stderr") and math.isnan(x))}
         summary = f"held out {_format_bound(numbers)}"
-        if (numbers["items"], numbers["draws"]) != (len(matched[0]), MC_SAMPLES):
-            summary += f" ({counted(len(bits), 'item')}, {counted(numbers['draws'], 'noise level')})"
+        if (numbers["items"], numbers["mc_samples"]) != (len(matched[0]), MC_SAMPLES):
+            summary += f" ({counted(len(bits), 'item')}, {counted(numbers['mc_samples'], 'noise level')})"
         return Evaluation(numbers, summary, details)
 
     def draw(
@@ -276,19 +276,21 @@ class DiffusionTask(Task):
         None if there is not the time for two items, or for all if there is one.
         """
         items = len(parts[0])
-        draws = int(min(mc_samples, max(MIN_MC_SAMPLES, limit.calls_left / (len(parts) * items))))
+        mc_samples = int(min(mc_samples, max(MIN_MC_SAMPLES, limit.calls_left / (len(parts) * items))))
 
         def measure(here: slice) -> list[Tensor]:
             bits = []
             for part in parts:
                 values = data.tensor(part[here])
                 cond = data.given_condition(part[here], self.config.train.conditional)
-                nll = model.nll(values, seed=0, mc_samples=draws, batch=HELD_OUT_ITEMS, cond=cond, first=here.start)
+                settings = {"mc_samples": mc_samples, "batch": HELD_OUT_ITEMS, "first": here.start}
+                nll = model.nll(values, seed=0, cond=cond, **settings)
                 bits.append(nll.bits_per_dim(model.dims))
             return bits
 
-        measured = [torch.cat(bits) for bits in zip(*limit.in_parts(measure, items, len(parts) * draws), strict=True)]
-        return (measured if measured and len(measured[0]) >= min(2, items) else None), draws
+        measured_parts = limit.in_parts(measure, items, len(parts) * mc_samples)
+        measured = [torch.cat(bits) for bits in zip(*measured_parts, strict=True)]
+        return (measured if measured and len(measured[0]) >= min(2, items) else None), mc_samples
 
     def _worse_than_baseline(self, data: Dataset, split: Split, items: np.ndarray, bits: float) -> list[str]:
         """A line if, after a run by the clock, drawing each value independently of all others costs fewer bits."""
@@ -306,10 +308,10 @@ def preview_items(split: Split, n: int) -> np.ndarray:
     return np.resize(split.shown, n)
 
 
-def _numbers(bits: Tensor, draws: int, prefix: str = "") -> dict[str, Any]:
+def _numbers(bits: Tensor, mc_samples: int, prefix: str = "") -> dict[str, Any]:
     """The mean of ``bits`` (n,) with its standard error, and of how many items and noise levels they are."""
     mean, stderr = mean_with_stderr(bits)
-    numbers = {"bits_per_dim": float(mean), "stderr": float(stderr), "items": len(bits), "draws": draws}
+    numbers = {"bits_per_dim": float(mean), "stderr": float(stderr), "items": len(bits), "mc_samples": mc_samples}
     return {prefix + name: number for name, number in numbers.items()}
 
 

@@ -99,8 +99,8 @@ class Task(Protocol):
     def evaluate(self, model: Any, data: Dataset, split: Split, final: bool, limit: TimeLimit) -> Evaluation:
         """Measure the averaged model with the same noise every time; ``final`` at the end of the run.
 
-        ``limit`` decides how many items and draws are measured, which ``numbers`` and ``summary`` state if a run by the
-        clock lacks the time for all. The model is in evaluation mode, and no gradients are recorded, here and in
+        ``limit`` decides how many items and noise levels are measured, which ``numbers`` and ``summary`` state if a run
+        by the clock lacks the time for all. The model is in evaluation mode, and no gradients are recorded, here and in
         `draw`.
         """
         ...
