@@ -77,6 +77,25 @@ def test_dotted_names_resolve(path: Path) -> None:
         resolve(dotted)
 
 
+def module_table() -> dict[str, list[str]]:
+    """The modules of each folder in the table of the layers, without those of its subfolders."""
+    table = (ROOT / "docs/architecture.md").read_text().split("| --- | --- | --- |\n")[1].split("\n\n")[0]
+    listed: dict[str, list[str]] = {}
+    for row in table.splitlines():
+        _, folder, modules, *_ = row.split("|")
+        name = folder.strip(" `/") or list(listed)[-1]
+        listed.setdefault(name, []).extend(re.findall(r"`(\w+)`", modules))
+    return listed
+
+
+def test_the_table_of_the_layers_has_every_module_once() -> None:
+    listed, package = module_table(), ROOT / "src/undiffuse"
+    assert listed.pop("cli") == []  # its row says: one module for each command
+    modules = {folder: sorted(path.stem for path in (package / folder).glob("[!_]*.py")) for folder in listed}
+    assert {folder: sorted(names) for folder, names in listed.items()} == modules
+    assert {*listed, "cli"} == {path.parent.name for path in package.glob("*/*.py")}
+
+
 @page
 def test_tests_that_are_named_exist(path: Path) -> None:
     for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", path.read_text()):
