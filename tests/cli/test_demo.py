@@ -11,6 +11,7 @@ from tiny_run import SlowMachine, data, recipe
 
 from undiffuse.cli import demo
 from undiffuse.cli.demo import MAX_MINUTES, MINUTES, extend_to_floor, train
+from undiffuse.runtime.own_output import is_marked_picture
 from undiffuse.training import diffusion_task
 from undiffuse.training.run_folder import Run
 from undiffuse.training.train_state import verify_checkpoint
@@ -60,3 +61,4 @@ def test_every_file_that_the_demo_names_is_there(tmp_path, monkeypatch):
     named = re.findall(r"^(?:model: )?(\S+\.(?:png|html|safetensors))\b", text.getvalue(), re.M)
     assert len(named) == 6
     assert all((tmp_path / name).is_file() for name in named)
+    assert all(map(is_marked_picture, Path("run").glob("pictures/*.png")))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from latent_models import KL, tiny_autoencoder
 from oracles import gaussian_kl
-from PIL import Image
 from tiny_run import checkpoint_hashes, stopping_at
 
 from undiffuse.data.from_array import from_array
@@ -18,6 +17,7 @@ from undiffuse.model import autoencoder as autoencoders
 from undiffuse.model import checkpoint
 from undiffuse.model.autoencoder import Autoencoder, AutoencoderConfig
 from undiffuse.model.config import TrainConfig
+from undiffuse.runtime.own_output import described_picture, is_marked_picture
 from undiffuse.training.autoencoder_task import AutoencoderRecipe, AutoencoderTask, fit_autoencoder
 
 IMAGES = from_array(np.random.default_rng(0).integers(17, size=(40, 1, 8, 8)), num_values=17, name="tiny")
@@ -38,8 +38,11 @@ def test_a_stopped_run_resumes_to_the_bit(tmp_path):
     assert checkpoint_hashes(tmp_path / "stopped", 5) == checkpoint_hashes(tmp_path / "straight", 5)
     trained = autoencoders.load(tmp_path / "straight")
     assert not torch.equal(trained.log_scale, torch.full((1,), -2.0))
-    with Image.open(tmp_path / "straight" / "pictures" / "reconstructions.png") as picture:
-        assert picture.size[1] > picture.size[0]
+    path = tmp_path / "straight" / "pictures" / "reconstructions.png"
+    assert is_marked_picture(path)
+    picture, words = described_picture(path)
+    assert picture.size[1] > picture.size[0]
+    assert words == "Items and their reconstructions"
     with pytest.raises(CheckpointError, match=r"KIND.*autoencoder, not a diffusion model"):
         checkpoint.load(tmp_path / "straight")
 

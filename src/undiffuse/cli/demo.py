@@ -45,9 +45,10 @@ def demo(folder: Path, minutes: float | None, console: Console) -> None:
     from undiffuse.report import figures as pictures
     from undiffuse.report import table
     from undiffuse.report.comparison_report import comparison_rows
-    from undiffuse.report.evaluation_report import bits_figure
+    from undiffuse.report.evaluation_report import save_bits_figure
     from undiffuse.report.progress_bar import ProgressBar
     from undiffuse.report.sample_folder import write_samples
+    from undiffuse.runtime.own_output import save_picture
     from undiffuse.sampling.sampler import Sampler
     from undiffuse.training.run_folder import Run
     from undiffuse.training.run_report import NAME as REPORT
@@ -71,17 +72,18 @@ def demo(folder: Path, minutes: float | None, console: Console) -> None:
             len(held_out), seed=1, sampler=Sampler("ancestral", num_steps=steps), batch=180, progress=bar.advance
         ).numpy()
         write_samples(run.folder / "samples" / "demo", samples, data.num_values, {"seed": 1})
-        pictures.image_grid(samples[:64], data.num_values, columns=16).save(run.pictures / "grid.png")
+        save_picture(pictures.image_grid(samples[:64], data.num_values, columns=16), run.pictures / "grid.png")
         shown = torch.from_numpy(held_out[:STRIP_ITEMS])
-        strip(model, forward_states(model, shown, STRIP_COLUMNS)).save(run.pictures / "forward.png")
-        strip(model, reverse_states(model, range(STRIP_ITEMS), STRIP_COLUMNS)).save(run.pictures / "reverse.png")
+        save_picture(strip(model, forward_states(model, shown, STRIP_COLUMNS)), run.pictures / "forward.png")
+        backward = reverse_states(model, range(STRIP_ITEMS), STRIP_COLUMNS)
+        save_picture(strip(model, backward), run.pictures / "reverse.png")
         bar.title = "measuring"
         result = model.nll(
             torch.from_numpy(held_out), batch=26, progress=lambda items: bar.advance(items * model.chain_length)
         )
 
     console.rule("3. measure: held-out digits, bits per dimension")
-    bits_figure(model, {"discrete": result}).savefig(run.pictures / "bits-per-step.png", dpi=150)
+    save_bits_figure(model, {"discrete": result}, run.pictures / "bits-per-step.png")
     parts = [data.values[items].reshape(len(items), -1) for items in (split.train, split.validation, split.test)]
     independent = independent_pixels(*parts, num_values=17)
     with ProgressBar(console, "fitting mixtures, to compare with") as bar:

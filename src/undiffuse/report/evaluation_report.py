@@ -99,6 +99,12 @@ def _covers(summary: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
     return enough and all(before.get(fact) == summary[fact] for fact in MEASURED)
 
 
+def save_bits_figure(model: Diffusion, nll: Mapping[str, NLL], path: Path) -> None:
+    """Save `bits_figure` as a PNG file with `PICTURE_MARK`, durably."""
+    bits_figure(model, nll).savefig(picture := io.BytesIO(), dpi=150, metadata={"Software": PICTURE_MARK})
+    write_atomic(path, picture.getvalue())
+
+
 def write_evaluation(
     result: EvaluationResult, folder: Path, skipped: Callable[[Path], None] | None = None
 ) -> list[str]:
@@ -123,9 +129,7 @@ def write_evaluation(
     # a cascade has no noise levels in common
     if isinstance(result.model, Diffusion) and ("discrete" in result.nll or "continuous" in result.nll):
         try:
-            figure, mark = bits_figure(result.model, result.nll), {"Software": PICTURE_MARK}
-            figure.savefig(picture := io.BytesIO(), dpi=150, metadata=mark)
-            write_atomic(folder / "bits-per-step.png", picture.getvalue())
+            save_bits_figure(result.model, result.nll, folder / "bits-per-step.png")
             files.append("bits-per-step.png")
             lines.append(f"figure: {folder / 'bits-per-step.png'}")
         except ConfigError as error:

@@ -47,12 +47,12 @@ def save_picture(image: Any, path: Path, **options: Any) -> None:
 
 
 def save_described(image: Any, path: Path, words: str) -> None:
-    """Save a PIL image as PNG with ``words`` about what it shows, for `described_picture`."""
+    """`save_picture` of a PNG file, with ``words`` about what it shows for `described_picture`."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_itxt(DESCRIPTION, words)
-    image.save(path, "PNG", pnginfo=info)
+    save_picture(image, path, pnginfo=info)
 
 
 def described_picture(path: Path) -> tuple[Any, str] | None:

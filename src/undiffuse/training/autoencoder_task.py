@@ -22,6 +22,7 @@ from undiffuse.process.gaussian import Gaussian
 from undiffuse.process.seeded_noise import ItemNoise
 from undiffuse.process.statistics import item_mean, item_sum
 from undiffuse.report.figures import image_grid, image_strip
+from undiffuse.runtime.own_output import save_described
 from undiffuse.runtime.precision import autocast_dtype
 from undiffuse.training.batches import Batch, Reader, values_of
 from undiffuse.training.fit import fit
@@ -124,11 +125,11 @@ class AutoencoderTask(Task):
         if not (parts := limit.in_parts(reconstruct, len(items), 1)):
             return
         frames = torch.stack([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
-        path = picture_path(folder, "reconstructions", step)
         if frames.ndim >= 5:
-            image_strip(frames.numpy(), ["item", "decoded"], data.num_values).save(path)
+            picture = image_strip(frames.numpy(), ["item", "decoded"], data.num_values)
         else:
-            image_grid(frames.flatten(0, 1).numpy(), data.num_values, names=data.columns).save(path)
+            picture = image_grid(frames.flatten(0, 1).numpy(), data.num_values, names=data.columns)
+        save_described(picture, picture_path(folder, "reconstructions", step), "Items and their reconstructions")
 
     def save(self, model: Autoencoder, path: Path) -> None:
         autoencoders.save(model, path)

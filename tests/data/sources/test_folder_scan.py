@@ -15,7 +15,7 @@ from undiffuse.model.config import Config
 from undiffuse.report.animation import animate
 from undiffuse.report.figures import image_strip
 from undiffuse.report.sample_folder import SampleFolder, write_samples
-from undiffuse.runtime.own_output import PICTURE_MARK, is_marked_picture, save_picture
+from undiffuse.runtime.own_output import PICTURE_MARK, is_marked_picture, save_described, save_picture
 from undiffuse.training.run_folder import Run
 
 RNG = np.random.default_rng(0)
@@ -122,6 +122,8 @@ def test_pictures_are_marked(tmp_path, suffix):
     save_picture(image_strip(RNG.integers(0, 256, (9, 9, 3, 64, 64), np.uint8), "abcdefghi", 256), path)
     assert is_marked_picture(path)
     assert not is_marked_picture(tmp_path / f"none{suffix}")
+    save_described(image_strip(np.zeros((1, 2, 1, 5, 5)), "a", 256), described := tmp_path / "described.png", "Zeros")
+    assert is_marked_picture(described)
     path.write_bytes(path.read_bytes().replace(PICTURE_MARK.encode(), b"other" * 3 + b"xx"))
     assert not is_marked_picture(path)
 
