@@ -193,3 +193,10 @@ def test_the_order_of_estimates():
     data = integers()
     assert check_request(model_for(data), data, ["ode", "discrete"], 1, None, 5.0) == ["discrete", "ode"]
     assert check_request(model_for(data), data, ["ode"], 1, "openai", 5.0) == ["discrete", "openai", "ode"]
+
+
+def test_an_estimate_without_a_share_of_the_time_is_not_dropped(monkeypatch):
+    data = integers()
+    monkeypatch.setattr(planning, "DEFAULT_ESTIMATES", ("discrete", "new"))
+    with pytest.raises(ValueError, match="'new' is not in list"):
+        check_request(model_for(data), data, (), 1, None, 5.0)

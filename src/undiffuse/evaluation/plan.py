@@ -20,7 +20,7 @@ from undiffuse.networks.condition import CONDITION_NAMES, Condition
 
 TIME_SHARES = {"discrete": 5, "openai": 5, "continuous": 4, "ode": 4, "flow_map": 4}
 """The order of the estimates, and the shares in which they divide the time."""
-ESTIMATES = ("discrete", "continuous", "ode")
+DEFAULT_ESTIMATES = ("discrete", "continuous", "ode")
 MAX_MINUTES = 1e9
 """Longer times are planned like this one, whose numbers of calls do not overflow."""
 PLANNED_FRACTION = 0.85
@@ -192,7 +192,7 @@ def check_request(
     """The names of the estimates to compute, in order. Raises `DataError` and `ConfigError` before any computation."""
     check_data(model, data)
     few_calls = ("flow_map",) if flow_map_calls(model) else ()
-    known = (*ESTIMATES, *few_calls)
+    known = (*DEFAULT_ESTIMATES, *few_calls)
     for name in estimates:
         if name not in known:
             cause = "the model is not a flow map trained --both-ways" if name == "flow_map" else "no such estimate"
@@ -215,7 +215,7 @@ def check_request(
         if given and not wanted & in_use:
             cause = f"none of the estimates {', '.join(sorted(wanted))} uses it"
             raise ConfigError("USAGE", flag, cause, "Leave it out")
-    return [name for name in TIME_SHARES if name in wanted]
+    return sorted(wanted, key=list(TIME_SHARES).index)
 
 
 def check_data(model: AnyModel, data: Dataset) -> None:
