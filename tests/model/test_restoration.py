@@ -12,7 +12,7 @@ from posterior_cases import F64, PAIR, random
 from undiffuse.data.transform import Identity, IntegerLevels
 from undiffuse.denoising.linear_operators import DecodedOperator, LinearOperator, blur, mask, mean_pool
 from undiffuse.denoising.posterior_guidance import DPS, MMPS, Observation, PiGDM
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, NonFiniteError
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.restoration import (
@@ -201,6 +201,16 @@ def test_every_method_keeps_the_known_values(method):
     assert sum(done) == 3 * num_steps_of(model, method, 5)
     torch.testing.assert_close(data_residual(model, degradation, image, answers), torch.zeros(3))
     assert not model.training
+
+
+def test_the_error_names_the_item_of_any_batch(monkeypatch):
+    def noise(seed, items, *more, **options):
+        return lambda n: ItemNoise(seed, items, *more, **options)(n) * (math.nan if 2 in items else 1)
+
+    monkeypatch.setattr("undiffuse.model.restoration.ItemNoise", noise)
+    degradation = Degradation((1, 4, 4), known=LEFT.repeat(4, 2))
+    with pytest.raises(NonFiniteError, match="item 2: 1 of 1 samples became NaN"):
+        restore(small(IntegerLevels(256)), degradation, torch.zeros(1, 4, 4), 3, "repaint", num_steps=2, batch=2)
 
 
 @pytest.mark.parametrize("method", RESTORATION_METHODS)

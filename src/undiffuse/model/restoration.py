@@ -153,10 +153,10 @@ def restore(
         if method not in SOLVER_METHODS:
             denoise = RESTORATION_METHODS[method](denoise, _observation(model, degradation, image, floor))
         noise = ItemNoise(seed, items, model.x_shape, device=model.device)
-        start = prior_sample(levels[0], noise(1)[0].to(model.dtype))
-        steps = trajectory(model.clip(denoise), solver, levels, start, noise)
+        noisy = prior_sample(levels[0], noise(1)[0].to(model.dtype))
+        steps = trajectory(model.clip(denoise), solver, levels, noisy, noise)
         last = last_step(steps, partial(progress, len(items)) if progress else None)
-        x = check_finite(rescale(last.x, last.level))
+        x = check_finite(rescale(last.x, last.level), items.start)
         parts.append(model.transform.decode(x) if isinstance(model.transform, LatentTransform) else x)
     x = torch.cat(parts)
     if degradation.is_inpainting and degradation.known is not None:
