@@ -40,6 +40,10 @@ def test_a_damaged_plan_is_renamed(tmp_path, damage):
     assert (plan, second.key != first.key) == ({"a": 2}, True)
     assert messages == [f"starting over: the plan in {tmp_path} is damaged or not ours, and is plan.json.damaged now"]
     assert (tmp_path / "plan.json.damaged").read_text() == damage
+    (tmp_path / "plan.json").write_text("another")
+    resumable.open_plan(tmp_path, {"seed": 0}, lambda: {"a": 2}, messages.append)
+    assert messages[1].endswith("is plan.json.damaged-2 now")
+    assert [(tmp_path / f"plan.json.{name}").read_text() for name in ("damaged", "damaged-2")] == [damage, "another"]
 
 
 def test_removal_leaves_other_files(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from undiffuse.likelihood.nll import NLL, make_nll
 from undiffuse.runtime.atomic_file import json_digest
 from undiffuse.runtime.folder_lock import lock_folder
 from undiffuse.runtime.part_store import OTHER_JOB, Log, PartStore
-from undiffuse.runtime.side_files import read_record, write_record
+from undiffuse.runtime.side_files import read_record, set_aside, write_record
 
 Plan = dict[str, Any]
 """Plain data; see `undiffuse.evaluation.plan.plan_evaluation`."""
@@ -44,8 +43,7 @@ def open_plan(folder: Path, request: dict[str, Any], choose: Callable[[], Plan],
         log(f"starting over: the evaluation in {folder} differs in {', '.join(changed) or 'its request'}")
         remove(folder)
     elif path.exists():
-        log(f"starting over: the plan in {folder} is damaged or not ours, and is {PLAN}.damaged now")
-        os.replace(path, folder / f"{PLAN}.damaged")
+        log(f"starting over: the plan in {folder} is damaged or not ours, and is {set_aside(path).name} now")
     plan = json.loads(json.dumps(choose()))
     folder.mkdir(parents=True, exist_ok=True)
     write_record(path, {"request": request, "plan": plan})
