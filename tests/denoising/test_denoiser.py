@@ -15,6 +15,7 @@ from undiffuse.denoising.denoiser import (
     NetworkDenoiser,
     Preconditioning,
     Prediction,
+    in_float32,
 )
 from undiffuse.errors import ConfigError
 from undiffuse.networks.condition import Condition
@@ -103,6 +104,12 @@ def test_targets_of_two_levels_need_a_table():
         NetworkDenoiser(Says(None), S.Flow(), targets.build("previous"), PLAIN)
     assert (error.value.code, error.value.where) == ("TARGET", "target 'previous'")
     assert NetworkDenoiser(Says(None), S.Flow(), targets.build("v"), PLAIN).next_level(S.Flow()(0.5)) is None
+
+
+def test_in_float32_leaves_its_argument_as_it_is():
+    denoise = NetworkDenoiser(Says(None), S.Flow(), targets.build("v"), PLAIN, autocast=torch.bfloat16)
+    assert in_float32(denoise).autocast is None
+    assert denoise.autocast == torch.bfloat16
 
 
 # --- preconditioning -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -275,5 +276,6 @@ def in_float32(denoise: Denoiser) -> Denoiser:
     Rounding to bfloat16 costs an ODE more steps than it saves time, and is as large as a difference of near calls.
     """
     if isinstance(denoise, NetworkDenoiser):
+        denoise = copy.copy(denoise)
         denoise.autocast = None
     return denoise
