@@ -61,9 +61,9 @@ def test_super_resolution_needs_the_images_that_it_enlarges():
 
 def test_labels_that_training_did_not_give_are_not_drawn():
     pictures = pictures_of(dataset((1, 4, 4), 5, labels=np.arange(30) % 3), classes=3)
-    assert pictures._condition(4).cond.label.tolist() == [0, 1, 2, 0]
+    assert pictures.condition(4).cond.label.tolist() == [0, 1, 2, 0]
     pictures.model.info["conditional"] = False
-    assert pictures._condition(4).cond is None
+    assert pictures.condition(4).cond is None
 
 
 def test_calls_are_counted():

@@ -87,9 +87,9 @@ class ModelPictures:
         caption, n = "The reverse process is not drawn", self._strip_items
         sampler = self.model.default_sampler
         steps = self.model.num_steps(sampler)
-        if (undrawn := self._undrawn(caption, n * steps * self.model.build_solver(sampler).calls)) is not None:
+        if (undrawn := self.undrawn(caption, n * steps * self.model.build_solver(sampler).calls)) is not None:
             return undrawn
-        shown = self._condition(n)
+        shown = self.condition(n)
         try:
             levels, frames = process_states.reverse_states(self.model, range(n), self._columns, shown.cond)
             words = f"Reverse process, from noise to {self._rows(n, 'sample')}, by {sampler} in "
@@ -103,9 +103,9 @@ class ModelPictures:
         caption = "Solvers are not shown side by side"
         n = PLOTTED_VECTORS if self.dims == 1 else PLOTTED_SERIES if self.dims == 2 else SOLVER_ITEMS
         samplers = process_states.compared_samplers(self.model)
-        if (undrawn := self._undrawn(caption, n * sum(calls for *_, calls in samplers))) is not None:
+        if (undrawn := self.undrawn(caption, n * sum(calls for *_, calls in samplers))) is not None:
             return undrawn
-        shown = self._condition(n)
+        shown = self.condition(n)
         images, titles, alts = [], [], []
         for name, sampler, calls in samplers:
             try:
@@ -128,7 +128,7 @@ class ModelPictures:
         words += self._columns_shown + _given(shown.words)
         return Drawing(images, alts, words, titles, plot=self.dims <= 2)
 
-    def _undrawn(self, caption: str, calls: int) -> Drawing | None:
+    def undrawn(self, caption: str, calls: int) -> Drawing | None:
         """Why a picture of so many network ``calls`` is not drawn; None if it can be, and then they are used."""
         if "image" in self.model.condition_sizes and self.data is None:
             reason = "the model enlarges images, which are in the data of the run"
@@ -165,7 +165,7 @@ class ModelPictures:
             values, num_values = self.data.full_values(values, items[: len(values)])
         return image_grid(values, num_values, columns=columns if values.ndim > 2 else None, names=names)
 
-    def _condition(self, n: int) -> Shown:
+    def condition(self, n: int) -> Shown:
         """The conditions of ``n`` samples: each label in turn, or those of held-out items."""
         sizes, data, split = self.model.condition_sizes, self.data, self.split
         if sizes.keys() == {"classes"} and self.model.trained_condition_sizes:
@@ -210,9 +210,9 @@ class ModelPictures:
 def sampling_speed(model: Diffusion, data: Dataset | None, split: Split | None) -> float:
     """Network calls for single items per second, measured by a few samples; 0 where none can be drawn."""
     pictures = ModelPictures(model, data, split, math.inf, "")
-    if pictures._undrawn("", 0) is not None:
+    if pictures.undrawn("", 0) is not None:
         return 0.0
-    cond, seconds = pictures._condition(TIMED_ITEMS).cond, 0.0
+    cond, seconds = pictures.condition(TIMED_ITEMS).cond, 0.0
     sampler = Sampler(num_steps=min(TIMED_STEPS, model.chain_length))
     for _ in range(2):  # the first one may be slow
         began = time.perf_counter()
