@@ -373,7 +373,8 @@ def points(server: Server) -> str:
             def work(folder: Path = folder, last: int = last, scenario: str = scenario) -> int:
                 with pytest.MonkeyPatch.context() as patch:
                     Points(last).install(patch)
-                    new.write(folder, keep=1 if scenario == "keep=1" else 2)
+                    patch.setattr(state, "KEPT_CHECKPOINTS", 1 if scenario == "keep=1" else 2)
+                    new.write(folder)
                 return 0
 
             ended = server.wait(server.fork(work)) == 0

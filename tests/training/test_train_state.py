@@ -56,14 +56,16 @@ def test_an_absent_folder_is_a_fresh_start(tmp_path):
     assert fresh.read(tmp_path) == []
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path, monkeypatch):
     trained = Trained()
     for _ in range(5):
         trained.train().write(tmp_path)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
-    trained.train().write(tmp_path, keep=1)
+    monkeypatch.setattr(state, "KEPT_CHECKPOINTS", 1)
+    trained.train().write(tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["step-00000006"]
-    trained.train().write(tmp_path, keep=4)
+    monkeypatch.setattr(state, "KEPT_CHECKPOINTS", 4)
+    trained.train().write(tmp_path)
     trained.write(tmp_path)  # the same step again
     assert sorted(f.name for f in tmp_path.iterdir()) == ["step-00000006", "step-00000007"]
 

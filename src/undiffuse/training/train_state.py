@@ -33,6 +33,9 @@ from undiffuse.training.progress import Progress
 from undiffuse.training.run_folder import checkpoint_folders, named_folders, step_of
 from undiffuse.training.task import Task
 
+KEPT_CHECKPOINTS = 2
+"""The newest checkpoints that a run keeps, so that it resumes where the last one is damaged."""
+
 
 class StateParts(NamedTuple):
     """What a checkpoint stores: the weights of ``model``, their averages, the optimizer's moments, and more tensors."""
@@ -95,8 +98,8 @@ class TrainState:
         write_checkpoint(folder, progress, self.parts, main=self.main)
 
 
-def write_checkpoint(folder: Path, progress: Progress, parts: StateParts, keep: int = 2, main: bool = True) -> Path:
-    """Write ``folder``/step-N; of older ones keep the newest ``keep`` − 1 and the last before the decay.
+def write_checkpoint(folder: Path, progress: Progress, parts: StateParts, main: bool = True) -> Path:
+    """Write ``folder``/step-N; of older ones keep the newest `KEPT_CHECKPOINTS` − 1 and the last before the decay.
 
     Files come first, then a manifest of their sha256, then one rename: the checkpoint is complete or absent. Every
     process calls it, and the ``main`` one writes. Raises `NonFiniteError` if a tensor holds a NaN or infinity, and
@@ -133,7 +136,7 @@ def write_checkpoint(folder: Path, progress: Progress, parts: StateParts, keep: 
         raise write_error(final, size, error) from None
     others = [f for f in checkpoint_folders(folder) if f != final]
     older = [f for f in others if step_of(f) < progress.step]  # newer ones were found damaged when the run was resumed
-    kept = set(older[len(older) + 1 - keep :])
+    kept = set(older[len(older) + 1 - KEPT_CHECKPOINTS :])
     if progress.decay_from is not None:  # where an extended run resumes
         kept.update(_before_decay(older, progress)[-1:])
     for other in set(others) - kept:
