@@ -8,6 +8,7 @@ import torch
 from matplotlib.colors import to_rgb
 
 from undiffuse.errors import ConfigError, DataError, NonFiniteError
+from undiffuse.report import figures
 from undiffuse.report.figures import (
     BACKGROUND,
     WIDTH,
@@ -37,10 +38,11 @@ def test_a_grid_enlarges_and_places_every_pixel():
     assert (shown[72:80] == BACKGROUND).all()
 
 
-def test_values_are_clipped_and_scaled():
+def test_values_are_clipped_and_scaled(monkeypatch):
+    monkeypatch.setattr(figures, "TILE", 1)
     values = np.array([-5.0, 0.0, 65535.0, 70000.0, 32768.0]).reshape(5, 1, 1, 1)
-    assert pixels(image_grid(values, 65536, columns=5, scale=1))[2, 2::3, 0].tolist() == [0, 0, 255, 255, 128]
-    assert pixels(image_grid(values[:3] - 7, columns=3, scale=1))[2, 2::3, 0].tolist() == [0, 0, 255]
+    assert pixels(image_grid(values, 65536, columns=5))[2, 2::3, 0].tolist() == [0, 0, 255, 255, 128]
+    assert pixels(image_grid(values[:3] - 7, columns=3))[2, 2::3, 0].tolist() == [0, 0, 255]
 
 
 @pytest.mark.parametrize(
@@ -54,15 +56,17 @@ def test_values_are_clipped_and_scaled():
         ([1, 2, 3, 4, 5], [(i, i, i) for i in range(1, 6)]),
     ],
 )
-def test_channels(channels, expected):
-    shown = pixels(image_grid(np.reshape(channels, (1, -1, 1, 1)), 256, scale=1))
+def test_channels(channels, expected, monkeypatch):
+    monkeypatch.setattr(figures, "TILE", 1)
+    shown = pixels(image_grid(np.reshape(channels, (1, -1, 1, 1)), 256))
     gap = 2 if len(expected) == 1 else 8
     assert [tuple(p) for p in shown[gap, gap:-gap:2].tolist()] == expected
 
 
-def test_volumes_show_the_three_middle_slices():
+def test_volumes_show_the_three_middle_slices(monkeypatch):
+    monkeypatch.setattr(figures, "TILE", 1)
     volume = RNG.integers(0, 256, (1, 1, 3, 4, 5))
-    shown = pixels(image_grid(volume, 256, scale=1))[8:-8, 8:-8, 0]
+    shown = pixels(image_grid(volume, 256))[8:-8, 8:-8, 0]
     across_d, across_h, across_w = volume[0, 0, 1], volume[0, 0, :, 2], volume[0, 0, :, :, 2]
     np.testing.assert_array_equal(shown[:, :5], across_d)
     np.testing.assert_array_equal(shown[:3, 6:11], across_h)

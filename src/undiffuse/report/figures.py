@@ -33,7 +33,6 @@ def image_grid(
     values,
     num_values: int | None = None,
     columns: int | None = None,
-    scale: int | None = None,
     names: Sequence[str] = (),
 ) -> Image.Image:
     """The items of ``values`` side by side, by their shape.
@@ -42,8 +41,7 @@ def image_grid(
     channel. (N, C, D, H, W): the middle slices across D, H and W. (N, C, L): line plots side by side, each of the first
     six channels on an axis in its own units, titled by ``names``. (N, 2): a scatter plot. (N, D): the first six
     columns, titled by ``names``, against each other, with histograms on the diagonal. Pixels are clipped to
-    0 .. ``num_values`` − 1; without ``num_values`` the least value is black and the greatest white. ``scale`` enlarges
-    by a whole factor.
+    0 .. ``num_values`` − 1; without ``num_values`` the least value is black and the greatest white.
 
     Raises DataError for other shapes and NonFiniteError for NaN or infinite values.
     """
@@ -52,15 +50,13 @@ def image_grid(
         return scatter(values) if values.shape[1] == 2 and not names else pairs(values, names)
     if values.ndim == 3:
         return lines(values, columns, names)
-    tiles, gap = _tiles(values, num_values, columns or 1, scale)
+    tiles, gap = _tiles(values, num_values, columns or 1)
     n, height, width = tiles.shape[:3]
     fitting, square = max(1, (WIDTH - gap) // (width + gap)), math.ceil(math.sqrt(n * height / width))
     return Image.fromarray(_mosaic(tiles, columns or max(min(fitting, square), math.ceil(square / 1.5)), gap, gap))
 
 
-def image_strip(
-    frames, labels: Sequence[str], num_values: int | None = None, scale: int | None = None, widest: int = 0
-) -> Image.Image:
+def image_strip(frames, labels: Sequence[str], num_values: int | None = None, widest: int = 0) -> Image.Image:
     """A row for each item and a column for each of T frames, with a caption under each column.
 
     ``frames`` (T, N, C, H, W), or of volumes as in `image_grid`; ``labels`` holds T short captions, for
@@ -72,7 +68,7 @@ def image_strip(
         raise DataError("SHAPE", "frames", cause, "Give (T, N, C, H, W) and T captions")
     moments, items = frames.shape[:2]
     by_item = frames.swapaxes(0, 1).reshape(items * moments, *frames.shape[2:])
-    tiles, gap = _tiles(by_item, num_values, moments, scale)
+    tiles, gap = _tiles(by_item, num_values, moments)
     width = tiles.shape[2]
     font = ImageFont.load_default(13)
     captions = [label.translate({ord("−"): "-", ord("∞"): "inf"}) for label in labels]  # the font lacks both
@@ -167,7 +163,7 @@ def _finite(values) -> np.ndarray:
     return values
 
 
-def _tiles(values: np.ndarray, num_values: int | None, columns: int, scale: int | None) -> tuple[np.ndarray, int]:
+def _tiles(values: np.ndarray, num_values: int | None, columns: int) -> tuple[np.ndarray, int]:
     """Enlarged tiles (N, H, W, 3) uint8, of which ``columns`` fit into `WIDTH` if possible, and their gap."""
     if values.ndim not in (4, 5):
         cause = f"values of shape {values.shape} cannot be drawn"
@@ -177,7 +173,7 @@ def _tiles(values: np.ndarray, num_values: int | None, columns: int, scale: int 
     planes = [shown] if shown.ndim == 4 else [shown.take(shown.shape[axis] // 2, axis) for axis in (2, 3, 4)]
     parts = [part for plane in planes for part in _to_rgb(plane)]
     height, width = max(part.shape[1] for part in parts), sum(part.shape[2] for part in parts)
-    scale = scale or max(1, min(math.ceil(TILE / height), WIDTH // columns // width))
+    scale = max(1, min(math.ceil(TILE / height), WIDTH // columns // width))
     enlarged = [part.repeat(scale, 1).repeat(scale, 2) for part in parts]
     return _join(enlarged), max(GAP, scale) if len(parts) == 1 else 4 * GAP
 
