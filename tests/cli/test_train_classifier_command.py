@@ -105,10 +105,10 @@ def test_errors_are_one_line(call, tmp_path):
 
 def test_the_recipe_is_that_of_the_preset_for_the_data():
     images = from_array(np.zeros((9, 1, 8, 8), np.uint8), np.arange(9) % 2, num_values=17)
-    config = recipe_for(images, "cpu", max_steps=3)
+    config = recipe_for(images, "cpu")
     assert config.model.network["widths"] == (32, 64)
     assert (config.model.high, config.model.low) == (7.876, -5.0)
-    vectors = recipe_for(from_array(np.zeros((9, 2), np.float32), np.arange(9) % 2), "cpu", minutes=2.0)
+    vectors = recipe_for(from_array(np.zeros((9, 2), np.float32), np.arange(9) % 2), "cpu")
     assert (vectors.model.high, vectors.model.low, vectors.model.network["kind"]) == (10.0, -6.0, "mlp")
-    expected = TrainConfig(batch=512, lr=1e-3, ema=0.05, weight_decay=0.05, minutes=2.0, snapshots=0)
+    expected = TrainConfig(batch=512, lr=1e-3, ema=0.05, weight_decay=0.05, snapshots=0)
     assert vectors.train == expected

@@ -97,8 +97,8 @@ def train_classifier(
     console.print(f"use it by `undiffuse sample` with --classifier {as_argument(run.folder)} and --label")
 
 
-def recipe_for(data: Dataset, device: str, name: str | None = None, **settings: Any) -> ClassifierConfig:
-    """The network, batch and learning rate of the preset called ``name``, with ``settings`` of `TrainConfig`.
+def recipe_for(data: Dataset, device: str, name: str | None = None) -> ClassifierConfig:
+    """The network, batch and learning rate of the preset called ``name``.
 
     The preset is by default that for these data. Weight decay is that of Dhariwal21's code. There are no snapshots,
     because `undiffuse ema` is for diffusion models.
@@ -110,7 +110,7 @@ def recipe_for(data: Dataset, device: str, name: str | None = None, **settings: 
     name = name or presets.choose(data.item_shape, device)
     base = presets.adapt_to_data(presets.get(name), data.num_values)
     log_snr = {name: base.model.schedule[name] for name in ("low", "high") if name in base.model.schedule}
-    train = replace(base.train, optimizer="adamw", weight_decay=0.05, snapshots=0, **settings)
+    train = replace(base.train, optimizer="adamw", weight_decay=0.05, snapshots=0)
     pooling = presets.CLASSIFIER_POOLING.get(name, "mean")
     return ClassifierConfig(NoisyClassifierConfig(base.model.network, **log_snr, pooling=pooling), train)
 
