@@ -13,6 +13,7 @@ import torch
 from latent_models import tiny_autoencoder
 from PIL import Image
 from simulated_gpu import GPU, GpuTensor, simulated_gpu
+from tiny_run import global_batch
 
 from undiffuse.cli import main
 from undiffuse.data.from_array import from_array
@@ -36,7 +37,6 @@ from undiffuse.sampling.tables import RESTORATION_METHODS
 from undiffuse.sampling.trajectory import last_step
 from undiffuse.training import diffusion_task, distillation_task
 from undiffuse.training.autoencoder_task import AutoencoderRecipe, fit_autoencoder
-from undiffuse.training.batches import global_batch
 from undiffuse.training.classifier_task import ClassifierConfig, fit_classifier
 from undiffuse.training.diffusion_task import DiffusionTask, fit_diffusion
 from undiffuse.training.distillation_task import fit_distillation

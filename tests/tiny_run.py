@@ -23,6 +23,7 @@ from undiffuse.networks.condition import Condition
 from undiffuse.runtime.signals import Interrupted
 from undiffuse.runtime.tensor_file import digest, read_tensors
 from undiffuse.sampling.sampler import Sampler
+from undiffuse.training import batches
 from undiffuse.training import fit as loop
 from undiffuse.training.diffusion_task import fit_diffusion
 from undiffuse.training.ema import PowerEMA
@@ -64,6 +65,11 @@ def recipe(max_steps: int = STEPS, **settings) -> Config:
     defaults |= {"flip": True, "conditional": True, "condition_dropout": 0.3, "snapshots": 2}
     model = ModelConfig(network=NET, schedule={"name": "linear_log_snr", "high": 6.0}, chain_length=5)
     return Config(model, TrainConfig(max_steps=max_steps, **(defaults | settings)))
+
+
+def global_batch(data: Dataset, items: np.ndarray, settings: TrainConfig, step: int) -> batches.Batch:
+    """The batch of a step, of the values of ``data``."""
+    return batches.global_batch(data, items, settings, step, batches.values_of(data))
 
 
 def train(config: Config, folder: Path, items: Dataset, **settings) -> Path:

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_run import global_batch
 
 from undiffuse.data.from_array import from_array
 from undiffuse.model.config import TrainConfig, to_dict
 from undiffuse.networks.registry import build
-from undiffuse.training.batches import global_batch
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "recipes"
 

@@ -10,13 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_run import checkpoint_hashes, save_only
+from tiny_run import checkpoint_hashes, global_batch, save_only
 
 from undiffuse.data.sources.registry import load as load_data
 from undiffuse.model.checkpoint import load
 from undiffuse.model.config import Config, from_dict
 from undiffuse.model.diffusion import Diffusion
-from undiffuse.training.batches import global_batch
 from undiffuse.training.monitor import Monitor
 
 RECIPE = """

@@ -23,6 +23,7 @@ from bad_inputs import ELSEWHERE, IMAGES, PNG, RGB, ROWS, Row, deep_png, encoded
 from children import NOBODY, in_child
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_run import global_batch
 
 from undiffuse.cli import main
 from undiffuse.cli.messages import error_line
@@ -37,7 +38,6 @@ from undiffuse.model.config import ModelConfig, TrainConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.runtime import tensor_file
 from undiffuse.runtime.file_errors import BadFilesError
-from undiffuse.training.batches import global_batch
 
 MAX_SECONDS, MAX_BYTES = 10.0, 1 << 29
 FLAGS = {"crop": "--crop", "upscale": "--allow-upscale"}

@@ -13,7 +13,7 @@ import torch
 from denoising_diffusion_cases import SIDE, Reference, T, betas, buffers, inputs, trainer_file, write
 from diffusers_cases import noise
 from safetensors.torch import save_file
-from tiny_run import quick_looks
+from tiny_run import global_batch, quick_looks
 from torch import Tensor
 
 from undiffuse import load
@@ -26,7 +26,6 @@ from undiffuse.interop.unpickle import convert, flatten
 from undiffuse.model.config import Config, from_dict
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.trajectory import trajectory
-from undiffuse.training.batches import global_batch
 from undiffuse.training.monitor import Monitor
 
 REFERENCES = {

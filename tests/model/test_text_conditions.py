@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_run import global_batch
 
 from undiffuse.data import text_encoders
 from undiffuse.data.caption_embeddings import CaptionEmbeddings, text_rows
@@ -21,7 +22,7 @@ from undiffuse.model.presets import adapt_to_data
 from undiffuse.networks.condition import Condition
 from undiffuse.process.seeded_noise import generator
 from undiffuse.sampling.sampler import Sampler
-from undiffuse.training.batches import batch_items, global_batch
+from undiffuse.training.batches import batch_items
 from undiffuse.training.run_folder import describe
 
 NET = {"kind": "unet", "widths": [8], "blocks": 1, "attention": [0]}

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_run import ITEM_SHAPE, data, recipe
+from tiny_run import ITEM_SHAPE, data, global_batch, recipe
 
 from undiffuse.data.transform import IntegerLevels
 from undiffuse.model.config import replace_train
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.presets import adapt_to_data
 from undiffuse.training import fit as loop
-from undiffuse.training.batches import Batch, global_batch
+from undiffuse.training.batches import Batch
 from undiffuse.training.diffusion_task import DiffusionTask
 from undiffuse.training.progress import Progress
 

@@ -2,13 +2,14 @@
 
 import itertools
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny_run import equal_numbers
+from tiny_run import equal_numbers, global_batch
 
 from undiffuse.data.from_array import from_array
 from undiffuse.data.lazy_array import LazyArray
@@ -16,7 +17,7 @@ from undiffuse.errors import ConfigError, DataError
 from undiffuse.model.config import TrainConfig
 from undiffuse.training import batches as batches_module
 from undiffuse.training.augmentation import augment, check_augmentation
-from undiffuse.training.batches import Batches, global_batch
+from undiffuse.training.batches import Batches, values_of
 
 BATCH = 4000
 PLAIN = TrainConfig(batch=BATCH, seed=5)
@@ -110,7 +111,7 @@ def test_augmentation_does_not_change_the_noise():
 
 def test_prefetched_batches_are_those_of_their_steps_in_any_order():
     data, settings = from_array(SAME[:40]), TrainConfig(batch=8, seed=1, flip=True)
-    with Batches(data, np.arange(40), settings) as batches:
+    with Batches(data, np.arange(40), settings, time.perf_counter, values_of(data)) as batches:
         for step in (0, 1, 2, 7, 7, 3):
             assert all(equal_numbers(batches(step), global_batch(data, np.arange(40), settings, step)))
         assert batches.waited > 0
@@ -125,7 +126,7 @@ def test_data_that_no_other_thread_may_read_are_read_by_this_one(thread_safe):
         return values[indices]
 
     data = replace(from_array(SAME[:40]), values=LazyArray(values.shape, values.dtype, read, thread_safe))
-    with Batches(data, np.arange(40), settings, itertools.count().__next__) as batches:
+    with Batches(data, np.arange(40), settings, itertools.count().__next__, values_of(data)) as batches:
         for step in (0, 1):
             assert all(equal_numbers(batches(step), global_batch(data, np.arange(40), settings, step)))
         assert batches.waited == 2  # one tick of the clock each
@@ -152,7 +153,7 @@ def test_the_next_batch_is_prefetched_and_its_error_raised_at_its_step(monkeypat
 
     monkeypatch.setattr(batches_module, "global_batch", global_batch)
     monkeypatch.setattr(batches_module, "ThreadPoolExecutor", Immediate)
-    with Batches(SimpleNamespace(values=None), None, None) as batches:
+    with Batches(SimpleNamespace(values=None), None, None, time.perf_counter, None) as batches:
         assert [batches(0), requested[:]] == [0, [0, 1]]
         assert [batches(1), requested[:]] == [1, [0, 1, 2]]
         with pytest.raises(DataError, match="was changed"):

@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_run import equal_numbers
+from tiny_run import equal_numbers, global_batch
 
 from undiffuse.data.from_array import from_array
 from undiffuse.errors import ConfigError
 from undiffuse.model.config import TrainConfig
 from undiffuse.process.seeded_noise import generator
-from undiffuse.training.batches import batch_order, global_batch, micro_batches
+from undiffuse.training.batches import batch_order, micro_batches
 
 
 def test_epochs_and_seeds_differ():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import LabelledMixture
-from tiny_run import SlowMachine, checkpoint_hashes, stopping_at
+from tiny_run import SlowMachine, checkpoint_hashes, global_batch, stopping_at
 
 from undiffuse.data.from_array import from_array
 from undiffuse.data.transform import IntegerLevels
@@ -24,7 +24,6 @@ from undiffuse.sampling.solvers.ddim import DDIM
 from undiffuse.sampling.time_grids import time_grid
 from undiffuse.sampling.trajectory import trajectory
 from undiffuse.training import classifier_task, memory_estimate
-from undiffuse.training.batches import global_batch
 from undiffuse.training.classifier_task import ClassifierConfig, ClassifierTask, fit_classifier, measure_accuracy
 from undiffuse.training.extend import extend
 from undiffuse.training.fit import fit

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
-from tiny_run import checkpoint_hashes, stopping_at
+from tiny_run import checkpoint_hashes, global_batch, stopping_at
 
 from undiffuse.cli.distill import _settings_of
 from undiffuse.data.caption_embeddings import CaptionEmbeddings
@@ -21,7 +21,6 @@ from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
 from undiffuse.training import distillation_task
 from undiffuse.training import fit as loop
-from undiffuse.training.batches import global_batch
 from undiffuse.training.diffusion_task import DiffusionTask
 from undiffuse.training.distillation_task import GAPS, DistillationConfig, DistillationTask, fit_distillation
 from undiffuse.training.monitor import Monitor

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_run import SlowMachine, finish_early
+from tiny_run import SlowMachine, finish_early, global_batch
 
 from undiffuse.data.from_array import from_array
 from undiffuse.data.transform import Identity, IntegerLevels, Standardized
@@ -24,7 +24,7 @@ from undiffuse.runtime.tensor_file import read_tensors
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.training import distributed
 from undiffuse.training import fit as loop
-from undiffuse.training.batches import Batch, global_batch
+from undiffuse.training.batches import Batch
 from undiffuse.training.diffusion_task import SCHEDULE_LR_FACTOR, DiffusionTask, fit_diffusion
 from undiffuse.training.distributed import average_other_gradients
 from undiffuse.training.monitor import Monitor

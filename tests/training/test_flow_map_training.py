@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny_run
 import torch
-from tiny_run import checkpoint_hashes, stopping_at
+from tiny_run import checkpoint_hashes, global_batch, stopping_at
 
 from undiffuse.cli import main
 from undiffuse.data.dataset import Dataset
@@ -22,7 +22,6 @@ from undiffuse.networks.condition import Condition
 from undiffuse.process.gaussian import diffuse
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.training import distillation_task
-from undiffuse.training.batches import global_batch
 from undiffuse.training.diffusion_task import DiffusionTask
 from undiffuse.training.distillation_task import fit_distillation
 

@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 import torch
 from latent_models import tiny_autoencoder
-from tiny_run import checkpoint_hashes, quick_looks, save_only, stopping_at
+from tiny_run import checkpoint_hashes, global_batch, quick_looks, save_only, stopping_at
 
 from undiffuse.data.caption_embeddings import CaptionEmbeddings
 from undiffuse.data.from_array import from_array
@@ -24,7 +24,6 @@ from undiffuse.model.latent import LatentTransform
 from undiffuse.networks.condition import Condition
 from undiffuse.training import fit as loop
 from undiffuse.training import initial_weights
-from undiffuse.training.batches import global_batch
 from undiffuse.training.diffusion_task import DiffusionTask, fit_diffusion
 from undiffuse.training.distillation_task import fit_distillation
 from undiffuse.training.monitor import Monitor

@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 import torch
 from scipy import stats
-from tiny_run import checkpoint_hashes, stopping_at
+from tiny_run import checkpoint_hashes, global_batch, stopping_at
 
 from undiffuse.data.from_array import from_array
 from undiffuse.data.stage_data import split_data
@@ -17,7 +17,7 @@ from undiffuse.errors import ConfigError
 from undiffuse.model import checkpoint
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.networks.condition import Condition
-from undiffuse.training.batches import CLEAN_IMAGES, global_batch, image_noise_std
+from undiffuse.training.batches import CLEAN_IMAGES, image_noise_std
 from undiffuse.training.distillation_task import fit_distillation
 
 IMAGES = tiny_run.data()

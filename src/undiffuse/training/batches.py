@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -98,10 +97,10 @@ class Batches:
         data: Dataset,
         items: np.ndarray,
         settings: TrainConfig,
-        clock: Callable[[], float] = time.perf_counter,
-        read: Reader | None = None,
+        clock: Callable[[], float],
+        reader: Reader,
     ) -> None:
-        self.data, self.items, self.settings, self.clock, self.read = data, items, settings, clock, read
+        self.data, self.items, self.settings, self.clock, self.reader = data, items, settings, clock, reader
         self.pool = ThreadPoolExecutor(1, "batches")
         self.pending: dict[int, Future[Batch]] = {}
         self.waited = 0.0
@@ -125,25 +124,22 @@ class Batches:
         return batch
 
     def _make(self, step: int) -> Batch:
-        return global_batch(self.data, self.items, self.settings, step, self.read)
+        return global_batch(self.data, self.items, self.settings, step, self.reader)
 
 
-def global_batch(
-    data: Dataset, items: np.ndarray, settings: TrainConfig, step: int, read: Reader | None = None
-) -> Batch:
+def global_batch(data: Dataset, items: np.ndarray, settings: TrainConfig, step: int, reader: Reader) -> Batch:
     """The whole batch of a step, over all processes: a function of (seed, step) alone, as are its noises.
 
     Dropped conditions, and the caption of an item with several, are drawn with keys of their own, so that values and
     noise are those of unconditional training, and so is the noise of conditioning images (`image_noise_std`).
-    ``read`` gives the values, by default those of ``data``.
+    ``reader`` gives the values.
     """
     chosen = batch_items(items, settings, step)
     stage = data if isinstance(data, StageData) and data.low is not None else None
     source = data if stage is None else stage.full
     fractions = torch.rand(settings.batch, generator=generator(settings.seed, "caption", step)).numpy()
     cond = source.given_condition(chosen, settings.conditional, fractions)
-    read = read or values_of(data)
-    values = read.read(chosen, settings, step)
+    values = reader.read(chosen, settings, step)
     if stage is not None:  # after augmentation, so that the two parts fit together
         values, cond = with_noisy_image(stage.resolution, values, cond, settings, step)
     if settings.conditional and cond is not None:
@@ -157,7 +153,7 @@ def global_batch(
     u = u[torch.randperm(settings.batch, generator=g)]
     r = torch.rand(settings.batch, generator=g, dtype=torch.float64)
     numbers = range(step * settings.batch, (step + 1) * settings.batch)
-    shape = tuple(values.shape[1:]) if read.noise_shape is None else read.noise_shape
+    shape = tuple(values.shape[1:]) if reader.noise_shape is None else reader.noise_shape
     return Batch(torch.from_numpy(np.ascontiguousarray(values)), u, r, cond, numbers, shape, settings.seed)
 
 

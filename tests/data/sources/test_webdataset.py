@@ -7,11 +7,13 @@ import operator
 import os
 import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_run import global_batch
 
 from undiffuse.data import encoded_images
 from undiffuse.data.image_decoding import decode_image
@@ -21,7 +23,7 @@ from undiffuse.data.sources.registry import load
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.model.config import TrainConfig
 from undiffuse.runtime.file_errors import BadFilesError
-from undiffuse.training.batches import Batches, global_batch
+from undiffuse.training.batches import Batches, values_of
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3)).astype(np.uint8)
 
@@ -79,10 +81,10 @@ def test_images_of_shards_in_order(shards):
 
 def test_batches_of_shards_are_reproducible(shards):
     data, settings = load(shards), TrainConfig(batch=3, seed=1)
-    with Batches(data, np.arange(7), settings) as batch:
+    with Batches(data, np.arange(7), settings, time.perf_counter, values_of(data)) as batch:
         tensors = [batch(step).values for step in range(5)]
         assert batch.pending == {}  # decoding is not thread-safe
-    with Batches(data, np.arange(7), settings) as batch:
+    with Batches(data, np.arange(7), settings, time.perf_counter, values_of(data)) as batch:
         assert torch.equal(batch(3).values, tensors[3])
     again = global_batch(load(shards), np.arange(7), settings, 4).values
     assert torch.equal(again, tensors[4])
