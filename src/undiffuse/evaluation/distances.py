@@ -91,18 +91,15 @@ def row_chunks(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     return a.split(max(1, CHUNK_DISTANCES // len(b)))
 
 
-def jackknife(
-    function: Callable[[Tensor, Tensor], float], a: Tensor, b: Tensor, groups: int = JACKKNIFE_GROUPS
-) -> float:
+def jackknife(function: Callable[[Tensor, Tensor], float], a: Tensor, b: Tensor) -> float:
     """The standard error of ``function(a, b)`` over the rows of both sets, by the delete-a-group jackknife.
 
     f_g of `jackknife_stderr` omits every G-th row of both sets from the g-th on: rows have to be in random order.
-    Raises DataError for fewer than 2 ``groups`` rows.
+    G is `JACKKNIFE_GROUPS`. Raises DataError for fewer than 2 G rows.
     """
-    if min(len(a), len(b)) < 2 * groups:
-        raise DataError(
-            "FEW", "features", f"{min(len(a), len(b))} rows are too few for {groups} groups", "Give more rows"
-        )
+    groups, fewest = JACKKNIFE_GROUPS, min(len(a), len(b))
+    if fewest < 2 * groups:
+        raise DataError("FEW", "features", f"{fewest} rows are too few for {groups} groups", "Give more rows")
     in_a, in_b = (torch.arange(len(rows)) % groups for rows in (a, b))
     omitted = torch.tensor([function(a[in_a != g], b[in_b != g]) for g in range(groups)], dtype=torch.float64)
     return jackknife_stderr(omitted)

@@ -66,13 +66,12 @@ def network_difference(
     item_shape: Sequence[int],
     steps: Sequence[int],
     classes: int = 0,
-    seed: int = 0,
 ) -> float:
     """The largest difference of ``network`` from ``other`` (x, time, label or None), relative as `LIMIT` says.
 
     Of one item of noise of ``item_shape`` at each of ``steps``, with a random label if there are ``classes``.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for step in steps:
         x = torch.randn((1, *item_shape), generator=generator)

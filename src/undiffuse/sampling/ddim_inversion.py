@@ -10,11 +10,10 @@ from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.prior import prior_scale
 from undiffuse.process.schedule import Schedule, finite_ends
 from undiffuse.sampling.solvers.runge_kutta import RungeKutta
-from undiffuse.sampling.solvers.solver import Solver
 from undiffuse.sampling.trajectory import last_step, trajectory
 
 FLOW_SOLVER = RungeKutta("rk4", "angle")
-"""Of order 4, with four calls a step: the way up and the way down have to agree."""
+"""Of order 4, with four calls a step and no noise: the way up and the way down have to agree."""
 
 
 def finite_levels(schedule: Schedule, levels: list[NoiseLevel]) -> list[NoiseLevel]:
@@ -24,22 +23,21 @@ def finite_levels(schedule: Schedule, levels: list[NoiseLevel]) -> list[NoiseLev
 
 
 @torch.no_grad()
-def ddim_invert(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel], solver: Solver = FLOW_SOLVER) -> Tensor:
+def ddim_invert(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel]) -> Tensor:
     """x_T/std by the flow up from alpha x at the last of the falling ``levels``; std is that of the prior.
 
-    Latents (B, ...) of the data ``x`` (B, ...) are N(0, I) to the extent that the model is right. ``solver`` draws no
-    noise.
+    Latents (B, ...) of the data ``x`` (B, ...) are N(0, I) to the extent that the model is right.
     """
     start = broadcast_like(levels[-1].alpha, x) * x
-    top = last_step(trajectory(denoise, solver, levels[::-1], start, lambda n: x.new_empty(n, *x.shape)))
+    top = last_step(trajectory(denoise, FLOW_SOLVER, levels[::-1], start, lambda n: x.new_empty(n, *x.shape)))
     return top.x / prior_scale(top.level)
 
 
 @torch.no_grad()
-def ddim_generate(denoise: Denoiser, latents: Tensor, levels: list[NoiseLevel], solver: Solver = FLOW_SOLVER) -> Tensor:
+def ddim_generate(denoise: Denoiser, latents: Tensor, levels: list[NoiseLevel]) -> Tensor:
     """x (B, ...) of ``latents`` (B, ...): the inverse of `ddim_invert`, to the error of the solver."""
     start = latents * prior_scale(levels[0])
-    clean = last_step(trajectory(denoise, solver, levels, start, lambda n: latents.new_empty(n, *latents.shape)))
+    clean = last_step(trajectory(denoise, FLOW_SOLVER, levels, start, lambda n: latents.new_empty(n, *latents.shape)))
     return clean.x / broadcast_like(clean.level.alpha, latents)
 
 

@@ -136,7 +136,6 @@ def measure_accuracy(
     model: NoisyClassifier,
     data: Dataset,
     items: np.ndarray,
-    seed: int = 0,
     num_levels: int = 9,
     batch: int = 256,
     limit: TimeLimit | None = None,
@@ -155,7 +154,7 @@ def measure_accuracy(
     items = items[np.unique(np.linspace(0, len(items) - 1, fitting).astype(int))]
     if limit.left < math.inf:  # it may end before the last item
         items = items[bit_reversed_order(len(items))]
-    noises = [generator(seed, "accuracy", k) for k in range(num_levels)]
+    noises = [generator(0, "accuracy", k) for k in range(num_levels)]
     correct, log_prob, done = [0] * num_levels, [0.0] * num_levels, 0
 
     def measure(here: slice) -> None:

@@ -16,16 +16,17 @@ from undiffuse.runtime.device import kept_random_state
 from undiffuse.runtime.precision import autocast_dtype, resolve_precision
 from undiffuse.training.optimizer import make_optimizer
 
+TIMED_STEPS = 3
+
 
 def seconds_per_step(
     recipe: Config,
     item_shape: tuple[int, ...],
     num_values: int,
     device: torch.device,
-    steps: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """The median seconds of ``steps`` optimizer steps on random integers (batch, *item_shape), after one more.
+    """The median seconds of `TIMED_STEPS` optimizer steps on random integers (batch, *item_shape), after one more.
 
     Without the averages of the weights, which cost less than a tenth of a step.
     """
@@ -39,7 +40,7 @@ def seconds_per_step(
         values = torch.randint(num_values, (settings.batch, *item_shape), dtype=torch.int32)
         u, eps = torch.rand(settings.batch, dtype=torch.float64), torch.randn(values.shape, device=device)
         seconds = []
-        for _ in range(steps + 1):
+        for _ in range(TIMED_STEPS + 1):
             began = clock()
             model.loss(values, u, eps).mean().backward()
             optimizer.step()
