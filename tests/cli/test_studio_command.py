@@ -47,7 +47,6 @@ def test_the_runs_in_the_folder_runs_are_opened(tmp_path, monkeypatch, capsys):
 def test_missing_packages_and_libraries_are_named(tmp_path, monkeypatch, capsys):
     run = str(make_run(tmp_path / "run"))
     monkeypatch.setattr(server, "STATIC", tmp_path)
-    monkeypatch.setattr(server.read_files, "__defaults__", (tmp_path,))
     assert "Run 'make studio'" in failed([run], capsys)
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else real(name))

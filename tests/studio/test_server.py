@@ -419,11 +419,12 @@ def test_runs_that_are_not_there(tmp_path):
             open_runs([path])
 
 
-def test_missing_libraries_are_named_with_what_to_do(tmp_path):
+def test_missing_libraries_are_named_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "STATIC", tmp_path)
     (tmp_path / "vendor").mkdir()
     (tmp_path / "vendor" / "preact.mjs").touch()
     with pytest.raises(ConfigError, match=r"htm\.mjs.*make studio.*Node\.js"):
-        read_files(tmp_path)
+        read_files()
 
 
 def test_a_port_in_use_is_an_error():

@@ -58,15 +58,15 @@ def cell(value: Any) -> str:
     return printable(str(value)) if isinstance(value, str) else f"{value:,}"
 
 
-BARS = "▁▂▃▄▅▆▇█"
+BARS, MAX_BARS = "▁▂▃▄▅▆▇█", 40
 
 
-def spark(values: Sequence[float], width: int = 40) -> str:
-    """``values`` as at most ``width`` bars, the means of equal parts; blank where a part has no finite value."""
+def spark(values: Sequence[float]) -> str:
+    """``values`` as at most `MAX_BARS` bars, the means of equal parts; blank where a part has no finite value."""
     numbers = np.asarray(values, np.float64)
     if not len(numbers):
         return ""
-    parts = [part[np.isfinite(part)] for part in np.array_split(numbers, min(width, len(numbers)))]
+    parts = [part[np.isfinite(part)] for part in np.array_split(numbers, min(MAX_BARS, len(numbers)))]
     means = np.array([part.mean() if len(part) else np.nan for part in parts])
     if not np.isfinite(means).any():
         return " " * len(means)

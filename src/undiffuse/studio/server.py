@@ -210,15 +210,15 @@ def content_policy(page: bytes) -> str:
     return "; ".join(f"{name} {' '.join(values)}" for name, values in sources.items())
 
 
-def read_files(folder: Path = STATIC) -> dict[str, bytes]:
+def read_files() -> dict[str, bytes]:
     """The files of the page by name. Raises `ConfigError` if those of other projects are missing."""
-    missing = [name for name in VENDOR if not (folder / "vendor" / name).is_file()]
+    missing = [name for name in VENDOR if not (STATIC / "vendor" / name).is_file()]
     if missing:
         cause = f"the page's libraries are missing ({', '.join(missing)}): this is a copy of the source"
         fix = "Run 'make studio' there, which needs Node.js and npm, or install the wheel, which holds them"
-        raise ConfigError("STUDIO_FILES", folder / "vendor", cause, fix)
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+        raise ConfigError("STUDIO_FILES", STATIC / "vendor", cause, fix)
+    paths = [path for path in STATIC.rglob("*") if path.is_file()]
+    return {path.relative_to(STATIC).as_posix(): path.read_bytes() for path in paths}
 
 
 class Server(uvicorn.Server):
