@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from undiffuse.errors import ConfigError, NonFiniteError
-from undiffuse.process.ode_integrator import METHODS, Integrator, error_size, flow_time, log_snr_at_flow_time, rk_step
+from undiffuse.process.noise_level import NoiseLevel
+from undiffuse.process.ode_integrator import (
+    METHODS,
+    Integrator,
+    error_size,
+    flow_time,
+    flow_velocity,
+    log_snr_at_flow_time,
+    rk_step,
+)
 
 
 class Turning:
@@ -197,3 +206,19 @@ def test_flow_time():
 
 def test_default_limit_of_calls():
     assert Integrator().max_calls == 10_000
+
+
+@pytest.mark.parametrize("r", [1.0, 0.3, 4.0])
+def test_the_velocity_is_the_derivative_of_the_state_over_its_radius(r):
+    """x_t/r = cos θ x + sin θ ε with tan θ = sigma/alpha: cos θ = tanh(−u) and sin θ = 1/cosh(u)."""
+    random = torch.Generator().manual_seed(0)
+    x, eps = torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=random)
+    u = torch.tensor([-4.0, -0.7, 0.0], dtype=torch.float64)
+    cos, sin = torch.tanh(-u), 1 / torch.cosh(u)
+
+    def state(u):
+        return torch.tanh(-u)[:, None, None] * x + (1 / torch.cosh(u))[:, None, None] * eps
+
+    _, expected = torch.func.jvp(state, (u,), (torch.ones_like(u),))
+    level = NoiseLevel(torch.full_like(u, 0.5), r * cos, r * sin, log_snr_at_flow_time(u))
+    torch.testing.assert_close(flow_velocity(x, eps, level), expected, rtol=1e-12, atol=1e-12)
