@@ -146,15 +146,15 @@ def restore(
     cond = None if cond is None else model.prepare_condition(cond, n)
     solver, levels = _solver_and_levels(model, degradation, image, method, num_steps, floor)
     parts = []
-    for start in range(0, n, batch):
-        items = range(start, min(start + batch, n))
+    for first in range(0, n, batch):
+        items = range(first, min(first + batch, n))
         own = model.denoiser() if method in SOLVER_METHODS else in_float32(model.denoiser())
         denoise = ConditionedDenoiser(own, cond and cond.take(slice(items.start, items.stop)))
         if method not in SOLVER_METHODS:
             denoise = RESTORATION_METHODS[method](denoise, _observation(model, degradation, image, floor))
         noise = ItemNoise(seed, items, model.x_shape, device=model.device)
-        noisy = prior_sample(levels[0], noise(1)[0].to(model.dtype))
-        steps = trajectory(model.clip(denoise), solver, levels, noisy, noise)
+        start = prior_sample(levels[0], noise(1)[0].to(model.dtype))
+        steps = trajectory(model.clip(denoise), solver, levels, start, noise)
         last = last_step(steps, partial(progress, len(items)) if progress else None)
         x = check_finite(rescale(last.x, last.level), items.start)
         parts.append(model.transform.decode(x) if isinstance(model.transform, LatentTransform) else x)
