@@ -16,7 +16,7 @@ from undiffuse.errors import ConfigError
 from undiffuse.likelihood import decoder as decoders
 from undiffuse.likelihood.decoder import CategoricalDecoder, Density, LastStep, ValueSoftmax, clean_nll
 from undiffuse.likelihood.dequantization import ForwardNoise
-from undiffuse.likelihood.importance_weighting import importance_weighted
+from undiffuse.likelihood.importance_weighting import chain_nll, iwae_bound
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.likelihood.vlb import vlb
 from undiffuse.likelihood.vlb_continuous import vlb_continuous
@@ -283,11 +283,12 @@ def test_the_weight_of_a_trajectory_has_the_same_decoder():
         CategoricalDecoder(head(SHARE, schedule), THREE),
     )
     noise = lambda n: torch.full((n, 3, 1), 0.4, dtype=torch.float64)  # noqa: E731
-    run = importance_weighted(chain, VALUES, noise, iw_samples=2, edges=THREE.edges(VALUES), decode=decode)
+    weight = partial(chain_nll, chain, VALUES, noise, edges=THREE.edges(VALUES))
+    run = iwae_bound([weight(decode=decode) for _ in range(2)])
     states = []
     spy = lambda x, z, level: states.append(z) or decode(x, z, level)  # noqa: E731
     spy.calls = 1
-    again = importance_weighted(chain, VALUES, noise, iw_samples=1, edges=THREE.edges(VALUES), decode=spy)
+    again = weight(decode=spy)
     torch.testing.assert_close(run.decoder, -decode(VALUES, states[0], schedule(0.0))[:, 0])
     assert (run.calls, again.calls) == (4, 2)
 
@@ -301,7 +302,7 @@ def test_the_decoder_of_a_level_with_almost_no_noise_is_certain():
 def test_discrete_data_need_a_decoder_where_the_chain_stays_finite():
     schedule = S.LinearLogSNR()
     chain, noise = ReverseChain(Wrong(schedule), time_grid(schedule, 2)), lambda n: torch.zeros(n, 3, 1)
-    for bound in (vlb, partial(importance_weighted, iw_samples=1)):
+    for bound in (vlb, chain_nll):
         with pytest.raises(ConfigError, match=r"^error\[DECODER\] decode: discrete data need a decoder where"):
             bound(chain, VALUES, noise, edges=THREE.edges(VALUES))
 

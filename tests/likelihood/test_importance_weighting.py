@@ -13,7 +13,7 @@ from scipy.stats import norm
 from undiffuse.data.transform import IntegerLevels
 from undiffuse.denoising.denoiser import Prediction
 from undiffuse.likelihood.decoder import ValueSoftmax
-from undiffuse.likelihood.importance_weighting import chain_nll, importance_weighted, iwae_bound, log_mean_exp_nll
+from undiffuse.likelihood.importance_weighting import chain_nll, iwae_bound, log_mean_exp_nll
 from undiffuse.likelihood.nll import make_nll
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.likelihood.vlb import vlb
@@ -80,7 +80,7 @@ def quadrature(chain, nodes=40, iw_samples=1, **settings):
         assert k == 1
         return next(fresh).repeat_interleave(B)[None, :, None]
 
-    run = importance_weighted(chain, X.repeat(n, 1), noise, iw_samples=iw_samples, **settings)
+    run = iwae_bound([chain_nll(chain, X.repeat(n, 1), noise, **settings) for _ in range(iw_samples)])
     assert next(fresh, None) is None
     return run.total.reshape(n, B), (weights / weights.sum())[which].prod(1)
 
@@ -171,7 +171,7 @@ def test_the_decoder_of_discrete_data_is_that_of_the_bound(ending):
     edges, decode = values.edges(x), ValueSoftmax(values)
     noise = lambda n: torch.full((n, 3, 1), 0.3, dtype=torch.float64)  # noqa: E731
     chain = ReverseChain(wrong, levels, "large", first_large="clipped")
-    run = importance_weighted(chain, x, noise, iw_samples=1, edges=edges, decode=decode)
+    run = chain_nll(chain, x, noise, edges=edges, decode=decode)
     state = float(levels[0].alpha) * x + float(levels[0].sigma) * 0.3
     if ending == 0:
         expected = vlb(chain, x, noise, edges=edges, decode=decode).decoder
@@ -188,7 +188,7 @@ def test_the_network_gets_the_dtype_of_x_and_sums_are_float64():
     spy = Spy(DATA.denoiser(S.LinearLogSNR()))
     chain = ReverseChain(spy, time_grid(S.LinearLogSNR(), 3))
     noise = lambda n: torch.full((n, 3, 1), 0.3)  # noqa: E731
-    run = importance_weighted(chain, X.float(), noise, iw_samples=2)
+    run = iwae_bound([chain_nll(chain, X.float(), noise) for _ in range(2)])
     assert {x_t.dtype for x_t, *_ in spy.seen} == {torch.float32}
     assert run.total.dtype == run.per_step.dtype == torch.float64
     assert (run.calls, len(spy.seen), run.per_step.shape) == (6, 6, (3, 3))

@@ -45,25 +45,6 @@ def iwae_bound(samples: Sequence[NLL]) -> NLL:
     return make_nll(prior, diffusion_nats, decoder, calls, per_step, extra)
 
 
-def importance_weighted(
-    chain: ReverseChain,
-    x: Tensor,
-    noise: Noise,
-    *,
-    iw_samples: int,
-    edges: Edges | None = None,
-    decode: Decoder | None = None,
-    prior: Prior | None = None,
-) -> NLL:
-    """−log p(x) ≤ −log((1/K) Σ_k p(x, x_1..x_T)/q(x_1..x_T given x)), K = ``iw_samples`` trajectories [Burda16 eq. 8].
-
-    For K = 1 the expectation is that of `vlb`, whose arguments these are; as K grows it falls to the chain's own
-    −log p(x). ``noise(1)`` gives the numbers of each step, trajectory by trajectory. ``calls`` is K times the chain's.
-    """
-    parts = {"edges": edges, "decode": decode, "prior": prior}
-    return iwae_bound([chain_nll(chain, x, noise, **parts) for _ in range(iw_samples)])
-
-
 def chain_nll(
     chain: ReverseChain,
     x: Tensor,
