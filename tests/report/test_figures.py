@@ -5,7 +5,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_rgb
 
 from undiffuse.errors import ConfigError, DataError, NonFiniteError
 from undiffuse.report import figures
@@ -13,7 +12,6 @@ from undiffuse.report.figures import (
     BACKGROUND,
     WIDTH,
     bits_per_step,
-    error_by_calls,
     image_grid,
     image_strip,
 )
@@ -195,22 +193,6 @@ def test_values_that_cannot_be_drawn(monkeypatch):
     with pytest.raises(ConfigError, match=r"undiffuse\[report\]"):
         image_grid(np.zeros((3, 2)))
     image_grid(np.zeros((3, 1, 2, 2)), 2)  # grids need no matplotlib
-
-
-def test_curves_of_errors_by_calls():
-    curves = {"none": [], **{str(i): [(5, 2.0, 0.5), (10, 1.0 + i, 0.1)] for i in range(7)}}
-    curves["at 0"] = [(5, 0.0, 0.1), (10, 1.0, 0.1)]
-    (axes,) = error_by_calls(curves, {"floor": 0.5}, "distance").axes
-    assert [line.get_label() for line in axes.lines[:8]] == [*map(str, range(7)), "at 0"]
-    assert axes.lines[3].get_xydata().tolist() == [[5, 2], [10, 4]]
-    assert np.isnan(axes.lines[7].get_ydata()[0])
-    bars = axes.collections[3]
-    assert np.concatenate(bars.get_segments()).ravel() == pytest.approx([5, 1.5, 5, 2.5, 10, 3.9, 10, 4.1])
-    assert bars.get_color()[0, :3] == pytest.approx(to_rgb(axes.lines[3].get_color()))
-    looks = [(line.get_color(), line.get_linestyle()) for line in axes.lines[:8]]
-    assert len(set(looks)) == 8
-    assert (axes.get_xscale(), axes.get_yscale(), axes.get_ylabel()) == ("log", "log", "distance")
-    assert axes.lines[8].get_ydata()[0] == 0.5
 
 
 def test_columns_are_drawn_against_each_other(monkeypatch):
