@@ -7,6 +7,7 @@ from oracles import GaussianData
 from torch import nn
 
 from undiffuse.denoising.linear_operators import LinearOperator, identity, mask, mean_pool
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.sampling.trajectory import trajectory
 
@@ -30,7 +31,7 @@ OPERATORS = {
     "identity": identity(SHAPE),
 }
 SCHEDULES = {
-    "linear": (S.linear(), [1.0, 0.5, 0.001]),
+    "linear": (DS.linear(), [1.0, 0.5, 0.001]),
     "log-SNR": (S.LinearLogSNR(), [1.0, 0.4, 0.0]),
     "flow": (S.Flow(), [0.999, 0.5, 1e-3, 1e-5]),
     "exploding": (S.VarianceExploding(), [1.0, 0.5, 0.0]),

@@ -6,16 +6,17 @@ import torch
 from hypothesis import strategies as st
 from oracles import GaussianData
 
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 
 betas = st.lists(st.floats(1e-5, 0.999), min_size=1, max_size=12)
 
 
 @st.composite
-def tables(draw) -> S.Tabulated:
+def tables(draw) -> DS.Tabulated:
     """A table of arbitrary beta, the last possibly 1."""
     beta = draw(betas)
-    return S.Tabulated([*beta[:-1], 1.0] if draw(st.booleans()) and len(beta) > 1 else beta)
+    return DS.Tabulated([*beta[:-1], 1.0] if draw(st.booleans()) and len(beta) > 1 else beta)
 
 
 @st.composite

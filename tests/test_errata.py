@@ -21,6 +21,7 @@ from undiffuse.denoising.score_matching import conditional_score, explicit, stei
 from undiffuse.likelihood.nll import NLL
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.likelihood.vlb import vlb
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian, diffuse, forward, posterior, reverse, step_log_var
 from undiffuse.process.noise_level import NoiseLevel, log_var_large, log_var_small
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/errata.md").read_text()
 script = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "errata"), run_name="errata"))
 
-LEVELS = time_grid(S.linear())  # from t = 1 to 0
+LEVELS = time_grid(DS.linear())  # from t = 1 to 0
 ONE = torch.ones(1, 1, dtype=torch.float64)
 STANDARD = GaussianData(torch.zeros(1), torch.ones(1))
 QUARTER = GaussianData(torch.zeros(1), torch.tensor([0.25]))
@@ -50,7 +51,7 @@ def at(k: int) -> NoiseLevel:
 @cache
 def state_variance(solver: Solver, data: GaussianData, end: int = 0) -> float:
     """The variance of the state at ``end`` from x_T ~ N(0, 1): v = slope² v + noise², both measured at each step."""
-    probe, denoise, v = torch.tensor([[1.0], [0.0]], dtype=torch.float64), data.denoiser(S.linear()), 1.0
+    probe, denoise, v = torch.tensor([[1.0], [0.0]], dtype=torch.float64), data.denoiser(DS.linear()), 1.0
     for t, s in pairwise(LEVELS[: 1001 - end]):
         x_s, _ = solver.step(denoise, probe, t, s, (), probe.flip(0).expand(solver.noises_per_step, 2, 1))
         v = float(x_s[0]) ** 2 * v + float(x_s[1]) ** 2
@@ -59,7 +60,7 @@ def state_variance(solver: Solver, data: GaussianData, end: int = 0) -> float:
 
 def chain_bound(data: GaussianData, variance, x: float = 1.0, eps: float = 1.0, prior: Gaussian | None = None) -> NLL:
     """`vlb` over the first hundred steps, averaged over x and eps of mean 0 and these standard deviations."""
-    levels = time_grid(S.Tabulated(script.SHORT))
+    levels = time_grid(DS.Tabulated(script.SHORT))
     signs = torch.tensor(list(product((1.0, -1.0), repeat=2)), dtype=torch.float64)
     noise = eps * signs[:, 1:]
     chain = ReverseChain(data.denoiser(S.Flow()), levels, variance)
@@ -71,7 +72,7 @@ def last_step(solver: Solver, x: float) -> float:
     """The last step's result for data of one point, from x_1 = alpha x + sigma eps, with noise."""
     data = GaussianData(torch.tensor([x]), torch.zeros(1))
     x_1 = diffuse(x * ONE, at(1), 0.6 * ONE)
-    return float(solver.step(data.denoiser(S.linear()), x_1, at(1), at(0), (), ONE[None])[0])
+    return float(solver.step(data.denoiser(DS.linear()), x_1, at(1), at(0), (), ONE[None])[0])
 
 
 def chained_variance() -> float:
@@ -98,13 +99,13 @@ def one_step_bound() -> float:
 
     zero.schedule = S.Flow()
     noise = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
-    chain = ReverseChain(zero, time_grid(S.Tabulated([0.5])), lambda t, s: 0 * t.t)
+    chain = ReverseChain(zero, time_grid(DS.Tabulated([0.5])), lambda t, s: 0 * t.t)
     return float(vlb(chain, 0 * noise, lambda n: noise[None]).total.mean())
 
 
 def excess() -> float:
     """The bound less −log p of the chain's samples, a Gaussian whose variance follows from the steps."""
-    v, levels = 1.0, time_grid(S.Tabulated(script.SHORT))
+    v, levels = 1.0, time_grid(DS.Tabulated(script.SHORT))
     denoise = STANDARD.denoiser(S.Flow())
     for t, s in pairwise(levels):
         step = reverse(denoise(ONE, t), ONE, t, s, "small")
@@ -148,7 +149,7 @@ def exact(t: NoiseLevel, s: NoiseLevel):
 def exact_bound() -> float:
     """The bound of narrow data less their entropy, with the exact reverse process and prior."""
     data = GaussianData(torch.zeros(1), torch.tensor([0.01], dtype=torch.float64))
-    top = time_grid(S.Tabulated(script.SHORT))[0]
+    top = time_grid(DS.Tabulated(script.SHORT))[0]
     prior = Gaussian(torch.zeros(1), torch.log(data.marginal_var(top)))
     return float(chain_bound(data, data.reverse_log_var, x=0.1, prior=prior).total - data.entropy())
 
@@ -157,10 +158,10 @@ PACKAGE: dict[str, Callable[[], float]] = {  # the right number, by the function
     "F1a": lambda: float(forward(ONE, at(999), at(1000)).mean) ** 2 + math.exp(log_var_large(at(1000), at(999))),
     "F1b": chained_variance,
     "F2": lambda: float([*forward_trajectory(ONE, LEVELS, lambda n: 0 * ONE[None])][-1].x),
-    "F3a": lambda: float(S.linear()(1.0).alpha),
+    "F3a": lambda: float(DS.linear()(1.0).alpha),
     "F3b": lambda: float(diffuse(ONE, at(1000), 0 * ONE)),
     "F4": lambda: math.exp(0.5 * forward(ONE, at(0), at(1)).log_var),
-    "F5": lambda: float(S.Tabulated(0.02 / np.arange(1, 1001) ** 2.0)(1.0).alpha ** 2),
+    "F5": lambda: float(DS.Tabulated(0.02 / np.arange(1, 1001) ** 2.0)(1.0).alpha ** 2),
     "R2": lambda: math.exp(step_log_var(ONE, at(1000), at(999)) - step_log_var(ONE, at(2), at(1))),
     "R4": mean_error,
     "R6": lambda: (last_step(Ancestral("large"), 0.3) - 0.3) ** 2,

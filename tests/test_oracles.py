@@ -10,6 +10,7 @@ from oracles import EmpiricalData, GaussianData, LabelledMixture, MixtureData, g
 from scipy import integrate, stats
 
 from undiffuse.networks.condition import Condition
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 
 f64 = torch.float64
@@ -113,7 +114,7 @@ def test_shaped_items_agree_with_flat_items():
     assert shaped.sample(2, torch.Generator()).shape == (2, 1, 3, 1)
 
 
-@pytest.mark.parametrize("schedule", [S.LinearLogSNR(), S.Flow(), S.VarianceExploding(), S.cosine(50)])
+@pytest.mark.parametrize("schedule", [S.LinearLogSNR(), S.Flow(), S.VarianceExploding(), DS.cosine(50)])
 def test_reverse_variance_agrees_with_the_joint_gaussian(schedule):
     data = DATA["diagonal"]
     t, s = schedule(tensor([0.8, 0.5])), schedule(tensor([0.46, 0.0]))

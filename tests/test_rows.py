@@ -38,6 +38,7 @@ from undiffuse.likelihood.vlb_continuous import vlb_continuous
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.losses import eps_mse, full_bound, hybrid, mean_matching
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.discrete_schedule import linear
 from undiffuse.process.gaussian import (
@@ -64,7 +65,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 BETA = np.linspace(1e-4, 0.02, 1000)
 BAR = np.concatenate([[1.0], np.cumprod(1 - BETA)])  # BAR[t]
 SMALL = np.concatenate([[np.nan, np.nan], BETA[1:] * (1 - BAR[1:-1]) / (1 - BAR[2:])])  # SMALL[t], t ≥ 2
-CHAIN = time_grid(S.linear())[::-1]  # CHAIN[t]
+CHAIN = time_grid(DS.linear())[::-1]  # CHAIN[t]
 T, X, EPS = 700, 0.7, -1.3
 X_T = math.sqrt(BAR[T]) * X + math.sqrt(1 - BAR[T]) * EPS
 ONE = torch.ones(1, 1, dtype=torch.float64)
@@ -148,7 +149,7 @@ NORMAL = np.array([0.4, -1.1, 0.6, 1.2, -0.3, 0.2])
 
 
 def six_levels() -> list[NoiseLevel]:
-    return time_grid(S.Tabulated(SIX))
+    return time_grid(DS.Tabulated(SIX))
 
 
 def six_states(numbers: np.ndarray = NORMAL) -> list[Step]:
@@ -199,7 +200,7 @@ def f8_oracle():
 
 def r1():
     start = 0.4 * ONE
-    return [step.x for step in trajectory(DATA.denoiser(S.linear()), Ancestral(), CHAIN[::-1], start, fed(NOISES))]
+    return [step.x for step in trajectory(DATA.denoiser(DS.linear()), Ancestral(), CHAIN[::-1], start, fed(NOISES))]
 
 
 def r1_oracle():
@@ -266,7 +267,7 @@ def r6_oracle():
 def r7():
     ends = []
     for form in ("scaled", "printed"):
-        *_, last = trajectory(DATA.denoiser(S.linear()), OneStepInversion(form), CHAIN[::-1], ONE, lambda n: ONE[:n])
+        *_, last = trajectory(DATA.denoiser(DS.linear()), OneStepInversion(form), CHAIN[::-1], ONE, lambda n: ONE[:n])
         ends.append(last.x)
     return ends
 
@@ -310,7 +311,7 @@ class Affine:
 
 
 def six_steps() -> ReverseChain:
-    return ReverseChain(Affine(), time_grid(S.Tabulated(SIX)), "large")
+    return ReverseChain(Affine(), time_grid(DS.Tabulated(SIX)), "large")
 
 
 def t1():
@@ -387,7 +388,7 @@ def t3_oracle():
 def t4():
     signs = torch.tensor(list(product([0.5, -0.5], [1.0, -1.0])), dtype=torch.float64)
     x, eps = signs[:, :1], signs[:, 1:]
-    denoise = DATA.denoiser(S.linear())
+    denoise = DATA.denoiser(DS.linear())
     return [eps_mse(denoise(diffuse(x, level, eps), level), eps).mean() for level in CHAIN[1:]]
 
 
@@ -506,7 +507,7 @@ def langevin_variance(solver: AnnealedLangevin, t: NoiseLevel, s: NoiseLevel, v:
     fresh = torch.cat([torch.zeros(solver.noises_per_step, 1), torch.eye(solver.noises_per_step)], 1).double()[
         ..., None
     ]
-    x, _ = solver.step(DATA.denoiser(S.linear()), start, t, s, (), fresh)
+    x, _ = solver.step(DATA.denoiser(DS.linear()), start, t, s, (), fresh)
     return float(v * x[0] ** 2 + (x[1:] ** 2).sum())
 
 
@@ -536,7 +537,7 @@ def s6():
 
 
 def v1():
-    levels = time_grid(S.Tabulated(SIX))
+    levels = time_grid(DS.Tabulated(SIX))
     top = levels[0]
     prior = Gaussian(0 * ONE[0], torch.log(DATA.marginal_var(top)))
     signs = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
@@ -548,7 +549,7 @@ def v1():
 def v2():
     """The bound between two log-SNRs for three schedules, the integral by the midpoint rule with 300 intervals."""
     signs, totals = torch.tensor([[1.0], [-1.0]], dtype=torch.float64), []
-    for schedule in (S.LinearLogSNR(8.0, -5.0), S.Sigmoid(), S.cosine(100)):
+    for schedule in (S.LinearLogSNR(8.0, -5.0), S.Sigmoid(), DS.cosine(100)):
         top, clean = (schedule(schedule.inverse(log_snr)) for log_snr in (-5.0, 8.0))
         half = torch.full((2,), 0.5, dtype=torch.float64)
         result = vlb_continuous(

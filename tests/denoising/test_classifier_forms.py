@@ -11,6 +11,7 @@ from undiffuse.denoising.denoiser import ConditionedDenoiser
 from undiffuse.denoising.guidance import ClassifierGuided, Guide
 from undiffuse.errors import ConfigError
 from undiffuse.networks.condition import Condition
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.noise_level import log_var_large, log_var_small, transition_frac
 from undiffuse.sampling.sampler import Sampler
@@ -31,7 +32,7 @@ LINE = LabelledMixture(
     torch.tensor([[0.09], [0.04], [0.25]]),
     torch.tensor([0, 1, 1]),
 )
-SCHEDULES = {"log-SNR": S.LinearLogSNR(), "flow": S.Flow(), "exploding": S.VarianceExploding(), "linear": S.linear()}
+SCHEDULES = {"log-SNR": S.LinearLogSNR(), "flow": S.Flow(), "exploding": S.VarianceExploding(), "linear": DS.linear()}
 LABELS = Condition(label=torch.tensor([0, 2, 1, 0, 2]))
 X_T = torch.randn(5, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
 
@@ -154,7 +155,7 @@ def test_a_sampler_has_the_form():
 
 def test_a_trajectory_of_the_mean_form_ends_in_the_mean_of_its_last_step():
     """The last step into data draws no noise, and is shifted like every other, as in the authors' code."""
-    schedule = S.linear(4)
+    schedule = DS.linear(4)
     solver = ClassifierGuidedAncestral("large", log_prob=log_prob_of(PLANE), cond=LABELS, scale=2.0)
     denoise, levels = ConditionedDenoiser(PLANE.denoiser(schedule), None), time_grid(schedule, 4)
     noise = torch.ones(1, 5, 2, dtype=F64)

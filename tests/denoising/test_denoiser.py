@@ -19,6 +19,7 @@ from undiffuse.denoising.denoiser import (
 )
 from undiffuse.errors import ConfigError
 from undiffuse.networks.condition import Condition
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process import target as targets
 from undiffuse.process.gaussian import diffuse
@@ -58,7 +59,7 @@ FRAMES = {  # the output of the network, from (x, eps) at (alpha, sigma); by han
 }
 
 
-@pytest.mark.parametrize("schedule", [S.linear(10), S.Flow(), S.VarianceExploding()])
+@pytest.mark.parametrize("schedule", [DS.linear(10), S.Flow(), S.VarianceExploding()])
 @pytest.mark.parametrize("name", FRAMES)
 def test_each_target_is_decoded(name, schedule):
     for level in (schedule(torch.tensor(0.7, dtype=f64)), schedule(torch.tensor([0.2, 0.4, 0.9], dtype=f64))):
@@ -76,7 +77,7 @@ def test_each_target_is_decoded(name, schedule):
 @pytest.mark.parametrize("name", ["posterior", "previous"])
 @pytest.mark.parametrize("T", [1, 25, 50, 100])
 def test_targets_of_two_levels_use_the_next_step_of_the_table(name, T):
-    schedule = S.linear_rescaled(max(T, 20)) if T > 1 else S.Tabulated([0.3])
+    schedule = DS.linear_rescaled(max(T, 20)) if T > 1 else DS.Tabulated([0.3])
     T = schedule.chain_length
     denoise = NetworkDenoiser(Says(lambda x, time: x), schedule, targets.build(name), PLAIN)
     k = torch.arange(1, T + 1, dtype=f64)
@@ -131,10 +132,10 @@ def test_preconditioning_by_formula():
     assert torch.equal(Preconditioning(time="log_snr").time_input(vp), vp.log_snr)
     for T in (1, 7, 50, 1000):
         k = torch.arange(1, T + 1, dtype=f64)
-        told = Preconditioning(time="step", chain_length=T).time_input(S.cosine(T)(k / T))
+        told = Preconditioning(time="step", chain_length=T).time_input(DS.cosine(T)(k / T))
         torch.testing.assert_close(told, k - 1, rtol=0, atol=1e-12)
         assert torch.equal(told.float(), (k - 1).float())
-        rescaled = Preconditioning(time="rescaled_step", chain_length=T).time_input(S.cosine(T)(k / T))
+        rescaled = Preconditioning(time="rescaled_step", chain_length=T).time_input(DS.cosine(T)(k / T))
         torch.testing.assert_close(rescaled, (k - 1) * 1000 / T, rtol=0, atol=1e-11)
     assert Preconditioning() == Preconditioning("none", "log_snr", 1.0, 1000)
 
@@ -182,7 +183,7 @@ def test_the_network_gets_scaled_input_time_and_condition():
 
 
 def test_learned_variance_is_the_second_half_of_the_channels():
-    schedule = S.linear(10)
+    schedule = DS.linear(10)
     level = schedule(torch.tensor(0.5, dtype=f64))
     x, eps, x_t = (v.repeat(1, 2, 1) for v in batch(level))
     v = torch.tensor([[-1.0, 1.0, 0.0, 0.5], [-3.0, 3.0, 0.0, 0.0], [1.0, 1.0, -1.0, 1.0]], dtype=f64)[..., None]
@@ -264,7 +265,7 @@ def test_clipped_predictions_stay_consistent():
 
 def test_a_linear_network_can_be_the_exact_denoiser():
     """E[eps|x_t] of one Gaussian is linear in x_t; as the target v it is decoded again."""
-    schedule = S.cosine(10)
+    schedule = DS.cosine(10)
     level = schedule(torch.tensor(0.6, dtype=f64))
     _, _, x_t = batch(level)
     exact = DATA.predict(x_t, level)

@@ -23,6 +23,7 @@ from undiffuse.denoising.guidance import (
 from undiffuse.errors import ConfigError
 from undiffuse.likelihood.probability_flow import ode_nll
 from undiffuse.networks.condition import Condition
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.sampling.sampler import Sampler
@@ -39,7 +40,7 @@ DATA = LabelledMixture(
     torch.tensor([[0.1, 0.3], [0.2, 0.1], [0.4, 0.1], [0.05, 0.2]]),
     torch.tensor([0, 1, 2, 0]),
 )
-SCHEDULES = {"log-SNR": S.LinearLogSNR(), "flow": S.Flow(), "exploding": S.VarianceExploding(), "linear": S.linear()}
+SCHEDULES = {"log-SNR": S.LinearLogSNR(), "flow": S.Flow(), "exploding": S.VarianceExploding(), "linear": DS.linear()}
 LABELS = Condition(label=torch.tensor([0, 2, 1, 0, 2]))
 X_T = torch.randn(5, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
 
@@ -251,7 +252,7 @@ def test_every_solver_takes_every_guidance(guidance, solver):
 
 
 @pytest.mark.parametrize("guidance", GUIDED)
-@pytest.mark.parametrize("schedule", [S.Flow(), S.Tabulated([0.1, 0.3, 0.5, 1.0])], ids=["flow", "table"])
+@pytest.mark.parametrize("schedule", [S.Flow(), DS.Tabulated([0.1, 0.3, 0.5, 1.0])], ids=["flow", "table"])
 def test_where_no_signal_is_left(guidance, schedule):
     """At alpha = 0 the classifier does not depend on x_t, x̂ is unchanged, and sampling continues to the data."""
     guided = GUIDED[guidance](DATA.denoiser(schedule))
@@ -436,7 +437,7 @@ def test_guidance_errors(make, message):
 
 def test_same_process():
     assert same_process(S.LinearLogSNR(), S.LinearLogSNR())
-    assert same_process(S.cosine(), S.cosine())
+    assert same_process(DS.cosine(), DS.cosine())
     assert not same_process(S.LinearLogSNR(), S.LinearLogSNR(13.2))
-    assert not same_process(S.linear(), S.linear(500))
+    assert not same_process(DS.linear(), DS.linear(500))
     assert not same_process(S.VarianceExploding(), S.VarianceExploding(0.02))

@@ -28,6 +28,7 @@ from undiffuse.denoising.posterior_guidance import DPS, MMPS, Observation, PiGDM
 from undiffuse.errors import ConfigError
 from undiffuse.likelihood.probability_flow import ode_nll
 from undiffuse.networks.condition import Condition
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.schedule import finite_ends
 from undiffuse.process.target import TARGETS
@@ -105,7 +106,7 @@ def test_dps_is_the_gradient_of_the_likelihood_of_the_mean():
 
 def test_the_steps_of_dps_are_those_of_its_algorithm():
     """x_s − step ∇‖y − A x̂‖ after the ancestral step without it [Chung23 alg. 1]."""
-    operator, schedule = OPERATORS["pool"], S.linear(50)
+    operator, schedule = OPERATORS["pool"], DS.linear(50)
     denoise, y, noise = DATA.denoiser(schedule), random(5, 1, 1, 1, seed=6), random(1, 5, *SHAPE, seed=8)
     for k, end in ((30, 29), (50, 40), (1, 0)):
         t, s = schedule(k / 50), schedule(end / 50)
@@ -119,14 +120,14 @@ def test_the_steps_of_dps_are_those_of_its_algorithm():
 
 
 def test_dps_needs_noise_or_both_levels():
-    denoise, observation = DATA.denoiser(S.linear()), Observation(OPERATORS["identity"], MEAN[None])
+    denoise, observation = DATA.denoiser(DS.linear()), Observation(OPERATORS["identity"], MEAN[None])
     with pytest.raises(ConfigError, match=r"error\[DPS\] noise_std = 0: .* which is 0"):
-        DPS(denoise, observation)(MEAN[None], S.linear()(0.5))
+        DPS(denoise, observation)(MEAN[None], DS.linear()(0.5))
     with pytest.raises(ConfigError, match=r"error\[DPS\] step = 2: .* only one is given"):
-        DPS(denoise, observation, 2.0)(MEAN[None], S.linear()(0.5))
-    exact = DPS(denoise, Observation(OPERATORS["identity"], denoise(MEAN[None], S.linear()(0.5)).x), 2.0)
+        DPS(denoise, observation, 2.0)(MEAN[None], DS.linear()(0.5))
+    exact = DPS(denoise, Observation(OPERATORS["identity"], denoise(MEAN[None], DS.linear()(0.5)).x), 2.0)
     assert torch.isfinite(
-        exact(MEAN[None], S.linear()(0.5), next_level=S.linear()(0.4)).x
+        exact(MEAN[None], DS.linear()(0.5), next_level=DS.linear()(0.4)).x
     ).all()  # the residual is zero
 
 
@@ -177,10 +178,10 @@ def test_float32_networks_from_one_end_to_the_other(kind, target):
 
 def test_the_network_gets_the_arguments_of_the_solver():
     """Once for x̂ and once for each product with J, or only once with autograd."""
-    t, s = S.linear()(0.5), S.linear()(0.4)
+    t, s = DS.linear()(0.5), DS.linear()(0.4)
     cond = Condition(label=torch.tensor([3]))
     for nudge, calls in ((0.05, 1 + 4 + 1), (None, 1)):
-        spy = Spy(DATA.denoiser(S.linear()))
+        spy = Spy(DATA.denoiser(DS.linear()))
         MMPS(spy, Observation(OPERATORS["mask"], random(1, 3)), 4, fd_step=nudge)(MEAN[None], t, cond, s)
         assert len(spy.seen) == calls
         assert torch.equal(spy.seen[0][0], MEAN[None])
@@ -201,7 +202,7 @@ def test_fd_step_is_relative_to_sigma():
 @pytest.mark.parametrize("nudge", [0.05, None])
 def test_gradients_flow_if_x_t_requires_them(nudge):
     """They are finite at a zero residual, and absent under no_grad."""
-    denoise, level = DATA.denoiser(S.linear()), S.linear()(0.5)
+    denoise, level = DATA.denoiser(DS.linear()), DS.linear()(0.5)
     x_t = random(2, *SHAPE).requires_grad_()
     y = OPERATORS["mask"](denoise(x_t, level).x).detach()
     y[1] += 1.0
@@ -218,8 +219,8 @@ def test_gradients_flow_if_x_t_requires_them(nudge):
 
 def test_the_base_class_has_no_weights():
     with pytest.raises(NotImplementedError):
-        PosteriorGuidance(DATA.denoiser(S.linear()), Observation(OPERATORS["identity"], MEAN[None]))(
-            MEAN[None], S.linear()(1.0)
+        PosteriorGuidance(DATA.denoiser(DS.linear()), Observation(OPERATORS["identity"], MEAN[None]))(
+            MEAN[None], DS.linear()(1.0)
         )
 
 
@@ -255,7 +256,7 @@ def test_conjugate_gradients_stop_where_the_matrix_is_not_positive():
 @pytest.mark.parametrize("name", ["mask", "matrix"])
 def test_samples_have_the_moments_of_the_exact_posterior(name, solver):
     """With MMPS any solver samples the data given y: the same mean and covariance to 1e-8, for any number of steps."""
-    operator, schedule = OPERATORS[name], S.cosine(20)
+    operator, schedule = OPERATORS[name], DS.cosine(20)
     y = random(1, 3, seed=6)
     exact = bayes(operator, y, 0.3).denoiser(schedule)
     guided = MMPS(DATA.denoiser(schedule), Observation(operator, y, 0.3), 3 * D)
@@ -280,7 +281,7 @@ BIASES = {  # of the mean, and the covariance, after 100 cosine steps with the s
 @pytest.mark.parametrize(("kind", "std"), BIASES)
 def test_the_bias_of_each_method(kind, std):
     """MMPS and the exact denoiser share the error of the small variance; PiGDM and DPS are biased further."""
-    schedule, observation = S.cosine(100), Observation(FIRST, torch.ones(1, 1, dtype=F64), std)
+    schedule, observation = DS.cosine(100), Observation(FIRST, torch.ones(1, 1, dtype=F64), std)
     mean, cov = moments(Ancestral(), QUICK[kind](PAIR.denoiser(schedule), observation), time_grid(schedule), (2,))
     for found, true, bias in zip((mean, cov), AFTER if std else KNOWN, BIASES[kind, std], strict=True):
         torch.testing.assert_close(found - true, torch.tensor(bias, dtype=F64), rtol=0, atol=1e-5)

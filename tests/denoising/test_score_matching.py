@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from undiffuse.denoising import score_matching as score
 from undiffuse.denoising.denoiser import Prediction
 from undiffuse.model import losses as loss
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process import target as targets
 from undiffuse.process.gaussian import diffuse
@@ -20,7 +21,7 @@ f64 = torch.float64
 LINE = MixtureData(torch.tensor([0.3, 0.7]), torch.tensor([[-1.0], [1.2]]), torch.tensor([[0.04], [0.2]]))
 PLANE = EmpiricalData(torch.tensor([[1.0, 0.5], [-1.0, 0.2], [0.1, -0.9]]))
 LEVELS = {
-    "table": S.linear()(0.3),
+    "table": DS.linear()(0.3),
     "flow": S.Flow()(0.4),
     "exploding": S.VarianceExploding(0.05, 2.0)(0.8),
 }
@@ -167,7 +168,7 @@ def test_the_constant_of_denoising_is_the_irreducible_loss():
 @pytest.mark.parametrize("t", [0.001, 0.1, 1.0])
 def test_one_over_sigma_squared_is_the_weight_of_the_noise(t):
     """With 1/√(1−ᾱ) in place of 1/(1−ᾱ) the gradient is √(1−ᾱ) of the score's: 0.01 of it at the first step."""
-    level = S.linear()(t)
+    level = DS.linear()(t)
     model = network(0)
     (x_t, q), (x, eps, joint) = on_the_line(level)
     wanted = gradient(q @ score.explicit(model, x_t, LINE.score(x_t, level)), model)

@@ -16,6 +16,7 @@ import torch
 from undiffuse.denoising.denoiser import Prediction
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.likelihood.vlb import vlb
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian
 from undiffuse.sampling.time_grids import time_grid
@@ -29,10 +30,10 @@ def cosine(T: int) -> np.ndarray:
 
 
 TABLES = {  # the schedule, and its beta by the paper's formula
-    "linear 1000": (S.linear(), np.linspace(1e-4, 0.02, 1000)),
-    "cosine 50": (S.cosine(50), cosine(50)),
-    "quadratic 40": (S.quadratic(40, 1e-3, 0.4), np.linspace(math.sqrt(1e-3), math.sqrt(0.4), 40) ** 2),
-    "one step": (S.Tabulated([0.3]), np.array([0.3])),
+    "linear 1000": (DS.linear(), np.linspace(1e-4, 0.02, 1000)),
+    "cosine 50": (DS.cosine(50), cosine(50)),
+    "quadratic 40": (DS.quadratic(40, 1e-3, 0.4), np.linspace(math.sqrt(1e-3), math.sqrt(0.4), 40) ** 2),
+    "one step": (DS.Tabulated([0.3]), np.array([0.3])),
 }
 DECODERS = [None, 2, 17, 256]  # a density, or the number of values
 VARIANCES = ["small", "large", "learned"]
@@ -163,7 +164,7 @@ class Chains:
         """`vlb` of each chain at its x, averaged over all signs of every noise: exact, as each term is quadratic."""
         noise = torch.from_numpy(np.tile(self.signs, (CHAINS, 1)))
         mean, variance = (self._each(v) for v in self.prior)
-        chain = ReverseChain(self, time_grid(S.Tabulated(self.beta)), self.log_var)
+        chain = ReverseChain(self, time_grid(DS.Tabulated(self.beta)), self.log_var)
         prior = Gaussian(mean, torch.log(variance))
         result = vlb(chain, self._each(self.x), lambda n: noise[None], prior=prior)
         return result.total.reshape(CHAINS, -1).mean(1).numpy()

@@ -20,6 +20,7 @@ from undiffuse.likelihood.importance_weighting import chain_nll, iwae_bound
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.likelihood.vlb import vlb
 from undiffuse.likelihood.vlb_continuous import vlb_continuous
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process import target as targets
 from undiffuse.process.clean_end import clean_end
@@ -32,7 +33,7 @@ WEIGHTS = WEIGHTS / WEIGHTS.sum()
 SHARE = tensor([0.6, 0.1, 0.3])
 THREE = IntegerLevels(3)
 VALUES = THREE.to_model(torch.arange(3)[:, None], torch.float64)
-TABLE = S.Tabulated([0.2, 0.3, 0.4, *[0.5] * 20])
+TABLE = DS.Tabulated([0.2, 0.3, 0.4, *[0.5] * 20])
 DATA = MixtureData(SHARE, VALUES, torch.zeros(3, 1, dtype=torch.float64))
 
 

@@ -18,6 +18,7 @@ from undiffuse.likelihood.nll import make_nll
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.likelihood.vlb import vlb
 from undiffuse.networks.condition import Condition
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian
 from undiffuse.sampling.time_grids import time_grid
@@ -61,8 +62,8 @@ def marginal(levels, variance):
 
 
 CHAINS = {
-    "one step to data": lambda: time_grid(S.linear(4), 1),
-    "two steps to data": lambda: time_grid(S.linear(4), 2),
+    "one step to data": lambda: time_grid(DS.linear(4), 1),
+    "two steps to data": lambda: time_grid(DS.linear(4), 2),
     "one step, stays finite": lambda: time_grid(S.LinearLogSNR(high=3.0, low=-1.0), 1),
     "flow between": lambda: time_grid(S.Flow(), times=[0.8, 0.3]),
 }
@@ -107,7 +108,7 @@ def test_the_mean_over_trajectories_is_the_bound(name):
 
 def test_more_samples_tighten_the_bound_and_approach_the_density():
     """The gap of K samples approaches half the weights' relative variance over K, from below."""
-    levels = time_grid(S.linear(4), 1)
+    levels = time_grid(DS.linear(4), 1)
     mean, var = marginal(levels, "large")
     exact = -gaussian_log_prob(X, mean, tensor(var))[:, 0]
     gaps = []
@@ -134,7 +135,7 @@ def test_each_term_by_hand():
     numbers = iter(torch.from_numpy(fresh))
     data = GaussianData(tensor([0.4, 0.0]), tensor([0.3, 1.0]))
     spy = Spy(data.denoiser(S.Flow()))
-    levels = time_grid(S.Tabulated(beta))
+    levels = time_grid(DS.Tabulated(beta))
     cond = Condition(label=torch.zeros(1, dtype=torch.int64))
     run = chain_nll(ReverseChain(spy, levels, cond=cond), torch.from_numpy(x), lambda n: next(numbers)[None, None])
     assert [call[2:] for call in spy.seen] == [(cond, level) for level in levels[1:]]

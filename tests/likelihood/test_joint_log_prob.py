@@ -13,6 +13,7 @@ from undiffuse.errors import ConfigError
 from undiffuse.likelihood.joint_log_prob import forward_log_prob, reverse_log_prob
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.likelihood.vlb import vlb
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian, forward, forward_marginal, posterior
 from undiffuse.sampling.solvers.ancestral import Ancestral
@@ -23,8 +24,8 @@ F64 = torch.float64
 BETA = np.array([0.1, 0.15, 0.2, 0.3, 0.4, 0.5])
 N = len(BETA)
 DATA = GaussianData(torch.tensor([0.3], dtype=F64), torch.tensor([0.25], dtype=F64))
-LEVELS = time_grid(S.Tabulated(BETA))
-CHAIN = ReverseChain(DATA.denoiser(S.Tabulated(BETA)), LEVELS, "large")
+LEVELS = time_grid(DS.Tabulated(BETA))
+CHAIN = ReverseChain(DATA.denoiser(DS.Tabulated(BETA)), LEVELS, "large")
 X = torch.full((1, 1), 0.7, dtype=F64)
 
 
@@ -158,7 +159,7 @@ def test_the_marginal_is_sampled_scored_and_compared():
     torch.testing.assert_close(batch.mean, x * torch.tensor([[0.8], [0.6]], dtype=F64))
 
 
-@pytest.mark.parametrize("schedule", [S.Tabulated(BETA), S.Flow(), S.VarianceExploding()])
+@pytest.mark.parametrize("schedule", [DS.Tabulated(BETA), S.Flow(), S.VarianceExploding()])
 def test_bayes_rule_of_one_step(schedule):
     """q(x_t given x_s) q(x_s given x) = q(x_s given x_t, x) q(x_t given x) for any two levels."""
     t, s = schedule(0.75), schedule(0.25)

@@ -14,6 +14,7 @@ from undiffuse.likelihood.decoder import clean_gaussian
 from undiffuse.likelihood.openai_vlb import openai_log_prob, openai_vlb
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.likelihood.vlb import vlb
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian
 from undiffuse.sampling.time_grids import time_grid
@@ -56,8 +57,8 @@ def by_hand(beta, x, noises, predict, variance):
 @pytest.mark.parametrize("variance", ["small", "large"])
 def test_it_reproduces_the_script(variance):
     T = 12
-    table = S.linear_rescaled(T=50)
-    table = S.Tabulated(table.beta[:T])
+    table = DS.linear_rescaled(T=50)
+    table = DS.Tabulated(table.beta[:T])
     levels = time_grid(table)
     noises = torch.randn(T, *X.shape, generator=torch.Generator().manual_seed(0))
     exact = DATA.denoiser(table)

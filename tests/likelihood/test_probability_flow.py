@@ -20,6 +20,7 @@ from undiffuse.likelihood.probability_flow import divergence, integrate_flow, od
 from undiffuse.networks.condition import Condition
 from undiffuse.networks.mlp import MLP
 from undiffuse.networks.unet import UNet
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process import target as targets
 from undiffuse.process.gaussian import Gaussian
@@ -35,9 +36,9 @@ GAUSS = GaussianData(MEAN, VAR)
 SCHEDULES = {
     "linear log-SNR": (S.LinearLogSNR(), 1.0, None),
     "exploding": (S.VarianceExploding(), 1.0, None),
-    "linear": (S.linear(), 1.0, None),
-    "cosine, a sub-range": (S.cosine(40), 0.9, 0.1),
-    "zero terminal, cut": (S.Tabulated([0.05] * 20 + [1.0]), 20 / 21, None),
+    "linear": (DS.linear(), 1.0, None),
+    "cosine, a sub-range": (DS.cosine(40), 0.9, 0.1),
+    "zero terminal, cut": (DS.Tabulated([0.05] * 20 + [1.0]), 20 / 21, None),
     "sigmoid": (S.Sigmoid(), 1.0, None),
     "flow, cut": (S.Flow(), 0.98, 0.02),
     "flow": (S.Flow(), 1.0, None),  # to a level without signal
@@ -144,7 +145,7 @@ def test_priors():
     torch.testing.assert_close(prior_log_prob(x, level, own), by_hand)
     torch.testing.assert_close(prior_log_prob(x, level, lambda z: z.sum(1)), x.sum(1))
     torch.testing.assert_close(prior_log_prob(x, level), gaussian_log_prob(x, 0.0, tensor(2500.0)).sum(1))
-    torch.testing.assert_close(prior_log_prob(x, S.cosine()(1.0)), gaussian_log_prob(x, 0.0, tensor(1.0)).sum(1))
+    torch.testing.assert_close(prior_log_prob(x, DS.cosine()(1.0)), gaussian_log_prob(x, 0.0, tensor(1.0)).sum(1))
 
 
 def test_a_density_integrates_to_one():
@@ -163,7 +164,7 @@ def test_only_the_ends_of_a_schedule_matter():
     runs = []
     learned = S.build("learned")  # its levels are in a graph
     learned.log_slopes.data = torch.linspace(-1, 1, 32, dtype=torch.float64)
-    for schedule in (S.LinearLogSNR(), S.cosine(100), learned):
+    for schedule in (S.LinearLogSNR(), DS.cosine(100), learned):
         top, clean = (schedule(schedule.inverse(v)) for v in (low, high))
         runs.append(ode_nll(data.denoiser(schedule), x, top, clean, integrator=TIGHT).total)
     for other in runs[1:]:
@@ -285,13 +286,13 @@ def test_one_probe_is_exact_on_independent_dimensions():
 def test_invalid_traces_are_refused(settings, cause):
     _, top, clean = levels_of("linear")
     with pytest.raises(ConfigError, match=cause) as error:
-        ode_nll(GAUSS.denoiser(S.linear()), items(GAUSS), top, clean, **settings)
+        ode_nll(GAUSS.denoiser(DS.linear()), items(GAUSS), top, clean, **settings)
     assert error.value.code == "TRACE"
 
 
 def test_the_exact_trace_of_large_items_is_refused_before_any_call():
     _, top, clean = levels_of("linear")
-    spy = Spy(GAUSS.denoiser(S.linear()))
+    spy = Spy(GAUSS.denoiser(DS.linear()))
     with pytest.raises(ConfigError, match="Use trace='hutchinson'"):
         ode_nll(spy, torch.zeros(2, 1, 65, 65), top, clean)
     assert not spy.seen
@@ -355,7 +356,7 @@ def test_the_denoiser_gets_levels_of_its_schedule_conditions_and_dtype():
     calls = []
 
     class Checked(nn.Module):
-        schedule = S.cosine(20)
+        schedule = DS.cosine(20)
 
         def forward(self, x_t, level, cond=None, next_level=None):
             assert next_level is None
@@ -366,10 +367,10 @@ def test_the_denoiser_gets_levels_of_its_schedule_conditions_and_dtype():
             calls.append((level.log_snr, cond.label))
             return data.denoiser(self.schedule)(x_t, level)
 
-    data, (top, clean) = mixture(2), ends(S.cosine(20))
+    data, (top, clean) = mixture(2), ends(DS.cosine(20))
     x = items(data)
     run = ode_nll(Checked(), x.float(), top, clean, cond=Condition(label=label))
-    expected = ode_nll(data.denoiser(S.cosine(20)), x, top, clean)
+    expected = ode_nll(data.denoiser(DS.cosine(20)), x, top, clean)
     torch.testing.assert_close(run.total, expected.total, rtol=1e-4, atol=1e-4)
     assert torch.equal(calls[0][1], label)
     assert len(calls[-1][1]) < 4  # only the items that are not finished
@@ -393,7 +394,7 @@ def test_a_fixed_grid_is_uniform_in_flow_time():
 
 
 def test_ends():
-    for schedule in (S.linear(10), S.LinearLogSNR(), S.Flow()):
+    for schedule in (DS.linear(10), S.LinearLogSNR(), S.Flow()):
         top, clean = ends(schedule)
         assert (float(top.t), float(clean.t)) == (1.0, schedule.t_min)
 
@@ -401,12 +402,12 @@ def test_ends():
 @pytest.mark.parametrize(
     ("schedule", "last", "first", "cause"),
     [
-        (S.linear(10), 1.0, 0.0, "no density at the clean end.* Begin at t = 0.1"),
-        (S.linear(10), 1.0, 0.05, "no density at the clean end"),
+        (DS.linear(10), 1.0, 0.0, "no density at the clean end.* Begin at t = 0.1"),
+        (DS.linear(10), 1.0, 0.05, "no density at the clean end"),
         (S.Flow(), 1.0, 1e-6, "no density at the clean end"),
         (S.LinearLogSNR(), 0.2, 0.3, "Exchange the ends"),
         (S.LinearLogSNR(), 0.2, 0.2, "Exchange the ends"),
-        (S.Tabulated([0.1, 0.2, 0.3, 1.0]), 1.0, 0.25, "not continuous in its last step. End at t = 0.75"),
+        (DS.Tabulated([0.1, 0.2, 0.3, 1.0]), 1.0, 0.25, "not continuous in its last step. End at t = 0.75"),
     ],
 )
 def test_ends_that_the_flow_cannot_reach(schedule, last, first, cause):

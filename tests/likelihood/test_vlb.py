@@ -20,6 +20,7 @@ from undiffuse.likelihood.nll import NLL, concatenate, make_nll
 from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.likelihood.vlb import Visit, draw_steps, step_nll, vlb
 from undiffuse.networks.condition import Condition
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian, reverse
 from undiffuse.process.prior import prior_kl
@@ -63,11 +64,11 @@ def feed(numbers):
 
 
 CHAINS = {  # the chain of T steps, and the standard deviation of the default prior
-    "linear": (lambda T: time_grid(S.linear(), T), 1.0),
-    "linear, every step": (lambda T: time_grid(S.linear(T), T), 1.0),
-    "quadratic, sub-grid": (lambda T: time_grid(S.quadratic(100), T), 1.0),
-    "cosine": (lambda T: time_grid(S.cosine(T)), 1.0),
-    "zero terminal": (lambda T: time_grid(S.Tabulated([*[0.1] * (T - 1), 1.0])), 1.0),
+    "linear": (lambda T: time_grid(DS.linear(), T), 1.0),
+    "linear, every step": (lambda T: time_grid(DS.linear(T), T), 1.0),
+    "quadratic, sub-grid": (lambda T: time_grid(DS.quadratic(100), T), 1.0),
+    "cosine": (lambda T: time_grid(DS.cosine(T)), 1.0),
+    "zero terminal": (lambda T: time_grid(DS.Tabulated([*[0.1] * (T - 1), 1.0])), 1.0),
     "sigmoid": (lambda T: time_grid(S.Sigmoid(), T), 1.0),
     "flow": (lambda T: time_grid(S.Flow(), T), 1.0),
     "flow, from 0.9": (lambda T: time_grid(S.Flow(), times=np.linspace(0.9, 0, T + 1).tolist()), 0.9),
@@ -191,7 +192,7 @@ HAND = {
 def test_each_term_in_the_notation_of_ho(name, variance, first_large, discrete):
     beta, kept = HAND[name]
     kept = list(kept)
-    schedule = S.Tabulated(beta)
+    schedule = DS.Tabulated(beta)
     levels = time_grid(schedule, times=[k / len(beta) for k in kept[::-1]])
     x = X.clamp(-1, 1)
     edges = (torch.where(x <= -1, -math.inf, x - 0.02), torch.where(x >= 1, math.inf, x + 0.02))
@@ -254,8 +255,8 @@ def every_draw(log_snr: torch.Tensor, m: int) -> list[tuple[Visit, torch.Tensor]
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: time_grid(S.cosine(7)),
-        lambda: time_grid(S.linear(7)),
+        lambda: time_grid(DS.cosine(7)),
+        lambda: time_grid(DS.linear(7)),
         lambda: time_grid(S.LinearLogSNR(), 7),
     ],
 )
@@ -282,7 +283,7 @@ def test_a_part_of_the_steps_is_unbiased(make, m):
 
 
 def test_items_may_be_on_different_steps():
-    chain, eps = ReverseChain(Affine(), time_grid(S.linear(5))), tensor([0.3])
+    chain, eps = ReverseChain(Affine(), time_grid(DS.linear(5))), tensor([0.3])
     edges = (X - 0.1, X + 0.1)
     noise = lambda n: eps.expand(n, *X.shape)  # noqa: E731
     exact = vlb(chain, X, noise, edges=edges)
@@ -318,7 +319,7 @@ def test_numbers_at_the_ends_of_the_interval_draw_the_first_and_the_last_step():
     assert int(draw_steps(tensor([2.0, 1.0, -math.inf]), torch.ones(1, 1))[1].steps) == 1
 
 
-@pytest.mark.parametrize("make", [S.linear, S.cosine])
+@pytest.mark.parametrize("make", [DS.linear, DS.cosine])
 def test_few_steps_of_a_table_have_less_variance_than_uniform_ones(make):
     # the exact denoiser and fixed noise: the variance of one draw of each range is that of weight · term in it
     chain, eps = ReverseChain(DATA.denoiser(S.Flow()), time_grid(make(1000))), tensor([0.3])
@@ -336,7 +337,7 @@ def test_few_steps_of_a_table_have_less_variance_than_uniform_ones(make):
 
 
 def test_the_denoiser_gets_level_condition_next_level_and_dtype():
-    spy, levels = Spy(DATA.denoiser(S.Flow())), time_grid(S.linear(3))
+    spy, levels = Spy(DATA.denoiser(S.Flow())), time_grid(DS.linear(3))
     cond = Condition(label=torch.arange(3))
     noise = torch.full((1, *X.shape), 0.5)
     single = vlb(ReverseChain(spy, levels, cond=cond), X.float(), lambda n: noise[:n])
@@ -367,7 +368,7 @@ def test_prior_kl_defaults():
 
 
 def test_gradients_are_finite_in_a_batch_that_mixes_decoder_and_steps():
-    t, s = (S.linear()(tensor(k) / 1000) for k in ([3, 2, 1], [2, 1, 0]))
+    t, s = (DS.linear()(tensor(k) / 1000) for k in ([3, 2, 1], [2, 1, 0]))
     x = X.clamp(-1, 1)
     edges = (torch.where(x <= -1, -math.inf, x - 1 / 255), torch.where(x >= 1, math.inf, x + 1 / 255))
     var_interp = torch.full_like(x, 0.5, requires_grad=True)
@@ -378,7 +379,7 @@ def test_gradients_are_finite_in_a_batch_that_mixes_decoder_and_steps():
 
 
 def test_result():
-    chain, eps = ReverseChain(Affine(), time_grid(S.cosine(4))), 0.2 * torch.ones(1, dtype=torch.float64)
+    chain, eps = ReverseChain(Affine(), time_grid(DS.cosine(4))), 0.2 * torch.ones(1, dtype=torch.float64)
     run = lambda x: vlb(chain, x, lambda n: eps.expand(n, *x.shape))  # noqa: E731
     whole, parts = run(X), concatenate([run(X[:1]), run(X[1:])])
     torch.testing.assert_close(concatenate([whole]).total, whole.total)

@@ -18,6 +18,7 @@ from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.likelihood.vlb import vlb
 from undiffuse.likelihood.vlb_continuous import vlb_continuous
 from undiffuse.networks.condition import Condition
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process import time_sampling as T
 from undiffuse.process.gaussian import Gaussian
@@ -191,7 +192,7 @@ def test_the_chain_bound_falls_to_it_as_steps_double(name):
 
 @pytest.mark.parametrize("name", [*SCHEDULES, "table"])
 def test_points_are_quantiles_and_terms_by_hand(name):
-    schedule = S.cosine(50) if name == "table" else SCHEDULES[name]
+    schedule = DS.cosine(50) if name == "table" else SCHEDULES[name]
     top, clean = cut(schedule)
     u, eps = tensor([0.0, 0.3, 0.999]), torch.randn(5, *X.shape, generator=torch.Generator().manual_seed(0)).double()
     spy = Spy(Affine())
@@ -308,7 +309,7 @@ def test_an_item_does_not_depend_on_its_batch_and_the_network_gets_its_dtype():
 
 
 def test_ends_of_every_schedule_are_finite():
-    for name, schedule in SCHEDULES.items() | {("table", S.linear(100)), ("zero", S.Tabulated([0.1, 0.5, 1.0]))}:
+    for name, schedule in SCHEDULES.items() | {("table", DS.linear(100)), ("zero", DS.Tabulated([0.1, 0.5, 1.0]))}:
         top, clean = finite_ends(schedule)
         assert float(clean.t) == schedule.t_min
         assert torch.isfinite(stack([top, clean]).log_snr).all(), name

@@ -17,6 +17,7 @@ from undiffuse.model.consistency import (
     noisiest_level,
     teacher_step,
 )
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import diffuse
 from undiffuse.sampling.sampler import Sampler
@@ -130,7 +131,7 @@ def test_no_gradient_reaches_the_goal_and_the_cleanest_level_is_its_own_goal():
 
 @pytest.mark.parametrize(
     "schedule",
-    [S.LinearLogSNR(), S.Flow(), S.cosine(1000), S.linear(), EXPLODING],
+    [S.LinearLogSNR(), S.Flow(), DS.cosine(1000), DS.linear(), EXPLODING],
     ids=["linear_log_snr", "flow", "cosine", "linear", "exploding"],
 )
 def test_levels_of_every_schedule(schedule):

@@ -21,6 +21,7 @@ from undiffuse.model import checkpoint
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.losses import full_bound
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.discrete_schedule import LearnedChain
 from undiffuse.process.noise_level import transition_frac
@@ -70,7 +71,7 @@ def bound(schedule, variance="small"):
 def test_levels_are_those_of_the_table_of_its_beta():
     chain = bent(7)
     beta = chain.beta.detach()
-    table, t = S.Tabulated(beta), torch.linspace(0, 1, 15, dtype=torch.float64)
+    table, t = DS.Tabulated(beta), torch.linspace(0, 1, 15, dtype=torch.float64)
     assert float(beta[0]) == pytest.approx(0.01, rel=1e-15)
     with torch.no_grad():
         for one, other in zip(chain(t)[:5], table(t)[:5], strict=True):

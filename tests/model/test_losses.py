@@ -12,6 +12,7 @@ from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.likelihood.vlb import vlb
 from undiffuse.model import losses as loss
 from undiffuse.networks.condition import Condition
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process import target as targets
 from undiffuse.process import weighting
@@ -21,7 +22,7 @@ from undiffuse.sampling.time_grids import time_grid
 
 f64 = torch.float64
 DATA = GaussianData(torch.tensor([[0.5, -1.0], [0.2, 2.0]]), torch.tensor([[0.04, 2.0], [1.0, 0.01]]))
-SCHEDULE = S.linear(40)
+SCHEDULE = DS.linear(40)
 K = torch.tensor([2.0, 17.0, 40.0], dtype=f64)
 T_LEVEL, S_LEVEL = SCHEDULE(K / 40), SCHEDULE((K - 1) / 40)
 BETA = SCHEDULE.beta[K.long() - 1]
@@ -192,7 +193,7 @@ def test_the_bound_is_least_at_the_variance_of_the_reverse_step(ends):
 
 
 @pytest.mark.parametrize("variance", ["small", "learned"])
-@pytest.mark.parametrize("schedule", [S.linear(8), S.LinearLogSNR(6.0, -5.0)])
+@pytest.mark.parametrize("schedule", [DS.linear(8), S.LinearLogSNR(6.0, -5.0)])
 def test_the_full_bound_is_the_sum_of_its_steps_with_its_gradient(schedule, variance):
     """Value and gradient are those of T times the term of a uniform step, averaged over the steps."""
     levels = time_grid(schedule, 8)

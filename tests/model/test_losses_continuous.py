@@ -10,6 +10,7 @@ from oracles import gaussian_kl, gaussian_log_prob
 
 from undiffuse.denoising.denoiser import Prediction
 from undiffuse.model import losses
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process import target as targets
 from undiffuse.process.gaussian import diffuse
@@ -44,7 +45,7 @@ def loss_and_shape(schedule, x, at, eps):
     return losses.continuous(exact(diffuse(x, t, eps), t).eps, targets.build("eps"), x, eps, rate, t), shape
 
 
-@pytest.mark.parametrize("schedule", [S.LinearLogSNR(), S.Flow(), S.VarianceExploding(), S.cosine(100)])
+@pytest.mark.parametrize("schedule", [S.LinearLogSNR(), S.Flow(), S.VarianceExploding(), DS.cosine(100)])
 @pytest.mark.parametrize("name", ["x", "eps", "v", "flow", "edm"])
 def test_it_is_half_the_rate_of_log_snr_times_the_error_in_any_frame(name, schedule):
     at, x, eps = tensor([0.03, 0.4, 0.97]), noise(3, 3), noise(3, 3, seed=1)

@@ -14,6 +14,7 @@ from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.noisy_classifier import NoisyClassifier, NoisyClassifierConfig, load, save
 from undiffuse.networks.condition import Condition
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.runtime.tensor_file import FORMAT, read_tensors, write_tensors
 
@@ -57,7 +58,7 @@ def test_schedules_of_equal_log_snr_give_equal_results():
     """x_t of a flow, variance-exploding or variance-preserving schedule at one log-SNR differ by a factor only."""
     classifier, x, eps = untrained(), noise(3, 1, 4, 4), noise(3, 1, 4, 4).flip(0)
     results = []
-    for schedule in (S.LinearLogSNR(), S.Flow(), S.VarianceExploding(), S.linear()):
+    for schedule in (S.LinearLogSNR(), S.Flow(), S.VarianceExploding(), DS.linear()):
         level = schedule(schedule.inverse(1.3))
         assert float(level.log_snr) == pytest.approx(1.3, abs=1e-6)
         results.append(classifier(level.broadcast_like(x).alpha * x + level.broadcast_like(x).sigma * eps, level))

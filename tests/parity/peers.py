@@ -25,6 +25,7 @@ from oracles import GaussianData, MixtureData
 from peer_packages import import_k_diffusion
 
 from undiffuse.denoising.denoiser import NetworkDenoiser, Preconditioning
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.target import TARGETS
@@ -73,10 +74,10 @@ def noises() -> Callable[..., Tensor]:
     return noise
 
 
-def table(scheduler) -> S.Tabulated:
+def table(scheduler) -> DS.Tabulated:
     """Ours, from their float32 alpha_bar."""
     bar = torch.cat([torch.ones(1, dtype=f64), scheduler.alphas_cumprod.double()])
-    return S.Tabulated(1 - bar[1:] / bar[:-1])
+    return DS.Tabulated(1 - bar[1:] / bar[:-1])
 
 
 def theirs(scheduler, **extra) -> list[Tensor]:

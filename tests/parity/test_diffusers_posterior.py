@@ -22,7 +22,7 @@ import torch
 
 from undiffuse.denoising.denoiser import Prediction
 from undiffuse.likelihood.vlb import step_nll
-from undiffuse.process import schedule as S
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process.gaussian import Gaussian, diffuse, posterior, reverse
 from undiffuse.sampling.time_grids import time_grid
 
@@ -69,10 +69,10 @@ def make(theirs, monkeypatch):
     return build
 
 
-def table(scheduler) -> S.Tabulated:
+def table(scheduler) -> DS.Tabulated:
     """Ours, from their float32 alpha_bar."""
     bar = torch.cat([torch.ones(1, dtype=torch.float64), scheduler.alphas_cumprod.double()])
-    return S.Tabulated(1 - bar[1:] / bar[:-1])
+    return DS.Tabulated(1 - bar[1:] / bar[:-1])
 
 
 def ours(x_t: torch.Tensor, t, s, kind: str) -> Gaussian:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from strategies import schedules
 
 from undiffuse.errors import ConfigError
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian, diffuse, forward, posterior, posterior_scales, reverse, step_log_var
 from undiffuse.process.noise_level import log_var_large, log_var_small, transition_frac
@@ -147,14 +148,14 @@ def test_diffuse(schedule, t, x, eps):
 @pytest.mark.parametrize("shape", [(), (2,)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_data_are_noised_in_float32(dtype, shape):
-    level = S.linear()(torch.full(shape, 0.5))
+    level = DS.linear()(torch.full(shape, 0.5))
     x, eps = torch.randn(2, 3, 4, dtype=dtype), torch.randn(2, 3, 4, dtype=dtype)
     x_t = diffuse(x, level, eps)
     assert x_t.dtype == torch.float32
     assert torch.equal(x_t, diffuse(x.float(), level, eps.float()))
-    assert posterior(x, x, level, S.linear()(0.25)).mean.dtype == torch.float32
+    assert posterior(x, x, level, DS.linear()(0.25)).mean.dtype == torch.float32
     for variance in ("small", lambda t, s: t.log_snr, lambda t, s: torch.full((2, 3, 4), 0.1, dtype=F64)):
-        assert step_log_var(x, level, S.linear()(0.25), variance).dtype == torch.float32
+        assert step_log_var(x, level, DS.linear()(0.25), variance).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
@@ -168,7 +169,7 @@ def test_every_one_of_a_thousand_steps_changes_float32_data(name):
 
 
 def test_levels_of_a_batch_broadcast_to_their_items():
-    schedule = S.cosine(10)
+    schedule = DS.cosine(10)
     t, s = schedule(torch.tensor([0.2, 0.9])), schedule(torch.tensor([0.1, 0.5]))
     x, eps = torch.randn(2, 2, 3, 4, 5, dtype=F64)
     x_t = diffuse(x, t, eps)
@@ -191,7 +192,7 @@ def test_levels_of_a_batch_broadcast_to_their_items():
 
 def test_one_step_is_ho_equation_2():
     beta, _ = table("linear", 10)
-    schedule, x = S.linear(10), torch.tensor([[0.7, -2.0]], dtype=F64)
+    schedule, x = DS.linear(10), torch.tensor([[0.7, -2.0]], dtype=F64)
     for k in range(1, 11):
         step = forward(x, schedule((k - 1) / 10), schedule(k / 10))
         torch.testing.assert_close(step.mean, math.sqrt(1 - beta[k - 1]) * x, rtol=1e-13, atol=0)
@@ -200,7 +201,7 @@ def test_one_step_is_ho_equation_2():
 
 @given(st.integers(2, 20))
 def test_steps_compose_to_diffuse(T):
-    schedule = S.cosine(T)
+    schedule = DS.cosine(T)
     mean, var = scalar(1.0), 0.0
     for k in range(1, T + 1):
         step = forward(mean.view(1), schedule((k - 1) / T), schedule(k / T))
@@ -259,7 +260,7 @@ def test_karras_step_between_two_sigmas():
 
 
 def test_the_last_step_ends_in_x_with_the_chosen_variance():
-    schedule = S.linear(10)
+    schedule = DS.linear(10)
     t, s = schedule(0.1), schedule(0.0)
     x, x_t = torch.randn(2, 1, 3, dtype=F64)
     beta, alpha_bar = (list(map(float, v)) for v in table("linear", 10))
@@ -278,12 +279,12 @@ def test_the_last_step_ends_in_x_with_the_chosen_variance():
         assert p.log_var.flatten().tolist() == pytest.approx([log_var] * p.log_var.numel(), abs=1e-12)
     later = reverse(prediction, x_t, schedule(0.5), schedule(0.4), "large", "clipped")
     assert later.log_var.item() == pytest.approx(math.log(beta[4]), abs=1e-12)
-    only = reverse(prediction, x_t, S.linear(1)(1.0), S.linear(1)(0.0), "small")
+    only = reverse(prediction, x_t, DS.linear(1)(1.0), DS.linear(1)(0.0), "small")
     assert only.log_var.item() == pytest.approx(math.log(1e-4), abs=1e-12)
 
 
 def test_a_variance_may_be_a_function_of_any_shape_that_broadcasts():
-    schedule, x_t = S.linear(10), torch.randn(2, 3, 4)
+    schedule, x_t = DS.linear(10), torch.randn(2, 3, 4)
     t, s = schedule(torch.tensor([0.5, 1.0])), schedule(torch.tensor([0.4, 0.9]))
     per_item = step_log_var(x_t, t, s, lambda t, s: log_var_large(t, s) + 1)
     assert per_item.shape == (2, 1, 1)
@@ -306,7 +307,7 @@ def test_a_variance_may_be_a_function_of_any_shape_that_broadcasts():
     ],
 )
 def test_invalid_variances(arguments, message):
-    schedule = S.linear(10)
+    schedule = DS.linear(10)
     with pytest.raises(ConfigError) as error:
         step_log_var(torch.zeros(1), schedule(0.5), schedule(0.4), *arguments)
     assert str(error.value).startswith(message)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from simulated_gpu import GPU, simulated_gpu
 
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.noise_level import (
     NoiseLevel,
@@ -28,7 +29,7 @@ from undiffuse.process.noise_level import (
 )
 def test_broadcast_like_uses_at_least_float32_and_aligns_the_batch(dtype, becomes):
     x = torch.zeros(2, 3, 4, 5, dtype=dtype)
-    for level, shape in ((S.linear()(0.5), (1, 1, 1, 1)), (S.linear()(torch.tensor([0.5, 1.0])), (2, 1, 1, 1))):
+    for level, shape in ((DS.linear()(0.5), (1, 1, 1, 1)), (DS.linear()(torch.tensor([0.5, 1.0])), (2, 1, 1, 1))):
         at = level.broadcast_like(x)
         for value, was in zip(at[:5], level[:5], strict=True):
             assert value.dtype == becomes
@@ -48,7 +49,7 @@ def test_a_missing_final_log_var_stays_missing():
 
 
 def test_take_and_stack():
-    level = S.linear(4)(torch.tensor([0.25, 0.5, 1.0]))
+    level = DS.linear(4)(torch.tensor([0.25, 0.5, 1.0]))
     for items in (1, slice(1, 3), torch.tensor([2, 0])):
         for value, was in zip(level.take(items)[:5], level[:5], strict=True):
             assert torch.equal(value, was[items])
@@ -57,8 +58,8 @@ def test_take_and_stack():
     for value, was in zip(back[:5], level[:5], strict=True):
         assert torch.equal(value, was)
     assert back.frac_fn == level.frac_fn
-    ladder = stack(S.chain(S.linear(4), [1.0, 0.5, 0.0]))
-    assert ladder.final_log_var.tolist() == [S.chain(S.linear(4), [1.0, 0.5, 0.0])[-1].final_log_var.item()] * 3
+    ladder = stack(S.chain(DS.linear(4), [1.0, 0.5, 0.0]))
+    assert ladder.final_log_var.tolist() == [S.chain(DS.linear(4), [1.0, 0.5, 0.0])[-1].final_log_var.item()] * 3
     assert stack(S.chain(S.Flow(), [0.9, 0.5])).final_log_var is None
 
 
@@ -82,7 +83,7 @@ def test_frac_of_levels_without_a_common_schedule_comes_from_log_snr():
 
 @pytest.mark.parametrize("make", S.SCHEDULES.values(), ids=S.SCHEDULES)
 def test_frac_is_one_where_s_is_data_and_zero_where_s_is_t(make):
-    schedule = S.Tabulated([0.1, 0.4, 0.2]) if make is S.Tabulated else make()
+    schedule = DS.Tabulated([0.1, 0.4, 0.2]) if make is DS.Tabulated else make()
     t = schedule(torch.linspace(0.1, 1, 40))
     frac = transition_frac(t, schedule(0.0))
     assert bool((frac <= 1).all())
@@ -102,8 +103,8 @@ def test_final_log_var_is_used_only_where_sigma_is_zero():
     clean = clean._replace(log_snr=torch.tensor(math.inf, dtype=torch.float64))
     assert math.exp(log_var_small(t, clean)) == pytest.approx(0.8)  # without final_log_var: the large variance
     assert float(log_var_small(t, clean._replace(final_log_var=torch.tensor(-7.0)))) == -7
-    both = S.linear(10)(torch.tensor([0.0, 0.1], dtype=torch.float64))
-    last = log_var_small(S.linear(10)(torch.tensor([0.1, 0.2], dtype=torch.float64)), both)
+    both = DS.linear(10)(torch.tensor([0.0, 0.1], dtype=torch.float64))
+    last = log_var_small(DS.linear(10)(torch.tensor([0.1, 0.2], dtype=torch.float64)), both)
     assert last[0] == both.final_log_var[0]
     assert float(last[1]) == pytest.approx(float(both.final_log_var[1]), abs=1e-12)  # that of the next noisier step
     assert not S.Flow()(torch.tensor([0.5, 0.0])).sigma.isnan().any()

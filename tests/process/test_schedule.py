@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 from strategies import schedules, tables
 
 from undiffuse.errors import ConfigError
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.discrete_schedule import compensated_cumsum
 from undiffuse.process.gaussian import forward, posterior, posterior_scales
 from undiffuse.process.noise_level import log_var_large, log_var_small, transition_frac
 
 TABLES = {  # the constructor of each table of T steps
-    "linear": S.linear,
-    "linear_rescaled": S.linear_rescaled,
-    "quadratic": S.quadratic,
-    "cosine": S.cosine,
-    "tabulated": lambda T: S.Tabulated(exact.arbitrary(T)),
+    "linear": DS.linear,
+    "linear_rescaled": DS.linear_rescaled,
+    "quadratic": DS.quadratic,
+    "cosine": DS.cosine,
+    "tabulated": lambda T: DS.Tabulated(exact.arbitrary(T)),
 }
 FUNCTIONS = {  # name: the schedule, and (alpha², sigma²) in 50 digits; with default and with unusual settings
     "sigmoid": (S.Sigmoid(), exact.sigmoid()),
@@ -228,13 +229,13 @@ def test_defaults_are_the_papers():
 
 
 def test_settings_reach_the_tables():
-    assert S.linear(3, 0.1, 0.3).beta.tolist() == pytest.approx([0.1, 0.2, 0.3], rel=1e-15)
-    assert S.quadratic(3, 0.01, 0.25).beta.tolist() == pytest.approx([0.01, 0.09, 0.25], rel=1e-14)
-    assert S.linear_rescaled(500, 1e-3, 0.04).beta[[0, -1]].tolist() == pytest.approx([2e-3, 0.08], rel=1e-14)
-    assert S.linear_rescaled(2, 1e-4, 0.02, 0.5).beta.tolist() == pytest.approx([0.05, 0.5])
+    assert DS.linear(3, 0.1, 0.3).beta.tolist() == pytest.approx([0.1, 0.2, 0.3], rel=1e-15)
+    assert DS.quadratic(3, 0.01, 0.25).beta.tolist() == pytest.approx([0.01, 0.09, 0.25], rel=1e-14)
+    assert DS.linear_rescaled(500, 1e-3, 0.04).beta[[0, -1]].tolist() == pytest.approx([2e-3, 0.08], rel=1e-14)
+    assert DS.linear_rescaled(2, 1e-4, 0.02, 0.5).beta.tolist() == pytest.approx([0.05, 0.5])
     bar = torch.cos(math.pi / 2 * (grid(4)[:2] + 0.1) / 1.1) ** 2
-    assert float(S.cosine(4, 0.1).beta[0]) == pytest.approx(float(1 - bar[1] / bar[0]), rel=1e-13)
-    assert S.cosine(4, limit=0.25).beta.tolist()[1:] == [0.25] * 3
+    assert float(DS.cosine(4, 0.1).beta[0]) == pytest.approx(float(1 - bar[1] / bar[0]), rel=1e-13)
+    assert DS.cosine(4, limit=0.25).beta.tolist()[1:] == [0.25] * 3
 
 
 THEIRS = {  # alphas_cumprod of DDPMScheduler of diffusers 0.42.1 at its steps 0, 499, 998 and 999
@@ -256,25 +257,25 @@ THEIRS = {  # alphas_cumprod of DDPMScheduler of diffusers 0.42.1 at its steps 0
 
 @pytest.mark.parametrize(("kind", "zero_end"), THEIRS)
 def test_tables_of_diffusers_are_its_float32_tables(kind, zero_end):
-    schedule = S.diffusers(kind=kind, zero_end=zero_end)
+    schedule = DS.diffusers(kind=kind, zero_end=zero_end)
     alpha = schedule(torch.tensor([0.001, 0.5, 0.999, 1.0], dtype=torch.float64)).alpha
     assert (alpha**2).tolist() == pytest.approx(THEIRS[kind, zero_end], rel=1e-7 if zero_end else 1e-13, abs=0)
 
 
 def test_settings_of_the_tables_of_diffusers():
-    first, last = S.diffusers(50, 0.01, 0.2).beta[[0, -1]].tolist()
+    first, last = DS.diffusers(50, 0.01, 0.2).beta[[0, -1]].tolist()
     assert [first, last] == pytest.approx([0.01, 0.2], rel=1e-5)
-    assert S.diffusers(3, trained=[0.1, 0.2, 0.3]).beta.tolist() == pytest.approx([0.1, 0.2, 0.3], rel=1e-6)
+    assert DS.diffusers(3, trained=[0.1, 0.2, 0.3]).beta.tolist() == pytest.approx([0.1, 0.2, 0.3], rel=1e-6)
     for settings, cause in (({"kind": "laplace"}, "no such table"), ({"T": 3, "trained": [0.1]}, "it has 1 numbers")):
         with pytest.raises(ConfigError, match=cause):
-            S.diffusers(**settings)
+            DS.diffusers(**settings)
 
 
 def test_ends_of_linear_tables():
-    assert S.linear(10_000).beta[[0, -1]].tolist() == [1e-4, 0.02]
-    assert S.linear(1).beta.tolist() == [1e-4]
+    assert DS.linear(10_000).beta[[0, -1]].tolist() == [1e-4, 0.02]
+    assert DS.linear(1).beta.tolist() == [1e-4]
     for T in range(2, 20):  # Dhariwal's rule without a limit leaves (0, 1) here
-        assert 0.999 == S.linear_rescaled(T).beta[-1] > S.linear_rescaled(T).beta[0]
+        assert 0.999 == DS.linear_rescaled(T).beta[-1] > DS.linear_rescaled(T).beta[0]
 
 
 def test_cumsum_is_compensated():
@@ -299,7 +300,7 @@ def test_cumsum_is_compensated():
 
 
 def test_zero_terminal_table_ends_in_pure_noise():
-    schedule = S.Tabulated([0.1, 0.5, 1.0])
+    schedule = DS.Tabulated([0.1, 0.5, 1.0])
     levels = schedule(grid(3))
     assert levels.alpha[-1] == 0
     assert levels.sigma[-1] == 1
@@ -312,12 +313,12 @@ def test_zero_terminal_table_ends_in_pure_noise():
     last = posterior(x_t, x, levels.take(3), levels.take(2))  # x_T does not depend on x
     torch.testing.assert_close(last.mean, math.sqrt(0.45) * x)
     torch.testing.assert_close(torch.exp(last.log_var), torch.full((1,), 0.55, dtype=torch.float64))
-    assert S.Tabulated([1.0])(torch.tensor([0.0, 1.0])).alpha.tolist() == [1, 0]
+    assert DS.Tabulated([1.0])(torch.tensor([0.0, 1.0])).alpha.tolist() == [1, 0]
     assert float(log_var_small(levels.take(1), levels.take(0))) == pytest.approx(math.log(0.5 * 0.1 / 0.55))
 
 
 def test_times_within_rounding_of_the_grid_count_as_grid_times():
-    schedule = S.linear(1000)
+    schedule = DS.linear(1000)
     on = schedule(torch.tensor(0.3, dtype=torch.float64))
     for near in (0.1 * 3, 0.3 + 9e-10, 0.3 - 9e-10):
         assert schedule(near).log_snr == on.log_snr
@@ -353,7 +354,7 @@ def test_T_must_be_a_whole_number_in_range(name, T):
 )
 def test_beta_outside_its_range(beta, where):
     with pytest.raises(ConfigError) as error:
-        S.Tabulated(beta)
+        DS.Tabulated(beta)
     assert str(error.value) == (
         f"error[SCHEDULE] {where}: every beta must lie in (0, 1), the last may be 1. "
         "Correct the table, or use a schedule that fits this T (linear_rescaled, cosine)."
@@ -363,12 +364,12 @@ def test_beta_outside_its_range(beta, where):
 @pytest.mark.parametrize("beta", [0.5, [], [[0.1, 0.2]], torch.full((1_000_001,), 0.5)])
 def test_beta_must_be_a_list(beta):
     with pytest.raises(ConfigError, match=r"^error\[SCHEDULE\] beta: expected a list of T numbers, got the shape \("):
-        S.Tabulated(beta)
+        DS.Tabulated(beta)
 
 
 @pytest.mark.release
 def test_a_million_steps_are_allowed():
-    assert S.Tabulated(torch.full((1_000_000,), 1e-6)).chain_length == 1_000_000
+    assert DS.Tabulated(torch.full((1_000_000,), 1e-6)).chain_length == 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -435,8 +436,8 @@ def test_a_sub_grid_is_a_chain_with_its_own_final_variance(name):
 
 
 def test_final_log_var_of_short_chains():
-    assert S.chain(S.linear(10), [1.0, 0.0])[-1].final_log_var is None
-    schedule = S.linear(10)
+    assert S.chain(DS.linear(10), [1.0, 0.0])[-1].final_log_var is None
+    schedule = DS.linear(10)
     assert S.chain(schedule, [1.0, 0.1])[-1].final_log_var == schedule(0.1).final_log_var
     assert S.chain(S.VarianceExploding(), [1.0, 0.0])[-1].final_log_var is None
 
@@ -444,17 +445,17 @@ def test_final_log_var_of_short_chains():
 @pytest.mark.parametrize("times", [[1.0], [0.0, 1.0], [1.0, 0.5, 0.5], [[1.0, 0.0]], [1.0, 1.0], [2.0, 0.0]])
 def test_chains_must_fall(times):
     with pytest.raises(ValueError, match=r"a chain is a falling list of at least two times|a time must be in"):
-        S.chain(S.linear(10), times)
+        S.chain(DS.linear(10), times)
 
 
 def test_a_table_that_does_not_rise_has_a_note():
-    assert S.Tabulated([0.1, 0.3, 0.2, 0.2, 0.05]).notes == (
+    assert DS.Tabulated([0.1, 0.3, 0.2, 0.2, 0.05]).notes == (
         "the table of beta falls in 2 of its 5 steps, first at beta[2] = 0.2 after 0.3",
     )
-    assert S.Tabulated([0.1, 0.1, 0.1]).notes == ("the table of beta does not rise: every step has 0.1",)
+    assert DS.Tabulated([0.1, 0.1, 0.1]).notes == ("the table of beta does not rise: every step has 0.1",)
     for rising in (
-        S.Tabulated([0.1]),
-        S.Tabulated([0.1, 0.2, 0.2, 1.0]),
+        DS.Tabulated([0.1]),
+        DS.Tabulated([0.1, 0.2, 0.2, 1.0]),
         *(TABLES[name](T) for name in TABLES for T in (7, 1000) if name != "tabulated"),
     ):
         assert rising.notes == ()

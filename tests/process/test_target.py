@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from strategies import schedules
 
 from undiffuse.errors import ConfigError
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import diffuse
 from undiffuse.process.target import TARGETS, build
@@ -16,7 +17,7 @@ F64 = torch.float64
 # one step of Ho's chain: alpha_bar is 0.36 at t and 0.81 at s
 ALPHA, SIGMA, ALPHA_S, SIGMA_S = 0.6, 0.8, 0.9, math.sqrt(0.19)
 BETA = 1 - 0.36 / 0.81
-STEP = S.Tabulated([0.19, BETA])
+STEP = DS.Tabulated([0.19, BETA])
 T, SS = STEP(1.0), STEP(0.5)
 X, EPS, Z = 0.7, -1.3, 0.4
 X_T = ALPHA * X + SIGMA * EPS
@@ -101,7 +102,7 @@ def test_the_converted_weight_gives_the_same_loss(name):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_frames_have_the_shape_of_the_level_and_targets_the_dtype_of_x(name):
-    t, s = S.cosine(10)(torch.tensor([0.3, 0.9])), S.cosine(10)(torch.tensor([0.2, 0.8]))
+    t, s = DS.cosine(10)(torch.tensor([0.3, 0.9])), DS.cosine(10)(torch.tensor([0.2, 0.8]))
     assert [v.shape for v in TARGETS[name].frame(t, s)] == [(2,)] * 3
     assert {v.dtype for v in TARGETS[name].frame(t, s)} == {F64}
     x = torch.randn(2, 3, 4, 4)
@@ -123,7 +124,7 @@ SOLVABLE_FROM_PURE_NOISE = {"x", "v", "flow", "edm", "posterior", "previous"}
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_targets_that_cannot_be_solved_are_refused_at_zero_terminal_snr(name):
-    schedule = S.Tabulated([0.1, 0.5, 1.0])
+    schedule = DS.Tabulated([0.1, 0.5, 1.0])
     grid = torch.arange(1, 4, dtype=F64) / 3
     levels, s = schedule(grid), schedule(grid - 1 / 3)
     if name in SOLVABLE_FROM_PURE_NOISE:
@@ -145,7 +146,7 @@ def test_targets_that_cannot_be_solved_are_refused_at_zero_terminal_snr(name):
 
 
 def test_check_names_the_noisiest_time_that_cannot_be_solved():
-    levels = S.linear(4)(torch.tensor([0.0, 0.5, 1.0]))
+    levels = DS.linear(4)(torch.tensor([0.0, 0.5, 1.0]))
     with pytest.raises(
         ConfigError, match=r"^error\[TARGET\] target 'score': x cannot be recovered from it at t = 0\. Use"
     ):

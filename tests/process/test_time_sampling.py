@@ -9,6 +9,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from undiffuse.errors import ConfigError
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process import time_sampling as times_module
 from undiffuse.process.time_sampling import (
@@ -52,7 +53,7 @@ DENSITIES = {  # name: the distribution, its support and its distribution functi
         ("Karras", S.VarianceExploding(0.002, 80.0), ()),
         ("narrow range", S.VarianceExploding(0.2, 0.9), (0.5, 0.75)),
         ("flow", S.Flow(), ()),
-        ("table", S.cosine(6), (0.0, 1.0)),
+        ("table", DS.cosine(6), (0.0, 1.0)),
         ("preserving", S.LinearLogSNR(), (-0.5, 1.0)),
     )
 }
@@ -281,7 +282,7 @@ def test_settings_that_are_no_distribution_are_refused():
 
 
 def test_build():
-    schedule = S.linear(10)
+    schedule = DS.linear(10)
     assert build("steps", schedule, 10) == UniformSteps(10)
     made = build("loss_aware", schedule, 10, uniform_fraction=0.5, strata=2.0)
     assert (made.T, made.uniform_fraction, made.history.shape) == (10, 0.5, (2, 10))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from undiffuse.errors import ConfigError
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.target import TARGETS
 from undiffuse.process.target import build as target
@@ -99,7 +100,7 @@ def test_bound_with_the_small_variance_is_a_difference_of_snr(at, ratio):
 
 def test_weight_of_previous_in_terms_of_the_one_step_noise():
     # T6: weight β/(1−β) on the one-step noise √(β/(1−ᾱ)) eps, converted to the frame of the posterior mean
-    schedule = S.linear(10)
+    schedule = DS.linear(10)
     beta, alpha_bar = ([float(v) for v in column] for column in table("linear", 10))
     t, s = schedule(0.6), schedule(0.5)
     one_step = beta[5] / (1 - beta[5]) * beta[5] / (1 - alpha_bar[6])

@@ -13,6 +13,7 @@ from undiffuse.denoising.denoiser import NetworkDenoiser, Preconditioning
 from undiffuse.errors import ConfigError
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.prior import prior_scale
 from undiffuse.process.schedule import finite_ends
@@ -23,7 +24,7 @@ from undiffuse.sampling.time_grids import time_grid
 
 SCHEDULES = {
     "log-SNR": S.LinearLogSNR(),
-    "table": S.cosine(200),
+    "table": DS.cosine(200),
     "flow": S.Flow(),
     "exploding": S.VarianceExploding(),
 }

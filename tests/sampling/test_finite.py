@@ -16,6 +16,7 @@ from undiffuse.denoising.denoiser import Clipped, ConditionedDenoiser, NetworkDe
 from undiffuse.denoising.guidance import ClassifierFree
 from undiffuse.errors import UndiffuseError
 from undiffuse.networks.condition import Condition
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process import target as T
 from undiffuse.process.prior import prior_sample
@@ -25,9 +26,9 @@ from undiffuse.sampling.time_grids import time_grid
 from undiffuse.sampling.trajectory import check_finite, rescale, trajectory
 
 SCHEDULES = {
-    "linear": S.linear(50, 1e-3, 0.2),
-    "cosine": S.cosine(50),
-    "zero terminal": S.Tabulated(torch.cat([torch.linspace(0.01, 0.2, 49), torch.ones(1)])),
+    "linear": DS.linear(50, 1e-3, 0.2),
+    "cosine": DS.cosine(50),
+    "zero terminal": DS.Tabulated(torch.cat([torch.linspace(0.01, 0.2, 49), torch.ones(1)])),
     "log-SNR": S.LinearLogSNR(),
     "flow": S.Flow(),
     "exploding": S.VarianceExploding(),

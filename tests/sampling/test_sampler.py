@@ -8,7 +8,7 @@ import pytest
 
 from undiffuse.denoising.denoiser import Clipped
 from undiffuse.errors import ConfigError
-from undiffuse.process import schedule as S
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.runtime.lazy_table import LazyTable, row
 from undiffuse.sampling.sampler import Sampler, guidance_changes
 from undiffuse.sampling.solvers import SOLVERS
@@ -45,7 +45,7 @@ def test_a_solver_may_be_an_object():
 
 
 def test_noise_levels_are_spaced_or_at_the_times():
-    schedule = S.linear(10)
+    schedule = DS.linear(10)
     assert [float(level.t) for level in Sampler(num_steps=2).noise_levels(schedule)] == [1.0, 0.5, 0.0]
     assert len(Sampler(num_steps=None).noise_levels(schedule)) == 11
     fitted = Sampler(num_steps=2, spacing="fitted", times=(1.0, 0.2, 0.0))

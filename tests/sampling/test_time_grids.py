@@ -7,19 +7,21 @@ import pytest
 import torch
 
 from undiffuse.errors import ConfigError
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
+from undiffuse.process.learned_schedule import LearnedSchedule
 from undiffuse.sampling import time_grids
 from undiffuse.sampling.tables import SPACINGS
 from undiffuse.sampling.time_grids import time_grid
 
 f64 = torch.float64
-ZERO_TERMINAL = S.Tabulated([0.1, 0.2, 0.3, 0.5, 1.0])
+ZERO_TERMINAL = DS.Tabulated([0.1, 0.2, 0.3, 0.5, 1.0])
 SCHEDULES = {
-    "linear": S.linear(),
-    "short": S.linear_rescaled(40),
+    "linear": DS.linear(),
+    "short": DS.linear_rescaled(40),
     "zero terminal": ZERO_TERMINAL,
     "log-SNR": S.LinearLogSNR(),
-    "learned": S.LearnedSchedule(),
+    "learned": LearnedSchedule(),
     "sigmoid": S.Sigmoid(),
     "flow": S.Flow(),
     "exploding": S.VarianceExploding(0.002, 80.0),
@@ -57,7 +59,7 @@ def test_every_spacing_falls_from_noise_to_data(name, spacing):
 
 @pytest.mark.parametrize("T", [1, 2, 7, 50])
 def test_uniform_times_of_a_table_are_the_tables(T):
-    schedule = S.linear_rescaled(T)
+    schedule = DS.linear_rescaled(T)
     for steps in range(1, T + 1):
         t = times(time_grid(schedule, steps))
         assert len(t) == steps + 1
@@ -73,7 +75,7 @@ def test_uniform_times_of_functions_and_explicit_times():
     assert times(levels).tolist() == [1, 0.75, 0.5, 0.25, 0]
     assert [float(level.sigma) for level in levels] == [1, 0.75, 0.5, 0.25, 0]
     assert len(time_grid(S.LinearLogSNR())) == 1001
-    assert times(time_grid(S.linear(10), 3, times=[0.9, 0.2])).tolist() == [0.9, 0.2]
+    assert times(time_grid(DS.linear(10), 3, times=[0.9, 0.2])).tolist() == [0.9, 0.2]
     assert levels[-1].final_log_var is not None
     assert len(time_grid(S.Flow(), 1)) == 2
 
@@ -81,7 +83,7 @@ def test_uniform_times_of_functions_and_explicit_times():
 @pytest.mark.parametrize("steps", [1, 7, 10, 50, 300, 1000])
 def test_trailing_and_leading_are_those_of_other_libraries(steps):
     """Their integers count the steps of a table from 0; the last step goes to data."""
-    schedule = S.linear()
+    schedule = DS.linear()
     trailing = np.round(np.arange(1000, 0, -1000 / steps))[:steps] - 1
     np.testing.assert_array_equal(times(time_grid(schedule, steps, "trailing"))[:-1] * 1000 - 1, trailing)
     leading = (np.arange(steps) * (1000 // steps))[::-1]
@@ -93,10 +95,10 @@ def test_trailing_and_leading_are_those_of_other_libraries(steps):
 
 def test_quadratic():
     np.testing.assert_allclose(times(time_grid(S.Flow(), 4, "quadratic")), [1, 9 / 16, 1 / 4, 1 / 16, 0])
-    assert (times(time_grid(S.linear(), 4, "quadratic")) * 1000).round().tolist() == [1000, 562, 250, 62, 0]
+    assert (times(time_grid(DS.linear(), 4, "quadratic")) * 1000).round().tolist() == [1000, 562, 250, 62, 0]
     # (i/6)² 10 rounds to 0, 0, 1, 2, 4, 7, 10 and (i/9)² 10 to 0, 0, 0, 1, ...: distinct all the same
-    assert (times(time_grid(S.linear(10), 6, "quadratic")) * 10).round().tolist() == [10, 7, 4, 3, 2, 1, 0]
-    assert (times(time_grid(S.linear(10), 9, "quadratic")) * 10).round().tolist() == [10, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert (times(time_grid(DS.linear(10), 6, "quadratic")) * 10).round().tolist() == [10, 7, 4, 3, 2, 1, 0]
+    assert (times(time_grid(DS.linear(10), 9, "quadratic")) * 10).round().tolist() == [10, 8, 7, 6, 5, 4, 3, 2, 1, 0]
 
 
 def karras(low, high, n):
@@ -108,7 +110,7 @@ def karras(low, high, n):
 def test_karras():
     exploding = time_grid(S.VarianceExploding(0.002, 80.0), 9, "karras")
     np.testing.assert_allclose(ratios(exploding), karras(0.002, 80, 10), rtol=1e-10)
-    table = S.linear()
+    table = DS.linear()
     low, high = ratios([table(1e-3), table(1.0)])
     levels = time_grid(table, 10, "karras")
     np.testing.assert_allclose(ratios(levels), [*karras(low, high, 10), 0], rtol=1e-9)
@@ -119,7 +121,7 @@ def test_karras():
 def test_log_snr():
     """Linear from t = 1 to 0 where both ends are finite, else to t_min and from log_snr = −20."""
     np.testing.assert_allclose(times(time_grid(S.LinearLogSNR(), 8, "log_snr")), np.linspace(1, 0, 9), atol=1e-12)
-    table = S.cosine(100)
+    table = DS.cosine(100)
     levels = time_grid(table, 6, "log_snr")
     low, high = float(table(1.0).log_snr), float(table(0.01).log_snr)
     np.testing.assert_allclose([float(v.log_snr) for v in levels[:-1]], np.linspace(low, high, 6), rtol=1e-9)
@@ -130,7 +132,7 @@ def test_log_snr():
 
 
 def test_times_between_those_of_a_table_and_rounded_ones():
-    table = S.cosine(50)
+    table = DS.cosine(50)
     for spacing in ("log_snr", "karras"):
         between = times(time_grid(table, 9, spacing)) * 50
         assert np.abs(between - between.round()).max() > 0.1
@@ -147,10 +149,10 @@ def test_times_between_those_of_a_table_and_rounded_ones():
 @pytest.mark.parametrize(
     ("schedule", "settings", "words"),
     [
-        (S.linear(10), {"num_steps": 11}, "steps = 11: the number must be from 1 to 10"),
-        (S.linear(10), {"num_steps": 11, "spacing": "quadratic"}, "must be from 1 to 10"),
-        (S.linear(10), {"num_steps": 0}, "steps = 0: the number must be from 1 to 10"),
-        (S.linear(10), {"num_steps": 0, "spacing": "log_snr"}, "must be at least 1"),
+        (DS.linear(10), {"num_steps": 11}, "steps = 11: the number must be from 1 to 10"),
+        (DS.linear(10), {"num_steps": 11, "spacing": "quadratic"}, "must be from 1 to 10"),
+        (DS.linear(10), {"num_steps": 0}, "steps = 0: the number must be from 1 to 10"),
+        (DS.linear(10), {"num_steps": 0, "spacing": "log_snr"}, "must be at least 1"),
         (S.Flow(), {"num_steps": 0}, "must be at least 1"),
         (S.Flow(), {"times": [0.5, 0.5]}, r"times = \[0.5, 0.5\]: a chain is a falling list .* Choose other times"),
         (S.Flow(), {"times": [0.5]}, "at least two"),

@@ -7,6 +7,7 @@ import torch
 from oracles import GaussianData, MixtureData, Spy
 
 from undiffuse.errors import NonFiniteError
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import forward
 from undiffuse.process.prior import prior_sample, prior_scale
@@ -69,7 +70,7 @@ def test_trajectory_is_lazy_from_noise_to_data():
         assert (denoise, t, s, state, fresh[0, 0, 0].item()) == ("denoiser", levels[k], levels[k + 1], k, k + 1.0)
 
 
-@pytest.mark.parametrize("schedule", [S.linear(6), S.Flow(), S.VarianceExploding(), S.cosine(6)])
+@pytest.mark.parametrize("schedule", [DS.linear(6), S.Flow(), S.VarianceExploding(), DS.cosine(6)])
 def test_forward_trajectory_is_the_marginal(schedule):
     """As an affine map of (x, z_1..z_T) the chain's every state is q(x_t|x) [Ho20 eq. 4]."""
     levels = time_grid(schedule, 6)
@@ -105,7 +106,7 @@ def test_last_step_counts_the_steps_and_needs_a_start():
 
 
 def test_forward_trajectory_is_lazy_and_uses_each_noise_once():
-    levels = time_grid(S.linear(3))
+    levels = time_grid(DS.linear(3))
     x = torch.ones(2, 1, dtype=f64)
     noise = ItemNoise(0, range(2), [1], dtype=f64)
     states = forward_trajectory(x, levels, lambda n: noise(n))
@@ -120,7 +121,7 @@ def test_forward_trajectory_is_lazy_and_uses_each_noise_once():
 def test_priors():
     noise = torch.randn(4, 2, generator=generator(0, "test", 0))
     for level, scale in (
-        (S.cosine(10)(1.0), 1.0),
+        (DS.cosine(10)(1.0), 1.0),
         (S.LinearLogSNR()(1.0), 1.0),
         (S.VarianceExploding(0.01, 50)(1.0), 50.0),
         (S.VarianceExploding(0.01, 0.5)(1.0), 0.5),
@@ -136,7 +137,7 @@ def test_priors():
 
 def test_rescale_divides_by_the_last_alpha():
     x = torch.tensor([[0.5, -0.25]])
-    assert torch.equal(rescale(x, S.linear(5)(0.0)), x)
+    assert torch.equal(rescale(x, DS.linear(5)(0.0)), x)
     assert torch.equal(rescale(x, S.Flow()(0.5)), torch.tensor([[1.0, -0.5]]))
     assert rescale(x, S.Flow()(0.5)).dtype == torch.float32
 
@@ -156,7 +157,7 @@ def test_check_finite_names_the_item():
 def test_an_item_is_the_same_in_any_batch(solver):
     """Noise bit for bit, the sample to 1e-4 in float32."""
     data = MixtureData(torch.ones(2), torch.tensor([[1.0, 0.5], [-1.0, 0.0]]), torch.full((2, 2), 0.1))
-    schedule = S.cosine(20)
+    schedule = DS.cosine(20)
     levels = time_grid(schedule)
 
     def run(items):

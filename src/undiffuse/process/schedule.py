@@ -15,15 +15,6 @@ import torch
 from torch import Tensor
 
 from undiffuse.errors import ConfigError, unknown_name
-from undiffuse.process.discrete_schedule import (  # noqa: F401
-    Tabulated,
-    cosine,
-    diffusers,
-    linear,
-    linear_rescaled,
-    quadratic,
-)
-from undiffuse.process.learned_schedule import LearnedSchedule  # noqa: F401 (all schedules are found here)
 from undiffuse.process.noise_level import NoiseLevel, as_float64, check_ascending, check_time, transition_frac, vp_level
 from undiffuse.process.tables import SCHEDULES
 

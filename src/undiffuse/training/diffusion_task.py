@@ -30,6 +30,7 @@ from undiffuse.model.presets import adapt_to_data
 from undiffuse.networks.protocol import init_statistics
 from undiffuse.networks.registry import network_settings
 from undiffuse.process import schedule as schedules
+from undiffuse.process.discrete_schedule import Tabulated
 from undiffuse.process.statistics import mean_with_stderr
 from undiffuse.report.figures import image_grid
 from undiffuse.runtime.own_output import save_described
@@ -145,7 +146,7 @@ class DiffusionTask(Task):
     def notes(self) -> Sequence[str]:
         model = self.config.model
         schedule = build_part("schedule", schedules.build, model.schedule)
-        notes = list(schedule.notes) if isinstance(schedule, schedules.Tabulated) else []
+        notes = list(schedule.notes) if isinstance(schedule, Tabulated) else []
         chosen, own = model.weight.get("name"), "simple" if model.loss == "hybrid" else "bound"
         if model.loss != "weighted_mse" and chosen != own and model.weight != ModelConfig().weight:
             notes.append(f"the weight {chosen!r} has no effect: the loss {model.loss!r} has its own, {own!r}")

@@ -17,6 +17,7 @@ import exponential_references as by_lambda
 import numpy as np
 from numpy import ndarray as Array
 
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.sampling.solvers.ancestral import Ancestral
 from undiffuse.sampling.solvers.consistency import ConsistencySampling
@@ -89,8 +90,8 @@ def rates_by_log_snr(t: float) -> tuple[float, float]:
 
 LINEAR, SHORT = np.linspace(1e-4, 0.02, 1000), np.array([0.1, 0.2, 0.3, 0.5, 1.0])
 PROCESSES = {
-    "linear": Process(S.linear(), table(LINEAR), "vp", table_rates(LINEAR)),
-    "zero terminal": Process(S.Tabulated(SHORT.tolist()), table(SHORT), "vp", table_rates(SHORT)),
+    "linear": Process(DS.linear(), table(LINEAR), "vp", table_rates(LINEAR)),
+    "zero terminal": Process(DS.Tabulated(SHORT.tolist()), table(SHORT), "vp", table_rates(SHORT)),
     "log-SNR": Process(S.LinearLogSNR(), by_log_snr, "vp", rates_by_log_snr),
     "flow": Process(S.Flow(), lambda t: (1 - t, t), "flow", lambda t: (-1.0, 1.0)),
     "exploding": Process(

@@ -8,6 +8,7 @@ from oracles import GaussianData, MixtureData, Spy
 
 from undiffuse.denoising.denoiser import Prediction
 from undiffuse.errors import ConfigError, NonFiniteError
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.sampling import solvers
 from undiffuse.sampling.solvers.adaptive import Adaptive
@@ -19,7 +20,7 @@ f64 = torch.float64
 MIXTURE = MixtureData(torch.tensor([0.4, 0.6]), torch.tensor([[-1.0], [0.8]]), torch.tensor([[0.03], [0.02]]))
 GAUSSIAN = GaussianData(torch.tensor([0.7, -0.4]), torch.tensor([[0.3, 0.1], [0.1, 0.2]]))
 ENDS = {
-    "linear": (S.linear(), 1.0, 0.01),
+    "linear": (DS.linear(), 1.0, 0.01),
     "log-SNR": (S.LinearLogSNR(), 1.0, 0.0),
     "flow": (S.Flow(), 1.0, 0.01),
     "exploding": (S.VarianceExploding(), 1.0, 0.0),
@@ -76,9 +77,9 @@ def test_items_have_their_own_steps_but_the_denoiser_gets_the_full_batch():
 @pytest.mark.parametrize(
     ("schedule", "inner"),
     [
-        (S.linear(10), (1.0, 0.1)),
+        (DS.linear(10), (1.0, 0.1)),
         (S.Flow(), (1.0, 1e-5)),
-        (S.Tabulated([0.1, 0.2, 0.3, 0.5, 1.0]), (0.8, 0.2)),
+        (DS.Tabulated([0.1, 0.2, 0.3, 0.5, 1.0]), (0.8, 0.2)),
         (S.LinearLogSNR(), (1.0, 0.0)),
     ],
     ids=["table", "flow", "zero terminal", "finite"],
@@ -101,14 +102,14 @@ def test_one_step_from_noise_to_data(schedule, inner):
 
 
 def test_short_steps_at_the_ends_of_a_table():
-    schedule = S.Tabulated([0.1, 0.2, 0.3, 0.5, 1.0])
+    schedule = DS.Tabulated([0.1, 0.2, 0.3, 0.5, 1.0])
     denoise, x = GAUSSIAN.denoiser(schedule), torch.tensor([[0.3, -1.0]], dtype=f64)
     for times in ([1.0, 0.8], [0.2, 0.0], [0.1, 0.0]):
         t, s = (schedule(v) for v in times)
         found, state = Adaptive().step(denoise, x, t, s, ("before",), x[:0])
         torch.testing.assert_close(found, DDIM().step(denoise, x, t, s, (), x[:0])[0])
         assert (state[0], state[1].tolist()) == ("before", [1])
-    one = S.Tabulated([1.0])
+    one = DS.Tabulated([1.0])
     found, (calls,) = Adaptive().step(GAUSSIAN.denoiser(one), x, one(1.0), one(0.0), (), x[:0])
     torch.testing.assert_close(found, GAUSSIAN.m[None].to(f64))
     assert calls.tolist() == [1]

@@ -10,6 +10,7 @@ from oracles import GaussianData, Spy
 from solver_table import PROCESSES, ROWS, WITHOUT_REFERENCE, Hand
 
 from undiffuse.errors import ConfigError
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.sampling import solvers
 from undiffuse.sampling.solvers.ancestral import Ancestral
@@ -139,7 +140,7 @@ def test_every_step_of_a_long_table_is_finite(eta):
     data = GaussianData(torch.from_numpy(MEAN), torch.from_numpy(COVS["full"]))
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     x = torch.ones(1000, D, dtype=torch.float64)
-    for schedule in (S.linear(), S.cosine(), S.Sigmoid()):
+    for schedule in (DS.linear(), DS.cosine(), S.Sigmoid()):
         # whose frac is 1, and 1 + 2e-16 if it is not kept below
         x_0, _ = DDIM(eta).step(data.denoiser(schedule), x, schedule(t), schedule(0 * t), (), 5 * x[None])
         torch.testing.assert_close(x_0, data.predict(x, schedule(t)).x)
@@ -150,7 +151,7 @@ def test_every_step_of_a_long_table_is_finite(eta):
 
 def test_ancestral_step_in_the_formula_of_ho():
     """x_{t−1} = (x_t − β ε̂/√(1−ᾱ))/√(1−β) + σ z [Ho20 eq. 11 and algorithm 2]."""
-    schedule = S.linear(20)
+    schedule = DS.linear(20)
     levels, beta = time_grid(schedule)[::-1], np.linspace(1e-4, 0.02, 20)
     alpha_bar = np.cumprod(1 - beta)
     data = GaussianData(torch.from_numpy(MEAN), torch.from_numpy(COVS["full"]))
@@ -180,7 +181,7 @@ def test_ddim_with_eta_0_is_euler_in_sigma_over_alpha_and_in_t_for_the_flow():
     """d(x/alpha)/d(sigma/alpha) = ε̂ for every schedule; dx/dt = ε̂ − x̂ for the flow only."""
     data = GaussianData(torch.from_numpy(MEAN), torch.from_numpy(COVS["full"]))
     x = torch.from_numpy(np.array([[0.3, 1.0, -2.0, 0.1]]))
-    for schedule in (S.Flow(), S.LinearLogSNR(), S.VarianceExploding(), S.cosine(20)):
+    for schedule in (S.Flow(), S.LinearLogSNR(), S.VarianceExploding(), DS.cosine(20)):
         t, s = (schedule(torch.tensor(v, dtype=torch.float64)) for v in (0.8, 0.35))
         x_hat, eps, _ = data.predict(x, t)
         euler = s.alpha * (x / t.alpha + (s.sigma / s.alpha - t.sigma / t.alpha) * eps)

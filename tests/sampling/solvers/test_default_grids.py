@@ -12,7 +12,9 @@ import test_order
 from solver_table import ROWS
 
 from undiffuse.cli.sampler_options import parse_sampler
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
+from undiffuse.process.learned_schedule import LearnedSchedule
 from undiffuse.sampling.solvers import SOLVERS
 from undiffuse.sampling.solvers.solver import end_power
 
@@ -23,11 +25,11 @@ FUNCTIONS = {
     "exploding": S.VarianceExploding(),
 }
 TABLES = {
-    "linear": S.linear(),
-    "cosine": S.cosine(),
-    "quadratic": S.quadratic(),
-    "rescaled": S.linear_rescaled(2000),
-    "tabulated": S.Tabulated(np.linspace(2e-4, 0.03, 500)),
+    "linear": DS.linear(),
+    "cosine": DS.cosine(),
+    "quadratic": DS.quadratic(),
+    "rescaled": DS.linear_rescaled(2000),
+    "tabulated": DS.Tabulated(np.linspace(2e-4, 0.03, 500)),
 }
 ORDERED = {row.name: row for row in ROWS.values() if row.name and row.order is not None}
 LOG = {("flow", name) for name in SOLVERS if name.startswith(("dpm", "exponential", "unipc"))}
@@ -94,7 +96,7 @@ def test_declared_orders_hold_on_tables(schedule, name):
 
 @pytest.mark.parametrize("name", ["heun", "unipc"])
 def test_the_step_into_data_limits_the_order_on_a_long_table(name):
-    assert slope(name, S.quadratic(), 250, 500) == pytest.approx(1, abs=0.15)
+    assert slope(name, DS.quadratic(), 250, 500) == pytest.approx(1, abs=0.15)
 
 
 def test_rk4_has_order_four_on_the_whole_flow():
@@ -120,7 +122,7 @@ def test_euler_maruyama_does_not_diverge_where_the_signal_is_almost_zero():
 
 def test_end_power():
     assert [end_power(s) for s in FUNCTIONS.values()] == [2, 1, math.inf, math.inf]
-    assert end_power(S.LearnedSchedule()) == math.inf
+    assert end_power(LearnedSchedule()) == math.inf
     assert [end_power(s) for s in TABLES.values()] == [1] * len(TABLES)
     assert end_power(S.Sigmoid(min_signal=0.0)) == 1
     assert end_power(S.Sigmoid(min_signal=0.01)) == 1  # by the end at data alone

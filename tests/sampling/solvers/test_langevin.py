@@ -11,6 +11,7 @@ from oracles import EmpiricalData, GaussianData, MixtureData, Spy
 from test_affine import COVS, MEAN, D, probe
 
 from undiffuse.errors import ConfigError
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.sampling import solvers
@@ -141,7 +142,7 @@ def test_annealing_finds_the_weights_of_separate_modes():
 
 CHAINS = {
     "exploding": (S.VarianceExploding(), [1, 0.8, 0.5, 0.3, 0.0]),
-    "linear": (S.linear(), [1, 0.5, 0.2, 0.03, 0]),
+    "linear": (DS.linear(), [1, 0.5, 0.2, 0.03, 0]),
     "log-SNR": (S.LinearLogSNR(), [1, 0.7, 0.4, 0]),
     "flow": (S.Flow(), [0.95, 0.6, 0.2, 0.0]),
 }
@@ -209,7 +210,7 @@ def test_a_variance_preserving_chain_is_the_exploding_one_in_x_over_alpha():
 
 def test_items_of_a_batch_at_different_levels():
     data = GaussianData(torch.from_numpy(MEAN), torch.from_numpy(COVS["full"]))
-    solver, schedule = AnnealedLangevin(0.2, 2), S.linear(20)
+    solver, schedule = AnnealedLangevin(0.2, 2), DS.linear(20)
     denoise = data.denoiser(schedule)
     x, *noise = torch.randn(3, 2, D, generator=torch.Generator().manual_seed(0), dtype=f64)
     noise = torch.stack(noise)

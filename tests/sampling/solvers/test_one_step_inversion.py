@@ -10,6 +10,7 @@ from solver_table import PROCESSES
 from test_affine import CHAINS, COVS, MEAN, D, probe
 
 from undiffuse.errors import ConfigError
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import diffuse, forward
 from undiffuse.sampling.solvers.ancestral import Ancestral
@@ -19,9 +20,9 @@ from undiffuse.sampling.time_grids import time_grid
 
 f64 = torch.float64
 PAIRS = {
-    "table": (S.linear()(0.3), S.linear()(0.299)),
-    "sub-grid": (S.linear()(0.9), S.linear()(0.2)),
-    "to data": (S.linear()(0.1), S.linear()(0.0)),
+    "table": (DS.linear()(0.3), DS.linear()(0.299)),
+    "sub-grid": (DS.linear()(0.9), DS.linear()(0.2)),
+    "to data": (DS.linear()(0.1), DS.linear()(0.0)),
     "exploding": (S.VarianceExploding()(0.8), S.VarianceExploding()(0.7)),
     "flow": (S.Flow()(0.6), S.Flow()(0.5)),
 }
@@ -44,7 +45,7 @@ def test_with_the_noise_of_the_step_it_is_exact(t, s):
 
 def test_in_the_notation_of_ho():
     """x_{t−1} = (x_t − √β ε_t)/√(1−β), and E[ε_t given x_t, ε] = √(β/(1−ᾱ)) ε."""
-    schedule = S.linear(50)
+    schedule = DS.linear(50)
     beta = schedule.beta.numpy()
     bar = np.cumprod(1 - beta)
     x_t, eps = randn(2, 1, 3)
@@ -174,7 +175,7 @@ def test_with_its_noise_it_is_ancestral_sampling_with_the_small_variance(chain):
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
 def test_a_chain_of_means_ends_in_the_mean(steps):
     """E[… E[E[x given x_1] given x_2] …] = E[x given x_T] where means are affine: the rest of x is lost."""
-    schedule = S.linear(50)
+    schedule = DS.linear(50)
     levels = time_grid(schedule, steps)
     result = probe(OneStepInversion(), FULL.denoiser(schedule), levels)
     W, w = predictor(COVS["full"], float(levels[0].alpha), float(levels[0].sigma))
@@ -213,7 +214,7 @@ def test_the_remaining_variance(T, v):
     """Ancestral sampling and DDIM keep all of it as the steps grow. The chain of means keeps v² ᾱ_T/V_T whatever
     the steps; as printed it keeps exp(−2 √T ∫ √B σ/V dt), B = 0.1 + 19.9 t, which is none."""
     left = variances(T, v)
-    schedule = S.linear_rescaled(T)
+    schedule = DS.linear_rescaled(T)
     if T <= 100:
         data, levels = GaussianData(torch.zeros(1), torch.tensor([v], dtype=f64)), time_grid(schedule)
         start = float(data.marginal_var(levels[0]))

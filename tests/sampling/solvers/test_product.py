@@ -17,6 +17,7 @@ from undiffuse.denoising.denoiser import Prediction
 from undiffuse.errors import ConfigError
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.process.gaussian import Gaussian
 from undiffuse.sampling.sampler import Sampler
@@ -124,8 +125,8 @@ DATA = GaussianData(MEAN, VAR)
 SEEN = tensor([0.7, 1.0, -0.5, 5.0])  # y
 NOISE = tensor([0.0, 0.5, 2.0, INF])  # the variance of y given x
 CHAINS = {
-    "linear": (S.linear(), [1, 0.9, 0.5, 0.02, 0.001, 0]),
-    "linear, one step": (S.linear(), [1, 0]),
+    "linear": (DS.linear(), [1, 0.9, 0.5, 0.02, 0.001, 0]),
+    "linear, one step": (DS.linear(), [1, 0]),
     "flow": (S.Flow(), [1, 0.75, 0.6, 0.2, 0]),
     "flow between": (S.Flow(), [0.95, 0.6, 0.2, 0.02]),
     "log-SNR": (S.LinearLogSNR(), [1, 0.9, 0.85, 0.4, 0.1, 0]),
@@ -246,7 +247,7 @@ DENOISE = observation_factor(tensor([1.0, 0.0]), torch.log(tensor([0.25, INF])))
 
 def twin_law(solver, T) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of the sample, step by step."""
-    schedule = S.cosine(T)
+    schedule = DS.cosine(T)
     denoise, levels = TWIN.denoiser(schedule), time_grid(schedule)
     mean, cov = np.zeros(2), np.eye(2)
     for t, s in pairwise(levels):

@@ -7,6 +7,7 @@ import torch
 from posterior_cases import F64, PAIR, moments, random
 
 from undiffuse.errors import ConfigError
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
 from undiffuse.sampling.solvers.ancestral import Ancestral
 from undiffuse.sampling.solvers.ddim import DDIM
@@ -21,7 +22,7 @@ Y, MASK = torch.tensor([1.0, 0.0], dtype=F64), torch.tensor([True, False])
 
 def test_a_step_by_hand():
     """x_s = alpha_s y + sigma_s z where the mask is true, else the ancestral step [Lugmayr22 eq. 8]; y at t = 0."""
-    denoise, schedule = PAIR.denoiser(S.linear(10)), S.linear(10)
+    denoise, schedule = PAIR.denoiser(DS.linear(10)), DS.linear(10)
     x_t, noise = random(3, 2), random(2, 3, 2, seed=1)
     for k in (10, 5, 1):
         t, s = schedule(k / 10), schedule((k - 1) / 10)
@@ -63,11 +64,11 @@ class Counting:
 
 
 def test_a_jump_back_resets_the_solver():
-    painted, levels = Repaint(Y, MASK, Counting()), time_grid(S.linear(10), 4)
+    painted, levels = Repaint(Y, MASK, Counting()), time_grid(DS.linear(10), 4)
     state, lengths, x = painted.init(random(1, 2), levels), [], random(1, 2)
     walk = resampling_levels(levels, 2, 2)
     for t, s in pairwise(walk):
-        x, state = painted.step(PAIR.denoiser(S.linear(10)), x, t, s, state, random(1, 1, 2))
+        x, state = painted.step(PAIR.denoiser(DS.linear(10)), x, t, s, state, random(1, 1, 2))
         lengths.append(len(state))
     assert lengths == [1, 2, 0, 1, 2, 3, 4, 0, 1, 2]
 
@@ -87,7 +88,7 @@ def test_resampling_levels():
 
 def test_the_bias_falls_with_repeats_and_is_less_than_that_of_the_product():
     """Given that the first element is 1, the second is N(0.9, 0.19); 10 cosine steps with 1, 3, 9 repeats."""
-    schedule = S.cosine(10)
+    schedule = DS.cosine(10)
     denoise, levels = PAIR.denoiser(schedule), time_grid(schedule)
     expected = {1: (-0.3414, 0.0566), 3: (-0.1313, -0.0457), 9: (-0.0501, -0.0821)}
     for repeats, (bias, wide) in expected.items():

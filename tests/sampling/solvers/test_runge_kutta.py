@@ -15,7 +15,9 @@ from undiffuse.denoising.denoiser import (
     predicts_at_data,
 )
 from undiffuse.errors import ConfigError
+from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
+from undiffuse.process.learned_schedule import LearnedSchedule
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.rates import scale_derivatives
 from undiffuse.process.target import TARGETS
@@ -30,11 +32,11 @@ from undiffuse.sampling.trajectory import trajectory
 f64 = torch.float64
 DATA = GaussianData(torch.from_numpy(MEAN), torch.from_numpy(COVS["full"]))
 SCHEDULES = {
-    "linear": S.linear(),
-    "cosine": S.cosine(50),
+    "linear": DS.linear(),
+    "cosine": DS.cosine(50),
     "sigmoid": S.Sigmoid(),
     "log-SNR": S.LinearLogSNR(),
-    "learned": S.LearnedSchedule(),
+    "learned": LearnedSchedule(),
     "flow": S.Flow(),
     "exploding": S.VarianceExploding(),
     "exploding little": S.VarianceExploding(0.001, 0.5),
@@ -106,7 +108,7 @@ def test_each_stage_is_at_a_level_of_the_schedule():
 
 @pytest.mark.parametrize("solver", [RungeKutta("heun"), RungeKutta("rk4", "angle"), EDM(2.0), EulerMaruyama()])
 def test_float32_stays_float32(solver):
-    schedule, x = S.cosine(10), torch.ones(2, D)
+    schedule, x = DS.cosine(10), torch.ones(2, D)
     spy = Spy(DATA.denoiser(schedule))
     *_, last = trajectory(spy, solver, time_grid(schedule), x, lambda n: torch.ones(n, 2, D))
     assert {last.x.dtype} | {at.dtype for at, *_ in spy.seen} == {torch.float32}
@@ -202,7 +204,11 @@ def test_churn_range_includes_both_ends():
 
 def test_churn_stays_below_the_noisiest_level():
     x = torch.ones(1, D, dtype=f64)
-    for schedule, most in ((S.linear(10), 1.0), (S.Tabulated([0.1, 0.2, 0.3, 0.5, 1.0]), 0.8), (S.LinearLogSNR(), 1.0)):
+    for schedule, most in (
+        (DS.linear(10), 1.0),
+        (DS.Tabulated([0.1, 0.2, 0.3, 0.5, 1.0]), 0.8),
+        (S.LinearLogSNR(), 1.0),
+    ):
         spy = Spy(DATA.denoiser(schedule))
         levels = time_grid(schedule, times=[most, most - 0.1, 0.3, 0.0])
         *_, last = trajectory(spy, EDM(100.0, 0, math.inf), levels, x, lambda n: torch.ones(n, 1, D, dtype=f64))
