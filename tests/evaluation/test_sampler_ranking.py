@@ -141,18 +141,21 @@ def test_stochastic_samplers(monkeypatch):
         if sampler.spacing == "fitted":
             order = solvers[sampler.solver].order or 0
             assert sampler.times == fitted_times(reference, model.schedule, sampler.num_steps, 1 / (order + 1))
-        elif sampler.settings:
+        elif "end" in sampler.settings:
             log_snr = float(sampler.spacing.removeprefix("to log-SNR "))
-            assert sampler.settings == {"end": "low"}
+            assert sampler.settings["end"] == "low"
             assert sampler.times == early_stop_times(model.schedule, sampler.num_steps, log_snr)
         else:
             assert sampler.times is None
-    early = [(sampler.solver, sampler.spacing.split()[-1]) for sampler in samplers if sampler.settings]
-    assert early == [(name, stop) for name in ("dpm++2m_sde", "dpm++3m_sde") for stop in ("1.5", "3", "4.5", "6")]
+    early = [(s.settings.get("eta"), s.solver, s.spacing.split()[-1]) for s in samplers if "end" in s.settings]
+    stops = [(name, stop) for name in ("dpm++2m_sde", "dpm++3m_sde") for stop in ("1.5", "3", "4.5", "6")]
+    assert early == [(eta, *stop) for eta in (None, 2.5) for stop in stops]
+    more = [sampler.spacing for sampler in samplers if sampler.settings == {"eta": 2.5}]
+    assert more == 2 * ["uniform", "karras", "fitted"]
     monkeypatch.setattr(sampler_ranking, "EARLY_STOP_LOG_SNRS", (-8.0, -7.9, 9.9, 10.0))
-    ends = {sampler.spacing for sampler in stochastic_samplers(model, reference, 10) if sampler.settings}
+    ends = {sampler.spacing for sampler in stochastic_samplers(model, reference, 10) if "end" in sampler.settings}
     assert ends == {"to log-SNR -7.9", "to log-SNR 9.9"}
-    assert not any(sampler.settings for sampler in stochastic_samplers(model, reference, 1))
+    assert not any("end" in sampler.settings for sampler in stochastic_samplers(model, reference, 1))
     assert stochastic_samplers(model, reference, 0) == []
 
 

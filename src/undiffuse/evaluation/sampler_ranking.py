@@ -26,7 +26,9 @@ from undiffuse.sampling.solvers import SOLVERS, build
 EARLY_STOP_LOG_SNRS = (1.5, 3.0, 4.5, 6.0)
 """Log-SNRs from which a sampler with few calls may go to data in one step."""
 LOW_ORDER_END_SOLVERS = ("dpm++2m_sde", "dpm++3m_sde")
-"""Solvers whose last step can be of low order, as an early stop needs."""
+"""Solvers whose last step can be of low order, as an early stop needs, and whose amount of noise, eta, can change."""
+MORE_NOISE = 2.5
+"""Eta of samplers with more noise than the reverse chain, whose eta is 1: it corrects more of the network's errors."""
 NUM_FINALISTS = 4
 """Samplers compared by all samples, after a first round by a quarter of the samples."""
 MIN_ITEMS, MAX_ITEMS = 20, 10_000
@@ -88,20 +90,24 @@ def stochastic_samplers(model: Diffusion, reference: Reference, calls: int) -> l
     """Samplers of at most ``calls`` network calls by the solvers that draw noise and have an order of convergence.
 
     Each with uniform and Karras spacing and with times fitted to the ``reference`` flow. Those of
-    `LOW_ORDER_END_SOLVERS` also stop early at each of `EARLY_STOP_LOG_SNRS` within the schedule.
+    `LOW_ORDER_END_SOLVERS` also stop early at each of `EARLY_STOP_LOG_SNRS` within the schedule, and all of this also
+    with `MORE_NOISE`.
     """
     schedule, samplers, fit = model.schedule, [], partial(fit_to_budget, max_steps=model.chain_length)
     clean, top = float(model.chain[-1].log_snr), float(model.chain[0].log_snr)
-    for name in SOLVERS:
+    for name, settings in [
+        *((name, {}) for name in SOLVERS),
+        *((n, {"eta": MORE_NOISE}) for n in LOW_ORDER_END_SOLVERS),
+    ]:
         order = build(name).order
         if not build(name).noises_per_step or order is None:
             continue
-        samplers += [fit(Sampler(name, 1, spacing), schedule, calls) for spacing in ("uniform", "karras")]
+        samplers += [fit(Sampler(name, 1, spacing, settings), schedule, calls) for spacing in ("uniform", "karras")]
         times = partial(fitted_times, reference, schedule, power=1 / (order + 1))
-        samplers.append(fit(Sampler(name, 1, "fitted"), schedule, calls, times))
+        samplers.append(fit(Sampler(name, 1, "fitted", settings), schedule, calls, times))
         for log_snr in EARLY_STOP_LOG_SNRS if name in LOW_ORDER_END_SOLVERS and calls > 1 else ():
             if top < log_snr < clean:
-                template = Sampler(name, 1, f"to log-SNR {log_snr:g}", {"end": "low"})
+                template = Sampler(name, 1, f"to log-SNR {log_snr:g}", {**settings, "end": "low"})
                 times = partial(early_stop_times, schedule, log_snr=log_snr)
                 samplers.append(fit(template, schedule, calls, times))
     return [sampler for sampler in samplers if sampler is not None]
