@@ -251,7 +251,7 @@ def diffusers(
         known = "linear, scaled_linear, squaredcos_cap_v2 or sigmoid"
         raise ConfigError("SCHEDULE", f"kind {kind!r}", "no such table of diffusers", f"Use {known}")
     if zero_end:
-        root = torch.cumprod(1 - beta, 0).sqrt()
+        root = torch.cumprod(1 - beta, 0).double().sqrt().to(single)  # torch's float32 root is not exact on every CPU
         start, end = root[0].clone(), root[-1].clone()
         alpha_bar = ((root - end) * (start / (start - end))) ** 2
         beta = 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
