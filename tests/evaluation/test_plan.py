@@ -84,7 +84,8 @@ def planned(monkeypatch, speed, names, values=VALUES, items=None, mc_samples=Non
     """The plan of a minute at ``speed`` calls per second, and (items, mc_samples, fit) of each job."""
     monkeypatch.setattr(planning, "calls_per_second", lambda *_: speed)
     model = model_of((20,), IntegerLevels(256), steps=1000)
-    plan = planning.plan_evaluation(model, values, None, names, items, mc_samples, exact, iw_samples, 1.0)
+    sizes = (items, mc_samples, exact, iw_samples, 1.0)
+    plan = planning.plan_evaluation(model, len(values), values[: planning.SPEED_ITEMS], None, names, *sizes)
     return plan, {name: (job["items"], job["mc_samples"], job["fit"]) for name, job in plan.items()}
 
 

@@ -12,6 +12,7 @@ from oracles import GaussianData
 
 import undiffuse
 from undiffuse.data.from_array import from_array
+from undiffuse.data.lazy_array import LazyArray, cast_to_array
 from undiffuse.data.transform import Identity, IntegerLevels, Standardized
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.evaluation import plan as planning
@@ -75,6 +76,37 @@ def test_batches_are_halved_where_the_memory_of_a_gpu_is_too_small(model, monkey
     assert sum("too little memory" in line for line in said) == 3
     for name, total in found[1].items():
         assert total == pytest.approx(expected[1][name], rel=1e-5)
+
+
+def test_only_the_items_that_are_measured_are_read(monkeypatch):
+    """Data that are read on access may be larger than the memory.
+
+    A file that changes between two estimates ends the evaluation, also for an estimate that could be skipped.
+    """
+    monkeypatch.setattr(planning, "calls_per_second", lambda *_: 1000.0)
+    monkeypatch.setattr(planning, "batch_size", lambda *_: 16)
+    stored, read, most = integers(n=400), [], 10**9
+
+    def rows(indices):
+        read.append(len(indices))
+        if sum(read) > most:
+            raise DataError("CHANGED_DURING_RUN", "integers", "it changed", "Start again")
+        return stored.values[indices]
+
+    data = replace(stored, values=cast_to_array(LazyArray(stored.values.shape, stored.values.dtype, rows)))
+    model = model_for(data)  # which reads all items once, for the fingerprint
+    read.clear()
+    expected = numbers(evaluate(model, stored, part="all", items=32, mc_samples=2))
+    assert numbers(evaluate(model, data, part="all", items=32, mc_samples=2)) == expected
+    assert read == [32] + [16] * 6
+    read.clear()
+    result = evaluate(model, data, part="all", minutes=0.0001)
+    assert read[0] == planning.SPEED_ITEMS
+    assert sum(read[1:]) == sum(len(nll.total) for nll in result.nll.values()) < 400
+    read.clear()
+    most = 64
+    with pytest.raises(DataError, match="it changed"):
+        evaluate(model, data, part="all", items=32, mc_samples=2)
 
 
 def test_all_estimates_of_the_same_items(model, capfd):

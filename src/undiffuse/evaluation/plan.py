@@ -94,6 +94,7 @@ def bit_reversed_order(n: int) -> np.ndarray:
 
 def plan_evaluation(
     model: AnyModel,
+    num_items: int,
     values: torch.Tensor,
     cond: Condition | None,
     names: Sequence[str],
@@ -105,13 +106,14 @@ def plan_evaluation(
 ) -> Plan:
     """For each estimate a job: items, mc_samples (None: every step), batch, expected (seconds), fit, first (seconds).
 
-    Sizes that are not given are chosen so that all jobs fit into ``minutes`` of one process on this machine, by a short
-    measurement of its speed with the first items, of which ``cond`` is the condition. Where "fit" is true, "items" is
-    only an upper limit: while the job runs, the pace of its batches decides how many fit into the expected seconds.
+    Sizes that are not given are chosen so that at most ``num_items`` fit into ``minutes`` of one process on this
+    machine, by a short measurement of its speed with the ``values`` and conditions ``cond`` of `SPEED_ITEMS` items.
+    Where "fit" is true, "items" is only an upper limit: while the job runs, the pace of its batches decides how many
+    fit into the expected seconds.
     "mc_samples" of the flow is ``iw_samples``; the map of few calls has none. "first" are the seconds of the first
     batch, which always counts.
     """
-    rate = calls_per_second(model, values[:SPEED_ITEMS], cond)
+    rate = calls_per_second(model, values, cond)
     total = PLANNED_FRACTION * 60 * min(minutes, MAX_MINUTES)
     seconds = {n: total * TIME_SHARES[n] / sum(TIME_SHARES[n] for n in names) for n in names}
     if len(names) > 1 and "ode" in names:  # its first items may take longer than its share
@@ -121,10 +123,10 @@ def plan_evaluation(
     fixed_items = items is not None or exact
     bounds = [n for n in names if n == "continuous" or (n == "discrete" and "openai" not in names)]
 
-    bound_items = len(values)
+    bound_items = num_items
     if bounds and not fixed_items and mc_samples is None:
         bound_items = min(bound_items, max(64, min(calls[n] for n in bounds) // MIN_ITEMS))
-    chain_items = len(values)
+    chain_items = num_items
     if "openai" in names and not fixed_items:
         chain_items = min(chain_items, max(MIN_ITEMS, min(calls["discrete"], calls["openai"]) // model.chain_length))
 
@@ -132,7 +134,7 @@ def plan_evaluation(
     for name in names:
         n, each, fit = bound_items, None, False
         if name in ("ode", "flow_map"):
-            n, each, fit = len(values), iw_samples if name == "ode" else None, not fixed_items
+            n, each, fit = num_items, iw_samples if name == "ode" else None, not fixed_items
         elif name not in bounds:
             n = chain_items
         elif exact:

@@ -147,11 +147,10 @@ def evaluate(
             cause, fix = "nothing was held out when the model was trained", "Use --part train, or other data"
         raise DataError("EMPTY", data.name, cause, fix)
     chosen = chosen[planning.bit_reversed_order(len(chosen))][:items]
-    values = data.tensor(chosen)
     condition, reason = ("none", None) if unconditional else planning.shared_condition(model, data)
 
-    def condition_of(here: slice) -> Condition | None:  # of a batch: token embeddings of all items are large
-        return data.given_condition(chosen[here], condition != "none")
+    def read_items(here: slice) -> tuple[torch.Tensor, Condition | None]:  # of a batch: all items may be too many
+        return data.tensor(chosen[here]), data.given_condition(chosen[here], condition != "none")
 
     facts = _facts(model, data, description, condition, seed)
     request = facts | {
@@ -165,7 +164,7 @@ def evaluate(
     sizes = (items, mc_samples, exact, iw_samples, minutes * group.world_size)
 
     def choose() -> resumable.Plan:
-        plan = planning.plan_evaluation(model, values, condition_of(slice(planning.SPEED_ITEMS)), names, *sizes)
+        plan = planning.plan_evaluation(model, len(chosen), *read_items(slice(planning.SPEED_ITEMS)), names, *sizes)
         for line in planning.slow_starts(plan):
             log(line)
         return plan
@@ -177,13 +176,12 @@ def evaluate(
         store = resumable.batch_store(folder, key)
     computed = _compute(
         model,
-        values,
         plan,
         seed,
         store,
         group,
         bool(estimates),
-        condition_of,
+        read_items,
         log,
         on_progress or (lambda progress: None),
     )
@@ -236,20 +234,20 @@ def density_warning(model: AnyModel, data: Dataset) -> str | None:
 
 def _compute(
     model: AnyModel,
-    values: torch.Tensor,
     plan: resumable.Plan,
     seed: int,
     store: PartStore | None,
     group: ProcessGroup,
     strict: bool,
-    condition_of: Callable[[slice], Condition | None],
+    read_items: Callable[[slice], tuple[torch.Tensor, Condition | None]],
     log: Log,
     on_progress: Callable[[Progress], None],
 ) -> dict[str, FinishedBatch]:
     """Each estimate of ``plan`` and its seconds, in the first process; an empty dict in the others.
 
-    A batch is read from ``store`` if it is there, otherwise one process computes it and writes it. If an estimate
-    fails, raise when ``strict``, otherwise log a line and go on.
+    A batch is read from ``store`` if it is there, otherwise one process computes it from the values and conditions of
+    ``read_items`` and writes it. If an estimate fails, raise when ``strict``, or if its data cannot be read, otherwise
+    log a line and go on.
     """
     computed: dict[str, FinishedBatch] = {}
     sizes: dict[str, Any] = {name: job["batch"] for name, job in plan.items()}  # halved if GPU memory is short
@@ -268,8 +266,8 @@ def _compute(
 
         def compute(start: int, name: str = name, job: dict[str, Any] = job) -> FinishedBatch:
             here, began = slice(start, min(start + job["batch"], job["items"])), time.perf_counter()
-            chosen = {"first": start, "estimate": name, "cond": condition_of(here)}
-            nll = partial(model.nll, values[here], seed, job["mc_samples"], **chosen)
+            values, cond = read_items(here)
+            nll = partial(model.nll, values, seed, job["mc_samples"], first=start, estimate=name, cond=cond)
             result, sizes[name] = halve_while_out_of_memory(nll, sizes[name], log)
             seconds = time.perf_counter() - began
             if store is not None:
@@ -279,7 +277,7 @@ def _compute(
         try:
             batches = compute_batches(job, read, compute, group, update)
         except UndiffuseError as error:
-            if strict or name == "discrete":
+            if strict or name == "discrete" or isinstance(error, DataError):
                 raise
             log(f"estimate {name!r} is skipped: {error.where}: {error.cause}")
             continue
