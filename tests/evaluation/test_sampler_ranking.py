@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from latent_models import tiny_latent_model
 
 from undiffuse.data.from_array import from_array
 from undiffuse.data.transform import Identity
@@ -117,6 +118,15 @@ def test_samplers_with_infinite_samples_are_omitted(monkeypatch):
     monkeypatch.setattr(model, "sample", lambda n, seed, sampler, **kwargs: normal(30, 5) / (sampler.num_steps - 2))
     scores, _ = score_samplers(model, samplers, normal(40, 0), normal(50, 1), 30)
     assert [score.sampler for score in scores] == samplers[1:]
+
+
+def test_items_are_encoded_batch_by_batch(monkeypatch):
+    model, encoded = tiny_latent_model(), []
+    encode = model.transform.autoencoder.encode
+    monkeypatch.setattr(model.transform.autoencoder, "encode", lambda x: encoded.append(len(x)) or encode(x))
+    values = torch.randint(17, (90, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    score_samplers(model, [Sampler("ddim", 1)], values[:40], values[40:], 20, batch=16)
+    assert encoded == [16, 14, 16, 16, 8, 16, 4, 16, 4]  # the rest, the data, the samples, the floor
 
 
 def test_only_the_first_components_are_compared(monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from latent_models import exact_model, linear_transform
+from latent_models import exact_model, linear_transform, tiny_latent_model
 from oracles import GaussianData
 
 from undiffuse.data.transform import Identity, IntegerLevels
@@ -77,6 +77,14 @@ def test_a_model_of_latents_starts_from_the_mean_of_q():
     expected = model.transform.to_data(model.transform.to_model(x[None], torch.float64))
     assert float((expected - x).abs().max()) > 0.1
     torch.testing.assert_close(sdedit(model, x, 2, 0.01, num_steps=2), expected.expand(2, -1), rtol=0, atol=0.01)
+
+
+def test_variants_of_latents_are_decoded_batch_by_batch(monkeypatch):
+    model, decoded = tiny_latent_model(), []
+    decode = model.transform.autoencoder.decode
+    monkeypatch.setattr(model.transform.autoencoder, "decode", lambda z: decoded.append(len(z)) or decode(z))
+    assert len(sdedit(model, torch.zeros(1, 8, 8), 5, 0.5, num_steps=2, batch=2)) == 5
+    assert decoded == [2, 2, 1]
 
 
 def test_times_of_tables_and_of_distilled_models():

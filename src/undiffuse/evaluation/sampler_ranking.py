@@ -145,10 +145,14 @@ def score_samplers(
     item-steps done.
     """
     rest, as_samples = others.split([len(others) - (size := floor_size(n, others)), size])
-    _, axes = principal_components(model.transform.to_model(rest[:MAX_FIT_ITEMS]).flatten(1).double())
+
+    def in_units_of_x(values: Tensor) -> Tensor:  # an encoder may need much memory for each item
+        return torch.cat([model.transform.to_model(part).flatten(1).double() for part in values.split(batch)])
+
+    _, axes = principal_components(in_units_of_x(rest[:MAX_FIT_ITEMS]))
 
     def features(values: Tensor) -> Tensor:
-        return model.transform.to_model(values).flatten(1).double() @ axes
+        return in_units_of_x(values) @ axes
 
     real, scores = features(data), []
     for sampler in samplers:

@@ -51,7 +51,7 @@ def sdedit(
     if is_latent(model.transform):
         x = model.transform.to_model(values_transform(model.transform).to_data(x), model.dtype)
     cond = None if cond is None else model.prepare_condition(cond, n)
-    sampler, parts = flow_sampler(model), []
+    sampler, values = flow_sampler(model), []
     for first in range(0, n, batch):
         items = range(first, min(first + batch, n))
         own = cond and cond.take(slice(items.start, items.stop))
@@ -60,8 +60,8 @@ def sdedit(
         start = diffuse(x, levels[0], noise(1)[0].to(model.dtype))
         steps = trajectory(denoise, model.build_solver(sampler), levels, start, noise)
         last = last_step(steps, partial(progress, len(items)) if progress else None)
-        parts.append(rescale(last.x, last.level))
-    return model.transform.to_data(check_finite(torch.cat(parts))).cpu()
+        values.append(model.transform.to_data(check_finite(rescale(last.x, last.level), first)).cpu())
+    return torch.cat(values)
 
 
 def flow_sampler(model: Diffusion) -> Sampler:
