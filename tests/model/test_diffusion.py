@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from undiffuse.data.transform import Identity, IntegerLevels, Standardized
+from undiffuse.denoising.guidance import Guide
 from undiffuse.errors import ConfigError, NonFiniteError
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.model.diffusion import Diffusion
@@ -248,6 +249,25 @@ def test_a_trajectory_records_no_gradients_and_needs_no_eval():
     states = [step.x for step in diffusion.trajectory(range(2), sampler=Sampler(num_steps=3))]
     assert not any(x.requires_grad for x in states)
     assert torch.equal(diffusion.sample(2, sampler=Sampler(num_steps=3)), diffusion.transform.to_data(states[-1]))
+
+
+def test_flows_within_a_tolerance_compute_in_float32(monkeypatch):
+    """Rounding to bfloat16 is above the tolerance of `adaptive`, and above the error of a way to latents and back."""
+    data, weak = Standardized((0.0, 0.0), (1.0, 1.0)), model((2,), Identity(), seed=1).denoiser()
+    diffusion, values = model((2,), data), torch.tensor([[0.5, -1.0], [1.5, 0.2]])
+    weak.autocast, found, calls = torch.bfloat16, [], []
+    forward = type(diffusion.network).forward
+    monkeypatch.setattr(type(diffusion.network), "forward", lambda *given: calls.append(0) or forward(*given))
+    for precision in (None, torch.bfloat16):
+        diffusion.autocast = precision
+        calls.clear()
+        samples = [diffusion.sample(3, sampler="adaptive", guide=guide) for guide in (None, Guide(weak=weak))]
+        found.append([*samples, diffusion.to_latent(values), diffusion.from_latent(values), torch.tensor(len(calls))])
+    assert all(map(torch.equal, *found))
+    assert weak.autocast == diffusion.denoiser().autocast == torch.bfloat16
+    rounded = diffusion.sample(3, sampler="ddim")
+    diffusion.autocast = None
+    assert not torch.equal(rounded, diffusion.sample(3, sampler="ddim"))
 
 
 def test_latents_need_no_eval():

@@ -271,7 +271,7 @@ class ConditionedDenoiser(DenoiserWrapper):
 
 
 def in_float32(denoise: Denoiser) -> Denoiser:
-    """``denoise`` with the network's own precision, for an ODE solver and for differences of two calls.
+    """A copy of ``denoise`` with the network's own precision, for an ODE solver and for differences of two calls.
 
     Rounding to bfloat16 costs an ODE more steps than it saves time, and is as large as a difference of near calls.
     """

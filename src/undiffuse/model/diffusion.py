@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from undiffuse.data.transform import BOUNDED, DataTransform, IntegerLevels, x_shape
 from undiffuse.denoising.categorical_head import LOGIT_FEATURES, CategoricalHead
-from undiffuse.denoising.denoiser import Clipped, ConditionedDenoiser, Denoiser, NetworkDenoiser, Preconditioning
+from undiffuse.denoising.denoiser import (
+    Clipped,
+    ConditionedDenoiser,
+    Denoiser,
+    NetworkDenoiser,
+    Preconditioning,
+    in_float32,
+)
 from undiffuse.denoising.guidance import Guide
 from undiffuse.errors import ConfigError
 from undiffuse.likelihood.reverse_chain import ReverseChain
@@ -267,8 +274,16 @@ class Diffusion(Pretrained, nn.Module):
         return len(self.noise_levels(sampler)) - 1
 
     def sampling_denoiser(self, sampler: Sampler = DEFAULT_SAMPLER, guide: Guide | None = None) -> Denoiser:
-        """The denoiser that samples are drawn with: the network with the guidance of ``sampler``, clipped."""
-        return self.clip(sampler.guide(self.denoiser(), guide), sampler.clip)
+        """The denoiser that samples are drawn with: the network with the guidance of ``sampler``, clipped.
+
+        The networks compute in float32 for a solver that needs it.
+        """
+        denoise = self.denoiser()
+        if sampler.build_solver().needs_float32:
+            denoise = in_float32(denoise)
+            if guide is not None and guide.weak is not None:
+                guide = guide._replace(weak=in_float32(guide.weak))
+        return self.clip(sampler.guide(denoise, guide), sampler.clip)
 
     def clip(self, denoise: Denoiser, clip: bool | None = None) -> Denoiser:
         """``denoise`` with x̂ clamped to [−1, 1]; by default (None) only if the data are bounded."""

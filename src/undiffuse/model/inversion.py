@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undiffuse.denoising.denoiser import ConditionedDenoiser, Denoiser
+from undiffuse.denoising.denoiser import ConditionedDenoiser, Denoiser, in_float32
 from undiffuse.model import arguments
 from undiffuse.networks.condition import Condition
 from undiffuse.process.noise_level import NoiseLevel
@@ -51,4 +51,4 @@ def _levels(model: Any, num_steps: int | None) -> list[NoiseLevel]:
 
 
 def _conditioned(model: Any, cond: Condition | None, items: int) -> Denoiser:
-    return ConditionedDenoiser(model.denoiser(), cond and model.prepare_condition(cond, items))
+    return ConditionedDenoiser(in_float32(model.denoiser()), cond and model.prepare_condition(cond, items))

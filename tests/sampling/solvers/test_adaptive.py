@@ -130,6 +130,7 @@ def test_shapes_and_dtypes():
 def test_errors_name_their_place():
     assert solvers.build("adaptive", rtol=1e-3) == Adaptive(1e-3, 1e-5)
     assert (Adaptive().order, Adaptive().noises_per_step, Adaptive().calls) == (None, 0, 7)
+    assert [name for name in solvers.SOLVERS if solvers.build(name).needs_float32] == ["adaptive"]
     with pytest.raises(ConfigError, match="tolerances above 0"):
         Adaptive(atol=0.0)
     schedule, x = S.Flow(), torch.ones(2, 1, dtype=f64)

@@ -30,6 +30,7 @@ class Adaptive(Solver):
     atol: float = 1e-5
     max_calls: int = 10_000
     calls: ClassVar[int] = 7
+    needs_float32: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._integrator()

@@ -25,12 +25,14 @@ class Solver:
     """Base of all solvers. A subclass declares its facts as class variables, or as properties of its settings.
 
     ``order`` of convergence between levels of finite log-SNR (strong if it draws no noise, else weak; None: none), see
-    also `order_on`; network ``calls`` in a step; and ``noises_per_step``, the noise tensors that a step reads.
+    also `order_on`; network ``calls`` in a step; ``noises_per_step``, the noise tensors that a step reads; and
+    ``needs_float32``, whether rounding in the network to bfloat16 would be larger than its tolerance.
     """
 
     order: ClassVar[int | None] = None
     calls: ClassVar[int] = 1
     noises_per_step: ClassVar[int] = 0
+    needs_float32: ClassVar[bool] = False
 
     def order_on(self, schedule: Schedule, at_data: bool = False) -> int | None:
         """The order on levels that are equally spaced in t from 1 to 0, with both ends of ``schedule``.
