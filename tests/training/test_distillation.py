@@ -19,6 +19,7 @@ from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.model.consistency import few_call_sampler, level_after_gap
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
+from undiffuse.report.model_facts import model_facts
 from undiffuse.training import distillation_task
 from undiffuse.training import fit as loop
 from undiffuse.training.diffusion_task import DiffusionTask
@@ -223,3 +224,19 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path):
     with pytest.raises(ConfigError, match=r"a distilled model learns from another model"):
         tiny_run.train(replace(config, model=replace(config.model, calls=1)), tmp_path, DATA)
     assert not list(tmp_path.iterdir())
+
+
+def test_facts_of_the_teachers_weights_are_not_those_of_the_student(teacher, monkeypatch):
+    own = {
+        "imported": {"from": "openai", "weights": "a" * 64, "flags": {}},
+        "init": {"weights": "f" * 64, "name": "other", "steps": 7},
+        "ema": 0.2,
+        "ema_error": 0.03,
+    }
+    task = distillation_task.distillation_task(teacher, SETTINGS).adapt(DATA, SETTINGS)
+    expected = task.build_model(DATA, DATA.split(0.2))
+    monkeypatch.setattr(teacher, "info", teacher.info | own)
+    student = task.build_model(DATA, DATA.split(0.2))
+    assert student.info == expected.info
+    assert model_facts(student) == model_facts(expected) != model_facts(teacher)
+    assert not own.keys() & student.info.keys()

@@ -64,6 +64,8 @@ GAPS = (1 / 4, 1 / 8, 1 / 16)
 """1 − u_r/u_t in equal parts of the run, u = sigma/alpha."""
 LOG_RATIO_MEAN, LOG_RATIO_STD = -1.1, 2.0
 """Mean and standard deviation of log(sigma_t/alpha_t) in training [Geng24 table 1]."""
+OF_OTHER_WEIGHTS = ("imported", "init", "ema", "ema_error")
+"""Facts of a teacher's file that are not true of the model that is trained from it."""
 EVALUATED_ITEMS, TEACHER_STEPS = 64, 25
 """Samples that are compared with the teacher's, and the steps of Heun's method that those take."""
 
@@ -210,7 +212,8 @@ class DistillationTask(Task):
         The outputs for the slope of a map both ways follow the teacher's, with weights 0.
         """
         teacher, config, given = self.teacher, self.config, ("teacher", "guidance", "pairs", "method", "both_ways")
-        info = teacher.info | data_facts(data, config.train)
+        info = {name: fact for name, fact in teacher.info.items() if name not in OF_OTHER_WEIGHTS}
+        info |= data_facts(data, config.train)
         info |= {name: teacher.info[name] for name in ("classes", "text_encoder") if teacher.info.get(name)}
         info |= {"distilled": {name: getattr(config, name) for name in given}}
         model = Diffusion(config.model, teacher.item_shape, teacher.transform, info)
