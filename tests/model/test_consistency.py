@@ -9,6 +9,7 @@ import torch
 from oracles import GaussianData, MixtureData
 
 from undiffuse.denoising.denoiser import Prediction
+from undiffuse.model.config import MAX_CALLS
 from undiffuse.model.consistency import (
     MAX_RATIO,
     consistency_loss,
@@ -19,6 +20,7 @@ from undiffuse.model.consistency import (
 )
 from undiffuse.process import discrete_schedule as DS
 from undiffuse.process import schedule as S
+from undiffuse.process.clean_end import clean_end
 from undiffuse.process.gaussian import diffuse
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers.runge_kutta import noise_to_signal
@@ -180,6 +182,21 @@ def test_the_calls_are_at_quantiles_of_the_ratio():
         assert [share / shares[0] for share in shares] == pytest.approx([1 - i / calls for i in range(calls)])
     start = few_call_sampler(S.Flow(), 2).times[0]
     assert float(noise_to_signal(S.Flow()(start))) == pytest.approx(80)  # the paper's sigma_max
+
+
+@pytest.mark.parametrize("num_values", [2, 3, 17])
+def test_each_call_is_at_a_level_of_its_own_where_few_values_need_little_signal(num_values):
+    """The schedule of data with two values starts at log-SNR 3.6, noisier than the last quantiles of many calls."""
+    for schedule in (S.LinearLogSNR(clean_end(num_values)), S.SCHEDULES["variance_exploding"](0.3, 3.0)):
+        for calls in range(1, MAX_CALLS + 1):
+            *times, last = few_call_sampler(schedule, calls).times
+            assert all(later < time for time, later in pairwise(times)), times
+            assert last == 0 <= schedule.t_min < times[-1]
+    schedule = S.LinearLogSNR(clean_end(2))
+    normal, times = NormalDist(math.log(0.8), 1.2), few_call_sampler(schedule, 16).times
+    shares = [normal.cdf(-0.5 * float(schedule(t).log_snr)) for t in (*times[1:-1], schedule.t_min)]
+    low = normal.cdf(-clean_end(2) / 2)
+    assert shares == pytest.approx([low + (1 - low) * (1 - i / 16) for i in range(1, 17)])
 
 
 def test_the_loss_has_the_type_of_its_states_and_passes_the_condition():

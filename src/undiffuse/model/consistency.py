@@ -85,12 +85,16 @@ def few_call_sampler(schedule: Schedule, calls: int, solver: str = "consistency"
     """The sampler of a consistency model with so many network calls, or that of a flow map, ``solver`` "flow_map".
 
     Each call is at a level of its own: the first at `noisiest_level`, the others where sigma/alpha is a quantile of a
-    log-normal distribution with median `MIDDLE_RATIO`, which is that of the second of two calls [Geng24 app. D].
+    log-normal distribution with median `MIDDLE_RATIO`, which is that of the second of two calls [Geng24 app. D]. It is
+    cut off at the first level and at the cleanest one where a quantile would lie beyond.
     """
     normal = NormalDist(math.log(MIDDLE_RATIO), RATIO_SPREAD)
     first = noisiest_level(schedule)
-    share, log_ratio = 1.0, -float(first.log_snr) / 2
-    if calls > 1 and normal.inv_cdf(1 - 1 / calls) >= log_ratio:  # the distribution is cut off at the first level
-        share = normal.cdf(log_ratio)
-    inner = [float(schedule.inverse(-2 * normal.inv_cdf(share * (1 - i / calls)))) for i in range(1, calls)]
+    cleanest, noisiest = (normal.cdf(-float(level.log_snr) / 2) for level in (schedule(schedule.t_min), first))
+    low, high = 0.0, 1.0
+    for _ in range(2):  # a cut at one end moves the quantiles toward the other
+        high = noisiest if low + (high - low) * (1 - 1 / calls) >= noisiest else high
+        low = cleanest if low + (high - low) / calls <= cleanest else low
+    quantiles = [normal.inv_cdf(low + (high - low) * (1 - i / calls)) for i in range(1, calls)]
+    inner = [float(schedule.inverse(-2 * quantile)) for quantile in quantiles]
     return Sampler(solver, calls, times=(float(first.t), *inner, 0.0))
