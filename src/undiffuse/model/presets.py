@@ -27,13 +27,22 @@ _CPU_SMALL = _unet(
 )
 
 PRESETS: dict[str, Config] = {
-    # 8×8 images of 17 values on two CPU cores, in seconds; the Fourier features have periods of four and two values
+    # 8×8 images of 17 values on two CPU cores, in seconds; the Fourier features have periods of four and two values.
+    # Muon and dropout: the bound of test digits is 0.03 to 0.05 bits/dim lower after five minutes of processor time
     "digits": Config(
         ModelConfig(
-            network=_unet(widths=(32, 64), blocks=1, attention=(), heads=2, learned_resampling=False, fourier=(2, 3)),
+            network=_unet(
+                widths=(32, 64),
+                blocks=1,
+                attention=(),
+                heads=2,
+                dropout=0.1,
+                learned_resampling=False,
+                fourier=(2, 3),
+            ),
             output="categorical",
         ),
-        TrainConfig(batch=128, lr=2e-3, ema=0.05),
+        TrainConfig(batch=128, lr=6e-3, optimizer="muon", ema=0.05),
     ),
     # 8-bit images of 28 to 64 pixels on two CPU cores, in minutes; the Fourier features as for digits. Middle noise
     # levels are drawn more often: on Fashion-MNIST the Fréchet distance is lower after five minutes with 3 of 3 seeds
