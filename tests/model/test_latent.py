@@ -96,7 +96,8 @@ def test_items_have_noise_of_their_own_in_any_batch():
     whole = model.nll(X, seed=3, estimate="continuous", mc_samples=2)
     parts = [model.nll(X[i : i + 2], seed=3, estimate="continuous", mc_samples=2, first=i) for i in (0, 2, 4)]
     assert torch.equal(concatenate(parts).total, whole.total)
-    assert torch.equal(concatenate(parts).extra["posterior"], whole.extra["posterior"])
+    # the logarithm's last bit depends on the place in the batch on some processors
+    torch.testing.assert_close(concatenate(parts).extra["posterior"], whole.extra["posterior"], rtol=1e-14, atol=1e-14)
     assert float(concatenate(parts).stderr) == float(whole.stderr)
     assert not torch.equal(model.nll(X, seed=4, estimate="continuous", mc_samples=2).total, whole.total)
 

@@ -320,7 +320,7 @@ def test_values_outside_of_the_levels_are_refused(dtype, value):
     values[3, 0, 1, 2] = value
     shown = int(values.max()) if value > 0 or dtype == torch.uint8 else value
     for use in (model().nll, model().to_latent):
-        with pytest.raises(DataError, match=rf"error\[RANGE\] values: they range from .*{shown}.* levels are 0 to 4"):
+        with pytest.raises(DataError, match=rf"error\[RANGE\] values: they range from .*{shown}.* values are 0 to 4"):
             use(values)
 
 
