@@ -1,14 +1,18 @@
 import itertools
 import math
+from types import MethodType
 
 import pytest
 import torch
 
 from undiffuse.data.transform import Identity, IntegerLevels, Standardized
+from undiffuse.denoising.denoiser import ConditionedDenoiser
 from undiffuse.denoising.guidance import Guide
 from undiffuse.errors import ConfigError, NonFiniteError
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.restoration import Degradation, restore
+from undiffuse.model.sdedit import sdedit
 from undiffuse.networks.condition import Condition
 from undiffuse.process.seeded_noise import ItemNoise
 from undiffuse.sampling.sampler import Sampler
@@ -249,6 +253,50 @@ def test_a_trajectory_records_no_gradients_and_needs_no_eval():
     states = [step.x for step in diffusion.trajectory(range(2), sampler=Sampler(num_steps=3))]
     assert not any(x.requires_grad for x in states)
     assert torch.equal(diffusion.sample(2, sampler=Sampler(num_steps=3)), diffusion.transform.to_data(states[-1]))
+
+
+METHODS = {
+    "sample": lambda model, values: model.sample(2, sampler=Sampler(num_steps=2)),
+    "nll": lambda model, values: model.nll(values, mc_samples=2).total,
+    "to_latent": lambda model, values: model.to_latent(values, 2),
+    "from_latent": lambda model, values: model.from_latent(values / 2 - 1, 2),
+    "restore": lambda model, values: restore(model, Degradation((1, 4, 4)), values[0] / 2 - 1, 2, num_steps=2),
+    "sdedit": lambda model, values: sdedit(model, values[0] / 2 - 1, 2, 0.5, num_steps=2),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_modes_of_a_network_stay_as_they_are(method):
+    """A preview in the middle of a training does not end its dropout; a part in evaluation mode stays there."""
+    diffusion, values = model(network={**NET, "dropout": 0.5}).train(), numbers(2)[0]
+    part = next(iter(diffusion.network.children())).eval()
+    modes = [module.training for module in diffusion.modules()]
+    torch.manual_seed(0)
+    one, other = (METHODS[method](diffusion, values) for _ in range(2))
+    assert [module.training for module in diffusion.modules()] == modes
+    assert (diffusion.training, part.training) == (True, False)
+    assert torch.equal(one, other)
+    if method == "sample":  # between two steps too
+        assert [diffusion.training for _ in diffusion.trajectory(range(2), sampler=Sampler(num_steps=2))] == [True] * 3
+
+
+def test_the_models_of_a_guide_have_no_dropout():
+    weak, classifier = (model((2,), Identity(), seed=seed, network={**MLP, "dropout": 0.5}).train() for seed in (1, 2))
+    settings = {"network": {**MLP, "classes": 2}, "chain_length": 5}
+    diffusion, cond = model((2,), Identity(), **settings), Condition(label=torch.tensor([0, 1]))
+
+    def log_prob(self, x_t, level, cond):
+        return self.denoiser()(x_t, level).x.square().sum(1)
+
+    for guide in (
+        Guide(weak=weak.denoiser()),
+        Guide(weak=ConditionedDenoiser(weak.denoiser(), None)),
+        Guide(log_prob=MethodType(log_prob, classifier)),
+    ):
+        one, other = (diffusion.sample(2, sampler=Sampler(num_steps=3), cond=cond, guide=guide) for _ in range(2))
+        assert torch.equal(one, other)
+    assert (weak.training, classifier.training) == (True, True)
+    assert Guide(log_prob=lambda *given: given).networks == Guide().networks == []
 
 
 def test_flows_within_a_tolerance_compute_in_float32(monkeypatch):

@@ -200,7 +200,7 @@ def test_every_method_keeps_the_known_values(method):
     assert torch.equal(answers, restore(model, degradation, other_hidden, 3, method, seed=1, num_steps=5))
     assert sum(done) == 3 * num_steps_of(model, method, 5)
     torch.testing.assert_close(data_residual(model, degradation, image, answers), torch.zeros(3))
-    assert not model.training
+    assert model.training
 
 
 def test_the_error_names_the_item_of_any_batch(monkeypatch):

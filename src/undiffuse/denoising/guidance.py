@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from undiffuse.denoising.denoiser import Denoiser, DenoiserWrapper, Prediction, prediction_from_x
 from undiffuse.errors import ConfigError
@@ -31,6 +31,15 @@ class Guide(NamedTuple):
     log_prob: LogProb | None = None
     weak: Denoiser | None = None
     negative: Condition | None = None
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The network of the weak denoiser, and the module that ``log_prob`` is a method of, where they are known."""
+        weak = self.weak
+        while isinstance(weak, DenoiserWrapper):
+            weak = weak.denoise
+        owners = (getattr(weak, "network", None), getattr(self.log_prob, "__self__", None))
+        return [owner for owner in owners if isinstance(owner, nn.Module)]
 
 
 def extrapolate(good: Prediction, poor: Prediction, scale: Tensor | float) -> Prediction:

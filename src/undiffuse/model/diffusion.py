@@ -33,7 +33,7 @@ from undiffuse.model.pretrained import Pretrained
 from undiffuse.model.text_conditions import text_condition
 from undiffuse.model.training_loss import training_loss
 from undiffuse.networks.condition import Condition
-from undiffuse.networks.protocol import condition_sizes, weight_dtype
+from undiffuse.networks.protocol import condition_sizes, in_evaluation_mode, weight_dtype
 from undiffuse.networks.registry import network_settings
 from undiffuse.process import schedule as schedules
 from undiffuse.process import target as targets
@@ -236,9 +236,9 @@ class Diffusion(Pretrained, nn.Module):
 
         `rescale` and ``transform.to_data`` turn the last one into data. The noise of item i depends on (seed, i) alone.
         The ``sampler`` is `default_sampler` if not given; one given by name has default settings and 50 steps, or those
-        of a shorter chain. ``cond`` holds the condition of each item. Raises `ConfigError`.
+        of a shorter chain. ``cond`` holds the condition of each item. Each step is computed in evaluation mode, and the
+        modes of the networks are the same afterwards. Raises `ConfigError`.
         """
-        self.eval()
         sampler = arguments.check_sampler(sampler or self.default_sampler, self.chain_length)
         solver, levels = self.build_solver(sampler), self.noise_levels(sampler)
         noise = ItemNoise(seed, items, self.x_shape, device=self.device)
@@ -252,7 +252,8 @@ class Diffusion(Pretrained, nn.Module):
             cond = self.prepare_condition(cond, len(items), by_classifier)
             denoise, solver = ConditionedDenoiser(denoise, cond), sampler.guide_solver(solver, guide, cond)
         start = prior_sample(levels[0], noise(1)[0].to(self.dtype))
-        return solver_trajectory(denoise, solver, levels, start, noise)
+        steps = solver_trajectory(denoise, solver, levels, start, noise)
+        return in_evaluation_mode(steps, self, *(guide.networks if guide else ()))
 
     def build_solver(self, sampler: Sampler) -> Solver:
         """The solver of ``sampler``; ancestral sampling has the model's variance by default. Raises `ConfigError`."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from undiffuse.denoising.denoiser import ConditionedDenoiser, Denoiser, in_float32
 from undiffuse.model import arguments
 from undiffuse.networks.condition import Condition
+from undiffuse.networks.protocol import evaluation_mode
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.sampling.ddim_inversion import ddim_generate, ddim_invert, finite_levels, slerp
 from undiffuse.sampling.trajectory import check_finite
@@ -20,14 +21,18 @@ def to_latent(model: Any, values: Tensor, num_steps: int | None = None, cond: Co
     """`Diffusion.to_latent`."""
     x = model.transform.to_model(arguments.check_values(values, model.item_shape, model.transform), model.dtype)
     x = arguments.outside_inference_mode(x.to(model.device))
-    return check_finite(ddim_invert(_conditioned(model, cond, len(x)), x, _levels(model, num_steps))).cpu()
+    denoise, levels = _conditioned(model, cond, len(x)), _levels(model, num_steps)
+    with evaluation_mode(model):
+        return check_finite(ddim_invert(denoise, x, levels)).cpu()
 
 
 def from_latent(model: Any, latent: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
     """`Diffusion.from_latent`."""
     latent = arguments.check_items("latent", latent, model.x_shape).to(model.device, model.dtype)
-    denoise = _conditioned(model, cond, len(latent))
-    return model.transform.to_data(check_finite(ddim_generate(denoise, latent, _levels(model, num_steps)))).cpu()
+    denoise, levels = _conditioned(model, cond, len(latent)), _levels(model, num_steps)
+    with evaluation_mode(model):
+        x = check_finite(ddim_generate(denoise, latent, levels))
+    return model.transform.to_data(x).cpu()
 
 
 def interpolate(
@@ -43,7 +48,6 @@ def interpolate(
 
 
 def _levels(model: Any, num_steps: int | None) -> list[NoiseLevel]:
-    model.eval()
     arguments.check_predicts_mean(model.config)
     sampler = arguments.check_sampler("ddim", model.chain_length)
     sampler = sampler if num_steps is None else replace(sampler, num_steps=num_steps)

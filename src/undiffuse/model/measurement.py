@@ -14,6 +14,7 @@ from undiffuse.model import arguments
 from undiffuse.model import likelihood_estimators as estimates
 from undiffuse.model.latent import LatentTransform
 from undiffuse.networks.condition import Condition
+from undiffuse.networks.protocol import evaluation_mode
 from undiffuse.process.seeded_noise import ItemNoise, generator
 
 
@@ -51,17 +52,17 @@ def measure(
     cond = None if cond is None else model.prepare_condition(cond, len(values))
     if estimate == "ode":
         arguments.check_trainable(model, "the flow's likelihood")
-    model.eval()
     for start in range(0, len(values), batch):
         chunk = values[start : start + batch]
         items = range(first + start, first + start + len(chunk))
         chunk_cond = cond and cond.take(slice(start, start + batch))
-        if isinstance(model.transform, LatentTransform):
-            part = _latent_nll(model, estimate, chunk, items, seed, mc_samples, chunk_cond)
-        else:
-            x = arguments.outside_inference_mode(model.transform.to_model(chunk, model.dtype).to(model.device))
-            part = estimator(model, estimates.Batch(x, items, seed, chunk_cond), mc_samples)
-            part = part._replace(decoder=part.decoder - model.transform.log_abs_det(model.item_shape))
+        with evaluation_mode(model):
+            if isinstance(model.transform, LatentTransform):
+                part = _latent_nll(model, estimate, chunk, items, seed, mc_samples, chunk_cond)
+            else:
+                x = arguments.outside_inference_mode(model.transform.to_model(chunk, model.dtype).to(model.device))
+                part = estimator(model, estimates.Batch(x, items, seed, chunk_cond), mc_samples)
+                part = part._replace(decoder=part.decoder - model.transform.log_abs_det(model.item_shape))
         parts.append(part.cpu())
         if progress:
             progress(len(chunk))

@@ -20,6 +20,7 @@ from undiffuse.model.arguments import check_counts, check_items, check_predicts_
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.latent import LatentTransform
 from undiffuse.networks.condition import Condition
+from undiffuse.networks.protocol import in_evaluation_mode
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.prior import prior_sample
 from undiffuse.process.seeded_noise import ItemNoise
@@ -140,7 +141,6 @@ def restore(
     the condition of each of the n items. Raises `ConfigError` and `NonFiniteError`.
     """
     check_method(model, degradation, method)
-    model.eval()
     check_counts(n=(n, 1), batch=(batch, 1), seed=(seed, 0))
     image = check_items("image", image[None], degradation.full_operator.out_shape).to(model.device, model.dtype)
     cond = None if cond is None else model.prepare_condition(cond, n)
@@ -154,7 +154,7 @@ def restore(
             denoise = RESTORATION_METHODS[method](denoise, _observation(model, degradation, image, floor))
         noise = ItemNoise(seed, items, model.x_shape, device=model.device)
         start = prior_sample(levels[0], noise(1)[0].to(model.dtype))
-        steps = trajectory(model.clip(denoise), solver, levels, start, noise)
+        steps = in_evaluation_mode(trajectory(model.clip(denoise), solver, levels, start, noise), model)
         last = last_step(steps, partial(progress, len(items)) if progress else None)
         x = check_finite(rescale(last.x, last.level), items.start)
         parts.append(model.transform.decode(x) if isinstance(model.transform, LatentTransform) else x)

@@ -15,6 +15,7 @@ from undiffuse.errors import ConfigError
 from undiffuse.model.arguments import check_counts, check_items, check_sampler
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
+from undiffuse.networks.protocol import in_evaluation_mode
 from undiffuse.process.gaussian import diffuse
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.seeded_noise import ItemNoise
@@ -44,7 +45,6 @@ def sdedit(
     number of item-steps done. ``cond`` holds the condition of each of the n items. Raises `ConfigError` and
     `NonFiniteError`.
     """
-    model.eval()
     check_counts(n=(n, 1), batch=(batch, 1), seed=(seed, 0))
     levels = variant_levels(model, strength, num_steps)
     x = check_items("x", x[None], model.item_shape).to(model.device, model.dtype)
@@ -58,7 +58,7 @@ def sdedit(
         denoise = ConditionedDenoiser(model.sampling_denoiser(sampler), own)
         noise = ItemNoise(seed, items, model.x_shape, device=model.device)
         start = diffuse(x, levels[0], noise(1)[0].to(model.dtype))
-        steps = trajectory(denoise, model.build_solver(sampler), levels, start, noise)
+        steps = in_evaluation_mode(trajectory(denoise, model.build_solver(sampler), levels, start, noise), model)
         last = last_step(steps, partial(progress, len(items)) if progress else None)
         values.append(model.transform.to_data(check_finite(rescale(last.x, last.level), first)).cpu())
     return torch.cat(values)

@@ -31,7 +31,8 @@ weights; the time is float32 at least, as steps and log-SNRs are not distinct in
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -68,6 +69,30 @@ def declared_method(network: nn.Module, name: str) -> Callable[..., Any] | None:
 def weight_dtype(network: nn.Module, default: torch.dtype) -> torch.dtype:
     """The type of the network's first weight, in which it gets its input; ``default`` without weights."""
     return next((p.dtype for p in network.parameters() if p.is_floating_point()), default)
+
+
+@contextmanager
+def evaluation_mode(*networks: nn.Module) -> Iterator[None]:
+    """Context in which all ``networks`` are in evaluation mode; afterwards each of their modules has its mode again."""
+    training = [module for network in networks for module in network.modules() if module.training]
+    for network in networks if training else ():
+        network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def in_evaluation_mode(steps: Iterator[Any], *networks: nn.Module) -> Iterator[Any]:
+    """``steps``, each computed in the `evaluation_mode` of the ``networks``."""
+    while True:
+        with evaluation_mode(*networks):
+            try:
+                step = next(steps)
+            except StopIteration:
+                return
+        yield step
 
 
 def accepts_dims(network: nn.Module | type[nn.Module], dims: int) -> bool:
@@ -153,17 +178,13 @@ def check_output(
     B, device = CHECK_ITEMS, first.device
     x, time = torch.zeros(B, *item_shape, device=device, dtype=first.dtype), torch.zeros(B, device=device)
     time = time.to(torch.promote_types(first.dtype, time.dtype))
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
+    gpus = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        with torch.random.fork_rng(devices=gpus), torch.no_grad(), evaluation_mode(network):
             outputs = [network(x, time, cond) for cond in [None, *([_null_condition(sizes, x)] if sizes else [])]]
     except Exception as error:
         cause = f"its forward pass fails on items of shape {tuple(item_shape)} ({type(error).__name__}: {error})"
         raise ConfigError("NETWORK", name, cause[:300], "Correct it; it is called as forward(x, time, cond)") from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     expected = (B, out_channels, *item_shape[1:])
     for y in outputs:
         shape = tuple(y.shape) if isinstance(y, Tensor) else f"no tensor ({type(y).__name__})"
