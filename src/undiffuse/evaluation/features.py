@@ -73,7 +73,7 @@ def random_conv(train: Tensor) -> Features:
     convolve = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[dims]
     g, weights, channels = torch.Generator().manual_seed(CONV_SEED), [], train.shape[1]
     for width in CONV_WIDTHS:
-        weight = torch.randn(width, channels, *(3,) * dims, generator=g)
+        weight = torch.randn(width, channels, *(3,) * dims, generator=g, dtype=torch.float32)
         weights.append(weight * math.sqrt(2 / (channels * 3**dims)))
         channels = width
 

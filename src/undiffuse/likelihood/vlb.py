@@ -104,7 +104,7 @@ def draw_steps(log_snr: Tensor, u: Tensor) -> list[Visit]:
     if not finite.any():
         return visits
     share = torch.where(finite, spans, 0) / spans[finite].sum()
-    p = (1 - UNIFORM_FRACTION) * share + UNIFORM_FRACTION * finite / finite.sum()
+    p = (1 - UNIFORM_FRACTION) * share + UNIFORM_FRACTION * finite.float() / finite.sum()
     ends, last, m = p.cumsum(0), int(finite.nonzero()[-1]), len(u)
     for j in range(m):
         k = torch.searchsorted(ends / ends[-1], (j + u[j].double()) / m, right=True).clamp(max=last)

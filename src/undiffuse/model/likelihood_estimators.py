@@ -33,7 +33,7 @@ from undiffuse.process.clean_end import clean_end
 from undiffuse.process.noise_level import NoiseLevel, stack
 from undiffuse.process.ode_integrator import Integrator
 from undiffuse.process.schedule import Schedule, finite_ends
-from undiffuse.process.seeded_noise import ItemNoise, generator
+from undiffuse.process.seeded_noise import ItemNoise, generator, uniform
 
 DEFAULT_POINTS = 32
 """Points of log-SNR per item for the continuous bound, if ``mc_samples`` is None."""
@@ -201,4 +201,4 @@ def _noise(model: Model, batch: Batch) -> ItemNoise:
 
 
 def _uniform(batch: Batch, n: int) -> Tensor:
-    return torch.stack([torch.rand(n, generator=generator(batch.seed, "strata", i)) for i in batch.items], 1)
+    return torch.stack([uniform(n, generator(batch.seed, "strata", i)) for i in batch.items], 1)

@@ -246,7 +246,7 @@ def diffusers(
         bar = [math.cos((k / T + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(T + 1)]
         beta = torch.tensor([min(1 - bar[k + 1] / bar[k], 0.999) for k in range(T)], dtype=single)
     elif kind == "sigmoid":
-        beta = torch.sigmoid(torch.linspace(-6, 6, T)) * (last - first) + first
+        beta = torch.sigmoid(torch.linspace(-6, 6, T, dtype=single)) * (last - first) + first
     else:
         known = "linear, scaled_linear, squaredcos_cap_v2 or sigmoid"
         raise ConfigError("SCHEDULE", f"kind {kind!r}", "no such table of diffusers", f"Use {known}")

@@ -32,6 +32,11 @@ def generator(seed: int, purpose: str, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(_digest(f"{seed}/{purpose}/{index}") >> 1)
 
 
+def uniform(n: int, source: torch.Generator) -> Tensor:
+    """n numbers in [0, 1), float32 whatever torch's default is, on which the numbers of a seed would depend."""
+    return torch.rand(n, generator=source, dtype=torch.float32)
+
+
 def philox(key: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Philox 4×32 with ten rounds [Salmon11]: 128 random bits for each 64-bit ``key`` and 128-bit counter.
 

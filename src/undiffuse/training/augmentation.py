@@ -7,7 +7,7 @@ import torch
 
 from undiffuse.errors import ConfigError
 from undiffuse.model.config import TrainConfig
-from undiffuse.process.seeded_noise import generator
+from undiffuse.process.seeded_noise import generator, uniform
 
 FLIPS = {"flip": -1, "flip_vertical": -2}
 """The settings that mirror items, and their axes."""
@@ -27,7 +27,7 @@ def check_augmentation(settings: TrainConfig, item_shape: tuple[int, ...]) -> No
 
 def mirrored(name: str, settings: TrainConfig, step: int, batch: int) -> np.ndarray:
     """Which items of the batch of a step are mirrored by the setting ``name``, (batch,) bool."""
-    return (torch.rand(batch, generator=generator(settings.seed, name, step)) < 0.5).numpy()
+    return (uniform(batch, generator(settings.seed, name, step)) < 0.5).numpy()
 
 
 def augment(values: np.ndarray, settings: TrainConfig, step: int) -> np.ndarray:

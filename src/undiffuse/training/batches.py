@@ -20,7 +20,7 @@ from undiffuse.data.stage_data import StageData, add_image
 from undiffuse.errors import ConfigError
 from undiffuse.model.config import TrainConfig
 from undiffuse.networks.condition import Condition
-from undiffuse.process.seeded_noise import ItemNoise, generator
+from undiffuse.process.seeded_noise import ItemNoise, generator, uniform
 from undiffuse.process.time_sampling import low_discrepancy
 from undiffuse.runtime.device import to_device
 from undiffuse.training.augmentation import augment
@@ -137,17 +137,17 @@ def global_batch(data: Dataset, items: np.ndarray, settings: TrainConfig, step: 
     chosen = batch_items(items, settings, step)
     stage = data if isinstance(data, StageData) and data.low is not None else None
     source = data if stage is None else stage.full
-    fractions = torch.rand(settings.batch, generator=generator(settings.seed, "caption", step)).numpy()
-    cond = source.given_condition(chosen, settings.conditional, fractions)
+    fractions = uniform(settings.batch, generator(settings.seed, "caption", step))
+    cond = source.given_condition(chosen, settings.conditional, fractions.numpy())
     values = reader.read(chosen, settings, step)
     if stage is not None:  # after augmentation, so that the two parts fit together
         values, cond = with_noisy_image(stage.resolution, values, cond, settings, step)
     if settings.conditional and cond is not None:
         g = generator(settings.seed, "condition", step)
-        cond = cond.drop(torch.rand(settings.batch, generator=g) < settings.condition_dropout)
+        cond = cond.drop(uniform(settings.batch, g) < settings.condition_dropout)
         if source.captions and cond.label is not None:
             g = generator(settings.seed, "label or caption", step)
-            cond = drop_label_or_caption(cond, torch.rand(settings.batch, generator=g), settings.condition_dropout)
+            cond = drop_label_or_caption(cond, uniform(settings.batch, g), settings.condition_dropout)
     g = generator(settings.seed, "train", step)
     u = low_discrepancy(torch.rand((), generator=g, dtype=torch.float64), settings.batch)
     u = u[torch.randperm(settings.batch, generator=g)]
@@ -175,8 +175,9 @@ def with_noisy_image(
     """
     g = generator(settings.seed, "image noise", step)
     cond = add_image(cond or Condition(), split, low := split.low(values))
-    std = image_noise_std(torch.rand(len(values), generator=g), settings.image_noise)
-    return split.rest(values), cond.with_image_noise(std, torch.randn(low.shape, generator=g))
+    std = image_noise_std(uniform(len(values), g), settings.image_noise)
+    noise = torch.randn(low.shape, generator=g, dtype=torch.float32)
+    return split.rest(values), cond.with_image_noise(std, noise)
 
 
 def image_noise_std(u: Tensor, largest: float) -> Tensor:

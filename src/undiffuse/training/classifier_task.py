@@ -165,7 +165,7 @@ def measure_accuracy(
             values, label = data.tensor(part), torch.from_numpy(labels[part])
             for k, noise in enumerate(fresh):
                 level = model.schedule(1 - k / (num_levels - 1))
-                eps = torch.randn(len(part), *model.item_shape, generator=noise)
+                eps = torch.randn(len(part), *model.item_shape, generator=noise, dtype=torch.float32)
                 x = model.transform.to_model(values).to(device)
                 log_p = model(diffuse(x, level, eps.to(device)), level).double().cpu()
                 hits[k] += int((log_p.argmax(1) == label).sum())

@@ -142,7 +142,7 @@ def latent_reader(transform: LatentTransform, rows: Callable[[np.ndarray], np.nd
             if getattr(settings, name):
                 copy = 2 * copy + mirrored(name, settings, step, len(items))
         mean, log_var = (torch.from_numpy(part) for part in np.moveaxis(table[np.arange(len(items)), copy], 1, 0))
-        noise = torch.randn(mean.shape, generator=generator(settings.seed, "latent", step))
+        noise = torch.randn(mean.shape, generator=generator(settings.seed, "latent", step), dtype=torch.float32)
         z = mean + torch.exp(0.5 * log_var) * noise
         shift, scale = transform.moments(z)
         return ((z - shift) / scale).numpy()
