@@ -122,6 +122,28 @@ def test_the_noise_of_an_item_does_not_depend_on_its_batch():
     assert torch.cat(noises).flatten().unique().numel() == 3 * 8 * 12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_large_calls_are_computed_in_blocks(dtype, monkeypatch):
+    """The words of a block take several times the memory of its numbers; the bits are those of one block."""
+
+    def draws():
+        noise = ItemNoise(3, range(7), (5, 3), dtype=dtype)
+        return [noise(40), noise(40), noise(1), noise(2)]
+
+    whole, sizes, exact = draws(), [], philox
+
+    def counted(key, low, high):
+        even, odd = exact(key, low, high)
+        sizes.append(even.numel() + odd.numel())
+        return even, odd
+
+    monkeypatch.setattr(seeded_noise, "philox", counted)
+    monkeypatch.setattr(seeded_noise, "BLOCK_VALUES", 1000)
+    assert all(torch.equal(one, other) for one, other in zip(draws(), whole, strict=True))
+    assert max(sizes) == 980  # 35 counters of 7 items, four numbers each
+    assert len(sizes) > 10
+
+
 def test_noise_depends_on_seed_and_purpose_and_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     noise = [ItemNoise(*key)(1) for key in ((0, [0], (5,)), (1, [0], (5,)), (0, [0], (5,), "other"), (0, [1], (5,)))]

@@ -26,6 +26,10 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 CALL_VALUES = 2**15
 """Numbers that `ItemNoise` makes at once, for several calls, if a call is smaller: each operation has a fixed cost."""
 
+BLOCK_VALUES = 2**21
+"""Most numbers that `ItemNoise` computes at once: their counters and words are 64-bit integers, of several times the
+memory of the numbers."""
+
 
 def generator(seed: int, purpose: str, index: int) -> torch.Generator:
     """A CPU generator for this key; different keys give unrelated numbers."""
@@ -104,14 +108,23 @@ class ItemNoise:
         """The noise of the next ``calls`` calls with ``n``, last call first; each starts a block of four numbers."""
         items, size, device = len(self.items), n * math.prod(self.shape), self.items.device
         length = -(-size // 4)
-        counter = torch.arange(self.position, self.position + length * calls, device=device)
+        total, block = length * calls, max(1, BLOCK_VALUES // (4 * max(1, items)))
+        normal = torch.empty(items, 4, total, device=device, dtype=self.dtype)
+        for first in range(0, total, block):
+            part = slice(first, min(first + block, total))
+            self._fill(normal[:, :, part], self.position + part.start)
+        by_call = normal.view(items, 4, calls, length).permute(2, 0, 1, 3).flatten(2)[:, :, :size]
+        return list(by_call.reshape(calls, items, n, *self.shape).transpose(1, 2).contiguous())[::-1]
+
+    def _fill(self, normal: Tensor, position: int) -> None:
+        """Sets ``normal`` (B, 4, k) to the numbers of the k counters from ``position`` on."""
+        counter = torch.arange(position, position + normal.shape[2], device=normal.device)
         even, odd = philox(self.key, counter, self.items[:, None])
         real = torch.float64 if self.dtype == torch.float64 else torch.float32
         radius = even.to(real).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
         angle = odd.to(real).mul_(2 * math.pi * 2.0**-32)
-        normal = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)]).to(self.dtype)
-        by_call = normal.view(4, items, calls, length).permute(2, 1, 0, 3).flatten(2)[:, :, :size]
-        return list(by_call.reshape(calls, items, n, *self.shape).transpose(1, 2).contiguous())[::-1]
+        normal[:, :2] = (radius * torch.cos(angle)).transpose(0, 1)
+        normal[:, 2:] = (radius * torch.sin(angle)).transpose(0, 1)
 
 
 def _digest(text: str) -> int:
