@@ -26,7 +26,7 @@ def test_the_numbers_are_those_of_the_record(slow):
     assert result.keys() == record.keys() - skipped
     for name, tensor in result.items():
         near = 1e-3 if " ode " in name else 1e-5
-        if name.startswith("levels "):
+        if name.startswith("levels ") and torch.equal(record[name], record[name].round()):
             flipped = (tensor - record[name]).abs()
             assert flipped.max() <= 1, name
             assert flipped.float().mean() <= 0.01, name
