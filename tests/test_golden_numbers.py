@@ -1,10 +1,10 @@
 """The numbers of `golden_numbers` against a record of them.
 
-Across machines and builds of torch they agree to 1e-5, relative and absolute; those of the probability flow to 1e-3,
-because rounding changes the steps of its integrator, whose tolerance is 1e-5 or 1e-4 a step. Of samples that are
-rounded to whole numbers one in a hundred may be the neighbouring number: 1 of 256 is on an Intel Xeon. On one machine a change of
-layout or names must leave them equal to the bit. To check that, record them before and after the change with
-`python tests/golden_numbers.py FILE` and compare the two files with `torch.equal`, tensor by tensor.
+Across machines and builds of torch they agree to 1e-5, relative and absolute; those of the probability flow to 3e-3
+(1.6e-3 on an Intel Xeon), because rounding changes the steps of its integrator, whose tolerance is 1e-5 or 1e-4 a step.
+Of samples that are whole numbers one in a hundred may be the neighbouring number (1 of 256 on that processor). On one
+machine a change of layout or names must leave them equal to the bit. To check that, record them before and after the
+change with `python tests/golden_numbers.py FILE` and compare the two files with `torch.equal`, tensor by tensor.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_the_numbers_are_those_of_the_record(slow):
     result = numbers(slow)
     assert result.keys() == record.keys() - skipped
     for name, tensor in result.items():
-        near = 1e-3 if " ode " in name else 1e-5
+        near = 3e-3 if " ode " in name else 1e-5
         if name.startswith("levels ") and torch.equal(record[name], record[name].round()):
             flipped = (tensor - record[name]).abs()
             assert flipped.max() <= 1, name
