@@ -1,14 +1,17 @@
 """Cascades from the command line: trained on a folder of PNGs, stopped and resumed, measured, and wrong models."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from undiffuse.model import checkpoint
 from undiffuse.model.cascade import Cascade
-from undiffuse.report.sample_folder import SampleFolder
+from undiffuse.model.diffusion import Diffusion
+from undiffuse.report.sample_folder import SampleFolder, sampler_in_words
 from undiffuse.runtime.signals import Interrupted
 from undiffuse.sampling.sampler import Sampler
 
@@ -72,6 +75,7 @@ def test_all_stages_are_drawn_with_a_line_for_each_and_one_manifest(place, call,
     cascade = Cascade.load([BASE, MIDDLE, TOP])
     assert manifest["weights"] == cascade.fingerprints
     assert (manifest["then"], manifest["seed"], manifest["augmentation"]) == ([MIDDLE, TOP], 3, 0.2)
+    assert manifest["stage_samplers"] == [Sampler("dpm++2m_sde", 4).to_dict()] * 3
     x = np.load(place / "samples" / "samples.npz")["x"]
     assert x.shape == (5, 3, 16, 16)
     assert torch.equal(torch.from_numpy(x), cascade.sample(5, 3, Sampler("dpm++2m_sde", 4)))
@@ -84,6 +88,22 @@ def test_all_stages_are_drawn_with_a_line_for_each_and_one_manifest(place, call,
     assert "base, 3×4×4 of 3×16×16, map mean" in call("inspect", BASE).out
     other = call(*arguments, "--augmentation", 0.5).out
     assert "differ in augmentation" in other
+
+
+def test_the_manifest_and_the_summary_name_the_samplers_that_the_stages_used(place, call):
+    """A distilled base has a sampler of its own, whatever is asked for."""
+    base = checkpoint.load(place / BASE)
+    config = replace(base.config, calls=1)
+    distilled = Diffusion(config, base.item_shape, base.transform, base.info)
+    distilled.load_state_dict(base.state_dict())
+    checkpoint.save(distilled, place / "distilled.safetensors")
+    arguments = ("distilled.safetensors", "--then", MIDDLE, "--n", 1, "--device", "cpu", "--out", "of-distilled")
+    assert "1 sample by consistency in 1 step, then dpm++2m_sde in 5 steps, " in call("sample", *arguments).out
+    manifest = json.loads((place / "of-distilled" / "manifest.json").read_text())
+    assert [stage["solver"] for stage in manifest["stage_samplers"]] == ["consistency", "dpm++2m_sde"]
+    assert sampler_in_words(manifest) == "consistency in 1 step, then dpm++2m_sde in 5 steps, seed 0"
+    del manifest["stage_samplers"]  # as of a model alone
+    assert sampler_in_words(manifest) == "dpm++2m_sde in 5 steps, seed 0"
 
 
 def test_advice_for_a_stage_alone_is_not_used_and_the_command_says_so(place, call):

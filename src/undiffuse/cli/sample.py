@@ -55,7 +55,7 @@ from undiffuse.cli.sampler_options import (
 )
 from undiffuse.errors import counted
 from undiffuse.runtime.device import CPU_BATCH, MAX_GPU_BATCH, default_batch, halve_while_out_of_memory
-from undiffuse.sampling.sampler import CLASSIFIER_FORMS, THRESHOLDS, Sampler
+from undiffuse.sampling.sampler import CLASSIFIER_FORMS, THRESHOLDS, Sampler, describe_stages
 from undiffuse.sampling.solvers import SOLVERS
 from undiffuse.sampling.tables import SPACINGS
 
@@ -207,6 +207,7 @@ def sample(
     guide = load_guide(model, sampler, classifier, autoguide, has_condition, avoided)
     report_guidance_twice(model, sampler, log)
     noise = image_noise(then, augmentation)
+    stages = stage_samplers(model, sampler)
     stage_steps(model, sampler)  # an error here leaves the samples of a folder as they are
 
     # Where it is written: the plan is all that a sample depends on
@@ -243,7 +244,8 @@ def sample(
         seconds, grid = time.perf_counter() - began, folder.grid
         if not folder.finished:
             facts = {"model": str(run), "seconds": round(seconds, 3), "torch": torch.__version__}
-            facts |= {"then": list(map(str, then))} if then else {}
+            if then:
+                facts |= {"then": list(map(str, then)), "stage_samplers": [stage.to_dict() for stage in stages]}
             grid = folder.finish(range(n), facts)
 
     # Report
@@ -253,10 +255,19 @@ def sample(
         log(("this sample exists already" if n == 1 else f"these {n:,} samples exist already") + more)
     else:
         rate = sum(map(len, missing)) / seconds
-        log(f"{counted(n, 'sample')} by {sampler.describe()}, {seconds:.1f} s ({rate:.1f} per second)")
+        log(f"{counted(n, 'sample')} by {describe_stages(stages)}, {seconds:.1f} s ({rate:.1f} per second)")
     if grid is not None and grid.is_file():
         log(f"grid: {grid}")
     log(f"samples: {folder.array}, manifest: {folder.manifest}")
+
+
+def stage_samplers(model: AnyModel, sampler: Sampler) -> list[Sampler]:
+    """The sampler of each stage of a cascade, of which a distilled one has its own; ``sampler`` of a model alone."""
+    from undiffuse.model.cascade import Cascade
+
+    if isinstance(model, Cascade):
+        return [model.stage_sampler(stage, sampler) for stage in range(len(model.models))]
+    return [sampler]
 
 
 def stage_steps(model: AnyModel, sampler: Sampler) -> list[int]:

@@ -31,7 +31,7 @@ from undiffuse.runtime.output_folder import check_output_folder, listed_files
 from undiffuse.runtime.own_output import mark_options
 from undiffuse.runtime.part_store import OTHER_JOB, PartStore
 from undiffuse.runtime.side_files import read_record, write_record
-from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.sampler import Sampler, describe_stages
 
 GRID_ITEMS = 144
 """Samples in the grid, at most."""
@@ -308,11 +308,11 @@ def write_samples(
 def sampler_in_words(manifest: Mapping[str, Any]) -> str | None:
     """How the samples of a folder were drawn, by its ``manifest``; None if that is not known."""
     try:
-        sampler = Sampler.from_dict(manifest["sampler"])
+        stages = [Sampler.from_dict(plain) for plain in manifest.get("stage_samplers") or [manifest["sampler"]]]
         given = [
             f"{name} {', '.join(map(str, manifest[name]))}, " for name in ("label", "prompt") if manifest.get(name)
         ]
-        return f"{sampler.describe()}, {''.join(given)}seed {manifest['seed']}"
+        return f"{describe_stages(stages)}, {''.join(given)}seed {manifest['seed']}"
     except (ConfigError, LookupError, TypeError):
         return None
 

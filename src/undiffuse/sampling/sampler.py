@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +148,11 @@ class Sampler:
             raise ConfigError("SAMPLER", "sampler", cause, fix)
         pairs = {name: None if plain[name] is None else tuple(plain[name]) for name in ("times", "guidance_interval")}
         return cls(**{**plain, **pairs})
+
+
+def describe_stages(samplers: Sequence[Sampler]) -> str:
+    """The ``samplers`` of the stages of a cascade, such as "consistency in 1 step, then ddim in 50 steps"."""
+    return ", then ".join(sampler.describe() for sampler in samplers)
 
 
 DEFAULT_SAMPLER = Sampler("dpm++2m_sde", 25)
