@@ -395,6 +395,9 @@ ROWS: dict[str, Row] = {
     ),
     "exponential 1 sde": Row(Multistep(1, 0.4), by_lambda.adams(1, 0.4), 1, 1),
     "exponential 2 sde": Row(Multistep(2, 0.4), by_lambda.adams(2, 0.4), 2, 1),
+    "exponential 3 sde": Row(
+        Multistep(3, 2.5), by_lambda.adams(3, 2.5), 2, 1, finest={"log-SNR": 512, "flow": 1024, "exploding": 1024}
+    ),
     "exponential 2": Row(Multistep(2), by_lambda.adams(2), 2, finest={"flow": 256}),
     "unipc 1": Row(UniPC(1), by_lambda.unipc(1, "bh2"), 2),
     "unipc 2": Row(UniPC(2), by_lambda.unipc(2, "bh2"), 3, finest={"flow": 256}, name="unipc"),
