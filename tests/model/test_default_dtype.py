@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from latent_models import tiny_latent_model
-from tiny_run import equal_numbers
+from tiny_run import equal_numbers, global_batch
 
 from undiffuse.data.from_array import from_array
 from undiffuse.data.transform import Identity
@@ -15,7 +15,6 @@ from undiffuse.model.config import ModelConfig, TrainConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.process import schedule as S
 from undiffuse.training.augmentation import augment
-from undiffuse.training.batches import global_batch
 from undiffuse.training.latents import latent_reader
 
 
