@@ -54,5 +54,6 @@ def train_and_draw(data: Path, guidance: float = 3.0, **settings) -> Path:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1] if len(sys.argv) > 1 else "shapes"))
-    print(train_and_draw(Path(sys.argv[1]), minutes=float(sys.argv[2])) if len(sys.argv) > 2 else "")
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "shapes")
+    write(folder)
+    print(train_and_draw(folder, minutes=float(sys.argv[2])) if len(sys.argv) > 2 else f"pictures in {folder}")

@@ -54,7 +54,7 @@ def test_standard_output_and_long_cells(capsys):
         ((1.5, 0.0), "1.500 ± 0.000"),
         ((1.26212, math.nan), "1.262"),
         ((0.51367, 6.6e-18), "0.514 ± 0.000"),
-        ((0.0, 2.5e-13), "0.00000000000000 ± 0.00000000000025"),
+        ((0.0, 2.5e-13), "0 ± 2e-13"),
         (3.14159, "3.142"),
         (12345, "12,345"),
         (None, ""),
@@ -62,3 +62,8 @@ def test_standard_output_and_long_cells(capsys):
 )
 def test_cells(value, text):
     assert cell(value) == text
+
+
+def test_small_numbers_with_small_errors_have_an_exponent():
+    assert cell((1.2078905132924e-06, 7.2e-18)) == "1.21e-06 ± 7e-18"
+    assert cell((0.0052, 3e-05)) == "0.005200 ± 0.000030"

@@ -43,7 +43,7 @@ def test_every_training_writes_a_page(folder):
     assert headings[:4] == ["Samples", "Between data and noise", "Solvers from the same noise", "Training"]
     assert "Its training has not finished." not in page.text
     assert "64 samples by ddim in 5 steps, seed 0." in page.text
-    assert "its 200 network calls do not fit into the time" not in page.text
+    assert "200 network calls do not fit into the time" not in page.text
     final = [r for r in Run(folder).read_metrics() if "final_bits_per_dim" in r][-1]
     assert f"≤ {cell((final['final_bits_per_dim'], final['final_stderr']))}" in page.text
     assert "No likelihood is measured" in page.text

@@ -36,6 +36,7 @@ def pack(
         writer.write(dataset, out)
     print_notes(dataset)
     record_skipped(dataset, skipped)
-    size = f"{out.stat().st_size / 1e9:,.2f} GB"
+    megabytes = out.stat().st_size / 1e6
+    size = f"{megabytes:,.2f} MB" if megabytes < 100 else f"{megabytes / 1e3:,.2f} GB"
     console.print(f"packed: {counted(len(dataset), 'item')}, {size}, in {out} and {sidecar_path(out).name}")
     console.print(f"next: undiffuse train {as_argument(out)}{' --captions' if dataset.captions else ''}")

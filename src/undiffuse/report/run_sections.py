@@ -227,7 +227,7 @@ def distance_rows(comparison: Record) -> tuple[list[dict[str, Any]], str]:
         row |= {"floor": tuple(metric["floor"][:2]), "better": metric["better"], "n": metric["n"]}
         rows.append(row | {"features": metric["features"], "error by": metric["error"]})
     sampler = f", drawn by {comparison['sampler']}" if comparison.get("sampler") else ""
-    return rows, f"Samples{sampler} and {comparison['data']}: ± standard error, with 95 % interval"
+    return rows, f"Samples{sampler}, compared with {comparison['data']}: ± standard error, with 95 % interval"
 
 
 def distances(comparison: Record) -> list[object]:

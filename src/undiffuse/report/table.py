@@ -52,12 +52,16 @@ def cell(value: Any) -> str:
             return f"{mean:.3f}"
         meaningful = 1e-12 * abs(mean) < stderr < math.inf  # else it is 0 or a rounding error
         digits = 1 - math.floor(math.log10(stderr)) if meaningful else 3
+        if digits > MAX_DECIMALS:
+            return f"{mean:.3g} ± {stderr:.1g}"
         return f"{mean:.{max(0, digits)}f} ± {stderr:.{max(0, digits)}f}"
     if isinstance(value, float):
         return f"{value:.4g}"
     return printable(str(value)) if isinstance(value, str) else f"{value:,}"
 
 
+MAX_DECIMALS = 8
+"""Digits after the point of a number with an error; smaller numbers have an exponent."""
 BARS, MAX_BARS = "▁▂▃▄▅▆▇█", 40
 
 

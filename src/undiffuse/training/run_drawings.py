@@ -137,7 +137,7 @@ class ModelPictures:
         if calls <= self.left:
             self.left -= calls
             return None
-        reason, command = f"its {calls:,} network calls do not fit into the time", self.command
+        reason, command = f"{calls:,} network calls do not fit into the time", self.command
         if self.minutes_per_call:  # with half as much again, because the speed varies
             command += f" --minutes {math.ceil(1.5 * self.needed * self.minutes_per_call)}"
         return Drawing(caption=caption, reason=reason, command=command)
