@@ -59,7 +59,7 @@ def test_it_measures_what_the_run_lacks_and_shows_it(place, call):
     assert f"p ≤ {comparison['copying']['p_value']:.1g}" in page.text
     assert comparison["weights"] == evaluation["digest"]
     assert {line.removeprefix("$ ") for line in commands} <= shown
-    assert "Samples, drawn by dpm++2m_sde in 5 steps, label all, seed 0 and items" in page.text
+    assert "Samples, drawn by dpm++2m_sde in 5 steps, label all, seed 0, compared with items" in page.text
     printed = call("report", "run", "--minutes", 0, "--json")
     assert json.loads(printed.out)["evaluation"]["estimates"] == evaluation["estimates"]
     assert printed.err.startswith("report: run/report.html")
