@@ -80,24 +80,39 @@ def test_vectors_and_tokens_as_conditions():
     assert shared_condition(model, from_array(values, num_values=5, cond=np.ones((12, 1, 2)))) == ("tokens", None)
 
 
-def planned(monkeypatch, speed, names, values=VALUES, items=None, mc_samples=None, exact=False, iw_samples=1):
-    """The plan of a minute at ``speed`` calls per second, and (items, mc_samples, fit) of each job."""
+def planned(
+    monkeypatch, speed, names, values=VALUES, items=None, mc_samples=None, exact=False, iw_samples=1, flow=None
+):
+    """The plan of a minute at ``speed`` calls per second, and (items, mc_samples, fit) of each job.
+
+    ``flow``: seconds of an item of the flow.
+    """
     monkeypatch.setattr(planning, "calls_per_second", lambda *_: speed)
     model = model_of((20,), IntegerLevels(256), steps=1000)
     sizes = (items, mc_samples, exact, iw_samples, 1.0)
-    plan = planning.plan_evaluation(model, len(values), values[: planning.SPEED_ITEMS], None, names, *sizes)
+    plan = planning.plan_evaluation(model, len(values), values[: planning.SPEED_ITEMS], None, names, *sizes, flow)
     return plan, {name: (job["items"], job["mc_samples"], job["fit"]) for name, job in plan.items()}
 
 
 def test_a_first_batch_that_takes_too_long_is_announced(monkeypatch):
-    plan = planned(monkeypatch, 100.0, ALL, iw_samples=2)[0]  # a batch of 256 items of 400 calls, twice
-    assert plan["ode"]["first"] == pytest.approx(256 * 400 * 2 / 100)
+    plan = planned(monkeypatch, 100.0, ALL, flow=67.0)[0]
+    assert (plan["ode"]["first"], plan["ode"]["batch"], plan["ode"]["fewest"]) == (4, 256, [4, 268.0])
     assert planning.slow_starts(plan) == [
-        "ode: 256 items, the fewest that are measured, take about 35 minutes, longer than --minutes allows; give "
+        "ode: 4 items, the fewest that are measured, take about 5 minutes, longer than --minutes allows; give "
         "--estimate for the others alone"
     ]
-    assert planning.slow_starts(planned(monkeypatch, 2000.0, ALL)[0]) == []  # 51 s in place of 16
+    assert planning.slow_starts(planned(monkeypatch, 100.0, ALL, flow=20.0)[0]) == []  # 80 s in place of 26
     assert planning.slow_starts(planned(monkeypatch, 1.0, ["ode"], exact=True)[0]) == []
+
+
+def test_the_cost_of_the_flow_sets_its_share_of_the_time(monkeypatch):
+    def shares(flow):
+        return [job["expected"] for job in planned(monkeypatch, 100.0, ["continuous", "ode"], flow=flow)[0].values()]
+
+    assert shares(0.1) == pytest.approx([25.5, 25.5])  # 51 seconds
+    plan = planned(monkeypatch, 100.0, ALL, flow=0.5)[0]
+    assert plan["ode"]["expected"] == pytest.approx(51 * 4 / 13)
+    assert planned(monkeypatch, 100.0, ALL, flow=1.25)[0]["ode"]["expected"] == pytest.approx(20)
 
 
 SIZES = {  # 51 seconds of a minute are planned, in shares of 5, 4 and 4 thirteenths, or 5, 5 and 4 fourteenths

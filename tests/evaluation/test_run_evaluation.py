@@ -15,8 +15,8 @@ from undiffuse.data.from_array import from_array
 from undiffuse.data.lazy_array import LazyArray, cast_to_array
 from undiffuse.data.transform import Identity, IntegerLevels, Standardized
 from undiffuse.errors import ConfigError, DataError
+from undiffuse.evaluation import batches, resumable
 from undiffuse.evaluation import plan as planning
-from undiffuse.evaluation import resumable
 from undiffuse.evaluation.plan import bit_reversed_order
 from undiffuse.evaluation.run_evaluation import density_warning, evaluate
 from undiffuse.likelihood.nll import make_nll
@@ -101,8 +101,8 @@ def test_only_the_items_that_are_measured_are_read(monkeypatch):
     assert read == [32] + [16] * 6
     read.clear()
     result = evaluate(model, data, part="all", minutes=0.0001)
-    assert read[0] == planning.SPEED_ITEMS
-    assert sum(read[1:]) == sum(len(nll.total) for nll in result.nll.values()) < 400
+    assert read[:2] == [1, planning.SPEED_ITEMS]  # the first batch of the flow, which counts
+    assert sum(read) - read[1] == sum(len(nll.total) for nll in result.nll.values()) < 400
     read.clear()
     most = 64
     with pytest.raises(DataError, match="it changed"):
@@ -238,6 +238,7 @@ def test_the_pace_of_batches_decides_how_many_items_fit(model, monkeypatch, smal
         return make_nll(zero, zero + 0, zero + 0, 7 if more["first"] else 2, zero.new_zeros(len(values), 5))
 
     monkeypatch.setattr(Diffusion, "nll", nll)
+    monkeypatch.setattr(planning, "first_flow_items", lambda _: 2)
     for budget, items in ((4.1, 8), (0.1, 2), (100, 24)):
         result = evaluate(model, DATA, estimates=[name], part="all", minutes=budget / 51)
         assert (len(result.nll[name].total), result.seconds[name]) == (items, math.ceil(items / 2))
@@ -247,8 +248,31 @@ def test_the_pace_of_batches_decides_how_many_items_fit(model, monkeypatch, smal
     assert len(result.nll[name].total) == 4
     seconds[0] = 1
     result = evaluate(model, DATA, mc_samples=2, part="all", minutes=4.1 * 13 / 4 / 51)
-    assert [len(result.nll[n].total) for n in ESTIMATES] == [10, 8, 8]
+    # 16 items of the flow would take 8 s, more than half of 13.3
+    assert [len(result.nll[n].total) for n in ESTIMATES] == [6, 4, 12]
     assert result.summary()["minus_discrete"]["ode"]["total"] == [0, 0]
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_first_batch_of_the_flow_sets_its_share_and_counts(model, monkeypatch, tmp_path, stored):
+    """Of a flow whose items take long, few are measured, and the plan states their time."""
+    monkeypatch.setattr(planning, "calls_per_second", lambda *_: 1000.0)
+    monkeypatch.setattr(planning, "batch_size", lambda _, slow: 16)
+    clock, measured = [0.0], []
+    monkeypatch.setattr(batches.time, "perf_counter", lambda: clock[0])
+
+    def nll(_, values, *a, first, estimate, **more):
+        clock[0] += 67 * len(values) if estimate == "ode" else 0.001
+        measured.append((estimate, first, len(values)))
+        zero = torch.zeros(len(values), dtype=torch.float64)
+        return make_nll(zero, zero + 0, zero + 0, 2, zero.new_zeros(len(values), 5))
+
+    monkeypatch.setattr(Diffusion, "nll", nll)
+    said, folder = [], tmp_path / "batches" if stored else None
+    result = evaluate(model, DATA, part="all", minutes=1, folder=folder, on_message=said.append)
+    assert [m for m in measured if m[0] == "ode"] == [("ode", 0, 1), ("ode", 1, 1)]
+    assert (len(result.nll["ode"].total), result.seconds["ode"]) == (2, 134)
+    assert [line.split(",")[:3:2] for line in said] == [["ode: 2 items", " take about 3 minutes"]]
 
 
 def test_progress_adds_up(model, small_batches):

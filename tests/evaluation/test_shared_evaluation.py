@@ -9,7 +9,8 @@ from evaluation_models import integers, model_for
 from undiffuse.errors import ConfigError
 from undiffuse.evaluation import plan as planning
 from undiffuse.evaluation import resumable
-from undiffuse.evaluation.run_evaluation import evaluate, needed_batches
+from undiffuse.evaluation.batches import batch_stops, needed_batches
+from undiffuse.evaluation.run_evaluation import evaluate
 from undiffuse.model import likelihood_estimators as estimates
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.process.ode_integrator import Integrator
@@ -127,7 +128,8 @@ def test_the_time_of_all_processes_is_planned(tmp_path, monkeypatch):
 
     def plan(*arguments):
         plans.append(real(*arguments))
-        return {"discrete": {"items": 2, "mc_samples": 2, "batch": 2, "expected": 1.0, "fit": False, "first": 1.0}}
+        sizes = {"items": 2, "mc_samples": 2, "first": 2, "batch": 2}
+        return {"discrete": sizes | {"expected": 1.0, "fit": False, "fewest": [2, 1.0]}}
 
     monkeypatch.setattr(planning, "plan_evaluation", plan)
     for processes in (1, 3):
@@ -136,7 +138,7 @@ def test_the_time_of_all_processes_is_planned(tmp_path, monkeypatch):
     assert three == pytest.approx(3 * one, rel=1e-9)
 
 
-JOB = {"items": 9, "batch": 2, "expected": 3.0, "fit": True}
+JOB = {"items": 9, "first": 2, "batch": 2, "expected": 3.0, "fit": True}
 
 
 @pytest.mark.parametrize(
@@ -158,11 +160,23 @@ def test_which_batches_count(seconds, counted, missing):
     assert needed_batches(JOB | {"fit": False}, seconds)[0] == [0, 2, 4, 6, 8]
 
 
+def test_batches_grow_up_to_their_full_size():
+    assert batch_stops({"items": 40, "first": 1, "batch": 16}) == {0: 1, 1: 2, 2: 4, 4: 8, 8: 16, 16: 32, 32: 40}
+    assert batch_stops(JOB) == {0: 2, 2: 4, 4: 6, 6: 8, 8: 9}
+
+
+def test_two_items_count_at_any_pace():
+    job = JOB | {"first": 1}
+    assert needed_batches(job, {0: 99.0}) == ([0, 1], [1])
+    assert needed_batches(job, {0: 99.0, 1: 1.0}) == ([0, 1], [])
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_the_batches_that_count_do_not_depend_on_the_order(seed):
     """By any number of processes at any time, and with any batches lost."""
     g = random.Random(seed)
-    job = {"items": g.randint(1, 60), "batch": g.randint(1, 5), "expected": 10.0, "fit": True}
+    first = g.randint(1, 3)
+    job = {"items": g.randint(1, 60), "first": first, "batch": first + g.randint(0, 4), "expected": 10.0, "fit": True}
     took = {start: g.uniform(0.2, 3) for start in range(60)}
     ends = []
     for _ in range(10):

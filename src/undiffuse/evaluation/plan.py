@@ -12,6 +12,7 @@ import torch
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.transform import is_latent
 from undiffuse.errors import ConfigError, DataError, counted
+from undiffuse.evaluation.batches import MIN_FLOW_ITEMS
 from undiffuse.evaluation.resumable import Plan
 from undiffuse.evaluation.summary import flow_map_calls
 from undiffuse.model.cascade import AnyModel, Cascade
@@ -26,13 +27,13 @@ MAX_MINUTES = 1e9
 PLANNED_FRACTION = 0.85
 """The fraction of the time that is planned; loading, the measurement of speed and figures take the rest."""
 MIN_ITEMS = 16
-"""Fewest items of the flow and of a whole chain, and fewest Monte Carlo samples of a bound, at any speed."""
+"""Fewest items of a whole chain and fewest Monte Carlo samples of a bound, at any speed; of the flow, if they fit."""
 SPEED_ITEMS = 64
 """Items that the speed is measured with."""
 MAX_POINTS = 256
 """Most points of log-SNR of the continuous bound that are chosen automatically."""
 ODE_COST_GUESS = 400
-"""Network calls that take as long as an item of the flow with its divergence, until the first batch is measured."""
+"""Network calls that take as long as an item of the flow with its divergence, where its time is not limited."""
 PARTS = {"test": "held out for testing", "validation": "held out for validation", "train": "trained on"}
 """Parts of a data set and their descriptions."""
 CHANGED = " of data with the name, but not the content, of the training data"
@@ -103,21 +104,25 @@ def plan_evaluation(
     exact: bool,
     iw_samples: int,
     minutes: float,
+    flow_seconds: float | None = None,
 ) -> Plan:
-    """For each estimate a job: items, mc_samples (None: every step), batch, expected (seconds), fit, first (seconds).
+    """For each estimate a job: items, mc_samples (None: every step), first, batch, expected (seconds), fit, fewest.
 
     Sizes that are not given are chosen so that at most ``num_items`` fit into ``minutes`` of one process on this
     machine, by a short measurement of its speed with the ``values`` and conditions ``cond`` of `SPEED_ITEMS` items.
     Where "fit" is true, "items" is only an upper limit: while the job runs, the pace of its batches decides how many
     fit into the expected seconds.
-    "mc_samples" of the flow is ``iw_samples``; the map of few calls has none. "first" are the seconds of the first
-    batch, which always counts.
+    "mc_samples" of the flow is ``iw_samples``; the map of few calls has none. "first" and "batch" are the items of the
+    first and the largest batch, see `batches.batch_stops`; "fewest" are [items, seconds] of what always counts.
+    ``flow_seconds`` are those of an item of the flow, from its first batch; None: `ODE_COST_GUESS`.
     """
     rate = calls_per_second(model, values, cond)
+    if flow_seconds is None:
+        flow_seconds = ODE_COST_GUESS * iw_samples / rate
     total = PLANNED_FRACTION * 60 * min(minutes, MAX_MINUTES)
     seconds = {n: total * TIME_SHARES[n] / sum(TIME_SHARES[n] for n in names) for n in names}
     if len(names) > 1 and "ode" in names:  # its first items may take longer than its share
-        flow = min(total / 2, max(seconds["ode"], MIN_ITEMS * ODE_COST_GUESS * iw_samples / rate))
+        flow = min(total / 2, max(seconds["ode"], MIN_ITEMS * flow_seconds))
         seconds = {n: s * (total - flow) / (total - seconds["ode"]) for n, s in seconds.items()} | {"ode": flow}
     calls = {n: max(1, int(rate * s)) for n, s in seconds.items()}
     fixed_items = items is not None or exact
@@ -145,27 +150,33 @@ def plan_evaluation(
             fit = not fixed_items
         if name == "discrete" and each is not None and each >= model.chain_length:
             each = None
-        calls_each = {"ode": ODE_COST_GUESS * iw_samples, "flow_map": flow_map_calls(model)}
-        cost = n * calls_each.get(name, each or model.chain_length) / rate
-        batch = batch_size(model, name in calls_each or (each or model.chain_length) > 128)
-        expected = seconds[name] if fit else cost
-        plan[name] = {"items": n, "mc_samples": each, "batch": batch, "expected": expected, "fit": fit}
-        plan[name]["first"] = cost / n * min(batch, n)
+        few_calls = flow_map_calls(model) if name == "flow_map" else 0
+        cost = flow_seconds if name == "ode" else (few_calls or each or model.chain_length) / rate
+        batch = batch_size(model, name == "ode" or few_calls > 0 or (each or model.chain_length) > 128)
+        first = first_flow_items(model) if name == "ode" and fit else batch
+        fewest = min(max(first, MIN_FLOW_ITEMS), n)
+        plan[name] = {"items": n, "mc_samples": each, "first": first, "batch": batch, "fit": fit}
+        plan[name] |= {"expected": seconds[name] if fit else n * cost, "fewest": [fewest, fewest * cost]}
     return plan
 
 
 def slow_starts(plan: Plan) -> list[str]:
-    """A line for each estimate whose first batch, which always counts, takes much longer than the estimate may."""
+    """A line for each estimate whose fewest items take much longer than the estimate may."""
     lines = []
     for name, job in plan.items():
-        seconds = job["first"]
+        items, seconds = job["fewest"]
         if job["fit"] and seconds > max(2 * job["expected"], job["expected"] + 60):
-            items, minutes = min(job["batch"], job["items"]), math.ceil(seconds / 60)
             lines.append(
-                f"{name}: {items} items, the fewest that are measured, take about {counted(minutes, 'minute')}, longer "
-                "than --minutes allows; give --estimate for the others alone"
+                f"{name}: {items} items, the fewest that are measured, take about "
+                f"{counted(math.ceil(seconds / 60), 'minute')}, longer than --minutes allows; give --estimate for the "
+                "others alone"
             )
     return lines
+
+
+def first_flow_items(model: AnyModel) -> int:
+    """Items of the flow's first batch, few where each may take a minute. It depends on no clock."""
+    return 16 if model.device.type == "cuda" else max(1, batch_size(model, True) // 64)
 
 
 def calls_per_second(model: AnyModel, values: torch.Tensor, cond: Condition | None) -> float:

@@ -8,32 +8,27 @@ rounding.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+from torch import Tensor
 
-from undiffuse import __version__, errors
+from undiffuse import __version__
 from undiffuse.data.dataset import Dataset, describe_constant_channels
 from undiffuse.data.transform import IntegerLevels, values_transform
 from undiffuse.errors import ConfigError, DataError, UndiffuseError
+from undiffuse.evaluation import batches, resumable, summary
 from undiffuse.evaluation import plan as planning
-from undiffuse.evaluation import resumable, summary
+from undiffuse.evaluation.batches import FinishedBatch, ReadItems
 from undiffuse.likelihood.nll import NLL, concatenate
 from undiffuse.model.cascade import AnyModel, Cascade, weights_of
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
-from undiffuse.runtime.device import halve_while_out_of_memory
 from undiffuse.runtime.distributed_group import ProcessGroup, single_process
 from undiffuse.runtime.part_store import Log, PartStore
-
-FinishedBatch = tuple[NLL, float]
-"""A finished batch and the seconds that it took."""
 
 
 class Progress(NamedTuple):
@@ -149,7 +144,7 @@ def evaluate(
     chosen = chosen[planning.bit_reversed_order(len(chosen))][:items]
     condition, reason = ("none", None) if unconditional else planning.shared_condition(model, data)
 
-    def read_items(here: slice) -> tuple[torch.Tensor, Condition | None]:  # of a batch: all items may be too many
+    def read_items(here: slice) -> tuple[Tensor, Condition | None]:  # of a batch: all items may be too many
         return data.tensor(chosen[here]), data.given_condition(chosen[here], condition != "none")
 
     facts = _facts(model, data, description, condition, seed)
@@ -163,8 +158,20 @@ def evaluate(
     }
     sizes = (items, mc_samples, exact, iw_samples, minutes * group.world_size)
 
+    measured: dict[str, FinishedBatch] = {}
+
     def choose() -> resumable.Plan:
-        plan = planning.plan_evaluation(model, len(chosen), *read_items(slice(planning.SPEED_ITEMS)), names, *sizes)
+        planned, seconds = names, None
+        if "ode" in names and items is None and not exact:  # its cost is known from nothing but itself
+            first = slice(min(planning.first_flow_items(model), len(chosen)))
+            try:
+                batch, _ = batches.measure(model, "ode", first, seed, iw_samples, read_items, log)
+                measured[batches.batch_name("ode", 0)], seconds = batch, batch[1] / first.stop
+            except UndiffuseError as error:
+                _skip("ode", error, bool(estimates), log)
+                planned = [name for name in names if name != "ode"]
+        speed_items = read_items(slice(planning.SPEED_ITEMS))
+        plan = planning.plan_evaluation(model, len(chosen), *speed_items, planned, *sizes, seconds)
         for line in planning.slow_starts(plan):
             log(line)
         return plan
@@ -174,11 +181,14 @@ def evaluate(
         opened = resumable.open_plan(folder, request, choose, log) if group.rank == 0 else ({}, None)
         plan, key = group.gather([opened[0], opened[1] and opened[1].key])[0]
         store = resumable.batch_store(folder, key)
+        for batch, finished in measured.items():
+            resumable.write(store, batch, *finished)
     computed = _compute(
         model,
         plan,
         seed,
         store,
+        measured,
         group,
         bool(estimates),
         read_items,
@@ -237,17 +247,18 @@ def _compute(
     plan: resumable.Plan,
     seed: int,
     store: PartStore | None,
+    measured: Mapping[str, FinishedBatch],
     group: ProcessGroup,
     strict: bool,
-    read_items: Callable[[slice], tuple[torch.Tensor, Condition | None]],
+    read_items: ReadItems,
     log: Log,
     on_progress: Callable[[Progress], None],
 ) -> dict[str, FinishedBatch]:
     """Each estimate of ``plan`` and its seconds, in the first process; an empty dict in the others.
 
-    A batch is read from ``store`` if it is there, otherwise one process computes it from the values and conditions of
-    ``read_items`` and writes it. If an estimate fails, raise when ``strict``, or if its data cannot be read, otherwise
-    log a line and go on.
+    A batch is read from ``store``, or ``measured`` without one, if it is there, otherwise one process computes it from
+    the values and conditions of ``read_items`` and writes it. If an estimate fails, raise when ``strict``, or if its
+    data cannot be read, otherwise log a line and go on.
     """
     computed: dict[str, FinishedBatch] = {}
     sizes: dict[str, Any] = {name: job["batch"] for name, job in plan.items()}  # halved if GPU memory is short
@@ -262,77 +273,28 @@ def _compute(
                 on_progress(Progress(name, before + spent, total, by_clock))
 
         def read(start: int, name: str = name) -> FinishedBatch | None:
-            return None if store is None else resumable.read(store, f"{name}-{start:08d}", log)
+            batch = batches.batch_name(name, start)
+            return measured.get(batch) if store is None else resumable.read(store, batch, log)
 
-        def compute(start: int, name: str = name, job: dict[str, Any] = job) -> FinishedBatch:
-            here, began = slice(start, min(start + job["batch"], job["items"])), time.perf_counter()
-            values, cond = read_items(here)
-            nll = partial(model.nll, values, seed, job["mc_samples"], first=start, estimate=name, cond=cond)
-            result, sizes[name] = halve_while_out_of_memory(nll, sizes[name], log)
-            seconds = time.perf_counter() - began
+        def compute(start: int, stop: int, name: str = name, job: dict[str, Any] = job) -> FinishedBatch:
+            here, mc_samples = slice(start, stop), job["mc_samples"]
+            done, sizes[name] = batches.measure(model, name, here, seed, mc_samples, read_items, log, sizes[name])
             if store is not None:
-                resumable.write(store, f"{name}-{start:08d}", result, seconds)
-            return result, seconds
+                resumable.write(store, batches.batch_name(name, start), *done)
+            return done
 
         try:
-            batches = compute_batches(job, read, compute, group, update)
+            finished = batches.compute_batches(job, read, compute, group, update)
         except UndiffuseError as error:
-            if strict or name == "discrete" or isinstance(error, DataError):
-                raise
-            log(f"estimate {name!r} is skipped: {error.where}: {error.cause}")
+            _skip(name, error, strict, log)
             continue
         if group.rank == 0:
-            computed[name] = concatenate([nll for nll, _ in batches]), sum(seconds for _, seconds in batches)
+            computed[name] = concatenate([nll for nll, _ in finished]), sum(seconds for _, seconds in finished)
     return computed
 
 
-def needed_batches(job: Mapping[str, Any], seconds: Mapping[int, float]) -> tuple[list[int], list[int]]:
-    """The first items of the batches that count, and of those that are missing; ``seconds`` are of finished batches.
-
-    Where ``job["fit"]``, a batch counts if it fits into the expected seconds at the pace of the batches before it. Only
-    batches before the first missing one set the pace, so that batches finished out of order change nothing.
-    """
-    counting, missing, spent, done = [], [], 0.0, 0
-    for start in range(0, job["items"], job["batch"]):
-        stop = min(start + job["batch"], job["items"])
-        if job["fit"] and done and spent / done * stop > job["expected"]:
-            break
-        counting.append(start)
-        if start not in seconds:
-            missing.append(start)
-        elif not missing:
-            spent, done = spent + seconds[start], stop
-    return counting, missing
-
-
-def compute_batches(
-    job: dict[str, Any],
-    read: Callable[[int], FinishedBatch | None],
-    compute: Callable[[int], FinishedBatch],
-    group: ProcessGroup,
-    update: Callable[[float, float], None],
-) -> list[FinishedBatch]:
-    """The batches that count, in order, in the first process; in each round every process of ``group`` computes one.
-
-    ``update`` is called with the seconds spent and left. An error of one process is raised in all.
-    """
-    starts = range(0, job["items"], job["batch"]) if group.rank == 0 else ()
-    finished = {start: batch for start in starts if (batch := read(start))}
-    while True:
-        counting, missing = needed_batches(job, {start: seconds for start, (_, seconds) in finished.items()})
-        spent = sum(seconds for _, seconds in finished.values())
-        update(spent, spent / len(finished) * len(missing) if finished else job["expected"])
-        todo: list[int] = group.gather(missing[: group.world_size])[0]
-        if not todo:
-            return [finished[start] for start in counting] if group.rank == 0 else []
-        failure = None
-        try:
-            for start in todo[group.rank : group.rank + 1]:
-                finished[start] = compute(start)
-        except UndiffuseError as error:
-            failure = error
-        fields = failure and [type(failure).__name__, failure.code, failure.where, failure.cause, failure.fix]
-        for kind, *texts in filter(None, group.gather(fields)):
-            raise getattr(errors, kind)(*texts) from failure
-        if group.rank == 0:
-            finished |= {start: batch for start in todo[1:] if (batch := read(start))}
+def _skip(name: str, error: UndiffuseError, strict: bool, log: Log) -> None:
+    """Log that an estimate failed; raise when ``strict``, for the first bound, and where data cannot be read."""
+    if strict or name == "discrete" or isinstance(error, DataError):
+        raise error
+    log(f"estimate {name!r} is skipped: {error.where}: {error.cause}")
