@@ -227,6 +227,6 @@ def test_an_estimate_that_fails(tmp_path, call, monkeypatch):
 
     monkeypatch.setattr(Diffusion, "nll", nll)
     code, out, _ = call("evaluate", tmp_path, tmp_path / "v.npy", "--device", "cpu", "--mc-samples", 2)
-    assert (code, "estimate 'ode' is skipped: the noisy end: there is no signal\n" in out) == (0, True)
+    assert (code, "probability flow (ode) is skipped: the noisy end: there is no signal\n" in out) == (0, True)
     code, _, err = call("evaluate", tmp_path, tmp_path / "v.npy", "--device", "cpu", "--estimate", "ode")
     assert (code, err) == (2, "error[ODE_END] the noisy end: there is no signal. Use others.\n")

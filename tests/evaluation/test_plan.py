@@ -98,8 +98,8 @@ def test_a_first_batch_that_takes_too_long_is_announced(monkeypatch):
     plan = planned(monkeypatch, 100.0, ALL, flow=67.0)[0]
     assert (plan["ode"]["first"], plan["ode"]["batch"], plan["ode"]["fewest"]) == (4, 256, [4, 268.0])
     assert planning.slow_starts(plan) == [
-        "ode: 4 items, the fewest that are measured, take about 5 minutes, longer than --minutes allows; give "
-        "--estimate for the others alone"
+        "probability flow (ode): 4 items, the fewest that are measured, take about 5 minutes, longer than --minutes "
+        "allows; give --estimate for the others alone"
     ]
     assert planning.slow_starts(planned(monkeypatch, 100.0, ALL, flow=20.0)[0]) == []  # 80 s in place of 26
     assert planning.slow_starts(planned(monkeypatch, 1.0, ["ode"], exact=True)[0]) == []

@@ -272,7 +272,7 @@ def test_the_first_batch_of_the_flow_sets_its_share_and_counts(model, monkeypatc
     result = evaluate(model, DATA, part="all", minutes=1, folder=folder, on_message=said.append)
     assert [m for m in measured if m[0] == "ode"] == [("ode", 0, 1), ("ode", 1, 1)]
     assert (len(result.nll["ode"].total), result.seconds["ode"]) == (2, 134)
-    assert [line.split(",")[:3:2] for line in said] == [["ode: 2 items", " take about 3 minutes"]]
+    assert [line.split(",")[:3:2] for line in said] == [["probability flow (ode): 2 items", " take about 3 minutes"]]
 
 
 def test_progress_adds_up(model, small_batches):
@@ -297,7 +297,7 @@ def test_an_estimate_that_fails_is_skipped_unless_it_was_requested():
     model.nll = nll
     result = evaluate(model, data, mc_samples=2, on_message=messages.append)
     assert list(result.nll) == ["discrete", "continuous"]
-    assert messages == ["estimate 'ode' is skipped: the noisy end: there is no signal"]
+    assert messages == ["probability flow (ode) is skipped: the noisy end: there is no signal"]
     with pytest.raises(ConfigError, match="ODE_END"):
         evaluate(model, data, estimates=["ode"])
 

@@ -118,7 +118,7 @@ def test_an_error_of_one_process_is_raised_in_all(tmp_path, monkeypatch):
     monkeypatch.setattr(Diffusion, "nll", nll)
     ends, _ = evaluate_together(tmp_path, 3, on_message=messages.append, **QUICK)
     assert list(ends[0].nll) == ["discrete", "continuous"]
-    assert messages == ["estimate 'ode' is skipped: item 2: there is no signal"]
+    assert messages == ["probability flow (ode) is skipped: item 2: there is no signal"]
     ends, _ = evaluate_together(tmp_path, 3, items=5, part="all", estimates=["ode"])
     assert [str(end) for end in ends] == ["error[ODE_END] item 2: there is no signal. Use others."] * 3
 

@@ -94,6 +94,7 @@ def evaluate(
     """Measure a model in bits per dimension, on its own held-out data or on DATA; an interrupted evaluation resumes."""
     from undiffuse.evaluation import resumable
     from undiffuse.evaluation.run_evaluation import evaluate as evaluate_model
+    from undiffuse.evaluation.summary import NAMES
     from undiffuse.report import evaluation_report
     from undiffuse.report.progress_bar import ProgressBar
     from undiffuse.runtime.distributed_group import init_process_group
@@ -132,7 +133,7 @@ def evaluate(
                 folder=batches,
                 group=group,
                 on_message=lambda message: console.print(message),
-                on_progress=lambda p: bar and bar.update(p.spent / max(p.total, 1e-9), left=p.left, title=p.estimate),
+                on_progress=lambda p: bar and bar.update(p.spent / max(p.total, 1e-9), "", p.left, NAMES[p.estimate]),
             )
         if not first:
             return

@@ -14,7 +14,7 @@ from undiffuse.data.transform import is_latent
 from undiffuse.errors import ConfigError, DataError, counted
 from undiffuse.evaluation.batches import MIN_FLOW_ITEMS
 from undiffuse.evaluation.resumable import Plan
-from undiffuse.evaluation.summary import flow_map_calls
+from undiffuse.evaluation.summary import NAMES, flow_map_calls
 from undiffuse.model.cascade import AnyModel, Cascade
 from undiffuse.model.text_conditions import encoder_identity
 from undiffuse.networks.condition import CONDITION_NAMES, Condition
@@ -167,7 +167,7 @@ def slow_starts(plan: Plan) -> list[str]:
         items, seconds = job["fewest"]
         if job["fit"] and seconds > max(2 * job["expected"], job["expected"] + 60):
             lines.append(
-                f"{name}: {items} items, the fewest that are measured, take about "
+                f"{NAMES[name]} ({name}): {items} items, the fewest that are measured, take about "
                 f"{counted(math.ceil(seconds / 60), 'minute')}, longer than --minutes allows; give --estimate for the "
                 "others alone"
             )

@@ -297,4 +297,4 @@ def _skip(name: str, error: UndiffuseError, strict: bool, log: Log) -> None:
     """Log that an estimate failed; raise when ``strict``, for the first bound, and where data cannot be read."""
     if strict or name == "discrete" or isinstance(error, DataError):
         raise error
-    log(f"estimate {name!r} is skipped: {error.where}: {error.cause}")
+    log(f"{summary.NAMES[name]} ({name}) is skipped: {error.where}: {error.cause}")

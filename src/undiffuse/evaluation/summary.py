@@ -19,6 +19,14 @@ from undiffuse.model.likelihood_estimators import MAX_EXACT_TRACE_DIMS, TIGHT_TO
 from undiffuse.process.schedule import finite_ends
 from undiffuse.process.statistics import mean_with_stderr
 
+NAMES = {
+    "discrete": "bound of the chain",
+    "continuous": "continuous bound",
+    "ode": "probability flow",
+    "openai": "improved-diffusion's script",
+    "flow_map": "flow map",
+}
+"""The names of estimates in messages."""
 MAX_INTERVALS = 40
 """Most intervals of log-SNR in a curve of bits."""
 

@@ -27,7 +27,7 @@ from undiffuse.runtime.side_files import free_name, read_record, set_aside, writ
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAMES = {"continuous": "continuous bound", "ode": "probability flow"}
+COMPARED = ("continuous", "ode")
 """Estimates that are compared with the bound of the chain."""
 RECORD, BATCHES = "evaluation.json", "evaluation.partial"
 """In the folder of results: all numbers, with the names of the other files, and the folder of finished batches."""
@@ -45,7 +45,8 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> tuple[list[dict[str, Any]]
 
 def describe_differences(differences: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
     """`summary.differences` as sentences."""
-    texts = [f"{NAMES[name]} {cell(tuple(parts['total']))}" for name, parts in differences.items() if name in NAMES]
+    compared = {summary.NAMES[name]: parts["total"] for name, parts in differences.items() if name in COMPARED}
+    texts = [f"{name} {cell(tuple(total))}" for name, total in compared.items()]
     lines = [f"difference to the bound of the chain, paired by item: {', '.join(texts)}"] if texts else []
     if "openai" in differences:
         total, decoder = (cell(tuple(differences["openai"][part])) for part in ("total", "decoder"))
