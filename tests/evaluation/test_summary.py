@@ -44,6 +44,12 @@ def test_explanations():
     assert summary.explanations(VECTORS, ["discrete"], 1)[1].startswith("a density")
 
 
+def test_the_flow_beside_a_bound_is_another_model():
+    for names, noted in ((["discrete", "ode"], True), (["continuous", "ode"], True), (["ode"], False)):
+        lines = summary.explanations(WIDE, names, 1)
+        assert any("the flow's number may be above a bound" in line for line in lines) == noted
+
+
 def test_titles_name_the_samples():
     assert summary.title(WIDE, "discrete", None) == "bound of the chain, all 5 steps"
     assert summary.title(WIDE, "discrete", 2) == "bound of the chain, 2 of 5 steps"

@@ -118,6 +118,11 @@ def explanations(model: AnyModel, names: Iterable[str], iw_samples: int) -> list
             "the flow's prior term is at most that of the bounds if the denoiser is exact; a larger one shows errors "
             "of the model"
         )
+        if {"discrete", "continuous"} & {*names}:
+            lines.append(
+                "the bounds are of the reverse process, the probability flow is another model unless the denoiser is "
+                "exact, and each has its own items and error: the flow's number may be above a bound"
+            )
     if "flow_map" in names:
         lines.append("flow map: an estimate and no bound, wrong by as much as the learned map differs from the flow")
     return lines
