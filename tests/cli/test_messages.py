@@ -1,12 +1,15 @@
 """What a newcomer meets: photographs of many sizes, options that do not exist, errors about Python arguments."""
 
+import functools
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_cli import RECIPE
 
+from undiffuse.cli import data_options
 from undiffuse.cli.messages import command_flags, config_hint, error_line
 from undiffuse.data.sources.registry import load
 from undiffuse.errors import ConfigError, DataError
@@ -60,6 +63,20 @@ def test_the_remedy_in_python(many_sizes):
     with pytest.raises(BadFilesError, match="Give size=32, crop=True, channels=3") as caught:
         load(many_sizes)
     assert load(many_sizes, **caught.value.remedy).item_shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "size"),
+    [({"item_shape": [3, 28, 28]}, 28), ({"item_shape": [3, 8, 8], "options": {"size": 24}}, 24), ({}, 32)],
+)
+def test_the_remedy_for_other_data_of_a_run_is_its_own_size(many_sizes, monkeypatch, recorded, size):
+    monkeypatch.setattr(data_options, "_recorded_data", lambda _: recorded)
+    with pytest.raises(BadFilesError) as caught:
+        data_options.read_data(functools.partial(load), str(many_sizes), Path("run"))
+    words = ["evaluate", "run", str(many_sizes)]
+    assert error_line(caught.value, words).endswith(
+        f"Run: undiffuse {shlex.join(words)} --size {size} --crop --channels 3"
+    )
 
 
 def test_a_few_that_differ_from_most_are_listed(tmp_path, call):

@@ -15,6 +15,7 @@ import typer
 from undiffuse.cli.options import console, in_flags, require_utf8, run_folder
 from undiffuse.data.sources.registry import OPTIONS, Option, load, option_words
 from undiffuse.errors import CheckpointError, ConfigError, counted
+from undiffuse.runtime.file_errors import BadFilesError
 
 if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
@@ -59,12 +60,18 @@ def given_options(read: ReadData) -> str:
 def read_data(read: ReadData, data: str | None, run: Path) -> Dataset:
     """The data set that DATA names, or without DATA those that the ``run`` (folder or model file) was trained on.
 
-    Raises `ConfigError` and `DataError`, also if options of data are given without DATA.
+    Raises `ConfigError` and `DataError`, also if options of data are given without DATA. An error that proposes a size
+    proposes that of the run.
     """
     from undiffuse.training.run_folder import Run
 
     if data is not None:
-        return read(data)
+        try:
+            return read(data)
+        except BadFilesError as error:
+            if "size" in error.remedy and (side := _recorded_side(run)):
+                error.remedy["size"] = side
+            raise
     given = [OPTIONS[name].spelling for name, value in read.keywords.items() if value != OPTIONS[name].default]
     if given:
         cause = "it is an option of DATA; without DATA those of the run are read with the options of its training"
@@ -113,6 +120,14 @@ def _recorded_data(run: Path) -> dict[str, Any]:
     with suppress(CheckpointError):
         return (Run(run_folder(run)).record or {}).get("data") or {}
     return {}
+
+
+def _recorded_side(run: Path) -> int | None:
+    """The side in pixels to which the images of a ``run`` were read; None if none is recorded."""
+    recorded = _recorded_data(run)
+    shape = recorded.get("item_shape") or ()
+    side = shape[1] if len(shape) == 3 and shape[1] == shape[2] else None
+    return (recorded.get("options") or {}).get("size", side)
 
 
 def print_notes(dataset: Dataset) -> None:
