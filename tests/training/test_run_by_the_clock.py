@@ -199,7 +199,11 @@ def test_a_run_that_hardly_trained_says_so(tmp_path, monkeypatch, lines):
     assert not any("hardly" in line for line in lines), lines
     del lines[:]
     train(tmp_path / "steps", recipe(max_steps=1, previews=0), SlowMachine(monkeypatch, step=3.0), data(400))
-    assert not any("hardly" in line for line in lines)  # its length was chosen in steps
+    assert not any("hardly" in line for line in lines)  # its number of items was chosen in steps
+    monkeypatch.setattr("undiffuse.training.diffusion_task.shared_values", lambda *_: 0.5)
+    train(tmp_path / "again", recipe(max_steps=1, previews=0), SlowMachine(monkeypatch, step=3.0), data(400))
+    hint = "hardly trained: values drawn independently cost only 0.500 bits/dim. Give more --steps (--extend continues"
+    assert sum(hint in line for line in lines) == 1
 
 
 def test_setting_up_is_part_of_the_time(tmp_path, monkeypatch):
