@@ -3,6 +3,8 @@
 The clock is a `SlowMachine`, which only the work moves: nothing waits.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from tiny_run import SlowMachine, checkpoint_hashes, data, quick_looks, recipe, stopping_at
@@ -204,6 +206,15 @@ def test_a_run_that_hardly_trained_says_so(tmp_path, monkeypatch, lines):
     train(tmp_path / "again", recipe(max_steps=1, previews=0), SlowMachine(monkeypatch, step=3.0), data(400))
     hint = "hardly trained: values drawn independently cost only 0.500 bits/dim. Give more --steps (--extend continues"
     assert sum(hint in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(("step", "shown"), [(60, ["2.0"]), (80, []), (110, ["1.5"])])
+def test_a_loss_is_printed_by_the_next_evaluation_alone(step, shown):
+    """Also in the line of a resumed run, whose records are those of the run."""
+    records = [{"step": 50, "loss": 2.0}, {"step": 60, "bits_per_dim": 3.0}, {"step": 80, "bits_per_dim": 3.0}]
+    records += [{"step": 100, "loss": 1.5}, {"step": 110, "bits_per_dim": 3.0}]
+    seen = SimpleNamespace(records=[r for r in records if r["step"] <= step], progress=Progress(step=step))
+    assert Monitor._measured(seen, "loss", "{}") == shown
 
 
 def test_setting_up_is_part_of_the_time(tmp_path, monkeypatch):

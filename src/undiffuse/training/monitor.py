@@ -165,7 +165,7 @@ class Monitor:
             self.evaluate_now()
 
     def _is_evaluation_of_step(self, record: dict[str, Any]) -> bool:
-        return record["step"] == self.progress.step and not {"loss", "skipped"} & record.keys()
+        return record["step"] == self.progress.step and _is_evaluation(record)
 
     def evaluate_now(self) -> None:
         """Evaluate the model, save it, draw it, and print a line."""
@@ -220,9 +220,9 @@ class Monitor:
         self.write_records()
         columns = [
             f"{format_clock(self.progress.seconds):>8}  step {self.progress.step:>7,}",
-            *self._latest("loss", "loss {:.4f}"),
+            *self._measured("loss", "loss {:.4f}"),
             summary,
-            *self._latest("items_per_second", "{:,.0f} items/s"),
+            *self._measured("items_per_second", "{:,.0f} items/s"),
         ]
         self.log("  ".join(columns))
         for line in details:
@@ -294,9 +294,15 @@ class Monitor:
             "torch": torch.__version__,
         }
 
-    def _latest(self, key: str, form: str) -> list[str]:
-        """The latest recorded number of that name, formatted; empty if there is none."""
-        return [form.format(r[key]) for r in self.records if key in r][-1:]
+    def _measured(self, key: str, form: str) -> list[str]:
+        """The latest number of that name, formatted; empty if none was recorded since the evaluation before."""
+        steps = (r["step"] for r in self.records if _is_evaluation(r) and r["step"] < self.progress.step)
+        before = max(steps, default=-1)
+        return [form.format(r[key]) for r in self.records if key in r and r["step"] > before][-1:]
+
+
+def _is_evaluation(record: dict[str, Any]) -> bool:
+    return not {"loss", "skipped"} & record.keys()
 
 
 def _mean(losses: Sequence[float | Tensor]) -> float:
