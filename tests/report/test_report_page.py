@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from page_checks import check_page
 from PIL import Image
 
+from undiffuse.evaluation.memorization_test import MIN_GAP_ITEMS, generalization_gap
 from undiffuse.report import run_report, run_sections
 from undiffuse.report.run_report import Drawing, RunContent
 from undiffuse.report.table import cell
@@ -116,6 +118,30 @@ def test_the_flags_of_copies_and_overfitting(found):
     assert ("Training items are copied" in page.text) == found
     assert ("Overfitting: " in page.text) == found
     assert [p.get("class") for p in page.all("p")].count("bad") == 2 * found
+
+
+@pytest.mark.parametrize(
+    ("lowest", "stderr", "words"),
+    [
+        (2.4, 0.25, "Lowest: 2.40 ± 0.25 at step 20, within the standard error of the last, 2.50 ± 0.25."),
+        (2.4, None, "Lowest: 2.400 at step 20."),  # of one item
+        (2.0, 0.25, "Best: 2.00 ± 0.25 at step 20."),
+        (2.6, 0.25, "Best: 2.50 ± 0.25 at step 60."),
+    ],
+)
+def test_a_difference_within_the_standard_error_makes_no_best(lowest, stderr, words):
+    earlier = {"step": 20, "bits_per_dim": lowest} | ({} if stderr is None else {"stderr": stderr})
+    assert words in check_page(run_report.page(content(records=[earlier, *RECORDS]))).text
+
+
+def test_overfitting_is_not_tested_with_few_items():
+    d = torch.ones(MIN_GAP_ITEMS, dtype=torch.float64)
+    assert generalization_gap(d, 0 * d, 1).significant
+    assert not generalization_gap(d[1:], 0 * d[1:], 1).significant
+    for items, proved in ((3, False), (MIN_GAP_ITEMS, True)):
+        page = check_page(run_report.page(content(records=[RECORDS[0], RECORDS[1] | {"items": items}]))).text
+        assert ("No overfitting is proved" in page) == proved
+        assert ("Overfitting cannot be tested with 3 held-out items, at least 14 are needed" in page) != proved
 
 
 def test_names_are_text_wherever_they_come_from():

@@ -20,6 +20,8 @@ from undiffuse.process.statistics import mean_with_stderr
 
 FALSE_ALARM_RATE = 1e-3
 """Greatest probability that a training run without memorization has a significant `Gap` at any of its evaluations."""
+MIN_GAP_ITEMS = math.ceil(-2 * math.log(FALSE_ALARM_RATE))
+"""Items below which no `Gap` is significant, even of a single test: Σd ≤ √n √Σd²."""
 COPYING_FALSE_ALARM_RATE = 1e-6
 """Greatest probability that `copying_test` is significant for a model without memorization."""
 

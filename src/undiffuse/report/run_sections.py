@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from undiffuse.errors import counted
-from undiffuse.evaluation.memorization_test import FALSE_ALARM_RATE
+from undiffuse.evaluation.memorization_test import FALSE_ALARM_RATE, MIN_GAP_ITEMS
 from undiffuse.report.html import Markup, element, figure, minus, paragraph, table
 from undiffuse.report.svg import Line, chart
 from undiffuse.report.table import cell
@@ -117,7 +117,7 @@ def training(records: Sequence[Record]) -> list[object]:
         curve = Line("", steps, values, errors, dots=True, colour=1)
         alt = f"{title}, {unit}, at {counted(len(steps), 'step')}: last {values[-1]:.4g}, best {best[key]:.4g}"
         bars = ", with its standard error" if errors else ""
-        caption = f"{title.capitalize()} of the averaged weights{bars}. Best: {best[key]:.4g} at step {best['step']:,}."
+        caption = f"{title.capitalize()} of the averaged weights{bars}. {_best(key, best, measured[-1])}"
         low, high = (0.0, 1.0) if key == "accuracy" else (None, None)
         figures.append(figure(chart(alt, [curve], "step", unit, low=low, high=high), caption))
         rows += [_evaluation(key, title, unit, r) for r in measured[-MAX_EVALUATIONS:]]
@@ -129,6 +129,18 @@ def training(records: Sequence[Record]) -> list[object]:
     if flags := [r["overfit"] for r in records if "overfit" in r]:
         parts.append(_overfitting(flags[-1], [r for r in records if "overfit" in r][-1]))
     return [*parts, table(rows, "Evaluations during training, on the same noise every time")] if rows else parts
+
+
+def _best(key: str, best: Record, last: Record) -> str:
+    """The best evaluation in words; of a bound only where the last is worse by more than the standard error of both."""
+    if key != "bits_per_dim":
+        return f"Best: {best[key]:.4g} at step {best['step']:,}."
+    shown = f"{with_error(best[key], best.get('stderr'))} at step {best['step']:,}"
+    stderr = math.hypot(best.get("stderr", math.inf), last.get("stderr", math.inf))
+    if best is last or last[key] - best[key] > stderr:
+        return f"Best: {shown}."
+    within = f", within the standard error of the last, {with_error(last[key], last.get('stderr'))}"
+    return f"Lowest: {shown}{within * math.isfinite(stderr)}."
 
 
 def _evaluation(key: str, title: str, unit: str, r: Record) -> dict[str, Any]:
@@ -144,9 +156,14 @@ def _overfitting(significant: object, r: Record) -> Markup:
     if significant:
         words = "Overfitting: training items have a lower bound than held-out items, on the same noise and times, by "
         return paragraph(f"{words}{with_error(r['gap'], r.get('gap_stderr'))} {BITS}.", class_="bad")
-    words = "No overfitting is proved: held-out minus training items, on the same noise and times, is "
+    gap, items = with_error(r["gap"], r.get("gap_stderr")), r.get("items", math.inf)
+    measured = f"held-out minus training items, on the same noise and times, is {gap} {BITS}"
+    if items < MIN_GAP_ITEMS:
+        few = counted(items, "held-out item")
+        words = f"Overfitting cannot be tested with {few}, at least {MIN_GAP_ITEMS} are needed"
+        return paragraph(f"{words}: {measured}.", class_="missing")
     rate = f"the test has a false-alarm rate of {FALSE_ALARM_RATE:g}"
-    return paragraph(f"{words}{with_error(r['gap'], r.get('gap_stderr'))} {BITS}; {rate}.", class_="good")
+    return paragraph(f"No overfitting is proved: {measured}; {rate}.", class_="good")
 
 
 def accuracy(rows: Sequence[Record]) -> list[object]:
