@@ -383,12 +383,14 @@ def test_training_on_what_the_data_tell(place, call, refused, capsys):
     recipe = ["--steps", 2, "--config", place / "recipe.toml", "--device", "cpu"]
     line = refused(3, "train", place / "data.npy", "--out", place / "none", *recipe, "--conditional")
     assert line.startswith("error[NO_CONDITIONS] data: these data have no labels, vectors, tokens or captions")
-    assert call("train", place / "told.npz", "--out", place / "told", *recipe, "--conditional").code == 0
+    said = call("train", place / "told.npz", "--out", place / "told", *recipe, "--conditional")
+    assert f"next: undiffuse sample {place / 'told'} --label all\n" in said.out
     model = load(place / "told")
     assert (model.config.network["classes"], model.config.network["tokens"]) == (4, 2)
     assert Run(place / "told").record["config"]["train"]["conditional"] is True
     assert model.info["classes"] == ["0", "1", "2", "3"]
-    assert call("train", place / "told.npz", "--out", place / "plain", *recipe).code == 0
+    said = call("train", place / "told.npz", "--out", place / "plain", *recipe)
+    assert f"next: undiffuse sample {place / 'plain'}\n" in said.out
     assert "classes" not in load(place / "plain").config.network
 
 

@@ -1,6 +1,7 @@
 """Text to image from the command line: training with captions, prompts, and their errors."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -25,7 +26,7 @@ from undiffuse.report.figures import image_strip, prompt_grid
 from undiffuse.sampling import sampler_search
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers import SOLVERS
-from undiffuse.training import diffusion_task
+from undiffuse.training import diffusion_task, distillation_task
 from undiffuse.training.run_folder import ChangedError
 
 RECIPE = """[model]
@@ -96,6 +97,12 @@ def test_a_run_with_captions_draws_prompts(trained, call, tmp_path):
     assert call("sample", run, "--prompt", "a white square", *flags).code == 0
     assert json.loads((tmp_path / "n" / "manifest.json").read_text())["negative"] == "a grey square"
     assert call("sample", run, "--prompt", "a white square", *flags).out.startswith("these 5 samples exist already")
+
+
+def test_the_command_after_distillation_has_a_prompt(trained, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation_task, "TEACHER_STEPS", 1)
+    said = call("distill", trained / "run", "--steps", 1, "--device", "cpu", "--out", tmp_path / "few")
+    assert re.search(r"next: undiffuse sample \S+/few --prompt '\w+", said.out), said
 
 
 def test_a_negative_prompt_beside_a_label_needs_no_prompt(call, tmp_path):

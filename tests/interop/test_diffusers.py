@@ -283,6 +283,9 @@ def test_the_command_writes_a_model_that_others_take(tmp_path, capsys):
     assert main(["sample", str(out), "--solver", "ancestral", "--steps", "8", "--n", "2"]) == 0
     assert main(["inspect", str(out)]) == 0
     assert "from diffusers DDPMScheduler" in capsys.readouterr().out
+    write_folder(tmp_path / "labelled", "classes")
+    assert main(["import", str(tmp_path / "labelled"), str(tmp_path / "of-labels")]) == 0
+    assert "--steps 20 --label all\n" in capsys.readouterr().out
     assert main(["import", str(tmp_path / "in"), str(out), "--json"]) == 0  # over its own files
     assert json.loads(capsys.readouterr().out)["checks"][0]["difference"] is None
     (out / "mine.txt").write_text("")

@@ -27,6 +27,7 @@ from undiffuse.cli.options import (
     resolve_device,
     run_folder,
 )
+from undiffuse.cli.prompt_options import example_condition
 from undiffuse.cli.recipe_options import check_length, format_length
 from undiffuse.cli.results import with_json
 from undiffuse.cli.training_options import (
@@ -119,8 +120,8 @@ def distill(
         report_finished(student, extendable=False)
         return
     report_done(student)
-    own = network_option(network)
-    console.print(f"next: undiffuse sample {as_argument(student.folder)}{own}")
+    options = example_condition(teacher.trained_condition_sizes, dataset) + network_option(network)
+    console.print(f"next: undiffuse sample {as_argument(student.folder)}{options}")
 
 
 def _settings_of(run: Path, **settings: Any) -> TrainConfig:

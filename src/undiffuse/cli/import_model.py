@@ -9,6 +9,7 @@ import typer
 
 from undiffuse.cli.data_options import lies_inside
 from undiffuse.cli.options import as_argument, console, require_utf8
+from undiffuse.cli.prompt_options import example_condition
 from undiffuse.cli.results import show, with_json
 from undiffuse.cli.sampler_options import parse_setting
 from undiffuse.errors import ConfigError
@@ -68,4 +69,5 @@ def import_model(
     show(rows, title, out=out, checks=checks, notes=imported.notes)
     for note in imported.notes:
         console.print(f"note: {note}")
-    console.print(f"next: undiffuse sample {as_argument(out)} {imported.sampling}")
+    condition = example_condition(imported.model.trained_condition_sizes)
+    console.print(f"next: undiffuse sample {as_argument(out)} {imported.sampling}{condition}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,10 +70,16 @@ def prompt_condition(
     return text_condition(model, prompts, encoder)
 
 
-def example_prompt(data: Dataset) -> str:
-    """The option that asks for the first caption of ``data``, after a space; empty without captions."""
-    prompt = data.captions[0][0] if data.captions else ""
-    return f" --prompt {shlex.quote(printable(prompt))}" if prompt and not prompt.startswith("-") else ""
+def example_condition(conditions: Collection[str], data: Dataset | None = None) -> str:
+    """The option of ``sample`` for a model with these ``conditions``, after a space; empty if it has none.
+
+    That is the first caption of ``data`` as a prompt, else each label in turn: samples without an option are
+    unconditional.
+    """
+    prompt = data.captions[0][0] if conditions and data and data.captions else ""
+    if prompt and not prompt.startswith("-"):
+        return f" --prompt {shlex.quote(printable(prompt))}"
+    return " --label all" if "classes" in conditions else ""
 
 
 def slug(prompts: Sequence[str]) -> list[str]:

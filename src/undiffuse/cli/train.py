@@ -21,7 +21,7 @@ from undiffuse.cli.options import (
     register_network,
     resolve_device,
 )
-from undiffuse.cli.prompt_options import example_prompt
+from undiffuse.cli.prompt_options import example_condition
 from undiffuse.cli.recipe_options import RecipeOptions, format_length
 from undiffuse.cli.results import with_json
 from undiffuse.cli.training_options import (
@@ -160,8 +160,8 @@ def train(
         report_finished(run)
         return
     report_done(run)
-    prompt = example_prompt(dataset) if conditional else ""
-    _print_next_commands(run, dataset, prompt, network_option(network))
+    condition = example_condition(dataset.condition_sizes if recipe.train.conditional else (), dataset)
+    _print_next_commands(run, dataset, condition, network_option(network))
 
 
 def stage_suffix(options: Mapping[str, Any]) -> str:
@@ -170,8 +170,8 @@ def stage_suffix(options: Mapping[str, Any]) -> str:
     return "".join(f"{word}-{side}" for word, side in sides if side is not None)
 
 
-def _print_next_commands(run: Run, dataset: Dataset, prompt: str, network: str) -> None:
-    """Print the commands that sample and measure the model, with the options ``prompt`` and ``network``."""
+def _print_next_commands(run: Run, dataset: Dataset, condition: str, network: str) -> None:
+    """Print the commands that sample and measure the model, with the options ``condition`` and ``network``."""
     from undiffuse.model import checkpoint
     from undiffuse.training.run_report import no_likelihood
 
@@ -179,7 +179,7 @@ def _print_next_commands(run: Run, dataset: Dataset, prompt: str, network: str) 
     if "image" in dataset.condition_sizes:
         console.print(f"to sample: undiffuse sample BASE --then {folder}, BASE a model of the small images")
     else:
-        console.print(f"next: undiffuse sample {folder}{prompt}{network}")
+        console.print(f"next: undiffuse sample {folder}{condition}{network}")
     config = run.require_record()["config"]
     if config["model"].get("autoencoder") and no_likelihood(checkpoint.load(run.folder)):  # others have one
         return
