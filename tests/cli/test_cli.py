@@ -341,6 +341,13 @@ def test_help(call, command, names):
     assert command in overview.out
 
 
+def test_80_columns_hold_the_whole_line_of_each_command(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = call("--help").out.split("Commands:\n")[1].splitlines()
+    assert len(lines) > 20
+    assert [line for line in lines if "..." in line or "…" in line] == []
+
+
 def test_no_arguments_show_the_help(call):
     assert "train" in call().out
 

@@ -74,7 +74,9 @@ def advise_command(
     *,
     read: ReadData,
 ) -> None:
-    """Measure which sampler is best for a number of network calls on this model; 'sample --calls' uses the result.
+    """Find the best sampler for a number of network calls.
+
+    'sample --calls' uses the result.
 
     First all deterministic solvers start from the same noise, and their endpoints are compared with those of a fine
     solution of the flow. Then the best of them and all stochastic solvers are ranked by the distance of their samples

@@ -36,7 +36,10 @@ def check(
     *,
     read: ReadData,
 ) -> None:
-    """Show what DATA contain: items, sizes, values, labels, duplicates, the held-out split."""
+    """Show sizes, values, labels and duplicates of DATA.
+
+    Also prints the number of items and the held-out split.
+    """
     from undiffuse.data.image_formats import FORMATS
     from undiffuse.runtime.own_output import MARKABLE_SUFFIXES, refuse_other_file
 

@@ -62,7 +62,10 @@ def compare(
     *,
     read: ReadData,
 ) -> None:
-    """Compare SAMPLES with the data of their run, or DATA: metrics beside their floor, and a test for copies."""
+    """Compare SAMPLES with the data of their run, or DATA.
+
+    Prints metrics beside their floor, and a test for copies.
+    """
     from undiffuse.errors import DataError
     from undiffuse.evaluation import comparison
     from undiffuse.report import comparison_report

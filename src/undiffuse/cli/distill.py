@@ -86,9 +86,10 @@ def distill(
     *,
     read: ReadData,
 ) -> None:
-    """Distill the model of RUN into one that draws a sample with few network calls. An unfinished run is resumed.
+    """Distill RUN into a model that samples in few calls.
 
-    It trains on the data of RUN, from the weights of RUN, for 10 minutes if no length is given. A flow map has a
+    It trains on the data of RUN, from the weights of RUN, for 10 minutes if no length is given. An unfinished run is
+    resumed. A flow map has a
     likelihood, a consistency model has none.
     """
     from undiffuse.model import checkpoint

@@ -15,7 +15,10 @@ TIMED = {"digits": ((1, 8, 8), 17), "cpu-small": ((1, 28, 28), 256)}
 
 @with_json
 def doctor(device: Device = "auto") -> None:
-    """Describe this machine and installation: versions, processor, GPU, precision, memory, speed, what is missing."""
+    """Describe this machine and installation.
+
+    Prints versions, processor, GPU, precision, memory, speed, and missing packages.
+    """
     import torch
 
     from undiffuse.model import presets

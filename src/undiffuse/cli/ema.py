@@ -47,9 +47,9 @@ def ema(
     *,
     read: ReadData,
 ) -> None:
-    """Average the weights of a finished run over another length, without training again.
+    """Average the weights of a run over another length.
 
-    Give one --length, or --best to compare lengths on held-out data."""
+    The run is finished, and is not trained again. Give one --length, or --best to compare lengths on held-out data."""
     from undiffuse.model import checkpoint
     from undiffuse.training.posthoc_ema import MAX_PROFILE_ERROR, compare_lengths, with_ema_length
     from undiffuse.training.run_folder import Run

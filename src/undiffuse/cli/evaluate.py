@@ -91,7 +91,10 @@ def evaluate(
     *,
     read: ReadData,
 ) -> None:
-    """Measure a model in bits per dimension, on its own held-out data or on DATA; an interrupted evaluation resumes."""
+    """Measure a model in bits per dimension.
+
+    The items are its own held-out data, or those of DATA. An interrupted evaluation is resumed.
+    """
     from undiffuse.evaluation import resumable
     from undiffuse.evaluation.run_evaluation import evaluate as evaluate_model
     from undiffuse.evaluation.summary import NAMES

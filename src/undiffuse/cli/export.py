@@ -20,9 +20,10 @@ def export(
     kind: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")],
     network: NetworkFile = None,
 ) -> None:
-    """Export the model of RUN to another format and print how far its outputs are from the model's.
+    """Export the model of RUN to another format.
 
-    If the format cannot express the model, the error names the first part that is not supported.
+    Prints the distance of its outputs from the model's. If the format cannot express the model, the error names the
+    first part that is not supported.
     """
     from undiffuse.interop import exporting
 

@@ -45,9 +45,10 @@ def import_model(
         ),
     ] = None,
 ) -> None:
-    """Import a model of another library and print how far its outputs are from the original's.
+    """Import a model of another library.
 
-    Nothing is downloaded, and no code of SOURCE is run. Nothing is written if the outputs differ.
+    Prints the distance of its outputs from the original's. Nothing is downloaded, and no code of SOURCE is run. Nothing
+    is written if the outputs differ.
     """
     from undiffuse.interop import importing
 

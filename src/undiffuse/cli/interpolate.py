@@ -40,7 +40,10 @@ def interpolate(
     network: NetworkFile = None,
     device: Device = "auto",
 ) -> None:
-    """A strip of images from A to B: their latents under the model's flow, interpolated on an arc."""
+    """Draw a strip of images from A to B.
+
+    The noise that the model's flow assigns to A and B is interpolated on an arc.
+    """
     import torch
 
     from undiffuse.data.single import load_image

@@ -61,9 +61,10 @@ def report(
     *,
     read: ReadData,
 ) -> None:
-    """Write a page about RUN: samples, curves, likelihood, distances, copies, settings.
+    """Write a page about RUN: samples, curves, measurements.
 
-    It runs 'evaluate', 'sample' and 'compare' if their results are missing in the run.
+    It has the likelihood, distances from the data, copies and settings. It runs 'evaluate', 'sample' and 'compare' if
+    their results are missing in the run.
     """
     from undiffuse.model.diffusion import Diffusion
     from undiffuse.training import run_report

@@ -92,7 +92,10 @@ def restore(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:
-    """Fill in, enlarge, sharpen or denoise IMAGE with a model of such images: restorations, their mean and spread."""
+    """Fill in, enlarge, sharpen or denoise IMAGE.
+
+    RUN is a model of such images. Writes restorations, their mean and spread.
+    """
     import torch
 
     from undiffuse.data.single import load_image

@@ -148,7 +148,10 @@ def sample(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:
-    """Draw samples from a trained model: single files, a grid, an array, and a manifest. Resumes a stopped command."""
+    """Draw samples from a trained model.
+
+    Writes single files, a grid, an array, and a manifest. A stopped command is resumed.
+    """
     import torch
 
     from undiffuse.model.arguments import check_condition

@@ -24,9 +24,10 @@ def share(
     message: Annotated[str | None, typer.Option(help="The message of the commit on the hub.")] = None,
     network: NetworkFile = None,
 ) -> None:
-    """Write the model of RUN and a model card into a folder, or into a repository of the Hugging Face hub.
+    """Write the model of RUN and a card to a folder or hub.
 
-    The card has the likelihood that `undiffuse evaluate` measured. Log in to the hub before: hf auth login.
+    The hub is that of Hugging Face. The card has the likelihood that `undiffuse evaluate` measured. Log in to the hub
+    before: hf auth login.
     """
     from undiffuse.model.diffusion import Diffusion
     from undiffuse.runtime import hub

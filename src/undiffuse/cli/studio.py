@@ -27,7 +27,10 @@ def studio(
     network: NetworkFile = None,
     device: Device = "auto",
 ) -> None:
-    """Show models on a page that only this machine can open: sample, measure, inpaint, interpolate, watch."""
+    """Show models on a page that only this machine opens.
+
+    The page samples, measures, inpaints, interpolates, and watches runs.
+    """
     import webbrowser
     from importlib.util import find_spec
 

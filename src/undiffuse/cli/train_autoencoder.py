@@ -72,9 +72,10 @@ def train_autoencoder(
     *,
     read: ReadData,
 ) -> None:
-    """Train an autoencoder on DATA, for `train DATA --autoencoder RUN`.
+    """Train an autoencoder on DATA for models of latents.
 
-    An unfinished run is resumed. Training takes 10 minutes if no length is given.
+    `train DATA --autoencoder RUN` trains such a model. An unfinished run is resumed. Training takes 10 minutes if no
+    length is given.
     """
     from undiffuse.training.autoencoder_task import AutoencoderRecipe, fit_autoencoder
 

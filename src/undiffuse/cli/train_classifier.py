@@ -65,9 +65,10 @@ def train_classifier(
     *,
     read: ReadData,
 ) -> None:
-    """Train a classifier of noisy items on the labels of DATA, for `sample --classifier`.
+    """Train a classifier on DATA for `sample --classifier`.
 
-    An unfinished run is resumed. Training takes 5 minutes if no length is given.
+    It predicts the labels of DATA from noisy items. An unfinished run is resumed. Training takes 5 minutes if no length
+    is given.
     """
     from undiffuse.model.noisy_classifier import load
     from undiffuse.training.classifier_task import ClassifierConfig, fit_classifier

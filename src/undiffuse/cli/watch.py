@@ -44,7 +44,10 @@ def watch(
         Path | None, typer.Option(help="Also write the run's records into this folder, for TensorBoard.")
     ] = None,
 ) -> None:
-    """Show the curves of a run while it trains, and the time left. Ctrl-C ends the display, not the run."""
+    """Show the curves of a run while it trains.
+
+    Also shows the time left. Ctrl-C ends the display, not the run.
+    """
     from undiffuse.training.run_folder import Run
 
     if not every <= MAX_WAIT:
