@@ -372,7 +372,7 @@ def test_a_wrong_argument_leaves_earlier_samples(run, call, tmp_path):
 
 def test_calls_without_advice(run, call, tmp_path):
     said = call("sample", run, "--n", 1, "--calls", 12, "--out", tmp_path / "x")
-    assert "no advice for this model yet: 'undiffuse advise RUN --calls 12' measures" in said.out
+    assert f"yet; to measure which sampler is best: undiffuse advise {run} --calls 12\n" in said.out
     assert sampler_of(tmp_path / "x") == Sampler(QUALITIES["good"].solver, 12)
     said = call("sample", run, "--n", 1, "--calls", 12, "--solver", "heun", "--out", tmp_path / "x")
     assert "advice for this model" not in said.out

@@ -33,6 +33,7 @@ from undiffuse.cli.options import (
     bytes_per_value,
     console,
     log_of,
+    network_option,
     register_network,
     require_disk_space,
     resolve_device,
@@ -200,7 +201,7 @@ def sample(
         if solver or spacing or setting:
             return None
         conditions = {"label": label, **files, "prompt": texts or None}
-        return read_advice(run_folder(run), weights, calls, log, sampler, conditions)
+        return read_advice(run, weights, calls, log, sampler, conditions, network_option(network))
 
     sampler = options.choose(model, log, advised)
     if condition is not None:  # a wrong one is an error before a folder is opened

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from undiffuse.cli.options import limit_steps
+from undiffuse.cli.options import as_argument, limit_steps, run_folder
 from undiffuse.errors import ConfigError, counted
 from undiffuse.runtime.side_files import read_record, set_aside, write_record
 from undiffuse.sampling.sampler import DEFAULT_NUM_STEPS, DEFAULT_SAMPLER, Sampler, guidance_changes
@@ -137,21 +137,23 @@ def within_calls(model: AnyModel, sampler: Sampler, calls: int) -> Sampler:
 
 
 def read_advice(
-    folder: Path,
+    run: Path,
     weights: str,
     calls: int,
     log: Callable[[str], None],
     sampler: Sampler | None = None,
     conditions: Mapping[str, Any] | None = None,
+    network: str = "",
 ) -> Sampler | None:
-    """The sampler advised for ``calls`` in the folder's advice, with the guidance of ``sampler``; None without advice.
+    """The sampler advised for ``run`` and ``calls``, with the guidance of ``sampler``; None without advice.
 
     ``log`` gets a line if there is none for these ``weights``, and if the guidance or the ``conditions`` (option ->
-    value, None if not given) differ from those of the measurement.
+    value, None if not given) differ from those of the measurement. ``network`` is an option of ``advise``.
     """
-    path, sampler = folder / ADVICE_FILE, sampler or Sampler()
+    path, sampler = run_folder(run) / ADVICE_FILE, sampler or Sampler()
     if not path.exists():
-        log(f"no advice for this model yet: 'undiffuse advise RUN --calls {calls}' measures which sampler is best")
+        command = f"undiffuse advise {as_argument(run)} --calls {calls}{network}"
+        log(f"no advice for this model yet; to measure which sampler is best: {command}")
         return None
     try:
         stored: Any = read_record(path)
