@@ -117,7 +117,7 @@ def of_models(slow: bool) -> dict[str, Tensor]:
             for part in ("prior", "steps", "decoder"):
                 numbers[f"{name} {estimate} {part}"] = getattr(bound, "diffusion_nats" if part == "steps" else part)
         if f"{name} codes" not in ILL_CONDITIONED:
-            numbers[f"{name} codes"] = diffusion.to_latent(x, 4).double()
+            numbers[f"{name} codes"] = diffusion.to_noise(x, 4).double()
         g = torch.Generator().manual_seed(8)
         u, eps = torch.rand(4, generator=g), torch.randn(x.shape, generator=g)
         loss = diffusion.loss(x, u, eps, eps.flip(0), label)

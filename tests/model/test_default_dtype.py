@@ -56,7 +56,7 @@ def test_estimates_and_samples():
         nll = partial(model.nll, values, mc_samples=None if estimate == "ode" else 3, estimate=estimate)
         one, other = in_both(nll)
         assert torch.equal(one.total, other.total), estimate
-    for call in (lambda: model.sample(2), lambda: model.to_latent(values)):
+    for call in (lambda: model.sample(2), lambda: model.to_noise(values)):
         assert torch.equal(*in_both(call))
 
 

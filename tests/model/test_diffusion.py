@@ -219,7 +219,7 @@ def test_samples_do_not_depend_on_the_batch_and_continue_from_any_item():
     assert torch.equal(first[0][2:], first[1])
 
 
-@pytest.mark.parametrize("call", ["sample", "to_latent", "from_latent"])
+@pytest.mark.parametrize("call", ["sample", "to_noise", "from_noise"])
 def test_an_item_that_becomes_infinite_is_an_error_and_no_value(call):
     diffusion = model((2,), Identity())
     with torch.no_grad():
@@ -258,8 +258,8 @@ def test_a_trajectory_records_no_gradients_and_needs_no_eval():
 METHODS = {
     "sample": lambda model, values: model.sample(2, sampler=Sampler(num_steps=2)),
     "nll": lambda model, values: model.nll(values, mc_samples=2).total,
-    "to_latent": lambda model, values: model.to_latent(values, 2),
-    "from_latent": lambda model, values: model.from_latent(values / 2 - 1, 2),
+    "to_noise": lambda model, values: model.to_noise(values, 2),
+    "from_noise": lambda model, values: model.from_noise(values / 2 - 1, 2),
     "restore": lambda model, values: restore(model, Degradation((1, 4, 4)), values[0] / 2 - 1, 2, num_steps=2),
     "sdedit": lambda model, values: sdedit(model, values[0] / 2 - 1, 2, 0.5, num_steps=2),
 }
@@ -300,7 +300,7 @@ def test_the_models_of_a_guide_have_no_dropout():
 
 
 def test_flows_within_a_tolerance_compute_in_float32(monkeypatch):
-    """Rounding to bfloat16 is above the tolerance of `adaptive`, and above the error of a way to latents and back."""
+    """Rounding to bfloat16 is above the tolerance of `adaptive`, and above the error of a way to noise and back."""
     data, weak = Standardized((0.0, 0.0), (1.0, 1.0)), model((2,), Identity(), seed=1).denoiser()
     diffusion, values = model((2,), data), torch.tensor([[0.5, -1.0], [1.5, 0.2]])
     weak.autocast, found, calls = torch.bfloat16, [], []
@@ -310,7 +310,7 @@ def test_flows_within_a_tolerance_compute_in_float32(monkeypatch):
         diffusion.autocast = precision
         calls.clear()
         samples = [diffusion.sample(3, sampler="adaptive", guide=guide) for guide in (None, Guide(weak=weak))]
-        found.append([*samples, diffusion.to_latent(values), diffusion.from_latent(values), torch.tensor(len(calls))])
+        found.append([*samples, diffusion.to_noise(values), diffusion.from_noise(values), torch.tensor(len(calls))])
     assert all(map(torch.equal, *found))
     assert weak.autocast == diffusion.denoiser().autocast == torch.bfloat16
     rounded = diffusion.sample(3, sampler="ddim")
@@ -318,11 +318,11 @@ def test_flows_within_a_tolerance_compute_in_float32(monkeypatch):
     assert not torch.equal(rounded, diffusion.sample(3, sampler="ddim"))
 
 
-def test_latents_need_no_eval():
+def test_inversion_needs_no_eval():
     diffusion, (values, *_) = model(network={**NET, "dropout": 0.5}, codec=Identity(), scale=0.1), numbers()
-    latents, *again = (diffusion.train(mode).to_latent(values / 2 - 1, 3) for mode in (False, True, True))
-    assert all(torch.equal(latents, other) for other in again)
-    items = [diffusion.train(mode).from_latent(latents, 3) for mode in (False, True)]
+    noise, *again = (diffusion.train(mode).to_noise(values / 2 - 1, 3) for mode in (False, True, True))
+    assert all(torch.equal(noise, other) for other in again)
+    items = [diffusion.train(mode).from_noise(noise, 3) for mode in (False, True)]
     assert torch.equal(*items)
 
 
@@ -444,13 +444,13 @@ def test_each_sample_is_of_its_own_label_in_any_batch():
     assert torch.equal(values, diffusion.transform.to_data(whole))
 
 
-def test_latents_are_those_of_the_conditional_flow():
+def test_noises_are_those_of_the_conditional_flow():
     diffusion = model(codec=Identity(), network=NET | {"classes": 3})
     values = torch.randn(7, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     cond = Condition(label=LABELS)
-    code = diffusion.to_latent(values, cond=cond)
-    torch.testing.assert_close(diffusion.from_latent(code, cond=cond), values, rtol=0, atol=1e-3)
-    for apart in (diffusion.to_latent(values) - code, diffusion.from_latent(code) - values):
+    code = diffusion.to_noise(values, cond=cond)
+    torch.testing.assert_close(diffusion.from_noise(code, cond=cond), values, rtol=0, atol=1e-3)
+    for apart in (diffusion.to_noise(values) - code, diffusion.from_noise(code) - values):
         assert apart[LABELS >= 0].abs().amax((1, 2, 3)).min() > 1e-2
         assert apart[2].abs().max() < 1e-3  # the null label equals no label
 

@@ -161,5 +161,5 @@ def test_a_latent_model_is_a_model(tmp_path):
     assert checkpoint.fingerprint(loaded) == checkpoint.fingerprint(model)
     assert loaded.transform == model.transform
     assert torch.equal(loaded.nll(samples).total, model.nll(samples).total)
-    assert loaded.from_latent(loaded.to_latent(samples)).shape == samples.shape
+    assert loaded.from_noise(loaded.to_noise(samples)).shape == samples.shape
     assert not any("autoencoder" in name for name in model.state_dict())

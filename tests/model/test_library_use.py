@@ -44,11 +44,11 @@ def condition(settings, n=6):
 
 
 def results(diffusion, settings):
-    """(bound, last states of samples, latents) of a model, float64."""
+    """(bound, last states of samples, noise) of a model, float64."""
     values, cond = numbers()[0], condition(settings)
     *_, last = diffusion.trajectory(range(6), 2, FOUR, cond)
     bound = diffusion.nll(values, mc_samples=2, cond=cond).total / 16
-    return [x.double() for x in (bound, last.x, diffusion.to_latent(values, 4, cond))]
+    return [x.double() for x in (bound, last.x, diffusion.to_noise(values, 4, cond))]
 
 
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
@@ -77,11 +77,11 @@ def test_the_other_estimates_of_a_cast_model(estimate):
 
 def test_double_precision_reaches_from_the_input_to_the_state():
     """In float64 the flow and its inverse agree to 1e-10 of the values' size, which float32 does not reach."""
-    latents = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     diffusion = model(scale=0.1, codec=Identity()).double()
-    again = diffusion.to_latent(diffusion.from_latent(latents, 10), 10)
-    assert diffusion.from_latent(latents, 10).dtype == again.dtype == torch.float64
-    one, other = (diffusion.from_latent(latents + shift, 10) for shift in (0.0, 1e-12))
+    again = diffusion.to_noise(diffusion.from_noise(noise, 10), 10)
+    assert diffusion.from_noise(noise, 10).dtype == again.dtype == torch.float64
+    one, other = (diffusion.from_noise(noise + shift, 10) for shift in (0.0, 1e-12))
     assert 0 < float((one - other).abs().max()) < 1e-10
 
 
@@ -267,7 +267,7 @@ def test_a_wrong_number_of_draws_or_steps_is_refused(value):
     with pytest.raises(ConfigError, match=r"mc_samples = "):
         model().nll(numbers()[0], mc_samples=value)
     with pytest.raises(ConfigError, match=r"num_steps = "):
-        model().to_latent(numbers()[0], num_steps=value)
+        model().to_noise(numbers()[0], num_steps=value)
     with pytest.raises(ConfigError, match=r"num_steps = "):
         model().sample(1, sampler=Sampler(num_steps=value))
 
@@ -287,15 +287,15 @@ def test_items_of_another_shape_are_refused(shape):
     _, u, eps = numbers(2)
     for use in (
         lambda m: m.nll(values),
-        lambda m: m.to_latent(values),
-        lambda m: m.from_latent(values.float()),
+        lambda m: m.to_noise(values),
+        lambda m: m.from_noise(values.float()),
         lambda m: m.loss(values, u, eps),
         lambda m: m.loss(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), u, values.float()),
         lambda m: m.loss(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), u, eps, values.float()),
         lambda m: restore(m, Degradation((1, 4, 4)), torch.zeros(shape), 1),
     ):
         with pytest.raises(
-            ConfigError, match=r"error\[ARGUMENT\] (values|latent|eps|z|image): its shape is .*, not \(n, "
+            ConfigError, match=r"error\[ARGUMENT\] (values|noise|eps|z|image): its shape is .*, not \(n, "
         ):
             use(model())
 
@@ -305,7 +305,7 @@ def test_batches_of_unequal_length_and_no_items_are_refused():
     for arguments in ((values, u[:3], eps), (values, u[:, None], eps), (values, None, eps), (values, u, eps[:3])):
         with pytest.raises(ConfigError, match=r"error\[ARGUMENT\] (u|eps): "):
             diffusion.loss(*arguments)
-    for use in (diffusion.nll, diffusion.to_latent):
+    for use in (diffusion.nll, diffusion.to_noise):
         with pytest.raises(ConfigError, match="values: it has no items"):
             use(values[:0])
         for wrong in (values.numpy(), values.tolist(), None):
@@ -319,7 +319,7 @@ def test_values_outside_of_the_levels_are_refused(dtype, value):
     values = numbers()[0].to(dtype)
     values[3, 0, 1, 2] = value
     shown = int(values.max()) if value > 0 or dtype == torch.uint8 else value
-    for use in (model().nll, model().to_latent):
+    for use in (model().nll, model().to_noise):
         with pytest.raises(DataError, match=rf"error\[RANGE\] values: they range from .*{shown}.* values are 0 to 4"):
             use(values)
 
@@ -338,8 +338,8 @@ def test_more_steps_than_the_chain_has_are_refused():
         lambda: diffusion.sample(1, sampler=Sampler(num_steps=11)),
         lambda: diffusion.sample(1, sampler=Sampler()),
         lambda: diffusion.trajectory(range(1), sampler=Sampler("heun", 11)),
-        lambda: diffusion.to_latent(values, 11),
-        lambda: diffusion.from_latent(values.float(), 11),
+        lambda: diffusion.to_noise(values, 11),
+        lambda: diffusion.from_noise(values.float(), 11),
         lambda: restore(diffusion, Degradation((1, 4, 4)), torch.zeros(1, 4, 4), 1, num_steps=11),
     ):
         with pytest.raises(
@@ -350,7 +350,7 @@ def test_more_steps_than_the_chain_has_are_refused():
     assert torch.equal(diffusion.sample(1, sampler="ddim"), whole), "50 steps, or those of a shorter chain"
     default = replace(DEFAULT_SAMPLER, num_steps=None)
     assert torch.equal(diffusion.sample(1), diffusion.sample(1, sampler=default)), "25 steps, or those of a shorter one"
-    assert torch.equal(diffusion.to_latent(values), diffusion.to_latent(values, 10))
+    assert torch.equal(diffusion.to_noise(values), diffusion.to_noise(values, 10))
     falling = tuple(i / 20 for i in range(20, -1, -1))
     assert len(diffusion.noise_levels(Sampler(times=falling))) == 21, "explicit times are the user's own"
 

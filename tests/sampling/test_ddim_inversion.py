@@ -31,7 +31,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_latents_are_those_of_the_exact_flow_and_invert(name):
+def test_noises_are_those_of_the_exact_flow_and_invert(name):
     schedule, data, x = SCHEDULES[name], GaussianData(MEAN, COV), random(3, *SHAPE)
     denoise, levels = data.denoiser(schedule), finite_levels(schedule, time_grid(schedule, 60))
     top, clean = finite_ends(schedule)
@@ -57,7 +57,7 @@ def test_inversion_error_falls_with_more_steps():
 
 
 @pytest.mark.parametrize("transform", [IntegerLevels(256), Identity()])
-def test_to_latent_and_from_latent(transform):
+def test_to_noise_and_from_noise(transform):
     torch.manual_seed(0)
     config = ModelConfig(
         network={"kind": "unet", "widths": (8,), "blocks": 1, "attention": ()},
@@ -67,14 +67,14 @@ def test_to_latent_and_from_latent(transform):
     model = Diffusion(config, (1, 4, 4), transform).eval()
     values = torch.randint(0, 256, (3, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     values = values.to(torch.uint8) if isinstance(transform, IntegerLevels) else values / 128 - 1
-    latent = model.to_latent(values, num_steps=10)
-    assert (latent.shape, latent.requires_grad) == ((3, 1, 4, 4), False)
-    torch.testing.assert_close(model.from_latent(latent, num_steps=10), values, rtol=1e-3, atol=1e-3)
+    noise = model.to_noise(values, num_steps=10)
+    assert (noise.shape, noise.requires_grad) == ((3, 1, 4, 4), False)
+    torch.testing.assert_close(model.from_noise(noise, num_steps=10), values, rtol=1e-3, atol=1e-3)
     levels = finite_levels(model.schedule, model.noise_levels(Sampler(num_steps=10)))
-    torch.testing.assert_close(latent, ddim_invert(model.denoiser(), transform.to_model(values), levels))
-    assert model.to_latent(values[:1]).shape == (1, 1, 4, 4)  # all 12 steps of the chain
+    torch.testing.assert_close(noise, ddim_invert(model.denoiser(), transform.to_model(values), levels))
+    assert model.to_noise(values[:1]).shape == (1, 1, 4, 4)  # all 12 steps of the chain
     with pytest.raises(ConfigError, match="the model's chain has 12 steps"):
-        model.to_latent(values[:1], num_steps=13)
+        model.to_noise(values[:1], num_steps=13)
 
 
 def test_slerp():

@@ -324,16 +324,16 @@ class Diffusion(Pretrained, nn.Module):
             values.append(self.transform.to_data(x).cpu())
         return torch.cat(values)
 
-    def to_latent(self, values: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
+    def to_noise(self, values: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
         """The noise (n, *x_shape) to which the flow maps ``values`` (n, *item_shape); N(0, I) for a perfect model.
 
         On the CPU, in ``num_steps`` steps, by default 50, or those of a shorter chain. Raises `ConfigError` and
         `DataError`.
         """
-        return inversion.to_latent(self, values, num_steps, cond)
+        return inversion.to_noise(self, values, num_steps, cond)
 
-    def from_latent(self, latent: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
-        """The values of ``latent``: the inverse of `to_latent`, to the solver's error and the values' rounding."""
-        return inversion.from_latent(self, latent, num_steps, cond)
+    def from_noise(self, noise: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
+        """The values of ``noise``: the inverse of `to_noise`, to the solver's error and the values' rounding."""
+        return inversion.from_noise(self, noise, num_steps, cond)
 
     nll = measure

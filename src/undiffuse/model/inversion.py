@@ -17,8 +17,8 @@ from undiffuse.sampling.ddim_inversion import ddim_generate, ddim_invert, finite
 from undiffuse.sampling.trajectory import check_finite
 
 
-def to_latent(model: Any, values: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
-    """`Diffusion.to_latent`."""
+def to_noise(model: Any, values: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
+    """`Diffusion.to_noise`."""
     x = model.transform.to_model(arguments.check_values(values, model.item_shape, model.transform), model.dtype)
     x = arguments.outside_inference_mode(x.to(model.device))
     denoise, levels = _conditioned(model, cond, len(x)), _levels(model, num_steps)
@@ -26,25 +26,25 @@ def to_latent(model: Any, values: Tensor, num_steps: int | None = None, cond: Co
         return check_finite(ddim_invert(denoise, x, levels)).cpu()
 
 
-def from_latent(model: Any, latent: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
-    """`Diffusion.from_latent`."""
-    latent = arguments.check_items("latent", latent, model.x_shape).to(model.device, model.dtype)
-    denoise, levels = _conditioned(model, cond, len(latent)), _levels(model, num_steps)
+def from_noise(model: Any, noise: Tensor, num_steps: int | None = None, cond: Condition | None = None) -> Tensor:
+    """`Diffusion.from_noise`."""
+    noise = arguments.check_items("noise", noise, model.x_shape).to(model.device, model.dtype)
+    denoise, levels = _conditioned(model, cond, len(noise)), _levels(model, num_steps)
     with evaluation_mode(model):
-        x = check_finite(ddim_generate(denoise, latent, levels))
+        x = check_finite(ddim_generate(denoise, noise, levels))
     return model.transform.to_data(x).cpu()
 
 
 def interpolate(
     model: Any, ends: Tensor, n: int, num_steps: int | None = None, cond: Condition | None = None
 ) -> Tensor:
-    """n ≥ 2 items on the way between two, as values (n, *item_shape): their latents by `slerp` at equal weights.
+    """n ≥ 2 items on the way between two, as values (n, *item_shape): their noises by `slerp` at equal weights.
 
     ``ends`` (2, *item_shape) are the two items, and up to the solver's error the first and the last result. ``cond``
     holds the condition of each of the n items; those of its first two are those of the ends.
     """
-    one, other = to_latent(model, ends, num_steps, cond and cond.take(slice(2)))
-    return from_latent(model, slerp(one, other, torch.linspace(0, 1, n)), num_steps, cond)
+    one, other = to_noise(model, ends, num_steps, cond and cond.take(slice(2)))
+    return from_noise(model, slerp(one, other, torch.linspace(0, 1, n)), num_steps, cond)
 
 
 def _levels(model: Any, num_steps: int | None) -> list[NoiseLevel]:

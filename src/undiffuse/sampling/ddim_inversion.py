@@ -1,4 +1,4 @@
-"""Latents of items under the probability flow, the way back, and interpolation between latents."""
+"""Items to noise by the probability flow, the way back, and interpolation between two noises."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def finite_levels(schedule: Schedule, levels: list[NoiseLevel]) -> list[NoiseLev
 def ddim_invert(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel]) -> Tensor:
     """x_T/std by the flow up from alpha x at the last of the falling ``levels``; std is that of the prior.
 
-    Latents (B, ...) of the data ``x`` (B, ...) are N(0, I) to the extent that the model is right.
+    The noises (B, ...) of the data ``x`` (B, ...) are N(0, I) to the extent that the model is right.
     """
     start = broadcast_like(levels[-1].alpha, x) * x
     top = last_step(trajectory(denoise, FLOW_SOLVER, levels[::-1], start, lambda n: x.new_empty(n, *x.shape)))
@@ -34,17 +34,17 @@ def ddim_invert(denoise: Denoiser, x: Tensor, levels: list[NoiseLevel]) -> Tenso
 
 
 @torch.no_grad()
-def ddim_generate(denoise: Denoiser, latents: Tensor, levels: list[NoiseLevel]) -> Tensor:
-    """x (B, ...) of ``latents`` (B, ...): the inverse of `ddim_invert`, to the error of the solver."""
-    start = latents * prior_scale(levels[0])
-    clean = last_step(trajectory(denoise, FLOW_SOLVER, levels, start, lambda n: latents.new_empty(n, *latents.shape)))
-    return clean.x / broadcast_like(clean.level.alpha, latents)
+def ddim_generate(denoise: Denoiser, noise: Tensor, levels: list[NoiseLevel]) -> Tensor:
+    """x (B, ...) of ``noise`` (B, ...): the inverse of `ddim_invert`, to the error of the solver."""
+    start = noise * prior_scale(levels[0])
+    clean = last_step(trajectory(denoise, FLOW_SOLVER, levels, start, lambda n: noise.new_empty(n, *noise.shape)))
+    return clean.x / broadcast_like(clean.level.alpha, noise)
 
 
 def slerp(one: Tensor, other: Tensor, weight: Tensor) -> Tensor:
     """(sin((1 − w) θ) one + sin(w θ) other)/sin θ for each w of ``weight`` (n,), θ the angle between them [Shoemake85].
 
-    Between latents of equal length every result has that length too, as samples of N(0, I) nearly do. If ``one`` and
+    Between noises of equal length every result has that length too, as samples of N(0, I) nearly do. If ``one`` and
     ``other`` lie on a line through 0, the interpolation is linear.
     """
     flat = one.flatten().double(), other.flatten().double()

@@ -265,7 +265,7 @@ def inpaint(run: StudioRun, images: Images, fields: Fields) -> Work:
 
 
 def interpolate(run: StudioRun, images: Images, fields: Fields) -> Work:
-    """Images between two images: their latents under the model's flow, interpolated on an arc."""
+    """Images between two images: the noises to which the model's flow maps them, interpolated on an arc."""
     model, n = _mean_model(run), fields.integer("n", 2, MAX_ITEMS, 9)
     steps = fields.integer("steps", 1, model.chain_length, min(50, model.chain_length))
     sources = fields.object("source"), fields.object("other")
