@@ -74,7 +74,7 @@ def test_all_stages_are_drawn_with_a_line_for_each_and_one_manifest(place, call,
     manifest = json.loads((place / "samples" / "manifest.json").read_text())
     cascade = Cascade.load([BASE, MIDDLE, TOP])
     assert manifest["weights"] == cascade.fingerprints
-    assert (manifest["then"], manifest["seed"], manifest["augmentation"]) == ([MIDDLE, TOP], 3, 0.2)
+    assert (manifest["then"], manifest["seed"], manifest["image_noise"]) == ([MIDDLE, TOP], 3, 0.2)
     assert manifest["stage_samplers"] == [Sampler("dpm++2m_sde", 4).to_dict()] * 3
     x = np.load(place / "samples" / "samples.npz")["x"]
     assert x.shape == (5, 3, 16, 16)
@@ -86,8 +86,8 @@ def test_all_stages_are_drawn_with_a_line_for_each_and_one_manifest(place, call,
         assert call("compare", "samples", *run).err.startswith("error[FEW] photos: 5 samples, ")
     assert "enlarges 3×8×8 to 3×16×16, map haar" in call("inspect", TOP).out
     assert "base, 3×4×4 of 3×16×16, map mean" in call("inspect", BASE).out
-    other = call(*arguments, "--augmentation", 0.5).out
-    assert "differ in augmentation" in other
+    other = call(*arguments, "--image-noise", 0.5).out
+    assert "differ in image_noise" in other
 
 
 def test_the_manifest_and_the_summary_name_the_samplers_that_the_stages_used(place, call):
@@ -145,7 +145,7 @@ def test_the_sum_of_the_bounds_is_evaluated(place, call):
             f"error[CASCADE] {MIDDLE}: it is a super-resolution model, and the first model of a cascade is its base",
         ),
         (("sample", BASE, "--then", "runs/none"), "error[NOT_FOUND] runs/none"),
-        (("sample", BASE, "--augmentation", 0.2), "error[USAGE] --augmentation: it is for images that --then"),
+        (("sample", BASE, "--image-noise", 0.2), "error[USAGE] --image-noise: it is for images that --then"),
         (("sample", BASE, "--then", MIDDLE, "--animate", "a.gif"), "error[USAGE] --animate: it is for a single model"),
         (("sample", BASE, "--then", MIDDLE, "--guidance", 2), "error[GUIDANCE] --guidance"),
         (("evaluate", BASE, "--then", MIDDLE, "--compat", "openai"), "error[USAGE] --compat: it is for a single"),

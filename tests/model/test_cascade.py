@@ -127,7 +127,7 @@ def test_with_a_noisy_image_the_expectation_is_a_bound(name, std):
         image = torch.full((81, 1, 1, 1), node)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("undiffuse.model.cascade.ItemNoise", lambda *_, image=image: lambda n: image[None].float())
-            total = cascade.nll(torch.from_numpy(IMAGES), augmentation=std).total.numpy()
+            total = cascade.nll(torch.from_numpy(IMAGES), image_noise=std).total.numpy()
         bound += weight * total
         marginal += weight * np.exp(-total)
     assert (bound > -np.log(marginal) + 1e-9).all()
@@ -195,7 +195,7 @@ def test_the_bound_of_diffusion_models_with_a_noisy_image(name):
     cascade = Cascade([base, above])
     draws = 300
     values = torch.from_numpy(BINARY).repeat_interleave(draws, 0)
-    nll = cascade.nll(values, mc_samples=8, augmentation=std, batch=len(values))
+    nll = cascade.nll(values, mc_samples=8, image_noise=std, batch=len(values))
     bound = nll.total.reshape(16, draws)
     mean, stderr = bound.mean(1).numpy(), (bound.std(1) / math.sqrt(draws)).numpy()
     entropy, error = -(Q * np.log(Q)).sum(), math.sqrt(((Q * stderr) ** 2).sum())
@@ -251,7 +251,7 @@ def test_samples_depend_on_seed_and_item_alone(stages, tmp_path):
     assert torch.equal(x[:1], cascade.sample(1, 3, batch=1))
     assert torch.equal(cascade.sample(2), cascade.sample(2, 0))
     assert torch.equal(x[2:], cascade.sample(3, 3, first=2))
-    assert not torch.equal(x, cascade.sample(5, 3, augmentation=0.9))
+    assert not torch.equal(x, cascade.sample(5, 3, image_noise=0.9))
     assert torch.equal(cascade.sample(2, 3, "heun"), cascade.sample(2, 3, Sampler("heun", 50)))
     for i, model in enumerate(stages):
         checkpoint.save(model, tmp_path / f"{i}.safetensors")
@@ -296,7 +296,7 @@ def test_the_bound_of_every_stage(stages):
     shapes = ("1×2×2", "1×4×4", "1×8×8")
     parts = ", ".join(f"{shape} {b:.4f}" for shape, b in zip(shapes, bits, strict=True))
     assert stage_lines(cascade, nll) == f"{parts} bits per dimension of x"
-    assert not torch.equal(cascade.nll(x, seed=1, augmentation=0.3).total, nll.total)
+    assert not torch.equal(cascade.nll(x, seed=1, image_noise=0.3).total, nll.total)
     assert cascade.nll(x[:2], estimate="continuous", mc_samples=2).total.isfinite().all()
 
 
@@ -402,8 +402,8 @@ def test_stages_that_do_not_fit_are_refused(stages):
     damaged.info["stage"] = "?"
     with pytest.raises(ConfigError, match="large: it is not a super-resolution model"):
         Cascade([base, damaged], **named)
-    with pytest.raises(ConfigError, match=r"augmentation = 1.5"):
-        Cascade(stages).sample(1, augmentation=1.5)
+    with pytest.raises(ConfigError, match=r"image_noise = 1.5"):
+        Cascade(stages).sample(1, image_noise=1.5)
     with pytest.raises(DataError, match="range from 9 to 9"):
         Cascade(stages).nll(torch.full((1, 1, 8, 8), 9))
     resized = tiny(from_array(DATA.values[:, :, ::2, ::2], num_values=5, name="d"))

@@ -24,7 +24,7 @@ Then = Annotated[
         callback=at_hand,
     ),
 ]
-Augmentation = Annotated[
+ImageNoise = Annotated[
     float | None,
     typer.Option(
         help="Standard deviation, 0 to 1, of the noise on images that --then enlarges; default 0.2.", min=0.0, max=1.0
@@ -61,16 +61,16 @@ def refuse_with_then(then: list[Path] | None, **flags: Any) -> None:
         raise ConfigError("USAGE", given[0], "it is for a single model, and --then makes a cascade", "Leave it out")
 
 
-def image_noise(then: list[Path] | None, augmentation: float | None) -> float:
-    """``augmentation`` or its default. Raises `ConfigError` if it is given without ``then``."""
-    from undiffuse.model.cascade import DEFAULT_AUGMENTATION
+def check_image_noise(then: list[Path] | None, image_noise: float | None) -> float:
+    """``image_noise`` or its default. Raises `ConfigError` if it is given without ``then``."""
+    from undiffuse.model.cascade import DEFAULT_IMAGE_NOISE
 
-    if augmentation is not None and not then:
-        raise ConfigError("USAGE", "--augmentation", "it is for images that --then enlarges", "Leave it out")
-    return DEFAULT_AUGMENTATION if augmentation is None else augmentation
+    if image_noise is not None and not then:
+        raise ConfigError("USAGE", "--image-noise", "it is for images that --then enlarges", "Leave it out")
+    return DEFAULT_IMAGE_NOISE if image_noise is None else image_noise
 
 
-def stage_words(then: list[Path] | None, augmentation: float | None) -> list[str]:
+def stage_words(then: list[Path] | None, image_noise: float | None) -> list[str]:
     """What the name of a folder of samples or numbers lists of a cascade: its models, and the noise if it is given."""
     from undiffuse.cli.options import run_folder
 
@@ -79,7 +79,7 @@ def stage_words(then: list[Path] | None, augmentation: float | None) -> list[str
         return folder if path.is_dir() or path.stem == "model" else f"{folder}-{path.stem}"
 
     runs = [name(path) for path in then or ()]
-    return runs if augmentation is None else [*runs, f"augmentation-{augmentation:g}"]
+    return runs if image_noise is None else [*runs, f"image-noise-{image_noise:g}"]
 
 
 def report_unused_advice(runs: list[Path], calls: int, log: Callable[[str], None]) -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from undiffuse.cli.cascade_options import (
-    Augmentation,
+    ImageNoise,
     Then,
-    image_noise,
+    check_image_noise,
     load_model,
     refuse_with_then,
     report_unused_advice,
@@ -144,7 +144,7 @@ def sample(
         Path | None, typer.Option(help="Output folder, new or of this command; default is a folder in the run.")
     ] = None,
     then: Then = None,
-    augmentation: Augmentation = None,
+    image_noise: ImageNoise = None,
     network: NetworkFile = None,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -210,7 +210,7 @@ def sample(
     has_condition = labelled if classifier else labelled or cond is not None or any(texts)
     guide = load_guide(model, sampler, classifier, autoguide, has_condition, avoided)
     report_guidance_twice(model, sampler, log)
-    noise = image_noise(then, augmentation)
+    noise = check_image_noise(then, image_noise)
     stages = stage_samplers(model, sampler)
     stage_steps(model, sampler)  # an error here leaves the samples of a folder as they are
 
@@ -219,9 +219,9 @@ def sample(
     plan |= {"precision": model.precision}
     plan |= {name: None if path is None else _sha256(path) for name, path in files.items()}
     plan |= {"prompt": texts, "negative": negative} if texts or negative is not None else {}
-    plan |= {"augmentation": noise} if then else {}
+    plan |= {"image_noise": noise} if then else {}
     if out is None:
-        others = [*stage_words(then, augmentation), *model_words(run, precision)]
+        others = [*stage_words(then, image_noise), *model_words(run, precision)]
         used = [path for path in files.values() if path]
         name = folder_name(sampler, seed, labels, texts, negative, others, used, then or ())
         out = run_folder(run) / "samples" / name
@@ -240,7 +240,7 @@ def sample(
     with interruptible(), folder.open(range(n), log) if group.rank == 0 else nullcontext([]) as gaps:
         missing = [range(*gap) for gap in group.gather([[gap.start, gap.stop] for gap in gaps])[0]]
         parts = _missing_parts(range(n), batch, missing, group.rank, group.world_size)
-        further = {"negative": avoided, "augmentation": noise} if isinstance(model, Cascade) else {"guide": guide}
+        further = {"negative": avoided, "image_noise": noise} if isinstance(model, Cascade) else {"guide": guide}
         _draw(folder, model, seed, parts, batch, sampler, condition, further, log)
         group.gather(None)
         if group.rank:

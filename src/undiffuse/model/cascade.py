@@ -33,7 +33,7 @@ from undiffuse.runtime.atomic_file import json_digest
 from undiffuse.sampling.sampler import Sampler, guidance_changes
 from undiffuse.sampling.solvers.solver import Solver
 
-DEFAULT_AUGMENTATION = 0.2
+DEFAULT_IMAGE_NOISE = 0.2
 """Standard deviation, in units of x, of the noise on the images that a stage is given in sampling (docs/cascade.md)."""
 
 Progress = Callable[[int, int], None]
@@ -207,20 +207,20 @@ class Cascade:
         cond: Condition | None = None,
         *,
         negative: Condition | None = None,
-        augmentation: float = DEFAULT_AUGMENTATION,
+        image_noise: float = DEFAULT_IMAGE_NOISE,
         batch: int = 64,
         first: int = 0,
         progress: Progress | None = None,
     ) -> Tensor:
         """n samples as data values (n, *item_shape), the items from ``first`` on; ``batch`` changes rounding only.
 
-        ``augmentation``: standard deviation in [0, 1] of the noise on the image that a stage is given. ``cond``: the
+        ``image_noise``: standard deviation in [0, 1] of the noise on the image that a stage is given. ``cond``: the
         condition of each item, and ``negative`` the condition of one item that guidance leads away from; each stage
         gets what it accepts of them. Item i depends on (seed, i) alone; the base draws what it draws without the
         cascade. The rest as in `Diffusion.sample`. Raises `ConfigError`.
         """
         arguments.check_counts(n=(n, 1), seed=(seed, 0), batch=(batch, 1), first=(first, 0))
-        _check_augmentation(augmentation)
+        _check_image_noise(image_noise)
         self._check_condition(cond, n)
         self._check_condition(negative, 1)
         parts = []
@@ -231,7 +231,7 @@ class Cascade:
             for stage, model in enumerate(self.models):
                 given, avoided = self._accepted(stage, cond and cond.take(here)), self._accepted(stage, negative)
                 if values is not None:
-                    given = self._with_image(stage, given, values, items, seed, augmentation)
+                    given = self._with_image(stage, given, values, items, seed, image_noise)
                 options = {
                     "guide": None if avoided is None else Guide(negative=avoided),
                     "batch": len(items),
@@ -257,17 +257,17 @@ class Cascade:
         first: int = 0,
         estimate: str = "discrete",
         cond: Condition | None = None,
-        augmentation: float = 0.0,
+        image_noise: float = 0.0,
     ) -> NLL:
         """bound(D x) + bound(rest of x given D x) ≥ −log p(x) of each item in nats, over all stages, (134) to (139).
 
         ``values`` (n, *item_shape) are integers. Each part of the result is the sum over the stages, and ``per_step``
-        (n, stages) the total of each. With ``augmentation`` > 0 stages are given an image with noise of this standard
+        (n, stages) the total of each. With ``image_noise`` > 0 stages are given an image with noise of this standard
         deviation, one draw for each item, and the bound holds in expectation. The rest as in `Diffusion.nll`. Raises
         `ConfigError` and `DataError`.
         """
         arguments.check_counts(seed=(seed, 0), mc_samples=(mc_samples, 1), batch=(batch, 1), first=(first, 0))
-        _check_augmentation(augmentation)
+        _check_image_noise(image_noise)
         arguments.check_values(values, self.item_shape, self.transform)
         self._check_condition(cond, len(values))
         items, x, parts = range(first, first + len(values)), values.cpu().numpy(), []
@@ -276,7 +276,7 @@ class Cascade:
             if stage:
                 split = self.splits[stage - 1]
                 low, rest = split.low(x), split.rest(x)
-                given = self._with_image(stage, given, torch.from_numpy(low), items, seed, augmentation)
+                given = self._with_image(stage, given, torch.from_numpy(low), items, seed, image_noise)
                 x = low
             options = {"batch": batch, "first": first, "estimate": estimate, "cond": given}
             parts.append(self.models[stage].nll(torch.from_numpy(rest), stage_seed(seed, stage), mc_samples, **options))
@@ -292,14 +292,14 @@ class Cascade:
         return None if cond is None else cond.accepted_by(self.models[stage].trained_condition_sizes)
 
     def _with_image(
-        self, stage: int, cond: Condition | None, low: Tensor, items: range, seed: int, augmentation: float
+        self, stage: int, cond: Condition | None, low: Tensor, items: range, seed: int, image_noise: float
     ) -> Condition:
         """``cond`` with the image ``low`` for a stage, with noise that depends on (seed, item) alone."""
         cond = add_image(cond or Condition(), self.splits[stage - 1], low.cpu().numpy())
-        if augmentation == 0:
+        if image_noise == 0:
             return cond
         noise = ItemNoise(stage_seed(seed, stage), items, self.splits[stage - 1].low_shape, "image noise")
-        return cond.with_image_noise(torch.full((len(items),), augmentation), noise(1)[0])
+        return cond.with_image_noise(torch.full((len(items),), image_noise), noise(1)[0])
 
     def _check_condition(self, cond: Condition | None, items: int) -> None:
         if cond is not None:
@@ -328,7 +328,7 @@ def _by(shape: Sequence[int]) -> str:
     return "×".join(str(n) for n in shape)
 
 
-def _check_augmentation(augmentation: float) -> None:
-    if not 0 <= augmentation <= 1:
+def _check_image_noise(image_noise: float) -> None:
+    if not 0 <= image_noise <= 1:
         cause, fix = "it is not a standard deviation in [0, 1]", "Give 0 for none, 1 for noise alone"
-        raise ConfigError("ARGUMENT", f"augmentation = {augmentation:g}", cause, fix)
+        raise ConfigError("ARGUMENT", f"image_noise = {image_noise:g}", cause, fix)
