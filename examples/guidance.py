@@ -15,7 +15,7 @@ from undiffuse.model.config import TrainConfig
 from undiffuse.model.noisy_classifier import NoisyClassifierConfig
 from undiffuse.networks.condition import Condition
 from undiffuse.report import figures
-from undiffuse.training.classifier_task import ClassifierConfig, fit_classifier
+from undiffuse.training.classifier_task import ClassifierRecipe, fit_classifier
 
 
 def main(source: str = "digits", folder: str = "runs/guidance", each: int = 2, steps: int = 25, **settings) -> Path:
@@ -24,7 +24,7 @@ def main(source: str = "digits", folder: str = "runs/guidance", each: int = 2, s
     model = load(fit(recipe, data, f"{folder}/diffusion"))
     config = NoisyClassifierConfig({"kind": "unet", "widths": [32, 64], "blocks": 1})
     classifier = fit_classifier(
-        ClassifierConfig(config, TrainConfig(snapshots=0, **length)), data, f"{folder}/classifier"
+        ClassifierRecipe(config, TrainConfig(snapshots=0, **length)), data, f"{folder}/classifier"
     )
     guide = Guide(noisy_classifier.load(classifier).log_prob)
 

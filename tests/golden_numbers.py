@@ -24,7 +24,7 @@ from undiffuse.networks.condition import Condition
 from undiffuse.runtime.tensor_file import read_tensors, write_tensors
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers import SOLVERS
-from undiffuse.training.classifier_task import ClassifierConfig, fit_classifier
+from undiffuse.training.classifier_task import ClassifierRecipe, fit_classifier
 
 UNET = {"kind": "unet", "widths": (8, 8), "blocks": 1, "attention": (1,), "heads": 2, "classes": 3}
 LOG_SNR = {"name": "linear_log_snr", "high": 6.0}
@@ -167,7 +167,7 @@ def of_training() -> dict[str, Tensor]:
             batch=12, max_steps=4, warmup=2, lr=0.01, precision="float32", held_out=0.2, previews=0, seed=4
         )
         network = {"kind": "unet", "widths": (4, 8), "blocks": 1, "attention": ()}
-        config = ClassifierConfig(noisy_classifier.NoisyClassifierConfig(network, high=6.0), settings)
+        config = ClassifierRecipe(noisy_classifier.NoisyClassifierConfig(network, high=6.0), settings)
         run = fit_classifier(config, images, Path(folder) / "classifier", device="cpu", quiet=True)
         for i, tensor in enumerate(noisy_classifier.load(run).state_dict().values()):
             numbers[f"classifier {i}"] = tensor

@@ -37,7 +37,7 @@ from undiffuse.sampling.tables import RESTORATION_METHODS
 from undiffuse.sampling.trajectory import last_step
 from undiffuse.training import diffusion_task, distillation_task
 from undiffuse.training.autoencoder_task import AutoencoderRecipe, fit_autoencoder
-from undiffuse.training.classifier_task import ClassifierConfig, fit_classifier
+from undiffuse.training.classifier_task import ClassifierRecipe, fit_classifier
 from undiffuse.training.diffusion_task import DiffusionTask, fit_diffusion
 from undiffuse.training.distillation_task import fit_distillation
 
@@ -254,7 +254,7 @@ RUNS = {
         quiet=True,
     ),
     "classifier": lambda folder, device: fit_classifier(
-        ClassifierConfig(NoisyClassifierConfig({**UNET, "attention": ()}, high=6.0), TrainConfig(**SHORT)),
+        ClassifierRecipe(NoisyClassifierConfig({**UNET, "attention": ()}, high=6.0), TrainConfig(**SHORT)),
         DATA,
         folder,
         device=device,

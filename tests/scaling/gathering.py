@@ -27,7 +27,7 @@ from undiffuse.model.noisy_classifier import NoisyClassifierConfig
 from undiffuse.process.seeded_noise import generator
 from undiffuse.runtime.signals import Interrupted
 from undiffuse.training import fit as loop
-from undiffuse.training.classifier_task import ClassifierConfig, fit_classifier
+from undiffuse.training.classifier_task import ClassifierRecipe, fit_classifier
 from undiffuse.training.diffusion_task import DiffusionTask, fit_diffusion
 from undiffuse.training.monitor import Monitor
 
@@ -58,7 +58,7 @@ KINDS = {
     "diffusion": (fit_diffusion, CONFIG, DATA),
     "started": (fit_diffusion, CONFIG, DATA),
     "muon": (fit_diffusion, replace(CONFIG, train=replace(TRAIN, optimizer="muon")), DATA),
-    "classifier": (fit_classifier, ClassifierConfig(NoisyClassifierConfig(NETWORK, high=6.0), TRAIN), DATA),
+    "classifier": (fit_classifier, ClassifierRecipe(NoisyClassifierConfig(NETWORK, high=6.0), TRAIN), DATA),
     "latents": (fit_latents, PLAIN, DATA),
     "captions": (fit_diffusion, CONFIG, CAPTIONED),
 }

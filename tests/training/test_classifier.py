@@ -24,7 +24,7 @@ from undiffuse.sampling.solvers.ddim import DDIM
 from undiffuse.sampling.time_grids import time_grid
 from undiffuse.sampling.trajectory import trajectory
 from undiffuse.training import classifier_task, memory_estimate
-from undiffuse.training.classifier_task import ClassifierConfig, ClassifierTask, fit_classifier, measure_accuracy
+from undiffuse.training.classifier_task import ClassifierRecipe, ClassifierTask, fit_classifier, measure_accuracy
 from undiffuse.training.extend import extend
 from undiffuse.training.fit import fit
 from undiffuse.training.monitor import Monitor
@@ -35,7 +35,7 @@ MLP = {"kind": "mlp", "width": 32, "depth": 2}
 IMAGES = from_array(
     np.random.default_rng(0).integers(5, size=(40, 1, 4, 4)), np.arange(40) % 3, num_values=5, name="tiny"
 )
-CONFIG = ClassifierConfig(
+CONFIG = ClassifierRecipe(
     NoisyClassifierConfig(UNET, high=6.0),
     TrainConfig(batch=12, max_steps=4, warmup=2, lr=0.01, precision="float32", held_out=0.2, previews=2, seed=4),
 )
@@ -73,7 +73,7 @@ def test_a_stopped_run_resumes_to_the_bit(rough, tmp_path):
 
 def test_an_extended_run_is_the_longer_run(tmp_path):
     train(config(previews=4, decay=0.5), tmp_path / "run")
-    longer, step = extend(tmp_path / "run", IMAGES, steps=2, config_type=ClassifierConfig)
+    longer, step = extend(tmp_path / "run", IMAGES, steps=2, config_type=ClassifierRecipe)
     assert (longer.train.max_steps, step) == (6, 2)
     train(longer, tmp_path / "run")
     train(config(previews=4, decay=0.5, max_steps=6), tmp_path / "straight")
@@ -277,7 +277,7 @@ def test_training_learns_the_posterior_and_guides_samples_by_it(tmp_path):
     x, label = MIXTURE.sample_labelled(3000, torch.Generator().manual_seed(0))
     data = from_array(x.float().numpy(), label.numpy(), name="mixture")
     settings = TrainConfig(batch=256, max_steps=150, lr=5e-3, warmup=10, precision="float32", previews=0, snapshots=0)
-    classifier = load(train(ClassifierConfig(NoisyClassifierConfig(MLP, high=8.0), settings), tmp_path / "run", data))
+    classifier = load(train(ClassifierRecipe(NoisyClassifierConfig(MLP, high=8.0), settings), tmp_path / "run", data))
     mean, std = (torch.tensor(v, dtype=torch.float64) for v in (classifier.transform.mean, classifier.transform.std))
     mixture = LabelledMixture(  # in the units of the model
         MIXTURE.weights, (MIXTURE.means - mean) / std, MIXTURE.values / std**2, MIXTURE.labels

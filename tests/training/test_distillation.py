@@ -23,7 +23,7 @@ from undiffuse.report.model_facts import model_facts
 from undiffuse.training import distillation_task
 from undiffuse.training import fit as loop
 from undiffuse.training.diffusion_task import DiffusionTask
-from undiffuse.training.distillation_task import GAPS, DistillationConfig, DistillationTask, fit_distillation
+from undiffuse.training.distillation_task import GAPS, DistillationRecipe, DistillationTask, fit_distillation
 from undiffuse.training.monitor import Monitor
 from undiffuse.training.progress import Progress
 from undiffuse.training.run_folder import Run
@@ -98,7 +98,7 @@ def test_the_model_of_a_run(teacher, tmp_path):
 
 
 def test_the_first_weights_are_those_of_the_teacher(teacher):
-    task = DistillationTask(DistillationConfig(replace(teacher.config, calls=1), SETTINGS), teacher)
+    task = DistillationTask(DistillationRecipe(replace(teacher.config, calls=1), SETTINGS), teacher)
     model = task.build_model(DATA, DATA.split(0.2))
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in teacher.state_dict().items())
 
@@ -110,7 +110,7 @@ def test_a_learned_schedule_of_the_teacher_is_not_trained(tmp_path):
     )
     task = DiffusionTask(replace(config, model=model)).adapt(DATA, config.train)
     teacher = task.build_model(DATA, DATA.split(0.2)).eval()
-    learned = DistillationTask(DistillationConfig(replace(teacher.config, calls=1), SETTINGS), teacher)
+    learned = DistillationTask(DistillationRecipe(replace(teacher.config, calls=1), SETTINGS), teacher)
     schedule = learned.build_model(DATA, DATA.split(0.2)).schedule
     assert not any(parameter.requires_grad for parameter in schedule.parameters())
     run = distill(teacher, tmp_path / "run")
@@ -122,7 +122,7 @@ def test_a_learned_schedule_of_the_teacher_is_not_trained(tmp_path):
 def test_the_loss_has_the_gap_of_the_part_of_the_run(pairs, teacher, monkeypatch):
     """The pairs of a batch are on trajectories of the teacher or of the data; each third of the run has its gap."""
     settings = replace(SETTINGS, conditional=True)
-    config = DistillationConfig(replace(teacher.config, calls=1), settings, pairs)
+    config = DistillationRecipe(replace(teacher.config, calls=1), settings, pairs)
     task = DistillationTask(config, teacher)
     seen = []
     monkeypatch.setattr(
@@ -212,7 +212,7 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path):
     with pytest.raises(ConfigError, match=r"both_ways: consistency goes from noise to data only"):
         distill(teacher, tmp_path, both_ways=True)
     with pytest.raises(ConfigError, match=r"both_ways: meanflow goes.*Use the method lagrangian"):
-        DistillationConfig(teacher.config, SETTINGS, method="meanflow", both_ways=True)
+        DistillationRecipe(teacher.config, SETTINGS, method="meanflow", both_ways=True)
     with pytest.raises(ConfigError, match=r"tiny: a flow map gets a second time.*no setting 'two_times'"):
         distill(teacher, tmp_path, method="meanflow")
     with pytest.raises(ConfigError, match=r"model.calls = 17"):

@@ -32,7 +32,7 @@ from undiffuse.model.presets import PRESETS
 
 if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
-    from undiffuse.training.classifier_task import ClassifierConfig
+    from undiffuse.training.classifier_task import ClassifierRecipe
 
 
 @with_json
@@ -71,7 +71,7 @@ def train_classifier(
     is given.
     """
     from undiffuse.model.noisy_classifier import load
-    from undiffuse.training.classifier_task import ClassifierConfig, fit_classifier
+    from undiffuse.training.classifier_task import ClassifierRecipe, fit_classifier
 
     device = resolve_device(device)
     options = RecipeOptions(minutes, steps, epochs, batch, lr, seed, config, own=(preset,))
@@ -79,10 +79,10 @@ def train_classifier(
     dataset = read(data)
     print_notes(dataset)
     if extend:
-        options = options.extended(run, dataset, device, ClassifierConfig, force=force)
+        options = options.extended(run, dataset, device, ClassifierRecipe, force=force)
     finished = run.finished
     recipe, _ = options.recipe(
-        run, dataset, ClassifierConfig, lambda: recipe_for(dataset, device, preset), 5.0, on_nonfinite
+        run, dataset, ClassifierRecipe, lambda: recipe_for(dataset, device, preset), 5.0, on_nonfinite
     )
     length = format_length(recipe.train)
     if not finished:
@@ -98,7 +98,7 @@ def train_classifier(
     console.print(f"use it by `undiffuse sample` with --classifier {as_argument(run.folder)} and --label")
 
 
-def recipe_for(data: Dataset, device: str, name: str | None = None) -> ClassifierConfig:
+def recipe_for(data: Dataset, device: str, name: str | None = None) -> ClassifierRecipe:
     """The network, batch and learning rate of the preset called ``name``.
 
     The preset is by default that for these data. Weight decay is that of Dhariwal21's code. There are no snapshots,
@@ -106,14 +106,14 @@ def recipe_for(data: Dataset, device: str, name: str | None = None) -> Classifie
     """
     from undiffuse.model import presets
     from undiffuse.model.noisy_classifier import NoisyClassifierConfig
-    from undiffuse.training.classifier_task import ClassifierConfig
+    from undiffuse.training.classifier_task import ClassifierRecipe
 
     name = name or presets.choose(data.item_shape, device)
     base = presets.adapt_to_data(presets.get(name), data.num_values)
     log_snr = {name: base.model.schedule[name] for name in ("low", "high") if name in base.model.schedule}
     train = replace(base.train, optimizer="adamw", weight_decay=0.05, snapshots=0)
     pooling = presets.CLASSIFIER_POOLING.get(name, "mean")
-    return ClassifierConfig(NoisyClassifierConfig(base.model.network, **log_snr, pooling=pooling), train)
+    return ClassifierRecipe(NoisyClassifierConfig(base.model.network, **log_snr, pooling=pooling), train)
 
 
 def _row(row: dict[str, float]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ MAX_ACCURACY_ITEMS = 2048
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
+class ClassifierRecipe:
     """A whole recipe of a classifier: what it is, and how it is trained."""
 
     model: NoisyClassifierConfig = field(default_factory=NoisyClassifierConfig)
@@ -42,7 +42,7 @@ class ClassifierConfig:
 
 
 def fit_classifier(
-    config: ClassifierConfig,
+    config: ClassifierRecipe,
     data: Dataset,
     out: str | Path,
     device: str | torch.device = "auto",
@@ -63,7 +63,7 @@ def fit_classifier(
 class ClassifierTask(Task):
     """Train the recipe ``config``."""
 
-    config: ClassifierConfig
+    config: ClassifierRecipe
 
     def adapt(self, data: Dataset, settings: TrainConfig) -> ClassifierTask:
         if data.labels is None or len(data.classes) < 2:

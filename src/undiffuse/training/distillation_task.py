@@ -71,7 +71,7 @@ EVALUATED_ITEMS, TEACHER_STEPS = 64, 25
 
 
 @dataclass(frozen=True)
-class DistillationConfig:
+class DistillationRecipe:
     """A recipe of a distillation: the distilled model, how it is trained, and what it is trained with.
 
     ``method`` is one of `METHODS`. ``pairs`` is one of `PAIRS`, where x_r comes from, or for a flow map the velocity.
@@ -132,7 +132,7 @@ def distillation_task(
     method: str = "consistency",
     both_ways: bool = False,
 ) -> DistillationTask:
-    """The task of distilling ``teacher``; ``pairs``, ``guidance``, ``method``, ``both_ways`` of `DistillationConfig`.
+    """The task of distilling ``teacher``; ``pairs``, ``guidance``, ``method``, ``both_ways`` of `DistillationRecipe`.
 
     Raises `ConfigError` for settings that are out of range, for a teacher that is distilled itself, and for a flow map
     with a network that has no setting ``two_times``.
@@ -152,14 +152,14 @@ def distillation_task(
             cause = "a flow map gets a second time, and this network has no setting 'two_times'"
             raise ConfigError("NETWORK", kind, cause, "Use the method 'consistency', or a network that has it")
         model = replace(model, network={**model.network, "two_times": True}, divergence=both_ways)
-    return DistillationTask(DistillationConfig(model, train, pairs, guidance, weights, method, both_ways), teacher)
+    return DistillationTask(DistillationRecipe(model, train, pairs, guidance, weights, method, both_ways), teacher)
 
 
 @dataclass
 class DistillationTask(Task):
     """Train the recipe ``config`` with pairs of ``teacher``."""
 
-    config: DistillationConfig
+    config: DistillationRecipe
     teacher: Diffusion
     train_longer: ClassVar = "Distill again with more --minutes, into another --out"
 
