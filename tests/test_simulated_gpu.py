@@ -24,7 +24,7 @@ from undiffuse.model import likelihood_estimators
 from undiffuse.model.autoencoder import AutoencoderConfig
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.model.diffusion import Diffusion
-from undiffuse.model.noisy_classifier import NoisyClassifierConfig
+from undiffuse.model.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
 from undiffuse.model.presets import PRESETS
 from undiffuse.model.restoration import SOLVER_METHODS, Degradation, restore
 from undiffuse.networks.condition import Condition
@@ -124,6 +124,18 @@ def test_a_step_of_sampling_does_not_wait(solver):
         counts.clear()
         assert last_step(steps).done > 0
     assert counts["copy"] > 0
+    assert (counts["waiting copy"], counts["read"]) == (0, 0)
+
+
+def test_a_step_with_a_classifier_does_not_wait():
+    config = NoisyClassifierConfig({"kind": "mlp", "width": 8, "depth": 1}, high=6.0)
+    model = golden_numbers.model("flow")
+    classifier = NoisyClassifier(config, model.item_shape, model.transform, ("a", "b", "c"))
+    with simulated_gpu() as counts:
+        guide = Guide(classifier.to(GPU).log_prob)
+        steps = model.to(GPU).trajectory(range(4), 6, sampler("ddim"), LABEL, guide)
+        counts.clear()
+        assert last_step(steps).done > 0
     assert (counts["waiting copy"], counts["read"]) == (0, 0)
 
 

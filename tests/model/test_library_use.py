@@ -233,8 +233,14 @@ def test_a_condition_is_validated_with_a_guide_as_without(cond, words, guided):
 def test_a_label_that_only_the_classifier_takes_is_validated():
     diffusion, guide = model(), Guide(classifier(3).log_prob)
     assert diffusion.sample(2, sampler=FOUR, cond=Condition(label=torch.tensor([2, -1])), guide=guide).shape[0] == 2
-    with pytest.raises(ConfigError, match=r"the classifier has no label 3\. Labels are 0 to 2"):
-        diffusion.sample(2, sampler=FOUR, cond=Condition(label=torch.tensor([0, 3])), guide=guide)
+    wrong = Condition(label=torch.tensor([0, 3]))
+    for use in (
+        lambda: diffusion.sample(2, 0, FOUR, wrong, guide=guide),
+        lambda: diffusion.trajectory(range(2), 0, FOUR, wrong, guide),  # before the first step
+        lambda: guide.log_prob(torch.zeros(2, 1, 4, 4), diffusion.chain[0], wrong),
+    ):
+        with pytest.raises(ConfigError, match=r"the classifier has no label 3\. Labels are 0 to 2"):
+            use()
     with pytest.raises(ConfigError, match=r"its shape is \(3,\), not \(2, \.\.\.\)"):
         diffusion.sample(2, sampler=FOUR, cond=Condition(label=torch.tensor([0, 1, 2])), guide=guide)
 

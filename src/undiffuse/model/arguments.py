@@ -14,6 +14,7 @@ from undiffuse.data.transform import DataTransform, IntegerLevels, values_transf
 from undiffuse.denoising.guidance import Guide
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.model.config import ModelConfig
+from undiffuse.model.noisy_classifier import NoisyClassifier
 from undiffuse.networks.condition import Condition
 from undiffuse.sampling.sampler import DEFAULT_NUM_STEPS, Sampler
 
@@ -93,6 +94,13 @@ def check_guide(guide: Any, sizes: Mapping[str, int]) -> None:
         raise ConfigError("GUIDANCE", "guide", f"it is a {type(guide).__name__}, not a Guide", fix)
     if guide.negative is not None:
         check_condition(guide.negative).validate_for(sizes, 1)
+
+
+def check_classifier_labels(guide: Guide | None, cond: Condition) -> None:
+    """Raises `ConfigError` if the classifier of ``guide``, where it is known, lacks a label of ``cond``."""
+    classifier = getattr(guide and guide.log_prob, "__self__", None)
+    if isinstance(classifier, NoisyClassifier):
+        classifier.check_labels(cond)
 
 
 def check_small_image(cond: Condition | None, sizes: Mapping[str, int]) -> None:

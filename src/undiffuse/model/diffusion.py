@@ -145,12 +145,14 @@ class Diffusion(Pretrained, nn.Module):
 
     text_condition = text_condition
 
-    def prepare_condition(self, cond: Condition, items: int, for_classifier: bool = False) -> Condition:
+    def prepare_condition(self, cond: Condition, items: int, guide: Guide | None = None) -> Condition:
         """Validates ``cond`` for a batch of ``items`` and moves it to the model's device. Raises `ConfigError`.
 
-        With ``for_classifier`` it may hold a field that only a classifier uses, such as a label.
+        With a classifier in ``guide`` it may hold a field that only the classifier uses, such as a label.
         """
-        cond = arguments.check_condition(cond).validate_for(self.condition_sizes, items, for_classifier)
+        by_classifier = guide is not None and guide.log_prob is not None
+        cond = arguments.check_condition(cond).validate_for(self.condition_sizes, items, by_classifier)
+        arguments.check_classifier_labels(guide, cond)
         return cond.to(self.device).map(arguments.outside_inference_mode)
 
     def denoiser(self, network: nn.Module | None = None) -> NetworkDenoiser:
@@ -245,11 +247,10 @@ class Diffusion(Pretrained, nn.Module):
         arguments.check_small_image(cond, self.condition_sizes)
         arguments.check_guide(guide, self.condition_sizes)
         denoise = self.sampling_denoiser(sampler, guide)
-        by_classifier = guide is not None and guide.log_prob is not None
-        if by_classifier:
+        if guide is not None and guide.log_prob is not None:
             arguments.check_trainable(self, "a classifier's guidance")
         if cond is not None:
-            cond = self.prepare_condition(cond, len(items), by_classifier)
+            cond = self.prepare_condition(cond, len(items), guide)
             denoise, solver = ConditionedDenoiser(denoise, cond), sampler.guide_solver(solver, guide, cond)
         start = prior_sample(levels[0], noise(1)[0].to(self.dtype))
         steps = solver_trajectory(denoise, solver, levels, start, noise)
@@ -313,7 +314,7 @@ class Diffusion(Pretrained, nn.Module):
         arguments.check_counts(n=(n, 1), seed=(seed, 0), batch=(batch, 1), first=(first, 0))
         arguments.check_guide(guide, self.condition_sizes)
         if cond is not None:  # all n, before it is sliced
-            cond = self.prepare_condition(cond, n, guide is not None and guide.log_prob is not None)
+            cond = self.prepare_condition(cond, n, guide)
         values = []
         for start in range(0, n, batch):
             stop = min(start + batch, n)

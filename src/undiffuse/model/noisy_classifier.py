@@ -81,16 +81,22 @@ class NoisyClassifier(nn.Module):
     def log_prob(self, x_t: Tensor, level: NoiseLevel, cond: Condition) -> Tensor:
         """log p(cond.label|x_t), (B,) nats, for `guidance.ClassifierGuided`.
 
-        0 for the null label, and at log-SNRs outside the trained range. Raises `ConfigError` if there is no label.
+        0 for the null label, and at log-SNRs outside the trained range. Raises `ConfigError` if there is no label, and
+        as `check_labels` for labels on the CPU; those on a GPU are not read, which would wait for it at each call.
         """
         if cond.label is None:
             raise ConfigError("GUIDANCE", "condition.label", "a classifier guides to labels only", "Give a label")
-        if (highest := int(cond.label.max())) >= len(self.classes):
-            cause = f"the classifier has no label {highest}"
-            raise ConfigError("GUIDANCE", "condition.label", cause, f"Labels are 0 to {len(self.classes) - 1}")
+        if cond.label.is_cpu:
+            self.check_labels(cond)
         log_p = self(x_t, level).gather(1, cond.label.clamp(min=0)[:, None])[:, 0]
         inside = (level.log_snr >= self.config.low - 1e-6) & (level.log_snr <= self.config.high + 1e-6)
         return torch.where(to_device(inside, x_t.device) & (cond.label >= 0), log_p, 0.0)
+
+    def check_labels(self, cond: Condition) -> None:
+        """Raises `ConfigError` if a label of ``cond`` is not one of the classes."""
+        if cond.label is not None and (highest := int(cond.label.max())) >= len(self.classes):
+            cause = f"the classifier has no label {highest}"
+            raise ConfigError("GUIDANCE", "condition.label", cause, f"Labels are 0 to {len(self.classes) - 1}")
 
 
 def save(classifier: NoisyClassifier, path: str | Path) -> None:
