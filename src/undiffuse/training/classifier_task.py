@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -81,10 +80,6 @@ class ClassifierTask(Task):
         model = NoisyClassifier(self.config.model, data.item_shape, transform, data.classes, info)
         model.autocast = autocast_dtype(settings.precision)
         return model
-
-    def parameter_groups(self, model: NoisyClassifier) -> list[dict[str, Any]]:
-        """All parameters in one group; AdamW is not fused, which keeps the numbers of earlier runs to the bit."""
-        return [group | {"fused": False} for group in super().parameter_groups(model)]
 
     def loss(self, model: NoisyClassifier, batch: Batch, network: nn.Module) -> Tensor:
         """−log p(label|x_t) of each item, nats, (B,); its log-SNR is ``batch.u`` of the way through the range."""
