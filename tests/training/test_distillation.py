@@ -63,6 +63,14 @@ def test_a_stopped_run_resumes_to_the_bit(pairs, teacher, tmp_path):
     assert checkpoint_hashes(tmp_path / "stopped", 6) == checkpoint_hashes(tmp_path / "straight", 6)
 
 
+def test_the_teacher_is_counted_in_the_memory(teacher, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(loop, "check_memory", lambda *arguments: counted.extend(arguments[-1]))
+    with stopping_at(1):
+        distill(teacher, tmp_path)
+    assert counted == [teacher]
+
+
 def test_the_warmup_of_the_teacher_is_cut_to_that_of_a_short_run(tmp_path):
     for warmup, expected in ((5000, TrainConfig().warmup), (3, 3)):
         folder = tmp_path / str(warmup)

@@ -107,22 +107,22 @@ def test_checkpointing_and_bfloat16_take_less():
 
 
 def test_the_check_refuses_exactly_what_does_not_fit(monkeypatch):
-    model = Tanh()
-    for settings, weights, items, processes, start in (
-        (TrainConfig(batch=1), 7, 1, 1, None),
-        (TrainConfig(batch=1, ema=0.1), 7, 1, 1, None),
-        (TrainConfig(batch=1, ema=0.07), 8, 1, 1, None),
-        (TrainConfig(batch=1, snapshots=0), 6, 1, 1, None),
-        (TrainConfig(batch=1), 8, 1, 1, Tanh()),
-        (TrainConfig(batch=600, accumulate=3), 7, 200, 1, None),
-        (TrainConfig(batch=600, accumulate=3), 7, 100, 2, None),
+    model, other = Tanh(), Tanh()
+    for settings, weights, items, processes, others in (
+        (TrainConfig(batch=1), 7, 1, 1, ()),
+        (TrainConfig(batch=1, ema=0.1), 7, 1, 1, ()),
+        (TrainConfig(batch=1, ema=0.07), 8, 1, 1, ()),
+        (TrainConfig(batch=1, snapshots=0), 6, 1, 1, ()),
+        (TrainConfig(batch=1), 9, 1, 1, (other, Tanh(), other)),
+        (TrainConfig(batch=600, accumulate=3), 7, 200, 1, ()),
+        (TrainConfig(batch=600, accumulate=3), 7, 100, 2, ()),
     ):
         need = 4000 * weights + 1000 * settings.batch + (8000 + 12_000) * items
         monkeypatch.setattr(memory_estimate, "available_memory", lambda need=need: need)
-        check_memory(model, Tanh.loss, settings, processes, start)
+        check_memory(model, Tanh.loss, settings, processes, others)
         monkeypatch.setattr(memory_estimate, "available_memory", lambda need=need: need - 1)
         with pytest.raises(ConfigError, match=r"needs at least .* may be used here\. Give a smaller") as caught:
-            check_memory(model, Tanh.loss, settings, processes, start)
+            check_memory(model, Tanh.loss, settings, processes, others)
         assert caught.value.where == ("model.network" if items == 1 else f"train.batch = {settings.batch:,}")
 
 

@@ -285,7 +285,8 @@ def build_model(task: Task, data: Dataset, split: Any, accelerator: Accelerator,
         batch = global_batch(data, split.train, replace(settings, batch=items, accumulate=1), 0, read)
         return task.loss(trial, batch.take(slice(items), device), trial.network)
 
-    check_memory(model, loss, settings, accelerator.num_processes, start.model)
+    others = [*task.other_models().values(), *([] if start.model is None else [start.model])]
+    check_memory(model, loss, settings, accelerator.num_processes, others)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -28,20 +28,20 @@ def check_memory(
     loss: Callable[[Any, int], Tensor],
     settings: TrainConfig,
     processes: int = 1,
-    start: nn.Module | None = None,
+    others: Iterable[nn.Module] = (),
 ) -> None:
     """Raise `ConfigError` if weights, batch and activations need more memory than is available.
 
     ``loss`` computes the losses of a model, a copy of ``model``, and so many items: a pass may move the buffers of a
-    network, such as those of a batch norm. ``start`` is the model whose weights the run starts from, which stays in
-    memory. On other devices than the CPU only the values are checked.
+    network, such as those of a batch norm. ``others`` are further models that stay in memory: the one that the run
+    starts from, a teacher, an autoencoder. On other devices than the CPU only the values are checked.
     """
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())  # a learned schedule is there in any case
     one_moment = sum(p.numel() for p in block_matrices(model.network)) if settings.optimizer == "muon" else 0
     parameters = sum(p.numel() for p in model.parameters())
     averages = len({settings.ema, *SNAPSHOT_LENGTHS}) if settings.snapshots else 1
     weights = memory_per_process(parameters, averages, one_moment) if on_cpu else 0
-    weights += sum(p.nbytes for p in start.parameters()) if on_cpu and start is not None else 0
+    weights += sum({p: p.nbytes for other in others for p in other.parameters()}.values()) if on_cpu else 0
     dims, items = math.prod(model.item_shape), -(-settings.batch // processes // settings.accumulate)
     batch = dims * (VALUE_BYTES * settings.batch + PASS_BYTES * items * on_cpu)
     _require(settings, weights, batch, "Give a smaller batch")
