@@ -69,6 +69,7 @@ class Counting(nn.Module):
         self.layer = nn.Linear(channels, channels, dtype=torch.bfloat16)
         self.register_buffer("calls", torch.tensor(0))
         self.register_buffer("order", torch.tensor([2, 0, 1]))
+        self.register_buffer("large", torch.tensor(2**24 + 1))
         self.register_buffer("mask", torch.tensor([True, False]))
 
     def forward(self, x, time, cond=None):
@@ -76,15 +77,15 @@ class Counting(nn.Module):
         return self.layer(x[:, self.order])
 
 
-def test_averages_of_integers_and_bools_are_rounded(tmp_path, monkeypatch):
+def test_integers_and_bools_are_copied_not_averaged(tmp_path, monkeypatch):
     monkeypatch.setitem(registry.NETWORKS, "counting", Counting)
     config = replace(CONFIG, model=replace(CONFIG.model, network={"kind": "counting"}))
     run = Run(train(config, tmp_path / "run"))
-    for length in (0.05, 0.08, 0.12):
-        network = profiles.with_ema_length(run, length)[0].network
+    models = [load(run.folder), *(profiles.with_ema_length(run, length)[0] for length in (0.05, 0.08, 0.12))]
+    for network in (model.network for model in models):
         assert (network.order.tolist(), network.mask.tolist()) == ([2, 0, 1], [True, False])
         assert (network.calls.dtype, network.layer.weight.dtype) == (torch.int64, torch.bfloat16)
-        assert 9 <= int(network.calls) <= 12
+        assert (int(network.calls), int(network.large)) == (12, 2**24 + 1)
 
 
 def test_a_stopped_run_has_the_same_snapshots(tmp_path, monkeypatch):

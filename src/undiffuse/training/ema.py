@@ -25,7 +25,8 @@ class PowerEMA:
     """An average that step k moves by 1 − (1 − 1/k)^(p+1) towards the weights [Karras24 §3.1], ``mean`` by name.
 
     Its profile is a power function: ``length`` is a fraction of the run so far, so that it needs no warmup and starts
-    at the weights after the first step. float32, or float64 for weights in float64 (a learned schedule).
+    at the weights after the first step. float32, or float64 for weights in float64 (a learned schedule). Buffers of
+    integers and bools are copied.
     """
 
     def __init__(self, model: nn.Module, length: float) -> None:
@@ -37,8 +38,11 @@ class PowerEMA:
         """Move the average to the weights after optimizer step ``step``, counted from 1."""
         move = 1 - (1 - 1 / step) ** self.power
         weights = model.state_dict()
-        means = [local_shard(self.mean[name]) for name in weights]
-        torch._foreach_lerp_(means, [_at_least_float32(local_shard(weight)) for weight in weights.values()], move)  # pyright: ignore[reportPrivateImportUsage]
+        averaged = [name for name, weight in weights.items() if is_real(weight)]
+        means = [local_shard(self.mean[name]) for name in averaged]
+        torch._foreach_lerp_(means, [_at_least_float32(local_shard(weights[name])) for name in averaged], move)  # pyright: ignore[reportPrivateImportUsage]
+        for name in weights.keys() - averaged:
+            self.mean[name].copy_(weights[name])
 
     def copy_to(self, model: nn.Module) -> None:
         """Load the average into ``model``, in the model's dtypes. All processes must call it at the same time."""
@@ -51,5 +55,10 @@ class PowerEMA:
             tensor.copy_(mean[name])
 
 
+def is_real(tensor: Tensor) -> bool:
+    """Whether an average of ``tensor`` makes sense: it does not hold integers or bools."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if is_real(tensor) else tensor

@@ -23,7 +23,7 @@ from undiffuse.model.diffusion import Diffusion
 from undiffuse.process.statistics import mean_with_stderr
 from undiffuse.runtime.tensor_file import FORMAT, check_tensors, read_metadata, read_tensors, write_tensors
 from undiffuse.training.distributed import gather_full
-from undiffuse.training.ema import PowerEMA, power_for_length
+from undiffuse.training.ema import PowerEMA, is_real, power_for_length
 from undiffuse.training.progress import Progress
 from undiffuse.training.run_folder import Run
 
@@ -181,8 +181,8 @@ def list_snapshots(folder: Path, run_id: str | None = None) -> dict[Profile, Pat
 def reconstruct_average(folder: Path, length: float, run_id: str | None = None) -> tuple[dict[str, Tensor], int, float]:
     """The average of ``length`` at the step of the last snapshot, that step, and the relative error of its profile.
 
-    Snapshots are read one at a time and summed in float64. Those of another run than ``run_id`` are refused. Raises
-    `ConfigError` and `CheckpointError`.
+    Snapshots are read one at a time and summed in float64; integers and bools are those of the last one. Those of
+    another run than ``run_id`` are refused. Raises `ConfigError` and `CheckpointError`.
     """
     if not 0 < length < 0.28:
         cause = "an average is longer than 0 and shorter than 0.28 of the run"
@@ -196,9 +196,12 @@ def reconstruct_average(folder: Path, length: float, run_id: str | None = None) 
         raise ConfigError("LENGTH", f"length = {length:g}", cause, fix)
     total: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
-    for coefficient, path in zip(coefficients.tolist(), files.values(), strict=True):
+    for coefficient, (profile, path) in zip(coefficients.tolist(), files.items(), strict=True):
         for name, tensor in read_tensors(path)[0].items():
-            total[name] = total.get(name, 0) + coefficient * tensor.double()
+            if is_real(tensor):
+                total[name] = total.get(name, 0) + coefficient * tensor.double()
+            elif profile.step == last:
+                total[name] = tensor
             dtypes[name] = tensor.dtype
     return {name: tensor.to(dtypes[name]) for name, tensor in total.items()}, last, error
 
@@ -223,16 +226,11 @@ def with_ema_length(run: Run, length: float, device: str = "cpu") -> tuple[Diffu
     model = _load(run, device)
     tensors, step, error = reconstruct_average(run.snapshots, length, run.id)
     own = model.state_dict()
-    tensors = {name: _in_dtype(t, own[name].dtype if name in own else t.dtype) for name, t in tensors.items()}
+    tensors = {name: t.to(own[name].dtype if name in own else t.dtype) for name, t in tensors.items()}
     check_tensors(run.snapshots, own, tensors)
     model.load_state_dict(tensors)
     model.info |= {"steps": step, "ema": length, "ema_error": error}
     return model, error
-
-
-def _in_dtype(average: Tensor, dtype: torch.dtype) -> Tensor:
-    """``average`` in ``dtype``, that of the averaged tensor; averages of integers or bools are rounded."""
-    return average.to(dtype) if dtype.is_floating_point or dtype.is_complex else average.round().to(dtype)
 
 
 def reachable_lengths(run: Run) -> list[float]:
