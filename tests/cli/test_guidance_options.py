@@ -7,7 +7,13 @@ import pytest
 import torch
 from latent_models import tiny_autoencoder
 
-from undiffuse.cli.guidance_options import _are_alike, class_names, load_guide, report_guidance_twice
+from undiffuse.cli.guidance_options import (
+    _are_alike,
+    class_names,
+    load_classifier,
+    load_guide,
+    report_guidance_twice,
+)
 from undiffuse.cli.sampler_options import SamplerOptions
 from undiffuse.data.transform import Identity, IntegerLevels
 from undiffuse.denoising.denoiser import NetworkDenoiser
@@ -59,6 +65,10 @@ def runs(tmp_path_factory):
     return tmp_path
 
 
+def guide_of(model, sampler, classifier=None, weak=None, **options):
+    return load_guide(model, sampler, classifier and load_classifier(model, classifier), weak, **options)
+
+
 def test_guidance_wraps_the_model(runs):
     conditional = model(3)
     assert load_guide(conditional, Sampler()) is None
@@ -70,9 +80,7 @@ def test_guidance_wraps_the_model(runs):
         autoguidance_scale=1.5,
         threshold="dynamic",
     )
-    denoise = sampler.guide(
-        conditional.denoiser(), load_guide(conditional, sampler, runs / "classifier", runs / "weak")
-    )
+    denoise = sampler.guide(conditional.denoiser(), guide_of(conditional, sampler, runs / "classifier", runs / "weak"))
     assert isinstance(denoise, DynamicThreshold)
     assert isinstance(denoise.denoise, ClassifierGuided)
     assert denoise.denoise.scale == 0.5
@@ -92,7 +100,7 @@ def test_every_guidance_changes_the_samples(runs):
 
     def sampled(model, classifier=None, weak=None, **guidance):
         sampler = Sampler(num_steps=4, clip=False, **guidance)
-        guide = load_guide(model, sampler, classifier and runs / classifier, weak and runs / weak)
+        guide = guide_of(model, sampler, classifier and runs / classifier, weak and runs / weak)
         *_, last = model.trajectory(range(3), sampler=sampler, cond=cond, guide=guide)
         assert torch.isfinite(last.x).all()
         return last.x
@@ -116,8 +124,8 @@ def test_every_guidance_changes_the_samples(runs):
 
 def test_names_of_labels(runs):
     assert class_names(model(3)) == ["a", "b", "c"]
-    assert class_names(model(3), runs / "strange") == ["a", "b", "c"]
-    assert class_names(model(), runs / "strange") == ["a", "c", "b"]
+    assert class_names(model(3), classifiers.load(runs / "strange")) == ["a", "b", "c"]
+    assert class_names(model(), load_classifier(model(), runs / "strange")) == ["a", "c", "b"]
     assert class_names(model()) == []
     unnamed = model(3)
     del unnamed.info["classes"]  # as where the names in a file were damaged
@@ -157,19 +165,28 @@ def test_models_that_do_not_fit_together(runs):
         (model(codec=Identity()), {"threshold": "dynamic"}, None, None, "--threshold dynamic: .* are unbounded"),
     ):
         with pytest.raises(ConfigError, match=rf"^error\[GUIDANCE\] .*{message}"):
-            load_guide(diffusion, Sampler(**settings), classifier and runs / classifier, weak and runs / weak)
+            guide_of(diffusion, Sampler(**settings), classifier and runs / classifier, weak and runs / weak)
     for sampler, file, message in (
         (Sampler(guidance=2.0), None, r"--guidance: it needs a condition\. Give --label or --cond"),
         (Sampler(), "classifier", r"--classifier: it guides to a label\. Give --label"),
     ):
         with pytest.raises(ConfigError, match=message):
-            load_guide(model(3), sampler, file and runs / file, has_condition=False)
+            guide_of(model(3), sampler, file and runs / file, has_condition=False)
     assert load_guide(model(3), Sampler(threshold="dynamic"), has_condition=False) is None
     with pytest.raises(CheckpointError, match="this is not a classifier"):
-        load_guide(model(3), Sampler(), runs / "weak")
+        load_classifier(model(3), runs / "weak")
     with pytest.raises(CheckpointError, match="this is a classifier"):
         load_guide(model(3), Sampler(), autoguide=runs / "classifier")
-    assert load_guide(model(), Sampler(), runs / "strange") is not None  # the model has no classes to differ from
+    assert guide_of(model(), Sampler(), runs / "strange") is not None  # the model has no classes to differ from
+
+
+def test_the_command_reads_a_classifier_once(runs, call, tmp_path, monkeypatch):
+    read, load = [], classifiers.load
+    monkeypatch.setattr(classifiers, "load", lambda *arguments: read.append(arguments[0]) or load(*arguments))
+    checkpoint.save(model(), tmp_path / "plain")  # its labels are those of the classifier
+    options = ("--classifier", runs / "classifier", "--label", "b", "--n", 1, "--steps", 2, "--device", "cpu")
+    said = call("sample", tmp_path / "plain", *options, "--out", tmp_path / "out")
+    assert (said.code, read) == (0, [runs / "classifier"]), said
 
 
 def test_latents_are_alike_up_to_the_rounding_of_their_moments():

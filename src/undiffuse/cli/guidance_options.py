@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def load_guide(
     model: AnyModel,
     sampler: Sampler,
-    classifier: Path | None = None,
+    classifier: NoisyClassifier | None = None,
     autoguide: Path | None = None,
     has_condition: bool = True,
     negative: Condition | None = None,
@@ -52,20 +52,31 @@ def load_guide(
         raise ConfigError(
             "GUIDANCE", "--negative", "it has no effect without a --guidance scale other than 1", "Give both"
         )
-    loaded = None if classifier is None else _load_classifier(model, classifier)
     weak = None if autoguide is None else _load_weak_model(model, autoguide)
-    guide = Guide(loaded and loaded.log_prob, weak and weak.denoiser(), negative)
+    guide = Guide(classifier and classifier.log_prob, weak and weak.denoiser(), negative)
     sampler.guide(model.denoiser(), guide)  # raises before the first step if a scale is out of range
     return None if guide == Guide() else guide
 
 
-def class_names(model: AnyModel, classifier: Path | None = None) -> list[str]:
+def load_classifier(model: AnyModel, path: Path) -> NoisyClassifier:
+    """The classifier of a run, for guidance of ``model``. Raises `ConfigError` if they do not fit together."""
+    from undiffuse.model import noisy_classifier
+
+    classifier = noisy_classifier.load(path, model.device)
+    _check_same_data(model, classifier, "--classifier", path)
+    if list(classifier.classes) != (class_names(model) or list(classifier.classes)):
+        cause = f"{path} has other classes than the model"
+        raise ConfigError("GUIDANCE", "--classifier", cause, "Train both on the same data")
+    return classifier
+
+
+def class_names(model: AnyModel, classifier: NoisyClassifier | None = None) -> list[str]:
     """The names of the labels of the model, or of the classifier for a model without labels."""
-    from undiffuse.model import noisy_classifier, text_conditions
+    from undiffuse.model import text_conditions
 
     if classifier is None or "classes" in model.condition_sizes:
         return text_conditions.class_names(model)
-    return list(noisy_classifier.load(classifier).classes)
+    return list(classifier.classes)
 
 
 def report_guidance_twice(model: AnyModel, sampler: Sampler, log: Callable[[str], None]) -> None:
@@ -76,17 +87,6 @@ def report_guidance_twice(model: AnyModel, sampler: Sampler, log: Callable[[str]
     scale = base.info.get("distilled", {}).get("guidance", 1)
     if scale != 1 and sampler.guidance != 1:
         log(f"note: the model was distilled with guidance {scale:g}; --guidance {sampler.guidance:g} adds to it")
-
-
-def _load_classifier(model: AnyModel, path: Path) -> NoisyClassifier:
-    from undiffuse.model import noisy_classifier
-
-    classifier = noisy_classifier.load(path, model.device)
-    _check_same_data(model, classifier, "--classifier", path)
-    if list(classifier.classes) != (class_names(model) or list(classifier.classes)):
-        cause = f"{path} has other classes than the model"
-        raise ConfigError("GUIDANCE", "--classifier", cause, "Train both on the same data")
-    return classifier
 
 
 def _load_weak_model(model: AnyModel, path: Path) -> Diffusion:
@@ -107,7 +107,7 @@ def _load_weak_model(model: AnyModel, path: Path) -> Diffusion:
     return weak
 
 
-def _check_options_have_effect(sampler: Sampler, classifier: Path | None, autoguide: Path | None) -> None:
+def _check_options_have_effect(sampler: Sampler, classifier: NoisyClassifier | None, autoguide: Path | None) -> None:
     """Raises `ConfigError` for an option of a kind of guidance that is not in use."""
     default, guided = Sampler(), sampler.guidance != 1
     for flag, name, required, in_use in (

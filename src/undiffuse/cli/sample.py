@@ -22,7 +22,7 @@ from undiffuse.cli.cascade_options import (
     stage_words,
 )
 from undiffuse.cli.data_options import refuse_inside
-from undiffuse.cli.guidance_options import class_names, load_guide, report_guidance_twice
+from undiffuse.cli.guidance_options import class_names, load_classifier, load_guide, report_guidance_twice
 from undiffuse.cli.label_options import ConditionFn, has_label, make_condition
 from undiffuse.cli.options import (
     Device,
@@ -177,7 +177,8 @@ def sample(
     require_then(model, run)
 
     # What is drawn: conditions, sampler, guidance
-    labels, names, texts = label or [], class_names(model, classifier), read_prompts(prompt, prompts)
+    guiding = None if classifier is None else load_classifier(model, classifier)
+    labels, names, texts = label or [], class_names(model, guiding), read_prompts(prompt, prompts)
     encoder = text_encoder if texts or negative is None else None  # it may be that of the negative prompt alone
     condition = make_condition(names, labels, cond, prompt_condition(model, run, texts, encoder))
     avoided = None if negative is None else prompt_condition(model, run, [negative], text_encoder)
@@ -208,7 +209,7 @@ def sample(
         check_condition(condition(range(1))).validate_for(model.condition_sizes, 1, classifier is not None)
     labelled = has_label(names, labels)
     has_condition = labelled if classifier else labelled or cond is not None or any(texts)
-    guide = load_guide(model, sampler, classifier, autoguide, has_condition, avoided)
+    guide = load_guide(model, sampler, guiding, autoguide, has_condition, avoided)
     report_guidance_twice(model, sampler, log)
     noise = check_image_noise(then, image_noise)
     stages = stage_samplers(model, sampler)
