@@ -1,4 +1,4 @@
-"""Metrics of samples by a table: a metric is a row of `METRICS`. The table can be read without torch.
+"""Metrics of samples by a table: a metric is a row of `BUILT_IN_METRICS`. The table can be read without torch.
 
 A metric compares the features of samples with those of a part of the data. Its floor is the same number for real items:
 training items compared with held-out items, or held-out items with training items where the reference is the training

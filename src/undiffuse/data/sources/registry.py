@@ -1,8 +1,9 @@
 """The table of data sources, and `load`, which reads the data set that a name or a path stands for.
 
-A new source is a module of this folder with the functions of `SourceModule`, and a row of `SOURCES`. The table can be
-read without torch, numpy or PIL, because the command line makes its options from it: modules of sources are imported
-by functions, when data are loaded. (They are functions and not names of modules: no text is ever imported as code.)
+A new source is a module of this folder with the functions of `SourceModule`, and a row of `BUILT_IN_SOURCES`. The table
+can be read without torch, numpy or PIL, because the command line makes its options from it: modules of sources are
+imported by functions, when data are loaded. (They are functions and not names of modules: no text is ever imported as
+code.)
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ STAGE_OPTIONS = (
 )
 """Options of every source: what is made of the data after they were read."""
 
-_BUILT_IN = (
+BUILT_IN_SOURCES = (
     Source(
         "a built-in data set",
         _builtin,
@@ -179,7 +180,11 @@ _BUILT_IN = (
     Source("a WebDataset", _webdataset, (*IMAGE_OPTIONS, *CAPTION_OPTIONS, LABELS_OPTION)),
     Source("a folder of images", _image_folder, FOLDER_OPTIONS, allocates=True),
 )
-SOURCES: tuple[Source, ...] = (*_BUILT_IN[:-1], *map(load_plugin, plugins("undiffuse.sources").values()), _BUILT_IN[-1])
+SOURCES: tuple[Source, ...] = (
+    *BUILT_IN_SOURCES[:-1],
+    *map(load_plugin, plugins("undiffuse.sources").values()),
+    BUILT_IN_SOURCES[-1],
+)
 """In the order in which they are tried: the first one whose module recognizes the source reads it.
 
 A plugin is a `Source` whose module must import nothing heavy. The last row reads every folder that no other one
