@@ -18,6 +18,7 @@ from undiffuse.data.transform import IntegerLevels
 from undiffuse.denoising.guidance import Guide
 from undiffuse.errors import ConfigError
 from undiffuse.evaluation import plan as planning
+from undiffuse.evaluation import sampler_ranking
 from undiffuse.model import checkpoint
 from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
@@ -154,7 +155,7 @@ def test_advice_is_measured_with_prompts(trained, call, tmp_path, monkeypatch):
     flags = ["--calls", 2, "--items", 8, "--fine", 4]
     done = call("advise", tmp_path / "run", *flags, "--prompt", "a black square", "--prompt", "a box")
     assert (done.code, done.err) == (0, "")
-    assert "not compared: they are compared without labels and prompts only" in done.out
+    assert "not compared: they are compared without prompts only" in done.out
     assert "--calls 2 --prompt 'a black square' --prompt 'a box'" in " ".join(done.out.split())
     stored = json.loads((tmp_path / "run" / "advice.json").read_text())["advice"]["2"]
     assert stored["prompt"] == ["a black square", "a box"]
@@ -165,6 +166,12 @@ def test_advice_is_measured_with_prompts(trained, call, tmp_path, monkeypatch):
         done = call("sample", tmp_path / "run", "--n", 1, "--calls", 2, *prompts)
         assert (done.code, "was measured for" in done.out) == (0, words is not None)
         assert words is None or words in " ".join(done.out.split())
+    monkeypatch.setattr(sampler_ranking, "MIN_ITEMS", 2)
+    done = call("advise", tmp_path / "run", *flags, "--samples", 20)
+    assert (done.code, done.err) == (0, "")
+    assert "compared with held-out items, whose captions they have" in " ".join(done.out.split())
+    done = call("sample", tmp_path / "run", "--n", 1, "--calls", 2, "--prompt", "a box")
+    assert (done.code, "was measured" in done.out) == (0, False)
 
 
 ERRORS = [

@@ -11,7 +11,7 @@ import typer
 from undiffuse.cli.cascade_options import require_then
 from undiffuse.cli.data_options import ReadData, read_data, with_data_options
 from undiffuse.cli.guidance_options import class_names
-from undiffuse.cli.label_options import make_condition
+from undiffuse.cli.label_options import make_condition, parse_labels
 from undiffuse.cli.options import (
     MAX_COUNT,
     Device,
@@ -33,9 +33,7 @@ from undiffuse.data.sources.registry import option_words
 from undiffuse.errors import ConfigError, DataError, counted
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from undiffuse.evaluation.sampler_ranking import SamplerScore
+    from undiffuse.evaluation.sampler_ranking import ComparedItems, SamplerScore
     from undiffuse.model.diffusion import Diffusion
     from undiffuse.sampling.sampler import Sampler
     from undiffuse.sampling.sampler_search import SearchResult
@@ -80,7 +78,8 @@ def advise_command(
 
     First all deterministic solvers start from the same noise, and their endpoints are compared with those of a fine
     solution of the flow. Then the best of them and all stochastic solvers are ranked by the distance of their samples
-    to held-out data.
+    to held-out data. Samples of a model with labels or captions have those of the held-out data; --label compares items
+    of some classes alone, --label none samples without a condition, and with prompts only the flow is measured.
     """
     import torch
 
@@ -97,20 +96,24 @@ def advise_command(
     model = checkpoint.load(run, resolve_device(device), precision=precision)
     require_then(model, run)
     check_predicts_mean(model.config, run)
-    texts, real, reason = read_prompts(prompt, prompts), None, "they are compared without labels and prompts only"
+    texts, real, reason = read_prompts(prompt, prompts), None, "they are compared without prompts only"
     of_data = option_words({name: value for name, value in read.keywords.items() if name != "text_encoder"})
-    if (label or texts) and (data is not None or of_data):
-        cause = "with labels or prompts samples are not compared with data"
+    if texts and (data is not None or of_data):
+        cause = "with prompts samples are not compared with data"
         raise ConfigError("USAGE", of_data[0] if data is None else data, cause, "Leave DATA and its options out")
-    if not label and not texts:
-        real, reason = _real_items(model, run, data, read)
+    labels = parse_labels(class_names(model), label).tolist() if label else []
+    if not texts:
+        real, reason = _real_items(model, run, data, read, samples, labels)
     require_memory_for(f"--items {items}", 4 * items * model.dims)
     require_memory_for(f"--samples {samples}", 4 * samples * model.dims)
     noise = ItemNoise(seed, range(items), model.x_shape, "advise", model.device)
     encoder = read.keywords.get("text_encoder") if texts else None
     start, text = prior_sample(model.chain[0], noise(1)[0]), prompt_condition(model, run, texts, encoder)
     condition = make_condition(class_names(model), label or (), text=text)
-    cond = condition and model.prepare_condition(condition(range(items)), items)
+    cond = condition and condition(range(items))
+    if real and real.cond:
+        cond = real.cond.take(torch.arange(items) % samples)
+    cond = cond and model.prepare_condition(cond, items)
     began = time.perf_counter()
     rows = (len(SOLVERS) + len(SEARCH_VARIANTS)) // 2 * len(SEARCH_SPACINGS)
     with (
@@ -126,13 +129,14 @@ def advise_command(
             samplers = [best, *stochastic_samplers(model, result.reference, calls)]
             total = samples * calls * (len(samplers) // 4 + NUM_FINALISTS)
             bar.restart(f"{counted(samples, 'sample')} per sampler", total)
-            scores, floor = rank_samplers(model, samplers, *real, samples, seed, bar.advance)
+            scores, floor = rank_samplers(model, samplers, real, samples, seed, bar.advance)
             best = (scores[0].sampler if scores else None) or best
 
-    given = {"label": label, "prompt": texts or None}
+    of_items = real.conditions if real and not label else "none"
+    given = {"label": ["all"] if "labels" in of_items else label, "prompt": texts or None, "conditions": of_items}
     measured = {"items": items, "seed": seed, "fine": fine, **given, **_show_flow(model, result, calls, fine)}
     if scores and floor is not None and real is not None:
-        measured |= _show_scores([*scores, floor], calls, samples, floor_size(samples, real[1]))
+        measured |= _show_scores([*scores, floor], calls, samples, floor_size(samples, real.others), real.conditions)
     else:
         if real is not None:
             reason = "all samples became NaN or infinite"
@@ -155,19 +159,19 @@ def _store(run: RunArgument, model: Diffusion, calls: int, best: Sampler, measur
 
 
 def _real_items(
-    model: Diffusion, run: RunArgument, data: str | None, read: ReadData
-) -> tuple[tuple[Tensor, Tensor] | None, str]:
+    model: Diffusion, run: RunArgument, data: str | None, read: ReadData, samples: int, labels: list[int]
+) -> tuple[ComparedItems | None, str]:
     """Real items of DATA or of the run to compare samples with, or the reason why there are none."""
     from undiffuse.data.sources.builtin import BUILTIN
     from undiffuse.evaluation.sampler_ranking import compared_items
 
     try:
-        return compared_items(model, read_data(read, data, run)), ""
+        return compared_items(model, read_data(read, data, run), samples, labels), ""
     except (ConfigError, DataError) as error:
         if data is not None or error.code == "USAGE":
             raise
         if error.code == "NO_SOURCE" and model.info.get("name") in BUILTIN:
-            return compared_items(model, read(model.info["name"])), ""
+            return compared_items(model, read(model.info["name"]), samples, labels), ""
         return None, f"{error.cause}; give held-out DATA after RUN"
 
 
@@ -203,7 +207,9 @@ def _show_flow(model: Diffusion, result: SearchResult, calls: int, fine: int) ->
     return {"error": scaled(best.mean_error), "unit": unit, "coarse": coarse, "ranking": ranking}
 
 
-def _show_scores(scores: list[SamplerScore], calls: int, samples: int, floor_items: int) -> dict[str, Any]:
+def _show_scores(
+    scores: list[SamplerScore], calls: int, samples: int, floor_items: int, conditions: str
+) -> dict[str, Any]:
     """Prints the samplers by the distance of their samples to the data, the floor last; returns what to store."""
     best, *_, floor = scores
     rows: list[dict[str, Any]] = [
@@ -216,7 +222,8 @@ def _show_scores(scores: list[SamplerScore], calls: int, samples: int, floor_ite
         }
         for score in scores
     ]
-    show(rows, f"samples: {samples} per sampler of {counted(calls, 'call')}, compared with held-out items")
+    given = "" if conditions == "none" else f", whose {conditions} they have"
+    show(rows, f"samples: {samples} per sampler of {counted(calls, 'call')}, compared with held-out items{given}")
     console.print("Fréchet, kernel: distances in principal components; the last row is the floor for a perfect sampler")
     if floor_items < samples:
         console.print(

@@ -25,6 +25,8 @@ QUALITIES = {
 draws noise."""
 DEFAULT_QUALITY = "good"
 ADVICE_FILE = "advice.json"
+FLAG_OF_KIND = {"captions": "prompt", "vectors": "cond", "tokens": "cond"}
+"""The option of ``sample`` for each kind of condition of the data that has more values than can be listed."""
 
 
 def parse_sampler(
@@ -165,10 +167,13 @@ def read_advice(
             log(f"{path} has no advice for {counted(calls, 'call')}, only for {', '.join(stored['advice'])}")
             return None
         advised = Sampler.from_dict(advice["sampler"])
-        different = [f"--{name}" for name, value in (conditions or {}).items() if value != advice.get(name)]
+        of_data = {FLAG_OF_KIND[kind] for kind in FLAG_OF_KIND if kind in advice.get("conditions", "")}
+        given_now = {name: value for name, value in (conditions or {}).items() if not (value and name in of_data)}
+        different = [f"--{name}" for name, value in given_now.items() if value != advice.get(name)]
         different += ["--guidance"] if guidance_changes(sampler) else []
         if different:
             given = [f"{name} {', '.join(advice[name])}" for name in ("label", "prompt") if advice.get(name)]
+            given = [f"the {advice['conditions']} of the data"] if of_data and not given else given
             measured = f"for {' and '.join(given)}" if given else "without labels"
             flags = ", ".join(different)
             log(f"{path} was measured {measured} and without guidance; with other {flags} the best sampler may differ")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
@@ -17,8 +17,9 @@ from undiffuse.data.transform import is_latent
 from undiffuse.errors import DataError, NonFiniteError
 from undiffuse.evaluation.distances import JACKKNIFE_GROUPS, frechet, jackknife_stderr, kernel
 from undiffuse.evaluation.features import MAX_FIT_ITEMS, principal_components
-from undiffuse.evaluation.plan import check_data, select_items
+from undiffuse.evaluation.plan import check_data, select_items, shared_condition
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.networks.condition import Condition
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.sampler_search import Reference, early_stop_times, fit_to_budget, fitted_times
 from undiffuse.sampling.solvers import SOLVERS, build
@@ -57,23 +58,43 @@ class SamplerScore(NamedTuple):
         return self.distance - best.distance, jackknife_stderr(self.jackknife - best.jackknife)
 
 
-def compared_items(model: Diffusion, data: Dataset) -> tuple[Tensor, Tensor]:
-    """(values of held-out items, values of training items) of ``data``, at most `MAX_ITEMS` of each, in random order.
+class ComparedItems(NamedTuple):
+    """Values of ``held_out`` items (N, ...) and of ``others`` (M, ...), training items; ``cond`` of samples to draw.
 
-    They are two halves of the items if the model was trained on data of another name. Raises `DataError` if the data
-    do not fit the model or are too few.
+    Sample i has the condition of held-out item i mod N. ``conditions`` are the kinds, such as "labels", or "none".
+    """
+
+    held_out: Tensor
+    others: Tensor
+    cond: Condition | None = None
+    conditions: str = "none"
+
+
+def compared_items(model: Diffusion, data: Dataset, n: int, labels: Collection[int] = ()) -> ComparedItems:
+    """Items of ``data`` in random order, at most `MAX_ITEMS` of each kind, to compare with ``n`` samples.
+
+    They are the held-out items and the training items, or two halves of the items if the model was trained on data of
+    another name. With ``labels`` only items that have one of them are taken; if −1 is the only one, the samples have
+    no condition. Raises `DataError` if the data do not fit the model or are too few.
     """
     check_data(model, data)
-    shuffled = np.random.Generator(np.random.PCG64(0)).permutation
+    shuffled, wanted = np.random.Generator(np.random.PCG64(0)).permutation, {*labels} - {-1}
+    conditions = "none" if labels and not wanted else shared_condition(model, data)[0]
     if data.may_be_of(model.info):
         parts = [shuffled(select_items(model, data, part)[0]) for part in ("validation", "train")]
     else:
         parts = np.array_split(shuffled(len(data)), 2)
-    held_out, train = (data.tensor(part[:MAX_ITEMS]) for part in parts)
+    if wanted:
+        if data.labels is None or conditions == "none":
+            cause, fix = "its items have no labels of the model", "Leave --label out"
+            raise DataError("LABEL", data.name, cause, fix)
+        parts = [part[np.isin(data.labels[part], [*wanted])] for part in parts]
+    held_out, train = (part[:MAX_ITEMS] for part in parts)
     if min(len(held_out), len(train)) < MIN_ITEMS:
         cause = f"it has {len(held_out)} items to compare with, and {len(train)} others"
         raise DataError("FEW", data.name, cause, f"Give at least {MIN_ITEMS} of each")
-    return held_out, train
+    cond = data.given_condition(held_out[np.arange(n) % len(held_out)], conditions != "none")
+    return ComparedItems(data.tensor(held_out), data.tensor(train), cond, conditions)
 
 
 def data_unit(model: Diffusion) -> tuple[float, str]:
@@ -130,21 +151,21 @@ def floor_size(n: int, others: Tensor) -> int:
 def score_samplers(
     model: Diffusion,
     samplers: Sequence[Sampler],
-    data: Tensor,
-    others: Tensor,
+    items: ComparedItems,
     n: int = 500,
     seed: int = 0,
     batch: int = 64,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> tuple[list[SamplerScore], SamplerScore]:
-    """(scores of ``samplers`` against the ``data`` values (N, ...), nearest first; the floor), by ``n`` samples each.
+    """(scores of ``samplers`` against the held-out ``items``, nearest first; the floor), by ``n`` samples each.
 
-    The floor is the score of the last ``n`` of the ``others`` (M, ...), more items of the data in random order, or of
-    half of them; from the rest the principal components are computed. Samplers with NaN or infinite samples are
-    omitted. All draw without a condition and from the same ``seed``. ``progress`` is called with the number of
-    item-steps done.
+    The floor is the score of the last ``n`` of the other items, in random order, or of half of them; from the rest the
+    principal components are computed. Samplers with NaN or infinite samples are omitted. All draw with the first ``n``
+    conditions of ``items`` and from the same ``seed``. ``progress`` is called with the number of item-steps done.
     """
-    rest, as_samples = others.split([len(others) - (size := floor_size(n, others)), size])
+    size = floor_size(n, items.others)
+    rest, as_samples = items.others.split([len(items.others) - size, size])
+    cond = items.cond and items.cond.take(slice(n))
 
     def in_units_of_x(values: Tensor) -> Tensor:  # an encoder may need much memory for each item
         return torch.cat([model.transform.to_model(part).flatten(1).double() for part in values.split(batch)])
@@ -154,10 +175,10 @@ def score_samplers(
     def features(values: Tensor) -> Tensor:
         return in_units_of_x(values) @ axes
 
-    real, scores = features(data), []
+    real, scores = features(items.held_out), []
     for sampler in samplers:
         with suppress(NonFiniteError):
-            drawn = features(model.sample(n, seed, sampler, batch=batch, progress=progress))
+            drawn = features(model.sample(n, seed, sampler, cond, batch=batch, progress=progress))
             scores.append(score_features(sampler, drawn, real))
     return sorted(scores, key=lambda score: score.distance), score_features(None, features(as_samples), real)
 
@@ -165,13 +186,12 @@ def score_samplers(
 def rank_samplers(
     model: Diffusion,
     samplers: Sequence[Sampler],
-    data: Tensor,
-    others: Tensor,
+    items: ComparedItems,
     n: int = 500,
     seed: int = 0,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> tuple[list[SamplerScore], SamplerScore]:
     """`score_samplers` of the `NUM_FINALISTS` that are best by a quarter of the ``n`` samples, by all of them."""
-    first_round, _ = score_samplers(model, samplers, data, others, max(MIN_ITEMS, n // 4), seed, progress=progress)
+    first_round, _ = score_samplers(model, samplers, items, max(MIN_ITEMS, n // 4), seed, progress=progress)
     finalists = [score.sampler for score in first_round[:NUM_FINALISTS] if score.sampler]
-    return score_samplers(model, finalists, data, others, n, seed, progress=progress)
+    return score_samplers(model, finalists, items, n, seed, progress=progress)
