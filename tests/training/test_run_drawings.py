@@ -48,6 +48,11 @@ def test_every_kind_of_item_is_drawn(name):
     assert len(nearest_picture([], "missing.npz", data).images) == 0
 
 
+def test_each_held_out_item_is_drawn_once():
+    pictures = pictures_of(CASES["table"][0])  # fewer are held out than are plotted at most
+    assert pictures.forward().caption.startswith("Forward process, from data to noise: 6 held-out items, at log-SNR")
+
+
 def test_super_resolution_needs_the_images_that_it_enlarges():
     data = split_data(dataset((1, 8, 8), 16), 4)
     pictures = pictures_of(data, image=1)

@@ -73,7 +73,7 @@ class ModelPictures:
         caption = "The forward process is not drawn"
         if self.data is None or self.split is None:
             return Drawing(caption=caption, reason="it needs the data of the run", command=self.command)
-        items = self._held_out(self._strip_items)
+        items = self.split.shown[: self._strip_items]
         values = self.data.tensor(items)
         try:
             levels, frames = process_states.forward_states(self.model, values, self._columns)
@@ -179,13 +179,13 @@ class ModelPictures:
         return Shown(items, cond, captions)
 
     def _held_out(self, n: int) -> np.ndarray:
-        """``n`` held-out items, or without any training items."""
+        """``n`` held-out items, in turn if there are fewer; without any, training items."""
         assert self.split is not None
         return np.resize(self.split.shown, n)
 
     @property
     def _noun(self) -> str:
-        """What `_held_out` returns."""
+        """The items of `Split.shown` in words."""
         assert self.split is not None
         if not self.model.info.get("fingerprint"):
             return "item"
