@@ -41,7 +41,7 @@ def test_it_measures_what_the_run_lacks_and_shows_it(place, call):
     code, out, err = call("report", "run", "--minutes", 0.1)
     assert (code, err) == (0, "")
     commands = [line for line in out.splitlines() if line.startswith("$ ")]
-    assert commands[0] == "$ undiffuse evaluate run"
+    assert commands[0] == "$ undiffuse evaluate run --minutes 0.05"
     n = int(commands[1].split("--n ")[1].split()[0])
     assert commands[1:] == [
         f"$ undiffuse sample run --n {n} --label all --out run/samples/report",
@@ -51,6 +51,7 @@ def test_it_measures_what_the_run_lacks_and_shows_it(place, call):
     page = check_page(written.decode())
     shown = {text for _, text in page.texts}
     evaluation = json.loads((place / "run" / "evaluation.json").read_text())
+    assert "undiffuse evaluate run --minutes 0.05" in shown
     for numbers in evaluation["estimates"].values():
         assert f"{'≤ ' * numbers['is_bound']}{cell(tuple(numbers['bits_per_dim']['total']))}".replace("-", "−") in shown
     comparison = json.loads((place / "run" / "comparison" / "compare.json").read_text())

@@ -57,10 +57,15 @@ def test_every_training_writes_a_page(folder):
         ({"part": "held out for testing", "seed": 0}, ""),
         ({"part": "trained on", "seed": 5}, " --part train --seed 5"),
         ({"part": "all, including training items"}, " --part all"),
+        ({"part": "held out for testing", "options": {"items": None, "minutes": 5.0, "exact": False}}, ""),
+        (
+            {"part": "all", "options": {"estimate": ["ode", "discrete"], "items": 30, "exact": True, "minutes": 0.5}},
+            " --part all --estimate ode --estimate discrete --items 30 --exact --minutes 0.5",
+        ),
         ({"part": "test part of other data than the training data"}, " --part test"),
     ],
 )
-def test_the_command_of_an_evaluation_has_its_part_and_seed(folder, measured, options):
+def test_the_command_of_an_evaluation_has_its_options(folder, measured, options):
     commands = run_report.measuring_commands(Run(folder), checkpoint.load(folder), DATA, " --own", " d.npy", measured)
     assert commands["evaluation"] == f"undiffuse evaluate {shlex.quote(str(folder))} d.npy{options} --own"
 

@@ -185,6 +185,7 @@ class _Measuring:
         from undiffuse.training.run_report import measuring_commands
 
         command = measuring_commands(self.run, model, dataset, of_data=self.words)["evaluation"]
+        command += f" --minutes {minutes:g}"
         part = "train" if "--part train" in command else None
         self._call("evaluation", command, evaluate, run=self.path, part=part, minutes=minutes, **self.of_data)
 

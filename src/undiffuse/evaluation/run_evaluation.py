@@ -51,7 +51,7 @@ class EvaluationResult:
     the data set, in the order in which they were measured; an estimate may have fewer items than others, always the
     first ones. ``mc_samples`` are those of each estimate, None where all steps were computed, and for "ode" the
     importance samples. ``facts`` is plain data: data, fingerprint, part, condition, seed, digest (of the model),
-    chain_length, version.
+    chain_length, version, options (of `evaluate`).
     """
 
     model: AnyModel
@@ -147,6 +147,16 @@ def evaluate(
     def read_items(here: slice) -> tuple[Tensor, Condition | None]:  # of a batch: all items may be too many
         return data.tensor(chosen[here]), data.given_condition(chosen[here], condition != "none")
 
+    options = {
+        "estimate": list(estimates),
+        "items": items,
+        "mc_samples": mc_samples,
+        "unconditional": unconditional,
+        "exact": exact,
+        "iw_samples": iw_samples,
+        "compat": compat,
+        "minutes": minutes,
+    }
     facts = _facts(model, data, description, condition, seed)
     request = facts | {
         "estimates": names,
@@ -199,7 +209,7 @@ def evaluate(
         resumable.check_plan(store.folder, store.key)
     return EvaluationResult(
         model,
-        facts,
+        facts | {"options": options},
         chosen,
         {name: nll for name, (nll, _) in computed.items()},
         {name: seconds for name, (_, seconds) in computed.items()},

@@ -13,6 +13,7 @@ import numpy as np
 
 from undiffuse.errors import ConfigError
 from undiffuse.evaluation import resumable, summary
+from undiffuse.evaluation.plan import PARTS
 from undiffuse.evaluation.run_evaluation import EvaluationResult
 from undiffuse.likelihood.nll import NLL
 from undiffuse.model.diffusion import Diffusion
@@ -33,6 +34,8 @@ RECORD, BATCHES = "evaluation.json", "evaluation.partial"
 """In the folder of results: all numbers, with the names of the other files, and the folder of finished batches."""
 MEASURED = ("digest", "fingerprint", "part", "condition")
 """The facts that define the weights, items and conditions of an evaluation."""
+DEFAULTS = {"estimate": [], "unconditional": False, "exact": False, "iw_samples": 1, "minutes": 5.0}
+"""The options of `evaluate` that are not None by default."""
 FILES = {RECORD, "evaluation-items.csv", "bits-per-step.png", "evaluation-skipped.json"}
 
 
@@ -41,6 +44,18 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> tuple[list[dict[str, Any]]
     rows, title = likelihood_rows(evaluation)
     seconds = (numbers["seconds"] for numbers in evaluation["estimates"].values())
     return [{**row, "time": f"{took:,.0f} s"} for row, took in zip(rows, seconds, strict=True)], title
+
+
+def options_in_words(evaluation: Mapping[str, Any]) -> str:
+    """The options of an ``evaluation``, where they are not the defaults (part of other data: all)."""
+    described, seed = str(evaluation["part"]), evaluation.get("seed", 0)
+    part = next((part for part, words in PARTS.items() if words == described), described.split()[0].strip(","))
+    words = ["--part", part] * (part != "test" or "of other data" in described) + ["--seed", str(seed)] * bool(seed)
+    for name, value in (evaluation.get("options") or {}).items():
+        if value != DEFAULTS.get(name):
+            flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, list) else [value]
+            words += [flag] if value is True else [word for one in values for word in (flag, str(one))]
+    return "".join(f" {word}" for word in words)
 
 
 def describe_differences(differences: Mapping[str, Mapping[str, list[float]]]) -> list[str]:

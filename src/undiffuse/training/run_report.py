@@ -14,7 +14,6 @@ import numpy as np
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.data.sources.registry import as_source
 from undiffuse.errors import CheckpointError, ConfigError, counted
-from undiffuse.evaluation.plan import PARTS
 from undiffuse.model import checkpoint
 from undiffuse.model.autoencoder import Autoencoder
 from undiffuse.model.diffusion import Diffusion
@@ -187,7 +186,7 @@ def measuring_commands(
     if not isinstance(model, Diffusion):
         return {}
     nothing_held_out = model.info.get("held_out") == 0 and (data is None or data.test_from is None)
-    options = _options_of(made) if made else " --part train" * nothing_held_out
+    options = evaluation_report.options_in_words(made) if made else " --part train" * nothing_held_out
     return {
         "evaluation": f"undiffuse evaluate {place}{of_data}{options}{own}",
         "comparison": f"undiffuse report {place}{of_data}{own}",
@@ -260,13 +259,6 @@ def _current(
     else:
         return record
     return None
-
-
-def _options_of(evaluation: Mapping[str, Any]) -> str:
-    """The part and the seed of an ``evaluation`` as options, where they are not the defaults (of other data: all)."""
-    described, seed = str(evaluation["part"]), evaluation.get("seed", 0)
-    part = next((part for part, words in PARTS.items() if words == described), described.split()[0].strip(","))
-    return f" --part {part}" * (part != "test" or "of other data" in described) + f" --seed {seed}" * bool(seed)
 
 
 def _commands_of(run: Run, comparison: Mapping[str, Any], own: str, of_data: str) -> dict[str, str]:
