@@ -80,6 +80,7 @@ def test_a_page_is_a_function_of_the_run_and_has_all_its_pictures(folder):
         "solvers": 5,
     }
     assert "Conditions, in turn: 0, 1, 2." in content.drawings["solvers"].caption
+    assert ("weights", checkpoint.fingerprint(checkpoint.load(folder))) in content.model
     page_of(content)
     assert run_report.run_report.page(content) == run_report.run_report.page(collected(folder))
 

@@ -303,7 +303,7 @@ def _model_facts(model: Any, record: Mapping[str, Any]) -> list[tuple[str, str]]
     if isinstance(model, Diffusion):
         facts = model_facts(model)
         facts = {name: facts[name] for name in facts if name not in ("data", "notes", "items")}
-        facts = {"kind": str(model.config.network.get("kind", "")), **facts}
+        facts = {"kind": str(model.config.network.get("kind", "")), **facts, "weights": checkpoint.fingerprint(model)}
         return [(name, minus(value)) for name, value in facts.items()]
     settings = (record.get("config") or {}).get("model") or {}
     shown = [(key.replace("_", " "), run_sections.setting(value)) for key, value in settings.items()]
