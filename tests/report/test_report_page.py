@@ -169,6 +169,19 @@ def test_what_is_missing_says_so_with_the_command_that_adds_it():
     assert "No steps are recorded yet." in lines
 
 
+def test_results_of_other_commands_need_the_report_again():
+    commands = {"evaluation": "evaluate r", "comparison": "report r", "report": "report r"}
+    drawings = {"samples": Drawing(caption="No samples", command="sample r")}
+    settings = {"evaluation": None, "comparison": None, "drawings": drawings, "commands": commands}
+    page = check_page(run_report.page(content(**settings)))
+    lines = [text for _, text in page.texts]
+    for command in ("evaluate r", "sample r"):
+        at = lines.index(command)
+        assert lines[at + 1 : at + 4] == [", and then ", "report r", "."]
+    at = lines.index("No distances are measured. ")
+    assert lines[at + 1 : at + 3] == ["report r", " adds it."]
+
+
 def test_a_page_of_large_pictures_is_within_its_size(monkeypatch):
     monkeypatch.setattr(run_report, "BUDGET", dict.fromkeys(run_report.BUDGET, 30_000))
     drawings = {name: Drawing([noise(120)] * 2, ["a"] * 2, "c", ["t"] * 2) for name in run_report.BUDGET}

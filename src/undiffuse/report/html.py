@@ -73,9 +73,14 @@ def verbatim(lines: str) -> Markup:
     return element("pre", element("code", Markup("\n".join(map(text, lines.splitlines())))))
 
 
-def missing(what: str, command: str | None = None, reason: str = "") -> Markup:
-    """A paragraph: ``what`` is not on the page, for which ``reason``, and the ``command`` that adds it."""
+def missing(what: str, command: str | None = None, reason: str = "", report: str | None = None) -> Markup:
+    """A paragraph: ``what`` is not on the page, for which ``reason``, and the ``command`` that adds it.
+
+    ``report``: the command that writes the page again, which is needed after any other ``command``.
+    """
     adds = None if command is None else join(" ", code(command), " adds it.")
+    if command is not None and report and not command.startswith(report):
+        adds = join(" To add it, run ", code(command), ", and then ", code(report), ".")
     return paragraph(what, f": {reason}." if reason else ".", adds, class_="missing")
 
 

@@ -43,7 +43,8 @@ class RunContent:
     ``run`` is the run as a word of a command. ``kind`` is a "diffusion model", a "classifier" or an "autoencoder".
     ``record`` is that of run.json, ``records`` the metrics,
     ``info`` the facts in the model's file. ``evaluation`` and ``comparison`` are the records of `evaluate` and
-    `compare`. ``why`` has the reason why a part is not there, by its name. ``commands`` measure or repeat a part.
+    `compare`. ``why`` has the reason why a part is not there, by its name. ``commands`` measure or
+    repeat a part; "report" writes the page again.
     """
 
     run: str
@@ -79,7 +80,7 @@ def page(content: RunContent) -> str:
 
 def _page(content: RunContent, scale: float) -> str:
     def drawn(name: str) -> Markup:
-        return _drawn(content.drawings.get(name), int(scale * BUDGET[name]))
+        return _drawn(content.drawings.get(name), int(scale * BUDGET[name]), content.commands.get("report"))
 
     sections: list[tuple[str, str, list[object]]] = []
     diffusion = content.kind == "diffusion model"
@@ -121,11 +122,11 @@ def _foot() -> Markup:
     )
 
 
-def _drawn(drawing: Drawing | None, max_bytes: int) -> Markup:
+def _drawn(drawing: Drawing | None, max_bytes: int, report: str | None) -> Markup:
     if drawing is None:
         return join()
     if not drawing.images:
-        return missing(str(drawing.caption), drawing.command, drawing.reason)
+        return missing(str(drawing.caption), drawing.command, drawing.reason, report)
     budget = max_bytes // len(drawing.images)
     shown = [
         html.picture(image, alt, budget, drawing.plot) for image, alt in zip(drawing.images, drawing.alts, strict=True)
@@ -148,7 +149,7 @@ def _likelihood(content: RunContent) -> list[object]:
         reason, command = content.why.get("evaluation", ""), content.commands.get("evaluation")
         bound = run_sections.training_bound(content.records)
         parts = [paragraph("At the end of training: ", bound)] if bound else []
-        return [*parts, missing("No likelihood is measured", command, reason)]
+        return [*parts, missing("No likelihood is measured", command, reason, content.commands.get("report"))]
     return [*run_sections.likelihood(content.evaluation), *_measured_by(content.commands.get("evaluation"))]
 
 

@@ -183,13 +183,15 @@ def measuring_commands(
 ) -> dict[str, str]:
     """The commands that measure the model of ``run``, by the part of the page; of the evaluation ``made`` if given."""
     place = as_argument(shown_path(run.folder))
+    report = f"undiffuse report {place}{of_data}{own}"
     if not isinstance(model, Diffusion):
-        return {}
+        return {"report": report}
     nothing_held_out = model.info.get("held_out") == 0 and (data is None or data.test_from is None)
     options = evaluation_report.options_in_words(made) if made else " --part train" * nothing_held_out
     return {
         "evaluation": f"undiffuse evaluate {place}{of_data}{options}{own}",
-        "comparison": f"undiffuse report {place}{of_data}{own}",
+        "comparison": report,
+        "report": report,
     }
 
 
