@@ -8,7 +8,7 @@ from undiffuse.errors import DataError
 from undiffuse.evaluation.comparison import Comparison, compare
 from undiffuse.evaluation.metrics import Value
 from undiffuse.report.comparison_report import comparison_rows, neighbours_image
-from undiffuse.report.figures import image_strip
+from undiffuse.report.figures import image_grid, image_strip
 
 RNG = np.random.default_rng(0)
 DATA = from_array(RNG.integers(0, 256, size=(300, 1, 8, 8)).astype(np.uint8), num_values=256)
@@ -48,8 +48,18 @@ def test_samples_beside_their_nearest_training_items():
     assert image.height == expected.height + 6 * 72  # eight samples
 
 
+def test_series_are_plotted_beside_their_nearest_training_items():
+    values = RNG.normal(size=(300, 2, 8)).astype(np.float32)
+    data = from_array(values, layout="NCL")
+    result = compare(values[:50], data, metrics=["nearest"], extractor="raw")
+    closest = np.argsort(result.neighbour_distances[:, 0], kind="stable")[:8]
+    rows = [[values[result.samples[i]], *values[result.neighbours[i]]] for i in closest]
+    expected = image_grid(np.concatenate(rows), None, 4)
+    np.testing.assert_array_equal(np.asarray(neighbours_image(result, values[:50], data)), np.asarray(expected))
+
+
 def test_vectors_have_no_image():
     data = from_array(RNG.normal(size=(300, 2)).astype(np.float32))
     result = compare(data.values[:50], data, metrics=["nearest"])
-    with pytest.raises(DataError, match="captions do not fit"):
+    with pytest.raises(DataError, match="the items are vectors"):
         neighbours_image(result, data.values[:50], data)

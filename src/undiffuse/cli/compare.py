@@ -20,7 +20,7 @@ from undiffuse.cli.data_options import (
 )
 from undiffuse.cli.options import console, run_folder
 from undiffuse.cli.results import show, with_json
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, DataError
 from undiffuse.evaluation.features import EXTRACTORS
 from undiffuse.evaluation.metrics import METRICS
 
@@ -66,7 +66,6 @@ def compare(
 
     Prints metrics beside their floor, and a test for copies.
     """
-    from undiffuse.errors import DataError
     from undiffuse.evaluation import comparison
     from undiffuse.report import comparison_report
     from undiffuse.report.comparison_report import IMAGE, RECORD
@@ -117,7 +116,7 @@ def compare(
         picture = None
         try:
             picture = comparison_report.neighbours_image(result, values, dataset)
-        except DataError as error:
+        except (ConfigError, DataError) as error:
             console.print(f"no image of nearest items: {error.cause}")
         if picture is None and IMAGE in (before or ()):
             (out / IMAGE).unlink(missing_ok=True)
