@@ -71,6 +71,15 @@ def test_it_measures_what_the_run_lacks_and_shows_it(place, call):
     assert (place / "run" / "report.html").read_bytes() == written
 
 
+def test_what_does_not_fit_into_the_time_is_a_line_with_the_minutes_that_suffice(place, call):
+    code, out, err = call("report", "run", "--minutes", 1e-9)
+    assert (code, err) == (0, "")
+    lines = " ".join(out.split())
+    assert "not measured: distances and copies, because 20 samples do not fit into the time: give --minutes 1" in lines
+    assert "Solvers are not shown side by side: " in lines
+    assert "undiffuse report run --minutes 1 adds it" in lines
+
+
 def test_samples_have_no_label_where_classes_are_of_unequal_frequency(place, call):
     """Samples with each label in turn are as far from such data as their frequencies are."""
     values = np.load(place / "items.npz")["x"]

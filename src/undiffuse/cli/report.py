@@ -92,6 +92,9 @@ def report(
     reasons = measuring.why, notes, measuring.words, minutes_per_call
     content = run_report.collect(of, model, dataset, split, calls, own, *reasons)
     run_report.write_page(page, content)
+    for drawing in content.drawings.values():
+        if minutes and drawing.reason and drawing.command:
+            console.print(f"{drawing.caption}: {drawing.reason}; {drawing.command} adds it")
     measured = {"evaluation": content.evaluation, "comparison": content.comparison}
     add(report=page, **measured, reasons=content.why)
     console.print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
@@ -175,10 +178,12 @@ class _Measuring:
             return
         missing, reasons = run_report.missing_parts(self.run, model)
         self.why |= reasons
+        for part, reason in reasons.items():
+            console.print(f"not measured: {part}, because {reason}")
         if "evaluation" in missing:
             self._evaluate(model, dataset, SHARES["evaluation"] * minutes)
         if "comparison" in missing:
-            self._compare(model, dataset, 60 * SHARES["samples"] * minutes * rate)
+            self._compare(model, dataset, minutes, rate)
 
     def _evaluate(self, model: Diffusion, dataset: Dataset, minutes: float) -> None:
         from undiffuse.cli.evaluate import evaluate
@@ -189,16 +194,22 @@ class _Measuring:
         part = "train" if "--part train" in command else None
         self._call("evaluation", command, evaluate, run=self.path, part=part, minutes=minutes, **self.of_data)
 
-    def _compare(self, model: Diffusion, dataset: Dataset, calls: float) -> None:
+    def _compare(self, model: Diffusion, dataset: Dataset, minutes: float, rate: float) -> None:
         from undiffuse.cli.compare import compare
         from undiffuse.cli.sample import sample
         from undiffuse.training import run_report
 
         labels = ["all"] if _labels_in_turn(model, dataset) else None
         folder = self.run.folder / run_report.SAMPLES
+        per_minute = 60 * SHARES["samples"] * rate
+        calls = minutes * per_minute
         n = run_report.number_of_samples(folder, model, [n for n in SAMPLE_COUNTS if n * _steps(model) <= calls])
         if n is None:
-            self.why["comparison"] = f"{SAMPLE_COUNTS[-1]} samples do not fit into the time"
+            reason = f"{SAMPLE_COUNTS[-1]} samples do not fit into the time"
+            if per_minute:  # with half as much again, because the speed varies
+                reason += f": give --minutes {math.ceil(1.5 * SAMPLE_COUNTS[-1] * _steps(model) / per_minute)}"
+            self.why["comparison"] = reason
+            console.print(f"not measured: distances and copies, because {reason}")
             return
         command = run_report.sample_command(self.run, n, labels)
         if self._call("comparison", command, sample, run=self.path, n=n, label=labels, out=folder):
