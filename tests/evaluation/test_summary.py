@@ -47,7 +47,7 @@ def test_explanations():
 def test_the_flow_beside_a_bound_is_another_model():
     for names, noted in ((["discrete", "ode"], True), (["continuous", "ode"], True), (["ode"], False)):
         lines = summary.explanations(WIDE, names, 1)
-        assert any("the flow's number may be above a bound" in line for line in lines) == noted
+        assert any("its total may be above the bounds" in line for line in lines) == noted
 
 
 def test_titles_name_the_samples():

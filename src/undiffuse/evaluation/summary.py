@@ -120,8 +120,8 @@ def explanations(model: AnyModel, names: Iterable[str], iw_samples: int) -> list
         )
         if {"discrete", "continuous"} & {*names}:
             lines.append(
-                "the bounds are of the reverse process, the probability flow is another model unless the denoiser is "
-                "exact, and each has its own items and error: the flow's number may be above a bound"
+                "unless the denoiser is exact, the flow is another model than the chain: its total may be above the "
+                "bounds"
             )
     if "flow_map" in names:
         lines.append("flow map: an estimate and no bound, wrong by as much as the learned map differs from the flow")
