@@ -49,8 +49,9 @@ def test_every_kind_of_item_is_drawn(name):
 
 
 def test_each_held_out_item_is_drawn_once():
-    pictures = pictures_of(CASES["table"][0])  # fewer are held out than are plotted at most
-    assert pictures.forward().caption.startswith("Forward process, from data to noise: 6 held-out items, at log-SNR")
+    data = CASES["table"][0]  # fewer are held out than are plotted at most
+    shown = f"{len(data.split(0.2).validation)} held-out items, at log-SNR"
+    assert pictures_of(data).forward().caption.startswith(f"Forward process, from data to noise: {shown}")
 
 
 def test_super_resolution_needs_the_images_that_it_enlarges():
