@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from undiffuse.cli.sampler_options import QUALITIES, parse_sampler, read_advice, write_advice
+from undiffuse.data.sources.registry import load
 from undiffuse.data.transform import Identity, IntegerLevels, Standardized
 from undiffuse.errors import ConfigError
 from undiffuse.evaluation.sampler_ranking import data_unit
@@ -19,6 +20,7 @@ from undiffuse.model.config import ModelConfig
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.networks.condition import Condition
 from undiffuse.report import sample_folder
+from undiffuse.report.figures import prompt_grid
 from undiffuse.report.sample_folder import SampleFolder
 from undiffuse.runtime import distributed_group
 from undiffuse.sampling import sampler_search
@@ -128,6 +130,27 @@ def test_labels_guidance_and_thresholds(tmp_path, call):
     )  # the other labels are classes
     said = call("sample", tmp_path, "--label", "sqare")
     assert (said.code, "Did you mean square" in said.err) == (2, True)
+
+
+def test_samples_of_all_labels_are_labelled_data(tmp_path, call):
+    checkpoint.save(model(classes=3), tmp_path / "model.safetensors")
+    flags = ["sample", tmp_path, "--solver", "ddim", "--steps", 2]
+    for n in (4, 7):
+        assert call(*flags, "--n", n, "--label", "all", "--out", tmp_path / "all").code == 0
+        data = load(tmp_path / "all" / "samples.npz", num_values=17)
+        np.testing.assert_array_equal(data.labels, [0, 1, 2, 0, 1, 2, 0][:n])
+        assert (manifest(tmp_path / "all")["labels"], manifest(tmp_path / "all")["classes"]) == (CLASSES, CLASSES)
+        np.testing.assert_array_equal(np.asarray(data.values), array(tmp_path / "all"))
+    (tmp_path / "all" / "grid.png").unlink()
+    assert "made again" in call(*flags, "--n", 7, "--label", "all", "--out", tmp_path / "all").out
+    named = prompt_grid(array(tmp_path / "all"), CLASSES, 17)
+    with Image.open(tmp_path / "all" / "grid.png") as grid:
+        np.testing.assert_array_equal(np.asarray(grid), np.asarray(named))
+    for labels, names in (([2, 0], ["star", "circle"]), (["all", "none"], [*CLASSES, "none"])):
+        given = [word for label in labels for word in ("--label", label)]
+        assert call(*flags, "--n", 4, *given, "--out", tmp_path / "some").code == 0
+        assert manifest(tmp_path / "some")["labels"] == names
+        assert load(tmp_path / "some" / "samples.npz", num_values=17).labels is None  # classes without an item
 
 
 @pytest.mark.parametrize("characters", [60, 200])

@@ -76,11 +76,6 @@ def parse_labels(classes: Sequence[str], labels: Sequence[str]) -> Tensor:
     return torch.tensor([index for label in labels for index in _indices(list(classes), label)])
 
 
-def has_label(classes: Sequence[str], labels: Sequence[str]) -> bool:
-    """Whether any of the ``labels`` is a class, not "none"."""
-    return bool(labels) and bool((parse_labels(classes, labels) >= 0).any())
-
-
 def _indices(classes: list[str], label: str) -> list[int]:
     lower = [name.casefold() for name in classes]
     for names, name in ((classes, label), (lower, label.casefold())):

@@ -23,7 +23,7 @@ from undiffuse.cli.cascade_options import (
 )
 from undiffuse.cli.data_options import refuse_inside
 from undiffuse.cli.guidance_options import class_names, load_classifier, load_guide, report_guidance_twice
-from undiffuse.cli.label_options import ConditionFn, has_label, make_condition
+from undiffuse.cli.label_options import ConditionFn, make_condition, parse_labels
 from undiffuse.cli.options import (
     Device,
     NetworkFile,
@@ -207,7 +207,8 @@ def sample(
     sampler = options.choose(model, log, advised)
     if condition is not None:  # a wrong one is an error before a folder is opened
         check_condition(condition(range(1))).validate_for(model.condition_sizes, 1, classifier is not None)
-    labelled = has_label(names, labels)
+    numbers = parse_labels(names, labels).tolist() if labels else []
+    labelled = any(number >= 0 for number in numbers)
     has_condition = labelled if classifier else labelled or cond is not None or any(texts)
     guide = load_guide(model, sampler, guiding, autoguide, has_condition, avoided)
     report_guidance_twice(model, sampler, log)
@@ -227,7 +228,7 @@ def sample(
         name = folder_name(sampler, seed, labels, texts, negative, others, used, then or ())
         out = run_folder(run) / "samples" / name
     num_values, columns = model.info.get("num_values"), model.info.get("columns", ())
-    folder = SampleFolder(out, plan, model.item_shape, num_values, columns)
+    folder = SampleFolder(out, plan, model.item_shape, num_values, columns, labels=numbers, classes=names)
     sample_bytes = model.dims * bytes_per_value(num_values) + MIN_FILE_BYTES * folder.is_image
     require_disk_space(f"--n {n}", out, n * sample_bytes)
 

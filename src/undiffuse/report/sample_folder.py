@@ -10,12 +10,11 @@ import hashlib
 import itertools
 import json
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +22,8 @@ from PIL import Image
 
 from undiffuse.errors import CheckpointError, ConfigError, counted
 from undiffuse.report.figures import image_grid, prompt_grid
-from undiffuse.report.sample_image import sample_image, write_image
+from undiffuse.report.sample_image import image_name, sample_image, write_arrays, write_image
 from undiffuse.runtime.atomic_file import atomic_file, file_digest, json_digest, write_csv
-from undiffuse.runtime.file_headers import npy_header
 from undiffuse.runtime.folder_lock import lock_folder
 from undiffuse.runtime.output_folder import check_output_folder, listed_files
 from undiffuse.runtime.own_output import mark_options
@@ -47,6 +45,7 @@ class SampleFolder:
     Until `finish` has written ``samples.npz``, the samples are in ``parts/``, a `PartStore`. The image files of a part
     are written before it. How the samples are divided into parts changes no result. Samples of ``item_shape`` with
     ``num_values`` values are images or not; vectors whose ``columns`` have names are also written to ``samples.csv``.
+    Sample i was drawn with the (i mod K)-th of the K ``labels``, a number of ``classes``, or −1 without a class.
 
     ``manifest.json`` is the record of the files: each name with the sha256 of its content, or with null until `finish`.
     It is written first, and no other file is ever replaced or removed.
@@ -60,9 +59,12 @@ class SampleFolder:
         num_values: int | None,
         columns: Sequence[str] = (),
         more: Sequence[str] = (),
+        labels: Sequence[int] = (),
+        classes: Sequence[str] = (),
     ) -> None:
         self.folder, self.plan, self.num_values = folder, json.loads(json.dumps(plan)), num_values
         self.columns, self.more, self.key, self.finished = tuple(columns), tuple(more), json_digest(self.plan), False
+        self.labels, self.classes = np.array(labels, int), list(classes)
         self.is_image = len(item_shape) == 3 and item_shape[0] in (1, 3, 4) and num_values is not None
         self.array, self.manifest = folder / "samples.npz", folder / "manifest.json"
         self.parts, self.table, self.grid = folder / "parts", folder / "samples.csv", folder / "grid.png"
@@ -148,7 +150,7 @@ class SampleFolder:
             raise CheckpointError("PARTS", self.parts, cause, "Run the same command again")
         files: dict[str, str | None] = {}
         with atomic_file(self.array) as file:
-            _write_array(file, self._read(items, files), len(items))
+            write_arrays(file, self._read(items, files), len(items), self._labels(items))
         files[self.array.name] = file_digest(self.array)
         if self.columns:
             self._write_table(self._read(items), files)
@@ -156,13 +158,14 @@ class SampleFolder:
         for name, image in (more or {}).items():
             files[name] = write_image(self.folder / name, image, **mark_options(".png"))
         self._remove(record["files"].keys() - files)
-        self._write_manifest(items, files, facts)
+        named = {"labels": self._label_names, "classes": self.classes} if len(self.labels) else {}
+        self._write_manifest(items, files, {**named, **(facts or {})})
         self._remove_parts(items)
         return self.grid if self.grid.name in files else None
 
     def _names(self, items: Iterable[int]) -> set[str]:
         """The names of all files that may be written for ``items``."""
-        pictures = map(_image_name, items) if self.is_image else ()
+        pictures = map(image_name, items) if self.is_image else ()
         table = [self.table.name] if self.columns else []
         return {*pictures, *table, *self.more, self.array.name, self.grid.name}
 
@@ -208,7 +211,7 @@ class SampleFolder:
         values = self._read_array()
         for start in range(0, len(done), PART_ITEMS):
             part = done[start : start + PART_ITEMS]
-            self._write_part(part.start, values[start:][: len(part)], [files.get(_image_name(item)) for item in part])
+            self._write_part(part.start, values[start:][: len(part)], [files.get(image_name(item)) for item in part])
 
     def _read_array(self) -> np.ndarray:
         with np.load(self.array, allow_pickle=False) as file:
@@ -218,8 +221,8 @@ class SampleFolder:
         """Write the ``harmed`` files of a finished folder from its array."""
         values, files = self._read_array(), record["files"]
         for item, value in zip(items, values, strict=True):
-            if _image_name(item) in harmed:
-                files[_image_name(item)] = self._write_picture(item, value)
+            if image_name(item) in harmed:
+                files[image_name(item)] = self._write_picture(item, value)
         if self.table.name in harmed:
             self._write_table([values], files)
         if self.grid.name in harmed:
@@ -239,7 +242,7 @@ class SampleFolder:
         if not self.is_image:
             return None
         assert self.num_values is not None
-        return write_image(self.folder / _image_name(item), sample_image(value, self.num_values))
+        return write_image(self.folder / image_name(item), sample_image(value, self.num_values))
 
     def _write_table(self, parts: Iterable[np.ndarray], files: dict[str, str | None]) -> None:
         rows = (row for part in parts for row in part.astype(str).tolist())
@@ -248,15 +251,27 @@ class SampleFolder:
 
     def _write_grid(self, values: np.ndarray, files: dict[str, str | None]) -> None:
         try:
-            prompts = self.plan.get("prompt") or ()
-            if self.is_image and 1 < len(prompts) <= len(values):
-                image = prompt_grid(values, prompts, self.num_values)
+            names = self.plan.get("prompt") or self._label_names
+            if self.is_image and 1 < len(names) <= len(values):
+                image = prompt_grid(values, names, self.num_values)
             else:
                 image = image_grid(values, self.num_values, names=self.columns)
         except ConfigError:  # there is no matplotlib
             files.pop(self.grid.name, None)
         else:
             files[self.grid.name] = write_image(self.grid, image, **mark_options(".png"))
+
+    @property
+    def _label_names(self) -> list[str]:
+        return ["none" if label < 0 else self.classes[label] for label in self.labels]
+
+    def _labels(self, items: range) -> np.ndarray | None:
+        """The class of each of ``items``; None if one has none, or if classes are left out, which readers refuse."""
+        if not len(self.labels):
+            return None
+        labels = self.labels[np.arange(items.start, items.stop) % len(self.labels)]
+        used = np.unique(labels)
+        return labels.astype(np.min_scalar_type(used[-1])) if np.array_equal(used, np.arange(len(used))) else None
 
     def _remove(self, names: Iterable[str]) -> None:
         """Remove files that the record lists; a name in it that we give no file is passed over."""
@@ -285,8 +300,8 @@ class SampleFolder:
                     digests = dict(zip(part, json.loads(metadata["pictures"]), strict=True))
                     for item, value in zip(inside, values, strict=True):
                         digest = digests[item]
-                        same = _sha256(self.folder / _image_name(item)) == digest
-                        files[_image_name(item)] = digest if same else self._write_picture(item, value)
+                        same = _sha256(self.folder / image_name(item)) == digest
+                        files[image_name(item)] = digest if same else self._write_picture(item, value)
                 yield values
 
 
@@ -317,17 +332,6 @@ def sampler_in_words(manifest: Mapping[str, Any]) -> str | None:
         return None
 
 
-def _write_array(file: IO[bytes], parts: Iterator[np.ndarray], n: int) -> None:
-    """Writes ``parts`` as an npz file with one array x of ``n`` items, compressed as a stream."""
-    first = next(parts)
-    entry = zipfile.ZipInfo("x.npy")  # dated 1980: the same samples give the same bytes
-    entry.compress_type = zipfile.ZIP_DEFLATED
-    with zipfile.ZipFile(file, "w") as archive, archive.open(entry, "w", force_zip64=True) as stream:
-        stream.write(npy_header((n, *first.shape[1:]), first.dtype))
-        for part in itertools.chain([first], parts):
-            stream.write(np.ascontiguousarray(part).data)
-
-
 def _sha256(path: Path) -> str | None:
     """The sha256 of a file; None if it is missing or cannot be read."""
     try:
@@ -344,7 +348,3 @@ def _items_of(name: str) -> range:
     """The samples of the part called "first-last"."""
     first, last = name.split("-")
     return range(int(first), int(last) + 1)
-
-
-def _image_name(item: int) -> str:
-    return f"{item:06d}.png"

@@ -1,16 +1,25 @@
-"""The image file of a sample."""
+"""The image file of a sample, and the array file of all."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import itertools
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
 from undiffuse.runtime.atomic_file import write_error
+from undiffuse.runtime.file_headers import npy_header
+
+
+def image_name(item: int) -> str:
+    """The name of the image file of sample number ``item``."""
+    return f"{item:06d}.png"
 
 
 def sample_image(value: np.ndarray, num_values: int) -> Image.Image:
@@ -30,3 +39,17 @@ def write_image(path: Path, image: Image.Image, **options: Any) -> str:
     except OSError as error:
         raise write_error(path, content.getbuffer().nbytes, error) from None
     return hashlib.sha256(content.getbuffer()).hexdigest()
+
+
+def write_arrays(file: IO[bytes], parts: Iterable[np.ndarray], n: int, labels: np.ndarray | None = None) -> None:
+    """Write an npz file of x, the ``n`` items of ``parts``, and y, the ``labels`` (n,), compressed as a stream."""
+    arrays = {"x": iter(parts)} | ({} if labels is None else {"y": iter([labels])})
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, chunks in arrays.items():
+            first = next(chunks)
+            entry = zipfile.ZipInfo(f"{name}.npy")  # dated 1980: the same samples give the same bytes
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(entry, "w", force_zip64=True) as stream:
+                stream.write(npy_header((n, *first.shape[1:]), first.dtype))
+                for chunk in itertools.chain([first], chunks):
+                    stream.write(np.ascontiguousarray(chunk).data)
