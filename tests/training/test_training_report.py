@@ -1,8 +1,10 @@
 """The report of a run: written at the end of training, from what is stored, for runs of every state."""
 
 import json
+import os
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from undiffuse.errors import CheckpointError, ConfigError
 from undiffuse.model import autoencoder, checkpoint
 from undiffuse.model.config import Config, from_dict, read
 from undiffuse.model.presets import PRESETS, get
+from undiffuse.report.sample_folder import write_samples
 from undiffuse.report.table import cell
 from undiffuse.runtime.side_files import write_record
+from undiffuse.sampling.sampler import Sampler
 from undiffuse.training import monitor, run_report
 from undiffuse.training.repeat_command import repeat
 from undiffuse.training.run_folder import Run
@@ -112,6 +116,27 @@ def test_stored_results_are_shown_only_if_they_are_whole_and_of_these_weights(fo
         assert "damaged or was edited" in collected(folder).why["evaluation"]
     finally:
         path.unlink()
+
+
+def test_the_newest_samples_of_these_weights_are_shown(folder, tmp_path):
+    run, model = tmp_path / "copy", checkpoint.load(folder)
+    shutil.copytree(folder, run)
+    plan = {"weights": checkpoint.fingerprint(model), "seed": 3, "sampler": Sampler("ddim", 2, guidance=1.5).to_dict()}
+    shown = []
+    for age, (name, changes) in enumerate(
+        [("old", {}), ("new", {"label": ["all"]}), ("other", {"weights": "0"}), ("report", {"seed": 0}), ("last", {})]
+    ):
+        values = model.sample(2 + age, sampler=Sampler("ddim", 2)).numpy()
+        write_samples(run / "samples" / name, values, model.info["num_values"], plan | changes)
+        os.utime(run / "samples" / name / "manifest.json", (age, age))
+        shown.append(collected(run).drawings["samples"].caption)
+    assert shown == [
+        "2 samples of 2, ddim in 2 steps, guidance 1.5, seed 3, from samples/old.",
+        "3 samples of 3, ddim in 2 steps, label all, guidance 1.5, seed 3, from samples/new.",
+        "3 samples of 3, ddim in 2 steps, label all, guidance 1.5, seed 3, from samples/new.",
+        "5 samples of 5, ddim in 2 steps, guidance 1.5, seed 0, from samples/report.",
+        "5 samples of 5, ddim in 2 steps, guidance 1.5, seed 0, from samples/report.",
+    ]
 
 
 def test_a_file_of_the_user_is_not_replaced(tmp_path, monkeypatch):

@@ -324,10 +324,9 @@ def sampler_in_words(manifest: Mapping[str, Any]) -> str | None:
     """How the samples of a folder were drawn, by its ``manifest``; None if that is not known."""
     try:
         stages = [Sampler.from_dict(plain) for plain in manifest.get("stage_samplers") or [manifest["sampler"]]]
-        given = [
-            f"{name} {', '.join(map(str, manifest[name]))}, " for name in ("label", "prompt") if manifest.get(name)
-        ]
-        return f"{describe_stages(stages)}, {''.join(given)}seed {manifest['seed']}"
+        given = [f"{name} {', '.join(map(str, manifest[name]))}" for name in ("label", "prompt") if manifest.get(name)]
+        given += [f"guidance {stages[0].guidance:g}"] * (stages[0].guidance != 1)
+        return ", ".join([describe_stages(stages), *given, f"seed {manifest['seed']}"])
     except (ConfigError, LookupError, TypeError):
         return None
 

@@ -286,13 +286,14 @@ def _previews(run: Run, word: str) -> list[str]:
 
 
 def _samples(run: Run, model: Diffusion | None, weights: str) -> Drawing:
-    """The samples that are compared with the data, else those that training drew."""
-    folder = run.folder / SAMPLES
-    manifest = _read(folder / "manifest.json") or {}
-    if model is not None and manifest.get("finished") and manifest.get("weights") == weights:
-        words = sampler_in_words(manifest) or "drawn by undiffuse sample"
-        if (drawn := sample_folder_picture(folder / "samples.npz", model, words)) is not None:
-            return drawn
+    """Samples of ``weights`` in the run: those compared with the data, else the newest, else those of training."""
+    chosen, manifests = run.folder / SAMPLES, (run.folder / SAMPLES).parent.glob("*/manifest.json")
+    for path in sorted(manifests, key=lambda path: (path.parent == chosen, path.stat().st_mtime_ns), reverse=True):
+        manifest = _read(path) or {}
+        if model is not None and manifest.get("finished") and manifest.get("weights") == weights:
+            words = f"{sampler_in_words(manifest) or 'drawn by undiffuse sample'}, from samples/{path.parent.name}"
+            if (drawn := sample_folder_picture(path.with_name("samples.npz"), model, words)) is not None:
+                return drawn
     names = ["samples.png", *_previews(run, "samples")]
     plot = len((run.record or {}).get("data", {}).get("item_shape", (1, 1, 1))) <= 2
     caption = "Samples that were drawn in training, from fixed noise"
