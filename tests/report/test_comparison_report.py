@@ -7,8 +7,9 @@ from undiffuse.data.from_array import from_array
 from undiffuse.errors import DataError
 from undiffuse.evaluation.comparison import Comparison, compare
 from undiffuse.evaluation.metrics import Value
-from undiffuse.report.comparison_report import comparison_rows, neighbours_image
-from undiffuse.report.figures import image_grid, image_strip
+from undiffuse.report.comparison_report import comparison_rows, nearest_rows, neighbours_image
+from undiffuse.report.figures import image_strip
+from undiffuse.report.item_plots import lines
 
 RNG = np.random.default_rng(0)
 DATA = from_array(RNG.integers(0, 256, size=(300, 1, 8, 8)).astype(np.uint8), num_values=256)
@@ -38,7 +39,7 @@ def test_samples_beside_their_nearest_training_items():
     result = compare(samples, DATA, metrics=["nearest"], extractor="raw")
     closest = np.argsort(result.neighbour_distances[:, 0], kind="stable")[:2]
     assert sorted(result.samples[closest]) == [3, 7]
-    image = neighbours_image(result, samples, DATA)
+    image = neighbours_image(nearest_rows(result, DATA), samples, DATA)
     columns = [samples[result.samples[closest]], *(DATA.values[result.neighbours[closest, k]] for k in range(3))]
     assert np.array_equal(columns[0], columns[1])
     labels = ["sample", "training 1", "training 2", "training 3"]
@@ -54,12 +55,14 @@ def test_series_are_plotted_beside_their_nearest_training_items():
     result = compare(values[:50], data, metrics=["nearest"], extractor="raw")
     closest = np.argsort(result.neighbour_distances[:, 0], kind="stable")[:8]
     rows = [[values[result.samples[i]], *values[result.neighbours[i]]] for i in closest]
-    expected = image_grid(np.concatenate(rows), None, 4)
-    np.testing.assert_array_equal(np.asarray(neighbours_image(result, values[:50], data)), np.asarray(expected))
+    expected = lines(np.concatenate(rows), 4, (), ["sample", "training 1", "training 2", "training 3"])
+    np.testing.assert_array_equal(
+        np.asarray(neighbours_image(nearest_rows(result, data), values[:50], data)), np.asarray(expected)
+    )
 
 
 def test_vectors_have_no_image():
     data = from_array(RNG.normal(size=(300, 2)).astype(np.float32))
     result = compare(data.values[:50], data, metrics=["nearest"])
     with pytest.raises(DataError, match="the items are vectors"):
-        neighbours_image(result, data.values[:50], data)
+        neighbours_image(nearest_rows(result, data), data.values[:50], data)

@@ -114,6 +114,17 @@ def test_a_strip_has_a_row_for_each_item_and_a_captioned_column_for_each_frame()
         assert (captions[:, 72 + i * 72 : 80 + i * 72] == 255).all()
 
 
+def test_series_have_the_captions_above_their_columns():
+    frames = RNG.normal(size=(3, 2, 1, 8))
+    shown, plain = (
+        pixels(image_strip(frames, ["a", "b", "c"])),
+        pixels(image_grid(np.concatenate([*frames]), columns=3)),
+    )
+    assert shown.shape == plain.shape
+    thirds = np.array_split(np.arange(shown.shape[1] // 12, shown.shape[1]), 3)
+    assert all((shown[:30, third] < 128).any() and (plain[:10, third] == 255).all() for third in thirds)
+
+
 def test_long_captions_do_not_overlap():
     frames = np.zeros((3, 1, 1, 8, 8))
     assert image_strip(frames, ["a caption of many letters"] * 3, 2).width > 3 * 140

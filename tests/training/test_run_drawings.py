@@ -1,5 +1,7 @@
 """Pictures for a page of every kind of item: images, volumes, series, tables, points, latents, stages of a cascade."""
 
+import re
+
 import numpy as np
 import pytest
 from evaluation_models import model_of
@@ -7,6 +9,8 @@ from evaluation_models import model_of
 from undiffuse.data.from_array import from_array
 from undiffuse.data.stage_data import split_data
 from undiffuse.data.transform import transform_for
+from undiffuse.evaluation.process_states import reverse_states
+from undiffuse.report.figures import image_strip
 from undiffuse.report.run_report import Drawing
 from undiffuse.training.run_drawings import ModelPictures, data_picture, nearest_picture, sampling_speed
 
@@ -49,9 +53,26 @@ def test_every_kind_of_item_is_drawn(name):
 
 
 def test_each_held_out_item_is_drawn_once():
-    data = CASES["table"][0]  # fewer are held out than are plotted at most
-    shown = f"{len(data.split(0.2).validation)} held-out items, at log-SNR"
-    assert pictures_of(data).forward().caption.startswith(f"Forward process, from data to noise: {shown}")
+    pictures = pictures_of(CASES["table"][0])  # fewer are held out than are plotted at most
+    held_out = len(pictures.split.shown)
+    assert held_out < 10
+    assert pictures.forward().caption.startswith(f"Forward process, from data to noise: {held_out} held-out items;")
+
+
+def test_states_have_their_log_snr():
+    pictures = pictures_of(CASES["table"][0])
+    points = pictures.reverse()
+    pictures.model.info["columns"] = ["age", "height", "weight"]
+    table = pictures.reverse()
+    assert len(points.titles) == 4
+    assert all(re.fullmatch(r"log-SNR −?\d+\.\d", title) for title in points.titles)
+    assert not np.array_equal(*(np.asarray(drawing.images[0])[-40:] for drawing in (points, table)))  # other names
+    for name in ("image", "series", "volume"):
+        pictures = pictures_of(CASES[name][0])
+        levels, frames = reverse_states(pictures.model, range(pictures._strip_items), pictures._columns)
+        labels = [f"{float(level.log_snr):.1f}".replace("-", "−") for level in levels]
+        expected = image_strip(frames, labels, pictures.num_values)
+        assert np.array_equal(np.asarray(pictures.reverse().images[0]), np.asarray(expected))
 
 
 def test_super_resolution_needs_the_images_that_it_enlarges():

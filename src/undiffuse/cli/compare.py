@@ -115,7 +115,7 @@ def compare(
         out.mkdir(parents=True, exist_ok=True)
         picture = None
         try:
-            picture = comparison_report.neighbours_image(result, values, dataset)
+            picture = comparison_report.neighbours_image(summary["nearest"], values, dataset)
         except (ConfigError, DataError) as error:
             console.print(f"no image of nearest items: {error.cause}")
         if picture is None and IMAGE in (before or ()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image
 from undiffuse.data.dataset import Dataset
 from undiffuse.errors import DataError
 from undiffuse.evaluation.comparison import SHOWN_NEIGHBOURS, Comparison
-from undiffuse.report.figures import image_grid, image_strip
+from undiffuse.report.figures import image_strip
 from undiffuse.report.run_sections import distance_rows
 
 RECORD, IMAGE = "compare.json", "nearest.png"
@@ -26,22 +26,17 @@ def comparison_rows(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{name: row[name] for name in row if name not in ("n", "features")} for row in rows]
 
 
-def neighbours_image(result: Comparison, samples: np.ndarray, data: Dataset) -> Image.Image:
-    """The samples that are nearest to training items, a row each, beside their nearest training items.
+def neighbours_image(rows: Sequence[Mapping[str, Any]], samples: np.ndarray, data: Dataset) -> Image.Image:
+    """The samples of ``rows``, those of `nearest_rows`, a row each, beside their nearest training items.
 
     ``samples`` (N, *item_shape) as they were compared; series are plotted. Raises `DataError` for vectors, and
     `ConfigError` for series without matplotlib.
     """
     if len(data.item_shape) < 2:
         raise DataError("SHAPE", data.name, "the items are vectors", f"The numbers are in {RECORD}")
-    closest = np.argsort(result.neighbour_distances[:, 0], kind="stable")[:MAX_ROWS]
-    columns = [samples[result.samples[closest]]]
-    columns += [data.values[result.neighbours[closest, k]] for k in range(result.neighbours.shape[1])]
-    if len(data.item_shape) == 2:
-        rows = np.stack(columns, 1).reshape(-1, *data.item_shape)
-        return image_grid(rows, data.num_values, len(columns), names=data.columns)
-    labels = ["sample", *(f"training {k + 1}" for k in range(SHOWN_NEIGHBOURS))][: len(columns)]
-    return image_strip(np.stack(columns), labels, data.num_values)
+    frames = [np.concatenate([samples[row["sample"]][None], data.values[np.array(row["items"])]]) for row in rows]
+    labels = ["sample", *(f"training {k + 1}" for k in range(SHOWN_NEIGHBOURS))][: len(frames[0])]
+    return image_strip(np.stack(frames, 1), labels, data.num_values, names=data.columns)
 
 
 def nearest_rows(result: Comparison, data: Dataset) -> list[dict[str, Any]]:

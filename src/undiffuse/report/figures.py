@@ -55,18 +55,22 @@ def image_grid(
     return Image.fromarray(_mosaic(tiles, columns or max(min(fitting, square), math.ceil(square / 1.5)), gap, gap))
 
 
-def image_strip(frames, labels: Sequence[str], num_values: int | None = None, widest: int = 0) -> Image.Image:
-    """A row for each item and a column for each of T frames, with a caption under each column.
+def image_strip(
+    frames, labels: Sequence[str], num_values: int | None = None, widest: int = 0, names: Sequence[str] = ()
+) -> Image.Image:
+    """A row for each item and a column for each of T frames, with a caption under each column, above those of series.
 
-    ``frames`` (T, N, C, H, W), or of volumes as in `image_grid`; ``labels`` holds T short captions, for
-    which columns are at least ``widest`` pixels apart.
+    ``frames`` (T, N, C, H, W), or of volumes or series as in `image_grid`, with the ``names`` of the channels of
+    series; ``labels`` holds T short captions, for which columns of images are at least ``widest`` pixels apart.
     """
     frames = _finite(frames)
-    if frames.ndim < 5 or len(labels) != len(frames):
+    if frames.ndim < 4 or len(labels) != len(frames):
         cause = f"{len(labels)} captions do not fit frames of shape {frames.shape}"
-        raise DataError("SHAPE", "frames", cause, "Give (T, N, C, H, W) and T captions")
+        raise DataError("SHAPE", "frames", cause, "Give (T, N, C, H, W) or (T, N, C, L), and T captions")
     moments, items = frames.shape[:2]
     by_item = frames.swapaxes(0, 1).reshape(items * moments, *frames.shape[2:])
+    if frames.ndim == 4:
+        return lines(by_item, moments, names, labels)
     tiles, gap = _tiles(by_item, num_values, moments)
     width = tiles.shape[2]
     font = ImageFont.load_default(13)

@@ -14,10 +14,10 @@ from undiffuse.report.axes import COLOURS, new_figure, point_mark, render, style
 MAX_COLUMNS = 6  # of a table that are plotted against each other, or channels of a series
 
 
-def scatter(points: np.ndarray) -> Image.Image:
-    """Points (N, 2) in the plane."""
+def scatter(points: np.ndarray, names: Sequence[str] = ("", "")) -> Image.Image:
+    """Points (N, 2) in the plane, with the ``names`` of their two columns on the axes."""
     figure = new_figure(5, 5)
-    axes = style_axes(figure.subplots(), "", "")
+    axes = style_axes(figure.subplots(), *map(_short, names))
     size = float(np.clip(8000 / len(points), 3, 20))
     axes.scatter(*points.T, s=size, color=COLOURS[0], alpha=0.5, linewidths=0)
     axes.set_aspect("equal", adjustable="datalim")
@@ -55,10 +55,10 @@ def pairs(points: np.ndarray, names: Sequence[str]) -> Image.Image:
     return render(figure)
 
 
-def lines(signals: np.ndarray, columns: int | None, names: Sequence[str]) -> Image.Image:
+def lines(signals: np.ndarray, columns: int | None, names: Sequence[str], titles: Sequence[str] = ()) -> Image.Image:
     """Series (N, C, L) in rows of ``columns`` items, with an axis for each of the first six channels.
 
-    The limits of a channel, titled by ``names``, are the same in all rows.
+    The limits of a channel, titled by ``names``, are the same in all rows. ``titles`` stand above the columns.
     """
     n, channels, length = signals.shape
     columns, channels = columns or min(4, math.ceil(math.sqrt(n))), min(channels, MAX_COLUMNS)
@@ -83,6 +83,9 @@ def lines(signals: np.ndarray, columns: int | None, names: Sequence[str]) -> Ima
                 marker=point_mark(signal),
             )
         axes.set_xlim(-0.04 * width, width * columns)
+        for column, title in enumerate(titles if row == channel == 0 else ()):
+            place = (width * column + length / 2, 1.05)
+            axes.text(*place, title, fontsize=7, ha="center", transform=axes.get_xaxis_transform())
     return render(figure)
 
 

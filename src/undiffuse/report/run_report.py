@@ -132,16 +132,11 @@ def _drawn(drawing: Drawing | None, max_bytes: int, report: str | None) -> Marku
         html.picture(image, alt, budget, drawing.plot) for image, alt in zip(drawing.images, drawing.alts, strict=True)
     ]
     if not drawing.titles:
-        return (
-            join(*(figure(image, drawing.caption) for image in shown[:1]))
-            if len(shown) == 1
-            else join(
-                element("div", *(element("figure", image) for image in shown), class_="pictures small"),
-                paragraph(drawing.caption, class_="caption"),
-            )
-        )
+        return figure(shown[0], drawing.caption)
     named = [figure(image, title) for image, title in zip(shown, drawing.titles, strict=True)]
-    return join(element("div", *named, class_="pictures"), paragraph(drawing.caption, class_="caption"))
+    narrow = all(image.width <= image.height for image in drawing.images)
+    size = "pictures small" if narrow else "pictures"
+    return join(element("div", *named, class_=size), paragraph(drawing.caption, class_="caption"))
 
 
 def _likelihood(content: RunContent) -> list[object]:

@@ -125,7 +125,7 @@ class AutoencoderTask(Task):
         if not (parts := limit.in_parts(reconstruct, len(items), 1)):
             return
         frames = torch.stack([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
-        if frames.ndim >= 5:
+        if frames.ndim >= 4:
             picture = image_strip(frames.numpy(), ["item", "decoded"], data.num_values)
         else:
             picture = image_grid(frames.flatten(0, 1).numpy(), data.num_values, names=data.columns)

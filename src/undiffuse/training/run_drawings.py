@@ -20,7 +20,8 @@ from undiffuse.evaluation.plan import bit_reversed_order, shared_condition
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.text_conditions import class_names
 from undiffuse.networks.condition import Condition
-from undiffuse.report.figures import image_grid
+from undiffuse.report.comparison_report import neighbours_image
+from undiffuse.report.figures import image_grid, image_strip
 from undiffuse.report.html import code, join
 from undiffuse.report.item_plots import scatter
 from undiffuse.report.run_report import Drawing
@@ -77,8 +78,8 @@ class ModelPictures:
         values = self.data.tensor(items)
         try:
             levels, frames = process_states.forward_states(self.model, values, self._columns)
-            words = f"Forward process, from data to noise: {self._rows(len(items), self._noun)}, at log-SNR "
-            return self._strip(frames, f"{words}{_levels(levels)}, from left to right.", items)
+            words = f"Forward process, from data to noise: {self._rows(len(items), self._noun)}"
+            return self._strip(frames, levels, words, items)
         except UndiffuseError as error:
             return Drawing(caption=caption, reason=error.cause)
 
@@ -93,8 +94,8 @@ class ModelPictures:
         try:
             levels, frames = process_states.reverse_states(self.model, range(n), self._columns, shown.cond)
             words = f"Reverse process, from noise to {self._rows(n, 'sample')}, by {sampler} in "
-            words += f"{counted(steps, 'step')}, seed 0, at log-SNR {_levels(levels)}, from left to right."
-            return self._strip(frames, words, shown.items)
+            words += f"{counted(steps, 'step')}, seed 0"
+            return self._strip(frames, levels, words, shown.items)
         except UndiffuseError as error:
             return Drawing(caption=caption, reason=error.cause)
 
@@ -142,16 +143,24 @@ class ModelPictures:
             command += f" --minutes {math.ceil(1.5 * self.needed * self.minutes_per_call)}"
         return Drawing(caption=caption, reason=reason, command=command)
 
-    def _strip(self, frames: np.ndarray, caption: str, items: np.ndarray | None) -> Drawing:
-        """``frames`` (T, n, *item_shape) as a mosaic of a row for each item, or as T plots of vectors."""
-        alt = caption.partition(":")[0]
+    def _strip(self, frames: np.ndarray, levels: Sequence[Any], words: str, items: np.ndarray | None) -> Drawing:
+        """``frames`` (T, n, *item_shape) with their log-SNR: a row for each item, or T plots of vectors."""
+        alt, titles, num_values = words.partition(":")[0], _log_snrs(levels), self.num_values
         if self.dims == 1:
             images = [self._image(frame, 1, None) for frame in frames]
-            return Drawing(images, [alt] * len(images), caption + self._columns_shown, plot=True)
-        rows = frames.swapaxes(0, 1)
-        repeated = None if items is None else np.repeat(items, frames.shape[0])
-        flat = rows.reshape(-1, *frames.shape[2:])
-        return Drawing([self._image(flat, len(frames), repeated)], [alt], caption, plot=self.dims == 2)
+            titles = [f"log-SNR {title}" for title in titles]
+            return Drawing(
+                images,
+                [alt] * len(images),
+                f"{words}; the titles have the log-SNR.{self._columns_shown}",
+                titles,
+                plot=True,
+            )
+        if isinstance(self.data, StageData) and items is not None:
+            whole, num_values = self.data.full_values(np.concatenate(frames), np.tile(items, len(frames)))
+            frames = whole.reshape(*frames.shape[:2], *whole.shape[1:])
+        image = image_strip(frames, titles, num_values, names=self.model.info.get("columns", ()))
+        return Drawing([image], [alt], f"{words}; each column has its log-SNR.", plot=self.dims == 2)
 
     def _image(self, values: np.ndarray, columns: int, items: np.ndarray | None) -> Image.Image:
         """``values`` (n, *item_shape) in rows of ``columns``; those of a stage of a cascade as whole images.
@@ -160,7 +169,7 @@ class ModelPictures:
         """
         num_values, names = self.num_values, self.model.info.get("columns", ())
         if values.ndim == 2 and values.shape[1] > 1:
-            return scatter(values[:, :2])
+            return scatter(values[:, :2], names[:2] or ("column 0", "column 1"))
         if isinstance(self.data, StageData) and items is not None:
             values, num_values = self.data.full_values(values, items[: len(values)])
         return image_grid(values, num_values, columns=columns if values.ndim > 2 else None, names=names)
@@ -259,11 +268,10 @@ def nearest_picture(rows: Sequence[Mapping[str, Any]], array: Path, data: Datase
         return Drawing(caption=caption, reason="they are no pictures, and the table has their numbers")
     try:
         values = _stored_samples(array)
-        frames = [np.concatenate([values[row["sample"]][None], data.values[np.array(row["items"])]]) for row in rows]
-        image = image_grid(np.concatenate(frames), data.num_values, len(frames[0]), names=data.columns)
+        image = neighbours_image(rows, values, data)
     except (OSError, ValueError, LookupError, UndiffuseError):
         return Drawing(caption=caption, reason="the samples that were compared are not there any more")
-    words = "The samples that are nearest to training items, a row each: the sample, then its nearest training items."
+    words = "The samples that are nearest to training items, a row each, beside their nearest training items."
     return Drawing([image], [words], words, plot=len(data.item_shape) == 2)
 
 
@@ -291,12 +299,10 @@ def data_picture(data: Dataset, split: Split) -> Drawing:
     return Drawing([image], [caption], caption, plot=dims <= 2)
 
 
-def _levels(levels: Sequence[Any]) -> str:
+def _log_snrs(levels: Sequence[Any]) -> list[str]:
     """The log-SNRs of ``levels`` in words."""
-    numbers = [float(level.log_snr) for level in levels]
-    return ", ".join("∞" if x == math.inf else "−∞" if x == -math.inf else f"{x:.1f}" for x in numbers).replace(
-        "-", "−"
-    )
+    numbers = [f"{float(level.log_snr):.1f}" for level in levels]
+    return [number.replace("inf", "∞").replace("-", "−") for number in numbers]
 
 
 def _given(words: Sequence[str]) -> str:
