@@ -65,7 +65,7 @@ def test_an_unfinished_run_resumes_with_its_recipe_or_names_what_changed(call, s
     Run(run)._write({**Run(run).record, "finished": False})
     changed = call("train-classifier", data, *flags, "--steps", 2, "--seed", 1)
     assert changed.code == 2
-    assert "as begun" in changed.out
+    assert "at the beginning" in changed.out
     assert changed.err.startswith("error[RUN] ")
     changed = json.loads(call("train-classifier", data, *flags, "--steps", 2, "--seed", 1, "--json").out)
     assert changed == {"changed": [{"setting": "train.seed", "as_begun": "0", "now": "1"}]}

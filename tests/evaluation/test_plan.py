@@ -195,10 +195,10 @@ def test_refused_requests(given, message):
 def test_data_of_another_kind():
     model = model_for(integers())
     for data, kind in (
-        (integers(dims=3), "3 with 256 possible values"),
-        (integers(num_values=5), "20 with 5 possible values"),
+        (integers(dims=3), "3 columns with 256 possible values"),
+        (integers(num_values=5), "20 columns with 5 possible values"),
     ):
-        with pytest.raises(DataError, match=f"its items are {kind}, those of the model 20 with 256 possible values"):
+        with pytest.raises(DataError, match=f"its items are {kind}, those of the model 20 columns with 256"):
             check_request(model, data, (), 1, None, 5.0)
     vectors = from_array(np.zeros((4, 2), np.float32) + np.arange(4, dtype=np.float32)[:, None])
     with pytest.raises(ConfigError, match="continuous data by the flow has no importance samples"):

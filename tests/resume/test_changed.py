@@ -191,10 +191,12 @@ def test_the_command_prints_a_table_of_changes(tmp_path, capsys):
             ["train.max_steps", "2", "3"],
             ["train.seed", "0", "7"],
         ]
-        assert "as begun" in out
+        assert "at the beginning" in out
         assert err.startswith("error[RUN] ")
         assert err.count("\n") == 1
         assert call("--steps", 3, "--seed", 7, "--force", "--on-nonfinite", "skip")[0] == 0
+        code, out, err = plain(tmp_path, capsys)
+        assert (code, err, out.startswith("recipe that the run began with, 3 steps, into")) == (0, "", True)
     assert Run(tmp_path / "run").record["config"]["train"]["on_nonfinite"] == "skip"
     Run(tmp_path / "run").finish()
     for same in ((), ("--steps", 3, "--seed", 7)):

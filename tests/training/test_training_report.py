@@ -257,6 +257,7 @@ def test_the_command_names_data_and_options_without_their_folders():
 def test_data_in_words(folder):
     facts = dict(run_report.data_facts(Run(folder).record["data"], DATA, DATA.split(0.2), {}))
     assert facts["item"] == "1×4×4, 5 values"
+    assert dict(run_report.data_facts({"item_shape": [2]}, None, None, {}))["item"] == "2 columns, continuous values"
     counts = np.bincount(DATA.labels)
     assert facts["classes"] == f"3: 0 ({counts[0]}), 1 ({counts[1]}), 2 ({counts[2]})"
     assert re.fullmatch(r"\d+ training, \d+ validation, \d+ test", facts["parts"])

@@ -134,14 +134,15 @@ def train(
         return initial_weights.recipe_of(init, dataset, chosen.train, conditional, network_class, run)
 
     recipe, as_begun = options.recipe(run, dataset, Config, base, on_nonfinite=on_nonfinite)
-    if as_begun or (init is not None and preset is None):
-        name = "as begun" if as_begun else str(init)
+    if init is not None and preset is None:
+        name = str(init)
     if conditional:
         recipe = replace_train(recipe, conditional=True)
 
     # Train
     if not finished:
-        console.print(f"recipe {name!r}, {format_length(recipe.train)}, into {run.folder}")
+        words = "recipe that the run began with" if as_begun else f"recipe {name!r}"
+        console.print(f"{words}, {format_length(recipe.train)}, into {run.folder}")
     if dataset.report.skipped:
         console.print(f"skipped files are listed in {run.folder}/skipped.json")
     with changes_as_table():

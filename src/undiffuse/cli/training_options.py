@@ -103,7 +103,7 @@ def changes_as_table() -> Iterator[None]:
     try:
         yield
     except ChangedError as error:
-        rows = [{"": what, "as begun": old, "now": new} for what, old, new in error.rows]
+        rows = [{"": what, "at the beginning": old, "now": new} for what, old, new in error.rows]
         changed = [{"setting": what, "as_begun": old, "now": new} for what, old, new in error.rows]
         show(rows, error.where, changed=changed)
         raise

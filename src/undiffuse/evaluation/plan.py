@@ -240,7 +240,12 @@ def check_data(model: AnyModel, data: Dataset) -> None:
         raise DataError("SHAPE", data.name, cause, "Give data of the kind that the model was trained on")
 
 
-def describe_items(shape: tuple[int, ...], num_values: int | None) -> str:
+def describe_items(shape: Sequence[int], num_values: int | None) -> str:
     """An item's shape and kind of values, such as 1×28×28 with 256 possible values."""
     kind = "continuous" if num_values is None else f"{num_values} possible"
-    return f"{'×'.join(map(str, shape))} with {kind} values"
+    return f"{describe_shape(shape)} with {kind} values"
+
+
+def describe_shape(shape: Sequence[int]) -> str:
+    """The shape of an item, such as 1×28×28, or 2 columns of a vector."""
+    return counted(shape[0], "column") if len(shape) == 1 else "×".join(map(str, shape))

@@ -7,6 +7,7 @@ from typing import Any
 
 from undiffuse.data.resolution import split_from_dict
 from undiffuse.errors import counted
+from undiffuse.evaluation.plan import describe_shape
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.model.latent import LatentTransform
 from undiffuse.model.text_conditions import text_encoder_of
@@ -23,7 +24,7 @@ def model_facts(model: Diffusion) -> dict[str, str]:
     steps = counted(model.chain_length, "step")
     items = counted(model.info["items"], "item") if "items" in model.info else "? items"
     return {
-        "items": f"{'×'.join(map(str, model.item_shape))}, {_values(model.info.get('num_values'))}",
+        "items": f"{describe_shape(model.item_shape)}, {_values(model.info.get('num_values'))}",
         "data": f"{model.info.get('name', 'unknown')} ({items})",
         "parameters": f"{sum(p.numel() for p in model.network.parameters()):,}",
         **{part: settings_in_words(getattr(model.config, part)) for part in PARTS},

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from undiffuse.denoising.denoiser import ConditionedDenoiser
 from undiffuse.errors import ConfigError
+from undiffuse.evaluation.plan import describe_shape
 from undiffuse.evaluation.summary import bits_by_log_snr, mean_bits, parts
 from undiffuse.likelihood.nll import concatenate
 from undiffuse.model import inversion
@@ -65,7 +66,7 @@ def sample(run: StudioRun, images: Images, fields: Fields) -> Work:
     if kind == "other":
         if "image" in model.condition_sizes:
             check_image_model(model, run.path)  # raises: a stage of a cascade needs smaller images
-        shape = "×".join(map(str, model.item_shape))
+        shape = describe_shape(model.item_shape)
         fix = f"Use the command: {commands.command('sample', run.path)}"
         raise ConfigError(
             "KIND", run.path, f"the page shows images and points of two numbers, not items of {shape}", fix

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.errors import ConfigError, DataError, NonFiniteError, ResourceError, counted
+from undiffuse.evaluation.plan import describe_shape
 from undiffuse.evaluation.time_limit import Pace, TimeLimit
 from undiffuse.model.config import to_dict
 from undiffuse.report.progress_bar import ProgressBar, format_clock
@@ -78,7 +79,7 @@ class Monitor:
     def __enter__(self) -> Monitor:
         self.bar.start()
         verb = "training resumes" if self.progress.step else "training"
-        shape = "×".join(map(str, self.data.item_shape))
+        shape = describe_shape(self.data.item_shape)
         parameters = sum(p.numel() for p in self.ema_model.network.parameters())
         self.log(
             f"{verb} on {counted(len(self.split.train), 'item')} of {self.data.name}, {shape}: "

@@ -31,7 +31,7 @@ CHANGEABLE_SETTINGS = {"on_nonfinite", "save_minutes"}
 """Settings that may change when a run is resumed, because they do not change what is trained."""
 
 Change = tuple[str, str, str]
-"""What has changed, its value as begun, and now."""
+"""What has changed, its value at the beginning, and now."""
 
 
 class InitialWeights(NamedTuple):
@@ -42,7 +42,7 @@ class InitialWeights(NamedTuple):
 
 
 class ChangedError(ConfigError):
-    """A run began with another recipe, other data or another torch: ``rows`` of (what, as begun, now).
+    """A run began with another recipe, other data or another torch: ``rows`` of (what, at the beginning, now).
 
     A ``finished`` run cannot be resumed with others.
     """

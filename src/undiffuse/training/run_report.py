@@ -14,6 +14,7 @@ import numpy as np
 from undiffuse.data.dataset import Dataset, Split
 from undiffuse.data.sources.registry import as_source
 from undiffuse.errors import CheckpointError, ConfigError, counted
+from undiffuse.evaluation.plan import describe_shape
 from undiffuse.model import checkpoint
 from undiffuse.model.autoencoder import Autoencoder
 from undiffuse.model.diffusion import Diffusion
@@ -322,7 +323,7 @@ def data_facts(
     num_values, shape = facts.get("num_values"), facts.get("item_shape") or ()
     rows = {"name": str(facts.get("name", "unknown"))}
     rows["items"] = counted(int(facts["items"]), "item") if "items" in facts else "unknown"
-    rows["item"] = "×".join(map(str, shape)) + (f", {num_values} values" if num_values else ", continuous values")
+    rows["item"] = describe_shape(shape) + (f", {num_values} values" if num_values else ", continuous values")
     if data is not None and split is not None:
         parts = (("training", split.train), ("validation", split.validation), ("test", split.test))
         rows["parts"] = ", ".join(f"{len(part):,} {name}" for name, part in parts)
