@@ -10,6 +10,7 @@ from undiffuse import load_data
 from undiffuse.evaluation.features import EXTRACTORS
 from undiffuse.evaluation.metrics import METRICS
 from undiffuse.model import checkpoint
+from undiffuse.report.comparison_report import DEFAULTS
 from undiffuse.report.sample_folder import write_samples
 
 RNG = np.random.default_rng(0)
@@ -35,6 +36,7 @@ def test_the_table_and_the_files(place, call):
     assert (place / "out" / "nearest.png").is_file()
     summary = json.loads((place / "out" / "compare.json").read_text())
     assert list(summary["metrics"]) == list(METRICS)
+    assert {name: value for name, value in summary["options"].items() if value is not None} == DEFAULTS
     assert summary["samples"] == str(place / "samples")
     assert (summary.pop("files"), len(summary.pop("sha256"))) == (["nearest.png"], 64)
     code, out, _ = call(*command[:-2], "--json")
@@ -58,6 +60,8 @@ def test_metrics_and_features_by_name(place, call):
     summary = json.loads(out)
     assert (code, list(summary["metrics"]), summary["n"]) == (0, ["kernel", "recall"], 30)
     assert summary["features"] == "random_conv"
+    given = {"metric": ["kernel", "recall"], "features": "random_conv", "items": 30, "held_out": None, "seed": 0}
+    assert summary["options"] == given
     for option, names in (("--metric", METRICS), ("--features", EXTRACTORS)):
         code, _, err = call(*command, option, "fid")
         assert (code, err.count("\n")) == (2, 1)

@@ -74,6 +74,23 @@ def test_the_command_of_an_evaluation_has_its_options(folder, measured, options)
     assert commands["evaluation"] == f"undiffuse evaluate {shlex.quote(str(folder))} d.npy{options} --own"
 
 
+def test_the_command_of_a_comparison_has_its_options(folder):
+    record = {"weights": checkpoint.fingerprint(checkpoint.load(folder)), "samples": "s", "files": []}
+    given = {"metric": ["recall", "kernel"], "features": "pca", "items": 30, "held_out": None, "seed": 0}
+    try:
+        for options, words in (
+            (given, " --metric recall --metric kernel --features pca --items 30"),
+            (given | {"metric": [], "features": None, "items": 2000, "seed": 4}, " --seed 4"),
+            (None, ""),
+        ):
+            (folder / "comparison").mkdir(exist_ok=True)
+            write_record(folder / "comparison" / "compare.json", record | {"options": options})
+            command = collected(folder).commands["comparison"]
+            assert command == f"undiffuse compare s DATA{words} --out {shlex.quote(str(folder / 'comparison'))}"
+    finally:
+        shutil.rmtree(folder / "comparison")
+
+
 def test_a_page_is_a_function_of_the_run_and_has_all_its_pictures(folder):
     content = collected(folder)
     assert {name: len(d.images) for name, d in content.drawings.items()} == {

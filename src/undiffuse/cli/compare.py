@@ -74,6 +74,7 @@ def compare(
     from undiffuse.runtime.own_output import save_picture
     from undiffuse.runtime.side_files import read_record, write_record
 
+    given = {"metric": metric or [], "features": features, "items": items, "held_out": held_out, "seed": seed}
     of_cascade = bool(_manifest(samples).get("then"))
     if run is not None and not run.exists():
         raise ConfigError("NOT_FOUND", f"--run {run}", "no such run", "Name a run folder or a model file")
@@ -104,6 +105,7 @@ def compare(
         "samples": samples,
         **drawn,
         **result.summary(),
+        "options": given,
         "nearest": comparison_report.nearest_rows(result, dataset),
     }
     summary["explanations"] = result.explanations()

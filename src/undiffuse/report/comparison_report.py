@@ -16,6 +16,8 @@ from undiffuse.report.run_sections import distance_rows
 
 RECORD, IMAGE = "compare.json", "nearest.png"
 """All numbers, which is also the record of what is written, and the image of the nearest training items."""
+DEFAULTS = {"metric": [], "items": 2000, "seed": 0}
+"""The options of `compare` that are not None by default."""
 MAX_ROWS = 8
 """Samples in the image of nearest neighbours."""
 

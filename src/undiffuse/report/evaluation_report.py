@@ -24,6 +24,7 @@ from undiffuse.runtime.atomic_file import write_atomic, write_csv
 from undiffuse.runtime.output_folder import check_output_folder, listed_files
 from undiffuse.runtime.own_output import PICTURE_MARK
 from undiffuse.runtime.side_files import free_name, read_record, set_aside, write_record
+from undiffuse.runtime.terminal import flags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,10 +52,7 @@ def options_in_words(evaluation: Mapping[str, Any]) -> str:
     described, seed = str(evaluation["part"]), evaluation.get("seed", 0)
     part = next((part for part, words in PARTS.items() if words == described), described.split()[0].strip(","))
     words = ["--part", part] * (part != "test" or "of other data" in described) + ["--seed", str(seed)] * bool(seed)
-    for name, value in (evaluation.get("options") or {}).items():
-        if value != DEFAULTS.get(name):
-            flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, list) else [value]
-            words += [flag] if value is True else [word for one in values for word in (flag, str(one))]
+    words += flags(evaluation.get("options") or {}, DEFAULTS)
     return "".join(f" {word}" for word in words)
 
 

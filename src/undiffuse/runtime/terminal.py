@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +24,16 @@ REPLACEMENTS = {
 def as_argument(path: Path | str) -> str:
     """``path`` as a word of a command: quoted, and with ./ where it begins as a flag does."""
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+
+
+def flags(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """The words of a command for ``options`` that differ from ``defaults`` (None if not there); lists repeat a flag."""
+    words = []
+    for name, value in options.items():
+        if value != defaults.get(name):
+            flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, list) else [value]
+            words += [flag] if value is True else [word for one in values for word in (flag, str(one))]
+    return words
 
 
 def make_console(file: IO[str] | None = None, **settings: Any) -> Console:

@@ -27,7 +27,7 @@ from undiffuse.report.sample_folder import sampler_in_words
 from undiffuse.runtime.atomic_file import write_atomic
 from undiffuse.runtime.side_files import read_record
 from undiffuse.runtime.tensor_file import model_path, read_metadata
-from undiffuse.runtime.terminal import as_argument
+from undiffuse.runtime.terminal import as_argument, flags
 from undiffuse.training.repeat_command import repeat
 from undiffuse.training.run_drawings import (
     ModelPictures,
@@ -267,7 +267,9 @@ def _current(
 def _commands_of(run: Run, comparison: Mapping[str, Any], own: str, of_data: str) -> dict[str, str]:
     """The commands that made the ``comparison``."""
     samples, out = Path(str(comparison.get("samples", ""))), as_argument(shown_path(run.folder / COMPARISON))
-    made = {"comparison": f"undiffuse compare {as_argument(as_source(shown_path(samples)))}{of_data} --out {out}"}
+    words = [as_argument(as_source(shown_path(samples))) + of_data]
+    words += flags(comparison.get("options") or {}, comparison_report.DEFAULTS)
+    made = {"comparison": f"undiffuse compare {' '.join(words)} --out {out}"}
     manifest = _read(samples / "manifest.json") or {}
     if samples == run.folder / SAMPLES and "n" in manifest:
         made["samples"] = sample_command(run, int(manifest["n"]), manifest.get("label"), own)
