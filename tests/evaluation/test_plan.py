@@ -99,8 +99,10 @@ def test_a_first_batch_that_takes_too_long_is_announced(monkeypatch):
     assert (plan["ode"]["first"], plan["ode"]["batch"], plan["ode"]["fewest"]) == (4, 256, [4, 268.0])
     assert planning.slow_starts(plan) == [
         "probability flow (ode): 4 items, the fewest that are measured, take about 5 minutes, longer than --minutes "
-        "allows; give --estimate for the others alone"
+        "allows; 'undiffuse evaluate' with --estimate discrete --estimate continuous leaves it out"
     ]
+    (alone,) = planning.slow_starts({"ode": plan["ode"]})
+    assert alone.endswith("longer than --minutes allows")
     assert planning.slow_starts(planned(monkeypatch, 100.0, ALL, flow=20.0)[0]) == []  # 80 s in place of 26
     assert planning.slow_starts(planned(monkeypatch, 1.0, ["ode"], exact=True)[0]) == []
 

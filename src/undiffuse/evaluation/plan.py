@@ -166,10 +166,11 @@ def slow_starts(plan: Plan) -> list[str]:
     for name, job in plan.items():
         items, seconds = job["fewest"]
         if job["fit"] and seconds > max(2 * job["expected"], job["expected"] + 60):
+            others = "".join(f" --estimate {other}" for other in plan if other not in (name, "openai"))
             lines.append(
                 f"{NAMES[name]} ({name}): {items} items, the fewest that are measured, take about "
-                f"{counted(math.ceil(seconds / 60), 'minute')}, longer than --minutes allows; give --estimate for the "
-                "others alone"
+                f"{counted(math.ceil(seconds / 60), 'minute')}, longer than --minutes allows"
+                + (f"; 'undiffuse evaluate' with{others} leaves it out" if others else "")
             )
     return lines
 
