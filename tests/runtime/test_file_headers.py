@@ -18,6 +18,7 @@ from undiffuse.data.sources.registry import load
 from undiffuse.errors import CheckpointError, DataError
 from undiffuse.model import checkpoint
 from undiffuse.runtime import file_headers as headers
+from undiffuse.runtime import own_output
 from undiffuse.runtime.file_errors import FileError
 from undiffuse.runtime.tensor_file import digest
 
@@ -83,6 +84,11 @@ def test_mutated_headers(tmp_path, n):
     assert sum(part["refused"] for part in parts) > 1.5 * n
     assert max(part["slowest"] for part in parts) < 0.5
     print(f"{n:,} mutated headers: {max(p['slowest'] for p in parts):.3f} s at the most")
+
+
+def test_a_length_beyond_the_file_takes_no_memory(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(packed(TEXT, length=1 << 29))
+    assert in_child(lambda: own_output.is_own_tensor_file(tmp_path / "model.safetensors"), 60, memory=64 << 20) is False
 
 
 def error_of(folder, content: bytes) -> str:

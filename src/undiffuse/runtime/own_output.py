@@ -122,6 +122,6 @@ def is_own_tensor_file(path: str | Path) -> bool:
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            return length <= MAX_RECORD_BYTES and b'"undiffuse":' in file.read(length)
+            return length <= min(MAX_RECORD_BYTES, os.path.getsize(path)) and b'"undiffuse":' in file.read(length)
     except OSError:
         return False
