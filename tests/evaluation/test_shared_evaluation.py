@@ -15,6 +15,7 @@ from undiffuse.model import likelihood_estimators as estimates
 from undiffuse.model.diffusion import Diffusion
 from undiffuse.process.ode_integrator import Integrator
 from undiffuse.runtime.distributed_group import ProcessGroup, single_process
+from undiffuse.runtime.file_errors import BadFilesError, FileProblem
 
 QUICK = {"part": "all", "items": 5, "mc_samples": 2}
 DATA = integers()
@@ -38,7 +39,7 @@ def evaluate_together(folder, processes, killed=None, **settings):
 
     The processes meet at a barrier, and one that is killed ends the others, as a launcher does.
     """
-    barrier, shared, written = threading.Barrier(processes), [None] * processes, [0] * processes
+    barrier, shared, written = threading.Barrier(processes, timeout=60), [None] * processes, [0] * processes
     ends, here, real, lock = [None] * processes, threading.local(), resumable.write, threading.Lock()
 
     def write(*arguments):
@@ -121,6 +122,27 @@ def test_an_error_of_one_process_is_raised_in_all(tmp_path, monkeypatch):
     assert messages == ["probability flow (ode) is skipped: item 2: there is no signal"]
     ends, _ = evaluate_together(tmp_path, 3, items=5, part="all", estimates=["ode"])
     assert [str(end) for end in ends] == ["error[ODE_END] item 2: there is no signal. Use others."] * 3
+
+
+def test_an_error_in_the_choice_of_a_plan_is_raised_in_all_processes(tmp_path, monkeypatch):
+    def nll(*arguments, first=0, **more):
+        raise ConfigError("ODE_END", f"item {first}", "there is no signal", "Use others")
+
+    monkeypatch.setattr(Diffusion, "nll", nll)
+    ends, _ = evaluate_together(tmp_path, 2, part="all", estimates=["ode"])
+    assert [str(end) for end in ends] == ["error[ODE_END] item 0: there is no signal. Use others."] * 2
+
+
+def test_an_error_of_several_files_keeps_its_list_where_it_occurred(tmp_path, monkeypatch):
+    problems = [FileProblem(tmp_path / name, "TRUNCATED", "ends early") for name in ("a.png", "b.png")]
+
+    def nll(*arguments, **more):
+        raise BadFilesError(problems)
+
+    monkeypatch.setattr(Diffusion, "nll", nll)
+    ends, _ = evaluate_together(tmp_path, 2, items=2, part="all", estimates=["ode"])
+    assert [end.problems for end in ends if isinstance(end, BadFilesError)] == [problems]
+    assert [str(end) for end in ends] == [str(BadFilesError(problems))] * 2
 
 
 def test_the_time_of_all_processes_is_planned(tmp_path, monkeypatch):

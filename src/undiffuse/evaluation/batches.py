@@ -106,8 +106,15 @@ def compute_batches(
                 finished[start] = compute(start, stops[start])
         except UndiffuseError as error:
             failure = error
-        fields = failure and [type(failure).__name__, failure.code, failure.where, failure.cause, failure.fix]
-        for kind, *texts in filter(None, group.gather(fields)):
-            raise getattr(errors, kind)(*texts) from failure
+        raise_in_all(failure, group)
         if group.rank == 0:
             finished |= {start: batch for start in todo[1:] if (batch := read(start))}
+
+
+def raise_in_all(failure: UndiffuseError | None, group: ProcessGroup) -> None:
+    """Raise the first ``failure`` of the processes of ``group`` in all of them, which call this together."""
+    kinds = [kind.__name__ for kind in type(failure).__mro__ if hasattr(errors, kind.__name__)]
+    own = failure and [kinds[0], failure.code, failure.where, failure.cause, failure.fix]
+    for rank, fields in enumerate(group.gather(own)):
+        if fields:
+            raise failure if failure and rank == group.rank else getattr(errors, fields[0])(*fields[1:])

@@ -188,8 +188,14 @@ def evaluate(
 
     plan, store = choose() if folder is None else {}, None
     if folder is not None:
-        opened = resumable.open_plan(folder, request, choose, log) if group.rank == 0 else ({}, None)
-        plan, key = group.gather([opened[0], opened[1] and opened[1].key])[0]
+        failure = None
+        try:
+            if group.rank == 0:
+                plan, store = resumable.open_plan(folder, request, choose, log)
+        except UndiffuseError as error:
+            failure = error
+        batches.raise_in_all(failure, group)
+        plan, key = group.gather([plan, store and store.key])[0]
         store = resumable.batch_store(folder, key)
         for batch, finished in measured.items():
             resumable.write(store, batch, *finished)
