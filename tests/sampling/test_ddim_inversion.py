@@ -1,4 +1,4 @@
-"""Latents under the flow: the closed form on Gaussian data, the inverse, and interpolation."""
+"""The noise of items under the flow: the closed form on Gaussian data, the inverse, and interpolation."""
 
 import math
 from itertools import pairwise

@@ -89,8 +89,7 @@ def distill(
     """Distill RUN into a model that samples in few calls.
 
     It trains on the data of RUN, from the weights of RUN, for 10 minutes if no length is given. An unfinished run is
-    resumed. A flow map has a
-    likelihood, a consistency model has none.
+    resumed. A flow map has a likelihood, a consistency model has none.
     """
     from undiffuse.model import checkpoint
     from undiffuse.training.distillation_task import distillation_task

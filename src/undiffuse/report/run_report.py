@@ -41,10 +41,9 @@ class RunContent:
     """All that a page shows, as plain data. What is None or empty is not there.
 
     ``run`` is the run as a word of a command. ``kind`` is a "diffusion model", a "classifier" or an "autoencoder".
-    ``record`` is that of run.json, ``records`` the metrics,
-    ``info`` the facts in the model's file. ``evaluation`` and ``comparison`` are the records of `evaluate` and
-    `compare`. ``why`` has the reason why a part is not there, by its name. ``commands`` measure or
-    repeat a part; "report" writes the page again.
+    ``record`` is that of run.json, ``records`` the metrics, ``info`` the facts in the model's file. ``evaluation`` and
+    ``comparison`` are the records of `evaluate` and `compare`. ``why`` has the reason why a part is not there, by its
+    name. ``commands`` measure or repeat a part; "report" writes the page again.
     """
 
     run: str
