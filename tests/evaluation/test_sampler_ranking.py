@@ -10,7 +10,7 @@ from latent_models import tiny_latent_model
 
 from undiffuse.data.from_array import from_array
 from undiffuse.data.transform import Identity
-from undiffuse.errors import DataError
+from undiffuse.errors import ConfigError, DataError
 from undiffuse.evaluation import features, sampler_ranking
 from undiffuse.evaluation.distances import frechet
 from undiffuse.evaluation.sampler_ranking import (
@@ -147,6 +147,8 @@ def test_labels_that_the_data_lack():
     model.info = {"fingerprint": data.fingerprint}
     with pytest.raises(DataError, match="its items have no labels of the model"):
         compared_items(model, data, 20, [1])
+    with pytest.raises(ConfigError, match="Give it alone"):
+        compared_items(model, data, 20, [1, -1])
 
 
 def test_samplers_with_infinite_samples_are_omitted(monkeypatch):

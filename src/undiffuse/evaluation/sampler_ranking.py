@@ -14,7 +14,7 @@ from torch import Tensor
 
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.transform import is_latent
-from undiffuse.errors import DataError, NonFiniteError
+from undiffuse.errors import ConfigError, DataError, NonFiniteError
 from undiffuse.evaluation.distances import JACKKNIFE_GROUPS, frechet, jackknife_stderr, kernel
 from undiffuse.evaluation.features import MAX_FIT_ITEMS, principal_components
 from undiffuse.evaluation.plan import check_data, select_items, shared_condition
@@ -75,7 +75,8 @@ def compared_items(model: Diffusion, data: Dataset, n: int, labels: Collection[i
 
     They are the held-out items and the training items, or two halves of the items if the model was trained on data of
     another name. With ``labels`` only items that have one of them are taken; if −1 is the only one, the samples have
-    no condition. Raises `DataError` if the data do not fit the model or are too few.
+    no condition. Raises `ConfigError` for −1 beside others, and `DataError` if the data do not fit the model or are too
+    few.
     """
     check_data(model, data)
     shuffled, wanted = np.random.Generator(np.random.PCG64(0)).permutation, {*labels} - {-1}
@@ -85,6 +86,9 @@ def compared_items(model: Diffusion, data: Dataset, n: int, labels: Collection[i
     else:
         parts = np.array_split(shuffled(len(data)), 2)
     if wanted:
+        if -1 in labels:
+            cause = "samples without a condition are compared with all items, those of a class with its own"
+            raise ConfigError("USAGE", "--label none", cause, "Give it alone, or leave it out")
         if data.labels is None or conditions == "none":
             cause, fix = "its items have no labels of the model", "Leave --label out"
             raise DataError("LABEL", data.name, cause, fix)
