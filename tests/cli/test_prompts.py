@@ -170,8 +170,10 @@ def test_advice_is_measured_with_prompts(trained, call, tmp_path, monkeypatch):
     done = call("advise", tmp_path / "run", *flags, "--samples", 20)
     assert (done.code, done.err) == (0, "")
     assert "compared with held-out items, whose captions they have" in " ".join(done.out.split())
-    done = call("sample", tmp_path / "run", "--n", 1, "--calls", 2, "--prompt", "a box")
-    assert (done.code, "was measured" in done.out) == (0, False)
+    for prompts, words in ((["--prompt", "a box"], False), ([], True)):
+        done = call("sample", tmp_path / "run", "--n", 1, "--calls", 2, *prompts)
+        said = " ".join(done.out.split())
+        assert (done.code, "was measured for the captions of the data" in said) == (0, words)
 
 
 ERRORS = [

@@ -168,8 +168,11 @@ def read_advice(
             return None
         advised = Sampler.from_dict(advice["sampler"])
         of_data = {FLAG_OF_KIND[kind] for kind in FLAG_OF_KIND if kind in advice.get("conditions", "")}
-        given_now = {name: value for name, value in (conditions or {}).items() if not (value and name in of_data)}
-        different = [f"--{name}" for name, value in given_now.items() if value != advice.get(name)]
+        different = [
+            f"--{name}"
+            for name, value in (conditions or {}).items()
+            if (not value if name in of_data else value != advice.get(name))
+        ]
         different += ["--guidance"] if guidance_changes(sampler) else []
         if different:
             given = [f"{name} {', '.join(advice[name])}" for name in ("label", "prompt") if advice.get(name)]
