@@ -28,6 +28,7 @@ from undiffuse.training.classifier_task import ClassifierRecipe, ClassifierTask,
 from undiffuse.training.extend import extend
 from undiffuse.training.fit import fit
 from undiffuse.training.monitor import Monitor
+from undiffuse.training.optimizer import make_optimizer
 from undiffuse.training.run_folder import Run
 
 UNET = {"kind": "unet", "widths": (4, 8), "blocks": 1, "attention": ()}
@@ -128,6 +129,13 @@ def test_weights_decay(tmp_path):
     first = NoisyClassifier(CONFIG.model, (1, 4, 4), IntegerLevels(5), IMAGES.classes).state_dict()
     for name, start in first.items():
         torch.testing.assert_close(models[0][name] - models[1][name], 0.01 * 0.9 * start, rtol=1e-3, atol=1e-6)
+
+
+def test_the_optimizer_is_fused():
+    classifier = NoisyClassifier(CONFIG.model, (1, 4, 4), IntegerLevels(5), ("a", "b"))
+    groups = ClassifierTask(CONFIG).parameter_groups(classifier)
+    optimizer = make_optimizer(groups, classifier.network, CONFIG.train)
+    assert [group["fused"] for group in optimizer.param_groups] == [True]
 
 
 def test_data_without_classes_and_runs_without_length_are_refused(tmp_path):
