@@ -228,7 +228,7 @@ def test_a_grid_has_a_column_for_each_prompt():
     )
     assert np.array_equal(np.asarray(prompt_grid(values, ["a", "b" * 28, "c" * 29], 256)), np.asarray(strip))
     eleven = np.asarray(prompt_grid(np.repeat(values, 9, 0), list("abcdefghijk"), 256))
-    first = image_strip(np.zeros((8, 4, 1, 2, 2), np.uint8), list("abcdefgh"), 256)
+    first = image_strip(np.zeros((6, 4, 1, 2, 2), np.uint8), list("abcdef"), 256)  # and five below
     assert eleven.shape == (2 * first.height, first.width, 3)
     many = prompt_grid(np.zeros((40, 1, 2, 2), np.uint8), ["a"] * 40, 256)
     assert many.height == 4 * image_strip(np.zeros((8, 1, 1, 2, 2), np.uint8), ["a"] * 8, 256).height

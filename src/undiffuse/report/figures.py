@@ -24,7 +24,7 @@ TILE = 64  # height to which smaller images are enlarged, in pixels
 GAP = 2  # least distance of tiles, in pixels
 PAPER, INK = (255, 255, 255), (64, 64, 64)
 BACKGROUND = (124, 130, 140)  # between tiles: neither black nor white, which occur in tiles
-MAX_PROMPTS, MAX_COLUMNS, MAX_ROWS, MAX_NAME = 32, 8, 8, 28
+MAX_PROMPTS, MAX_COLUMNS, MAX_ROWS, MAX_NAME = 32, 10, 8, 28
 """Prompts, columns and rows of images of a grid by prompts, and characters of a prompt below its column."""
 
 
@@ -90,15 +90,15 @@ def image_strip(
 def prompt_grid(values, prompts: Sequence[str], num_values: int | None = None) -> Image.Image:
     """A column for each of the first T ``prompts``, named below it, of images (N, C, H, W): image i has prompt i mod T.
 
-    At most `MAX_PROMPTS` columns, below each other from `MAX_COLUMNS` on, and `MAX_ROWS` rows; there must be an image
-    of each prompt.
+    At most `MAX_PROMPTS` columns, in parts of equal width where they are more than `MAX_COLUMNS`, and `MAX_ROWS` rows;
+    there must be an image of each prompt.
     """
     names = [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 3]}..." for name in prompts[:MAX_PROMPTS]]
-    starts = range(0, len(names), MAX_COLUMNS)
+    starts = range(0, len(names), math.ceil(len(names) / math.ceil(len(names) / MAX_COLUMNS)))
     rows = min(len(values) // len(prompts), MAX_ROWS // len(starts))
     table = np.asarray(values)[: rows * len(prompts)].reshape(rows, len(prompts), *values.shape[1:]).swapaxes(0, 1)
     widest = max(math.ceil(ImageFont.load_default(13).getlength(name)) for name in names)
-    parts = [slice(start, min(start + MAX_COLUMNS, len(names))) for start in starts]
+    parts = [slice(start, min(start + starts.step, len(names))) for start in starts]
     strips = [image_strip(table[part], names[part], num_values, widest=widest) for part in parts]
     picture = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), PAPER)
     top = 0

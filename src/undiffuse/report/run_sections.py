@@ -128,7 +128,8 @@ def training(records: Sequence[Record]) -> list[object]:
         parts.append(paragraph("With more noise levels, at the end: ", bound))
     if flags := [r["overfit"] for r in records if "overfit" in r]:
         parts.append(_overfitting(flags[-1], [r for r in records if "overfit" in r][-1]))
-    return [*parts, table(rows, "Evaluations during training; each item has the same noise every time")] if rows else parts
+    caption = "Evaluations during training; each item has the same noise every time"
+    return [*parts, table(rows, caption)] if rows else parts
 
 
 def _best(key: str, best: Record, last: Record) -> str:
