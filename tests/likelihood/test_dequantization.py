@@ -320,6 +320,13 @@ class Lambda(nn.Module):
 # --- bins ----------------------------------------------------------------------------------------------------------
 
 
+def test_infinite_edges_are_mirrored_about_the_value():
+    x = torch.tensor([[0.25, -3.0]], dtype=torch.float64)
+    edges = torch.tensor([[-math.inf, -3.5]]), torch.tensor([[0.75, math.inf]])
+    low, high = finite_bins(lambda values: edges, x)
+    assert (low.tolist(), high.tolist()) == ([[-0.25, -3.5]], [[0.75, -2.5]])
+
+
 @pytest.mark.parametrize("L", [2, 17, 256, 65536])
 def test_finite_bins_are_equally_wide_and_contain_all_samples(L):
     pixels = IntegerLevels(L)

@@ -55,6 +55,8 @@ def test_strength_one_is_a_sample_and_a_small_one_returns_the_input():
     values = torch.arange(16).reshape(1, 1, 4, 4)
     variants = sdedit(levels, levels.transform.to_model(values)[0], 2, 1e-6)
     assert torch.equal(variants, values.expand(2, 1, 4, 4).to(variants.dtype))
+    with pytest.raises(ConfigError, match="seed"):
+        sdedit(model, x, 1, 0.5, seed=-1)
 
 
 def test_variants_depend_on_seed_and_number_alone():

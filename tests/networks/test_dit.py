@@ -115,6 +115,7 @@ def test_blocks_return_their_input_at_initialization():
 
 def test_normed_tokens_and_swiglu():
     h, scale, shift = noise(2, 3, 8, dtype=f64), noise(2, 8, seed=2, dtype=f64), noise(2, 8, seed=3, dtype=f64)
+    assert normed(h.float(), scale, shift).dtype == torch.float32
     y = (normed(h, scale, shift) - shift[:, None]) / (1 + scale[:, None])
     torch.testing.assert_close(y.mean(-1), torch.zeros(2, 3, dtype=f64), rtol=0, atol=1e-12)
     torch.testing.assert_close(y.square().mean(-1), torch.ones(2, 3, dtype=f64), rtol=1e-4, atol=0)

@@ -87,7 +87,7 @@ def test_early_stop_times():
 
 
 def known_of(schedule, lam, size):
-    """A reference whose x̂ changes by ``size(lambda)`` per unit of lambda/c, on levels of equal steps in ``lam``."""
+    """A reference whose x̂ changes by ``size(lambda)`` per unit of lambda/c, on levels at ``lam``."""
     levels = [schedule(schedule.inverse(2 * v)) for v in lam]
     middle, width = 0.5 * (lam[1:] + lam[:-1]), lam.diff()
     change = size(middle) * width / torch.sqrt(torch.sigmoid(2 * middle))
@@ -97,7 +97,7 @@ def known_of(schedule, lam, size):
 @pytest.mark.parametrize(("rate", "power"), [(0.0, 0.5), (0.7, 0.5), (-0.5, 0.25), (0.9, 1 / 3)])
 def test_fitted_times_divide_the_error_equally(rate, power):
     """For a change e^(rate lambda) the times are those at which e^(rate power lambda) is linear in i."""
-    lam = torch.linspace(-4, 6, 4001, dtype=F64)
+    lam = torch.cat([torch.linspace(-4, 0, 8001, dtype=F64), torch.linspace(0, 6, 6001, dtype=F64)[1:]])  # of two steps
     found = fitted_times(known_of(LINE, lam, lambda v: 3 * torch.exp(rate * v)), LINE, 7, power)
     ends, r = torch.tensor([-4.0, 6.0], dtype=F64), rate * power
     line = torch.linspace(0, 1, 8, dtype=F64)
