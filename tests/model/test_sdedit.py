@@ -57,6 +57,8 @@ def test_strength_one_is_a_sample_and_a_small_one_returns_the_input():
     assert torch.equal(variants, values.expand(2, 1, 4, 4).to(variants.dtype))
     with pytest.raises(ConfigError, match="seed"):
         sdedit(model, x, 1, 0.5, seed=-1)
+    with pytest.raises(ConfigError, match="n = 0"):
+        sdedit(model, x, 0, 0.5)
 
 
 def test_variants_depend_on_seed_and_number_alone():

@@ -216,3 +216,8 @@ def test_settings_out_of_range():
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_a_single_step_declares_as_many_calls_as_its_order(order):
     assert SingleStep(order).calls == order
+
+
+def test_the_order_of_unipc_is_three_at_most_where_it_starts_low():
+    orders = {start: [UniPC(points, start=start).order for points in (1, 2, 3)] for start in ("high", "low")}
+    assert orders == {"high": [2, 3, 4], "low": [2, 3, 3]}

@@ -252,6 +252,8 @@ def test_a_corrector_does_not_denoise():
 def test_settings():
     assert solvers.build("annealed_langevin") == AnnealedLangevin(0.1, 100)
     assert solvers.build("annealed_langevin", step_size=0.3, updates_per_level=5) == AnnealedLangevin(0.3, 5)
+    with pytest.raises(ConfigError, match="the updates diverge at a step_size of 2 or more"):
+        AnnealedLangevin(step_size=2.0)
     assert AnnealedLangevin(1.5, 1).calls == 1
     assert solvers.build("annealed_langevin", denoise_last=False) == AnnealedLangevin(denoise_last=False)
     with pytest.raises(
