@@ -118,6 +118,14 @@ def test_fitted_times_of_a_constant_prediction_are_linear():
     )
 
 
+def test_levels_without_a_change_have_a_millionth_of_the_largest_error():
+    """At power ¼ a unit of lambda there counts as 10^−1.5 of one elsewhere."""
+    reference = known_of(LINE, torch.linspace(-4, 6, 4001, dtype=F64), lambda v: (v > 0).double())
+    middle = fitted_times(reference, LINE, 2, 0.25)[1]
+    half = (6 + 4 * 10**-1.5) / 2
+    assert 0.5 * float(LINE(torch.tensor(middle, dtype=F64)).log_snr) == pytest.approx(6 - half, abs=5e-3)
+
+
 def test_fitted_times_take_the_last_change_to_an_end_that_is_not_data():
     lam = torch.tensor([-1.0, 0.0, 1.0, 2.0], dtype=F64)
     levels = [LINE(LINE.inverse(2 * v)) for v in lam]
