@@ -145,6 +145,13 @@ def test_targets_that_cannot_be_solved_are_refused_at_zero_terminal_snr(name):
     TARGETS[name].check(levels.take(slice(0, 2)), s.take(slice(0, 2)))
 
 
+def test_an_output_of_lower_precision_is_solved_in_that_of_x():
+    level = S.LinearLogSNR()(torch.tensor([0.3], dtype=torch.float64))
+    y, x_t = torch.tensor([[0.7]]), torch.tensor([[-1.1]], dtype=torch.float64)
+    for got, exact in zip(TARGETS["v"].solve(y, x_t, level), TARGETS["v"].solve(y.double(), x_t, level), strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-14, atol=0)
+
+
 def test_check_names_the_noisiest_time_that_cannot_be_solved():
     levels = DS.linear(4)(torch.tensor([0.0, 0.5, 1.0]))
     with pytest.raises(
