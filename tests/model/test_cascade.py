@@ -402,7 +402,7 @@ def test_stages_that_do_not_fit_are_refused(stages):
     damaged.info["stage"] = "?"
     with pytest.raises(ConfigError, match="large: it is not a super-resolution model"):
         Cascade([base, damaged], **named)
-    with pytest.raises(ConfigError, match=r"image_noise = 1.5"):
+    with pytest.raises(ConfigError, match=r"image_noise = 1.5: it is not .*\. Give 0 for none"):
         Cascade(stages).sample(1, image_noise=1.5)
     with pytest.raises(DataError, match="range from 9 to 9"):
         Cascade(stages).nll(torch.full((1, 1, 8, 8), 9))
