@@ -12,6 +12,7 @@ from undiffuse.cli.sampler_options import QUALITIES
 from undiffuse.evaluation.sampler_ranking import MORE_NOISE
 from undiffuse.process.discrete_schedule import cosine
 from undiffuse.sampling.sampler import Sampler
+from undiffuse.sampling.sampler_search import early_stop_times
 
 SCHEDULE = cosine()
 
@@ -39,3 +40,13 @@ def test_more_noise_in_few_steps_widens_samples(steps, variance, expected):
     sampler = Sampler("dpm++3m_sde", steps, "uniform", {"eta": MORE_NOISE})
     assert scale(sampler, variance) == pytest.approx(expected, abs=0.006)
     assert scale(replace(sampler, settings={}), variance) < expected or steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("steps", "eta", "log_snr", "variance", "expected"),
+    [(10, MORE_NOISE, 3.0, 1.0, 1.303), (100, 2.0, 5.0, 1.0, 1.0), (100, 2.0, 5.0, 0.01, 0.777)],
+)
+def test_an_early_stop_removes_small_details(steps, eta, log_snr, variance, expected):
+    times = early_stop_times(SCHEDULE, steps, log_snr)
+    sampler = Sampler("dpm++3m_sde", steps, "early", {"eta": eta, "end": "low"}, times)
+    assert scale(sampler, variance) == pytest.approx(expected, abs=0.002)
