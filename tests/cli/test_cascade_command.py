@@ -91,7 +91,7 @@ def test_all_stages_are_drawn_with_a_line_for_each_and_one_manifest(place, call,
 
 
 def test_the_manifest_and_the_summary_name_the_samplers_that_the_stages_used(place, call):
-    """A distilled base has a sampler of its own, whatever is asked for."""
+    """A distilled base has a sampler of its own, whichever the command gives."""
     base = checkpoint.load(place / BASE)
     config = replace(base.config, calls=1)
     distilled = Diffusion(config, base.item_shape, base.transform, base.info)

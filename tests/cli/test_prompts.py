@@ -169,7 +169,7 @@ def test_advice_is_measured_with_prompts(trained, call, tmp_path, monkeypatch):
     monkeypatch.setattr(sampler_ranking, "MIN_ITEMS", 2)
     done = call("advise", tmp_path / "run", *flags, "--samples", 20)
     assert (done.code, done.err) == (0, "")
-    assert "compared with held-out items, whose captions they have" in " ".join(done.out.split())
+    assert "compared with held-out items with the same captions" in " ".join(done.out.split())
     for prompts, words in ((["--prompt", "a box"], False), ([], True)):
         done = call("sample", tmp_path / "run", "--n", 1, "--calls", 2, *prompts)
         said = " ".join(done.out.split())

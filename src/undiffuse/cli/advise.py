@@ -222,7 +222,7 @@ def _show_scores(
         }
         for score in scores
     ]
-    given = "" if conditions == "none" else f", whose {conditions} they have"
+    given = "" if conditions == "none" else f" with the same {conditions}"
     show(rows, f"samples: {samples} per sampler of {counted(calls, 'call')}, compared with held-out items{given}")
     console.print("Fréchet, kernel: distances in principal components; the last row is the floor for a perfect sampler")
     if floor_items < samples:

@@ -167,7 +167,7 @@ def read_advice(
             log(f"{path} has no advice for {counted(calls, 'call')}, only for {', '.join(stored['advice'])}")
             return None
         advised = Sampler.from_dict(advice["sampler"])
-        of_data = {FLAG_OF_KIND[kind] for kind in FLAG_OF_KIND if kind in advice.get("conditions", "")}
+        of_data = {flag for kind, flag in FLAG_OF_KIND.items() if kind in advice.get("conditions", "")}
         different = [
             f"--{name}"
             for name, value in (conditions or {}).items()

@@ -112,7 +112,7 @@ def compute_batches(
 
 
 def raise_in_all(failure: UndiffuseError | None, group: ProcessGroup) -> None:
-    """Raise the first ``failure`` of the processes of ``group`` in all of them, which call this together."""
+    """Raise the first ``failure`` of the processes of ``group`` in every process; all call this together."""
     kinds = [kind.__name__ for kind in type(failure).__mro__ if hasattr(errors, kind.__name__)]
     own = failure and [kinds[0], failure.code, failure.where, failure.cause, failure.fix]
     for rank, fields in enumerate(group.gather(own)):

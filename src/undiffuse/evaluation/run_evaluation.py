@@ -147,32 +147,17 @@ def evaluate(
     def read_items(here: slice) -> tuple[Tensor, Condition | None]:  # of a batch: all items may be too many
         return data.tensor(chosen[here]), data.given_condition(chosen[here], condition != "none")
 
-    options = {
-        "estimate": list(estimates),
-        "items": items,
-        "mc_samples": mc_samples,
-        "unconditional": unconditional,
-        "exact": exact,
-        "iw_samples": iw_samples,
-        "compat": compat,
-        "minutes": minutes,
-    }
+    given = {"items": items, "mc_samples": mc_samples, "exact": exact, "iw_samples": iw_samples, "minutes": minutes}
+    options = {"estimate": list(estimates), **given, "unconditional": unconditional, "compat": compat}
     facts = _facts(model, data, description, condition, seed)
-    request = facts | {
-        "estimates": names,
-        "items": items,
-        "mc_samples": mc_samples,
-        "exact": exact,
-        "iw_samples": iw_samples,
-        "minutes": minutes,
-    }
+    request = facts | {"estimates": names} | given
     sizes = (items, mc_samples, exact, iw_samples, minutes * group.world_size)
 
     measured: dict[str, FinishedBatch] = {}
 
     def choose() -> resumable.Plan:
         planned, seconds = names, None
-        if "ode" in names and items is None and not exact:  # its cost is known from nothing but itself
+        if "ode" in names and items is None and not exact:  # its first batch measures its cost
             first = slice(min(planning.first_flow_items(model), len(chosen)))
             try:
                 batch, _ = batches.measure(model, "ode", first, seed, iw_samples, read_items, log)

@@ -74,7 +74,7 @@ def compared_items(model: Diffusion, data: Dataset, n: int, labels: Collection[i
     """Items of ``data`` in random order, at most `MAX_ITEMS` of each kind, to compare with ``n`` samples.
 
     They are the held-out items and the training items, or two halves of the items if the model was trained on data of
-    another name. With ``labels`` only items that have one of them are taken; if −1 is the only one, the samples have
+    another name. With ``labels`` only items with one of these labels are taken; if −1 is the only one, the samples have
     no condition. Raises `ConfigError` for −1 beside others, and `DataError` if the data do not fit the model or are too
     few.
     """
@@ -163,7 +163,7 @@ def score_samplers(
 ) -> tuple[list[SamplerScore], SamplerScore]:
     """(scores of ``samplers`` against the held-out ``items``, nearest first; the floor), by ``n`` samples each.
 
-    The floor is the score of the last ``n`` of the other items, in random order, or of half of them; from the rest the
+    The floor is the score of the last ``n`` of the other items, in random order, or of half of those; from the rest the
     principal components are computed. Samplers with NaN or infinite samples are omitted. All draw with the first ``n``
     conditions of ``items`` and from the same ``seed``. ``progress`` is called with the number of item-steps done.
     """
