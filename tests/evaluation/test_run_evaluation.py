@@ -377,3 +377,17 @@ def test_the_density_of_a_constant_column_has_no_upper_bound():
         totals.append(float(vlb(chain, torch.zeros(1, 1, dtype=torch.float64), lambda n: torch.ones(n, 1, 1)).total))
     steps = [b - a for a, b in pairwise(totals)]
     assert steps == pytest.approx([-math.log(10)] * 2, rel=1e-3)
+
+
+def test_the_time_left_is_that_of_the_missing_items_at_the_pace_of_the_finished_ones():
+    """Batches of 1, 1, 2 and 4 of 8 items, the first ones at 3 s an item."""
+    job, shown = {"items": 8, "first": 1, "batch": 4, "fit": False, "expected": 9.0}, []
+    done = batches.compute_batches(
+        job,
+        lambda start: (None, 3.0) if start < 2 else None,
+        lambda start, stop: (None, 6.0 * (stop - start)),
+        single_process(),
+        lambda spent, left: shown.append((spent, left)),
+    )
+    assert [seconds for _, seconds in done] == [3.0, 3.0, 12.0, 24.0]
+    assert shown == [(6.0, 18.0), (18.0, 18.0), (42.0, 0.0)]
