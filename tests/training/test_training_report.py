@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from latent_models import tiny_autoencoder
 from page_checks import check_page
 from tiny_run import data, recipe, stopping_at, train
@@ -18,6 +19,7 @@ from undiffuse.model.config import Config, from_dict, read
 from undiffuse.model.presets import PRESETS, get
 from undiffuse.report.sample_folder import write_samples
 from undiffuse.report.table import cell
+from undiffuse.runtime.precision import resolve_precision
 from undiffuse.runtime.side_files import write_record
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.training import monitor, run_report
@@ -25,6 +27,8 @@ from undiffuse.training.repeat_command import repeat
 from undiffuse.training.run_folder import Run
 
 DATA = data()
+AUTO = resolve_precision("auto", torch.device("cpu"))
+OTHER = "float32" if AUTO == "bfloat16" else "bfloat16"
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,12 @@ def test_every_training_writes_a_page(folder):
             " --part all --estimate ode --estimate discrete --items 30 --exact --minutes 0.5",
         ),
         ({"part": "test part of other data than the training data"}, " --part test"),
+        ({"part": "held out for testing", "precision": AUTO}, ""),
+        ({"part": "held out for testing", "precision": "float64"}, ""),
+        (
+            {"part": "held out for testing", "precision": OTHER, "options": {"items": 3}},
+            f" --items 3 --precision {OTHER}",
+        ),
     ],
 )
 def test_the_command_of_an_evaluation_has_its_options(folder, measured, options):

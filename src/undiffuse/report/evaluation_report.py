@@ -23,6 +23,7 @@ from undiffuse.report.table import cell
 from undiffuse.runtime.atomic_file import write_atomic, write_csv
 from undiffuse.runtime.output_folder import check_output_folder, listed_files
 from undiffuse.runtime.own_output import PICTURE_MARK
+from undiffuse.runtime.precision import PRECISIONS, resolve_precision
 from undiffuse.runtime.side_files import free_name, read_record, set_aside, write_record
 from undiffuse.runtime.terminal import flags
 
@@ -47,12 +48,14 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> tuple[list[dict[str, Any]]
     return [{**row, "time": f"{took:,.0f} s"} for row, took in zip(rows, seconds, strict=True)], title
 
 
-def options_in_words(evaluation: Mapping[str, Any]) -> str:
-    """The options of an ``evaluation``, where they are not the defaults (part of other data: all)."""
+def options_in_words(evaluation: Mapping[str, Any], model: Diffusion) -> str:
+    """The options of an ``evaluation`` of ``model``, where they are not the defaults (part of other data: all)."""
     described, seed = str(evaluation["part"]), evaluation.get("seed", 0)
     part = next((part for part, words in PARTS.items() if words == described), described.split()[0].strip(","))
     words = ["--part", part] * (part != "test" or "of other data" in described) + ["--seed", str(seed)] * bool(seed)
     words += flags(evaluation.get("options") or {}, DEFAULTS)
+    precision, default = evaluation.get("precision"), resolve_precision("auto", model.device, len(model.x_shape) - 1)
+    words += ["--precision", str(precision)] * (precision in PRECISIONS and precision != default)
     return "".join(f" {word}" for word in words)
 
 

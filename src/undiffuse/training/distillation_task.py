@@ -15,6 +15,7 @@ from undiffuse.data.dataset import Dataset, Split
 from undiffuse.data.transform import IntegerLevels, values_transform
 from undiffuse.denoising.denoiser import Denoiser, Prediction
 from undiffuse.errors import ConfigError, DataError, counted
+from undiffuse.evaluation.plan import describe_items
 from undiffuse.evaluation.time_limit import TimeLimit
 from undiffuse.likelihood.probability_flow import rademacher
 from undiffuse.model import checkpoint
@@ -169,14 +170,12 @@ class DistillationTask(Task):
         Raises `DataError` for data of another kind than the teacher's, or whose conditions mean something else.
         """
         fix = "Give the data that the teacher was trained on"
-        if data.item_shape != self.teacher.item_shape:
-            expected, got = ("×".join(map(str, shape)) for shape in (self.teacher.item_shape, data.item_shape))
-            raise DataError("SHAPE", data.name, f"the items are {got}, those of the teacher {expected}", fix)
         transform = values_transform(self.teacher.transform)
         num_values = transform.num_values if isinstance(transform, IntegerLevels) else None
-        if data.num_values != num_values:
-            expected, got = (f"{n} values" if n else "continuous values" for n in (num_values, data.num_values))
-            raise DataError("RANGE", data.name, f"the items have {got}, those of the teacher {expected}", fix)
+        if (data.item_shape, data.num_values) != (self.teacher.item_shape, num_values):
+            theirs = describe_items(self.teacher.item_shape, num_values)
+            cause = f"the items are {describe_items(data.item_shape, data.num_values)}, those of the teacher {theirs}"
+            raise DataError("SHAPE", data.name, cause, fix)
         sizes = self.teacher.trained_condition_sizes
         if self.config.guidance != 1 and not sizes:
             cause = "the teacher has no conditions"

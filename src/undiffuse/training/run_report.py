@@ -188,7 +188,7 @@ def measuring_commands(
     if not isinstance(model, Diffusion):
         return {"report": report}
     nothing_held_out = model.info.get("held_out") == 0 and (data is None or data.test_from is None)
-    options = evaluation_report.options_in_words(made) if made else " --part train" * nothing_held_out
+    options = evaluation_report.options_in_words(made, model) if made else " --part train" * nothing_held_out
     return {
         "evaluation": f"undiffuse evaluate {place}{of_data}{options}{own}",
         "comparison": report,
