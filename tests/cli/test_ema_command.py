@@ -200,7 +200,11 @@ def test_the_folder_of_out_is_made(trained, tmp_path, call):
 
 def test_a_length_takes_no_data(trained, call):
     run, data = trained
-    for options, named in (([data], data), (["--num-values", 5], "--num-values 5")):
+    for options, named in (
+        ([data], data),
+        (["--num-values", 5], "--num-values 5"),
+        (["--items", 9, "--mc-samples", 3], "--items 9 --mc-samples 3"),
+    ):
         said = call("ema", run, *options, "--length", "0.08")
         cause = "with --length nothing is measured on data. Leave it out, or give --best"
         assert (said.code, said.err) == (2, f"error[USAGE] {named}: {cause}.\n")
@@ -215,3 +219,15 @@ def test_a_file_that_exists_is_never_replaced(trained, tmp_path, call):
         assert answer.code == 2
         assert answer.err == f"error[OUT] --out {out}: exists already. Give another name, or delete it.\n"
         assert out.read_bytes() == before
+
+
+def test_a_file_of_the_user_at_the_default_path_is_renamed(trained, call):
+    run, _ = trained
+    path = run / "model-ema-0.09.safetensors"
+    path.write_text("mine")
+    said = call("ema", run, "--length", "0.09")
+    assert said.code == 0
+    assert f"note: {path} was no model of undiffuse; it is model-ema-0.09.safetensors.earlier now" in said.out
+    assert path.with_name("model-ema-0.09.safetensors.earlier").read_text() == "mine"
+    assert "note" not in call("ema", run, "--length", "0.09").out  # an own file is replaced
+    assert load(path).info["ema"] == 0.09

@@ -143,8 +143,8 @@ def test_models_that_do_not_fit_together(runs):
         (model(3), {}, None, "five", r"--autoguide: .*five has other conditions than the model\. Use a model of the"),
         (model(3), {}, None, "flow", r"the weak model: the two models have different noise processes"),
         (model(3), {}, None, "itself", r"--autoguide: .*itself is the model itself\. Use an earlier"),
-        (model(3), {"autoguidance_scale": math.inf}, None, "weak", "scale = inf: it is not finite"),
-        (model(3), {"classifier_scale": math.nan}, "classifier", None, "scale = nan: it is not finite"),
+        (model(3), {"autoguidance_scale": math.inf}, None, "weak", "scale = inf: it is not a number"),
+        (model(3), {"classifier_scale": math.nan}, "classifier", None, "scale = nan: it is not a number"),
         (
             model(3),
             {"guidance_rescale": 0.7},
@@ -252,6 +252,14 @@ def test_a_consistency_model_cannot_be_the_weaker_one(tmp_path):
     checkpoint.save(model(3, calls=1), tmp_path / "distilled")
     with pytest.raises(ConfigError, match=r"distilled: it is a consistency model"):
         load_guide(model(3), Sampler(), autoguide=tmp_path / "distilled")
+
+
+def test_only_a_condition_guides_a_consistency_model(runs):
+    distilled = model(3, calls=1)
+    for guide in ({"classifier": load_classifier(distilled, runs / "classifier")}, {"autoguide": runs / "weak"}):
+        with pytest.raises(ConfigError, match=r"this model: it is a consistency model"):
+            load_guide(distilled, Sampler(), **guide)
+    load_guide(distilled, Sampler(guidance=2.0))
 
 
 def test_a_guide_of_another_kind_is_an_error():

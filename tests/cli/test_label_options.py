@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from undiffuse.cli.label_options import make_condition, parse_labels
+from undiffuse.cli.label_options import make_condition, parse_labels, report_unused_conditions
 from undiffuse.errors import ConfigError, DataError
 
 CLOTHES = ("T-shirt/top", "trouser", "pullover", "dress", "coat")
@@ -66,3 +66,9 @@ def test_items_get_conditions_in_turn_by_their_index(tmp_path):
     assert condition.mask.tolist() == [[False, True, False], [True, False, False]]
     with pytest.raises(DataError, match=r"v\.txt"):
         make_condition((), (), tmp_path / "v.txt")
+
+
+def test_more_conditions_than_items_are_a_line():
+    said: list[str] = []
+    report_unused_conditions(2, said.append, labels=[3, 5, 7], prompts=["a", "b"])
+    assert said == ["note: --n 2 uses only the first 2 of 3 labels"]

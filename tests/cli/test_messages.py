@@ -154,7 +154,7 @@ def test_batch_learning_rate_and_epochs(options, settings, length, tmp_path, cal
         (("--epochs", 1, "--steps", 1), "error[USAGE] --steps, --epochs: each determines the length of the run"),
         (("--epochs", 0), "error[USAGE] --epochs 0: not a length"),
         (("--lr", -1, "--steps", 1), "error[CONFIG] --lr -1.0: must be above 0 and finite. Change it."),
-        (("--batch", 0), "error[CONFIG] --batch 0: must be at least 1. Change it."),
+        (("--batch", 0), "error[CONFIG] --batch 0: must be a whole number, at least 1. Change it."),
         (("--steps", 0), "error[CONFIG] --steps 0: must be above 0 and below 2^63. Change it."),
         (("--seed", -1), "error[CONFIG] --seed -1: must be a whole number from 0"),
         (("--size", 9000), "error[OPTION] --size: 9000 is not a side in pixels"),

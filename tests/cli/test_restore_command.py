@@ -139,7 +139,7 @@ def test_answers_are_never_replaced(place, call):
         f"error[OUT] {first}: it already holds finished restorations or samples. Give another folder, or remove it.\n",
     )
     said = call(*flags, "--out", first / "000000.png")
-    assert (said.code, "000000.png: it is a file. " in said.err) == (2, True)
+    assert (said.code, "000000.png: it, or a part of its path, is a file. " in said.err) == (2, True)
     assert (first / "000000.png").read_bytes() == before
     own = place / "own"
     own.mkdir()
@@ -204,6 +204,7 @@ def test_colour_becomes_grey_and_one_answer_has_no_spread(place, call):
         (2, ["run", "whole.png"], "error[USAGE] restore: no degradation of the image is given"),
         (2, ["line", "whole.png", "--blur", "1"], "its items are 1x16, not grey or RGB images"),
         (2, ["plain.safetensors", "whole.png", "--blur", "1"], "its items are 1x4x4, not grey or RGB images"),
+        (2, ["run", "whole.png", "--noise", "11"], "--noise"),
         (2, ["run", "small.png", "--upsample", "3"], "3 does not divide the sides of an item, 8 x 8"),
         (
             2,
@@ -299,6 +300,9 @@ def test_a_consistency_model_makes_variants_only(place, call):
     x = IntegerLevels(256).to_model(torch.tensor(WHOLE)[None])
     variants = np.stack([read(place / "few" / f"{i:06d}.png") for i in range(2)])
     np.testing.assert_array_equal(variants, sdedit(load(run), x, 2, 0.6)[:, 0])
+    refused = call("restore", run, image, "--method", "sdedit", "--steps", 3, "--out", place / "steps")
+    cause = "with --method sdedit a distilled model takes the times of its own sampler. Omit it"
+    assert (refused.code, refused.err) == (2, f"error[USAGE] --steps 3: {cause}.\n")
     for command in (("restore", run, image, "--noise", 0.1), ("interpolate", run, image, image)):
         refused = call(*command, "--out", place / "no.png")
         assert (refused.code, refused.err.count("\n")) == (2, 1)

@@ -182,6 +182,12 @@ def test_tensorboard_gets_the_records_of_the_run(tmp_path, monkeypatch, capsys):
         "tensorboard.backend.event_processing.event_accumulator",
         reason="needs the extra `tensorboard`",
     )
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "board"):
+        assert main(["watch", str(run.folder), "--once", "--tensorboard", str(folder)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error[OUT] --tensorboard {folder}: is not a folder that can be written (")
+        assert said.count("\n") == 1
     for _ in range(2):  # the second time replaces what the first one wrote
         assert main(["watch", str(run.folder), "--tensorboard", str(tmp_path / "board")]) == 0
     read = accumulator.EventAccumulator(str(tmp_path / "board"))

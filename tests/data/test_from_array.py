@@ -56,6 +56,20 @@ def test_channels_last_needs_a_layout():
     assert from_array(images, layout="NCHW").item_shape == (8, 6, 3)
 
 
+def test_tensors_and_numbers():
+    values = torch.randn(6, 3, requires_grad=True)
+    labels, cond = torch.arange(6) % 2, torch.randn(6, 2, requires_grad=True)
+    data = from_array(values, labels=labels, cond=cond)
+    np.testing.assert_array_equal(data.values, values.detach().numpy())
+    np.testing.assert_array_equal(data.cond, cond.detach().numpy())
+    assert data.labels.tolist() == labels.tolist()
+    for value, shape in ((np.float32(3), "a single number has 0 dimensions"), (np.ones(5), "5 has 1 dimension")):
+        with pytest.raises(DataError, match=rf"array: {shape}\. Give items of one or more dimensions in an array"):
+            from_array(value)
+    with pytest.raises(DataError, match=r"array: 5x3 has 2 dimensions, NCHW has 4\. "):
+        from_array(np.ones((5, 3)), layout="NCHW")
+
+
 @pytest.mark.parametrize("channels", [5, 16, 32])
 def test_four_dimensions_may_be_images_or_volumes(channels):
     values = np.random.default_rng(0).integers(0, 256, (4, channels, 8, 6), np.uint8)

@@ -174,5 +174,5 @@ def test_a_trajectory_of_the_mean_form_ends_in_the_mean_of_its_last_step():
 def test_forms_that_cannot_be(sampler, message):
     with pytest.raises(ConfigError, match=message):
         Sampler(**sampler)
-    with pytest.raises(ConfigError, match="scale = nan: it is not finite"):
+    with pytest.raises(ConfigError, match="scale = nan: it is not a number"):
         ClassifierGuidedAncestral(log_prob=log_prob_of(PLANE), cond=LABELS, scale=math.nan)

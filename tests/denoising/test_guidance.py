@@ -410,9 +410,10 @@ def test_a_sampler_applies_its_guidance():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda d: ClassifierFree(d, math.nan), r"scale = nan: it is not finite\. Give a number"),
-        (lambda d: Autoguided(d, d, math.inf), r"scale = inf: it is not finite\. Give a number"),
-        (lambda d: ClassifierGuided(d, exact_log_prob, math.nan), r"scale = nan: it is not finite\. Give a number"),
+        (lambda d: ClassifierFree(d, math.nan), r"scale = nan: it is not a number from -1000 to 1000\. Give one"),
+        (lambda d: ClassifierFree(d, -1000.5), r"scale = -1000.5: it is not a number from -1000 to 1000"),
+        (lambda d: Autoguided(d, d, math.inf), r"scale = inf: it is not a number from"),
+        (lambda d: ClassifierGuided(d, exact_log_prob, math.nan), r"scale = nan: it is not a number from"),
         (
             lambda d: ClassifierFree(d, 2.0, rescale=1.1),
             r"rescale = 1.1: it is out of range\. Give a number from 0 to 1",

@@ -82,7 +82,7 @@ def test_the_loader_is_strict(data, where, cause):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *[("batch", v) for v in (0, -1)],
+        *[("batch", v) for v in (0, -1, 1.5)],
         *[("accumulate", v) for v in (0, 3)],  # 3 does not divide 128
         *[("lr", v) for v in (0.0, -1e-3, math.nan, math.inf)],
         *[("decay", v) for v in (-0.1, 1.1, math.nan)],

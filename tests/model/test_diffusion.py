@@ -11,6 +11,7 @@ from undiffuse.denoising.guidance import Guide
 from undiffuse.errors import ConfigError, NonFiniteError
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.model.inversion import interpolate
 from undiffuse.model.restoration import Degradation, restore
 from undiffuse.model.sdedit import sdedit
 from undiffuse.networks.condition import Condition
@@ -217,6 +218,16 @@ def test_samples_do_not_depend_on_the_batch_and_continue_from_any_item():
         ).values.max() > 1e-2
     first = [next(diffusion.trajectory(items, seed=5)).x for items in (range(4), range(2, 4))]
     assert torch.equal(first[0][2:], first[1])
+
+
+def test_the_ends_of_an_interpolation_have_the_first_and_the_last_condition():
+    diffusion = model((2,), Identity(), network={**MLP, "classes": 3})
+    ends, cond = torch.tensor([[0.5, -1.0], [1.5, 0.2]]), Condition(label=torch.tensor([0, 2, 2, 1]))
+    values = interpolate(diffusion, ends, 4, cond=cond)
+    torch.testing.assert_close(values[[0, -1]], ends, rtol=0, atol=2e-2)
+    swapped = interpolate(diffusion, ends, 4, cond=Condition(label=torch.tensor([0, 2, 2, 2])))
+    torch.testing.assert_close(swapped[[0, -1]], ends, rtol=0, atol=2e-2)
+    assert (swapped - values).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("call", ["sample", "to_noise", "from_noise"])

@@ -305,7 +305,7 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
         assert [f for f in folder.rglob("*") if f.is_file()] == [folder / name]
         assert (folder / name).read_text() == "mine"
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="it is a file"):
+    with pytest.raises(ConfigError, match="it, or a part of its path, is a file"):
         drawn(tmp_path / "file", 10)
 
 

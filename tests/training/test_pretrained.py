@@ -65,6 +65,13 @@ def test_a_folder_has_the_model_and_its_card(model, run, tmp_path, no_network):
     assert "undiffuse sample saved --n 16 --network FILE.py:tiny" in text
 
 
+def test_a_license_is_one_word(model, tmp_path):
+    for wrong in ("mit\nevil: 1", "", "a b"):
+        with pytest.raises(ConfigError, match=r"LICENSE.*is no name of a license\. Give one of the hub, such as mit"):
+            model.save_pretrained(tmp_path / "saved", license=wrong)
+    assert not (tmp_path / "saved").exists()
+
+
 def test_the_card_in_the_working_folder_has_its_name(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert f"from_pretrained('{tmp_path.name}'" in (model.save_pretrained(".") / "README.md").read_text()

@@ -19,6 +19,9 @@ from undiffuse.cli.data_options import (
 from undiffuse.cli.options import MAX_COUNT, Device, NetworkFile, console, register_network, resolve_device
 from undiffuse.cli.results import add, show, with_json
 from undiffuse.errors import ConfigError
+from undiffuse.runtime.own_output import is_own_tensor_file
+from undiffuse.runtime.side_files import set_aside
+from undiffuse.runtime.terminal import flags
 
 if TYPE_CHECKING:
     from undiffuse.training.posthoc_ema import EMAScore
@@ -34,11 +37,15 @@ def ema(
         typer.Option(help="Length as a fraction of the run, such as 0.08; repeatable with --best."),
     ] = None,
     best: Annotated[bool, typer.Option("--best", help="Choose the length with the lowest held-out bound.")] = False,
-    items: Annotated[int, typer.Option(help="Largest number of held-out items to measure.", min=2)] = 256,
+    items: Annotated[
+        int | None, typer.Option(help="With --best: largest number of held-out items to measure; default 256.", min=2)
+    ] = None,
     mc_samples: Annotated[
-        int,
-        typer.Option(help="Monte Carlo samples of the bound for each item: steps of the chain.", min=1, max=MAX_COUNT),
-    ] = 16,
+        int | None,
+        typer.Option(
+            help="With --best: steps of the chain in the bound of each item; default 16.", min=1, max=MAX_COUNT
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write; by default model-ema-LENGTH.safetensors in RUN.")
     ] = None,
@@ -57,9 +64,11 @@ def ema(
     if not best and len(length or ()) != 1:
         cause = "it needs one --length, or --best"
         raise ConfigError("USAGE", "undiffuse ema", cause, "See 'undiffuse ema --help'")
-    if not best and (data is not None or given_options(read)):
+    own = {"items": items, "mc_samples": mc_samples}
+    of_data = given_options(read) + "".join(f" {word}" for word in flags(own, {}))
+    if not best and (data is not None or of_data):
         cause = "with --length nothing is measured on data"
-        raise ConfigError("USAGE", data or given_options(read).strip(), cause, "Leave it out, or give --best")
+        raise ConfigError("USAGE", data or of_data.strip(), cause, "Leave it out, or give --best")
     refuse_inside(out, data, run)
     if out is not None and os.path.lexists(out):
         raise ConfigError("OUT", f"--out {out}", "exists already", "Give another name, or delete it")
@@ -68,7 +77,7 @@ def ema(
     chosen = (length or [0.0])[0]
     if best:
         dataset = read_data(read, data, run)
-        scores = compare_lengths(source, dataset, length, items, mc_samples, device)
+        scores = compare_lengths(source, dataset, length, items or 256, mc_samples or 16, device)
         lowest = min(scores, key=lambda score: score.bits)
         rows, title = [_row(score) for score in scores], f"{dataset.name}, held out for validation"
         show(rows, title, scores=[_plain(score) for score in scores])
@@ -81,6 +90,8 @@ def ema(
     model, error = with_ema_length(source, chosen)
     path = out or run / f"model-ema-{chosen:g}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(path) and not is_own_tensor_file(path):
+        console.print(f"note: {path} was no model of undiffuse; it is {set_aside(path, 'earlier').name} now")
     checkpoint.save(model, path)
     add(out=path, length=chosen, profile_error=error)
     console.print(f"average of length {chosen:g}, {error:.2%} error of its profile: {path}")

@@ -34,6 +34,7 @@ def load_guide(
     """
     from undiffuse.data.transform import BOUNDED
     from undiffuse.denoising.guidance import Guide
+    from undiffuse.model.arguments import check_predicts_mean
     from undiffuse.model.text_conditions import text_encoder_of
 
     _check_options_have_effect(sampler, classifier, autoguide)
@@ -52,6 +53,8 @@ def load_guide(
         raise ConfigError(
             "GUIDANCE", "--negative", "it has no effect without a --guidance scale other than 1", "Give both"
         )
+    if classifier or autoguide:
+        check_predicts_mean(_base(model).config)
     weak = None if autoguide is None else _load_weak_model(model, autoguide)
     guide = Guide(classifier and classifier.log_prob, weak and weak.denoiser(), negative)
     sampler.guide(model.denoiser(), guide)  # raises before the first step if a scale is out of range
@@ -81,12 +84,16 @@ def class_names(model: AnyModel, classifier: NoisyClassifier | None = None) -> l
 
 def report_guidance_twice(model: AnyModel, sampler: Sampler, log: Callable[[str], None]) -> None:
     """A line about guidance of a model, or of the base of a cascade, that was distilled from a guided one."""
-    from undiffuse.model.cascade import Cascade
-
-    base = model.models[0] if isinstance(model, Cascade) else model
-    scale = base.info.get("distilled", {}).get("guidance", 1)
+    scale = _base(model).info.get("distilled", {}).get("guidance", 1)
     if scale != 1 and sampler.guidance != 1:
         log(f"note: the model was distilled with guidance {scale:g}; --guidance {sampler.guidance:g} adds to it")
+
+
+def _base(model: AnyModel) -> Diffusion:
+    """``model``, or the first of a cascade's models."""
+    from undiffuse.model.cascade import Cascade
+
+    return model.models[0] if isinstance(model, Cascade) else model
 
 
 def _load_weak_model(model: AnyModel, path: Path) -> Diffusion:

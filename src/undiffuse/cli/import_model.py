@@ -54,7 +54,7 @@ def import_model(
 
     require_utf8(out, out)
     if lies_inside(out, Path(source)):
-        raise ConfigError("OUT", out, f"it lies inside of {source}", "Give a folder outside of it")
+        raise ConfigError("OUT", out, f"it lies inside SOURCE, '{source}'", "Give a folder outside of it")
     imported = importing.import_model(
         source,
         kind,

@@ -8,7 +8,7 @@ from undiffuse.cli.results import show, with_json
 
 @with_json
 def inspect(run: RunArgument, network: NetworkFile = None) -> None:
-    """Describe a model: network, process, data, training."""
+    """Describe a diffusion model: network, process, data."""
     from undiffuse.model import checkpoint
     from undiffuse.report.model_facts import model_facts
 

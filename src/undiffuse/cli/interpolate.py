@@ -9,7 +9,7 @@ import typer
 
 from undiffuse.cli.data_options import recorded_options, refuse_inside
 from undiffuse.cli.guidance_options import class_names
-from undiffuse.cli.label_options import make_condition
+from undiffuse.cli.label_options import make_condition, parse_labels
 from undiffuse.cli.options import (
     Device,
     NetworkFile,
@@ -67,6 +67,9 @@ def interpolate(
     require_memory_for(f"--n {n}", 4 * n * model.dims)
     steps = limit_steps(steps, model.chain_length)
     text = prompt_condition(model, run, [prompt] if prompt else (), text_encoder)
+    labels = parse_labels(class_names(model), [label]) if label else ()
+    if len(labels) > 1:
+        raise ConfigError("LABEL", f"--label {label}", "A and B have one class", "Give its name")
     condition = make_condition(class_names(model), [label] if label else (), text=text)
     prepare = recorded_options(run)
     images = [load_image(path, channels, sides, prepare) for path in (one, other)]

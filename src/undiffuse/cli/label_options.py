@@ -47,6 +47,13 @@ def make_condition(
     return condition
 
 
+def report_unused_conditions(n: int, log: Callable[[str], None], **given: Sequence[object]) -> None:
+    """A line for each kind among ``given``, such as labels, of which there are more than the ``n`` items."""
+    for kind, values in given.items():
+        if len(values) > n:
+            log(f"note: --n {n} uses only the first {n} of {len(values)} {kind}")
+
+
 def _read(file: Path) -> tuple[Condition, int]:
     """(the conditions of a file, their number)."""
     import torch

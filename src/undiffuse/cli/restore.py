@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     Drawn = tuple[Tensor, dict[str, Any], Image]
     Draw = Callable[[Callable[[int], None]], Drawn]
 
+MAX_NOISE = 10
+"""The largest --noise."""
 MAX_IN_STRIP = 6
 """The most restorations in the strip."""
 
@@ -64,7 +66,10 @@ def restore(
         float, typer.Option(help="Standard deviation of IMAGE's Gaussian blur, in pixels of the result.", min=0)
     ] = 0,
     noise: Annotated[
-        float, typer.Option(help="Standard deviation of IMAGE's noise, as a fraction of black to white.", min=0)
+        float,
+        typer.Option(
+            help="Standard deviation of IMAGE's noise, as a fraction of black to white.", min=0, max=MAX_NOISE
+        ),
     ] = 0,
     degrade: Annotated[
         bool, typer.Option("--degrade", help="IMAGE is intact: apply the degradation to it first, then restore it.")
@@ -82,8 +87,9 @@ def restore(
     ] = 4,
     seed: Annotated[int, typer.Option(help="Restoration i depends on (seed, i) alone.", min=0)] = 0,
     steps: Annotated[
-        int, typer.Option(help="Steps of the solver, at most those of the chain.", min=1)
-    ] = RESTORATION_STEPS,
+        int | None,
+        typer.Option(help=f"Steps of the solver, at most those of the chain; default {RESTORATION_STEPS}.", min=1),
+    ] = None,
     batch: Annotated[
         int, typer.Option(help="Restorations per batch; changes the results by rounding only.", min=1)
     ] = 16,
@@ -111,7 +117,10 @@ def restore(
     register_network(network)
     model = checkpoint.load(run, resolve_device(device), precision=precision)
     pixels = restoration.check_image_model(model, run)
-    steps = limit_steps(steps, model.chain_length)
+    if method == "sdedit" and steps is not None and model.config.calls:
+        cause = "with --method sdedit a distilled model takes the times of its own sampler"
+        raise ConfigError("USAGE", f"--steps {steps}", cause, "Omit it")
+    steps = limit_steps(RESTORATION_STEPS if steps is None else steps, model.chain_length)
     text = prompt_condition(model, run, prompt or (), text_encoder)
     condition = make_condition(class_names(model), label or (), text=text)
     common = {"model": str(run), "image": str(image), "label": label, "seed": seed, "steps": steps}

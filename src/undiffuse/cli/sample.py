@@ -23,7 +23,7 @@ from undiffuse.cli.cascade_options import (
 )
 from undiffuse.cli.data_options import refuse_inside
 from undiffuse.cli.guidance_options import class_names, load_classifier, load_guide, report_guidance_twice
-from undiffuse.cli.label_options import ConditionFn, make_condition, parse_labels
+from undiffuse.cli.label_options import ConditionFn, make_condition, parse_labels, report_unused_conditions
 from undiffuse.cli.options import (
     Device,
     NetworkFile,
@@ -208,6 +208,7 @@ def sample(
     if condition is not None:  # a wrong one is an error before a folder is opened
         check_condition(condition(range(1))).validate_for(model.condition_sizes, 1, classifier is not None)
     numbers = parse_labels(names, labels).tolist() if labels else []
+    report_unused_conditions(n, log, labels=numbers, prompts=texts)
     labelled = any(number >= 0 for number in numbers)
     has_condition = labelled if classifier else labelled or cond is not None or any(texts)
     guide = load_guide(model, sampler, guiding, autoguide, has_condition, avoided)

@@ -60,6 +60,11 @@ def watch(
     if tensorboard is not None:
         from undiffuse.training import loggers
 
+        try:
+            tensorboard.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            cause = f"is not a folder that can be written ({error.strerror})"
+            raise ConfigError("OUT", f"--tensorboard {tensorboard}", cause, "Give another folder") from None
         board = loggers.board(tensorboard)
     try:
         with Live(shown, console=console, refresh_per_second=4, transient=False) as live:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from undiffuse.data.dataset import Dataset, chunks
 from undiffuse.data.lazy_array import LazyArray, cast_to_array
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, counted
 from undiffuse.runtime.file_errors import FileError, file_errors_at
 
 SideArrays = Mapping[str, np.ndarray | None]
@@ -53,9 +54,15 @@ def from_array(
     layout, num_values or value_range.
     """
     check_options(layout, num_values, value_range)
-    side_arrays = {"labels": labels, "cond": cond, "mask": mask}
     with file_errors_at(name):
-        return build_dataset(name, np.asarray(values), side_arrays, layout, num_values, [], value_range)
+        side_arrays = {"labels": _as_array(labels), "cond": _as_array(cond), "mask": _as_array(mask)}
+        return build_dataset(name, _as_array(values), side_arrays, layout, num_values, [], value_range)
+
+
+def _as_array(values: Any) -> Any:
+    """``values`` as an array, a tensor without its gradient; None as it is."""
+    values = values.detach().cpu() if hasattr(values, "detach") else values
+    return None if values is None else np.asarray(values)
 
 
 def check_options(layout: str | None, num_values: int | None, value_range: ValueRange | None = None) -> None:
@@ -153,7 +160,9 @@ def _channels_first(values: np.ndarray, layout: str | None, notes: list[str]) ->
                 cause = f"{shape} could be images of {values.shape[1]} channels, or volumes without channels"
                 raise FileError("SHAPE", cause, "Give layout=NCHW (images) or layout=NDHW (volumes)")
     if layout is None or len(layout) != values.ndim:
-        raise FileError("SHAPE", f"{shape} has {values.ndim} dimensions" + (f", {layout} does not" if layout else ""))
+        cause = f"{shape or 'a single number'} has {counted(values.ndim, 'dimension')}"
+        cause += f", {layout} has {len(layout)}" if layout else ""
+        raise FileError("SHAPE", cause, "Give items of one or more dimensions in an array: (N, D), (N, C, H, W) ...")
     if layout.endswith("C"):
         notes.append("channels moved from last to first")
         return _map_items(values, lambda items: np.moveaxis(items, -1, 1))

@@ -20,6 +20,8 @@ from undiffuse.networks.condition import Condition
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
 from undiffuse.process.schedule import Schedule
 
+MAX_SCALE = 1000
+"""The largest scale of guidance; results of larger ones are noise."""
 LogProb = Callable[[Tensor, NoiseLevel, Condition], Tensor]
 """log p(cond|x_t) of each item, (B,) nats, from (x_t, level, cond); 0 for the null label −1."""
 
@@ -69,7 +71,7 @@ class ClassifierFree(DenoiserWrapper):
     negative: Condition | None = None
 
     def __post_init__(self) -> None:
-        check_finite_scale(self.scale)
+        check_scale(self.scale)
         if not 0 <= self.rescale <= 1:
             fix = "Give a number from 0 to 1, such as 0.7"
             raise _guidance_error(f"rescale = {self.rescale}", "it is out of range", fix)
@@ -127,7 +129,7 @@ class Autoguided(DenoiserWrapper):
     scale: float
 
     def __post_init__(self) -> None:
-        check_finite_scale(self.scale)
+        check_scale(self.scale)
         if not same_process(self.denoise.schedule, self.weak.schedule):
             cause = "the two models have different noise processes"
             raise _guidance_error("the weak model", cause, "Use an earlier or a smaller model with the same schedule")
@@ -152,7 +154,7 @@ class ClassifierGuided(DenoiserWrapper):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_finite_scale(self.scale)
+        check_scale(self.scale)
 
     def __call__(
         self, x_t: Tensor, level: NoiseLevel, cond: Condition | None = None, next_level: NoiseLevel | None = None
@@ -223,10 +225,12 @@ def _item_std(x: Tensor) -> Tensor:
     return x.std(tuple(range(1, x.ndim)), correction=0, keepdim=True)
 
 
-def check_finite_scale(scale: float) -> None:
-    """Raises `ConfigError` unless ``scale`` is finite."""
-    if not math.isfinite(scale):
-        raise _guidance_error(f"scale = {scale}", "it is not finite", "Give a number, such as 2")
+def check_scale(scale: float) -> None:
+    """Raises `ConfigError` unless the absolute value of ``scale`` is at most `MAX_SCALE`."""
+    if not abs(scale) <= MAX_SCALE:
+        raise _guidance_error(
+            f"scale = {scale:g}", f"it is not a number from -{MAX_SCALE} to {MAX_SCALE}", "Give one, such as 2"
+        )
 
 
 def _guidance_error(where: str, cause: str, fix: str) -> ConfigError:

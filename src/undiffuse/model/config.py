@@ -132,7 +132,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch", "accumulate"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 1, name, value, "must be a whole number, at least 1")
         _require(
             self.batch % self.accumulate == 0, "accumulate", self.accumulate, f"must divide the batch, {self.batch}"
         )

@@ -41,9 +41,9 @@ def interpolate(
     """n ≥ 2 items on the way between two, as values (n, *item_shape): their noises by `slerp` at equal weights.
 
     ``ends`` (2, *item_shape) are the two items, and up to the solver's error the first and the last result. ``cond``
-    holds the condition of each of the n items; those of its first two are those of the ends.
+    holds the condition of each of the n items; its first and its last are those of the ends.
     """
-    one, other = to_noise(model, ends, num_steps, cond and cond.take(slice(2)))
+    one, other = to_noise(model, ends, num_steps, cond and cond.take(torch.tensor([0, n - 1])))
     return from_noise(model, slerp(one, other, torch.linspace(0, 1, n)), num_steps, cond)
 
 

@@ -29,7 +29,8 @@ def check_output_folder(
     except FileNotFoundError:
         return
     except NotADirectoryError:
-        raise ConfigError("OUT", folder, "it is a file", "Give --out a new folder") from None
+        cause = "it, or a part of its path, is a file"
+        raise ConfigError("OUT", folder, cause, "Give --out a new folder") from None
     except OSError as error:
         raise ConfigError("OUT", folder, f"cannot be read ({error.strerror})", "Give --out a new folder") from None
     if ours is None:

@@ -28,9 +28,9 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
     write_atomic(path, json.dumps({**plain, "sha256": json_digest(plain)}, indent=1).encode())
 
 
-def set_aside(path: Path) -> Path:
-    """The new path of the file ``path``, which is renamed: `free_name` with "damaged". Raises `OSError`."""
-    return path.rename(free_name(path, "damaged"))
+def set_aside(path: Path, word: str = "damaged") -> Path:
+    """The new path of the file ``path``, which is renamed: `free_name` with ``word``. Raises `OSError`."""
+    return path.rename(free_name(path, word))
 
 
 def free_name(path: Path, word: str) -> Path:

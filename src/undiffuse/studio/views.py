@@ -188,7 +188,8 @@ def variants(run: StudioRun, images: Images, fields: Fields) -> Work:
     source, (cond, options) = fields.object("source"), run.condition(fields, n)
     fields.done()
     total = len(variant_levels(model, strength, steps)) - 1
-    line = {"--method": "sdedit", "--strength": f"{strength:g}", "--n": n, "--seed": seed, "--steps": steps, **options}
+    own_steps = {} if model.config.calls else {"--steps": steps}  # a distilled model takes its own times
+    line = {"--method": "sdedit", "--strength": f"{strength:g}", "--n": n, "--seed": seed, **own_steps, **options}
 
     def work(job: Job) -> Mapping[str, Any]:
         shown, done = _emit_picture(job, run, source, images), count(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,8 @@ def _repository(write: Callable[[Path], None]) -> Any:
 
 def _write(model: Diffusion, folder: Path, name: str, license: str | None) -> None:
     """Write the model, then its card, which is the record of both."""
+    if license is not None and not re.fullmatch(r"[\w.+-]+", license):
+        raise ConfigError("LICENSE", repr(license), "is no name of a license", "Give one of the hub, such as mit")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

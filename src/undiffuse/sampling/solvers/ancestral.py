@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.denoising.denoiser import Denoiser
-from undiffuse.denoising.guidance import LogProb, check_finite_scale, classifier_gradient
+from undiffuse.denoising.guidance import LogProb, check_scale, classifier_gradient
 from undiffuse.networks.condition import Condition
 from undiffuse.process.gaussian import Gaussian, Variance, reverse
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like
@@ -53,7 +53,7 @@ class ClassifierGuidedAncestral(Ancestral):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_finite_scale(self.scale)
+        check_scale(self.scale)
 
     def transition(self, denoise: Denoiser, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Gaussian:
         mean, log_var = super().transition(denoise, x_t, t, s)
