@@ -50,7 +50,7 @@ from undiffuse.training.run_folder import ChangedError, Run
 UNET = {"kind": "unet", "widths": (4,), "blocks": 1, "attention": (), "patch": 2}
 RECIPE = Config(
     ModelConfig(network=UNET, schedule={"name": "linear_log_snr", "high": 6.0}, chain_length=25),
-    TrainConfig(batch=8, warmup=1, precision="float32", previews=1),
+    TrainConfig(batch=8, lr=3e-3, warmup=1, precision="float32", previews=1),
 )
 NETWORK = '''"""A network of the user's own."""
 
@@ -311,7 +311,7 @@ def too_few(name: str) -> None:
     data = from_array(values, name=name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dataset, "split", lambda *_: Split(np.arange(186), np.arange(186, 212), np.arange(212, 240)))
-        compare(values[:16], data)
+        compare(values[:16], data, extractor="pca")
 
 
 def test_the_code_about_the_hub_runs(place, capsys) -> None:
