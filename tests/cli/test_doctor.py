@@ -12,6 +12,7 @@ import torch
 from undiffuse.cli import doctor
 from undiffuse.model import presets
 from undiffuse.model.config import Config, ModelConfig, TrainConfig
+from undiffuse.model.diffusion import Diffusion
 from undiffuse.runtime import environment
 from undiffuse.training.step_time import seconds_per_step
 
@@ -70,6 +71,20 @@ def test_the_time_of_a_step_is_the_median_after_the_first_and_touches_no_random_
     torch.manual_seed(5)
     assert seconds == 2
     assert torch.equal(drawn, torch.rand(3))
+
+
+def test_a_timed_step_has_the_memory_layout_and_the_parts_of_training(monkeypatch):
+    recipe = Config(ModelConfig({**NETWORK, "norm": "layer"}, chain_length=5), TrainConfig(batch=4, accumulate=2))
+    seen, real = [], Diffusion.loss
+
+    def loss(model, values, *arguments):
+        weights = [w for w in model.network.parameters() if w.ndim == 4 and min(w.shape[1:]) > 1]
+        seen.append((len(values), all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)))
+        return real(model, values, *arguments)
+
+    monkeypatch.setattr(Diffusion, "loss", loss)
+    seconds_per_step(recipe, (1, 4, 4), 256, torch.device("cpu"))
+    assert seen == [(2, True)] * 8
 
 
 def test_every_extra_that_a_message_names_is_a_feature():

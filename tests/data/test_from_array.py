@@ -66,6 +66,13 @@ def test_tensors_and_numbers():
     for value, shape in ((np.float32(3), "a single number has 0 dimensions"), (np.ones(5), "5 has 1 dimension")):
         with pytest.raises(DataError, match=rf"array: {shape}\. Give items of one or more dimensions in an array"):
             from_array(value)
+    assert from_array(values.bfloat16()).values.tolist() == values.bfloat16().tolist()
+    masked = np.ma.masked_greater(np.arange(6.0).reshape(3, 2), 4)
+    assert from_array(masked[:2]).values.shape == (2, 2)
+    with pytest.raises(DataError, match=r"DTYPE.*array: some values are masked\. Fill them"):
+        from_array(masked)
+    with pytest.raises(DataError, match=r"SHAPE.*array: it is no array \(.*\)\. Give items of equal shapes"):
+        from_array([[1.0, 2.0], [3.0]])
     with pytest.raises(DataError, match=r"array: 5x3 has 2 dimensions, NCHW has 4\. "):
         from_array(np.ones((5, 3)), layout="NCHW")
 

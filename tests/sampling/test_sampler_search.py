@@ -6,9 +6,10 @@ import pytest
 import torch
 from oracles import GaussianData, LabelledMixture, MixtureData, Spy
 
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, NonFiniteError
 from undiffuse.networks.condition import Condition
 from undiffuse.process import schedule as schedules
+from undiffuse.sampling import sampler_search
 from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.sampler_search import (
     ALIASES,
@@ -225,6 +226,26 @@ def test_the_ranking_is_right(name):
     assert set(result.excluded) == {"ancestral", "euler", "adaptive"}
     assert all(one.calls <= 10 for one in result.ranking)
     assert sum(ticks) > 150 + 10 * len(result.ranking)
+
+
+def test_samplers_that_become_infinite_are_excluded(monkeypatch):
+    schedule, real = SCHEDULES["linear_log_snr"], sampler_search.endpoint
+    arguments = CLUSTERS.denoiser(schedule), starts(schedule), 8
+
+    def endpoint(sampler, denoise, start):
+        bad = sampler.solver == "ddim" or (sampler.solver, sampler.spacing) == ("dpm++2m", "uniform")
+        return real(sampler, denoise, start) / (0.0 if bad else 1.0)
+
+    monkeypatch.setattr(sampler_search, "endpoint", endpoint)
+    result = search_sampler(*arguments, names=["ddim", "dpm++2m"], fine=20)
+    errors = [one.mean_error[0] for one in result.ranking]
+    assert errors == sorted(errors)
+    assert all(map(math.isfinite, errors))
+    assert {one.sampler.solver for one in result.ranking} == {"dpm++2m"}
+    assert result.excluded["dpm++2m, uniform levels"] == "became NaN or infinite"
+    assert result.excluded["ddim, karras levels"] == "became NaN or infinite"
+    with pytest.raises(NonFiniteError, match="flow: all samplers became NaN or infinite"):
+        search_sampler(*arguments, names=["ddim"], fine=20)
 
 
 def test_no_sampler_has_more_steps_than_the_chain():

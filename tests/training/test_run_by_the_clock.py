@@ -3,6 +3,7 @@
 The clock is a `SlowMachine`, which only the work moves: nothing waits.
 """
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,8 @@ from undiffuse.training import fit as loop
 from undiffuse.training.diffusion_task import DiffusionTask
 from undiffuse.training.fit import fit
 from undiffuse.training.monitor import Monitor
+from undiffuse.training.nonfinite import UnreadSteps
+from undiffuse.training.posthoc_ema import EMASnapshots
 from undiffuse.training.progress import Progress
 from undiffuse.training.run_folder import Run
 
@@ -89,6 +92,30 @@ def test_evaluations_take_their_share_and_the_run_its_minutes(tmp_path, monkeypa
         assert 2 <= r["items"] <= 11
         assert 2 <= r["mc_samples"] <= 8
     assert run.finished
+
+
+@pytest.mark.parametrize("what", ["snapshots", "waits"])
+def test_the_time_of_snapshots_and_of_waits_for_a_gpu_is_part_of_the_run(tmp_path, monkeypatch, what):
+    """A snapshot takes four seconds, or each reading of queued steps two, which its record has too."""
+    machine = SlowMachine(monkeypatch, step=0.5)
+    began, where = (
+        machine.now,
+        (EMASnapshots, "write_if_due") if what == "snapshots" else (UnreadSteps, "require_finite"),
+    )
+    real, due = getattr(*where), EMASnapshots.is_due
+
+    def slow(self, progress, *arguments):
+        machine.now += 4.0 * due(self, progress, arguments[0]) if what == "snapshots" else 2.0
+        return real(self, progress, *arguments)
+
+    monkeypatch.setattr(*where, slow)
+    run = train(tmp_path, by_the_clock(2, snapshots=4 if what == "snapshots" else 0), machine)
+    assert abs(machine.now - began - 120) <= 6
+    last = sorted((tmp_path / "checkpoints").glob("step-*"))[-1]
+    assert abs(machine.now - began - json.loads((last / "progress.json").read_text())["seconds"]) <= 6
+    rates = [r["items_per_second"] for r in run.read_metrics() if "loss" in r]
+    if what == "waits":
+        assert rates[0] == round(50 * 12 / (50 * 0.5 + 2.0), 1)
 
 
 def test_a_machine_that_slows_down_in_an_evaluation_makes_up_for_it(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from undiffuse.data.dataset import Dataset, chunks
 from undiffuse.data.lazy_array import LazyArray, cast_to_array
@@ -60,9 +61,16 @@ def from_array(
 
 
 def _as_array(values: Any) -> Any:
-    """``values`` as an array, a tensor without its gradient; None as it is."""
-    values = values.detach().cpu() if hasattr(values, "detach") else values
-    return None if values is None else np.asarray(values)
+    """``values`` as an array, a tensor without its gradient; None as it is. Raises `FileError`."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values
+    if np.ma.is_masked(values):
+        raise FileError("DTYPE", "some values are masked", "Fill them, or remove their items")
+    try:
+        return None if values is None else np.asarray(values)
+    except ValueError as error:
+        raise FileError("SHAPE", f"it is no array ({error})", "Give items of equal shapes") from None
 
 
 def check_options(layout: str | None, num_values: int | None, value_range: ValueRange | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
@@ -171,13 +171,14 @@ def score_samplers(
     rest, as_samples = items.others.split([len(items.others) - size, size])
     cond = items.cond and items.cond.take(slice(n))
 
-    def in_units_of_x(values: Tensor) -> Tensor:  # an encoder may need much memory for each item
-        return torch.cat([model.transform.to_model(part).flatten(1).double() for part in values.split(batch)])
+    def in_units_of_x(values: Tensor) -> Iterator[Tensor]:  # in parts: an encoder, and float64, need much memory
+        for part in values.split(batch):
+            yield model.transform.to_model(part.to(model.device)).flatten(1).cpu().double()
 
-    _, axes = principal_components(in_units_of_x(rest[:MAX_FIT_ITEMS]))
+    _, axes = principal_components(torch.cat([*in_units_of_x(rest[:MAX_FIT_ITEMS])]))
 
     def features(values: Tensor) -> Tensor:
-        return in_units_of_x(values) @ axes
+        return torch.cat([part @ axes for part in in_units_of_x(values)])
 
     real, scores = features(items.held_out), []
     for sampler in samplers:

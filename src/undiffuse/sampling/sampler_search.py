@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from undiffuse.denoising.denoiser import ConditionedDenoiser, Denoiser, DenoiserWrapper, Prediction
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, NonFiniteError
 from undiffuse.networks.condition import Condition
 from undiffuse.process.noise_level import NoiseLevel
 from undiffuse.process.schedule import Schedule, finite_ends
@@ -28,7 +28,7 @@ from undiffuse.sampling.sampler import Sampler
 from undiffuse.sampling.solvers import SOLVERS, build
 from undiffuse.sampling.solvers.solver import Solver
 from undiffuse.sampling.time_grids import time_grid
-from undiffuse.sampling.trajectory import last_step, rescale, trajectory
+from undiffuse.sampling.trajectory import check_finite, last_step, rescale, trajectory
 
 F64 = torch.float64
 SEARCH_SPACINGS = ("uniform", "log_snr", "karras", "quadratic")
@@ -99,8 +99,9 @@ def search_sampler(
     most ``max_steps`` steps; by default all but "flow_map", which takes the steps of "ddim" without a flow map. For the
     best few, the times are also refined, from their best spacing or from `fitted_times`. The first half of the items
     serves for refinement, the other half for the ranking. ``fine`` is the number of steps of the reference, ``cond``
-    the condition of each item of ``start``. ``progress`` is called with the number of network calls made. Raises
-    `ConfigError`.
+    the condition of each item of ``start``. ``progress`` is called with the number of network calls made. A
+    sampler whose ends are NaN or infinite is excluded. Raises `ConfigError`, and `NonFiniteError` if the reference or
+    all samplers are.
     """
     if calls < 1 or fine < 4:
         where = f"calls = {calls}, fine = {fine}"
@@ -134,7 +135,13 @@ def search_sampler(
         starts = [best.sampler, *([fitted] if fitted else [])]
         refined = refine_times(starts, half_conditioned, start[first], reference.endpoint[first], progress)
         ranking += [] if refined == best.sampler else [measure(refined)]
-    return SearchResult(sorted(ranking, key=_sort_key), reference, excluded)
+    finite, bad = [], []
+    for one in sorted(ranking, key=_sort_key):
+        (finite if math.isfinite(_sort_key(one)) else bad).append(one)
+    if bad and not finite:
+        raise NonFiniteError("NON_FINITE", "flow", "all samplers became NaN or infinite", "Take more calls")
+    excluded |= {f"{one.sampler}, {one.sampler.spacing} levels": "became NaN or infinite" for one in bad}
+    return SearchResult(finite, reference, excluded)
 
 
 def _candidates(names: Sequence[str]) -> tuple[list[tuple[str, dict[str, Any], int]], dict[str, str]]:
@@ -223,7 +230,7 @@ def reference_flow(
             before = first
             progress(1)
         ends.append(rescale(x, levels[-1]))
-    return Reference(ends[1], rmse(ends[0], ends[1]), levels, torch.tensor(change, dtype=F64))
+    return Reference(check_finite(ends[1]), rmse(ends[0], ends[1]), levels, torch.tensor(change, dtype=F64))
 
 
 def fitted_times(reference: Reference, schedule: Schedule, num_steps: int, power: float) -> tuple[float, ...]:
@@ -301,8 +308,8 @@ def count_calls(sampler: Sampler, schedule: Schedule) -> int:
 
 
 def rmse(a: Tensor, b: Tensor) -> Tensor:
-    """√mean((a − b)²) of each item, (n,) float64 on the CPU."""
-    return (a.double() - b.double()).flatten(1).square().mean(1).sqrt().cpu()
+    """√mean((a − b)²) of each item, (n,) float64 on the CPU; ∞ in place of NaN."""
+    return (a.double() - b.double()).flatten(1).square().mean(1).sqrt().nan_to_num(math.inf, math.inf).cpu()
 
 
 def _sort_key(one: MeasuredSampler) -> float:

@@ -84,7 +84,7 @@ def fit(
         if resumed is None:  # finished by another process, since the check above
             return run.folder
         progress, warnings = resumed
-        saved_at, read = progress.seconds, prepare_reader(accelerator, task, model, data, split, run)
+        saved_at, took, read = progress.seconds, 0.0, prepare_reader(accelerator, task, model, data, split, run)
         network = choose_network(accelerator, state, data, split, read, progress, notes)
         progress.seconds += clock() - began  # setting up is part of the run
         unread = UnreadSteps(task, model, run.folder, reading_waits(accelerator.device))
@@ -112,20 +112,20 @@ def fit(
                 state.optimizer.zero_grad()
                 progress.step += 1
                 progress.step_seconds = clock() - began
-                progress.seconds += progress.step_seconds
+                progress.seconds += progress.step_seconds + took
 
                 # Record it; write a snapshot of the averages when one is due
                 plan_lr_decay(progress, settings)  # no change, except with `minutes`: when decay begins, and at the end
                 broadcast_progress(accelerator, progress)
-                record(monitor, state, unread, None if problem else losses.mean(), norms[0], lr, batches.waited)
+                took = record(monitor, state, unread, None if problem else losses.mean(), norms[0], lr, batches.waited)
 
                 # Save and evaluate when due; stop after a signal
                 signal = reduce_signal(accelerator, stop_requests)
                 evaluation_due = from_main_process(accelerator, monitor.evaluation_due())
                 save_due = decay_begins(progress, settings) or progress.seconds - saved_at >= 60 * settings.save_minutes
                 if evaluation_due or save_due or signal:
-                    unread.require_finite(progress, data, split.train)
                     began, saved_at, progress.evaluation_missing = clock(), progress.seconds, evaluation_due
+                    unread.require_finite(progress, data, split.train)
                     state.save(run.checkpoints, progress)  # also copies the averages to `ema_model`
                     progress.seconds += clock() - began
                     if not signal:  # else all processes raise, and the evaluation is made when the run resumes
@@ -154,14 +154,16 @@ def record(
     norm: Tensor,
     lr: float,
     waited: float,
-) -> None:
-    """Record the step that is done, and write a snapshot of the averages when one is due: `Monitor.record_step`."""
-    progress, settings = monitor.progress, monitor.settings
+) -> float:
+    """Record the step that is done, write a snapshot of the averages when one is due, return the seconds of both."""
+    began, progress, settings = monitor.clock(), monitor.progress, monitor.settings
     if monitor.record_due or state.snapshots.is_due(progress, settings):
         unread.require_finite(progress, monitor.data, monitor.split.train)
     numbers = (loss, norm) if unread.waits else (None if loss is None else float(loss), float(norm))
-    monitor.record_step(*numbers, lr, waited, progress.step_seconds)
+    step_seconds = progress.step_seconds + monitor.clock() - began  # with the wait for a GPU
+    monitor.record_step(*numbers, lr, waited, step_seconds)
     state.snapshots.write_if_due(progress, settings, monitor.main)
+    return monitor.clock() - began
 
 
 def resume(

@@ -12,6 +12,7 @@ import torch
 from undiffuse.data.transform import IntegerLevels
 from undiffuse.model.config import Config
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.networks.norm import to_fast_layout
 from undiffuse.runtime.device import kept_random_state
 from undiffuse.runtime.precision import autocast_dtype, resolve_precision
 from undiffuse.training.optimizer import make_optimizer
@@ -36,13 +37,15 @@ def seconds_per_step(
         settings = replace(settings, precision=resolve_precision(settings.precision, device, dims))
         model.autocast = autocast_dtype(settings.precision)
         group = {"params": list(model.parameters()), "weight_decay": settings.weight_decay}
+        to_fast_layout(model.network)
         optimizer = make_optimizer([group], model.network, settings)
         values = torch.randint(num_values, (settings.batch, *item_shape), dtype=torch.int32)
         u, eps = torch.rand(settings.batch, dtype=torch.float64), torch.randn(values.shape, device=device)
         seconds = []
         for _ in range(TIMED_STEPS + 1):
             began = clock()
-            model.loss(values, u, eps).mean().backward()
+            for part in torch.arange(settings.batch).chunk(settings.accumulate):
+                (model.loss(values[part], u[part], eps[part]).mean() / settings.accumulate).backward()
             optimizer.step()
             optimizer.zero_grad()
             if device.type != "cpu":
