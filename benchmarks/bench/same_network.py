@@ -97,7 +97,8 @@ def our_training_step(
         norm = clip_gradient(model.parameters(), 1.0)
         assert reading_waits(values.device) or find_nonfinite(losses.detach(), [norm]) is None
         optimizer.step()
-        assert reading_waits(values.device) or math.isfinite(float(weights_norm(model)))
+        weights = weights_norm(model)  # also where it is not read: `UnreadSteps` keeps it
+        assert reading_waits(values.device) or math.isfinite(float(weights))
         for average in averages:
             average.update(model, number)
         optimizer.zero_grad()
