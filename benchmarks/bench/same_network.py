@@ -27,6 +27,7 @@ from bench.record import Result, Table
 from undiffuse.interop.denoising_diffusion import import_denoising_diffusion
 from undiffuse.interop.diffusers import import_diffusers
 from undiffuse.model.diffusion import Diffusion
+from undiffuse.networks.norm import to_fast_layout
 from undiffuse.process.seeded_noise import ItemNoise
 from undiffuse.runtime.precision import cpu_multiplies_bfloat16
 from undiffuse.sampling.sampler import Sampler
@@ -245,6 +246,7 @@ def pair(package: str, imported: Any, values: Tensor, training: dict[str, Step],
     if check.difference is None or not check.holds:
         raise RuntimeError(f"{package}: outputs differ by {check.difference}, limit {check.limit}")
     model = imported.model
+    to_fast_layout(model.network)  # of its device, as `fit` and `load` do
     walks = {name: (step, our_sampling_step(model, name, None)) for name, step in sampling.items()}
     if cpu_multiplies_bfloat16():
         walks[f"ancestral, {DEFAULTS}"] = sampling["ancestral"], our_sampling_step(model, "ancestral", BF16)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from undiffuse import preset
+from undiffuse.data.transform import IntegerLevels
+from undiffuse.model.diffusion import Diffusion
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -37,3 +43,21 @@ def test_a_training_step_takes_the_norm_of_the_weights_and_reads_it_where_readin
     step()
     assert norms == [model, model]
     assert reads == ([] if waits else ["read", "read"])
+
+
+def test_an_imported_network_has_the_layout_that_training_gives_it(monkeypatch):
+    """Here that of a network with layer norms, which has it on a processor too; others have it on a GPU."""
+    monkeypatch.setattr(same_network, "cpu_multiplies_bfloat16", lambda: False)
+    recipe = preset("cpu-small").model
+    network = {**recipe.network, "widths": (8, 8), "attention": (), "heads": 1}
+    model = Diffusion(replace(recipe, network=network), (3, 8, 8), IntegerLevels(256))
+
+    def fast():
+        convolutions = [module for module in model.network.modules() if isinstance(module, torch.nn.Conv2d)]
+        return all(module.weight.is_contiguous(memory_format=torch.channels_last) for module in convolutions)
+
+    assert not fast()
+    check = SimpleNamespace(what="outputs of the network", difference=0.0, holds=True)
+    found = same_network.pair("theirs", SimpleNamespace(checks=[check], model=model), torch.zeros(1), {}, {})
+    assert found.model is model
+    assert fast()
