@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEventAvg
 
 from undiffuse import preset
 from undiffuse.data.transform import IntegerLevels
@@ -43,6 +45,29 @@ def test_a_training_step_takes_the_norm_of_the_weights_and_reads_it_where_readin
     step()
     assert norms == [model, model]
     assert reads == ([] if waits else ["read", "read"])
+
+
+def event(key, device_type, microseconds, is_user_annotation=False):
+    found = FunctionEventAvg()
+    found.key, found.count, found.use_device, found.device_type = key, gpu.PROFILED, "cuda", device_type
+    found.self_device_time_total, found.is_user_annotation = microseconds, is_user_annotation
+    return found
+
+
+def test_the_profile_of_a_gpu_counts_the_time_of_a_kernel_once():
+    """torch has it three times: of the operation, of the kernel, and of an annotation around both."""
+    events = [
+        event("aten::mm", DeviceType.CPU, 9e3),
+        event("gemm", DeviceType.CUDA, 6e3),
+        event("reduce", DeviceType.CUDA, 3e3),
+        event("Optimizer.step", DeviceType.CUDA, 9e3, is_user_annotation=True),
+    ]
+    rows = gpu.longest(events, on_gpu=True)
+    assert [(row["operation"], row["ms a step"], row["share"]) for row in rows] == [
+        ("gemm", "2.00", "66.7 %"),
+        ("reduce", "1.00", "33.3 %"),
+    ]
+    assert "CUDA time total: 9.000ms" in EventList(events, use_device="cuda").table()
 
 
 def test_an_imported_network_has_the_layout_that_training_gives_it(monkeypatch):
