@@ -167,13 +167,14 @@ def build_denoising_diffusion(settings: Mapping[str, Any]) -> Any:
 
 
 def write_pictures(job: Job) -> Path:
-    """A folder of PNG files, which its Trainer reads; shared by all jobs."""
+    """A folder of PNG files, which its Trainer reads; shared by all jobs with the same images."""
     from PIL import Image
 
-    folder = Path(job.out) / "pictures"
+    images = training_images(job)[:, 0]
+    folder = Path(job.out) / f"pictures-{hashlib.sha256(images.tobytes()).hexdigest()[:12]}"
     if not (folder / "complete").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(training_images(job)[:, 0]):
+        for number, image in enumerate(images):
             Image.fromarray(image).save(folder / f"{number:05d}.png")
         (folder / "complete").touch()
     return folder

@@ -22,7 +22,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from bench import clock, growth, limits, measure, parts, record  # noqa: E402
+from bench import clock, clock_packages, growth, limits, measure, parts, record  # noqa: E402
 from bench.clock_packages import PACKAGES, SETTINGS, Job  # noqa: E402
 
 sys.path.remove(str(ROOT / "benchmarks"))
@@ -148,6 +148,21 @@ def test_jobs_alternate_and_settings_have_folders_of_their_own(tmp_path):
     assert calls.folder == base.folder  # the same training
     assert calls.drawn(8) == "8-ddpm-7"
     assert SETTINGS["diffusers"]["lr"] != 0.25
+
+
+def test_other_images_have_another_folder_of_pictures(tmp_path, monkeypatch):
+    from PIL import Image
+
+    job = clock.jobs(options(tmp_path, packages=["denoising-diffusion-pytorch"]))[0]
+    folders = []
+    for value in (1, 2, 1):
+        images = np.full((3, 1, 28, 28), value, np.uint8)
+        monkeypatch.setattr(clock_packages, "training_images", lambda job, images=images: images)
+        folders.append(clock_packages.write_pictures(job))
+        written = sorted(folders[-1].glob("*.png"))
+        assert [np.unique(np.asarray(Image.open(path))).tolist() for path in written] == [[value]] * 3
+    assert folders[0] == folders[2] != folders[1]
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 @pytest.mark.parametrize("wrong", [{"set": ["diffusers.speed=1"]}, {"set": ["lr"]}, {"packages": ["fast"]}])
