@@ -174,7 +174,7 @@ def _bound(values: Sequence[Sequence[float]]) -> str:
     return f"≤ {summarize([mean for mean, _ in values], 3)}, ± {stderr:.2f} each"
 
 
-def rows(found: Sequence[tuple[Job, Mapping[str, Any]]], n: int) -> list[dict[str, str]]:
+def rows(found: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[dict[str, str]]:
     """A row for each package and length of training; numbers are medians over seeds with their range."""
     lines = []
     for minutes in dict.fromkeys(job.minutes for job, _ in found):
@@ -303,5 +303,5 @@ def run(options: argparse.Namespace) -> Result:
     trained = [stages["train"].get("where", here) for _, stages in found]
     commits = dict.fromkeys(where["commit"] for where in trained)
     where = {"commit": " and ".join(commits), "machine": trained[0]["machine"]}
-    tables = [Table(title, rows(found, n))]
+    tables = [Table(title, rows(found))]
     return Result("The same minutes on Fashion-MNIST", tables, raw, options.seeds, notes, files, where)
