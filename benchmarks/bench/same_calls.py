@@ -1,7 +1,7 @@
 """Samples by as many calls of one network: our solvers, the schedulers of diffusers, the samplers of k-diffusion.
 
 The network is ours, trained on digits for `MINUTES` of processor time; all begin with the same noise. Fréchet and
-kernel distances to the training images in their principal components, beside the floor, that of other real images.
+kernel distances to the held-out images in principal components, beside the floor, that of as many training images.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peer_packages import hide_operators, import_k_diffusion
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from bench import diffusers_schedulers
 from bench.record import Result, Table
 from undiffuse import load, load_data, preset
-from undiffuse.evaluation.distances import frechet, kernel
+from undiffuse.data.dataset import Dataset
 from undiffuse.evaluation.sampler_ranking import score_features
 from undiffuse.model.config import replace_train
 from undiffuse.model.diffusion import Diffusion
@@ -34,7 +35,7 @@ from undiffuse.training.diffusion_task import DiffusionTask
 from undiffuse.training.fit import fit
 from undiffuse.training.run_folder import Run
 
-CALLS, N, MINUTES, BATCH = 10, 1000, 2.5, 100
+CALLS, N, MINUTES, BATCH, AXES = 10, 1000, 2.5, 100, 32
 OURS = ("ddim", "dpm++2m", "dpm++2m_sde", "unipc", "heun")
 DIFFUSERS = ("DDIM", "DPM-Solver++ 2M", "DPM-Solver++ 2M SDE", "UniPC", "Heun")
 """With `SPACING`, the one that ends at pure noise, as a model of ours needs."""
@@ -93,41 +94,71 @@ def rows_of(model: Diffusion) -> tuple[dict[tuple[str, str], More], list[str]]:
     return rows, notes
 
 
-def run(options: argparse.Namespace) -> Result:
-    torch.set_num_threads(options.threads or 1)
-    data = load_data("digits")
+def trained_model(data: Dataset) -> Diffusion:
+    """That of the preset `digits`, trained on ``data`` for `MINUTES`."""
     config = replace_train(preset("digits"), max_steps=None, minutes=MINUTES)
     with tempfile.TemporaryDirectory() as place:
-        run = fit(DiffusionTask(config), data, Run(Path(place) / "run"), "cpu", quiet=True, clock=time.process_time)
-        model = load(run)
-    split = data.split(model.info["held_out"])
+        return load(
+            fit(DiffusionTask(config), data, Run(Path(place) / "run"), "cpu", quiet=True, clock=time.process_time)
+        )
 
-    def x_of(values: Tensor) -> Tensor:
-        return model.transform.to_model(values).flatten(1).double()
 
-    train, held_out = (x_of(torch.from_numpy(data.values[part])) for part in (split.train, split.test))
-    center = train.mean(0)
-    axes = torch.linalg.svd(train - center, full_matrices=False).Vh[:32]
-    reference = (train - center) @ axes.T
-    rows, notes = rows_of(model)
+def measure(
+    rows: Mapping[tuple[str, str], More], to_x: Callable[[Tensor], Tensor], train: Tensor, held_out: Tensor, n: int = N
+) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """Distances of ``n`` samples of each of ``rows`` to ``held_out`` (M, D); the first row is the floor.
+
+    The floor is that of ``n`` rows of ``train`` (more than n, D). The axes are those of the other rows of ``train``:
+    images are nearer to axes that were computed from them than samples can be. ``to_x`` gives such rows of samples.
+    """
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    real, others = train[order[:n]], train[order[n:]]
+    center, axes = others.mean(0), torch.linalg.svd(others - others.mean(0), full_matrices=False).Vh[:AXES]
+    reference = (held_out - center) @ axes.T
     table, raw = [], {}
-    for (package, name), more in rows.items():
-        began = time.process_time()
-        drawn = torch.cat([more(first, min(BATCH, N - first)) for first in range(0, N, BATCH)])
-        seconds = time.process_time() - began
-        score = score_features(None, (x_of(drawn) - center) @ axes.T, reference)
-        raw[f"{package}, {name}"] = {"frechet": score.mean, "kernel": score.kernel, "seconds": seconds}
+
+    def add(package: str, sampler: str, x: Tensor, seconds: float | None) -> None:
+        score = score_features(None, (x - center) @ axes.T, reference)
+        raw[f"{package}, {sampler}"] = {"frechet": score.mean, "kernel": score.kernel, "seconds": seconds, "n": len(x)}
         table.append(
             {
                 "package": package,
-                "sampler": name,
+                "sampler": sampler,
                 "Fréchet": "{:.3f} ± {:.3f}".format(*score.mean),
                 "kernel": "{:.4f} ± {:.4f}".format(*score.kernel),
-                "seconds": f"{seconds:.1f}",
+                "seconds": "" if seconds is None else f"{seconds:.1f}",
             }
         )
-        print(f"  {package}, {name}", file=sys.stderr, flush=True)
-    real = (held_out - center) @ axes.T
-    floor = f"{len(real)} held-out images have {frechet(real, reference):.3f} and {kernel(real, reference)[0]:.4f}"
-    title = f"{CALLS} network calls, {N:,} samples of digits, one network, {MINUTES:g} minutes of training; {floor}"
-    return Result("Samples by the same network and calls", [Table(title, table)], raw, notes=notes)
+        print(f"  {package}, {sampler}", file=sys.stderr, flush=True)
+
+    add("real images", "the floor", real, None)
+    for (package, name), more in rows.items():
+        began = time.process_time()
+        drawn = torch.cat([more(first, min(BATCH, n - first)) for first in range(0, n, BATCH)])
+        seconds = time.process_time() - began
+        add(package, name, to_x(drawn), seconds)
+    return table, raw
+
+
+def run(options: argparse.Namespace) -> Result:
+    torch.set_num_threads(options.threads or 1)
+    data = load_data("digits")
+    model = trained_model(data)
+    split = data.split(model.info["held_out"])
+
+    def to_x(values: Tensor) -> Tensor:
+        return model.transform.to_model(values).flatten(1).double()
+
+    unseen = np.concatenate([split.validation, split.test])
+    train, held_out = (to_x(torch.from_numpy(data.values[part])) for part in (split.train, unseen))
+    rows, notes = rows_of(model)
+    table, raw = measure(rows, to_x, train, held_out)
+    floor = (
+        f"The floor is the distance of {N:,} training images, as many as the samples: the {len(held_out)} images that "
+        f"the network did not see are too few for it. Axes are those of the other {len(train) - N} training images."
+    )
+    title = (
+        f"{CALLS} network calls, {N:,} samples of digits, one network, {MINUTES:g} minutes of training; distances to "
+        f"{len(held_out)} held-out images"
+    )
+    return Result("Samples by the same network and calls", [Table(title, table)], raw, notes=[floor, *notes])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from undiffuse.model.diffusion import Diffusion
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from bench import gpu, same_network  # noqa: E402
+from bench import gpu, same_calls, same_network  # noqa: E402
 
 sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -45,6 +46,41 @@ def test_a_training_step_takes_the_norm_of_the_weights_and_reads_it_where_readin
     step()
     assert norms == [model, model]
     assert reads == ([] if waits else ["read", "read"])
+
+
+def test_samples_are_compared_at_the_number_of_the_floor():
+    """Images of one distribution are as far as the floor; a tenth of them would be several times as far."""
+    g = torch.Generator().manual_seed(0)
+
+    def draw(n):
+        return torch.randn(n, 16, generator=g, dtype=torch.float64)
+
+    rows = {("ours", "equal"): lambda first, n: draw(n), ("ours", "shifted"): lambda first, n: draw(n) + 0.5}
+    train, held_out = draw(600), draw(300)
+    table, raw = same_calls.measure(rows, lambda x: x, train, held_out, 400)
+    assert [row["package"] for row in table] == ["real images", "ours", "ours"]
+    assert {numbers["n"] for numbers in raw.values()} == {400}
+    floor, equal, shifted = (numbers["frechet"] for numbers in raw.values())
+    assert abs(equal[0] - floor[0]) < 3 * (equal[1] ** 2 + floor[1] ** 2) ** 0.5
+    assert shifted[0] > 5 * floor[0]
+    few = same_calls.measure({}, lambda x: x, train, held_out, 40)[1]
+    assert few["real images, the floor"]["frechet"][0] > 2 * floor[0]
+
+
+def test_the_part_of_the_same_calls_says_how_its_floor_was_measured(monkeypatch):
+    transform = IntegerLevels(17)
+    model = SimpleNamespace(transform=transform, info={"held_out": 0.1})
+    rows = {("ours", "noise"): lambda first, n: transform.to_data(torch.randn(n, 1, 8, 8))}
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(same_calls, "trained_model", lambda data: model)
+    monkeypatch.setattr(same_calls, "rows_of", lambda model: (rows, []))
+    found = same_calls.run(argparse.Namespace(threads=1))
+    assert found.tables[0].title.endswith(
+        "1,000 samples of digits, one network, 2.5 minutes of training; distances to 351 held-out images"
+    )
+    assert [row["sampler"] for row in found.tables[0].rows] == ["the floor", "noise"]
+    assert found.notes[0].startswith("The floor is the distance of 1,000 training images, as many as the samples")
+    assert "351 images" in found.notes[0]
 
 
 def event(key, device_type, microseconds, is_user_annotation=False):
