@@ -157,7 +157,8 @@ def test_advice_is_measured_with_prompts(trained, call, tmp_path, monkeypatch):
     assert (done.code, done.err) == (0, "")
     assert "not compared: they are compared without prompts only" in done.out
     assert "--calls 2 --prompt 'a black square' --prompt 'a box'" in " ".join(done.out.split())
-    stored = json.loads((tmp_path / "run" / "advice.json").read_text())["advice"]["2"]
+    (advice,) = json.loads((tmp_path / "run" / "advice.json").read_text())["advice"].values()
+    stored = advice["2"]
     assert stored["prompt"] == ["a black square", "a box"]
     for prompts, words in (
         (["--prompt", "a black square", "--prompt", "a box"], None),

@@ -56,6 +56,12 @@ def array(folder):
         return file["x"]
 
 
+def advice_of(folder):
+    """What the folder's advice.json has for the weights of its model.safetensors, by calls."""
+    advice = json.loads((folder / "advice.json").read_text())["advice"]
+    return advice[checkpoint.fingerprint(checkpoint.load(folder))]
+
+
 def manifest(folder):
     return json.loads((folder / "manifest.json").read_text())
 
@@ -415,23 +421,21 @@ def test_advise_and_sample(run, call, tmp_path, few_solvers):
         "stochastic solvers were not compared: no run.json in this folder records the data; give held-out DATA",
     ):
         assert words.replace("sample --calls", "--calls 5") in said.out, said.out
-    stored = json.loads((run / "advice.json").read_text())
-    best = stored["advice"]["5"]
+    best = advice_of(run)["5"]
     sampler = Sampler.from_dict(best["sampler"])
-    assert stored["weights"] == checkpoint.fingerprint(checkpoint.load(run))
     assert best["ranking"][0]["solver"] == str(sampler)
     assert best["ranking"][0]["error (levels)"] == best["error"]
     errors = [row["error (levels)"][0] for row in best["ranking"]]
     assert errors == sorted(errors)
     again = call("advise", run, "--calls", 5, "--items", 8, "--fine", 12)
-    assert json.loads((run / "advice.json").read_text())["advice"]["5"]["ranking"] == best["ranking"]
+    assert advice_of(run)["5"]["ranking"] == best["ranking"]
     assert again.code == 0
     said = call("advise", run, "--calls", 2, "--items", 8, "--fine", 12, "--json")
-    printed, kept = json.loads(said.out), json.loads((run / "advice.json").read_text())["advice"]["2"]
+    printed, kept = json.loads(said.out), advice_of(run)["2"]
     assert printed["best"] == kept["sampler"]
     assert (printed["error"], printed["ranking"], printed["calls"]) == (kept["error"], kept["ranking"], 2)
     assert "stochastic solvers were not compared" in said.err
-    assert set(json.loads((run / "advice.json").read_text())["advice"]) == {"2", "5"}
+    assert set(advice_of(run)) == {"2", "5"}
 
     said = call("sample", run, "--n", 2, "--calls", 5, "--out", tmp_path / "x")
     assert "advice" not in said.out
@@ -458,7 +462,7 @@ def test_advice_names_its_label(call, tmp_path, few_solvers):
     assert (said.code, said.err) == (0, "")
     assert "stochastic solvers were not compared: " in said.out  # the model has no data
     assert "--calls 3 --label star --label 0" in " ".join(said.out.split())
-    stored = json.loads((tmp_path / "advice.json").read_text())["advice"]["3"]
+    stored = advice_of(tmp_path)["3"]
     assert (stored["label"], stored["items"]) == (["star", "0"], 9)
     for label, words in (
         (["--label", "star", "--label", 0], None),
@@ -487,7 +491,7 @@ def test_advice_by_items_with_labels(call, tmp_path, few_solvers):
     assert (said.code, said.err) == (0, "")
     assert "compared with held-out items with the same labels" in " ".join(said.out.split())
     assert f"next: undiffuse sample {tmp_path} --calls 3 --label all" in " ".join(said.out.split())
-    stored = json.loads((tmp_path / "advice.json").read_text())["advice"]["3"]
+    stored = advice_of(tmp_path)["3"]
     assert (stored["label"], stored["conditions"]) == (["all"], "labels")
     said = call("sample", tmp_path, "--n", 1, "--calls", 3, "--label", "all")
     assert (said.code, "was measured for" in said.out) == (0, False)
@@ -514,7 +518,7 @@ def test_advice_by_distance_to_held_out_data(run, call, tmp_path, few_solvers):
     assert (said.code, said.err) == (0, "")
     for words in ("samples: 40 per sampler of 3 calls", "other items", "kernel", "stored in"):
         assert words in said.out
-    stored = json.loads((run / "advice.json").read_text())["advice"]["3"]
+    stored = advice_of(run)["3"]
     rows, sampler = stored["scores"], Sampler.from_dict(stored["sampler"])
     assert (stored["samples"], len(rows), rows[-1]["solver"]) == (40, 5, "15 other items")
     assert (rows[0]["solver"], rows[0]["levels"]) == (str(sampler), sampler.spacing)
@@ -550,6 +554,27 @@ def test_advice_is_stored_and_read(tmp_path):
     write_advice(tmp_path, "b", 4, first, {})
     assert read_advice(tmp_path, "b", 3, lines.append) is None
     assert read_advice(tmp_path, "b", 4, lines.append) == first
+
+
+def test_advice_of_each_model_in_a_folder_stays(run):
+    """That of weights that no file has any more is dropped; a model without advice beside others has none yet."""
+    (own, other), lines = (Sampler("ddim", 3), Sampler("heun", 2)), []
+    (run / "damaged.safetensors").write_bytes(b"no model")
+    checkpoint.save(model(1), run / "model-ema-0.08.safetensors")
+    checkpoint.save(model(2), run / "model-ema-0.1.safetensors")
+    first, second, third, later = (checkpoint.fingerprint(model(seed)) for seed in range(4))
+    write_advice(run, first, 3, own, {})
+    write_advice(run, second, 3, other, {})
+    assert [read_advice(run, weights, 3, lines.append) for weights in (first, second)] == [own, other]
+    assert lines == []
+    file = run / "model-ema-0.1.safetensors"
+    assert read_advice(file, third, 3, lines.append) is None
+    assert lines.pop().endswith(f": undiffuse advise {file} --calls 3")
+    checkpoint.save(model(3), run / "model.safetensors")
+    assert read_advice(run, later, 3, lines.append) is None
+    assert "the weights have changed since. Run advise again" in lines.pop()
+    write_advice(run, later, 4, own, {})
+    assert json.loads((run / "advice.json").read_text())["advice"].keys() == {second, later}
 
 
 def test_advice_is_stored_in_a_folder_that_is_not_there(tmp_path):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from undiffuse.cli.options import as_argument, limit_steps, run_folder
-from undiffuse.errors import ConfigError, counted
+from undiffuse.errors import CheckpointError, ConfigError, counted
 from undiffuse.runtime.side_files import read_record, set_aside, write_record
 from undiffuse.sampling.sampler import DEFAULT_NUM_STEPS, DEFAULT_SAMPLER, Sampler, guidance_changes
 
@@ -153,18 +154,22 @@ def read_advice(
     value, None if not given) differ from those of the measurement. ``network`` is an option of ``advise``.
     """
     path, sampler = run_folder(run) / ADVICE_FILE, sampler or Sampler()
+    command = f"undiffuse advise {as_argument(run)} --calls {calls}{network}"
+    none_yet = f"no advice for this model yet; to measure which sampler is best: {command}"
     if not path.exists():
-        command = f"undiffuse advise {as_argument(run)} --calls {calls}{network}"
-        log(f"no advice for this model yet; to measure which sampler is best: {command}")
+        log(none_yet)
         return None
     try:
         stored: Any = read_record(path)
-        advice = stored["advice"].get(str(calls))
-        if stored["weights"] != weights:
-            log(f"{path} is not used: the weights have changed since. Run advise again")
+        of_model = stored["advice"].get(weights)
+        if of_model is None:
+            if stored["advice"].keys() <= _weights_in(path.parent):
+                log(none_yet)
+            else:
+                log(f"{path} is not used: the weights have changed since. Run advise again")
             return None
-        if advice is None:
-            log(f"{path} has no advice for {counted(calls, 'call')}, only for {', '.join(stored['advice'])}")
+        if (advice := of_model.get(str(calls))) is None:
+            log(f"{path} has no advice for {counted(calls, 'call')}, only for {', '.join(of_model)}")
             return None
         advised = Sampler.from_dict(advice["sampler"])
         of_data = {flag for kind, flag in FLAG_OF_KIND.items() if kind in advice.get("conditions", "")}
@@ -189,17 +194,29 @@ def read_advice(
 
 
 def write_advice(folder: Path, weights: str, calls: int, sampler: Sampler, measured: dict[str, Any]) -> Path:
-    """Adds the ``sampler`` for ``calls`` to the folder's advice, dropping advice for other ``weights``.
+    """Adds the ``sampler`` for ``calls`` to the folder's advice for ``weights``.
 
-    A file of its name that is damaged or not ours is renamed.
+    Advice for weights of other model files in the folder stays, that for weights of no file is dropped. A file of its
+    name that is damaged or not ours is renamed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ADVICE_FILE
     stored = read_record(path)
     if stored is None and path.exists():
         set_aside(path)
-    stored = stored or {}
-    advice = stored["advice"] if stored.get("weights") == weights else {}
-    advice[str(calls)] = {"sampler": sampler.to_dict(), **measured}
-    write_record(path, {"weights": weights, "advice": advice})
+    kept = {weights, *_weights_in(folder)}
+    advice = {key: of_model for key, of_model in (stored or {}).get("advice", {}).items() if key in kept}
+    advice.setdefault(weights, {})[str(calls)] = {"sampler": sampler.to_dict(), **measured}
+    write_record(path, {"advice": advice})
     return path
+
+
+def _weights_in(folder: Path) -> set[str]:
+    """The fingerprints of the model files in ``folder``."""
+    from undiffuse.runtime.tensor_file import read_metadata
+
+    found = set[str]()
+    for path in filter(Path.is_file, folder.glob("*.safetensors")):
+        with suppress(CheckpointError):
+            found.add(read_metadata(path).get("sha256", ""))
+    return found
