@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from page_checks import check_page
 from tiny_run import NET
 
@@ -127,10 +128,32 @@ def test_files_of_the_user_and_data_that_are_not_those_of_the_run(place, call):
 def test_data_of_another_shape_than_those_of_a_model_without_facts(place, call):
     model = checkpoint.load(place / "run")
     model.info = {"num_values": 5}
-    checkpoint.save(model, place / "bare.safetensors")
+    (place / "bare").mkdir()
+    checkpoint.save(model, place / "bare" / "model.safetensors")
     np.save(place / "wide.npy", np.zeros((30, 1, 9, 9), np.uint8))
-    said = call("report", "bare.safetensors", "wide.npy", "--num-values", 5, "--minutes", 0)
+    said = call("report", "bare/model.safetensors", "wide.npy", "--num-values", 5, "--minutes", 0)
     assert (said.code, said.err.count("\n"), "its items are 1×9×9" in said.err) == (3, 1, True)
+
+
+def test_another_model_in_the_folder_of_a_run_has_its_report_in_a_folder_of_its_own(place, call):
+    """Its measurements would replace those of the run's model."""
+    model = checkpoint.load(place / "run")
+    with torch.no_grad():
+        next(model.network.parameters()).add_(1)
+    checkpoint.save(model, place / "run" / "model-ema-0.08.safetensors")
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    said = call("report", "run/model-ema-0.08.safetensors", "--minutes", 0.1)
+    assert (said.code, said.out) == (2, "")
+    assert said.err == (
+        "error[RUN] run/model-ema-0.08.safetensors: a report is of a folder, and this is not its model.safetensors. "
+        "Copy it to model.safetensors in a new folder, and give that folder and DATA with its options.\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+    (place / "other").mkdir()
+    checkpoint.save(model, place / "other" / "model.safetensors")
+    said = call("report", "other", "items.npz", "--num-values", 5, "--minutes", 0.1)
+    assert (said.code, said.err) == (0, "")
+    assert json.loads((place / "other" / "evaluation.json").read_text())["digest"] == checkpoint.fingerprint(model)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def report(
     """Write a page about RUN: samples, curves, measurements.
 
     It has the likelihood, distances from the data, copies and settings. It runs 'evaluate', 'sample' and 'compare' if
-    their results are missing in the run.
+    their results are missing in the run. A model file has to be the model.safetensors of its folder.
     """
     from undiffuse.model.diffusion import Diffusion
     from undiffuse.training import run_report
@@ -80,6 +80,10 @@ def report(
     register_network(network)
     own, of = network_option(network), Run(folder)
     model = _model(run, of, resolve_device(device))
+    if run.is_file() and run.name != of.model.name:  # results and commands are those of the folder's model
+        cause = f"a report is of a folder, and this is not its {of.model.name}"
+        fix = f"Copy it to {of.model.name} in a new folder, and give that folder and DATA with its options"
+        raise ConfigError("RUN", run, cause, fix)
     dataset, notes = _data(read, data, run, of, model)
     split = None if dataset is None else dataset.split(dataset.held_out_fraction(_held_out(of, model))[0])
     measuring = _Measuring(of, run, data, read, {"network": network, "device": device})
