@@ -254,6 +254,11 @@ def test_interpolate(place, call):
     first, _, _, last = tiles(path)
     np.testing.assert_allclose(first.astype(int), WHOLE, atol=1)
     np.testing.assert_allclose(last, 0, atol=1)
+    before = path.read_bytes()
+    code, out, err = call("interpolate", place / "run", place / "whole.png", place / "black.png", "--n", 3)
+    assert (code, err) == (0, "")
+    assert f"3 images: {path.with_name('whole-to-black-2.png')}" in out
+    assert (path.read_bytes() == before, len(tiles(path.with_name("whole-to-black-2.png")))) == (True, 3)
     said = call("interpolate", place / "run", place / "whole.png", place / "black.png", "--out", place / "colour.png")
     assert (said.code, "this file exists" in said.err, read(place / "black.png").shape) == (2, True, (8, 8))
     said = call("interpolate", place / "run", place / "whole.png", place / "black.png", "--out", place / "way.foo")

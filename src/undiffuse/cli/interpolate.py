@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +38,7 @@ def interpolate(
     label: Annotated[str | None, typer.Option(help="The class of A and B.")] = None,
     prompt: PromptOfImage = None,
     text_encoder: EncoderFolder = None,
-    out: Annotated[Path | None, typer.Option(help="The PNG file; default is in the run's pictures.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The PNG file; default is a new one in the run's pictures.")] = None,
     network: NetworkFile = None,
     device: Device = "auto",
 ) -> None:
@@ -57,7 +59,7 @@ def interpolate(
     if out is not None and out.suffix.lower() != ".png":
         raise ConfigError("OUT", out, "it is not the name of a PNG file", "Give a name that ends in .png")
     refuse_inside(out, None, run)
-    strip = out or run_folder(run) / "pictures" / f"{one.stem}-to-{other.stem}.png"
+    strip = out or _free_picture(run_folder(run) / "pictures", f"{one.stem}-to-{other.stem}")
     refuse_other_file(strip)
     register_network(network)
     model = checkpoint.load(run, resolve_device(device))
@@ -86,3 +88,9 @@ def interpolate(
     console.print(
         f"{n} images: {strip}; the first and last differ from A and B by at most {counted(int(error), 'level')}",
     )
+
+
+def _free_picture(folder: Path, stem: str) -> Path:
+    """The first of STEM.png, STEM-2.png, STEM-3.png ... that is not in ``folder``."""
+    stems = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+    return next(path for name in stems if not os.path.lexists(path := folder / f"{name}.png"))
