@@ -1,5 +1,6 @@
 """The commands restore and interpolate: their output and their errors."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -88,7 +89,8 @@ def test_a_mask(place, call):
     manifest = json.loads((folder / "manifest.json").read_text())
     expected = {"method": "mmps", "seed": 0, "steps": 6, "n": 3, "upsample": 1, "blur": 0.0, "noise": 0.0}
     expected |= {"degrade": False, "residual": [0.0, 0.0, 0.0]}
-    expected |= {"image": str(place / "whole.png"), "mask": str(place / "mask.png")}
+    expected |= {"image": str(place / "whole.png"), "mask": str(place / "mask.png"), "precision": "float32"}
+    expected |= {"mask_sha256": hashlib.sha256((place / "mask.png").read_bytes()).hexdigest()}
     assert {name: manifest[name] for name in expected} == expected
     observed, *shown, mean, spread = tiles(folder / "strip.png")
     np.testing.assert_array_equal(shown, answers)

@@ -108,6 +108,7 @@ def restore(
     from undiffuse.data.transform import IntegerLevels, is_latent
     from undiffuse.model import checkpoint, restoration
     from undiffuse.model.arguments import check_predicts_mean
+    from undiffuse.runtime.atomic_file import file_digest
 
     if out is not None and _is_finished(out):
         raise ConfigError(
@@ -124,7 +125,7 @@ def restore(
     text = prompt_condition(model, run, prompt or (), text_encoder)
     condition = make_condition(class_names(model), label or (), text=text)
     common = {"model": str(run), "image": str(image), "label": label, "seed": seed, "steps": steps}
-    common |= {"prompt": prompt} if prompt else {}
+    common |= {"precision": model.precision} | ({"prompt": prompt} if prompt else {})
     if method == "sdedit":
         if mask is not None or upsample != 1 or blur or noise or degrade:
             cause, fix = (
@@ -168,6 +169,7 @@ def restore(
     rounding = restoration.rounding_std(loaded.num_values)
     plan = common | {
         "mask": mask and str(mask),
+        "mask_sha256": mask and file_digest(mask),
         "upsample": upsample,
         "blur": blur,
         "noise": noise,
