@@ -28,6 +28,7 @@ from undiffuse.model.diffusion import Diffusion
 from undiffuse.process import schedule as S
 from undiffuse.process.ode_integrator import Integrator
 from undiffuse.runtime.distributed_group import single_process
+from undiffuse.runtime.side_files import read_record, write_record
 from undiffuse.sampling.time_grids import time_grid
 
 DATA = integers()
@@ -210,6 +211,17 @@ def test_an_interrupted_evaluation_resumes_to_the_same_bits(model, tmp_path, mon
     assert len(list(tmp_path.glob("*.safetensors"))) == 9
     resumable.remove(tmp_path)
     assert not tmp_path.exists()
+
+
+def test_batches_of_another_kind_of_device_are_not_continued(model, tmp_path, monkeypatch, small_batches):
+    interrupt(model, tmp_path, 4)
+    plan = read_record(tmp_path / resumable.PLAN)
+    plan["request"]["device"] = "cuda"
+    write_record(tmp_path / resumable.PLAN, plan)
+    messages, computed = [], interrupted_after(monkeypatch, None)
+    evaluate(model, DATA, folder=tmp_path, on_message=messages.append, **QUICK)
+    assert messages == [f"starting over: the evaluation in {tmp_path} differs in device"]
+    assert len(computed) == 9
 
 
 def test_unusable_batches_are_computed_again(model, tmp_path, monkeypatch, small_batches):

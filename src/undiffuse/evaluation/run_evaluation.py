@@ -121,11 +121,11 @@ def evaluate(
     noise that depends on (seed, i) alone.
 
     With ``folder``, finished batches are written there, and an interrupted evaluation with the same arguments resumes
-    from them; `resumable.remove` deletes them. `resumable.locked` keeps other evaluations out of the folder; without
-    it, one whose plan another has replaced raises `CheckpointError` at the end. The processes of a ``group`` call this
-    together, with a ``folder`` in common, and share the batches; only the first process gets the estimates and calls
-    ``on_message`` and ``on_progress``. An estimate that fails (for example where the ODE diverges) raises if it is
-    named in ``estimates``; otherwise it is skipped with a message.
+    from them on the same kind of device; `resumable.remove` deletes them. `resumable.locked` keeps other evaluations
+    out of the folder; without it, one whose plan another has replaced raises `CheckpointError` at the end. The
+    processes of a ``group`` call this together, with a ``folder`` in common, and share the batches; only the first
+    process gets the estimates and calls ``on_message`` and ``on_progress``. An estimate that fails (for example where
+    the ODE diverges) raises if it is named in ``estimates``; otherwise it is skipped with a message.
 
     Raises `ConfigError` for arguments that do not fit, `DataError` for data that do not fit the model.
     """
@@ -150,7 +150,7 @@ def evaluate(
     given = {"items": items, "mc_samples": mc_samples, "exact": exact, "iw_samples": iw_samples, "minutes": minutes}
     options = {"estimate": list(estimates), **given, "unconditional": unconditional, "compat": compat}
     facts = _facts(model, data, description, condition, seed)
-    request = facts | {"estimates": names} | given
+    request = facts | {"device": model.device.type, "estimates": names} | given
     sizes = (items, mc_samples, exact, iw_samples, minutes * group.world_size)
 
     measured: dict[str, FinishedBatch] = {}
