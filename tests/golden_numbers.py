@@ -74,9 +74,10 @@ SLOW_ODE = ("learned", "vdm")
 """Models whose flow takes half of the time."""
 
 
-ILL_CONDITIONED = ("learned codes", "pigdm")
+ILL_CONDITIONED = ("learned codes", "learned ode", "pigdm")
 """Numbers that are left out, because two machines do not agree: the random weights of "learned" multiply relative
-errors by 2e4 and more on the way to noise; of the levels that "pigdm" restores 9 of 128 are others with AVX2."""
+errors by 2e4 and more on the way to noise, so that of its flow only the total is compared (its parts differ by 3 % on
+an Intel Xeon with AMX, the total by 3e-5); of the levels that "pigdm" restores 9 of 128 are others with AVX2."""
 
 
 def model(name: str) -> Diffusion:
@@ -114,6 +115,9 @@ def of_models(slow: bool) -> dict[str, Tensor]:
             if estimate == "ode" and name in SLOW_ODE and not slow:
                 continue
             bound = diffusion.nll(x, seed=7, mc_samples=2, estimate=estimate, cond=label)
+            if f"{name} {estimate}" in ILL_CONDITIONED:
+                numbers[f"{name} {estimate} total"] = bound.total
+                continue
             for part in ("prior", "steps", "decoder"):
                 numbers[f"{name} {estimate} {part}"] = getattr(bound, "diffusion_nats" if part == "steps" else part)
         if f"{name} codes" not in ILL_CONDITIONED:

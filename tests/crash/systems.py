@@ -86,7 +86,7 @@ SYSTEMS = {
     ),
     "cascade": System(
         "sample {place}/base --then {place}/enlarged --n 4 --batch 2 --steps 3",
-        (("undiffuse.model.diffusion.Diffusion.sample", 4), ("undiffuse.report.sample_folder._write_array", 1)),
+        (("undiffuse.model.diffusion.Diffusion.sample", 4), ("undiffuse.report.sample_folder.write_arrays", 1)),
     ),
 }
 

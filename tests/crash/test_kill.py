@@ -1,10 +1,12 @@
 """Kills, stops, races and limits on files, each in a fork of a separate process: see kill.py."""
 
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from systems import SYSTEMS
 
 
 def kill(*arguments):
@@ -26,6 +28,12 @@ def test_kills_stops_and_races_change_nothing():
         "A4 limits on files of 0, 300, 1000, 3000, 9000, 90000 bytes",
         "A2 systems",
     ]
+
+
+@pytest.mark.parametrize("function", sorted({name for row in SYSTEMS.values() for name, _ in row.moments}))
+def test_the_functions_at_which_a_command_dies_exist(function):
+    """Most of them are called in the release suite alone."""
+    assert callable(pkgutil.resolve_name(function))
 
 
 @pytest.mark.release
