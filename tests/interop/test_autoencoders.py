@@ -234,6 +234,12 @@ def test_the_residual_block_by_hand(in_width, out_width):
     torch.testing.assert_close(block(h), shortcut + y)
 
 
+@pytest.mark.parametrize("quant", [(True, False), (False, True)])
+def test_each_side_of_the_latents_may_have_a_convolution(quant):
+    names = {name.split(".")[0] for name in KLAutoencoder(1, widths=[4], quant=quant).state_dict()}
+    assert (names & {"quant_conv", "post_quant_conv"}) == {"quant_conv" if quant[0] else "post_quant_conv"}
+
+
 def test_all_stages_but_the_last_change_the_size():
     """With the names of diffusers, the encoder's from the finest stage on and the decoder's from the coarsest."""
     names = KLAutoencoder(1, widths=[4, 4, 4]).state_dict()

@@ -243,6 +243,7 @@ def test_items_are_held_out_that_every_stage_held_out():
 def test_samples_depend_on_seed_and_item_alone(stages, tmp_path):
     cascade = Cascade(stages)
     assert (cascade.item_shape, cascade.notes, cascade.chain_length) == ((1, 8, 8), [], 4)
+    assert cascade.info["fingerprint"] == DATA.fingerprint
     steps = []
     x = cascade.sample(5, 3, progress=lambda stage, n: steps.append((stage, n)), batch=3)
     assert (x.shape, x.dtype, int(x.max()) < 5) == ((5, 1, 8, 8), torch.uint8, True)

@@ -16,9 +16,10 @@ from PIL import Image
 from undiffuse.data.sources.registry import load
 from undiffuse.errors import CheckpointError, ConfigError, ResourceError
 from undiffuse.report import sample_folder
-from undiffuse.report.sample_folder import SampleFolder, write_samples
+from undiffuse.report.sample_folder import SampleFolder, sampler_in_words, write_samples
 from undiffuse.runtime import part_store
 from undiffuse.runtime.side_files import read_record, write_record
+from undiffuse.sampling.sampler import Sampler
 
 
 def written(folder, values, num_values, first=0):
@@ -482,3 +483,16 @@ def test_a_block_that_fails_waits_for_its_part(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         draw()
     assert done == [0]
+
+
+def test_the_words_of_a_sampler_name_conditions_and_guidance():
+    plain = Sampler("ddim", 5, guidance=2.0).to_dict()
+    words = "ddim in 5 steps, label 3, all, guidance 2, seed 4"
+    assert sampler_in_words({"sampler": plain, "label": ["3", "all"], "seed": 4}) == words
+    assert sampler_in_words({"sampler": plain | {"guidance": 1.0}, "seed": 4}) == "ddim in 5 steps, seed 4"
+    stages = [plain, Sampler("heun", 3).to_dict()]
+    assert (
+        sampler_in_words({"stage_samplers": stages, "seed": 0})
+        == "ddim in 5 steps, then heun in 3 steps, guidance 2, seed 0"
+    )
+    assert sampler_in_words({"seed": 4}) is None

@@ -64,6 +64,7 @@ def test_the_loss_is_the_bound_of_the_autoencoder_with_weight_1():
     kl = gaussian_kl(mean, log_var.exp(), torch.zeros(()), torch.ones(())).flatten(1).sum(1)
     loss = (-autoencoder.log_prob(VALUES, x_hat) + 0.7 * kl) / 64
     torch.testing.assert_close(autoencoder.loss(VALUES, eps), loss.float())
+    torch.testing.assert_close(autoencoder.loss(VALUES[:1], eps[:1]), loss[:1].float())
     l1 = tiny_autoencoder(kl_weight=0.7)
     loss = ((x - x_hat).abs().flatten(1).sum(1) + 0.7 * kl) / 64
     torch.testing.assert_close(l1.loss(VALUES, eps), loss)
