@@ -258,6 +258,7 @@ def test_samples_depend_on_seed_and_item_alone(stages, tmp_path):
         checkpoint.save(model, tmp_path / f"{i}.safetensors")
     loaded = Cascade.load([tmp_path / f"{i}.safetensors" for i in range(3)])
     assert loaded.fingerprints == cascade.fingerprints
+    assert loaded.names == [str(tmp_path / f"{i}.safetensors") for i in range(3)]
     assert torch.equal(loaded.sample(2, 3), x[:2])
 
 
