@@ -204,7 +204,6 @@ def test_a_length_takes_no_data(trained, call):
         ([data], data),
         (["--num-values", 5], "--num-values 5"),
         (["--items", 9, "--mc-samples", 3], "--items 9 --mc-samples 3"),
-        (["--device", "cpu"], "--device cpu"),
     ):
         said = call("ema", run, *options, "--length", "0.08")
         cause = "with --length nothing is measured on data. Leave it out, or give --best"

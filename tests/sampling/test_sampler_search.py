@@ -292,7 +292,7 @@ def test_refined_times_reduce_the_error(name):
 
 
 def test_the_best_times_stay():
-    """If the reference is the endpoint of one of the samplers, no other is better. Each of 4 knots moves up to 6 times."""
+    """If the reference is the endpoint of one of the samplers, no other is better. 4 knots move up to 6 times each."""
     denoise, start, best, calls = CLUSTERS.denoiser(LINE), starts(LINE, 10), Sampler("ddim", 6, "log_snr"), []
     end = endpoint(best, denoise, start)
     assert refine_times([Sampler("ddim", 6), best], denoise, start, end, calls.append) == best

@@ -64,7 +64,7 @@ def ema(
     if not best and len(length or ()) != 1:
         cause = "it needs one --length, or --best"
         raise ConfigError("USAGE", "undiffuse ema", cause, "See 'undiffuse ema --help'")
-    own = {"items": items, "mc_samples": mc_samples, "device": None if device == "auto" else device}
+    own = {"items": items, "mc_samples": mc_samples}
     of_data = given_options(read) + "".join(f" {word}" for word in flags(own, {}))
     if not best and (data is not None or of_data):
         cause = "with --length nothing is measured on data"
