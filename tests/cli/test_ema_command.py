@@ -227,7 +227,7 @@ def test_a_file_of_the_user_at_the_default_path_is_renamed(trained, call):
     path.write_text("mine")
     said = call("ema", run, "--length", "0.09")
     assert said.code == 0
-    assert f"note: {path} was no model of undiffuse; it is model-ema-0.09.safetensors.earlier now" in said.out
+    assert f"note: {path} was not a model of undiffuse; renamed to model-ema-0.09.safetensors.earlier" in said.out
     assert path.with_name("model-ema-0.09.safetensors.earlier").read_text() == "mine"
     assert "note" not in call("ema", run, "--length", "0.09").out  # an own file is replaced
     assert load(path).info["ema"] == 0.09

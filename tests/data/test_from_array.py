@@ -71,7 +71,7 @@ def test_tensors_and_numbers():
     assert from_array(masked[:2]).values.shape == (2, 2)
     with pytest.raises(DataError, match=r"DTYPE.*array: some values are masked\. Fill them"):
         from_array(masked)
-    with pytest.raises(DataError, match=r"SHAPE.*array: it is no array \(.*\)\. Give items of equal shapes"):
+    with pytest.raises(DataError, match=r"SHAPE.*array: it cannot become an array \(.*\)\. Give items of equal shapes"):
         from_array([[1.0, 2.0], [3.0]])
     with pytest.raises(DataError, match=r"array: 5x3 has 2 dimensions, NCHW has 4\. "):
         from_array(np.ones((5, 3)), layout="NCHW")

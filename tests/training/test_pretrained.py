@@ -67,7 +67,7 @@ def test_a_folder_has_the_model_and_its_card(model, run, tmp_path, no_network):
 
 def test_a_license_is_one_word(model, tmp_path):
     for wrong in ("mit\nevil: 1", "", "a b"):
-        with pytest.raises(ConfigError, match=r"LICENSE.*is no name of a license\. Give one of the hub, such as mit"):
+        with pytest.raises(ConfigError, match=r"LICENSE.*is not the name of a license\. Give one of the hub"):
             model.save_pretrained(tmp_path / "saved", license=wrong)
     assert not (tmp_path / "saved").exists()
 

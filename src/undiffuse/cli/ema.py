@@ -91,7 +91,7 @@ def ema(
     path = out or run / f"model-ema-{chosen:g}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(path) and not is_own_tensor_file(path):
-        console.print(f"note: {path} was no model of undiffuse; it is {set_aside(path, 'earlier').name} now")
+        console.print(f"note: {path} was not a model of undiffuse; renamed to {set_aside(path, 'earlier').name}")
     checkpoint.save(model, path)
     add(out=path, length=chosen, profile_error=error)
     console.print(f"average of length {chosen:g}, {error:.2%} error of its profile: {path}")

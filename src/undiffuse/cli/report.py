@@ -64,7 +64,7 @@ def report(
     """Write a page about RUN: samples, curves, measurements.
 
     It has the likelihood, distances from the data, copies and settings. It runs 'evaluate', 'sample' and 'compare' if
-    their results are missing in the run. A model file has to be the model.safetensors of its folder.
+    their results are missing in the run. A model file must be the model.safetensors of its folder.
     """
     from undiffuse.model.diffusion import Diffusion
     from undiffuse.training import run_report

@@ -70,7 +70,7 @@ def _as_array(values: Any) -> Any:
     try:
         return None if values is None else np.asarray(values)
     except ValueError as error:
-        raise FileError("SHAPE", f"it is no array ({error})", "Give items of equal shapes") from None
+        raise FileError("SHAPE", f"it cannot become an array ({error})", "Give items of equal shapes") from None
 
 
 def check_options(layout: str | None, num_values: int | None, value_range: ValueRange | None = None) -> None:

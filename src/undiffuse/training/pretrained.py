@@ -88,7 +88,7 @@ def _repository(write: Callable[[Path], None]) -> Any:
 def _write(model: Diffusion, folder: Path, name: str, license: str | None) -> None:
     """Write the model, then its card, which is the record of both."""
     if license is not None and not re.fullmatch(r"[\w.+-]+", license):
-        raise ConfigError("LICENSE", repr(license), "is no name of a license", "Give one of the hub, such as mit")
+        raise ConfigError("LICENSE", repr(license), "is not the name of a license", "Give one of the hub, such as mit")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
