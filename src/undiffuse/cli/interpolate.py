@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +24,7 @@ from undiffuse.cli.options import (
 )
 from undiffuse.cli.prompt_options import EncoderFolder, PromptOfImage, prompt_condition
 from undiffuse.errors import ConfigError, counted
+from undiffuse.runtime.side_files import numbered
 
 
 def interpolate(
@@ -92,5 +92,4 @@ def interpolate(
 
 def _free_picture(folder: Path, stem: str) -> Path:
     """The first of STEM.png, STEM-2.png, STEM-3.png ... that is not in ``folder``."""
-    stems = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
-    return next(path for name in stems if not os.path.lexists(path := folder / f"{name}.png"))
+    return next(path for name in numbered(stem) if not os.path.lexists(path := folder / f"{name}.png"))

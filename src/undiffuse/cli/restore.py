@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from undiffuse.cli.options import (
 )
 from undiffuse.cli.prompt_options import EncoderFolder, Prompt, prompt_condition
 from undiffuse.errors import ConfigError, DataError, counted
+from undiffuse.runtime.side_files import numbered
 from undiffuse.sampling.tables import RESTORATION_METHODS, RESTORATION_STEPS
 
 if TYPE_CHECKING:
@@ -297,8 +297,7 @@ def _is_finished(folder: Path) -> bool:
 
 def _unused_folder(folder: Path) -> Path:
     """``folder``, or the first of folder-2, folder-3, ... that is new or holds restorations that were interrupted."""
-    names = itertools.chain([folder.name], (f"{folder.name}-{i}" for i in itertools.count(2)))
-    return next(path for path in map(folder.with_name, names) if _is_unused(path))
+    return next(path for path in map(folder.with_name, numbered(folder.name)) if _is_unused(path))
 
 
 def _is_unused(folder: Path) -> bool:

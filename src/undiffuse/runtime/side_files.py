@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,14 @@ def set_aside(path: Path, word: str = "damaged") -> Path:
 
 def free_name(path: Path, word: str) -> Path:
     """The first of PATH.WORD, PATH.WORD-2 ... that does not exist."""
-    names = itertools.chain([word], (f"{word}-{i}" for i in itertools.count(2)))
-    return next(other for name in names if not os.path.lexists(other := path.with_name(f"{path.name}.{name}")))
+    names = (path.with_name(f"{path.name}.{name}") for name in numbered(word))
+    return next(other for other in names if not os.path.lexists(other))
+
+
+def numbered(name: str) -> Iterator[str]:
+    """NAME, NAME-2, NAME-3 ..."""
+    yield name
+    yield from (f"{name}-{i}" for i in itertools.count(2))
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
