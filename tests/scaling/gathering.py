@@ -124,6 +124,7 @@ def train(folder, kind, settings, stop=None, wide=False):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name, folder, kind, settings, stop, wide in json.loads(Path(sys.argv[1]).read_text()):
+        print("begins:", name, flush=True)
         if kind == "cascade":
             draw_cascade(folder, settings)
             continue

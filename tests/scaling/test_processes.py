@@ -58,12 +58,12 @@ def run(plan, folder: Path, processes: int = 2) -> None:
     """Run a plan with several processes, which write into ``folder``."""
     (folder / "plan.json").write_text(json.dumps(plan))
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-    env = {**os.environ, **env, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(processes)}
+    env |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(processes), "PYTHONFAULTHANDLER": "1"}
     command = [sys.executable, "-W", "ignore", gathering.__file__, str(folder / "plan.json"), str(folder)]
     members = []
     for rank in range(processes):
         with open(folder / f"output-{rank}.txt", "w") as output:
-            own = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own = {**os.environ, **env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             members.append(subprocess.Popen(command, env=own, stdout=output, stderr=subprocess.STDOUT))
     try:
         codes = [member.wait(timeout=1500) for member in members]
@@ -71,7 +71,7 @@ def run(plan, folder: Path, processes: int = 2) -> None:
         for member in members:
             member.kill()
             member.wait()
-    output = "".join((folder / f"output-{rank}.txt").read_text()[-2000:] for rank in range(processes))
+    output = "\n".join(f"process {rank}: {(folder / f'output-{rank}.txt').read_text()}" for rank in range(processes))
     assert codes == [0] * processes, output
 
 
