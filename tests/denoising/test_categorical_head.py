@@ -1,5 +1,6 @@
 """The head for integer data against the exact mean of data with independent values."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +161,52 @@ def test_init_from_counts_of_each_channel():
     for c in range(2):
         exact = EmpiricalData(v[:, c : c + 1]).predict(x_t[:, c : c + 1], level).x
         torch.testing.assert_close(x_hat[:, c : c + 1], exact, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sigma", [0.002, 0.01, 0.05, 0.3, 0.9])
+def test_no_probability_and_no_gradient_is_denormal(dtype, sigma, monkeypatch):
+    """Mean and gradients are those of the plain softmax, whose far values are denormal numbers at a low ``sigma``."""
+    head = CategoricalHead(nn.Identity(), 2, 256).to(dtype)
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 2, 64, LOGIT_FEATURES, generator=g).to(dtype).requires_grad_()
+    scales = [torch.full((2, 1, 1, 1), scale, dtype=dtype) for scale in (math.sqrt(1 - sigma**2), sigma)]
+    inputs = [features, torch.rand(2, 2, 64, 1, generator=g).to(dtype) * 2 - 1, *scales]
+    kept = []
+
+    def logits_of(*inputs, of=head._logits):
+        logits, v = of(*inputs)
+        logits.retain_grad()
+        kept.append(logits)
+        return logits, v
+
+    def plain(*inputs):
+        logits, v = head._logits(*inputs)
+        return torch.softmax(logits, -1) @ v
+
+    monkeypatch.setattr(head, "_logits", logits_of)
+    results, denormal = [], []
+    for mean in (head._mean, plain):
+        x_hat = mean(*inputs)
+        (1e-4 * x_hat.square().mean()).backward()
+        probability = torch.softmax(kept[-1].detach(), -1)
+        values = torch.stack([kept[-1].grad, probability]).abs()
+        denormal.append(int(((values > 0) & (values < torch.finfo(dtype).tiny)).sum()))
+        results.append([x_hat.detach(), features.grad, head.weight.grad])
+        features.grad = head.weight.grad = None
+    for mine, exact in zip(*results, strict=True):
+        eps = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(mine, exact, rtol=0, atol=eps * float(exact.abs().max()))
+    assert denormal[0] == 0
+    if sigma in (0.01, 0.05):
+        assert denormal[1] > 100
+
+
+def test_a_nan_stays_in_its_element():
+    head, _ = headed((1, 3), 17)
+    x_t = torch.tensor([[[math.nan, 0.3, 5.0]]], dtype=torch.float64)
+    scale = torch.full((1, 1, 1), 0.5, dtype=torch.float64)
+    assert head(x_t, torch.zeros(1), None, x_t, scale, scale).isnan().tolist() == [[[True, False, False]]]
 
 
 def test_chunks_do_not_change_the_result(monkeypatch):

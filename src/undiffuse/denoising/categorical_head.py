@@ -91,7 +91,14 @@ class CategoricalHead(nn.Module):
         return torch.addcmul(logits.to(off), off, off, value=-0.5), v
 
     def _mean(self, *inputs: Tensor) -> Tensor:
+        """Values of a probability below √(smallest normal number) of the largest one count as 0.
+
+        Their products with a gradient would be denormal numbers, in which a processor is several times slower.
+        """
         logits, v = self._logits(*inputs)
+        with torch.no_grad():  # the softmax and its gradient are the same after a shift, and 0 at −∞
+            logits -= logits.amax(-1, keepdim=True)
+            F.threshold_(logits, 0.5 * math.log(torch.finfo(logits.dtype).tiny), -math.inf)
         return torch.softmax(logits, -1) @ v
 
     def _log_prob(self, features: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, values: Tensor) -> Tensor:
