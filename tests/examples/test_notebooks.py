@@ -89,7 +89,7 @@ def test_links_of_a_notebook_lead_somewhere(name):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_the_page_of_the_documentation_has_every_cell(name):
     """Without mkdocs, which the hook needs only to add the page to its files."""
-    spec = importlib.util.spec_from_file_location("notebook_pages", FOLDER.parents[1] / "scripts" / "notebook_pages.py")
+    spec = importlib.util.spec_from_file_location("site_pages", FOLDER.parents[1] / "scripts" / "site_pages.py")
     assert spec is not None
     assert spec.loader is not None
     hook = importlib.util.module_from_spec(spec)

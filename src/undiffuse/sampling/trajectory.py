@@ -60,7 +60,7 @@ def frame_steps(num_steps: int, max_frames: int) -> set[int]:
 
 
 def forward_trajectory(x: Tensor, levels: Sequence[NoiseLevel], noise: Noise) -> Iterator[Step]:
-    """The chain q(x_1, …, x_T given x) drawn step by step, from data (levels[-1]) up to levels[0] [Ho20 eq. 2].
+    """The chain q(x_1, …, x_T given x) of [Ho20 eq. 2], step by step, from data (levels[-1]) up to levels[0].
 
     ``x`` (B, ...) is the state at levels[-1]; ``noise(1)`` returns fresh noise (1, B, ...) for each step.
     """

@@ -1,12 +1,15 @@
-"""Hook of mkdocs: a page for each notebook of docs/notebooks, made of its cells; links to notebooks lead to it."""
+"""Hook of mkdocs: pages for each notebook of docs/notebooks and for the records, which are not Markdown in docs."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
-LINK = re.compile(r"(\]\([^)\s:]+)\.ipynb\)")
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK_LINK = re.compile(r"(\]\([^)\s:]+)\.ipynb\)")
+RECORDS = ("benchmarks/RECORDS.md", "benchmarks/records/*/README.md")
 
 
 def page_of(notebook: dict[str, Any], name: str) -> str:
@@ -27,8 +30,12 @@ def on_files(files: Any, config: Any) -> Any:
         if file.src_uri.endswith(".ipynb"):
             content = page_of(json.loads(file.content_string), file.name)
             files.append(File.generated(config, file.src_uri.replace(".ipynb", ".md"), content=content))
+    for path in (path for pattern in RECORDS for path in sorted(ROOT.glob(pattern))):
+        content = path.read_text(encoding="utf-8").replace("](../docs/", "](../")
+        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), content=content))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    return LINK.sub(r"\1.md)", markdown)
+    """``markdown`` with links to the pages above: of a notebook in place of the file, of records inside the site."""
+    return NOTEBOOK_LINK.sub(r"\1.md)", markdown).replace("](../benchmarks/", "](benchmarks/")
