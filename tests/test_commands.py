@@ -137,7 +137,7 @@ def place(tmp_path_factory):
         for name, size in {"MASK": 8, "hole.png": 28}.items():
             Image.fromarray(255 * np.eye(size, dtype=np.uint8)).save(folder / name, "PNG")
         (folder / "my_net.py").write_text(NETWORK)
-        write_folder(folder / "PIPELINE")
+        write_folder(folder / "SOURCE")
         (folder / "my.toml").write_text("[train]\nlr = 0.002\n")
         for arguments in PREPARATION:
             assert main(arguments.split()) == 0

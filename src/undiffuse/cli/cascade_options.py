@@ -20,7 +20,7 @@ Then = Annotated[
     typer.Option(
         "--then",
         metavar="RUN",
-        help="A super-resolution model (train --from) that enlarges the images before it; repeatable.",
+        help="The next model of a cascade, of super-resolution (train --from); repeatable.",
         callback=at_hand,
     ),
 ]

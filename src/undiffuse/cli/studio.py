@@ -27,7 +27,7 @@ def studio(
     network: NetworkFile = None,
     device: Device = "auto",
 ) -> None:
-    """Show models on a page that only this machine opens.
+    """Show models on a web page for a browser on this machine.
 
     The page samples, measures, inpaints, interpolates, and watches runs.
     """

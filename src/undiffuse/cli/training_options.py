@@ -49,7 +49,7 @@ Log = Annotated[
     typer.Option("--log", help="Log the records also to tensorboard or wandb; repeatable.", callback=_check_loggers),
 ]
 Extend = Annotated[
-    bool, typer.Option("--extend", help="Make the run in --out longer by --minutes or --steps, with its own recipe.")
+    bool, typer.Option("--extend", help="Train the run in --out for further --minutes or --steps, with its own recipe.")
 ]
 
 
