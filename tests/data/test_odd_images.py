@@ -274,6 +274,30 @@ def test_a_tiff_without_its_last_strips(tags):
     assert decode(tiff(bytes(range(64)), 8, 8, 8, t278=None)).pixels[0, 7, 7] == 63
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("width", "height"), [(60, 600), (600, 60)])
+def test_a_rotated_tiff_has_the_strips_of_its_stored_height(width, height, orientation):
+    values, size = np.random.default_rng(0).integers(1, 256, (height, width), dtype=np.uint8), 10 * width
+    upright = decode(tiff(values.tobytes(), width, height, 8, t274=orientation)).pixels
+
+    def strips(count):
+        offsets = [8 + size * i for i in range(count)]
+        return tiff(values.tobytes(), width, height, 8, t274=orientation, t278=10, t273=offsets, t279=[size] * count)
+
+    np.testing.assert_array_equal(decode(strips(height // 10)).pixels, upright)
+    assert code(strips(height // 10 - 2)) == "TRUNCATED"
+
+
+@pytest.mark.parametrize("mode", ["LAB", "CMYK", "I"])
+def test_each_page_of_a_tiff_has_a_supported_mode(mode):
+    first = Image.new("L" if mode == "I" else "RGB", (8, 8), 7)
+    stream = io.BytesIO()
+    first.save(stream, "TIFF", save_all=True, append_images=[Image.new(mode, (8, 8))])
+    with pytest.raises(FileError) as caught:
+        decode_frames(stream.getvalue(), ".tif", ImageOptions(frames="all"))
+    assert caught.value.code in ("UNSUPPORTED_COLOUR", "UNSUPPORTED_DEPTH")
+
+
 def test_errors_are_not_in_the_words_of_python():
     """Damaged headers of every format: a code and words of this package or of the decoder."""
     words = ("NoneType", "object at", "argument", "unpack", "range", "tuple", "codec", "attribute", "iterable")

@@ -46,9 +46,8 @@ class ImageOptions:
 
     def __post_init__(self) -> None:
         if self.size is not None and (type(self.size) is not int or not 1 <= self.size <= 8000):
-            raise ConfigError(
-                "OPTION", "size", f"{self.size!r} is not a side in pixels", "Give a number from 1 to 8000"
-            )
+            fix = "Give a number from 1 to 8000"
+            raise ConfigError("OPTION", "size", f"{self.size!r} is not a side in pixels", fix)
         if self.channels not in (None, 1, 3, 4):
             fix = "Give 1 (grey), 3 (RGB) or 4 (RGBA)"
             raise ConfigError("OPTION", "channels", f"{self.channels!r} is not 1, 3 or 4", fix)
@@ -150,6 +149,7 @@ def _frame(
     """Frame ``index`` of ``count`` of an open image."""
     if index:
         image.seek(index)
+        _check_mode(image, data, file_format, count)
     is_white_zero, depth = _tiff_samples(image) if file_format == "TIFF" else (False, 16)
     was_turned = getattr(image, "tag_v2", {}).get(0x0112, 1) in TURNED  # Pillow rotates TIFFs while it loads them
     stored = np.asarray(image)
@@ -187,8 +187,9 @@ def _tiff_samples(image: Image.Image) -> tuple[bool, int]:
         raise FileError("UNSUPPORTED_DEPTH", "its samples are signed", "Save the values as an array in a .npy file")
     if 262 not in tags:
         raise FileError("UNSUPPORTED_COLOUR", "it does not state whether 0 is black or white")
-    across, down = tags.get(322, image.width), tags.get(323) or tags.get(278) or image.height
-    blocks = -(-image.width // across) * -(-image.height // min(down, image.height))
+    width, height = tags.get(256, image.width), tags.get(257, image.height)  # as stored, not as rotated
+    across, down = tags.get(322, width), tags.get(323) or tags.get(278) or height
+    blocks = -(-width // across) * -(-height // min(down, height))
     blocks *= tags.get(277, 1) if tags.get(284, 1) == 2 else 1
     if (there := len(tags.get(324, tags.get(273, ())))) < blocks:  # missing ones are decoded as zeros
         raise FileError("TRUNCATED", f"{blocks - there} of its {blocks} strips or tiles are missing")
@@ -227,10 +228,15 @@ def _check_header(image: Image.Image, data: bytes, file_format: str, frames: str
     decoded = count if frames == "all" else 1
     if image.width * image.height * decoded > MAX_PIXELS:
         times = f"{decoded} times " if decoded > 1 else ""
-        cause = f"{times}{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}"
-        raise FileError("TOO_MANY_PIXELS", cause)
+        raise FileError("TOO_MANY_PIXELS", f"{times}{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
     if count > 1 and frames is None:
         raise FileError(*("MULTIPAGE", f"{count} pages") if file_format == "TIFF" else ("ANIMATED", f"{count} frames"))
+    _check_mode(image, data, file_format, count)
+    return count
+
+
+def _check_mode(image: Image.Image, data: bytes, file_format: str, count: int) -> None:
+    """Raise `FileError` if this one of the ``count`` images has a depth or a colour mode that is not supported."""
     is_deep = (
         data[24] == 16 if file_format == "PNG" else file_format == "TIFF" and ";16" in str(getattr(image, "tile", ""))
     )
@@ -241,10 +247,8 @@ def _check_header(image: Image.Image, data: bytes, file_format: str, frames: str
         raise FileError("UNSUPPORTED_DEPTH", "16 bits with transparency")
     is_supported = image.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "F") or image.mode.startswith("I;16")
     # Only Adobe's marker tells whether 255 is full ink or none.
-    is_adobe_cmyk = (image.mode, file_format, "adobe" in image.info) == ("CMYK", "JPEG", True)
-    if not is_supported and not is_adobe_cmyk:
+    if not is_supported and (image.mode, file_format, "adobe" in image.info) != ("CMYK", "JPEG", True):
         raise FileError("UNSUPPORTED_COLOUR", f"its colour mode is {image.mode}")
-    return count
 
 
 def _check_values(image: Image.Image) -> None:
