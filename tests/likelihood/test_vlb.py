@@ -303,6 +303,10 @@ def test_steps_are_drawn_by_their_range_of_log_snr():
     (_, frequencies), *_ = every_draw(tensor([8.0, 6.0, 5.0, 0.0]), 1)
     expected = 0.9 * tensor([2.0, 1.0, 5.0]) / 8 + 0.1 / 3
     torch.testing.assert_close(frequencies[1:].double(), expected, rtol=1e-3, atol=0)
+    # below log-SNR −20 every step has the tenth that is spread evenly
+    (_, frequencies), *_ = every_draw(tensor([-16.0, -19.0, -21.0, -40.0]), 1)
+    expected = 0.9 * tensor([3.0, 1.0, 0.0]) / 4 + 0.1 / 3
+    torch.testing.assert_close(frequencies[1:].double(), expected, rtol=1e-3, atol=0)
     # steps of infinite range are visited by every item, and the others share the draws
     clean = tensor([math.inf, 8.0, 4.0, 0.0, -math.inf])
     decoder, noisy, *rest = every_draw(clean, 2)

@@ -389,6 +389,7 @@ def test_a_million_steps_are_allowed():
         (lambda: S.LinearLogSNR(1.0, -math.inf), "low = -inf, high = 1: low must be below high"),
         (lambda: S.Sigmoid(3.0, -3.0), "start = 3, end = -3: start must be below end"),
         (lambda: S.Sigmoid(width=0.0), "0 = 0, width = 0: 0 must be below width"),
+        (lambda: S.Sigmoid(width=0.004), "width = 0.004: is less than 1/50 of end − start = 6"),
         (lambda: S.VarianceExploding(0.0, 5.0), "0 = 0, sigma_min = 0: 0 must be below sigma_min"),
         (lambda: S.VarianceExploding(2.0, 1.0), "sigma_min = 2, sigma_max = 1: sigma_min must be below sigma_max"),
         (lambda: S.build("nope"), "'nope': no such schedule. Use one of linear, linear_rescaled"),

@@ -15,8 +15,7 @@ from undiffuse.errors import counted
 from undiffuse.likelihood.nll import NLL
 from undiffuse.model.cascade import AnyModel, Cascade
 from undiffuse.model.diffusion import Diffusion
-from undiffuse.model.likelihood_estimators import MAX_EXACT_TRACE_DIMS, TIGHT_TOLERANCE
-from undiffuse.process.schedule import finite_ends
+from undiffuse.model.likelihood_estimators import MAX_EXACT_TRACE_DIMS, TIGHT_TOLERANCE, integral_ends
 from undiffuse.process.statistics import mean_with_stderr
 
 NAMES = {
@@ -191,7 +190,7 @@ def _chain_bits(model: Diffusion, nll: NLL) -> tuple[np.ndarray, np.ndarray]:
 
 def _continuous_bits(model: Diffusion, nll: NLL) -> tuple[np.ndarray, np.ndarray]:
     """The same of the continuous bound, whose points are spread evenly over log-SNR."""
-    lowest, highest = (float(level.log_snr) for level in finite_ends(model.schedule))
+    lowest, highest = (float(level.log_snr) for level in integral_ends(model))
     bits = nll.per_step.mean(0).numpy() / (model.dims * math.log(2))
     return np.linspace(highest, lowest, len(bits) + 1), bits
 

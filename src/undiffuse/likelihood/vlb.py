@@ -15,6 +15,7 @@ from undiffuse.likelihood.reverse_chain import ReverseChain
 from undiffuse.process.gaussian import Gaussian, diffuse, posterior
 from undiffuse.process.noise_level import NoiseLevel, broadcast_like, stack
 from undiffuse.process.prior import prior_kl
+from undiffuse.process.schedule import MIN_LOG_SNR
 from undiffuse.process.seeded_noise import Noise
 from undiffuse.process.statistics import item_sum
 
@@ -94,17 +95,18 @@ def draw_steps(log_snr: Tensor, u: Tensor) -> list[Visit]:
     """m random steps for each item, by uniform ``u`` (m, B). The mean of their weighted terms' sum is the bound.
 
     ``log_snr`` (N + 1,) is that of the levels 0 to N and decreases. A step's probability is nine tenths its share of
-    the range of log-SNR and one tenth 1/N; draw j is from the j-th of m equally probable ranges of steps. A step of
-    infinite range, which is the decoder of a chain that ends at the data, or a first step from pure noise, is visited
-    by every item: it may cost as many bits as all others together.
+    the range of log-SNR above `MIN_LOG_SNR`, below which steps cost almost nothing, and one tenth 1/N; draw j is from
+    the j-th of m equally probable ranges of steps. A step of infinite range, which is the decoder of a chain that ends
+    at the data, or a first step from pure noise, is visited by every item: it may cost as many bits as all others
+    together.
     """
-    spans = (log_snr[:-1] - log_snr[1:]).double()
-    finite = spans.isfinite()
+    log_snr = log_snr.double()
+    finite = log_snr.diff().isfinite()
     visits = [Visit(torch.full(u.shape[1:], int(k) + 1), torch.ones(u.shape[1:])) for k in (~finite).nonzero()]
     if not finite.any():
         return visits
-    share = torch.where(finite, spans, 0) / spans[finite].sum()
-    p = (1 - UNIFORM_FRACTION) * share + UNIFORM_FRACTION * finite.float() / finite.sum()
+    spans = torch.where(finite, -log_snr.clamp(min=MIN_LOG_SNR).diff(), 0)
+    p = (1 - UNIFORM_FRACTION) * spans / spans.sum() + UNIFORM_FRACTION * finite.float() / finite.sum()
     ends, last, m = p.cumsum(0), int(finite.nonzero()[-1]), len(u)
     for j in range(m):
         k = torch.searchsorted(ends / ends[-1], (j + u[j].double()) / m, right=True).clamp(max=last)

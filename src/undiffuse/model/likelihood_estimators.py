@@ -78,6 +78,18 @@ Estimate = Callable[[Model, Batch, int | None], NLL]
 """−log p of a batch, or a bound on it, from (model, batch, mc_samples)."""
 
 
+def integral_ends(model: Decodable) -> tuple[NoiseLevel, NoiseLevel]:
+    """(noisiest, cleanest) level of the integrals over log-SNR: those of `finite_ends`.
+
+    For integer data the cleanest is at most `clean_end`, where three standard deviations of noise fill half a bin.
+    A network does not resolve the noise beyond it, and few steps of training are there.
+    """
+    top, clean = finite_ends(model.schedule)
+    if isinstance(model.transform, IntegerLevels) and clean.log_snr > (end := clean_end(model.transform.num_values)):
+        clean = model.schedule(model.schedule.inverse(end))
+    return top, clean
+
+
 def clean_decoder(model: Decodable, denoise: Denoiser, clean: NoiseLevel, cond: Condition | None = None) -> Decoder:
     """p(x given z_0), z_0 at the level ``clean`` of finite log-SNR: the tightest decoder that the model has.
 
@@ -107,7 +119,7 @@ def discrete(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
 
 def continuous(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
     """`vlb_continuous`, the bound of infinitely many steps, from ``mc_samples`` points of log-SNR."""
-    denoise, (top, clean), u = model.denoiser(), finite_ends(model.schedule), _uniform(batch, 1)[0]
+    denoise, (top, clean), u = model.denoiser(), integral_ends(model), _uniform(batch, 1)[0]
     noise, decode = _noise(model, batch), clean_decoder(model, denoise, clean, batch.cond)
     points = mc_samples or DEFAULT_POINTS
     return vlb_continuous(denoise, batch.x, top, clean, noise, u, points=points, cond=batch.cond, decode=decode)
@@ -116,8 +128,8 @@ def continuous(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
 def ode(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
     """`ode_nll`; for discrete data an importance-weighted bound of ``mc_samples`` draws of noise and probes.
 
-    Discrete data are dequantized by the process' own noise: at the schedule's clean end, or at the level where three
-    standard deviations fill half a bin, if the schedule goes beyond it. There `clean_decoder` decodes.
+    Discrete data are dequantized by the process' own noise, at the clean one of the `integral_ends`. There
+    `clean_decoder` decodes.
     """
     denoise = in_float32(model.denoiser())
     top, clean, dequantizer = _flow_ends(model, denoise, batch.cond)
@@ -142,12 +154,15 @@ def ode(model: Model, batch: Batch, mc_samples: int | None) -> NLL:
 def _flow_ends(
     model: Decodable, denoise: Denoiser, cond: Condition | None
 ) -> tuple[NoiseLevel, NoiseLevel, ForwardNoise | None]:
-    """The noisy and the clean end of the flow, and for discrete data the dequantizer at the clean end."""
-    top, clean = finite_ends(model.schedule)
+    """The noisy and the clean end of the flow, and for discrete data the dequantizer at the clean end.
+
+    The noisy end is at t = 1 wherever log-SNR is finite there: a cut costs the flow of order alpha, a bound alpha².
+    """
+    top, clean = integral_ends(model)
+    noisiest = model.schedule(1.0)
+    top = noisiest if bool(torch.isfinite(noisiest.log_snr)) else top
     if not isinstance(model.transform, IntegerLevels):
         return top, clean, None
-    if clean.log_snr > (bin_filling := clean_end(model.transform.num_values)):
-        clean = model.schedule(model.schedule.inverse(bin_filling))
     return top, clean, ForwardNoise(clean, clean_decoder(model, denoise, clean, cond))
 
 

@@ -70,6 +70,10 @@ class LinearLogSNR:
         return torch.full_like(check_time(t), self.low - self.high)
 
 
+MAX_SIGMOID_WIDTHS = 50
+"""The largest (end − start)/width of `Sigmoid`: beyond it alpha² is ``min_signal`` to rounding long before t = 1."""
+
+
 @dataclass(frozen=True)
 class Sigmoid:
     """alpha² = δ + (1 − δ)(v(end) − v(z))/(v(end) − v(start)), z = start + (end − start) t [Jabri22 alg. 1].
@@ -87,6 +91,9 @@ class Sigmoid:
     def __post_init__(self) -> None:
         check_ascending(self.start, self.end, "start", "end")
         check_ascending(0.0, self.width, "0", "width")
+        if not self.end - self.start <= MAX_SIGMOID_WIDTHS * self.width:
+            cause = f"is less than 1/{MAX_SIGMOID_WIDTHS} of end − start = {self.end - self.start:g}"
+            raise ConfigError("SCHEDULE", f"width = {self.width:g}", cause, "Give a larger width, such as 1")
 
     def _halves(self) -> tuple[float, float, float]:
         a, b = self.start / (2 * self.width), self.end / (2 * self.width)
@@ -222,11 +229,11 @@ MIN_LOG_SNR = -20.0
 
 @torch.no_grad()
 def finite_ends(schedule: Schedule) -> tuple[NoiseLevel, NoiseLevel]:
-    """(noisiest, cleanest) level with finite log_snr: at t = 1, or where log_snr = `MIN_LOG_SNR`, and at t_min.
+    """(noisiest, cleanest) level: at t = 1, or where log_snr = `MIN_LOG_SNR` if it falls below that, and at t_min.
 
-    A table that ends without signal is cut one step earlier, at t = 1 − 1/T.
+    Both log_snr are finite. A table that ends without signal is cut one step earlier, at t = 1 − 1/T.
     """
     noisiest = schedule(1.0)
-    if not bool(torch.isfinite(noisiest.log_snr)):
+    if bool(noisiest.log_snr < MIN_LOG_SNR):
         noisiest = schedule(schedule.inverse(MIN_LOG_SNR))
     return noisiest, schedule(schedule.t_min)

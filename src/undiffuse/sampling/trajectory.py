@@ -73,7 +73,7 @@ def forward_trajectory(x: Tensor, levels: Sequence[NoiseLevel], noise: Noise) ->
 
 def rescale(x: Tensor, level: NoiseLevel) -> Tensor:
     """x/alpha, the estimate of the data from the last state of a trajectory; x itself where alpha is 1."""
-    return x / float(level.alpha)
+    return x / float(level.alpha.detach())
 
 
 def check_finite(x: Tensor, first: int = 0) -> Tensor:
