@@ -110,11 +110,11 @@ def test_the_loss_is_zero_at_the_fixed_point_and_its_gradient_points_to_it():
     r = level_after_gap(EXPLODING, t, 0.25)
     x_t = torch.linspace(-2, 2, len(levels) - 1, dtype=f64)[:, None] * t.sigma[:, None]
     x_r = teacher_step(DATA.denoiser(EXPLODING), x_t, t, r)
-    loss = consistency_loss(Linear(levels, factors), x_t, t, x_r, r).detach()
+    loss = consistency_loss(Linear(levels, factors), x_t, t, x_r, r, 0.25).detach()
     assert float(loss.abs().max()) < 1e-9
     for change, sign in ((1.01, 1), (0.99, -1)):  # the factor at the noisiest level is too large, then too small
         wrong = Linear(levels, [change * factors[0], *factors[1:]])
-        consistency_loss(wrong, x_t, t, x_r, r).sum().backward()
+        consistency_loss(wrong, x_t, t, x_r, r, 0.25).sum().backward()
         assert sign * float(wrong.k.grad[0]) > 0
         assert float(wrong.k.grad[1:].abs().max()) < 1e-9
 
@@ -125,10 +125,32 @@ def test_no_gradient_reaches_the_goal_and_the_cleanest_level_is_its_own_goal():
     t = EXPLODING(levels[-2].t)
     r = level_after_gap(EXPLODING, t, 0.25)
     x_r = torch.full((1, 1), 0.3, dtype=f64)
-    loss = consistency_loss(constant, torch.ones(1, 1, dtype=f64), t, x_r, r)
+    loss = consistency_loss(constant, torch.ones(1, 1, dtype=f64), t, x_r, r, 0.25)
     huber = (0.09 + 0.00054**2) ** 0.5 - 0.00054  # |0 − x_r/alpha_r| = 0.3
-    expected = huber / float(noise_to_signal(t) - noise_to_signal(r))
+    expected = huber / (0.25 * float(noise_to_signal(t)))
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_weight_has_a_limit_at_the_cleanest_level():
+    """1/(u_t − u_r) where r is inside of the schedule; the same function of t where it is at the end."""
+    schedule = S.LinearLogSNR()
+    t = schedule(torch.tensor([0.5, 0.1, 1e-3, 1e-6, 1e-9], dtype=f64))
+    r = level_after_gap(schedule, t, 0.25)
+    x_t, x_r = torch.ones(2, 5, 1, dtype=f64)
+
+    def denoise(x, level, cond=None, next_level=None):
+        return Prediction(torch.zeros_like(x) if level is t else torch.ones_like(x), x)
+
+    denoise.schedule = schedule
+    weights = consistency_loss(denoise, x_t, t, x_r, r, 0.25) / consistency_loss(denoise, x_t, t, x_r, r, 0.5)
+    torch.testing.assert_close(weights, torch.full_like(weights, 2.0))
+    loss = consistency_loss(denoise, x_t, t, x_r, r, 0.25)
+    inside = r.t > schedule.t_min
+    assert inside.tolist() == [True, True, False, False, False]
+    huber = (1 + 0.00054**2) ** 0.5 - 0.00054
+    expected = huber / (noise_to_signal(t) - noise_to_signal(r))
+    torch.testing.assert_close(loss[inside], expected[inside], rtol=1e-6, atol=0)
+    assert float(loss.max()) < 1.01 * 4 * math.sqrt(float(schedule(0.0).log_snr.exp())) * huber
 
 
 @pytest.mark.parametrize(
@@ -210,9 +232,9 @@ def test_the_loss_has_the_type_of_its_states_and_passes_the_condition():
     constant.schedule = schedule
     t = schedule(torch.tensor([0.01], dtype=f64))
     r, x = level_after_gap(schedule, t, 0.25), torch.ones(1, 1)
-    loss = consistency_loss(constant, x, t, x, r, cond)
+    loss = consistency_loss(constant, x, t, x, r, 0.25, cond)
     assert seen == [cond, cond]
     assert loss.dtype == torch.float32
     goal = 1 / math.sqrt(1 / (1 + math.exp(-1)))  # x_r/alpha_r, alpha² = sigmoid(1)
     huber = math.sqrt(goal**2 + 0.00054**2) - 0.00054
-    assert float(loss) == pytest.approx(huber / float(noise_to_signal(t) - noise_to_signal(r)), rel=1e-5)
+    assert float(loss) == pytest.approx(huber / (0.25 * float(noise_to_signal(t))), rel=1e-5)

@@ -139,7 +139,8 @@ def test_the_loss_has_the_gap_of_the_part_of_the_run(pairs, teacher, monkeypatch
     batch = global_batch(DATA, DATA.split(0.2).train, settings, 0)
     for fraction, gap in ((0.0, GAPS[0]), (0.34, GAPS[1]), (0.99, GAPS[2])):
         task.loss(teacher, replace(batch, fraction=fraction), teacher.network)
-        _, x_t, t, x_r, r, cond = seen.pop()
+        _, x_t, t, x_r, r, of_pair, cond = seen.pop()
+        assert of_pair == gap
         expected = level_after_gap(teacher.schedule, t, gap)
         assert torch.equal(r.t, expected.t)
         assert cond is batch.cond

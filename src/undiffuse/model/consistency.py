@@ -59,12 +59,13 @@ def teacher_step(teacher: Denoiser, x_t: Tensor, t: NoiseLevel, r: NoiseLevel, c
 
 
 def consistency_loss(
-    denoise: Denoiser, x_t: Tensor, t: NoiseLevel, x_r: Tensor, r: NoiseLevel, cond: Condition | None = None
+    denoise: Denoiser, x_t: Tensor, t: NoiseLevel, x_r: Tensor, r: NoiseLevel, gap: float, cond: Condition | None = None
 ) -> Tensor:
-    """(√(mean (f(x_t, t) − f(x_r, r))² + c²) − c)/(u_t − u_r), (B,), with u = sigma/alpha and no gradient to f(x_r, r).
+    """(√(mean (f(x_t, t) − f(x_r, r))² + c²) − c)/(gap u_t), (B,), with u = sigma/alpha and no gradient to f(x_r, r).
 
-    The pseudo-Huber loss [Song24 eq. 7] with the weight 1/(u_t − u_r) [Geng24 §3]. Dropout is the same in both
-    calls. Levels are (B,), x_t and x_r (B, ...).
+    The pseudo-Huber loss [Song24 eq. 7] with the weight 1/(u_t − u_r) [Geng24 §3] for the r of `level_after_gap`.
+    Where that is the cleanest level, u_t − u_r would have no lower limit. Dropout is the same in both calls. Levels
+    are (B,), x_t and x_r (B, ...).
     """
     with torch.random.fork_rng(), torch.no_grad():
         at = r.broadcast_like(x_r)
@@ -72,7 +73,7 @@ def consistency_loss(
         goal = denoise(x_r, r, cond).x
         goal = torch.where(is_cleanest.reshape(at.alpha.shape), x_r / at.alpha, goal)
     error = item_mean((denoise(x_t, t, cond).x - goal) ** 2)
-    weight = 1 / (noise_to_signal(t) - noise_to_signal(r))
+    weight = 1 / (gap * noise_to_signal(t))
     return broadcast_like(weight, error) * pseudo_huber(error)
 
 
@@ -81,6 +82,7 @@ def pseudo_huber(error: Tensor) -> Tensor:
     return torch.sqrt(error + HUBER**2) - HUBER
 
 
+@torch.no_grad()
 def few_call_sampler(schedule: Schedule, calls: int, solver: str = "consistency") -> Sampler:
     """The sampler of a consistency model with so many network calls, or that of a flow map, ``solver`` "flow_map".
 

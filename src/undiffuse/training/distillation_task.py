@@ -238,14 +238,15 @@ class DistillationTask(Task):
         x = batch_x(model, batch).to(device)
         times = LogNormalSigma(schedule, LOG_RATIO_MEAN, LOG_RATIO_STD)
         t = schedule(times.sample(batch.u))
-        r = level_after_gap(schedule, t, GAPS[min(int(batch.fraction * len(GAPS)), len(GAPS) - 1)])
+        gap = GAPS[min(int(batch.fraction * len(GAPS)), len(GAPS) - 1)]
+        r = level_after_gap(schedule, t, gap)
         x_t = diffuse(x, t, batch.eps)
         if self.config.pairs == "data":
             x_r = diffuse(x, r, batch.eps)
         else:
             with torch.no_grad():
                 x_r = teacher_step(self._teacher_denoiser(device), x_t, t, r, batch.cond)
-        return consistency_loss(model.denoiser(network), x_t, t, x_r, r, batch.cond)
+        return consistency_loss(model.denoiser(network), x_t, t, x_r, r, gap, batch.cond)
 
     def _flow_map_loss(self, model: Diffusion, batch: Batch, network: nn.Module) -> Tensor:
         """The velocity is the teacher's; with pairs from the data it is ε − x at x_t, and elsewhere the model's own.
