@@ -47,6 +47,11 @@ def test_unknown_labels(classes, name, words):
     assert (caught.value.code, caught.value.where) == ("LABEL", f"--label {name}")
 
 
+def test_a_file_of_conditions_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"^error\[NOT_FOUND\] .*none.npy: no such file. Name an array file"):
+        make_condition((), file=tmp_path / "none.npy")
+
+
 def test_items_get_conditions_in_turn_by_their_index(tmp_path):
     assert make_condition(CLOTHES) is None
     condition = make_condition(CLOTHES, ["coat", "none", "1"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +62,8 @@ def _read(file: Path) -> tuple[Condition, int]:
     from undiffuse.data.sources.array_files import load_conditions
     from undiffuse.networks.condition import Condition
 
+    if not os.path.lexists(file):
+        raise DataError("NOT_FOUND", file, "no such file", "Name an array file of conditions")
     values, mask = load_conditions(file)
     rows = torch.from_numpy(values)
     return Condition(vector=rows) if mask is None else Condition(tokens=rows, mask=torch.from_numpy(mask)), len(values)

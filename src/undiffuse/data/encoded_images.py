@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,12 +18,21 @@ from undiffuse.data.lazy_array import LazyArray, cast_to_array
 from undiffuse.data.source_report import FileStamp, SourceReport, changed_error
 from undiffuse.data.sources.captions import Captions, captions_note
 from undiffuse.data.sources.csv_table import label_classes
+from undiffuse.data.sources.folder_labels import Labels, indexed_labels
 from undiffuse.data.sources.image_folder import ImageKind, check_on_bad, image_notes, mixed_kinds_error
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.runtime.file_errors import BadFilesError, FileError, FileProblem, file_errors_at, os_error
 
 ReadBytes = Callable[[int], bytes]
 """The bytes of the encoded image at an index."""
+
+
+class Origin(NamedTuple):
+    """Where ``labels`` and ``captions`` are from, in words, and the order of ``classes``, if the source has one."""
+
+    labels: str = ""
+    captions: str = ""
+    classes: tuple[str, ...] = ()
 
 
 def encoded_dataset(
@@ -34,13 +44,15 @@ def encoded_dataset(
     options: ImageOptions,
     on_bad: str,
     files: Mapping[Path, FileStamp],
+    origin: Origin,
     captions: Sequence[Captions | FileError] = (),
 ) -> Dataset:
     """The images ``image_names`` in ``source``: each is decoded once now, and again at each access.
 
     ``label_texts`` are their classes, or all None, ``captions`` those of each image, or its problem; ``files``
-    contain the images and must not change. Raises `BadFilesError` with every image that cannot be used, unless
-    ``on_bad="skip"`` skips these; `DataError` (LABELS); `ConfigError` (OPTION).
+    contain the images and must not change; ``origin`` is for notes and for the order of the classes. Raises
+    `BadFilesError` with every image that cannot be used, unless ``on_bad="skip"`` skips these; `DataError` (LABELS);
+    `ConfigError` (OPTION).
     """
     check_on_bad(on_bad)
     if options.frames == "all":
@@ -94,11 +106,11 @@ def encoded_dataset(
             raise changed_error().at(paths[i])
         return image.pixels
 
-    classes, labels = _labels(name, [label_texts[i] for i in kept])
+    classes, labels, label_notes = _labels(name, [label_texts[i] for i in kept], origin)
     changes = Counter(change for i in kept for change in decoded[i].changes)
-    notes = image_notes(changes, len(kept), problems, len(paths), "images")
+    notes = label_notes + image_notes(changes, len(kept), problems, len(paths), "images")
     texts = tuple(texts for i in kept if captions and not isinstance(texts := captions[i], FileError))
-    notes += [captions_note(texts, "the table")] if texts else []
+    notes += [captions_note(texts, origin.captions)] if texts else []
     formats = Counter(decoded[i].format for i in kept)
     sizes = Counter("{} x {}".format(*decoded[i].size_on_disk) for i in kept)
     report = SourceReport(formats, sizes, skipped=tuple(problems), files=files)
@@ -108,12 +120,13 @@ def encoded_dataset(
     return Dataset(name, values, num_values, labels, classes, tuple(notes), **parts)
 
 
-def _labels(name: str, texts: list[str | None]) -> tuple[tuple[str, ...], np.ndarray | None]:
+def _labels(name: str, texts: list[str | None], origin: Origin) -> Labels:
     labelled = [text for text in texts if text is not None]
     if not labelled:
-        return (), None
+        return (), None, []
     if missing := len(texts) - len(labelled):
         fix = "Give every image a label, or none"
         raise DataError("LABELS", name, f"{missing} of {len(texts)} images have no label", fix)
     with file_errors_at(name):
-        return label_classes(labelled)
+        classes = [text for text in origin.classes if text in set(labelled)] or label_classes(labelled)[0]
+    return indexed_labels(labelled, classes, origin.labels)

@@ -71,6 +71,16 @@ def test_a_column_y_of_numbers_is_a_coordinate(file):
     assert load(path, label_column="y").classes == ("0.125", "0.25", "0.5")
 
 
+@pytest.mark.parametrize(("labels", "pair"), [(["2", "1", "1.0"], "1 and 1.0"), (["01", "1"], "01 and 1")])
+def test_numbers_that_are_written_in_two_ways_are_an_error(tmp_path, labels, pair):
+    path = tmp_path / "x.csv"
+    path.write_text("a,y\n" + "".join(f"{i},{label}\n" for i, label in enumerate(labels)))
+    with pytest.raises(DataError, match=rf"^error\[LABELS\] .*the labels {pair} are the same number"):
+        load(path, label_column="y")
+    path.write_text(path.read_text() + "7,other\n")  # not all are numbers: these are names
+    assert set(load(path, label_column="y").classes) == {*labels, "other"}
+
+
 def test_a_column_that_float32_rounds_coarsely_gets_a_note(file):
     seconds = "".join(f"{1_700_000_000 + i},{i}\n" for i in range(300))
     note = "stored as float32, which rounds t to steps of 1.3e+02 over a range of 3e+02: subtract a constant first"

@@ -96,7 +96,8 @@ def test_batches_of_shards_are_reproducible(shards):
         ([("{}.cls", b"cat\n"), ("{}.cls", b"dog")], ("cat", "dog")),
         ([("{}.json", b'{"label": 3}'), ("{}.json", b'{"label": 12}')], ("3", "12")),
         ([("{}.json", b'{"label": 3, "text": "' + b"x" * 70_000 + b'"}')] * 2, ("3",)),
-        ([("{}.json", b'{"label": 3.5}'), ("{}.json", b"[1]")], ()),
+        ([("{}.json", b'{"label": 3.0}'), ("{}.json", b'{"label": 12.0}')], ("3", "12")),
+        ([("{}.json", b'{"label": null}'), ("{}.json", b"[1]")], ()),
         ([("{}.seg.png.txt", b"x"), ("{}.txt", b"x")], ()),
     ],
 )
@@ -109,6 +110,9 @@ def test_classes(tmp_path, label_members, classes):
     assert data.classes == classes
     assert (data.labels is None) == (not classes)
     assert len(data) == 2
+    counts = ", ".join(f"{name} ({2 // len(classes)})" for name in classes)
+    listed = f"{'1 class' if len(classes) == 1 else '2 classes'} from members of the shards: {counts}"
+    assert (listed in data.notes) == bool(classes)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +124,9 @@ def test_classes(tmp_path, label_members, classes):
         ([("d/a.png", b""), ("d/a.jpg", b"")], "BAD_ARCHIVE", "d/a has two images"),
         ([("a.png", b""), ("a.cls", b"\xff")], "LABELS", "a.cls cannot be read"),
         ([("a.png", b""), ("a.json", b"[" * 20000)], "LABELS", "a.json cannot be read"),
+        ([("a.png", b""), ("a.json", b'{"label": 3.5}')], "LABELS", "the label in a.json is neither a text nor"),
+        ([("a.png", b""), ("a.json", b'{"label": [3]}')], "LABELS", "the label in a.json is neither a text nor"),
+        ([("a.png", b""), ("a.json", b'{"label": true}')], "LABELS", "the label in a.json is neither a text nor"),
         (
             [("a.png", png(PIXELS[0])), ("a.cls", b"1"), ("b.png", png(PIXELS[1]))],
             "LABELS",
@@ -220,8 +227,12 @@ def test_a_folder_of_the_library_datasets(tmp_path, monkeypatch):
     data = load(tmp_path / "saved")
     np.testing.assert_array_equal(data.values[:], np.moveaxis(PIXELS, -1, 1))
     np.testing.assert_array_equal(data.values[np.array([5, 2])], np.moveaxis(PIXELS[[5, 2]], -1, 1))
-    assert data.classes == ("a", "b")
-    assert data.labels.tolist() == [1, 0] * 3 + [1]
+    assert data.classes == ("b", "a")  # in the order of the column
+    assert data.labels.tolist() == [0, 1] * 3 + [0]
+    assert "2 classes from the column kind: b (4), a (3)" in data.notes
+    few = saved.select([1, 3]).cast_column("kind", datasets.ClassLabel(names=["b", "a"]))
+    few.save_to_disk(str(tmp_path / "few"))
+    assert load(tmp_path / "few").classes == ("a",)  # no image has the class b
     assert [path.suffix for path in data.report.files] == [".arrow"]
     rows[3]["image"] = None
     datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "paths"))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import math
 import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TextIO
 
@@ -63,7 +63,7 @@ def _dataset(name: str, lines: Iterator[str], label_column: str | None) -> Datas
     first = next(lines, "")
     separator = separator_of(first)
     header = [printable(cell.strip()) for cell in next(csv.reader([first], delimiter=separator), [])]
-    indices = list(itertools.takewhile(lambda i: INDEX_NAME.fullmatch(header[i]), range(len(header))))
+    indices = list(takewhile(lambda i: INDEX_NAME.fullmatch(header[i]), range(len(header))))
     named = [column for i, column in enumerate(header) if column or i not in indices]
     if not named or len(set(named)) < len(named) or any(not c or _number(c) is not None for c in named):
         raise FileError("BAD_HEADER", "its first line does not name each column once", FIX)
@@ -150,12 +150,18 @@ def _cells(rows: Iterator[list[str]], header: list[str], label_index: int | None
 
 
 def label_classes(labels: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """(distinct labels, index of each label (N,) int64): by size if all are numbers, otherwise alphabetical."""
+    """(distinct labels, index of each label (N,) int64): by size if all are numbers, otherwise alphabetical.
+
+    Raises `FileError` (LABELS) for empty labels, and for numbers that are equal but written in two ways.
+    """
     if "" in labels:
         raise FileError("LABELS", f"{labels.count('')} labels are empty, the first that of item {labels.index('')}")
     classes = sorted(set(labels))
     if all(_number(label) is not None for label in classes):
         classes.sort(key=lambda label: _number(label) or 0.0)
+        if same := next((pair for pair in pairwise(classes) if _number(pair[0]) == _number(pair[1])), None):
+            cause = f"the labels {printable(same[0])} and {printable(same[1])} are the same number"
+            raise FileError("LABELS", cause, "Write equal labels in the same way")
     index = {label: i for i, label in enumerate(classes)}
     return tuple(classes), np.array([index[label] for label in labels], np.int64)
 

@@ -94,7 +94,7 @@ def labels_from_folders(root: Path, paths: Sequence[Path], in_parts: bool = Fals
     names = sorted({p[0] for p in parts}, key=os.fsencode)
     if len(names) == 1:
         return (), None, ["no labels: all images are in one sub-folder"]
-    return _indexed([p[0] for p in parts], names, "sub-folders")
+    return indexed_labels([p[0] for p in parts], names, "sub-folders")
 
 
 def labels_from_table(root: Path, paths: Sequence[Path], skipped: Iterable[Path]) -> Labels:
@@ -125,7 +125,7 @@ def labels_from_table(root: Path, paths: Sequence[Path], skipped: Iterable[Path]
     classes = sorted({label_of[name] for name in names})
     if len(classes) > MAX_SPARSE_CLASSES and len(names) < 2 * len(classes):
         raise FileError("LABELS", f"{len(classes):,} classes for {len(names):,} images{_first(classes)}", FIX)
-    return _indexed([label_of[name] for name in names], classes, LABELS_FILE)
+    return indexed_labels([label_of[name] for name in names], classes, LABELS_FILE)
 
 
 def path_key(name: str) -> str:
@@ -178,7 +178,8 @@ def _first(names: Sequence[str]) -> str:
     return f": {', '.join(map(printable, names[:5]))}" + ", ..." * (len(names) > 5)
 
 
-def _indexed(labels: Sequence[str], classes: Sequence[str], source: str) -> Labels:
+def indexed_labels(labels: Sequence[str], classes: Sequence[str], source: str) -> Labels:
+    """(``classes``, the number of each of the ``labels``, a note with their counts), ``source`` in words."""
     index, counts = {name: i for i, name in enumerate(classes)}, Counter(labels)
     listed = ", ".join(f"{printable(name)} ({counts[name]})" for name in classes[:5]) + ", ..." * (len(classes) > 5)
     indices = np.array([index[label] for label in labels], np.int64)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from undiffuse.data.dataset import Dataset
-from undiffuse.data.encoded_images import encoded_dataset
+from undiffuse.data.encoded_images import Origin, encoded_dataset
 from undiffuse.data.image_decoding import ImageOptions
 from undiffuse.data.source_report import FileStamp
 from undiffuse.data.sources.captions import LABELS_LEFT_OUT, Captions, check_captions, column_of
@@ -30,6 +30,8 @@ def load(
     source: str | Path, *, on_bad: str = "stop", captions: bool = False, with_labels: bool = False, **image_options: Any
 ) -> Dataset:
     """The images of a folder that ``Dataset.save_to_disk`` has written, in its order, with its ClassLabel column.
+
+    Classes keep the order of that column; one without an image is left out.
 
     With ``captions`` a column called text or caption, of texts or lists of texts, takes the place of labels, unless
     ``with_labels`` keeps both.
@@ -69,18 +71,22 @@ def load(
 
     label_texts: list[str | None] = [None] * len(rows)
     texts: list[Captions | FileError] = []
+    origin = Origin()
     if captions:
         if (text := column_of(table.features)) is None:
             cause = f"no column is called text or caption: it has {', '.join(table.features)}"
             raise FileError("CAPTIONS", cause, "Rename the column of captions to text").at(source)
         texts = [_captions_of(cell) for cell in table[text]]
+        origin = origin._replace(captions=f"the column {text}")
     for label in labels if with_labels or not captions else ():
         names = table.features[label].names
+        origin = origin._replace(labels=f"the column {label}", classes=tuple(names))
         label_texts = [names[k] if k is not None and k >= 0 else None for k in table[label]]
     paths = [Path(file["filename"]) for file in table.cache_files]
     files = {path: FileStamp.of(path.stat()) for path in paths}
     image_names = [f"row {index}" for index in range(len(rows))]
-    data = encoded_dataset(source.name, source, image_names, read_bytes, label_texts, options, on_bad, files, texts)
+    name = source.name
+    data = encoded_dataset(name, source, image_names, read_bytes, label_texts, options, on_bad, files, origin, texts)
     return data.with_notes(*[f"labels {LABELS_LEFT_OUT}"] * bool(labels and captions and not with_labels))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from undiffuse.data.dataset import Dataset
-from undiffuse.data.encoded_images import encoded_dataset
+from undiffuse.data.encoded_images import Origin, encoded_dataset
 from undiffuse.data.image_decoding import ImageOptions
 from undiffuse.data.image_formats import SUFFIXES
 from undiffuse.data.source_report import FileStamp
@@ -85,7 +85,8 @@ def load(
     labels = [image.label if with_labels or not captions else None for image in images]
     unused = captions and not with_labels and any(image.label is not None for image in images)
     texts = [image.captions for image in images] if captions else ()
-    data = encoded_dataset(source.stem, source, image_names, read_bytes, labels, options, on_bad, files, texts)
+    origin = Origin("members of the shards", "members called .txt")
+    data = encoded_dataset(source.stem, source, image_names, read_bytes, labels, options, on_bad, files, origin, texts)
     ignored = sum(path not in files for path in source.iterdir()) if source.is_dir() else 0
     words = {word for path in files for word in re.split(r"[^A-Za-z]+", path.stem) if part_called(word)}
     listed = " and ".join(sorted(words))
@@ -151,4 +152,7 @@ def _read_label(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) 
     except (ValueError, RecursionError):
         raise FileError("LABELS", f"{member.name} cannot be read", FIX) from None
     label = content.get("label") if isinstance(content, dict) else None
-    return str(label) if isinstance(label, str | int) else None
+    if isinstance(label, bool | list | dict) or (isinstance(label, float) and not label.is_integer()):
+        fix = "Write a text or a whole number"
+        raise FileError("LABELS", f"the label in {member.name} is neither a text nor a whole number", fix)
+    return str(int(label) if isinstance(label, float) else label) if label is not None else None
