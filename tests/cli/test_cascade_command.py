@@ -98,10 +98,15 @@ def test_the_manifest_and_the_summary_name_the_samplers_that_the_stages_used(pla
     distilled.load_state_dict(base.state_dict())
     checkpoint.save(distilled, place / "distilled.safetensors")
     arguments = ("distilled.safetensors", "--then", MIDDLE, "--n", 1, "--device", "cpu", "--out", "of-distilled")
-    assert "1 sample by consistency in 1 step, then dpm++2m_sde in 5 steps, " in call("sample", *arguments).out
+    said = call("sample", *arguments).out
+    assert "1 sample by consistency in 1 step, then dpm++2m_sde in 5 steps, " in said
+    assert ": consistency in 1 step, " in said
+    assert "is distilled" not in said
     manifest = json.loads((place / "of-distilled" / "manifest.json").read_text())
     assert [stage["solver"] for stage in manifest["stage_samplers"]] == ["consistency", "dpm++2m_sde"]
     assert sampler_in_words(manifest) == "consistency in 1 step, then dpm++2m_sde in 5 steps, seed 0"
+    said = call("sample", *arguments[:-1], "of-two-calls", "--calls", 2).out
+    assert "note: distilled.safetensors is distilled and takes its own 1 call\n" in said
     del manifest["stage_samplers"]  # as of a model alone
     assert sampler_in_words(manifest) == "dpm++2m_sde in 5 steps, seed 0"
 

@@ -109,9 +109,9 @@ def test_every_source(tmp_path, monkeypatch, call, make):
     assert call("check", *arguments).code == 0
 
 
-@pytest.mark.parametrize("name", ["x.xyz", "x", "x.npy", "x.pdf"])
+@pytest.mark.parametrize("name", ["x.xyz", "x", "x.npy", "x.pdf", "x.bmp", "x.dib"])
 def test_the_name_of_the_sheet_is_checked_first(tmp_path, call, name):
     code, _, err = call("check", tmp_path / "none", "--out", tmp_path / name)
     assert code == 2
-    cause = f"'{name}' does not end in the extension of an image format"
+    cause = f"'{name}' does not end in .png, .jpg, .webp, .tif or .gif"
     assert err == f"error[OPTION] --out: {cause}. Give a name that ends in .png.\n"

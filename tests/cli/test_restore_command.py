@@ -77,6 +77,17 @@ def test_a_model_of_latents(place, call):
     )
 
 
+def test_the_expected_residual_has_the_rounding_of_the_model(place, call, tmp_path):
+    """An image of 256 values and a model of 17: known pixels are rounded to the 17, 1.8 % of black to white."""
+    (tmp_path / "run").mkdir()
+    save(Diffusion(CONFIG, (1, 8, 8), IntegerLevels(17), {"num_values": 17}), tmp_path / "run" / "model.safetensors")
+    arguments = ("restore", tmp_path / "run", place / "whole.png", "--mask", place / "mask.png", "--n", 1)
+    said = call(*arguments).out
+    assert "expected from noise and rounding: 1.80 %" in said
+    residual = float(said.split("IMAGE: ")[1].split(" %")[0])
+    assert 1.2 < residual < 2.4  # 32 known pixels, uniform in their bins
+
+
 def test_a_mask(place, call):
     code, out, err = call("restore", place / "run", place / "whole.png", "--mask", place / "mask.png", "--n", 3)
     assert (code, err) == (0, "")

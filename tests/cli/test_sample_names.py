@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from undiffuse.cli.sample_names import folder_name
+from undiffuse.cli.sample_names import folder_name, model_words
+from undiffuse.data.transform import Identity
+from undiffuse.model.config import ModelConfig
+from undiffuse.model.diffusion import Diffusion
 from undiffuse.sampling.sampler import Sampler
 
 DIFFERENT = {
@@ -26,6 +29,18 @@ DIFFERENT = {
 @pytest.mark.parametrize("cases", DIFFERENT.values(), ids=DIFFERENT)
 def test_other_samples_have_another_name(cases):
     assert len({folder_name(Sampler(), 0, **case) for case in cases}) == len(cases)
+
+
+def test_another_sampler_of_a_distilled_model_has_another_name():
+    """Its own one has times of its own, and the same solver may be given with a number of steps."""
+    network = {"kind": "mlp", "width": 8, "depth": 1}
+    student = Diffusion(ModelConfig(network=network, calls=2, chain_length=9), (3,), Identity())
+    own, given = student.default_sampler, Sampler("consistency", 2)
+    words = [model_words(Path("runs/x"), "auto", student, sampler) for sampler in (own, given)]
+    assert words == [[], ["uniform"]]
+    assert folder_name(given, 5, others=words[1]) == "consistency-2-uniform-seed-5"
+    teacher = Diffusion(ModelConfig(network=network), (3,), Identity())
+    assert model_words(Path("runs/x"), "float32", teacher, given) == ["float32"]
 
 
 def test_a_name_is_readable():

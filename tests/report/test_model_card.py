@@ -51,6 +51,15 @@ def test_names_are_text_in_every_place(more) -> None:
     ModelCard(text)
 
 
+def test_a_super_resolution_model_is_used_after_a_base() -> None:
+    text = card(content(), "12ab", "hf:me/x", enlarges=True)
+    assert "$ undiffuse sample BASE --then hf:me/x --n 16\n" in text
+    code = text.split("```python\n")[1].split("```")[0]
+    assert "cascade = undiffuse.model.cascade.Cascade([base, model])" in code
+    compile(code, "card", "exec")
+    assert "model.sample(" not in code
+
+
 def test_without_an_evaluation_it_has_the_bound_of_training() -> None:
     text = card(content(), "12ab", "hf:me/x")
     assert "At the end of training: ≤ 2.432 ± 0.099 bits per dimension" in text

@@ -10,6 +10,7 @@ import torch
 from latent_models import tiny_autoencoder
 from tiny_run import checkpoint_hashes, global_batch, quick_looks, save_only, stopping_at
 
+from undiffuse.cli.distill import _settings_of as distillation_settings
 from undiffuse.data.caption_embeddings import CaptionEmbeddings
 from undiffuse.data.from_array import from_array
 from undiffuse.data.stage_data import split_data
@@ -438,6 +439,16 @@ def test_the_recipe_is_that_of_the_model_and_of_its_training(tmp_path):
     assert (tuned.train.lr, tuned.train.max_steps, tuned.train.seed, tuned.train.conditional) == (0.003, None, 0, True)
     assert not initial_weights.recipe_of(run, DATA, fallback).train.conditional  # these have no labels
     assert initial_weights.recipe_of(run / "model.safetensors", DATA, fallback).train == fallback
+    # what a run resolved for its machine and its data is open again
+    assert (recipe.train.precision, recipe.train.held_out) == ("float32", 0.2)
+    tuned = initial_weights.recipe_of(run, tiny_run.data(), TrainConfig()).train
+    assert (tuned.lr, tuned.precision, tuned.held_out) == (0.003, "auto", 0.1)
+    assert distillation_settings(run).precision == "auto"
+    (run / "run.json").write_text("{")
+    with pytest.raises(
+        CheckpointError, match=r"run.json: .*Name the file of the model, .*run/model.safetensors, to take"
+    ):
+        initial_weights.recipe_of(run, tiny_run.data(), fallback)
     (run / "run.json").unlink()
     tuned = initial_weights.recipe_of(run, tiny_run.data(), fallback)
     assert tuned.train == replace(fallback, conditional=True)

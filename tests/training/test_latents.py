@@ -10,7 +10,7 @@ from tiny_run import checkpoint_hashes, quick_looks, stopping_at
 
 from undiffuse.cli.train import _print_next_commands
 from undiffuse.data.from_array import from_array
-from undiffuse.data.transform import Standardized
+from undiffuse.data.transform import MinMax, Standardized
 from undiffuse.errors import CheckpointError, ConfigError, DataError
 from undiffuse.model import autoencoder as autoencoders
 from undiffuse.model import checkpoint
@@ -183,6 +183,25 @@ def test_data_that_do_not_fit_and_moving_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"CROP.*encoded once"):
         fit(tmp_path / "run", moved, autoencoder=tiny_autoencoder())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("transform", "value_range", "cause"),
+    [
+        (MinMax(0.0, 1.0), None, "these data have none, and those of the autoencoder have 0 to 1"),
+        (MinMax(0.0, 1.0), (0.0, 9.0), "these data have 0 to 9, and those of the autoencoder have 0 to 1"),
+        (Standardized((0.0,), (1.0,)), (0.0, 1.0), "these data have 0 to 1, and those of the autoencoder have none"),
+    ],
+)
+def test_data_of_another_range_of_values_are_refused(transform, value_range, cause, tmp_path):
+    """Every sample would be in the range of the autoencoder, or leave that of the data."""
+    values = np.random.default_rng(0).random((40, 1, 8, 8), np.float32)
+    autoencoder = tiny_autoencoder()
+    autoencoder.transform = transform
+    with pytest.raises(DataError, match=rf"^error\[RANGE\] floats: of the range of values {cause}"):
+        latents.check_data(autoencoder, from_array(values, value_range=value_range, name="floats"), TRAIN)
+    limits = (transform.low, transform.high) if isinstance(transform, MinMax) else None
+    latents.check_data(autoencoder, from_array(values, value_range=limits, name="floats"), TRAIN)
 
 
 def test_a_deterministic_encoder_trains_and_samples_without_a_likelihood(tmp_path, capsys):

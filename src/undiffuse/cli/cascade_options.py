@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from undiffuse.cli.options import at_hand
-from undiffuse.errors import ConfigError
+from undiffuse.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from undiffuse.data.dataset import Dataset
-    from undiffuse.model.cascade import AnyModel
+    from undiffuse.model.cascade import AnyModel, Cascade
 
 Then = Annotated[
     list[Path] | None,
@@ -82,8 +82,11 @@ def stage_words(then: list[Path] | None, image_noise: float | None) -> list[str]
     return runs if image_noise is None else [*runs, f"image-noise-{image_noise:g}"]
 
 
-def report_unused_advice(runs: list[Path], calls: int, log: Callable[[str], None]) -> None:
-    """Log a line if one of the ``runs`` of a cascade has advice, which is for a model alone."""
+def report_unused_advice(cascade: Cascade, runs: list[Path], calls: int, log: Callable[[str], None]) -> None:
+    """Log a line if one of the ``runs`` of the ``cascade`` has advice, which is for a model alone.
+
+    Also one for each distilled stage, which takes the calls that it was distilled for.
+    """
     from undiffuse.cli.options import run_folder
     from undiffuse.cli.sampler_options import ADVICE_FILE
 
@@ -92,6 +95,9 @@ def report_unused_advice(runs: list[Path], calls: int, log: Callable[[str], None
         log(
             f"{files[0]} is not used: it is for its model alone. With --then each stage takes {calls} calls of a solver"
         )
+    for run, model in zip(runs, cascade.models, strict=True):
+        if model.config.calls and model.config.calls != calls:
+            log(f"note: {run} is distilled and takes its own {counted(model.config.calls, 'call')}")
 
 
 def require_then(model: AnyModel, run: Path) -> None:

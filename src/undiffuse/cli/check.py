@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undiffuse.cli.data_options import ReadData, print_notes, refuse_inside, with_data_options
+from undiffuse.cli.data_options import ReadData, print_notes, with_data_options
 from undiffuse.cli.options import DataArgument, console
 from undiffuse.cli.results import show, with_json
 from undiffuse.errors import ConfigError, counted
@@ -40,15 +40,12 @@ def check(
 
     Also prints the number of items and the held-out split.
     """
-    from undiffuse.data.image_formats import FORMATS
     from undiffuse.runtime.own_output import MARKABLE_SUFFIXES, refuse_other_file
 
-    if out is not None and out.suffix.lower() not in " ".join(FORMATS.values()).split():
-        cause = f"{out.name!r} does not end in the extension of an image format"
-        raise ConfigError("OPTION", "--out", cause, "Give a name that ends in .png")
-    if out is not None and out.suffix.lower() not in MARKABLE_SUFFIXES:  # else its mark keeps it out of the data
-        refuse_inside(out, data)
     if out is not None:
+        if out.suffix.lower() not in MARKABLE_SUFFIXES:
+            cause = f"{out.name!r} does not end in .png, .jpg, .webp, .tif or .gif"
+            raise ConfigError("OPTION", "--out", cause, "Give a name that ends in .png")
         refuse_other_file(out)
     dataset = read(data)
     facts = data_facts(dataset)

@@ -125,11 +125,15 @@ def distill(
 
 
 def _settings_of(run: Path, **settings: Any) -> TrainConfig:
-    """Training settings of the ``run``, with ``settings``, a smaller learning rate, a short warmup, no snapshots."""
+    """Training settings of the ``run``, with ``settings``, a smaller learning rate, a short warmup, no snapshots.
+
+    The precision is open: the record has that of the machine of the run.
+    """
     from undiffuse.model.config import TrainConfig, from_dict
     from undiffuse.training.run_folder import Run
 
     record = Run(run_folder(run)).record
     own = from_dict(TrainConfig, record["config"]["train"], "run.json: train") if record else TrainConfig()
     warmup = min(own.warmup, TrainConfig().warmup)  # a distillation is short
+    settings = {"precision": TrainConfig().precision} | settings
     return replace(own, lr=LR_FACTOR * own.lr, warmup=warmup, snapshots=0, **settings)

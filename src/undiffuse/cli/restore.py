@@ -197,7 +197,8 @@ def restore(
 
     work = n * restoration.num_steps_of(model, method, steps)
     folder, values, facts, seconds = _write(model, run, out, plan, observed, n, work, draw)
-    expected = float((degradation.noise_std**2 + rounding**2) ** 0.5)
+    coarser = restoration.rounding_std(min(loaded.num_values, pixels.num_values))  # of the image or of the model
+    expected = float((degradation.noise_std**2 + coarser**2) ** 0.5)
     console.print(f"{counted(n, 'restoration')} by {method} in {counted(steps, 'step')}, {seconds:.1f} s")
     console.print(
         f"residual between restorations and IMAGE: {_percent(2 * fmean(facts['residual']))} of black to white; "

@@ -196,13 +196,13 @@ def sample(
     weights = weights_of(model)
 
     def advised(sampler: Sampler, calls: int) -> Sampler | None:
-        if isinstance(weights, list):
-            report_unused_advice([run, *(then or ())], calls, log)
+        if isinstance(model, Cascade):
+            report_unused_advice(model, [run, *(then or ())], calls, log)
             return None
         if solver or spacing or setting:
             return None
         conditions = {"label": label, **files, "prompt": texts or None}
-        return read_advice(run, weights, calls, log, sampler, conditions, network_option(network))
+        return read_advice(run, str(weights), calls, log, sampler, conditions, network_option(network))
 
     sampler = options.choose(model, log, advised)
     if condition is not None:  # a wrong one is an error before a folder is opened
@@ -224,7 +224,7 @@ def sample(
     plan |= {"prompt": texts, "negative": negative} if texts or negative is not None else {}
     plan |= {"image_noise": noise} if then else {}
     if out is None:
-        others = [*stage_words(then, image_noise), *model_words(run, precision)]
+        others = [*stage_words(then, image_noise), *model_words(run, precision, model, sampler)]
         used = [path for path in files.values() if path]
         name = folder_name(sampler, seed, labels, texts, negative, others, used, then or ())
         out = run_folder(run) / "samples" / name
@@ -339,7 +339,7 @@ def _draw(
             write(part.start, values.numpy())
     if cascade and parts:
         for stage, title in enumerate(titles):
-            log(f"{title}: {cascade.stage_sampler(stage, sampler)} in {steps[stage]} steps, {seconds[stage]:.1f} s")
+            log(f"{title}: {cascade.stage_sampler(stage, sampler).describe()}, {seconds[stage]:.1f} s")
 
 
 def _sha256(path: Path) -> str:

@@ -6,18 +6,29 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from undiffuse.cli.prompt_options import slug
 from undiffuse.sampling.sampler import Sampler, guidance_changes
+
+if TYPE_CHECKING:
+    from undiffuse.model.cascade import AnyModel
 
 MAX_NAME_BYTES = 120
 """The longest name in UTF-8."""
 
 
-def model_words(run: Path, precision: str) -> list[str]:
-    """The file ``run``, where it is not the model of its folder, and the ``precision``, where it is given."""
-    stems = [run.stem] if run.is_file() and run.name != "model.safetensors" else []
-    return stems if precision == "auto" else [*stems, precision]
+def model_words(run: Path, precision: str, model: AnyModel, sampler: Sampler) -> list[str]:
+    """The file ``run``, where it is not the model of its folder, and the ``precision``, where it is given.
+
+    For a distilled ``model`` also the uniform spacing of a ``sampler`` other than its own, which has times.
+    """
+    from undiffuse.model.cascade import Cascade
+
+    words = [run.stem] if run.is_file() and run.name != "model.safetensors" else []
+    if not isinstance(model, Cascade) and model.config.calls and sampler.times is None:
+        words += ["uniform"] if sampler.spacing == "uniform" else []
+    return words if precision == "auto" else [*words, precision]
 
 
 def folder_name(

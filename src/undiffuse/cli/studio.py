@@ -27,7 +27,7 @@ def studio(
     network: NetworkFile = None,
     device: Device = "auto",
 ) -> None:
-    """Show models on a web page for a browser on this machine.
+    """Show models on a local web page.
 
     The page samples, measures, inpaints, interpolates, and watches runs.
     """

@@ -98,7 +98,7 @@ class CategoricalHead(nn.Module):
         logits, v = self._logits(*inputs)
         with torch.no_grad():  # the softmax and its gradient are the same after a shift, and 0 at −∞
             logits -= logits.amax(-1, keepdim=True)
-            F.threshold_(logits, 0.5 * math.log(torch.finfo(logits.dtype).tiny), -math.inf)
+            torch.threshold_(logits, 0.5 * math.log(torch.finfo(logits.dtype).tiny), -math.inf)
         return torch.softmax(logits, -1) @ v
 
     def _log_prob(self, features: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, values: Tensor) -> Tensor:

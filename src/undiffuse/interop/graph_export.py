@@ -97,9 +97,12 @@ def export_torch(model: Diffusion, folder: Path) -> list[Check]:
     """Write ``model.pt2``, for torch.export.load, and ``levels.json``; returns the difference of the loaded program."""
     program = _program(model)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.export.save(program, folder / PROGRAM)
+    with warnings.catch_warnings(), _one_error():
+        warnings.simplefilter("ignore")
+        torch.export.save(program, folder / PROGRAM)
+        loaded = torch.export.load(folder / PROGRAM).module()
     _write_levels(model, folder)
-    return [_check(model, f"torch.export.load, {torch.__version__}", torch.export.load(folder / PROGRAM).module())]
+    return [_check(model, f"torch.export.load, {torch.__version__}", loaded)]
 
 
 def _program(model: Diffusion) -> torch.export.ExportedProgram:
@@ -127,7 +130,7 @@ def _one_error() -> Iterator[None]:
     """Makes a `ConfigError` of the exceptions of many types that torch's exporters raise."""
     try:
         yield
-    except (UndiffuseError, MemoryError):
+    except (UndiffuseError, MemoryError, OSError):
         raise
     except Exception as error:
         cause = " ".join(f"its graph cannot be written ({type(error).__name__}: {error})".split())

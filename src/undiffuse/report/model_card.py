@@ -24,19 +24,25 @@ NO_COPIES = "No evidence that training items are copied"
 
 
 def card(
-    content: RunContent, model_file: str, name: str, task: str = "", license: str | None = None, network: str = ""
+    content: RunContent,
+    model_file: str,
+    name: str,
+    task: str = "",
+    license: str | None = None,
+    network: str = "",
+    enlarges: bool = False,
 ) -> str:
     """The card of the model that ``content`` describes, whose file has the sha256 ``model_file``.
 
     ``name`` is what `Diffusion.from_pretrained` takes, ``task`` the hub's word for what the model does, if it has one.
     The ``license`` is the user's to choose: without one the card names none. ``network``: the class of a network that
-    is not part of undiffuse.
+    is not part of undiffuse. ``enlarges``: it is a super-resolution model, which samples after a base.
     """
     parts = [
         f"---\n{_metadata(content, task, license)}\n---",
         f"# {escaped(content.name)}: a diffusion model",
         f"Written by undiffuse {__version__}.",
-        *_use(name, network),
+        *_use(name, network, enlarges),
         *_likelihood(content),
         *_comparison(content),
         "## Data",
@@ -110,16 +116,22 @@ def _estimates(content: RunContent) -> Mapping[str, Any]:
     return (content.evaluation or {}).get("estimates") or {}
 
 
-def _use(name: str, network: str) -> list[str]:
+def _use(name: str, network: str, enlarges: bool) -> list[str]:
     lines = [
         "import undiffuse",
         "",
         f"model = undiffuse.Diffusion.from_pretrained({name!r}{f', network={network}' if network else ''})",
         "samples = model.sample(16, seed=0)  # (16, *model.item_shape), as numbers of the data",
     ]
+    if enlarges:
+        base = 'undiffuse.Diffusion.from_pretrained("BASE")  # the model of the small images'
+        cascade = "cascade = undiffuse.model.cascade.Cascade([base, model])"
+        lines = ["import undiffuse.model.cascade", "", f"base = {base}", lines[2], cascade]
+        lines.append("samples = cascade.sample(16, seed=0)  # (16, *cascade.item_shape), as numbers of the data")
     words = "It needs the Python package undiffuse"
     words += f", and the class `{network}` of its network, in a file FILE.py." if network else "."
-    command = f"$ undiffuse sample {as_argument(name)} --n 16{f' --network FILE.py:{network}' if network else ''}"
+    run = f"BASE --then {as_argument(name)}" if enlarges else as_argument(name)
+    command = f"$ undiffuse sample {run} --n 16{f' --network FILE.py:{network}' if network else ''}"
     return ["## Use", words, "\n".join(["```python", *lines, "```"]), f"```console\n{command}\n```"]
 
 

@@ -78,9 +78,10 @@ def recipe_of(
 ) -> Config:
     """The recipe of fine-tuning the model of ``init``, a run or a file, on ``data``: its settings and its training's.
 
-    ``train`` is taken where there is no record of its training. Neither length nor seed are taken. What was conditional
-    stays so if the data have such conditions; all of theirs are used if ``conditional``. If the model is no longer
-    there, the settings are those that ``run`` began with. Raises `CheckpointError`.
+    ``train`` is taken where there is no record of its training, and always for the precision and the held-out share,
+    which the record has for its machine and its data. Neither length nor seed are taken. What was conditional stays so
+    if the data have such conditions; all of theirs are used if ``conditional``. If the model is no longer there, the
+    settings are those that ``run`` began with. Raises `CheckpointError`.
     """
     init = Path(init)
     try:
@@ -93,6 +94,10 @@ def recipe_of(
     try:
         settings: Any = ((Run(init).record if init.is_dir() else None) or {})["config"]["train"]
         old = from_dict(TrainConfig, settings, "run.json")
+        old = replace(old, precision=train.precision, held_out=train.held_out)
+    except CheckpointError as error:
+        fix = f"Name the file of the model, {model_path(init)}, to take its weights without its training settings"
+        raise CheckpointError("RUN", init / "run.json", "not the record of a run, or damaged", fix) from error
     except (KeyError, ConfigError):  # a file, or a run of another kind
         old = replace(train, conditional=bool(model.trained_condition_sizes))
     shared = model.condition_sizes.keys() & data.condition_sizes.keys()

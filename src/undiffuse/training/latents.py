@@ -17,7 +17,7 @@ from torch import Tensor
 from undiffuse.data.dataset import Dataset
 from undiffuse.data.lazy_array import LazyArray, npy_rows
 from undiffuse.data.source_report import FileStamp
-from undiffuse.data.transform import IntegerLevels, Standardized
+from undiffuse.data.transform import IntegerLevels, MinMax, Standardized
 from undiffuse.errors import ConfigError, DataError
 from undiffuse.evaluation.plan import describe_items
 from undiffuse.model import autoencoder as autoencoders
@@ -81,6 +81,13 @@ def check_data(autoencoder: autoencoders.Autoencoder, data: Dataset, settings: T
         ours = describe_items(autoencoder.item_shape, num_values)
         cause = f"the items are {theirs}, those of the autoencoder {ours}"
         raise DataError("SHAPE", data.name, cause, "Give an autoencoder of such items, or prepare the data")
+    limits = (values.low, values.high) if isinstance(values, MinMax) else None
+    if num_values is None and data.value_range != limits:
+        theirs, ours = (
+            "have {:g} to {:g}".format(*pair) if pair else "have none" for pair in (data.value_range, limits)
+        )
+        cause = f"of the range of values these data {theirs}, and those of the autoencoder {ours}"
+        raise DataError("RANGE", data.name, cause, "Give the same --value-range to train-autoencoder and train")
     if "image" in data.condition_sizes:
         cause = "a stage of a cascade is conditioned on pixels and models pixels"
         raise ConfigError("AUTOENCODER", data.name, cause, "Leave out --from, or --autoencoder")

@@ -99,7 +99,8 @@ def _write(model: Diffusion, folder: Path, name: str, license: str | None) -> No
     content = collect_records(_run_of(model) or Run(folder), model)
     kind = str(model.config.network.get("kind", ""))
     own = kind if kind.isidentifier() and kind not in INSTALLED_NETWORKS else ""
-    text = model_card.card(content, file_digest(path), name, _task(model), license, own)
+    enlarges = "image" in model.condition_sizes
+    text = model_card.card(content, file_digest(path), name, _task(model), license, own, enlarges)
     write_atomic(folder / CARD, text.encode())
 
 
