@@ -188,9 +188,17 @@ def test_data_that_do_not_fit_and_moving_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("transform", "value_range", "cause"),
     [
-        (MinMax(0.0, 1.0), None, "these data have none, and those of the autoencoder have 0 to 1"),
-        (MinMax(0.0, 1.0), (0.0, 9.0), "these data have 0 to 9, and those of the autoencoder have 0 to 1"),
-        (Standardized((0.0,), (1.0,)), (0.0, 1.0), "these data have 0 to 1, and those of the autoencoder have none"),
+        (MinMax(0.0, 1.0), None, "these data have no range of values, and those of the autoencoder the range 0 to 1"),
+        (
+            MinMax(0.0, 1.0),
+            (0.0, 9.0),
+            "these data have the range 0 to 9 of values, and those of the autoencoder the range 0 to 1",
+        ),
+        (
+            Standardized((0.0,), (1.0,)),
+            (0.0, 1.0),
+            "these data have the range 0 to 1 of values, and those of the autoencoder no range",
+        ),
     ],
 )
 def test_data_of_another_range_of_values_are_refused(transform, value_range, cause, tmp_path):
@@ -198,7 +206,7 @@ def test_data_of_another_range_of_values_are_refused(transform, value_range, cau
     values = np.random.default_rng(0).random((40, 1, 8, 8), np.float32)
     autoencoder = tiny_autoencoder()
     autoencoder.transform = transform
-    with pytest.raises(DataError, match=rf"^error\[RANGE\] floats: of the range of values {cause}"):
+    with pytest.raises(DataError, match=rf"^error\[RANGE\] floats: {cause}"):
         latents.check_data(autoencoder, from_array(values, value_range=value_range, name="floats"), TRAIN)
     limits = (transform.low, transform.high) if isinstance(transform, MinMax) else None
     latents.check_data(autoencoder, from_array(values, value_range=limits, name="floats"), TRAIN)

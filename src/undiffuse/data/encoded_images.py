@@ -128,5 +128,6 @@ def _labels(name: str, texts: list[str | None], origin: Origin) -> Labels:
         fix = "Give every image a label, or none"
         raise DataError("LABELS", name, f"{missing} of {len(texts)} images have no label", fix)
     with file_errors_at(name):
-        classes = [text for text in origin.classes if text in set(labelled)] or label_classes(labelled)[0]
+        present = set(labelled)
+        classes = [name for name in origin.classes if name in present] or label_classes(labelled)[0]
     return indexed_labels(labelled, classes, origin.labels)

@@ -91,9 +91,9 @@ class CategoricalHead(nn.Module):
         return torch.addcmul(logits.to(off), off, off, value=-0.5), v
 
     def _mean(self, *inputs: Tensor) -> Tensor:
-        """Values of a probability below √(smallest normal number) of the largest one count as 0.
+        """The mean; values whose probability is below √(smallest normal number) of the largest one count as 0.
 
-        Their products with a gradient would be denormal numbers, in which a processor is several times slower.
+        Their products with a gradient would be denormal numbers, with which some processors are several times slower.
         """
         logits, v = self._logits(*inputs)
         with torch.no_grad():  # the softmax and its gradient are the same after a shift, and 0 at −∞

@@ -64,7 +64,7 @@ def consistency_loss(
     """(√(mean (f(x_t, t) − f(x_r, r))² + c²) − c)/(gap u_t), (B,), with u = sigma/alpha and no gradient to f(x_r, r).
 
     The pseudo-Huber loss [Song24 eq. 7] with the weight 1/(u_t − u_r) [Geng24 §3] for the r of `level_after_gap`.
-    Where that is the cleanest level, u_t − u_r would have no lower limit. Dropout is the same in both calls. Levels
+    Where that is the cleanest level, u_t − u_r may be arbitrarily small. Dropout is the same in both calls. Levels
     are (B,), x_t and x_r (B, ...).
     """
     with torch.random.fork_rng(), torch.no_grad():

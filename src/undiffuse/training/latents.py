@@ -83,10 +83,8 @@ def check_data(autoencoder: autoencoders.Autoencoder, data: Dataset, settings: T
         raise DataError("SHAPE", data.name, cause, "Give an autoencoder of such items, or prepare the data")
     limits = (values.low, values.high) if isinstance(values, MinMax) else None
     if num_values is None and data.value_range != limits:
-        theirs, ours = (
-            "have {:g} to {:g}".format(*pair) if pair else "have none" for pair in (data.value_range, limits)
-        )
-        cause = f"of the range of values these data {theirs}, and those of the autoencoder {ours}"
+        theirs, ours = ("the range {:g} to {:g}".format(*r) if r else "no range" for r in (data.value_range, limits))
+        cause = f"these data have {theirs} of values, and those of the autoencoder {ours}"
         raise DataError("RANGE", data.name, cause, "Give the same --value-range to train-autoencoder and train")
     if "image" in data.condition_sizes:
         cause = "a stage of a cascade is conditioned on pixels and models pixels"
