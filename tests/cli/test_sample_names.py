@@ -32,7 +32,7 @@ def test_other_samples_have_another_name(cases):
 
 
 def test_another_sampler_of_a_distilled_model_has_another_name():
-    """Its own one has times of its own, and the same solver may be given with a number of steps."""
+    """The default sampler of the model has fixed times; the same solver may also be given with a number of steps."""
     network = {"kind": "mlp", "width": 8, "depth": 1}
     student = Diffusion(ModelConfig(network=network, calls=2, chain_length=9), (3,), Identity())
     own, given = student.default_sampler, Sampler("consistency", 2)

@@ -131,6 +131,18 @@ def test_log_snr():
     assert float(flow[0].alpha) == float(flow[-1].sigma) == 0
 
 
+@pytest.mark.parametrize("T", [3000, 10_000])
+def test_a_table_far_below_the_lowest_log_snr_is_spaced_from_there(T):
+    """u = e^10 is log-SNR −20; the linear tables end at −30 and −101, where steps would be wasted."""
+    table = DS.linear(T)
+    low, levels = float(ratios([table(1 / T)])[0]), time_grid(table, 10, "karras")
+    np.testing.assert_allclose(ratios(levels[1:]), [*karras(low, math.exp(10), 10)[1:], 0], rtol=1e-6)
+    assert float(levels[0].t) == 1.0
+    line = np.linspace(-20, float(table(1 / T).log_snr), 10)
+    levels = time_grid(table, 10, "log_snr")
+    np.testing.assert_allclose([float(v.log_snr) for v in levels[1:-1]], line[1:], rtol=1e-6)
+
+
 def test_times_between_those_of_a_table_and_rounded_ones():
     table = DS.cosine(50)
     for spacing in ("log_snr", "karras"):

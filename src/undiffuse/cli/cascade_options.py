@@ -85,7 +85,7 @@ def stage_words(then: list[Path] | None, image_noise: float | None) -> list[str]
 def report_unused_advice(cascade: Cascade, runs: list[Path], calls: int, log: Callable[[str], None]) -> None:
     """Log a line if one of the ``runs`` of the ``cascade`` has advice, which is for a model alone.
 
-    Also one for each distilled stage, which takes the calls that it was distilled for.
+    Also one for each distilled stage: its number of calls is fixed.
     """
     from undiffuse.cli.options import run_folder
     from undiffuse.cli.sampler_options import ADVICE_FILE
@@ -97,7 +97,7 @@ def report_unused_advice(cascade: Cascade, runs: list[Path], calls: int, log: Ca
         )
     for run, model in zip(runs, cascade.models, strict=True):
         if model.config.calls and model.config.calls != calls:
-            log(f"note: {run} is distilled and takes its own {counted(model.config.calls, 'call')}")
+            log(f"note: {run} is distilled and takes {counted(model.config.calls, 'call')}, whatever --calls")
 
 
 def require_then(model: AnyModel, run: Path) -> None:

@@ -127,7 +127,7 @@ def distill(
 def _settings_of(run: Path, **settings: Any) -> TrainConfig:
     """Training settings of the ``run``, with ``settings``, a smaller learning rate, a short warmup, no snapshots.
 
-    The precision is open: the record has that of the machine of the run.
+    The precision is chosen for this machine; the record has the one for the machine of the run.
     """
     from undiffuse.model.config import TrainConfig, from_dict
     from undiffuse.training.run_folder import Run

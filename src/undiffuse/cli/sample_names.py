@@ -21,7 +21,7 @@ MAX_NAME_BYTES = 120
 def model_words(run: Path, precision: str, model: AnyModel, sampler: Sampler) -> list[str]:
     """The file ``run``, where it is not the model of its folder, and the ``precision``, where it is given.
 
-    For a distilled ``model`` also the uniform spacing of a ``sampler`` other than its own, which has times.
+    For a distilled ``model`` also the word uniform, unless the ``sampler`` has fixed times, as its default sampler has.
     """
     from undiffuse.model.cascade import Cascade
 

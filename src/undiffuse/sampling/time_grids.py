@@ -102,7 +102,7 @@ def _interpolate(
 ) -> Tensor:
     """The times at which ``forward`` of log_snr is linear in i, between those of the `finite_ends`.
 
-    Where log_snr is +∞ at t = 0 the line ends at t_min, and one more step goes to data. Where it is −∞ at t = 1
+    Where log_snr is +∞ at t = 0 the line ends at t_min, and one more step goes to data. Where it is below −20 at t = 1
     the noisy end of the line is moved there, which saves a step between two levels of almost pure noise.
     """
     top, clean = finite_ends(schedule)

@@ -78,10 +78,10 @@ def recipe_of(
 ) -> Config:
     """The recipe of fine-tuning the model of ``init``, a run or a file, on ``data``: its settings and its training's.
 
-    ``train`` is taken where there is no record of its training, and always for the precision and the held-out share,
-    which the record has for its machine and its data. Neither length nor seed are taken. What was conditional stays so
-    if the data have such conditions; all of theirs are used if ``conditional``. If the model is no longer there, the
-    settings are those that ``run`` began with. Raises `CheckpointError`.
+    ``train`` is taken where there is no record of its training. Precision and held-out share are always those of
+    ``train``, because the record has values for another machine and other data. Neither length nor seed are taken. What
+    was conditional stays so if the data have such conditions; all of theirs are used if ``conditional``. If the model
+    is no longer there, the settings are those that ``run`` began with. Raises `CheckpointError`.
     """
     init = Path(init)
     try:
